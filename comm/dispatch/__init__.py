@@ -1,0 +1,1 @@
+"""Token movement: one module per dispatcher, all behind one contract."""

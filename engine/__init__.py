@@ -1,0 +1,1 @@
+"""What an MoE layer means: configuration, routing, weights, the runner, models and commands."""

@@ -1,0 +1,1 @@
+"""The `xpar` sub-commands, one module each."""
