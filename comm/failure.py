@@ -1,0 +1,111 @@
+"""One rank's failure ends the job everywhere, with that rank's traceback; one user's mistake is one message.
+
+Under ``mpirun python script.py`` an uncaught exception leaves the other ranks waiting for ever: Python exits into
+``MPI_Finalize``, which waits for them. ``sys.exit`` and exceptions in threads do the same.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn, TypeVar
+
+from xpar.comm.communicator import Communicator
+from xpar.comm.handshake import CollectiveError
+
+T = TypeVar("T")
+
+
+class AgreedError(CollectiveError):
+    """A mistake in what the user gave, found on some rank and raised with one text on all of them."""
+
+
+def agreed(comm: Communicator, attempt: Callable[[], T], doing: str = "") -> T:
+    """Run ``attempt`` on every rank of ``comm``; if it raised anywhere, raise one :class:`AgreedError` everywhere.
+
+    ``attempt`` must hold no collective. ``ValueError`` and ``OSError`` are the user's mistakes and give their
+    message; anything else is ours and brings its traceback along.
+    """
+    result: T | None = None
+    problem: str | None = None
+    try:
+        result = attempt()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    except Exception:  # noqa: BLE001 - every rank must reach the exchange below
+        problem = traceback.format_exc()
+    problems = comm.all_gather_object(problem)
+    failed = [r for r, p in enumerate(problems) if p is not None]
+    if failed:
+        raise AgreedError(_one_text(comm, problems, failed, doing))
+    return result  # type: ignore[return-value]
+
+
+def _one_text(comm: Communicator, problems: list[str | None], failed: list[int], doing: str) -> str:
+    first = problems[failed[0]]
+    prefix = f"{doing}: " if doing else ""
+    if len(failed) == comm.size:
+        return f"{prefix}{first}"
+    others = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
+    return f"{prefix}rank {comm.world_ranks[failed[0]]}{others}: {first}"
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call ``main`` so that an exception, ``sys.exit(n)`` or a thread's exception on any rank ends the whole job.
+
+    The one function a library user needs: ``xpar.comm.run(main)``. An :class:`AgreedError` is raised on every
+    rank, so it is printed once and every rank returns 1; everything else is reported by the rank that
+    has it and aborts the job. Returns the exit code of a clean run.
+    """
+    abort_on_failure()
+    try:
+        return main() or 0
+    except CollectiveError as error:
+        if _world_rank() in (0, None):
+            sys.stderr.write(f"xpar: error: {error}\n")
+        return 1
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if code:
+            _die(type(stop), stop, stop.__traceback__, code)
+        return 0
+    except BaseException as error:  # noqa: BLE001 - reported, then the job ends
+        _die(type(error), error, error.__traceback__)
+
+
+def abort_on_failure() -> None:
+    """Make uncaught exceptions of this process, in any thread, end the whole MPI job."""
+    sys.excepthook = _die
+    threading.excepthook = lambda args: _die(
+        args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback
+    )
+
+
+def _die(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None, code: int = 1
+) -> NoReturn:
+    rank = _world_rank()
+    who = f"[rank {rank} on {socket.gethostname()}] " if rank is not None else ""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    sys.stdout.flush()
+    sys.stderr.write(f"{who}failed; ending the job on every rank\n{text}")
+    sys.stderr.flush()
+    time.sleep(0.3)  # lets the launcher collect what other ranks are just writing about their own failure
+    if rank is not None:
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(code)
+    os._exit(code)
+
+
+def _world_rank() -> int | None:
+    """This process's rank if MPI was started here; importing mpi4py only to learn it would start MPI."""
+    if "mpi4py.MPI" not in sys.modules:
+        return None
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.rank if MPI.Is_initialized() and not MPI.Is_finalized() else None

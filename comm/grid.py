@@ -1,0 +1,123 @@
+"""The process grid: dense layers see dp x tp, expert layers edp x ep x etp, over the same ranks."""
+
+from dataclasses import dataclass
+
+from xpar.comm.communicator import Communicator
+from xpar.comm.failure import agreed
+from xpar.comm.handshake import Tag, handshake
+from xpar.comm.world import World
+
+
+@dataclass(frozen=True)
+class GridShape:
+    """A resolved grid: ``tp * dp == edp * ep * etp ==`` number of ranks."""
+
+    tp: int
+    dp: int
+    ep: int
+    etp: int
+    edp: int
+
+    def __str__(self) -> str:
+        return f"dp {self.dp} x tp {self.tp} | edp {self.edp} x ep {self.ep} x etp {self.etp}"
+
+
+def resolve(
+    size: int, tp: int | None = None, dp: int | None = None, ep: int | None = None, etp: int | None = None
+) -> GridShape:
+    """Fill in what was not given and check the products.
+
+    Defaults: tp = etp = 1, dp and ep take what is left of ``size``, edp = size / (ep * etp).
+    Raises ValueError that shows the product, the number of ranks and what would fit.
+    """
+    for name, value in (("tp", tp), ("dp", dp), ("ep", ep), ("etp", etp)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: a grid axis has at least 1 rank")
+    if tp is None and dp is not None:
+        tp = _quotient(size, dp, f"dp={dp}", "dp")
+    tp = tp or 1
+    dp = dp or _quotient(size, tp, f"tp={tp}", "tp")
+    if tp * dp != size:
+        raise ValueError(
+            f"tp x dp = {tp} x {dp} = {tp * dp} does not match {size} ranks; "
+            f"give only one of them, a divisor of {size}: {_divisors(size)}"
+        )
+    if ep is None and etp is None:
+        etp = 1
+    if ep is None:
+        ep = _quotient(size, etp or 1, f"etp={etp}", "etp")
+    etp = etp or 1
+    edp = _quotient(size, ep * etp, f"ep x etp = {ep} x {etp} = {ep * etp}", "ep x etp")
+    return GridShape(tp=tp, dp=dp, ep=ep, etp=etp, edp=edp)
+
+
+def _quotient(size: int, part: int, shown: str, what: str) -> int:
+    if size % part:
+        raise ValueError(f"{shown} does not divide {size} ranks; {what} must be one of {_divisors(size)}")
+    return size // part
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+@dataclass(frozen=True)
+class ProcessGrid:
+    """This rank's groups. Consecutive ranks of ``world`` (node-major) differ in etp first, then ep, then edp.
+
+    ``tp``: ranks that hold the same tokens and slice the dense layers. ``dp``: ranks with other tokens.
+    ``ep``: ranks that hold other experts. ``etp``: ranks that slice the same experts' width.
+    ``edp``: ranks that hold copies of the same slices. ``node``: ranks that share memory.
+    ``moe``: the ep x etp ranks that together hold every expert exactly once; tokens travel within it.
+    """
+
+    world: World
+    shape: GridShape
+    tp: Communicator
+    dp: Communicator
+    ep: Communicator
+    etp: Communicator
+    edp: Communicator
+    moe: Communicator
+    node: Communicator
+
+    @classmethod
+    def create(
+        cls,
+        world: World,
+        *,
+        tp: int | None = None,
+        dp: int | None = None,
+        ep: int | None = None,
+        etp: int | None = None,
+    ) -> "ProcessGrid":
+        """Make every group, eagerly and in one fixed order; collective over ``world``.
+
+        Raises the same error on every rank if the sizes do not fit or the ranks asked for different grids.
+        """
+        shape = agreed(world.comm, lambda: resolve(world.size, tp, dp, ep, etp), "process grid")
+        handshake(world.comm, Tag(f"process grid {shape}"))
+        r, cell = world.rank, shape.ep * shape.etp
+
+        def group(name: str, color: int) -> Communicator:
+            return world.comm.split(color, r, name)
+
+        return cls(
+            world=world,
+            shape=shape,
+            tp=group("tp", r // shape.tp),
+            dp=group("dp", r % shape.tp),
+            ep=group("ep", r // cell * shape.etp + r % shape.etp),
+            etp=group("etp", r // shape.etp),
+            edp=group("edp", r % cell),
+            moe=group("moe", r // cell),
+            node=group("node", world.node),
+        )
+
+    @property
+    def ep_rank(self) -> int:
+        return self.ep.rank
+
+    def moe_on_one_node(self) -> bool:
+        """Whether all ranks of this rank's ``moe`` group share memory."""
+        return len({self.world.node_of[r] for r in self.moe.world_ranks}) == 1

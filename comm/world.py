@@ -1,0 +1,104 @@
+"""Where this process is: rank, node, cores; everything observed, nothing guessed from a rank number."""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xpar.comm.communicator import Communicator, SoloCommunicator
+from xpar.comm.mpi import MpiCommunicator
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of the job, ordered node by node whatever the launcher did.
+
+    ``comm``: the group of all ranks. ``node_of``: node index of every rank. ``hosts``: host name of every rank.
+    ``local_rank``, ``local_size``: this rank's place among the ranks that share its memory.
+    ``cores``: cores this rank may use, shared ones counted in part. ``library``: the MPI library's own version text.
+    """
+
+    comm: Communicator
+    node_of: tuple[int, ...]
+    hosts: tuple[str, ...]
+    local_rank: int
+    local_size: int
+    cores: float
+    library: str
+
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+    @property
+    def size(self) -> int:
+        return self.comm.size
+
+    @property
+    def node(self) -> int:
+        return self.node_of[self.rank]
+
+    @property
+    def num_nodes(self) -> int:
+        return max(self.node_of) + 1
+
+    def threads(self) -> int:
+        """Threads this rank should compute with: its share of the node's cores, at least one."""
+        return max(1, int(self.cores + 1e-6))
+
+    @classmethod
+    def attach(cls, mpi_comm: "MPI.Intracomm | None" = None, *, allow_singleton: bool = False) -> "World":
+        """Join the MPI job (starting MPI if need be); collective over ``mpi_comm``, by default all ranks.
+
+        Raises RuntimeError if the launcher started several tasks but MPI sees one.
+        """
+        from mpi4py import MPI
+
+        base = MPI.COMM_WORLD if mpi_comm is None else mpi_comm
+        library = MPI.Get_library_version().split("\0")[0].strip()
+        if mpi_comm is None and base.size == 1 and not allow_singleton:
+            refuse_singletons(dict(os.environ), library)
+        shared = base.Split_type(MPI.COMM_TYPE_SHARED, key=base.rank)
+        local_rank, local_size = shared.rank, shared.size
+        leader = shared.bcast(base.rank, root=0)
+        cores = _share_of_cores(shared.allgather(tuple(sorted(os.sched_getaffinity(0)))), local_rank)
+        shared.Free()
+        leaders = sorted(set(base.allgather(leader)))
+        node = leaders.index(leader)
+        ordered = base.Split(0, key=node * base.size + local_rank)
+        node_of = tuple(ordered.allgather(node))
+        hosts = tuple(ordered.allgather(MPI.Get_processor_name()))
+        comm: Communicator
+        if ordered.size == 1:
+            comm = SoloCommunicator("world", 0, ordered.Abort)
+        else:
+            comm = MpiCommunicator(ordered, "world", range(ordered.size))
+        return cls(comm, node_of, hosts, local_rank, local_size, cores, library)
+
+
+def refuse_singletons(environ: dict[str, str], library: str) -> None:
+    """Raise RuntimeError if a launcher started several tasks that MPI does not know of (``srun`` without PMI)."""
+    counts = {name: environ[name] for name in LAUNCHER_SIZES if environ.get(name, "").isdigit()}
+    tasks = max((int(n) for n in counts.values()), default=1)
+    if tasks <= 1:
+        return
+    flavour = "pmix" if "Open MPI" in library else "cray_shasta" if "CRAY" in library.upper() else "pmi2"
+    found = ", ".join(f"{k}={v}" for k, v in counts.items())
+    raise RuntimeError(
+        f"the launcher started {tasks} tasks ({found}) but MPI sees 1 rank: each task would run alone and repeat "
+        f"the whole work. Launch with `srun --mpi={flavour}` for this library ({library.splitlines()[0]}), "
+        "or with its own mpirun; `srun --mpi=list` shows what the site offers."
+    )
+
+
+def _share_of_cores(affinities: list[tuple[int, ...]], local_rank: int) -> float:
+    """Cores of this rank, each divided by the number of the node's ranks that may run on it."""
+    users: dict[int, int] = {}
+    for cores in affinities:
+        for core in cores:
+            users[core] = users.get(core, 0) + 1
+    return sum(1.0 / users[core] for core in affinities[local_rank])
