@@ -65,7 +65,7 @@ fi
 
 unset PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
-install() { "$venv/bin/python" -m pip install --quiet --constraint constraints.txt "$@"; }
+install() { "$venv/bin/python" -m pip install -qq --constraint constraints.txt "$@"; }
 echo "setup: installing xpar[$extras]; the first time this takes some minutes"
 install --editable ".[$extras]"
 if [ -n "$accelerator" ] && ! install "$accelerator"; then

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Generator
+from dataclasses import dataclass
 
 import pytest
 from mpi4py import MPI
@@ -18,6 +19,20 @@ from mpi4py import MPI
 DEADLINE_S = 60.0
 # How long a failed rank waits for the others before it prints its traceback by itself.
 GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Account:
+    """What one rank saw of one phase of a test."""
+
+    outcome: str
+    text: str
+    output: str
+
+    @classmethod
+    def of(cls, report: pytest.TestReport) -> "Account":
+        text = report.longreprtext if report.failed else f"{report.outcome} {report.longreprtext}"
+        return cls(report.outcome, text, "\n".join(f"{name}\n{shown}" for name, shown in report.sections))
 
 
 class MPISession:
@@ -67,7 +82,7 @@ class MPISession:
         report = yield
         if self.comm.size > 1:
             self._wait_for_all(report)
-            agree(report, self.comm.allgather((report.outcome, self._account(report))))
+            agree(report, self.comm.allgather(Account.of(report)))
         return report
 
     def pytest_unconfigure(self) -> None:
@@ -82,13 +97,6 @@ class MPISession:
             text = f"failed in {report.when} while other ranks have not come so far:\n{report.longreprtext}"
             self._say(f"{report.nodeid} {text}")
         arrived.Wait()
-
-    def _account(self, report: pytest.TestReport) -> str:
-        """What the others need to know of this rank: rank 0's report shows its own captured output anyway."""
-        if report.passed:
-            return ""
-        sections = report.sections if self.comm.rank and report.failed else []
-        return "\n".join([report.longreprtext, *(f"--- {name} ---\n{text}" for name, text in sections)])
 
     def _give_up(self, nodeid: str, seconds: float) -> None:
         self._say(f"{nodeid} not finished after its deadline of {seconds:g} s; the stack of every thread:")
@@ -107,21 +115,23 @@ def deadline(item: pytest.Item) -> float:
     return float(mark.kwargs.get("deadline", DEADLINE_S)) if mark else DEADLINE_S
 
 
-def agree(report: pytest.TestReport, accounts: list[tuple[str, str]]) -> None:
-    """Make ``report`` the verdict of all ranks; ``accounts`` holds (outcome, text) of each."""
-    outcomes = {outcome for outcome, _ in accounts}
-    if outcomes == {report.outcome} and report.outcome != "failed":
-        return
-    if "failed" not in outcomes:
-        accounts = [(outcome, f"{outcome} {text}") for outcome, text in accounts]
+def agree(report: pytest.TestReport, accounts: list[Account]) -> None:
+    """Make ``report`` the verdict of all ranks: failed if any failed, or if they do not agree."""
+    failed = [account.outcome == "failed" for account in accounts]
+    if not any(failed):
+        if len({account.outcome for account in accounts}) == 1:
+            return
+        failed = [True] * len(accounts)
     ranks_of: dict[str, list[int]] = {}
-    for rank, (outcome, text) in enumerate(accounts):
-        if outcome == "failed" or "failed" not in outcomes:
-            ranks_of.setdefault(text, []).append(rank)
+    for rank in (rank for rank, bad in enumerate(failed) if bad):
+        ranks_of.setdefault(accounts[rank].text, []).append(rank)
+    texts = [f"rank {', '.join(map(str, ranks))}:\n{text}" for text, ranks in ranks_of.items()]
+    # The report shows rank 0's output as its own.
+    output = [
+        f"rank {rank}: {accounts[rank].output}" for rank in range(1, len(accounts)) if accounts[rank].output
+    ]
     report.outcome = "failed"
-    report.longrepr = "\n".join(
-        f"rank {', '.join(map(str, ranks))}:\n{text}" for text, ranks in ranks_of.items()
-    )
+    report.longrepr = "\n".join([*texts, *output])
 
 
 def difference(found: list[tuple[list[str], list[str]]]) -> str:

@@ -52,9 +52,10 @@ def test_after(comm):
 
 
 def test_same_failure_on_all_ranks_is_shown_once(tmp_path: Path) -> None:
-    run = run_session(tmp_path, "def test_no():\n    assert 1 == 2\n", 3)
+    run = run_session(tmp_path, "def test_no():\n    print('said')\n    assert 1 == 2\n", 3)
     assert run.returncode == 1
-    assert run.stdout.count("E       assert 1 == 2") == 1 and "rank 0, 1, 2:" in run.stdout
+    assert run.stdout.count("E       assert 1 == 2") == 1, run.stdout
+    assert "rank 0, 1, 2:" in run.stdout
 
 
 def test_failing_setup_of_one_rank_keeps_the_others_out_of_the_test(tmp_path: Path) -> None:
