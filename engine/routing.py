@@ -19,6 +19,10 @@ from xpar.kernels.contracts import Routing
 # shape, so that every product must have the same one. Seen with fp32: 9 rows give other bits than 8 or 12.
 BLOCK_ROWS = 32
 
+# Floats: a multiple of every vector width that kernels step by, and what torch gives to one thread at least.
+VECTOR = 64
+SHARE = 32768
+
 # Keeps the renormalisation of sigmoid weights finite when all k underflow; DeepSeek-V3's own value.
 TINY = 1e-20
 
@@ -75,7 +79,7 @@ class Router:
             router_logits = self.logits(hidden_states)
         if self.check_finite:
             require_finite(router_logits)
-        return select_experts(router_logits, self.config, self.correction_bias, self.row_invariant)
+        return select_experts(router_logits, self.config, self.correction_bias)
 
 
 def gate_logits(hidden_states: Tensor, gate: Tensor, row_invariant: bool = False) -> Tensor:
@@ -99,12 +103,12 @@ def select_experts(
 ) -> Routing:
     """The choice itself: ``router_logits`` [T, E] of any float dtype, ``correction_bias`` [E] float32.
 
-    Scores, choice and weights are float32.
+    Scores, choice and weights are float32, and each row's depend on that row alone, bit for bit.
     """
     if config.scoring == "softmax":
         scores = router_logits.softmax(dim=-1, dtype=torch.float32)
     else:
-        scores = _sigmoid(router_logits.float(), row_invariant)
+        scores = _sigmoid(router_logits.float())
     choice = scores if correction_bias is None else scores + correction_bias
     if config.topk_group < config.num_expert_group:
         choice = _keep_best_groups(choice, config)
@@ -132,12 +136,16 @@ def require_finite(router_logits: Tensor) -> None:
         )
 
 
-def _sigmoid(x: Tensor, row_invariant: bool) -> Tensor:
-    """Elementwise kernels finish with scalar code that rounds differently, wherever the batch happens to end;
-    softmax works row by row, and that of (x, 0) is (sigmoid(x), sigmoid(-x))."""
-    if row_invariant:
-        return torch.stack((x, torch.zeros_like(x)), dim=-1).softmax(dim=-1)[..., 0]
-    return x.sigmoid()
+def _sigmoid(x: Tensor) -> Tensor:
+    """Sigmoid of float32 ``x`` whose result for a value does not depend on the value's place.
+
+    Elementwise CPU kernels run whole vectors and finish each thread's share with scalar code that rounds otherwise.
+    Shares that are small enough for one thread and a whole number of vectors have no such rest.
+    """
+    flat = F.pad(x.reshape(-1), (0, -x.numel() % VECTOR))
+    for begin in range(0, flat.numel(), SHARE):
+        flat[begin : begin + SHARE].sigmoid_()
+    return flat[: x.numel()].view(x.shape)
 
 
 def _keep_best_groups(choice: Tensor, config: RouterConfig) -> Tensor:

@@ -33,6 +33,9 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 
+# The format's own limit; a damaged length must not make us allocate the size of the file.
+MAX_HEADER_BYTES = 100_000_000
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used as it is; the message names the file or tensor, the rule and the remedy."""
@@ -74,9 +77,10 @@ class TensorFile:
         prefix = bytearray(8)
         self._fill(memoryview(prefix), 0)
         (length,) = struct.unpack("<Q", prefix)
-        if length > self._size - 8:
+        if length > min(self._size - 8, MAX_HEADER_BYTES):
             raise self._corrupt(
-                f"the header claims {length} bytes, the file has {self._size - 8} after its length"
+                f"the header claims {length} bytes, the file has {self._size - 8} after its length, "
+                f"the format allows {MAX_HEADER_BYTES}"
             )
         text = bytearray(length)
         self._fill(memoryview(text), 8)
