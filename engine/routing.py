@@ -77,6 +77,10 @@ class Router:
             if hidden_states is None:
                 raise ValueError("route needs hidden_states or router_logits")
             router_logits = self.logits(hidden_states)
+        elif self.gate is not None and router_logits.shape[-1] != self.gate.shape[0]:
+            raise ValueError(
+                f"router_logits are {router_logits.shape[-1]} wide, the layer has {self.gate.shape[0]} experts"
+            )
         if self.check_finite:
             require_finite(router_logits)
         return select_experts(router_logits, self.config, self.correction_bias)

@@ -164,5 +164,7 @@ def test_misuse_is_named() -> None:
         Router(RouterConfig(top_k=2)).route(torch.randn(2, 8))
     with pytest.raises(ValueError, match="hidden_states or router_logits"):
         Router(RouterConfig(top_k=2)).route(None)
+    with pytest.raises(ValueError, match="router_logits are 5 wide, the layer has 4 experts"):
+        Router(RouterConfig(top_k=2), torch.randn(4, 8)).route(None, torch.randn(2, 5))
     with pytest.raises(ValueError, match="9 wide, the gate takes 8"):
         Router(RouterConfig(top_k=2), torch.randn(4, 8)).route(torch.randn(2, 9))
