@@ -61,12 +61,20 @@ class LayerConfig:
                 f"top_k={r.top_k} with {self.num_experts} experts: a token can go to at most every expert once; "
                 f"choose 1 <= top_k <= {self.num_experts}"
             )
-        if self.num_experts % r.num_expert_group:
+        if r.num_expert_group < 1 or self.num_experts % r.num_expert_group:
             raise ValueError(
                 f"{self.num_experts} experts do not divide into num_expert_group={r.num_expert_group} equal groups"
             )
+        if (
+            r.group_score == "top2_sum"
+            and r.num_expert_group > 1
+            and self.num_experts < 2 * r.num_expert_group
+        ):
+            raise ValueError(
+                f"num_expert_group={r.num_expert_group} of {self.num_experts} experts: top2_sum needs groups of two or more"
+            )
         if not 1 <= r.topk_group <= r.num_expert_group:
-            raise ValueError(f"topk_group={r.topk_group} of num_expert_group={r.num_expert_group} groups")
+            raise ValueError(f"topk_group={r.topk_group}: must be 1 to num_expert_group={r.num_expert_group}")
         if r.topk_group * (self.num_experts // r.num_expert_group) < r.top_k:
             raise ValueError(
                 f"top_k={r.top_k} exceeds the {r.topk_group} kept groups of "

@@ -1,0 +1,120 @@
+"""Random checkpoints in the real format of a model family, for demonstrations, tests and benchmarks."""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from xpar.engine.architectures import find, layer_config, moe_layers
+from xpar.engine.config import LayerConfig
+from xpar.engine.dense_schema import DENSE, DENSE_MLP, NORMS, OUTER, dimensions
+from xpar.engine.make_config import make_config
+from xpar.engine.random_weights import fill_random
+from xpar.engine.schema import Architecture, MlpNames
+from xpar.engine.tensor_file import CheckpointError
+from xpar.engine.tensor_writer import TensorPlan, write_tensors
+
+Writer = Literal["auto", "transformers", "own"]
+
+
+def make_checkpoint(
+    model_type: str,
+    path: Path,
+    *,
+    layers: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    top_k: int,
+    shared: int | None = None,
+    vocab: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    overrides: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    writer: Writer = "auto",
+) -> Mapping[str, Any]:
+    """Write a random checkpoint of family ``model_type`` into the new or empty directory ``path``; return its config.
+
+    ``shared``: number of shared experts, each ``intermediate`` wide; default one where the family has them.
+    ``overrides``: further ``config.json`` values, such as ``first_k_dense_replace``. ``writer``: ``transformers`` uses
+    that package's model classes, ``own`` this package's tables of names, ``auto`` the first if it is installed. The
+    same arguments give the same bytes. Raises ``ValueError`` for sizes that make no layer, before anything is written.
+    """
+    config = make_config(
+        model_type,
+        layers=layers,
+        experts=experts,
+        hidden=hidden,
+        intermediate=intermediate,
+        top_k=top_k,
+        shared=shared,
+        vocab=vocab,
+        dtype=dtype,
+        overrides=overrides,
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()):
+        raise CheckpointError(f"{path}: is not empty; give a new directory or empty this one")
+    generator = torch.Generator().manual_seed(seed)
+    if writer == "auto":
+        writer = "transformers" if importlib.util.find_spec("transformers") else "own"
+    if writer == "transformers":
+        from xpar.engine.transformers_writer import write_with_transformers
+
+        write_with_transformers(path, config, dtype, generator, max_shard_bytes)
+    else:
+        plans = list(tensor_plans(find(config), config, dtype))
+        write_tensors(path, plans, lambda plan: _random(plan, generator), max_shard_bytes)
+        # Last, so that a directory whose writing was cut short is not taken for a checkpoint.
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return config
+
+
+def tensor_plans(arch: Architecture, config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[TensorPlan]:
+    """Every tensor of the checkpoint, in the order of the model."""
+    sizes = dimensions(config)
+    moe = set(moe_layers(arch, config))
+
+    def plans(prefix: str, table: Mapping[str, tuple[str, ...]]) -> Iterator[TensorPlan]:
+        for name, shape in table.items():
+            yield TensorPlan(prefix + name, tuple(sizes[d] for d in shape), dtype)
+
+    for layer in range(arch.layers.count.get(config, int)):
+        yield from plans(f"model.layers.{layer}.", {**DENSE[arch.model_type].attention, **NORMS})
+        if layer in moe:
+            yield from _moe_plans(arch, layer, layer_config(arch, config, layer), dtype)
+        else:
+            yield from plans(f"model.layers.{layer}.", DENSE_MLP)
+    yield from plans("", OUTER)
+
+
+def _random(plan: TensorPlan, generator: torch.Generator) -> Tensor:
+    tensor = torch.empty(plan.shape, dtype=plan.dtype)
+    fill_random(plan.name, tensor, generator)
+    return tensor
+
+
+def _moe_plans(
+    arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
+) -> Iterator[TensorPlan]:
+    hidden, experts = config.hidden_size, config.num_experts
+
+    def mlp(names: MlpNames, width: int, **place: int) -> Iterator[TensorPlan]:
+        yield TensorPlan(names.gate.format(**place), (width, hidden), dtype)
+        yield TensorPlan(names.up.format(**place), (width, hidden), dtype)
+        yield TensorPlan(names.down.format(**place), (hidden, width), dtype)
+
+    yield TensorPlan(arch.router.format(layer=layer), (experts, hidden), dtype)
+    if arch.bias is not None:
+        yield TensorPlan(arch.bias.format(layer=layer), (experts,), torch.float32)
+    for expert in range(experts):
+        yield from mlp(arch.experts, config.intermediate_size, layer=layer, expert=expert)
+    if arch.shared is not None and config.shared is not None:
+        yield from mlp(arch.shared.names, config.shared.intermediate_size, layer=layer)
+        if arch.shared.gate is not None:
+            yield TensorPlan(arch.shared.gate.format(layer=layer), (1, hidden), dtype)

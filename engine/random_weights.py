@@ -1,0 +1,18 @@
+"""Random weights that keep activations of order one and spread tokens over experts unevenly, as training does."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def fill_random(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    """Draw the values of tensor ``name`` in place; its last dimension is its fan-in."""
+    if name.endswith("norm.weight"):
+        tensor.fill_(1.0)
+    elif tensor.dim() == 1:
+        tensor.normal_(0.0, 0.1, generator=generator)
+    else:
+        # 2 for gates: logits of spread 2 prefer some experts; 2 for down: silu(g) u of unit g, u is 0.6 large.
+        gain = 2.0 if ".gate.weight" in name or "down_proj" in name or ".w2." in name else 1.0
+        tensor.normal_(0.0, gain / math.sqrt(tensor.shape[-1]), generator=generator)

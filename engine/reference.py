@@ -1,0 +1,56 @@
+"""A whole layer without any parallelism: the definition that every other way of computing it is checked against.
+
+Routing is decided as the engine decides it, in the dtypes of the model; all else is float32. Experts are read one at
+a time, and only those that some token chose, so that a layer of any size can be verified.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xpar.engine.architectures import find, layer_config
+from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.weights import load_router, load_shared, make_router, stream_experts
+from xpar.kernels.contracts import Activation, Routing
+
+ACTIVATION_FUNCTIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def layer_reference(
+    checkpoint: Checkpoint, layer: int, hidden_states: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Routing]:
+    """Output [T, H] float32 of MoE layer ``layer`` for ``hidden_states`` [T, H], and the routing behind it.
+
+    ``dtype``: the model's dtype, to which weights are rounded before use; default that of ``hidden_states``.
+    """
+    dtype = hidden_states.dtype if dtype is None else dtype
+    arch = find(checkpoint.config)
+    config = layer_config(arch, checkpoint.config, layer)
+    router = make_router(load_router(checkpoint, arch, layer, config, dtype), config)
+    routing = router.route(hidden_states.to(dtype))
+
+    x = hidden_states.to(dtype).float()
+    out = torch.zeros_like(x)
+    chosen = sorted(set(routing.topk_ids.flatten().tolist()))
+    for index, gate_up, down in stream_experts(checkpoint, arch, layer, config, chosen, dtype):
+        tokens, slots = (routing.topk_ids == chosen[index]).nonzero(as_tuple=True)
+        y = mlp_reference(x[tokens], gate_up, down, config.activation)
+        out.index_add_(0, tokens, y * routing.topk_weights[tokens, slots, None])
+
+    shared = load_shared(checkpoint, arch, layer, config, dtype)
+    if shared is not None:
+        y = mlp_reference(x, shared.gate_up, shared.down, config.activation)
+        out += y if shared.gate is None else y * torch.sigmoid(x @ shared.gate.float().T)
+    return out, routing
+
+
+def mlp_reference(x: Tensor, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:
+    """``(act(x @ gate.T) * (x @ up.T)) @ down.T`` in float32: [T, H], [2I, H], [H, I] -> [T, H]."""
+    gate, up = gate_up.float().chunk(2)
+    return (ACTIVATION_FUNCTIONS[activation](x @ gate.T) * (x @ up.T)) @ down.float().T

@@ -1,0 +1,43 @@
+"""Writes a random checkpoint through transformers' own model classes. Imported only where that package is installed."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from xpar.engine.random_weights import fill_random
+
+
+def write_with_transformers(
+    path: Path,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    max_shard_bytes: int,
+) -> None:
+    """Build the model of ``config``, fill its tensors by :func:`fill_random`, and save it to ``path``."""
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    hf_config = AutoConfig.for_model(config["model_type"], **values)
+    with torch.device("meta"):  # weights are drawn once, here, not first by the model's own initialisation
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            fill_random(name, tensor, generator)
+    with _no_progress_bar():
+        model.save_pretrained(path, max_shard_size=max_shard_bytes)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
