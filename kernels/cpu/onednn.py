@@ -24,6 +24,8 @@ class OneDnnExperts:
     """See :class:`xpar.kernels.contracts.ExpertKernel`. Every dtype, any processor.
 
     Where oneDNN cannot pack the dtype (float16 without processor support) the products read row-major weights.
+    Slot outputs pass through one workspace that grows to the largest batch seen, so one kernel serves one call at
+    a time.
     """
 
     name = "onednn"
@@ -31,6 +33,7 @@ class OneDnnExperts:
     def __init__(self, spec: ExpertSpec) -> None:
         self.spec = spec
         self._experts: list[tuple[Linear, Linear] | None] = [None] * spec.num_experts
+        self._workspace = torch.empty(0, spec.hidden_size, dtype=spec.dtype)
         self._min_rows = _FP32_MIN_ROWS if spec.row_invariant and spec.dtype == torch.float32 else 1
 
     def load_expert(self, index: int, gate_up: Tensor, down: Tensor) -> None:
@@ -56,13 +59,16 @@ class OneDnnExperts:
             return self._expert(0, inputs[: x.topk_ids.shape[0]]), _identity(x.topk_ids)
         groups = rows.group_by_expert(x.topk_ids, self.spec.num_experts)
         source = groups.entry if x.rows is None else x.rows[groups.entry]
-        outputs = [
-            self._expert(expert, x.hidden_states.index_select(0, source[first:end]))
-            for expert, first, end in groups.spans()
-        ]
-        if not outputs:
-            return x.hidden_states.new_empty(0, self.spec.hidden_size), groups.positions
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), groups.positions
+        slot_rows = self._slot_rows(groups.entry.numel())
+        for expert, first, end in groups.spans():
+            inputs = x.hidden_states.index_select(0, source[first:end])
+            slot_rows[first:end] = self._expert(expert, inputs)
+        return slot_rows, groups.positions
+
+    def _slot_rows(self, count: int) -> Tensor:
+        if self._workspace.shape[0] < count:
+            self._workspace = self._workspace.new_empty(count, self.spec.hidden_size)
+        return self._workspace[:count]
 
     def _one_row_each(self, x: ExpertInput) -> bool:
         """The form of shared experts: one expert that every entry goes to, so nothing needs sorting."""
