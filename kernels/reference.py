@@ -15,7 +15,7 @@ def expert_slots(
     ``hidden_states`` [T, H] and the weights ``gate_up`` [E, 2I, H] (gate rows, then up rows), ``down`` [E, H, I]
     may have any floating dtype; all arithmetic is float32.
     """
-    slots = torch.zeros(*topk_ids.shape, hidden_states.shape[1])
+    slots = torch.zeros(*topk_ids.shape, hidden_states.shape[1], device=hidden_states.device)
     for expert in range(gate_up.shape[0]):
         token, slot = torch.where(topk_ids == expert)
         if token.numel():

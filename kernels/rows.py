@@ -2,7 +2,8 @@
 
 Sums go through ``embedding_bag``: it reads each row once, in the order given, and accumulates in fp32. It wants
 weights in the rows' own dtype, so an fp32 router weight is handed over as a few addends of that dtype whose sum
-is the weight (three bfloat16 hold all 24 bits of it): no precision is lost and no fp32 copy of the rows is made.
+is the weight (three bfloat16 hold all 24 bits of it; two float16 hold it to 2^-25): no fp32 copy of the rows is
+made.
 """
 
 from dataclasses import dataclass

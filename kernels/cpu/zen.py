@@ -11,6 +11,8 @@ What was seen of zentorch 2.13.0.2, and is relied on or guarded against here:
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
@@ -29,6 +31,7 @@ from xpar.kernels.cpu.arena import Arena
 _OLDEST = (2, 13, 0, 2)
 # Tiles that its packed bfloat16 layout is made of; other widths take a path that was not checked.
 _TILE = 64
+# Read once, at zentorch's first call in the process: one packing, in place, and no warnings on stderr.
 _SETTINGS = {"ZENDNNL_GRP_MATMUL_ALGO": "3", "ZENDNNL_API_LOG_LEVEL": "1"}
 
 
@@ -36,7 +39,10 @@ def unavailable(spec: ExpertSpec) -> str | None:
     """Why this kernel cannot serve ``spec`` here, or None. Does not import zentorch."""
     if find_spec("zentorch") is None:
         return "zentorch is not installed (pip install 'xpar[zen]')"
-    version = metadata.version("zentorch")
+    try:
+        version = metadata.version("zentorch")
+    except metadata.PackageNotFoundError:
+        return "zentorch comes from another distribution (zentorch-weekly), which was not checked"
     if tuple(int(part) for part in version.split(".")[:4] if part.isdigit()) < _OLDEST:
         return f"zentorch {version} is older than {'.'.join(map(str, _OLDEST))}"
     if version.split(".")[:2] != torch.__version__.split(".")[:2]:
@@ -114,7 +120,8 @@ class ZenExperts:
         x = torch.linspace(-1, 1, self.spec.hidden_size).expand(2, -1).to(self.spec.dtype).contiguous()
         ids = torch.tensor([[0], [last]], dtype=torch.int32)
         expected = torch.cat([self._plain(x[:1], expert) for expert in (0, last)]).float()
-        got = self._run(x, ids, torch.ones(2, 1), None).float()
+        with _settings():
+            got = self._run(x, ids, torch.ones(2, 1), None).float()
         if bool((got - expected).norm() > 0.05 * expected.norm()):
             raise RuntimeError(
                 "zentorch disagrees with plain products on its first call; choose another kernel (onednn)"
@@ -132,12 +139,19 @@ def _read(x: ExpertInput) -> Tensor:
 
 
 def _import_op() -> Any:
-    """The op, from a zentorch that reads our choice of algorithm; other variables it sets are taken back."""
-    before = dict(os.environ)
-    import zentorch  # noqa: F401
-
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
+    with _settings():
+        import zentorch  # noqa: F401
     return torch.ops.zentorch.zentorch_fused_moe
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Our settings in the environment while zentorch reads them; afterwards the environment is as it was."""
+    before = dict(os.environ)
+    os.environ.update(_SETTINGS)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
