@@ -1,0 +1,86 @@
+"""Experts as oneDNN products from weights packed once, at load: one gate-up and one down product per expert."""
+
+import torch
+from torch import Tensor
+
+from xpar.kernels import rows
+from xpar.kernels.activations import gated
+from xpar.kernels.checks import check_expert, check_loaded
+from xpar.kernels.contracts import ExpertInput, ExpertSpec
+from xpar.kernels.cpu.linear import Linear, make_linear, packing_refused
+
+# In float32 a product of very few rows may take another path through oneDNN, with other roundings.
+_FP32_MIN_ROWS = 8
+
+
+def unavailable(spec: ExpertSpec) -> str | None:
+    """Why this kernel cannot serve ``spec`` here, or None."""
+    if spec.row_invariant and spec.dtype == torch.float32 and (reason := packing_refused(spec.dtype)):
+        return f"float32 rows depend on their neighbours unless weights are packed: {reason}"
+    return None
+
+
+class OneDnnExperts:
+    """See :class:`xpar.kernels.contracts.ExpertKernel`. Every dtype, any processor.
+
+    Where oneDNN cannot pack the dtype (float16 without processor support) the products read row-major weights.
+    Slot outputs pass through one workspace that grows to the largest batch seen, so one kernel serves one call at
+    a time.
+    """
+
+    name = "onednn"
+
+    def __init__(self, spec: ExpertSpec) -> None:
+        self.spec = spec
+        self._experts: list[tuple[Linear, Linear] | None] = [None] * spec.num_experts
+        self._workspace = torch.empty(0, spec.hidden_size, dtype=spec.dtype)
+        self._min_rows = _FP32_MIN_ROWS if spec.row_invariant and spec.dtype == torch.float32 else 1
+
+    def load_expert(self, index: int, gate_up: Tensor, down: Tensor) -> None:
+        check_expert(self.spec, index, gate_up, down)
+        dtype = self.spec.dtype
+        self._experts[index] = (make_linear(gate_up.to(dtype)), make_linear(down.to(dtype)))
+
+    def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
+        slot_rows, positions = self._sorted_slots(x)
+        return rows.weighted_sum(slot_rows, x.topk_weights, positions, out)
+
+    def compute_slots(self, x: ExpertInput) -> Tensor:
+        slot_rows, positions = self._sorted_slots(x)
+        return rows.active_rows(slot_rows, positions)
+
+    def nbytes(self) -> int:
+        return sum(linear.nbytes() for pair in self._experts if pair for linear in pair)
+
+    def _sorted_slots(self, x: ExpertInput) -> tuple[Tensor, Tensor]:
+        """Slot outputs in expert order, and where each slot of [M, k] is among them."""
+        if self._one_row_each(x):
+            inputs = x.hidden_states if x.rows is None else x.hidden_states.index_select(0, x.rows)
+            return self._expert(0, inputs[: x.topk_ids.shape[0]]), _identity(x.topk_ids)
+        groups = rows.group_by_expert(x.topk_ids, self.spec.num_experts)
+        source = groups.entry if x.rows is None else x.rows[groups.entry]
+        slot_rows = self._slot_rows(groups.entry.numel())
+        for expert, first, end in groups.spans():
+            inputs = x.hidden_states.index_select(0, source[first:end])
+            slot_rows[first:end] = self._expert(expert, inputs)
+        return slot_rows, groups.positions
+
+    def _slot_rows(self, count: int) -> Tensor:
+        if self._workspace.shape[0] < count:
+            self._workspace = self._workspace.new_empty(count, self.spec.hidden_size)
+        return self._workspace[:count]
+
+    def _one_row_each(self, x: ExpertInput) -> bool:
+        """The form of shared experts: one expert that every entry goes to, so nothing needs sorting."""
+        return self.spec.num_experts == 1 and x.topk_ids.shape[1] == 1 and bool((x.topk_ids == 0).all())
+
+    def _expert(self, index: int, inputs: Tensor) -> Tensor:
+        gate_up, down = check_loaded(self._experts[index], index)
+        count = inputs.shape[0]
+        if 0 < count < self._min_rows:
+            inputs = torch.cat([inputs, inputs[:1].expand(self._min_rows - count, -1)])
+        return down(gated(gate_up(inputs), self.spec.activation))[:count]
+
+
+def _identity(topk_ids: Tensor) -> Tensor:
+    return torch.arange(topk_ids.shape[0], device=topk_ids.device)[:, None]

@@ -1,0 +1,131 @@
+"""Which expert kernel serves a layer, and why not the others."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from xpar.kernels.contracts import Activation, ExpertKernel, ExpertSpec
+from xpar.kernels.cpu import onednn, zen
+from xpar.kernels.cpu.onednn import OneDnnExperts
+from xpar.kernels.cpu.zen import ZenExperts
+from xpar.kernels.plain import ReferenceExperts
+
+
+@dataclass(frozen=True)
+class KernelRecord:
+    """What one kernel can do.
+
+    ``devices``: torch device types. ``row_invariant``: whether it can promise what ``ExpertSpec.row_invariant``
+    asks. ``unavailable(spec)``: why this machine or this shape rules it out, or None; imports nothing heavy.
+    ``measured``: how fast it was, with shape and source.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    activations: tuple[Activation, ...]
+    row_invariant: bool
+    unavailable: Callable[[ExpertSpec], str | None]
+    build: Callable[[ExpertSpec], ExpertKernel]
+    measured: str
+
+    def refuses(self, spec: ExpertSpec) -> str | None:
+        """Why this kernel cannot serve ``spec``, or None."""
+        device = spec.device.split(":")[0]
+        if device not in self.devices:
+            return f"runs on {_names(self.devices)}, not on {device}"
+        if spec.dtype not in self.dtypes:
+            return f"computes in {_names(self.dtypes)}, not in {_names([spec.dtype])}"
+        if spec.activation not in self.activations:
+            return f"has activations {_names(self.activations)}, not {spec.activation}"
+        if spec.row_invariant and not self.row_invariant:
+            return "a row's bits may depend on the rest of the batch, which exact mode rules out"
+        return self.unavailable(spec)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel chosen, and for each kernel passed over (name, reason)."""
+
+    record: KernelRecord
+    rejected: tuple[tuple[str, str], ...]
+
+    def explain(self) -> str:
+        """One line per kernel, the chosen one first."""
+        lines = [f"{self.record.name}: chosen ({self.record.measured})"]
+        return "\n".join(lines + [f"{name}: passed over, {reason}" for name, reason in self.rejected])
+
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_GATED: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
+# Ratios of minimum times, interleaved in one process: H 2048, I 1024, E 64, k 8, bfloat16, 2 threads of a Zen 5 EPYC.
+_OLMOE = (
+    "faster than transformers' better experts at 1 / 4 / 16 / 64 / 256 / 1024 tokens (OLMoE, bf16, 2 cores)"
+)
+
+# Fastest first: the first that serves a spec is chosen.
+KERNELS: tuple[KernelRecord, ...] = (
+    KernelRecord(
+        name="zentorch",
+        devices=("cpu",),
+        dtypes=(torch.bfloat16,),
+        activations=_GATED,
+        row_invariant=False,
+        unavailable=zen.unavailable,
+        build=ZenExperts,
+        measured=f"2.1 / 1.9 / 1.8 / 1.8 / 1.5 / 1.2 x {_OLMOE}",
+    ),
+    KernelRecord(
+        name="onednn",
+        devices=("cpu",),
+        dtypes=_FLOATS,
+        activations=_GATED,
+        row_invariant=True,
+        unavailable=onednn.unavailable,
+        build=OneDnnExperts,
+        measured=f"1.4 / 1.4 / 1.3 / 1.4 / 1.3 / 1.2 x {_OLMOE}",
+    ),
+    KernelRecord(
+        name="reference",
+        devices=("cpu", "cuda"),
+        dtypes=_FLOATS,
+        activations=_GATED,
+        row_invariant=False,
+        unavailable=lambda spec: None,
+        build=ReferenceExperts,
+        measured="the definition, not made to be fast",
+    ),
+)
+
+
+def choose(spec: ExpertSpec, name: str = "auto", kernels: tuple[KernelRecord, ...] = KERNELS) -> Choice:
+    """The first of ``kernels`` that serves ``spec``, or the one called ``name``.
+
+    Raises ValueError, with every kernel's reason, if none does or the named one does not.
+    """
+    reasons = [(record, record.refuses(spec)) for record in kernels]
+    if name == "auto":
+        chosen = next((record for record, reason in reasons if reason is None), None)
+        if chosen is None:
+            lines = "\n".join(f"  {record.name}: {reason}" for record, reason in reasons)
+            raise ValueError(f"no kernel serves {spec}:\n{lines}")
+        other = f"measured slower than {chosen.name}"
+    else:
+        chosen = _named(name, reasons)
+        other = f"{name} was asked for by name"
+    return Choice(chosen, tuple((r.name, why or other) for r, why in reasons if r is not chosen))
+
+
+def _named(name: str, reasons: list[tuple[KernelRecord, str | None]]) -> KernelRecord:
+    names = _names(record.name for record, _ in reasons)
+    for record, reason in reasons:
+        if record.name == name:
+            if reason is not None:
+                raise ValueError(f"kernel={name!r}: {reason}; choose auto or one of {names}")
+            return record
+    raise ValueError(f"kernel={name!r}: there is none of that name; choose auto or one of {names}")
+
+
+def _names(values: Iterable[object]) -> str:
+    return ", ".join(str(value).removeprefix("torch.") for value in values)

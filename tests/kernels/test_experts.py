@@ -1,0 +1,221 @@
+"""Every expert kernel against the fp32 reference."""
+
+import itertools
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from xpar.kernels import reference
+from xpar.kernels.contracts import ExpertInput, ExpertKernel, ExpertSpec
+from xpar.kernels.registry import KERNELS
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SEEDS = [random.randrange(2**31) for _ in range(2)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``drop``: share of slots whose expert is elsewhere; ``ids``: how the experts are chosen."""
+
+    tokens: int
+    k: int
+    experts: int = 8
+    drop: float = 0.0
+    ids: str = "random"
+    hidden: int = 128
+    width: int = 192
+
+    def __str__(self) -> str:
+        return f"T{self.tokens}-k{self.k}-E{self.experts}-{self.ids}-drop{self.drop}-H{self.hidden}-I{self.width}"
+
+
+CASES = [
+    Case(tokens=1, k=2),
+    Case(tokens=17, k=3),
+    Case(tokens=130, k=2, drop=0.5),
+    Case(tokens=5, k=8),
+    Case(tokens=9, k=4, drop=0.9),
+    Case(tokens=0, k=2),
+    Case(tokens=7, k=2, drop=1.0),
+    Case(tokens=33, k=1, ids="one"),
+    Case(tokens=1, k=1, ids="one"),
+    Case(tokens=40, k=2, ids="skewed"),
+    Case(tokens=40, k=1, experts=1, ids="one"),
+    Case(tokens=12, k=1, experts=1, ids="one", drop=0.3),
+    Case(tokens=19, k=2, hidden=100, width=36),
+]
+
+
+def specs() -> list[object]:
+    """Kernel x dtype x activation, with the reason to leave it out where this machine cannot run it."""
+    found = []
+    for record in KERNELS:
+        if "cpu" not in record.devices:
+            continue
+        for dtype, activation in itertools.product(record.dtypes, record.activations):
+            if dtype != torch.bfloat16 and activation != "silu":
+                continue
+            spec = ExpertSpec(8, 128, 192, dtype, activation)
+            reason = record.refuses(spec)
+            marks = [pytest.mark.skip(reason=reason)] if reason else []
+            name = f"{record.name}-{str(dtype).removeprefix('torch.')}-{activation}"
+            found.append(pytest.param(record, dtype, activation, id=name, marks=marks))
+    return found
+
+
+class Layer:
+    """Random weights and inputs of one case, and what the reference makes of them."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, activation: str, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        e, h, i = case.experts, case.hidden, case.width
+        self.spec = ExpertSpec(e, h, i, dtype, activation)  # type: ignore[arg-type]
+        self.gate_up = (torch.randn(e, 2 * i, h, generator=g) / h**0.5).to(dtype)
+        self.down = (torch.randn(e, h, i, generator=g) / i**0.5).to(dtype)
+        self.hidden = torch.randn(case.tokens, h, generator=g).to(dtype)
+        self.weights = torch.rand(case.tokens, case.k, generator=g)
+        self.ids = _ids(case, g)
+        self.weights[self.ids < 0] = float("nan")
+
+    def kernel(self, build: object) -> ExpertKernel:
+        kernel: ExpertKernel = build(self.spec)  # type: ignore[operator]
+        for expert in range(self.spec.num_experts):
+            kernel.load_expert(expert, self.gate_up[expert], self.down[expert])
+        return kernel
+
+    def input(self, rows: Tensor | None = None) -> ExpertInput:
+        return ExpertInput(self.hidden, self.ids, self.weights, rows)
+
+    def expected(self, hidden: Tensor) -> Tensor:
+        return reference.routed_experts(
+            hidden, self.ids, self.weights, self.gate_up, self.down, self.spec.activation
+        )
+
+    def expected_slots(self, hidden: Tensor) -> Tensor:
+        slots = reference.expert_slots(hidden, self.ids, self.gate_up, self.down, self.spec.activation)
+        return slots[self.ids >= 0]
+
+
+def _ids(case: Case, g: torch.Generator) -> Tensor:
+    scores = torch.rand(case.tokens, case.experts, generator=g)
+    if case.ids == "skewed":
+        scores[:, 2:4] += torch.tensor([1.0, 0.7])
+    ids = scores.topk(case.k).indices
+    if case.ids == "one":
+        ids = torch.full_like(ids, case.experts // 2)
+    dropped = torch.rand(case.tokens, case.k, generator=g) < case.drop
+    return ids.masked_fill(dropped, -1).to(torch.int32)
+
+
+def assert_near(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == dtype and got.shape == expected.shape
+    error = (got.float() - expected).norm()
+    assert error <= TOLERANCE[dtype] * expected.norm(), f"relative error {error / expected.norm():.2e}"
+
+
+def _skip_if_refused(record: object, spec: ExpertSpec) -> None:
+    if reason := record.refuses(spec):  # type: ignore[attr-defined]
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids="seed{}".format)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("record", "dtype", "activation"), specs())
+def test_equals_reference(record, dtype, activation, case, seed):
+    layer = Layer(case, dtype, activation, seed)
+    _skip_if_refused(record, layer.spec)
+    kernel = layer.kernel(record.build)
+    assert_near(kernel.compute(layer.input()), layer.expected(layer.hidden), dtype)
+    assert_near(kernel.compute_slots(layer.input()), layer.expected_slots(layer.hidden), dtype)
+    expected_bytes = layer.gate_up.nbytes + layer.down.nbytes
+    if case.hidden % 64 == 0:  # packing rounds ragged widths up to whole tiles
+        assert kernel.nbytes() == expected_bytes
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.4], ids="drop{}".format)
+@pytest.mark.parametrize(("record", "dtype", "activation"), specs())
+def test_rows_and_out(record, dtype, activation, drop, g):
+    layer = Layer(Case(tokens=23, k=3, drop=drop), dtype, activation, g.initial_seed())
+    _skip_if_refused(record, layer.spec)
+    kernel = layer.kernel(record.build)
+    rows = torch.randint(23, (23,), generator=g)
+    expected = layer.expected(layer.hidden[rows])
+    whole = torch.full((30, 128), float("nan"), dtype=dtype)
+    window = whole[4:27]
+    result = kernel.compute(layer.input(rows), out=window)
+    assert result.data_ptr() == window.data_ptr()
+    assert_near(window, expected, dtype)
+    assert whole[:4].isnan().all() and whole[27:].isnan().all()
+    assert_near(kernel.compute_slots(layer.input(rows)), layer.expected_slots(layer.hidden[rows]), dtype)
+
+
+@pytest.mark.parametrize(("record", "dtype", "activation"), specs())
+def test_rows_that_no_entry_names_are_not_read(record, dtype, activation, g):
+    layer = Layer(Case(tokens=6, k=2), dtype, activation, g.initial_seed())
+    kernel = layer.kernel(record.build)
+    poisoned = torch.full((11, 128), float("nan"), dtype=dtype)
+    poisoned[2:8] = layer.hidden
+    x = ExpertInput(poisoned, layer.ids, layer.weights, torch.arange(2, 8))
+    assert_near(kernel.compute(x), layer.expected(layer.hidden), dtype)
+
+
+@pytest.mark.parametrize(("record", "dtype", "activation"), specs())
+def test_weights_are_copied_and_kernels_independent(record, dtype, activation):
+    case, second_seed = Case(tokens=16, k=2), SEEDS[1]
+    first, second = (Layer(case, dtype, activation, seed) for seed in SEEDS)
+    kernels = [first.kernel(record.build)]
+    expected = first.expected(first.hidden)
+    first.gate_up.zero_(), first.down.zero_()
+    for attempt in range(3):  # memory of dropped kernels must not be mistaken for theirs
+        again = second.kernel(record.build)
+        assert_near(again.compute(second.input()), second.expected(second.hidden), dtype)
+        second = Layer(case, dtype, activation, second_seed + attempt + 1)
+        del again
+    assert_near(kernels[0].compute(first.input()), expected, dtype)
+
+
+@pytest.mark.parametrize("record", [r for r in KERNELS if "cpu" in r.devices], ids=lambda r: r.name)
+def test_refuses_wrong_weights(record):
+    spec = ExpertSpec(2, 64, 128, torch.bfloat16, "silu")
+    _skip_if_refused(record, spec)
+    kernel = record.build(spec)
+    gate_up, down = torch.zeros(256, 64), torch.zeros(64, 128)
+    with pytest.raises(ValueError, match="expert 2: this rank holds experts 0 to 1"):
+        kernel.load_expert(2, gate_up, down)
+    with pytest.raises(ValueError, match=r"gate_up is \(64, 256\), expected \(256, 64\)"):
+        kernel.load_expert(0, gate_up.T, down)
+    kernel.load_expert(0, gate_up, down)
+    x = ExpertInput(
+        torch.zeros(1, 64, dtype=spec.dtype), torch.tensor([[1]], dtype=torch.int32), torch.ones(1, 1)
+    )
+    with pytest.raises(RuntimeError, match="expert 1 has tokens but no weights"):
+        kernel.compute(x)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(128, 192), (1024, 256), (100, 36)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("record", [r for r in KERNELS if r.row_invariant], ids=lambda r: r.name)
+def test_rows_do_not_depend_on_the_batch(record, dtype, shape, threads, g):
+    case = Case(tokens=300, k=2, experts=4, ids="skewed", hidden=shape[0], width=shape[1])
+    layer = Layer(case, dtype, "silu", g.initial_seed())
+    spec = ExpertSpec(4, *shape, dtype, "silu", row_invariant=True)
+    _skip_if_refused(record, spec)
+    kernel = record.build(spec)
+    for expert in range(4):
+        kernel.load_expert(expert, layer.gate_up[expert], layer.down[expert])
+    whole = kernel.compute_slots(layer.input()).view(300, 2, -1)
+    summed = kernel.compute(layer.input())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for size in [*range(1, 71, 3), 2, 8, 15, 64, 128, 257]:
+            pick = torch.randperm(300, generator=g)[:size]
+            part = ExpertInput(layer.hidden, layer.ids[pick], layer.weights[pick], pick)
+            assert torch.equal(kernel.compute_slots(part).view(size, 2, -1), whole[pick]), f"{size} rows"
+            assert torch.equal(kernel.compute(part), summed[pick]), f"{size} rows"
+    finally:
+        torch.set_num_threads(before)
