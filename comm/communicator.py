@@ -50,9 +50,17 @@ class Communicator(Protocol):
         """Sum over ranks of ``x`` [sum(counts), ...]; rank r keeps its ``counts[r]`` rows."""
 
     def all_to_all_v(
-        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], out: Tensor | None = None
+        self,
+        x: Tensor,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        out: Tensor | None = None,
+        skip: int | None = None,
     ) -> Pending[Tensor]:
-        """Rows in destination order leave, rows in source order arrive; both counts are agreed beforehand."""
+        """Rows in destination order leave, rows in source order arrive; both counts are agreed beforehand.
+
+        ``skip``: a source whose rows are not received; their place in ``out`` is left as it is.
+        """
 
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
         """``x`` of ``root`` on every rank; ``x`` gives shape and dtype everywhere and is overwritten."""
@@ -102,9 +110,16 @@ class SoloCommunicator:
         return x
 
     def all_to_all_v(
-        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], out: Tensor | None = None
+        self,
+        x: Tensor,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        out: Tensor | None = None,
+        skip: int | None = None,
     ) -> Pending[Tensor]:
         check_counts("all_to_all_v", x, send_counts, 1)
+        if skip == 0 and out is not None:
+            return Pending(lambda: out)
         check_counts("all_to_all_v", x, recv_counts, 1)
         return Pending(lambda: x if out is None else out.copy_(x))
 

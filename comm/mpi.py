@@ -78,7 +78,12 @@ class MpiCommunicator:
         return self._sum_share(x, counts, acc)
 
     def all_to_all_v(
-        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], out: Tensor | None = None
+        self,
+        x: Tensor,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        out: Tensor | None = None,
+        skip: int | None = None,
     ) -> Pending[Tensor]:
         check_counts("all_to_all_v", x, send_counts, self.size)
         x = _host(x)
@@ -90,9 +95,10 @@ class MpiCommunicator:
                 f"all_to_all_v: out must be contiguous {x.dtype} rows of shape {tuple(x.shape[1:])}"
             )
         row = self._row_type(x)
+        arriving = [0 if r == skip else n for r, n in enumerate(recv_counts)]
         request = self.mpi_comm.Ialltoallv(
             [_buffer(x), (send_counts, _offsets(send_counts)), row],
-            [_buffer(out), (recv_counts, _offsets(recv_counts)), row],
+            [_buffer(out), (arriving, _offsets(recv_counts)), row],
         )
         return Pending(lambda: _complete(request, x, out))
 

@@ -1,0 +1,103 @@
+"""The contract of every dispatcher: plan, dispatch, (the experts compute), combine. No state between the calls.
+
+R ranks in the ``moe`` group, T tokens of this rank, M rows that arrive here, S slot outputs made here.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from xpar.comm.communicator import Communicator, Pending
+from xpar.comm.handshake import Tag, handshake
+from xpar.comm.placement import Placement
+from xpar.comm.reduction import Distributed
+from xpar.kernels.contracts import ExpertInput, Routing
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one layer's exchange moved, counted on this rank.
+
+    ``rows``: (token, destination rank) pairs that this rank's tokens make, its own experts included.
+    ``remote_rows``: those that leave the rank. ``combined_rows``: rows that come back for its tokens.
+    """
+
+    rows: int
+    remote_rows: int
+    combined_rows: int
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Who sends which rows where. ``own`` is the routing of this rank's tokens; ``detail`` is the dispatcher's."""
+
+    own: Routing
+    exact: bool
+    traffic: Traffic
+    detail: Any
+
+
+class Dispatcher(Protocol):
+    """Moves tokens to the ranks of their experts and the experts' outputs back."""
+
+    name: str
+    group: Communicator
+    placement: Placement
+
+    def plan(
+        self,
+        routing: Routing | BaseException,
+        *,
+        tag: Tag,
+        hidden_size: int,
+        dtype: torch.dtype,
+        exact: bool = False,
+    ) -> DispatchPlan:
+        """Agree on who sends what. Give the exception if routing failed: every rank then raises the same error."""
+
+    def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
+        """Start moving ``hidden_states`` [T, H]; what arrives is the experts' input."""
+
+    def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
+        """Where the experts may write their ``rows`` outputs so that combine need not copy them; None: anywhere."""
+
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
+        """Sum each token's outputs. ``outputs``: [M, H] per arrived row, or [S, H] per slot in exact mode."""
+
+
+def agree(
+    group: Communicator,
+    name: str,
+    routing: Routing | BaseException,
+    tag: Tag,
+    hidden_size: int,
+    dtype: torch.dtype,
+    exact: bool,
+) -> tuple[Routing, list[int]]:
+    """The handshake that opens every plan: everyone is healthy, in this layer, with these sizes.
+
+    Returns the routing and every rank's number of tokens.
+    """
+    failure = routing if isinstance(routing, BaseException) else None
+    tokens, k = (0, -1) if isinstance(routing, BaseException) else routing.topk_ids.shape
+    same = {"top_k": k, "hidden_size": hidden_size, "itemsize": dtype.itemsize, "exact": int(exact)}
+    table = handshake(
+        group, Tag(f"dispatch {name}", tag.layer, tag.step), same=same, values=(tokens,), failure=failure
+    )
+    assert isinstance(routing, Routing)  # a failure on any rank has raised
+    return routing, [int(n) for n in table[:, 0]]
+
+
+def pack(routing: Routing) -> Tensor:
+    """[T, 2k] int32: ids, then the bits of the fp32 weights."""
+    return torch.cat(
+        [routing.topk_ids.to(torch.int32), routing.topk_weights.float().view(torch.int32)], dim=1
+    )
+
+
+def unpack(packed: Tensor) -> Routing:
+    """The inverse of :func:`pack`."""
+    ids, weights = packed.chunk(2, dim=1)
+    return Routing(ids, weights.contiguous().view(torch.float32))

@@ -1,0 +1,48 @@
+"""Which ranks of the ``moe`` group hold which expert."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xpar.comm.shares import share, shares
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Contiguous blocks of experts over ``ep`` ranks, each block held (sliced) by ``etp`` consecutive ranks.
+
+    ``owner``: [E + 1] int64, the ep rank of each expert. ``local``: [E + 1] int32, its index there. The last
+    entry, which id -1 reaches, is ``ep`` and -1: a dropped slot has no owner.
+    """
+
+    num_experts: int
+    ep: int
+    etp: int
+    owner: Tensor
+    local: Tensor
+
+    @classmethod
+    def blocks(cls, num_experts: int, ep: int, etp: int = 1) -> "Placement":
+        """E need not divide by ``ep``, nor reach it: the first ranks hold one expert more, the last may hold none."""
+        sizes = shares(num_experts, ep)
+        owner = torch.repeat_interleave(torch.arange(ep), torch.tensor(sizes))
+        local = torch.cat([torch.arange(n, dtype=torch.int32) for n in sizes])
+        none = torch.tensor([-1], dtype=torch.int32)
+        return cls(num_experts, ep, etp, torch.cat([owner, torch.tensor([ep])]), torch.cat([local, none]))
+
+    def experts_of(self, ep_rank: int) -> range:
+        """Global ids of the experts held by ``ep_rank``, in local order."""
+        held = share(self.num_experts, self.ep, ep_rank)
+        return range(held.start, held.stop)
+
+    def owners(self, topk_ids: Tensor) -> Tensor:
+        """[T, k] int64: the ep rank of each slot, ``ep`` for a dropped one."""
+        return self.owner[topk_ids.long()]
+
+    def local_ids(self, topk_ids: Tensor, ep_rank: int) -> Tensor:
+        """[T, k] int32: the local index of each slot's expert on ``ep_rank``, -1 where it is not there."""
+        if self.ep == 1:
+            return topk_ids.to(torch.int32)
+        ids = topk_ids.long()
+        return torch.where(self.owner[ids] == ep_rank, self.local[ids], -1)
