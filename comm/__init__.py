@@ -1,1 +1,18 @@
 """Who talks to whom and how tokens travel. Knows no model and no checkpoint."""
+
+from xpar.comm.failure import AgreedError, abort_on_failure, agreed, run
+from xpar.comm.grid import ProcessGrid
+from xpar.comm.handshake import CollectiveError, DesyncError, RemoteRankError
+from xpar.comm.world import World
+
+__all__ = [
+    "AgreedError",
+    "CollectiveError",
+    "DesyncError",
+    "ProcessGrid",
+    "RemoteRankError",
+    "World",
+    "abort_on_failure",
+    "agreed",
+    "run",
+]

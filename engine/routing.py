@@ -112,7 +112,7 @@ def select_experts(
     if config.scoring == "softmax":
         scores = router_logits.softmax(dim=-1, dtype=torch.float32)
     else:
-        scores = _sigmoid(router_logits.float())
+        scores = row_sigmoid(router_logits.float())
     choice = scores if correction_bias is None else scores + correction_bias
     if config.topk_group < config.num_expert_group:
         choice = _keep_best_groups(choice, config)
@@ -140,7 +140,7 @@ def require_finite(router_logits: Tensor) -> None:
         )
 
 
-def _sigmoid(x: Tensor) -> Tensor:
+def row_sigmoid(x: Tensor) -> Tensor:
     """Sigmoid of float32 ``x`` whose result for a value does not depend on the value's place.
 
     Elementwise CPU kernels run whole vectors and finish each thread's share with scalar code that rounds otherwise.

@@ -1,1 +1,5 @@
-"""The `xpar` sub-commands, one module each."""
+"""The `xpar` sub-commands, one module each: ``register(subparsers)`` adds it, ``main(args)`` runs it."""
+
+from xpar.engine.commands import run
+
+COMMANDS = (run,)

@@ -1,0 +1,140 @@
+"""Building a layer's runner from a checkpoint: placement, kernel, weights; agreed by all ranks before any work."""
+
+from pathlib import Path
+
+import torch
+
+from xpar.comm.dispatch.auto import DispatcherChoice, choose_dispatcher
+from xpar.comm.failure import agreed
+from xpar.comm.grid import ProcessGrid
+from xpar.comm.placement import Placement
+from xpar.comm.reduction import Full, Partial, State
+from xpar.comm.shares import share
+from xpar.engine.architectures import find, layer_config, moe_layers
+from xpar.engine.checkpoint import Checkpoint, CheckpointError
+from xpar.engine.config import LayerConfig
+from xpar.engine.runner import MoERunner
+from xpar.engine.shared import SharedExperts
+from xpar.engine.weights import SharedWeights, load_layer, make_router
+from xpar.kernels.contracts import ExpertKernel, ExpertSpec
+from xpar.kernels.registry import Choice, choose
+
+FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_runner(
+    path: str | Path,
+    layer: int,
+    grid: ProcessGrid,
+    dtype: torch.dtype | None = None,
+    *,
+    dispatcher: str = "auto",
+    kernel: str = "auto",
+    exact: bool = False,
+) -> MoERunner:
+    """See :meth:`MoERunner.from_checkpoint`."""
+    return agreed(grid.world.comm, lambda: _load(path, layer, grid, dtype, dispatcher, kernel, exact))
+
+
+def _load(
+    path: str | Path,
+    layer: int,
+    grid: ProcessGrid,
+    dtype: torch.dtype | None,
+    dispatcher: str,
+    kernel: str,
+    exact: bool,
+) -> MoERunner:
+    with Checkpoint(Path(path)) as checkpoint:
+        config = config_of(checkpoint, layer)
+        dtype = dtype or checkpoint.dtype
+        check_exact(exact, grid)
+        placement, chosen = pick_dispatcher(grid, config, dispatcher)
+        experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
+        rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
+        local = None
+        if experts:
+            local = pick_kernel(config, grid, len(experts), dtype, kernel, exact).record.build(
+                spec_of(config, len(experts), rows.stop - rows.start, dtype, exact)
+            )
+        weights = load_layer(
+            checkpoint,
+            find(checkpoint.config),
+            layer,
+            config,
+            experts=experts,
+            sink=_no_expert if local is None else local.load_expert,
+            dtype=dtype,
+            rows=rows,
+            shared_rows=_shared_rows(config, grid, exact),
+        )
+    shared = None if weights.shared is None else _shared(config, grid, weights.shared, dtype, exact)
+    router = make_router(weights.router, config, row_invariant=exact)
+    return MoERunner(
+        config, grid, router, chosen.dispatcher, local, shared, dtype=dtype, exact=exact, layer=layer
+    )
+
+
+def config_of(checkpoint: Checkpoint, layer: int) -> LayerConfig:
+    """The configuration of MoE layer ``layer``; raises CheckpointError if that layer is not one."""
+    arch = find(checkpoint.config)
+    layers = moe_layers(arch, checkpoint.config)
+    if layer not in layers:
+        raise CheckpointError(
+            f"layer {layer} has no experts; the MoE layers are {', '.join(map(str, layers))}"
+        )
+    return layer_config(arch, checkpoint.config, layer)
+
+
+def pick_dispatcher(grid: ProcessGrid, config: LayerConfig, name: str) -> tuple[Placement, DispatcherChoice]:
+    """Where the experts live, and how tokens get there."""
+    placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp)
+    return placement, choose_dispatcher(grid, placement, name)
+
+
+def pick_kernel(
+    config: LayerConfig, grid: ProcessGrid, experts: int, dtype: torch.dtype, name: str, exact: bool
+) -> Choice:
+    """The kernel for ``experts`` of this rank's slices, with the reasons against the others."""
+    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
+    return choose(spec_of(config, experts, rows.stop - rows.start, dtype, exact), name)
+
+
+def spec_of(config: LayerConfig, experts: int, width: int, dtype: torch.dtype, exact: bool) -> ExpertSpec:
+    return ExpertSpec(experts, config.hidden_size, width, dtype, config.activation, row_invariant=exact)
+
+
+def check_exact(exact: bool, grid: ProcessGrid) -> None:
+    """Slicing an expert's width changes the order of its sums, which exact mode promises not to do."""
+    if exact and grid.shape.etp > 1:
+        raise ValueError(
+            f"exact mode with etp={grid.shape.etp}: a sliced expert sums in another order; use etp=1"
+        )
+
+
+def slice_of(what: str, width: int, parts: int, part: int) -> slice:
+    """This rank's part of ``width``; parts may differ by one."""
+    if width < parts:
+        raise ValueError(f"{what} {width} cannot be sliced over {parts} ranks; use at most {width}")
+    return share(width, parts, part)
+
+
+def _shared_rows(config: LayerConfig, grid: ProcessGrid, exact: bool) -> slice:
+    if config.shared is None or exact:
+        return slice(None)
+    return slice_of("shared expert width", config.shared.intermediate_size, grid.tp.size, grid.tp.rank)
+
+
+def _shared(
+    config: LayerConfig, grid: ProcessGrid, weights: SharedWeights, dtype: torch.dtype, exact: bool
+) -> SharedExperts:
+    kernel: ExpertKernel = choose(spec_of(config, 1, weights.down.shape[1], dtype, exact)).record.build(
+        spec_of(config, 1, weights.down.shape[1], dtype, exact)
+    )
+    kernel.load_expert(0, weights.gate_up, weights.down)
+    state: State = Full() if exact or grid.tp.size == 1 else Partial(grid.tp)
+    return SharedExperts(kernel, state, weights.gate)
+
+
+def _no_expert(index: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    raise AssertionError(f"expert {index} came to a rank that holds none")

@@ -1,0 +1,161 @@
+"""``xpar run``: run a checkpoint's MoE layers expert-parallel on random tokens, measure and verify them."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from xpar.comm.failure import agreed
+from xpar.comm.grid import ProcessGrid
+from xpar.comm.shares import share
+from xpar.comm.world import World
+from xpar.engine.architectures import find, moe_layers
+from xpar.engine.build import FLOATS, config_of, pick_dispatcher, pick_kernel
+from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.reference import layer_reference
+from xpar.engine.report import layer_record, layer_table, manifest, summary
+from xpar.engine.runner import MoERunner
+from xpar.engine.stages import StageClock
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    p = subparsers.add_parser("run", help="run a checkpoint's MoE layers and print where the time goes")
+    p.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors files")
+    p.add_argument(
+        "--tokens", type=int, default=512, help="tokens of the whole job, spread over the dp ranks"
+    )
+    p.add_argument("--layers", type=int, nargs="+", help="MoE layers to run (default: all)")
+    for axis, what in (("tp", "tensor"), ("dp", "data"), ("ep", "expert"), ("etp", "expert tensor")):
+        p.add_argument(f"--{axis}", type=int, help=f"{what}-parallel ranks")
+    p.add_argument("--dispatcher", default="auto", help="auto, or a dispatcher's name")
+    p.add_argument("--kernel", default="auto", help="auto, or a kernel's name")
+    p.add_argument("--dtype", choices=sorted(FLOATS), help="default: the checkpoint's")
+    p.add_argument("--exact", action="store_true", help="bits that do not depend on the number of ranks")
+    p.add_argument("--verify", action="store_true", help="compare with the unparallelised fp32 reference")
+    p.add_argument("--explain", action="store_true", help="say why this dispatcher and this kernel")
+    p.add_argument("--steps", type=int, default=5, help="measured forwards a layer, after one unmeasured")
+    p.add_argument("--seed", type=int, default=0, help="seed of the random tokens")
+    p.add_argument("--threads", type=int, help="threads a rank (default: its share of the node's cores)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one JSON document")
+    p.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command on every rank; 1 if a verified layer is out of tolerance."""
+    world = World.attach()
+    layers, dtype = agreed(world.comm, lambda: _read_request(args))
+    grid = ProcessGrid.create(world, tp=args.tp, dp=args.dp, ep=args.ep, etp=args.etp)
+    torch.set_num_threads(args.threads or world.threads())
+    console = Console(quiet=world.rank != 0, highlight=False)
+    console.print(
+        f"{world.size} ranks on {world.num_nodes} nodes, {torch.get_num_threads()} threads each | {grid.shape}"
+    )
+    if args.explain:
+        _explain(console, args, grid, layers[0], dtype)
+    records = []
+    for layer in layers:
+        records.append(_run_layer(args, grid, layer, dtype))
+        console.print(layer_table(records[-1]))
+        console.print(summary(records[-1]), soft_wrap=True)
+    if args.json:
+        agreed(world.comm, lambda: _write(args.json, manifest_of(args, grid, dtype, records), world.rank))
+    bad = [r for r in records if not r.get("rel_error", 0.0) <= TOLERANCE[dtype]]
+    for r in bad:
+        console.print(
+            f"layer {r['layer']}: relative error {r['rel_error']:.1e} exceeds {TOLERANCE[dtype]:.0e}"
+        )
+    return int(bool(bad))
+
+
+def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
+    """Everything that can be wrong with the request before any rank loads or sends anything."""
+    for name, least in (("tokens", 0), ("steps", 1), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value}: must be at least {least}")
+    with Checkpoint(args.checkpoint) as checkpoint:
+        layers = args.layers or list(moe_layers(find(checkpoint.config), checkpoint.config))
+        for layer in layers:
+            config_of(checkpoint, layer)
+        dtype = FLOATS[args.dtype] if args.dtype else checkpoint.dtype
+    if dtype not in TOLERANCE:
+        raise ValueError(f"dtype {dtype}: choose --dtype {', '.join(sorted(FLOATS))}")
+    return layers, dtype
+
+
+def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype) -> dict[str, Any]:
+    runner = MoERunner.from_checkpoint(
+        args.checkpoint, layer, grid, dtype, dispatcher=args.dispatcher, kernel=args.kernel, exact=args.exact
+    )
+    everyone = random_tokens(args.tokens, runner.config.hidden_size, args.seed + layer).to(dtype)
+    mine = everyone[share(args.tokens, grid.dp.size, grid.dp.rank)]
+    runner(mine)
+    clocks = [StageClock() for _ in range(args.steps)]
+    for clock in clocks:
+        grid.world.comm.barrier()
+        output, _, traffic = runner.run(mine, None, clock)
+    record = layer_record(runner, clocks, traffic, args.tokens)
+    if args.verify:
+        record["rel_error"] = _relative_error(args.checkpoint, grid, layer, everyone, output)
+    return record
+
+
+def random_tokens(tokens: int, hidden_size: int, seed: int) -> Tensor:
+    """[tokens, hidden_size] float32, the same on every rank and for every number of ranks."""
+    return torch.randn(tokens, hidden_size, generator=torch.Generator().manual_seed(seed))
+
+
+def _relative_error(
+    path: Path, grid: ProcessGrid, layer: int, hidden_states: Tensor, output: Tensor
+) -> float:
+    """||out - ref|| / ||ref|| over all tokens, computed by rank 0 and told to all."""
+    kept = output if grid.tp.rank == 0 else output[:0]
+    complete = grid.world.comm.all_gather_v(kept)
+
+    def compare() -> float:
+        if grid.world.rank:
+            return 0.0
+        with Checkpoint(path) as checkpoint:
+            reference, _ = layer_reference(checkpoint, layer, hidden_states)
+        return float((complete.float() - reference).norm() / reference.norm().clamp_min(1e-30))
+
+    error = agreed(grid.world.comm, compare, f"reference of layer {layer}")
+    return float(grid.world.comm.all_gather_object(error)[0])
+
+
+def manifest_of(
+    args: argparse.Namespace, grid: ProcessGrid, dtype: torch.dtype, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The JSON document."""
+    first = records[0]
+    return {
+        "manifest": manifest(grid, dtype, first["dispatcher"], first["kernel"], args.seed),
+        "layers": records,
+    }
+
+
+def _write(path: Path, document: dict[str, Any], rank: int) -> None:
+    if rank == 0:
+        path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _explain(
+    console: Console, args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype
+) -> None:
+    with Checkpoint(args.checkpoint) as checkpoint:
+        config = config_of(checkpoint, layer)
+
+    def reasons() -> str:
+        placement, dispatcher = pick_dispatcher(grid, config, args.dispatcher)
+        held = len(placement.experts_of(grid.moe.rank // grid.shape.etp))
+        kernel = pick_kernel(config, grid, max(1, held), dtype, args.kernel, args.exact)
+        return f"dispatcher\n{dispatcher.explain()}\nkernel\n{kernel.explain()}"
+
+    console.print(agreed(grid.world.comm, reasons))

@@ -1,0 +1,144 @@
+"""One mixture-of-experts layer on this rank: the six steps in order."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from xpar.comm.dispatch.base import Dispatcher, DispatchPlan, Traffic
+from xpar.comm.grid import ProcessGrid
+from xpar.comm.handshake import Tag
+from xpar.comm.reduction import Distributed, Full, Sharded, finish
+from xpar.comm.shares import share, shares
+from xpar.engine.config import LayerConfig
+from xpar.engine.routing import Router
+from xpar.engine.shared import SharedExperts
+from xpar.engine.stages import StageClock
+from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
+
+
+class MoERunner(nn.Module):
+    """Routes, plans, dispatches, computes, combines and finishes; every rank of ``grid`` calls it together.
+
+    ``kernel``: this rank's experts, or None if it holds none. ``exact``: slot outputs travel unsummed and are added
+    in slot order where the token lives, so that the bits do not depend on the number of ranks.
+    """
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        grid: ProcessGrid,
+        router: Router,
+        dispatcher: Dispatcher,
+        kernel: ExpertKernel | None,
+        shared: SharedExperts | None = None,
+        *,
+        dtype: torch.dtype,
+        exact: bool = False,
+        layer: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config, self.grid, self.layer = config, grid, layer
+        self.router, self.dispatcher, self.kernel, self.shared = router, dispatcher, kernel, shared
+        self.dtype, self.exact = dtype, exact
+        self._step = 0
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        layer: int,
+        grid: ProcessGrid,
+        dtype: torch.dtype | None = None,
+        *,
+        dispatcher: str = "auto",
+        kernel: str = "auto",
+        exact: bool = False,
+    ) -> "MoERunner":
+        """Load layer ``layer`` of a Hugging Face checkpoint, this rank's experts only; collective over the grid.
+
+        ``dtype``: that of the computation, by default the checkpoint's. Raises one error, the same on every
+        rank, for a checkpoint, layer, dispatcher or kernel that does not fit.
+        """
+        from xpar.engine.build import load_runner
+
+        return load_runner(path, layer, grid, dtype, dispatcher=dispatcher, kernel=kernel, exact=exact)
+
+    def forward(self, hidden_states: Tensor, router_logits: Tensor | None = None) -> Tensor:
+        """[T, H] -> [T, H], both in the layer's dtype. ``router_logits``: [T, E], where the caller has them already."""
+        return self.run(hidden_states, router_logits, StageClock())[0]
+
+    def run(
+        self, hidden_states: Tensor, router_logits: Tensor | None, clock: StageClock
+    ) -> tuple[Tensor, Routing, Traffic]:
+        """The forward, with its routing, its traffic and its times."""
+        self._step += 1
+        mine = self._own_tokens(hidden_states)
+        with clock.stage("route"):
+            routing = self._route(hidden_states, mine, router_logits)
+        with clock.stage("plan"):
+            plan = self._plan(routing)
+        with clock.stage("dispatch"):
+            arrived = self.dispatcher.dispatch(hidden_states[mine], plan).wait()
+        with clock.stage("compute"):
+            outputs = self._compute(arrived, plan)
+        with clock.stage("combine"):
+            routed = self._as_share(self.dispatcher.combine(outputs, plan), hidden_states)
+        with clock.stage("shared"):
+            shared = None if self.shared is None else self.shared(hidden_states)
+        with clock.stage("finish"):
+            result = finish(routed, shared).tensor
+        clock.slots += int((arrived.topk_ids >= 0).sum())
+        return result, plan.own, plan.traffic
+
+    # -- the steps that are not one call ----------------------------------------------------------------------
+
+    def _route(self, hidden_states: Tensor, mine: slice, router_logits: Tensor | None) -> Routing | Exception:
+        """What went wrong here is a value: the plan tells the other ranks, and all raise together."""
+        try:
+            self._check(hidden_states)
+            return self.router.route(
+                hidden_states[mine], None if router_logits is None else router_logits[mine]
+            )
+        except Exception as error:  # noqa: BLE001 - raised by plan, on every rank
+            return error
+
+    def _plan(self, routing: Routing | Exception) -> DispatchPlan:
+        tag = Tag("layer", self.layer, self._step)
+        return self.dispatcher.plan(
+            routing, tag=tag, hidden_size=self.config.hidden_size, dtype=self.dtype, exact=self.exact
+        )
+
+    def _compute(self, arrived: ExpertInput, plan: DispatchPlan) -> Tensor:
+        if self.kernel is None:
+            return arrived.hidden_states.new_empty(0, self.config.hidden_size)
+        if self.exact:
+            return self.kernel.compute_slots(arrived)
+        out = self.dispatcher.output(plan, arrived.topk_ids.shape[0], arrived.hidden_states)
+        return self.kernel.compute(arrived, out)
+
+    def _own_tokens(self, hidden_states: Tensor) -> slice:
+        """Where the ranks of a tp group hold the same tokens but dispatch them, each takes its share."""
+        if self.dispatcher.name == "replicated":
+            return slice(0, hidden_states.shape[0])
+        return share(hidden_states.shape[0], self.grid.tp.size, self.grid.tp.rank)
+
+    def _as_share(self, routed: Distributed, hidden_states: Tensor) -> Distributed:
+        if (
+            self.dispatcher.name == "replicated"
+            or self.grid.tp.size == 1
+            or not isinstance(routed.state, Full)
+        ):
+            return routed
+        counts = tuple(shares(hidden_states.shape[0], self.grid.tp.size))
+        return Distributed(routed.tensor, Sharded(self.grid.tp, counts))
+
+    def _check(self, hidden_states: Tensor) -> None:
+        if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.hidden_size:
+            raise ValueError(
+                f"hidden_states of shape {tuple(hidden_states.shape)}: expected [tokens, {self.config.hidden_size}]"
+            )
+        if hidden_states.dtype != self.dtype:
+            raise ValueError(
+                f"hidden_states are {hidden_states.dtype}, the layer computes in {self.dtype}; cast them first"
+            )
