@@ -172,7 +172,7 @@ class MpiCommunicator:
         return _sum_in_order(addends.view(self.size, mine, *x.shape[1:]), acc).to(x.dtype)
 
     def _row_type(self, x: Tensor) -> "MPI.Datatype":
-        row_bytes = int(np.prod(x.shape[1:])) * x.element_size()
+        row_bytes = max(1, int(np.prod(x.shape[1:])) * x.element_size())
         if row_bytes not in self._row_types:
             self._row_types[row_bytes] = self._mpi.BYTE.Create_contiguous(row_bytes).Commit()
         return self._row_types[row_bytes]
@@ -195,6 +195,8 @@ def _host(x: Tensor) -> Tensor:
 def _buffer(x: Tensor) -> Any:
     from mpi4py import MPI
 
+    if not x.numel():  # two null pointers would look like aliased buffers
+        return MPI.buffer(bytearray(1))
     return MPI.buffer.fromaddress(x.data_ptr(), x.numel() * x.element_size())
 
 

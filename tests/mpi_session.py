@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from mpi4py import MPI
@@ -22,17 +23,42 @@ GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
+class Headline:
+    """What pytest's summary says of a failure; pytest prints a plain text there in full."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the ranks saw, in the form that pytest takes for a traceback."""
+
+    text: str
+    reprcrash: Headline
+
+    def __str__(self) -> str:
+        return self.text
+
+    def toterminal(self, writer: Any) -> None:
+        writer.line(self.text)
+
+
+@dataclass(frozen=True)
 class Account:
-    """What one rank saw of one phase of a test."""
+    """What one rank saw of one phase of a test: a headline, the traceback and the captured output."""
 
     outcome: str
+    headline: str
     text: str
     output: str
 
     @classmethod
     def of(cls, report: pytest.TestReport) -> "Account":
+        crash = getattr(report.longrepr, "reprcrash", None)
+        headline = crash.message.partition("\n")[0] if crash else report.outcome
         text = report.longreprtext if report.failed else f"{report.outcome} {report.longreprtext}"
-        return cls(report.outcome, text, "\n".join(f"{name}\n{shown}" for name, shown in report.sections))
+        output = "\n".join(f"{name}\n{shown}" for name, shown in report.sections)
+        return cls(report.outcome, headline, text, output)
 
 
 class MPISession:
@@ -122,16 +148,19 @@ def agree(report: pytest.TestReport, accounts: list[Account]) -> None:
         if len({account.outcome for account in accounts}) == 1:
             return
         failed = [True] * len(accounts)
-    ranks_of: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
     for rank in (rank for rank, bad in enumerate(failed) if bad):
-        ranks_of.setdefault(accounts[rank].text, []).append(rank)
-    texts = [f"rank {', '.join(map(str, ranks))}:\n{text}" for text, ranks in ranks_of.items()]
+        alike.setdefault(accounts[rank].text, []).append(rank)
+    named = [("rank " + ", ".join(map(str, ranks)), accounts[ranks[0]]) for ranks in alike.values()]
     # The report shows rank 0's output as its own.
     output = [
         f"rank {rank}: {accounts[rank].output}" for rank in range(1, len(accounts)) if accounts[rank].output
     ]
     report.outcome = "failed"
-    report.longrepr = "\n".join([*texts, *output])
+    report.longrepr = Verdict(  # type: ignore[assignment]  # pytest's own base class is private
+        "\n".join([*(f"{ranks}:\n{account.text}" for ranks, account in named), *output]),
+        Headline("; ".join(f"{ranks}: {account.headline}" for ranks, account in named)),
+    )
 
 
 def difference(found: list[tuple[list[str], list[str]]]) -> str:

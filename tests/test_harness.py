@@ -19,7 +19,7 @@ def run_session(tmp_path: Path, source: str, n: int = 2, *options: str) -> subpr
     for name in ("conftest.py", "mpi_session.py"):
         shutil.copy(HERE / name, tmp_path)
     (tmp_path / "test_inner.py").write_text(HEAD + source)
-    (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\naddopts = -p no:cacheprovider\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\naddopts = -ra -p no:cacheprovider\n")
     return mpirun(n, [sys.executable, "-m", "mpi4py", "-m", "pytest", "--with-mpi", *options], cwd=tmp_path)
 
 
@@ -55,7 +55,7 @@ def test_same_failure_on_all_ranks_is_shown_once(tmp_path: Path) -> None:
     run = run_session(tmp_path, "def test_no():\n    print('said')\n    assert 1 == 2\n", 3)
     assert run.returncode == 1
     assert run.stdout.count("E       assert 1 == 2") == 1, run.stdout
-    assert "rank 0, 1, 2:" in run.stdout
+    assert "FAILED test_inner.py::test_no - rank 0, 1, 2: assert 1 == 2\n" in run.stdout
 
 
 def test_failing_setup_of_one_rank_keeps_the_others_out_of_the_test(tmp_path: Path) -> None:

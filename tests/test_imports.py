@@ -35,7 +35,7 @@ def imported(tree: ast.AST, package: str) -> Iterator[str]:
 class AtImportTime(ast.NodeTransformer):
     """Drops what does not run when a module is imported: functions, and imports for the type checker."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None: ...
+    def visit_FunctionDef(self, node: ast.AST) -> None: ...
 
     visit_AsyncFunctionDef = visit_FunctionDef
 

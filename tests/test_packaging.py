@@ -110,7 +110,16 @@ def test_sdist_holds_what_a_build_needs(dist: Path) -> None:
 def test_wheel_from_the_checkout_equals_the_one_from_the_sdist(
     tree: Path, wheel: Path, tmp_path: Path
 ) -> None:
-    words = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, tree]
+    words: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        tmp_path,
+        tree,
+    ]
     run(*words, cwd=tmp_path)
     (direct,) = tmp_path.glob("*.whl")
     assert contents(direct) == contents(wheel)
