@@ -5,12 +5,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xpar.comm.communicator import Communicator, SoloCommunicator
+from xpar.comm.handshake import CollectiveError
 from xpar.comm.mpi import MpiCommunicator
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+class LaunchError(CollectiveError):
+    """The launcher and MPI disagree about the number of ranks; every task sees the same."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class World:
     def attach(cls, mpi_comm: "MPI.Intracomm | None" = None, *, allow_singleton: bool = False) -> "World":
         """Join the MPI job (starting MPI if need be); collective over ``mpi_comm``, by default all ranks.
 
-        Raises RuntimeError if the launcher started several tasks but MPI sees one.
+        Raises :class:`LaunchError` if the launcher started several tasks but MPI sees one.
         """
         from mpi4py import MPI
 
@@ -81,14 +86,14 @@ class World:
 
 
 def refuse_singletons(environ: dict[str, str], library: str) -> None:
-    """Raise RuntimeError if a launcher started several tasks that MPI does not know of (``srun`` without PMI)."""
+    """Raise :class:`LaunchError` if a launcher started several tasks that MPI does not know of (``srun`` without PMI)."""
     counts = {name: environ[name] for name in LAUNCHER_SIZES if environ.get(name, "").isdigit()}
     tasks = max((int(n) for n in counts.values()), default=1)
     if tasks <= 1:
         return
     flavour = "pmix" if "Open MPI" in library else "cray_shasta" if "CRAY" in library.upper() else "pmi2"
     found = ", ".join(f"{k}={v}" for k, v in counts.items())
-    raise RuntimeError(
+    raise LaunchError(
         f"the launcher started {tasks} tasks ({found}) but MPI sees 1 rank: each task would run alone and repeat "
         f"the whole work. Launch with `srun --mpi={flavour}` for this library ({library.splitlines()[0]}), "
         "or with its own mpirun; `srun --mpi=list` shows what the site offers."

@@ -7,5 +7,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 
 rm -rf demo-checkpoint
-xpar make-checkpoint olmoe demo-checkpoint --layers 2 --experts 8 --hidden 256
+xpar make-checkpoint olmoe demo-checkpoint --layers 2 --experts 8 --hidden 256 --intermediate 128 --top-k 2
 mpirun -n 2 xpar run demo-checkpoint --tokens 512 --verify "$@"

@@ -1,0 +1,67 @@
+"""``xpar make-checkpoint``: random weights in the real format of a model family. Needs no MPI."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from xpar.comm.failure import AgreedError
+from xpar.engine.architectures import ARCHITECTURES
+from xpar.engine.build import FLOATS
+from xpar.engine.make_checkpoint import make_checkpoint
+
+SIZES = {
+    "layers": (2, "decoder layers"),
+    "experts": (8, "experts a layer"),
+    "hidden": (256, "hidden size H"),
+    "intermediate": (128, "expert width I"),
+    "top-k": (2, "experts a token"),
+    "vocab": (256, "vocabulary"),
+}
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    p = subparsers.add_parser("make-checkpoint", help="write a checkpoint with random weights")
+    families = [arch.model_type for arch in ARCHITECTURES]
+    p.add_argument("arch", metavar="ARCH", choices=families, help=f"model family: {', '.join(families)}")
+    p.add_argument("directory", metavar="DIR", type=Path, help="new or empty directory")
+    for name, (default, what) in SIZES.items():
+        p.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
+    p.add_argument("--shared", type=int, help="shared experts (default: one where the family has them)")
+    p.add_argument("--dtype", choices=sorted(FLOATS), default="bfloat16", help="default bfloat16")
+    p.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
+    p.add_argument(
+        "--writer",
+        choices=("auto", "transformers", "own"),
+        default="auto",
+        help="transformers' own classes, or xpar's tables of names (default: the first if installed)",
+    )
+    p.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write it and say what was written."""
+    try:
+        make_checkpoint(
+            args.arch,
+            args.directory,
+            layers=args.layers,
+            experts=args.experts,
+            hidden=args.hidden,
+            intermediate=args.intermediate,
+            top_k=args.top_k,
+            shared=args.shared,
+            vocab=args.vocab,
+            dtype=FLOATS[args.dtype],
+            seed=args.seed,
+            writer=args.writer,
+        )
+    except ValueError as error:
+        raise AgreedError(str(error)) from None  # there is one process: shown as one line
+    size = sum(f.stat().st_size for f in args.directory.glob("*.safetensors"))
+    Console(highlight=False).print(
+        f"{args.directory}: {args.arch}, {args.layers} layers of {args.experts} experts, {size / 1e6:.1f} MB",
+        soft_wrap=True,
+    )
+    return 0

@@ -1,0 +1,91 @@
+"""The commands as a user types them, and what they say to wrong words."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from launch import mpirun
+
+XPAR = [sys.executable, "-m", "xpar.engine"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "qwen2"
+    job = mpirun(1, [*XPAR, "make-checkpoint", "qwen2_moe", str(path), "--writer", "own"])
+    assert job.returncode == 0, job.stderr
+    assert "2 layers of 8 experts" in job.stdout
+    return path
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_run_verifies_and_writes_json(checkpoint: Path, tmp_path: Path, n: int) -> None:
+    out = tmp_path / "figures.json"
+    words = [
+        "run",
+        str(checkpoint),
+        "--tokens",
+        "41",
+        "--steps",
+        "2",
+        "--verify",
+        "--explain",
+        "--json",
+        str(out),
+    ]
+    job = mpirun(n, [*XPAR, *words])
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert job.stdout.count("tokens/s") == 2  # one table a layer, from rank 0 only
+    document = json.loads(out.read_text())
+    assert document["manifest"]["grid"]["ep"] == n
+    for layer in document["layers"]:
+        assert 0 < layer["rel_error"] < 1e-2
+        assert layer["tokens_per_s"] > 0 and layer["imbalance"] >= 1
+        assert layer["bytes_dispatched"] == layer["rows_dispatched"] * 256 * 2
+        assert set(layer["stages"]) == {"route", "plan", "dispatch", "compute", "combine", "shared", "finish"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tp", "3"], "tp=3 does not divide 2 ranks; tp must be one of 1, 2"),
+        (["--kernel", "abacus"], "kernel='abacus'"),
+        (["--dispatcher", "replicated"], "hold different tokens"),
+        (["--layers", "9"], "layer 9 has no experts"),
+        (["--tokens", "-1"], "--tokens -1: must be at least 0"),
+        (["--exact", "--etp", "2"], "use etp=1"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_words_are_one_line(checkpoint: Path, words: list[str], message: str) -> None:
+    job = mpirun(2, [*XPAR, "run", str(checkpoint), *words])
+    assert job.returncode == 1
+    assert job.stderr.count(message) == 1 and "Traceback" not in job.stderr
+
+
+def test_missing_checkpoint_and_unknown_command(tmp_path: Path) -> None:
+    job = mpirun(2, [*XPAR, "run", str(tmp_path / "nowhere")])
+    assert job.returncode == 1 and job.stderr.count("nowhere: not a directory") == 1
+    job = mpirun(2, [*XPAR, "frobnicate"])
+    assert job.returncode == 2 and job.stderr.count("invalid choice") == 1
+
+
+def test_truncated_shard_is_one_error_on_all_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "olmoe"
+    assert mpirun(1, [*XPAR, "make-checkpoint", "olmoe", str(path), "--writer", "own"]).returncode == 0
+    shard = next(path.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    job = mpirun(2, [*XPAR, "run", str(path)])
+    assert job.returncode == 1 and job.stderr.count("xpar: error:") == 1 and shard.name in job.stderr
+
+
+def test_make_checkpoint_keeps_what_is_there(checkpoint: Path) -> None:
+    job = mpirun(1, [*XPAR, "make-checkpoint", "olmoe", str(checkpoint)])
+    assert job.returncode == 1 and "is not empty" in job.stderr and "Traceback" not in job.stderr
+
+
+def test_doctor_lists_every_rank() -> None:
+    job = mpirun(3, [*XPAR, "doctor"])
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "no problems found" in job.stdout and "mpi4py" in job.stdout
