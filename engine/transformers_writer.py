@@ -1,4 +1,4 @@
-"""Writes a random checkpoint through transformers' own model classes. Imported only where that package is installed."""
+"""Writes a random checkpoint through transformers' own model classes; that package is an optional extra."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging
 
 from xpar.engine.random_weights import fill_random
 
@@ -20,6 +18,8 @@ def write_with_transformers(
     max_shard_bytes: int,
 ) -> None:
     """Build the model of ``config``, fill its tensors by :func:`fill_random`, and save it to ``path``."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     values = {key: value for key, value in config.items() if key != "model_type"}
     hf_config = AutoConfig.for_model(config["model_type"], **values)
     with torch.device("meta"):  # weights are drawn once, here, not first by the model's own initialisation
@@ -34,6 +34,8 @@ def write_with_transformers(
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
