@@ -117,7 +117,3 @@ class ProcessGrid:
     @property
     def ep_rank(self) -> int:
         return self.ep.rank
-
-    def moe_on_one_node(self) -> bool:
-        """Whether all ranks of this rank's ``moe`` group share memory."""
-        return len({self.world.node_of[r] for r in self.moe.world_ranks}) == 1

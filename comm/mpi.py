@@ -25,6 +25,8 @@ from xpar.comm.handshake import Tag, handshake
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from xpar.comm.window import SharedWindow
+
 SMALL_REDUCE_BYTES = 16384
 """Below this, gathering every addend is one latency; above, each rank sums its share and shares are gathered."""
 
@@ -44,6 +46,7 @@ class MpiCommunicator:
         self.name, self.rank, self.size = name, mpi_comm.rank, mpi_comm.size
         self.world_ranks = tuple(world_ranks)
         self._row_types: dict[int, MPI.Datatype] = {}
+        self.window: SharedWindow | None = None
 
     # -- data plane -----------------------------------------------------------------------------------------
 
@@ -138,7 +141,9 @@ class MpiCommunicator:
         self.mpi_comm.Abort(code)
 
     def close(self) -> None:
-        """Free the datatypes and the MPI communicator; collective."""
+        """Free the window, the datatypes and the MPI communicator; collective."""
+        if self.window is not None:
+            self.window.close()
         for row in self._row_types.values():
             row.Free()
         self._row_types.clear()

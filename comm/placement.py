@@ -46,3 +46,16 @@ class Placement:
             return topk_ids.to(torch.int32)
         ids = topk_ids.long()
         return torch.where(self.owner[ids] == ep_rank, self.local[ids], -1)
+
+    def slot_order(self, topk_ids: Tensor) -> tuple[Tensor, list[int]]:
+        """Where each slot's output lies when the ep ranks' slot outputs are laid end to end; and each rank's number.
+
+        [T, k] int64, -1 for a dropped slot. Every rank computes its slots in (token, slot) order.
+        """
+        owners = self.owners(topk_ids).reshape(-1)
+        counts = torch.bincount(owners, minlength=self.ep + 1)[: self.ep].tolist()
+        order = torch.sort(owners, stable=True).indices
+        positions = torch.empty_like(order)
+        positions[order] = torch.arange(order.numel())
+        positions.masked_fill_(owners == self.ep, -1)
+        return positions.view(topk_ids.shape), counts

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from xpar.comm.communicator import Communicator, SoloCommunicator
 from xpar.comm.handshake import CollectiveError
 from xpar.comm.mpi import MpiCommunicator
+from xpar.comm.window import free_bytes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -25,6 +26,7 @@ class World:
     ``comm``: the group of all ranks. ``node_of``: node index of every rank. ``hosts``: host name of every rank.
     ``local_rank``, ``local_size``: this rank's place among the ranks that share its memory.
     ``cores``: cores this rank may use, shared ones counted in part. ``library``: the MPI library's own version text.
+    ``window_room``: bytes left for shared windows where each rank runs.
     """
 
     comm: Communicator
@@ -34,6 +36,7 @@ class World:
     local_size: int
     cores: float
     library: str
+    window_room: tuple[int, ...]
 
     @property
     def rank(self) -> int:
@@ -77,12 +80,13 @@ class World:
         ordered = base.Split(0, key=node * base.size + local_rank)
         node_of = tuple(ordered.allgather(node))
         hosts = tuple(ordered.allgather(MPI.Get_processor_name()))
+        room = tuple(ordered.allgather(free_bytes()))
         comm: Communicator
         if ordered.size == 1:
             comm = SoloCommunicator("world", 0, ordered.Abort)
         else:
             comm = MpiCommunicator(ordered, "world", range(ordered.size))
-        return cls(comm, node_of, hosts, local_rank, local_size, cores, library)
+        return cls(comm, node_of, hosts, local_rank, local_size, cores, library, room)
 
 
 def refuse_singletons(environ: dict[str, str], library: str) -> None:

@@ -100,6 +100,16 @@ def sum_rows(rows: Tensor, index: Tensor, num_out: int) -> Tensor:
     return _bags(rows, order, torch.bincount(index, minlength=num_out))
 
 
+def sum_runs(rows: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
+    """``y[t]`` = sum of the next ``sizes[t]`` rows that ``index`` names: [len(sizes), H] in the rows' dtype.
+
+    ``rows`` [R, H], ``index`` [sum(sizes)] int64, ``sizes`` [T] int64. Added in that order in fp32, rounded once.
+    """
+    if not index.numel():
+        return rows.new_zeros(sizes.shape[0], rows.shape[1])
+    return _bags(rows, index, sizes)
+
+
 def sum_into(out: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """``out[index[r]] += rows[r]`` in row order; ``out`` [T, H] float32, ``rows`` [R, H], ``index`` [R] int64.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
-from xpar.comm.dispatch.base import DispatchPlan, Traffic, agree, pack, unpack
+from xpar.comm.dispatch.base import DispatchPlan, Traffic, agree, goes_to, pack, unpack
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
@@ -93,9 +93,7 @@ class AllToAllDispatcher:
 
 def destinations(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor, list[int]]:
     """(rank, token) of every row to send, by rank and then token, and the rows per rank: rows de-duplicated by rank."""
-    goes = torch.zeros(topk_ids.shape[0], placement.ep + 1, dtype=torch.bool)
-    goes.scatter_(1, placement.owners(topk_ids), True)
-    by_rank = goes[:, : placement.ep].t().repeat_interleave(placement.etp, dim=0)
+    by_rank = goes_to(topk_ids, placement)
     pairs = by_rank.nonzero()
     return pairs[:, 0], pairs[:, 1], by_rank.sum(1).tolist()
 

@@ -6,11 +6,14 @@ from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.dispatch.replicated import ReplicatedDispatcher
+from xpar.comm.dispatch.shared_memory import SharedMemoryDispatcher
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.placement import Placement
 
 SMALL_GROUP = 4
 """Up to this many ranks an all-gather moves about the bytes of the de-duplicated all-to-all (k near R)."""
+ROOM_FOR_WINDOWS = 256 << 20
+"""Bytes of shared memory that a node must have left for windows to be chosen unasked; containers often have 64 MB."""
 
 
 @dataclass(frozen=True)
@@ -26,30 +29,27 @@ class DispatcherChoice:
         return "\n".join(lines + [f"{name}: passed over, {reason}" for name, reason in self.rejected])
 
 
-DISPATCHERS = (ReplicatedDispatcher, AllGatherDispatcher, AllToAllDispatcher)
+DISPATCHERS = (ReplicatedDispatcher, SharedMemoryDispatcher, AllGatherDispatcher, AllToAllDispatcher)
 
 
 def choose_dispatcher(grid: ProcessGrid, placement: Placement, name: str = "auto") -> DispatcherChoice:
     """The first dispatcher that suits ``grid``, or the one called ``name``.
 
-    Raises ValueError with the reason and the names if the named one does not exist or does not fit.
+    Raises ValueError with the reason and the names if the named one does not exist or cannot work here.
     """
     names = [cls.name for cls in DISPATCHERS]
-    reasons = {
-        "replicated": _no_replication(grid),
-        "allgather": f"{grid.moe.size} ranks; more than {SMALL_GROUP} move fewer bytes with alltoall"
-        if grid.moe.size > SMALL_GROUP
-        else None,
-        "alltoall": None,
-    }
+    impossible = {"replicated": _no_replication(grid), "shared-memory": _no_shared_memory(grid)}
+    unsuitable = {"shared-memory": _little_room(grid), "allgather": _many_ranks(grid)}
+    reasons = {n: impossible.get(n) or unsuitable.get(n) for n in names}
     if name == "auto":
         chosen = next(n for n in names if reasons[n] is None)
     elif name not in names:
         raise ValueError(
             f"dispatcher={name!r}: there is none of that name; choose auto or one of {', '.join(names)}"
         )
-    elif name == "replicated" and reasons[name]:
-        raise ValueError(f"dispatcher='replicated': {reasons[name]}; choose auto, allgather or alltoall")
+    elif impossible.get(name):
+        fit = ", ".join(n for n in names if not impossible.get(n))
+        raise ValueError(f"dispatcher={name!r}: {impossible[name]}; choose auto or one of {fit}")
     else:
         chosen = name
     cls = DISPATCHERS[names.index(chosen)]
@@ -62,3 +62,23 @@ def _no_replication(grid: ProcessGrid) -> str | None:
     if grid.moe.size == 1 or grid.moe.world_ranks == grid.tp.world_ranks:
         return None
     return f"the {grid.moe.size} ranks of an expert group hold different tokens (tp={grid.shape.tp})"
+
+
+def _no_shared_memory(grid: ProcessGrid) -> str | None:
+    nodes = {grid.world.node_of[r] for r in grid.moe.world_ranks}
+    if len(nodes) == 1:
+        return None
+    return f"the {grid.moe.size} ranks of an expert group lie on {len(nodes)} nodes and share no memory"
+
+
+def _little_room(grid: ProcessGrid) -> str | None:
+    room = min(grid.world.window_room[r] for r in grid.moe.world_ranks)
+    if room >= ROOM_FOR_WINDOWS:
+        return None
+    return f"{room / 1e6:.0f} MB of shared memory are left on the node, less than {ROOM_FOR_WINDOWS / 1e6:.0f} MB"
+
+
+def _many_ranks(grid: ProcessGrid) -> str | None:
+    if grid.moe.size <= SMALL_GROUP:
+        return None
+    return f"{grid.moe.size} ranks; more than {SMALL_GROUP} move fewer bytes with alltoall"

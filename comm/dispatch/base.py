@@ -101,3 +101,10 @@ def unpack(packed: Tensor) -> Routing:
     """The inverse of :func:`pack`."""
     ids, weights = packed.chunk(2, dim=1)
     return Routing(ids, weights.contiguous().view(torch.float32))
+
+
+def goes_to(topk_ids: Tensor, placement: Placement) -> Tensor:
+    """[R, T] bool: whether a rank holds (a slice of) any of a token's experts."""
+    goes = torch.zeros(topk_ids.shape[0], placement.ep + 1, dtype=torch.bool)
+    goes.scatter_(1, placement.owners(topk_ids), True)
+    return goes[:, : placement.ep].t().repeat_interleave(placement.etp, dim=0)

@@ -65,15 +65,10 @@ class ReplicatedDispatcher:
         return Distributed(total, Partial(self.group))
 
     def _in_slot_order(self, outputs: Tensor, plan: DispatchPlan) -> Tensor:
-        owners = self.placement.owners(plan.own.topk_ids).reshape(-1)
+        positions, counts = self.placement.slot_order(plan.own.topk_ids)
         if self.group.size > 1:
-            counts = torch.bincount(owners, minlength=self.placement.ep + 1)[: self.placement.ep].tolist()
             outputs = self.group.all_gather_v(outputs, counts)
-        order = torch.sort(owners, stable=True).indices  # slots by owner, each owner's in (token, slot) order
-        positions = torch.empty_like(order)
-        positions[order] = torch.arange(order.numel())
-        positions.masked_fill_(owners == self.placement.ep, -1)
-        return weighted_sum(outputs, plan.own.topk_weights, positions.view(plan.own.topk_ids.shape))
+        return weighted_sum(outputs, plan.own.topk_weights, positions)
 
     def _ep_rank(self) -> int:
         return self.group.rank // self.placement.etp
