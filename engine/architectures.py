@@ -9,9 +9,9 @@ from typing import Any
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.engine.schema import Architecture, Key, LayerPattern, MlpNames, Rule, SharedSchema
 from xpar.engine.tensor_file import CheckpointError
-from xpar.kernels.contracts import Activation
+from xpar.kernels.contracts import Activation, ActivationName
 
-ACTIVATIONS: Mapping[str, Activation] = {
+ACTIVATIONS: Mapping[str, ActivationName] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -173,7 +173,7 @@ def layer_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -
             hidden_size=arch.hidden_size.get(hf_config, int),
             intermediate_size=arch.intermediate_size.get(hf_config, int),
             router=_router_config(arch, hf_config),
-            activation=ACTIVATIONS[activation],
+            activation=Activation(ACTIVATIONS[activation]),
             shared=_shared_config(arch, hf_config),
         )
     except CheckpointError:

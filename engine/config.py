@@ -5,6 +5,8 @@ from typing import Literal
 
 from xpar.kernels.contracts import Activation
 
+SILU = Activation("silu")
+
 
 @dataclass(frozen=True)
 class RouterConfig:
@@ -48,7 +50,7 @@ class LayerConfig:
     hidden_size: int
     intermediate_size: int
     router: RouterConfig
-    activation: Activation = "silu"
+    activation: Activation = SILU
     shared: SharedConfig | None = None
 
     def __post_init__(self) -> None:

@@ -4,22 +4,14 @@ Routing is decided as the engine decides it, in the dtypes of the model; all els
 a time, and only those that some token chose, so that a layer of any size can be verified.
 """
 
-from collections.abc import Callable, Mapping
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.weights import load_router, load_shared, make_router, stream_experts
+from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, Routing
-
-ACTIVATION_FUNCTIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 
 def layer_reference(
@@ -51,6 +43,5 @@ def layer_reference(
 
 
 def mlp_reference(x: Tensor, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:
-    """``(act(x @ gate.T) * (x @ up.T)) @ down.T`` in float32: [T, H], [2I, H], [H, I] -> [T, H]."""
-    gate, up = gate_up.float().chunk(2)
-    return (ACTIVATION_FUNCTIONS[activation](x @ gate.T) * (x @ up.T)) @ down.float().T
+    """``act(x @ gate_up.T) @ down.T`` in float32: [T, H], [2I, H], [H, I] -> [T, H]."""
+    return activate(x @ gate_up.float().T, activation) @ down.float().T

@@ -14,14 +14,11 @@ from torch import Tensor
 
 from xpar.engine.config import RouterConfig
 from xpar.kernels.contracts import Routing
+from xpar.kernels.elementwise import placeless
 
 # Rows of one product in row-invariant mode: BLAS picks its blocking, and with it the order of the sum over H, by
 # shape, so that every product must have the same one. Seen with fp32: 9 rows give other bits than 8 or 12.
 BLOCK_ROWS = 32
-
-# Floats: a multiple of every vector width that kernels step by, and what torch gives to one thread at least.
-VECTOR = 64
-SHARE = 32768
 
 # Keeps the renormalisation of sigmoid weights finite when all k underflow; DeepSeek-V3's own value.
 TINY = 1e-20
@@ -112,7 +109,7 @@ def select_experts(
     if config.scoring == "softmax":
         scores = router_logits.softmax(dim=-1, dtype=torch.float32)
     else:
-        scores = row_sigmoid(router_logits.float())
+        scores = placeless(torch.sigmoid, router_logits.float())
     choice = scores if correction_bias is None else scores + correction_bias
     if config.topk_group < config.num_expert_group:
         choice = _keep_best_groups(choice, config)
@@ -138,18 +135,6 @@ def require_finite(router_logits: Tensor) -> None:
             f"router logits of token {token} are not finite (expert {expert}: {float(router_logits[token, expert])}); "
             "check the hidden states and the gate weight for NaN or overflow"
         )
-
-
-def row_sigmoid(x: Tensor) -> Tensor:
-    """Sigmoid of float32 ``x`` whose result for a value does not depend on the value's place.
-
-    Elementwise CPU kernels run whole vectors and finish each thread's share with scalar code that rounds otherwise.
-    Shares that are small enough for one thread and a whole number of vectors have no such rest.
-    """
-    flat = F.pad(x.reshape(-1), (0, -x.numel() % VECTOR))
-    for begin in range(0, flat.numel(), SHARE):
-        flat[begin : begin + SHARE].sigmoid_()
-    return flat[: x.numel()].view(x.shape)
 
 
 def _keep_best_groups(choice: Tensor, config: RouterConfig) -> Tensor:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from xpar.comm.reduction import Distributed, State
-from xpar.engine.routing import gate_logits, row_sigmoid
+from xpar.engine.routing import gate_logits
 from xpar.kernels.contracts import ExpertInput, ExpertKernel
+from xpar.kernels.elementwise import placeless
 
 
 class SharedExperts:
@@ -27,4 +28,6 @@ class SharedExperts:
     def _weights(self, hidden_states: Tensor) -> Tensor:
         if self.gate is None:
             return torch.ones(hidden_states.shape[0], 1)
-        return row_sigmoid(gate_logits(hidden_states, self.gate, self.kernel.spec.row_invariant).float())
+        return placeless(
+            torch.sigmoid, gate_logits(hidden_states, self.gate, self.kernel.spec.row_invariant).float()
+        )

@@ -10,7 +10,54 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
+ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu2", "swiglustep", "situ"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The function between an expert's two products; formulas in :mod:`xpar.kernels.activations`.
+
+    ``gated``: the first product is [.., 2I], the gate half first, and the up half multiplies the result; otherwise it
+    is [.., I]. ``limit``: bound of the gate and of the up half, None for none. ``alpha``, ``beta``: parameters of
+    ``silu`` (gpt-oss: 1.702 and 1) and of ``situ``; their defaults make ``silu`` the plain one.
+    """
+
+    name: ActivationName
+    gated: bool = True
+    limit: float | None = None
+    alpha: float = 1.0
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        parametrised = self.limit is not None or self.alpha != 1.0 or self.beta != 0.0
+        if parametrised and (not self.gated or self.name not in ("silu", "swiglustep", "situ")):
+            raise ValueError(f"{self}: only gated silu, swiglustep and situ have a limit, alpha or beta")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"{self}: limit={self.limit} must be positive, or None for none")
+        if self.name == "relu2" and self.gated:
+            raise ValueError(f"{self}: relu2 has no gate; set gated=False")
+        if self.name in ("swiglustep", "situ") and not self.gated:
+            raise ValueError(f"{self}: {self.name} needs a gate; set gated=True")
+        if self.name == "swiglustep" and self.limit is None:
+            raise ValueError(f"{self}: swiglustep needs a limit")
+        if self.name == "situ" and not self.beta > 0:
+            raise ValueError(f"{self}: situ needs beta > 0, the bound of its gate")
+
+    @property
+    def plain(self) -> bool:
+        """Whether its name alone says what it is: gated, no bounds, no parameters."""
+        return self == Activation(self.name) if self.name in ("silu", "gelu", "gelu_tanh") else False
+
+    def packed(self, width: int) -> int:
+        """Rows of the first weight for an expert of ``width`` I."""
+        return 2 * width if self.gated else width
+
+    def __str__(self) -> str:
+        parts = [] if self.gated else ["no gate"]
+        parts += [] if self.limit is None else [f"limit {self.limit:g}"]
+        if self.alpha != 1.0 or self.beta != 0.0:
+            parts.append(f"alpha {self.alpha:g}, beta {self.beta:g}")
+        return self.name + (f" ({', '.join(parts)})" if parts else "")
 
 
 @dataclass(frozen=True)
@@ -47,7 +94,7 @@ class ExpertSpec:
 
     ``num_experts``: experts held by this rank. ``hidden_size``: H. ``intermediate_size``: I on this rank, after
     any tensor-parallel slicing. ``row_invariant``: a row's result must not depend, bit for bit, on which other
-    rows are in the batch (``exact`` mode needs this).
+    rows are in the batch (``exact`` mode needs this). ``bias``: both products add a bias.
     """
 
     num_experts: int
@@ -57,20 +104,32 @@ class ExpertSpec:
     activation: Activation
     device: str = "cpu"
     row_invariant: bool = False
+    bias: bool = False
 
 
 class ExpertKernel(Protocol):
     """Holds one rank's expert weights in the layout it wants and computes with them.
 
-    The arithmetic is that of :mod:`xpar.kernels.reference`: ``y = down(act(gate(x)) * up(x))`` per slot,
-    fp32 accumulation, the router weight applied in fp32, one cast to ``spec.dtype`` at the end.
+    The arithmetic is that of :mod:`xpar.kernels.reference`: ``y = down(act(gate_up(x)))`` per slot, fp32
+    accumulation, biases before the router weight, that in fp32, one cast to ``spec.dtype`` at the end.
     """
 
     name: str
     spec: ExpertSpec
 
-    def load_expert(self, index: int, gate_up: Tensor, down: Tensor) -> None:
-        """Take expert ``index``: ``gate_up`` [2I, H] (gate rows, then up rows), ``down`` [H, I]. Keeps no view."""
+    def load_expert(
+        self,
+        index: int,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        """Take expert ``index``; keeps no view.
+
+        ``gate_up`` [2I, H], gate rows, then up rows ([I, H] without a gate), ``down`` [H, I]; and if ``spec.bias``,
+        ``gate_up_bias`` [2I] or [I], ``down_bias`` [H].
+        """
 
     def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
         """[M, H] in ``spec.dtype``: for each entry the weighted sum over its local slots, zero if it has none."""

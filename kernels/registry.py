@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xpar.kernels.contracts import Activation, ExpertKernel, ExpertSpec
+from xpar.kernels.contracts import ActivationName, ExpertKernel, ExpertSpec
 from xpar.kernels.cpu import onednn, zen
 from xpar.kernels.cpu.onednn import OneDnnExperts
 from xpar.kernels.cpu.zen import ZenExperts
@@ -16,7 +16,8 @@ from xpar.kernels.plain import ReferenceExperts
 class KernelRecord:
     """What one kernel can do.
 
-    ``devices``: torch device types. ``row_invariant``: whether it can promise what ``ExpertSpec.row_invariant``
+    ``devices``: torch device types. ``activations``: the plain gated ones it has; ``all_activations``: and every other
+    form of :class:`~xpar.kernels.contracts.Activation`. ``row_invariant``: whether it can promise what ``ExpertSpec.row_invariant``
     asks. ``unavailable(spec)``: why this machine or this shape rules it out, or None; imports nothing heavy.
     ``measured``: how fast it was, with shape and source.
     """
@@ -24,11 +25,12 @@ class KernelRecord:
     name: str
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
-    activations: tuple[Activation, ...]
+    activations: tuple[ActivationName, ...]
     row_invariant: bool
     unavailable: Callable[[ExpertSpec], str | None]
     build: Callable[[ExpertSpec], ExpertKernel]
     measured: str
+    all_activations: bool = False
 
     def refuses(self, spec: ExpertSpec) -> str | None:
         """Why this kernel cannot serve ``spec``, or None."""
@@ -37,7 +39,8 @@ class KernelRecord:
             return f"runs on {_names(self.devices)}, not on {device}"
         if spec.dtype not in self.dtypes:
             return f"computes in {_names(self.dtypes)}, not in {_names([spec.dtype])}"
-        if spec.activation not in self.activations:
+        named = spec.activation.plain and spec.activation.name in self.activations
+        if not named and not self.all_activations:
             return f"has activations {_names(self.activations)}, not {spec.activation}"
         if spec.row_invariant and not self.row_invariant:
             return "a row's bits may depend on the rest of the batch, which exact mode rules out"
@@ -58,7 +61,7 @@ class Choice:
 
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_GATED: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
+_GATED: tuple[ActivationName, ...] = ("silu", "gelu", "gelu_tanh")
 # Ratios of minimum times, interleaved in one process: H 2048, I 1024, E 64, k 8, bfloat16, 2 threads of a Zen 5 EPYC.
 _OLMOE = (
     "faster than transformers' better experts at 1 / 4 / 16 / 64 / 256 / 1024 tokens (OLMoE, bf16, 2 cores)"
@@ -84,6 +87,7 @@ KERNELS: tuple[KernelRecord, ...] = (
         row_invariant=True,
         unavailable=onednn.unavailable,
         build=OneDnnExperts,
+        all_activations=True,
         measured=f"1.4 / 1.4 / 1.3 / 1.4 / 1.3 / 1.2 x {_OLMOE}",
     ),
     KernelRecord(
@@ -94,6 +98,7 @@ KERNELS: tuple[KernelRecord, ...] = (
         row_invariant=False,
         unavailable=lambda spec: None,
         build=ReferenceExperts,
+        all_activations=True,
         measured="the definition, not made to be fast",
     ),
 )

@@ -150,7 +150,8 @@ def test_serial_run_leaves_mpi_tests_out_and_mpi_alone(tmp_path: Path) -> None:
 
 def test_mpirun_kills_ranks_that_ignore_signals() -> None:
     stubborn = (
-        "import signal, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True)\n"
+        # One write a rank: print sends the number and the newline apart, and another rank's may come between.
+        "import signal, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'%d\\n' % os.getpid())\n"
     )
     with pytest.raises(TimeoutError, match="not finished after 2 s") as caught:
         mpirun(2, stubborn + "while True: pass", timeout=2)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from xpar.kernels import rows
-from xpar.kernels.activations import gated
+from xpar.kernels.activations import activate
 from xpar.kernels.checks import check_expert, check_loaded
 from xpar.kernels.contracts import ExpertInput, ExpertSpec
 from xpar.kernels.cpu.linear import Linear, make_linear, packing_refused
@@ -36,10 +36,20 @@ class OneDnnExperts:
         self._workspace = torch.empty(0, spec.hidden_size, dtype=spec.dtype)
         self._min_rows = _FP32_MIN_ROWS if spec.row_invariant and spec.dtype == torch.float32 else 1
 
-    def load_expert(self, index: int, gate_up: Tensor, down: Tensor) -> None:
-        check_expert(self.spec, index, gate_up, down)
+    def load_expert(
+        self,
+        index: int,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        check_expert(self.spec, index, gate_up, down, gate_up_bias, down_bias)
         dtype = self.spec.dtype
-        self._experts[index] = (make_linear(gate_up.to(dtype)), make_linear(down.to(dtype)))
+        self._experts[index] = (
+            make_linear(gate_up.to(dtype), gate_up_bias),
+            make_linear(down.to(dtype), down_bias),
+        )
 
     def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
         slot_rows, positions = self._sorted_slots(x)
@@ -79,7 +89,8 @@ class OneDnnExperts:
         count = inputs.shape[0]
         if 0 < count < self._min_rows:
             inputs = torch.cat([inputs, inputs[:1].expand(self._min_rows - count, -1)])
-        return down(gated(gate_up(inputs), self.spec.activation))[:count]
+        hidden = activate(gate_up(inputs), self.spec.activation, self.spec.row_invariant)
+        return down(hidden)[:count]
 
 
 def _identity(topk_ids: Tensor) -> Tensor:

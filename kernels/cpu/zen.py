@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xpar.kernels import rows
-from xpar.kernels.activations import gated
+from xpar.kernels.activations import activate
 from xpar.kernels.checks import check_expert, check_loaded
 from xpar.kernels.contracts import ExpertInput, ExpertSpec
 from xpar.kernels.cpu.arena import Arena
@@ -49,6 +49,8 @@ def unavailable(spec: ExpertSpec) -> str | None:
         return f"zentorch {version} is built for another torch than {torch.__version__}"
     if not torch.cpu._is_avx512_bf16_supported():
         return "this processor has no avx512_bf16"
+    if spec.bias:
+        return "biases were not checked with this kernel"
     if spec.hidden_size % _TILE or spec.intermediate_size % _TILE:
         return f"H={spec.hidden_size} and I={spec.intermediate_size} must both be multiples of {_TILE}"
     return None
@@ -72,8 +74,15 @@ class ZenExperts:
         self._down = self._arena.take((e, h, i), spec.dtype)
         self._missing = set(range(e))
 
-    def load_expert(self, index: int, gate_up: Tensor, down: Tensor) -> None:
-        check_expert(self.spec, index, gate_up, down)
+    def load_expert(
+        self,
+        index: int,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        check_expert(self.spec, index, gate_up, down, gate_up_bias, down_bias)
         if not self._missing:
             raise RuntimeError(
                 f"expert {index}: the weights are packed already; build a new kernel to change them"
@@ -110,7 +119,7 @@ class ZenExperts:
         result = out if out is not None and out.is_contiguous() else torch.empty_like(inputs)
         if inputs.shape[0]:
             ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
-            act = self.spec.activation
+            act = self.spec.activation.name
             self._op(result, inputs, self._gate_up, self._down, None, None, weights, ids, False, act)
         return result if out is None or result is out else out.copy_(result)
 
@@ -129,7 +138,7 @@ class ZenExperts:
 
     def _plain(self, x: Tensor, expert: int) -> Tensor:
         packed = functional.linear(x, self._gate_up[expert])
-        return functional.linear(gated(packed, self.spec.activation), self._down[expert])
+        return functional.linear(activate(packed, self.spec.activation), self._down[expert])
 
 
 def _read(x: ExpertInput) -> Tensor:

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from xpar.kernels import reference
-from xpar.kernels.contracts import ExpertInput, ExpertKernel, ExpertSpec
+from xpar.kernels.contracts import Activation, ExpertInput, ExpertKernel, ExpertSpec
 from xpar.kernels.registry import KERNELS
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+OTHERS = [  # one of each kind that a kernel may compute in another way than the plain ones
+    Activation("silu", limit=7.0, alpha=1.702, beta=1.0),
+    Activation("swiglustep", limit=1.0),
+    Activation("situ", beta=2.0, limit=1.5),
+    Activation("relu2", gated=False),
+]
 SEEDS = [random.randrange(2**31) for _ in range(2)]
 
 
@@ -50,31 +56,40 @@ CASES = [
 
 
 def specs() -> list[object]:
-    """Kernel x dtype x activation, with the reason to leave it out where this machine cannot run it."""
+    """Kernel x dtype x activation x bias, with the reason to leave it out where this machine cannot run it."""
     found = []
     for record in KERNELS:
         if "cpu" not in record.devices:
             continue
-        for dtype, activation in itertools.product(record.dtypes, record.activations):
-            if dtype != torch.bfloat16 and activation != "silu":
+        activations = [Activation(name) for name in record.activations]
+        forms = [(a, False) for a in activations]
+        if record.all_activations:
+            forms += [(a, a.gated) for a in OTHERS]
+        for dtype, (activation, bias) in itertools.product(record.dtypes, forms):
+            if dtype != torch.bfloat16 and activation.plain and activation.name != "silu":
                 continue
-            spec = ExpertSpec(8, 128, 192, dtype, activation)
+            spec = ExpertSpec(8, 128, 192, dtype, activation, bias=bias)
             reason = record.refuses(spec)
             marks = [pytest.mark.skip(reason=reason)] if reason else []
-            name = f"{record.name}-{str(dtype).removeprefix('torch.')}-{activation}"
-            found.append(pytest.param(record, dtype, activation, id=name, marks=marks))
+            name = f"{record.name}-{str(dtype).removeprefix('torch.')}-{activation}{'-bias' * bias}"
+            found.append(pytest.param(record, dtype, (activation, bias), id=name, marks=marks))
     return found
 
 
 class Layer:
     """Random weights and inputs of one case, and what the reference makes of them."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, activation: str, seed: int) -> None:
+    def __init__(
+        self, case: Case, dtype: torch.dtype, form: tuple[Activation, bool], seed: int, **fields: object
+    ) -> None:
         g = torch.Generator().manual_seed(seed)
         e, h, i = case.experts, case.hidden, case.width
-        self.spec = ExpertSpec(e, h, i, dtype, activation)  # type: ignore[arg-type]
-        self.gate_up = (torch.randn(e, 2 * i, h, generator=g) / h**0.5).to(dtype)
+        activation, bias = form
+        self.spec = ExpertSpec(e, h, i, dtype, activation, bias=bias, **fields)  # type: ignore[arg-type]
+        packed = activation.packed(i)
+        self.gate_up = (torch.randn(e, packed, h, generator=g) / h**0.5).to(dtype)
         self.down = (torch.randn(e, h, i, generator=g) / i**0.5).to(dtype)
+        self.biases = [torch.randn(e, n, generator=g).to(dtype) for n in (packed, h) if bias]
         self.hidden = torch.randn(case.tokens, h, generator=g).to(dtype)
         self.weights = torch.rand(case.tokens, case.k, generator=g)
         self.ids = _ids(case, g)
@@ -83,7 +98,8 @@ class Layer:
     def kernel(self, build: object) -> ExpertKernel:
         kernel: ExpertKernel = build(self.spec)  # type: ignore[operator]
         for expert in range(self.spec.num_experts):
-            kernel.load_expert(expert, self.gate_up[expert], self.down[expert])
+            biases = [b[expert] for b in self.biases]
+            kernel.load_expert(expert, self.gate_up[expert], self.down[expert], *biases)
         return kernel
 
     def input(self, rows: Tensor | None = None) -> ExpertInput:
@@ -91,11 +107,12 @@ class Layer:
 
     def expected(self, hidden: Tensor) -> Tensor:
         return reference.routed_experts(
-            hidden, self.ids, self.weights, self.gate_up, self.down, self.spec.activation
+            hidden, self.ids, self.weights, self.gate_up, self.down, self.spec.activation, *self.biases
         )
 
     def expected_slots(self, hidden: Tensor) -> Tensor:
-        slots = reference.expert_slots(hidden, self.ids, self.gate_up, self.down, self.spec.activation)
+        weights = (self.gate_up, self.down)
+        slots = reference.expert_slots(hidden, self.ids, *weights, self.spec.activation, *self.biases)
         return slots[self.ids >= 0]
 
 
@@ -123,22 +140,22 @@ def _skip_if_refused(record: object, spec: ExpertSpec) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS, ids="seed{}".format)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(("record", "dtype", "activation"), specs())
-def test_equals_reference(record, dtype, activation, case, seed):
-    layer = Layer(case, dtype, activation, seed)
+@pytest.mark.parametrize(("record", "dtype", "form"), specs())
+def test_equals_reference(record, dtype, form, case, seed):
+    layer = Layer(case, dtype, form, seed)
     _skip_if_refused(record, layer.spec)
     kernel = layer.kernel(record.build)
     assert_near(kernel.compute(layer.input()), layer.expected(layer.hidden), dtype)
     assert_near(kernel.compute_slots(layer.input()), layer.expected_slots(layer.hidden), dtype)
-    expected_bytes = layer.gate_up.nbytes + layer.down.nbytes
+    expected_bytes = sum(t.nbytes for t in (layer.gate_up, layer.down, *layer.biases))
     if case.hidden % 64 == 0:  # packing rounds ragged widths up to whole tiles
         assert kernel.nbytes() == expected_bytes
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.4], ids="drop{}".format)
-@pytest.mark.parametrize(("record", "dtype", "activation"), specs())
-def test_rows_and_out(record, dtype, activation, drop, g):
-    layer = Layer(Case(tokens=23, k=3, drop=drop), dtype, activation, g.initial_seed())
+@pytest.mark.parametrize(("record", "dtype", "form"), specs())
+def test_rows_and_out(record, dtype, form, drop, g):
+    layer = Layer(Case(tokens=23, k=3, drop=drop), dtype, form, g.initial_seed())
     _skip_if_refused(record, layer.spec)
     kernel = layer.kernel(record.build)
     rows = torch.randint(23, (23,), generator=g)
@@ -152,9 +169,9 @@ def test_rows_and_out(record, dtype, activation, drop, g):
     assert_near(kernel.compute_slots(layer.input(rows)), layer.expected_slots(layer.hidden[rows]), dtype)
 
 
-@pytest.mark.parametrize(("record", "dtype", "activation"), specs())
-def test_rows_that_no_entry_names_are_not_read(record, dtype, activation, g):
-    layer = Layer(Case(tokens=6, k=2), dtype, activation, g.initial_seed())
+@pytest.mark.parametrize(("record", "dtype", "form"), specs())
+def test_rows_that_no_entry_names_are_not_read(record, dtype, form, g):
+    layer = Layer(Case(tokens=6, k=2), dtype, form, g.initial_seed())
     kernel = layer.kernel(record.build)
     poisoned = torch.full((11, 128), float("nan"), dtype=dtype)
     poisoned[2:8] = layer.hidden
@@ -162,24 +179,24 @@ def test_rows_that_no_entry_names_are_not_read(record, dtype, activation, g):
     assert_near(kernel.compute(x), layer.expected(layer.hidden), dtype)
 
 
-@pytest.mark.parametrize(("record", "dtype", "activation"), specs())
-def test_weights_are_copied_and_kernels_independent(record, dtype, activation):
+@pytest.mark.parametrize(("record", "dtype", "form"), specs())
+def test_weights_are_copied_and_kernels_independent(record, dtype, form):
     case, second_seed = Case(tokens=16, k=2), SEEDS[1]
-    first, second = (Layer(case, dtype, activation, seed) for seed in SEEDS)
+    first, second = (Layer(case, dtype, form, seed) for seed in SEEDS)
     kernels = [first.kernel(record.build)]
     expected = first.expected(first.hidden)
     first.gate_up.zero_(), first.down.zero_()
     for attempt in range(3):  # memory of dropped kernels must not be mistaken for theirs
         again = second.kernel(record.build)
         assert_near(again.compute(second.input()), second.expected(second.hidden), dtype)
-        second = Layer(case, dtype, activation, second_seed + attempt + 1)
+        second = Layer(case, dtype, form, second_seed + attempt + 1)
         del again
     assert_near(kernels[0].compute(first.input()), expected, dtype)
 
 
 @pytest.mark.parametrize("record", [r for r in KERNELS if "cpu" in r.devices], ids=lambda r: r.name)
 def test_refuses_wrong_weights(record):
-    spec = ExpertSpec(2, 64, 128, torch.bfloat16, "silu")
+    spec = ExpertSpec(2, 64, 128, torch.bfloat16, Activation("silu"))
     _skip_if_refused(record, spec)
     kernel = record.build(spec)
     gate_up, down = torch.zeros(256, 64), torch.zeros(64, 128)
@@ -187,6 +204,8 @@ def test_refuses_wrong_weights(record):
         kernel.load_expert(2, gate_up, down)
     with pytest.raises(ValueError, match=r"gate_up is \(64, 256\), expected \(256, 64\)"):
         kernel.load_expert(0, gate_up.T, down)
+    with pytest.raises(ValueError, match=r"down_bias is \(64,\), expected None"):
+        kernel.load_expert(0, gate_up, down, None, torch.zeros(64))
     kernel.load_expert(0, gate_up, down)
     x = ExpertInput(
         torch.zeros(1, 64, dtype=spec.dtype), torch.tensor([[1]], dtype=torch.int32), torch.ones(1, 1)
@@ -201,12 +220,10 @@ def test_refuses_wrong_weights(record):
 @pytest.mark.parametrize("record", [r for r in KERNELS if r.row_invariant], ids=lambda r: r.name)
 def test_rows_do_not_depend_on_the_batch(record, dtype, shape, threads, g):
     case = Case(tokens=300, k=2, experts=4, ids="skewed", hidden=shape[0], width=shape[1])
-    layer = Layer(case, dtype, "silu", g.initial_seed())
-    spec = ExpertSpec(4, *shape, dtype, "silu", row_invariant=True)
-    _skip_if_refused(record, spec)
-    kernel = record.build(spec)
-    for expert in range(4):
-        kernel.load_expert(expert, layer.gate_up[expert], layer.down[expert])
+    form = (Activation("silu", limit=7.0), True)
+    layer = Layer(case, dtype, form, g.initial_seed(), row_invariant=True)
+    _skip_if_refused(record, layer.spec)
+    kernel = layer.kernel(record.build)
     whole = kernel.compute_slots(layer.input()).view(300, 2, -1)
     summed = kernel.compute(layer.input())
     before = torch.get_num_threads()

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from xpar.kernels.contracts import ExpertSpec
+from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.registry import KERNELS, choose
 
-SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, "silu")
+SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"))
 ANYWHERE = tuple(replace(r, unavailable=lambda spec: None) for r in KERNELS if "cpu" in r.devices)
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from xpar.kernels import reference
-from xpar.kernels.contracts import ExpertInput, ExpertSpec
+from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.cpu import zen
 from xpar.kernels.cpu.arena import Arena
 
-SPEC = ExpertSpec(6, 128, 192, torch.bfloat16, "silu")
+SPEC = ExpertSpec(6, 128, 192, torch.bfloat16, Activation("silu"))
 needs_zen = pytest.mark.skipif(zen.unavailable(SPEC) is not None, reason=str(zen.unavailable(SPEC)))
 
 
@@ -26,9 +26,9 @@ def run(program: str) -> str:
 def test_choosing_does_not_import():
     program = """
 import sys, torch
-from xpar.kernels.contracts import ExpertSpec
+from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.registry import choose
-choose(ExpertSpec(8, 128, 192, torch.bfloat16, "silu")).explain()
+choose(ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"))).explain()
 print("zentorch" in sys.modules)
 """
     assert run(program).strip() == "False"
@@ -38,7 +38,7 @@ print("zentorch" in sys.modules)
 def test_building_changes_nothing_else():
     program = """
 import os, torch
-from xpar.kernels.contracts import ExpertSpec
+from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.registry import choose
 x, w = torch.randn(9, 640), torch.randn(320, 640)
 def state():
@@ -46,7 +46,7 @@ def state():
     flags = torch.get_num_threads(), torch.get_default_dtype(), torch.backends.mkldnn.enabled
     return products, flags, dict(os.environ)
 before = state()
-spec = ExpertSpec(4, 128, 192, torch.bfloat16, "silu")
+spec = ExpertSpec(4, 128, 192, torch.bfloat16, Activation("silu"))
 kernel = choose(spec, "zentorch").record.build(spec)
 for e in range(4):
     kernel.load_expert(e, torch.randn(384, 128), torch.randn(128, 192))
@@ -64,7 +64,7 @@ def test_thread_count_may_change_after_packing(g):
     x = torch.randn(90, 128, generator=g).to(SPEC.dtype)
     ids = torch.rand(90, 6, generator=g).topk(2).indices.to(torch.int32)
     weights = torch.rand(90, 2, generator=g)
-    expected = reference.routed_experts(x, ids, weights, gate_up, down, "silu")
+    expected = reference.routed_experts(x, ids, weights, gate_up, down, Activation("silu"))
     before = torch.get_num_threads()
     try:
         for packed_with in (2, 1):

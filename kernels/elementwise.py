@@ -1,0 +1,25 @@
+"""Functions of single elements whose result for a value does not depend on the value's place in the tensor.
+
+torch's elementwise CPU kernels run whole vectors and finish each thread's share with scalar code that rounds
+otherwise. Pieces that are small enough for one thread and a whole number of vectors have no such rest.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Elements: a multiple of every vector step, and what torch gives to one thread at least.
+VECTOR = 64
+SHARE = 32768
+
+
+def placeless(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)`` for an elementwise ``function`` of tensors of one shape and dtype; a new tensor."""
+    shape, count = tensors[0].shape, tensors[0].numel()
+    flat = [functional.pad(t.reshape(-1), (0, -count % VECTOR)) for t in tensors]
+    out = torch.empty_like(flat[0])
+    for begin in range(0, out.numel(), SHARE):
+        out[begin : begin + SHARE] = function(*(f[begin : begin + SHARE] for f in flat))
+    return out[:count].view(shape)
