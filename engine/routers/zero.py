@@ -1,6 +1,5 @@
 """Zero experts (LongCat-Flash): ids past the last real expert return the token as it is, and nobody computes them."""
 
-import torch
 from torch import Tensor
 
 from xpar.engine.routers.base import RoutingRule, required
@@ -34,8 +33,7 @@ class ZeroExpertRouter:
 
 
 def identity_output(hidden_states: Tensor, routing: Routing) -> Tensor | None:
-    """[T, H] in the tokens' dtype: each token times the sum of its identity experts' weights; None without them."""
+    """[T, H] float32: each token times the sum of its identity experts' weights; None where the layer has none."""
     if routing.identity_weights is None:
         return None
-    scaled = hidden_states.to(torch.float32) * routing.identity_weights[:, None]
-    return scaled.to(hidden_states.dtype)
+    return hidden_states.float() * routing.identity_weights[:, None]
