@@ -34,13 +34,11 @@ def find(hf_config: Mapping[str, Any]) -> Architecture:
 def moe_layers(arch: Architecture, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
     """Indices of the layers whose feed-forward part is a mixture of experts, ascending."""
     pattern = arch.layers
-    if pattern.kinds:
-        kinds = next((v for name in pattern.kinds if (v := lookup(hf_config, name)) is not None), None)
-        if kinds is None:
-            raise CheckpointError(
-                f"config.json: {' or '.join(pattern.kinds)} is missing; the family needs it"
-            )
+    kinds = next((v for name in pattern.kinds if (v := lookup(hf_config, name)) is not None), None)
+    if kinds is not None:
         return tuple(i for i, kind in enumerate(kinds) if kind in pattern.moe_kinds)
+    if pattern.kinds_required:
+        raise CheckpointError(f"config.json: {' or '.join(pattern.kinds)} is missing; the family needs it")
     listed = pattern.moe_list.get(hf_config, list)
     if listed:
         return tuple(sorted(listed))
@@ -101,7 +99,7 @@ def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
     scaling = float(arch.routed_scaling_factor.get(hf_config, float))
     return RouterConfig(
         top_k=arch.top_k.get(hf_config, int, layer),
-        scoring=arch.scoring,
+        scoring=arch.scoring.get(hf_config, str),
         renormalize=arch.renormalize.get(hf_config, bool),
         num_expert_group=arch.num_expert_group.get(hf_config, int) if grouped else 1,
         topk_group=arch.topk_group.get(hf_config, int) if grouped else 1,
@@ -120,11 +118,9 @@ def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
 
 def _share(arch: Architecture, hf_config: Mapping[str, Any]) -> float:
     """Of a mean of routed and shared output each is half; of a sum, all."""
-    shared = arch.shared
-    if shared is None or shared.averaged_if is None or not _shared_width(arch, hf_config, 0):
+    if arch.shared is None or not _shared_width(arch, hf_config, 0):
         return 1.0
-    key, value = shared.averaged_if
-    return 0.5 if hf_config.get(key) == value else 1.0
+    return 0.5 if arch.shared.combination.get(hf_config, str) == "average" else 1.0
 
 
 def _shared_width(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -> int:

@@ -17,6 +17,8 @@ def fill_random(name: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.fill_(1.0)
     elif tensor.dim() == 1 or name.endswith("bias"):
         tensor.normal_(0.0, 0.1, generator=generator)
+        # Readers that keep a router's bias in bfloat16 and those that keep it in float32 then choose alike.
+        tensor.copy_(tensor.bfloat16())
     else:
         # 2 for gates: logits of spread 2 prefer some experts; 2 for down: silu(g) u of unit g, u is 0.6 large.
         gain = 2.0 if any(part in name for part in STRONG) else 1.0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from xpar.engine.config import TINY, Choice, Scoring
+from xpar.engine.config import TINY, Choice
 from xpar.engine.tensor_file import CheckpointError
 
 
@@ -58,8 +58,9 @@ def present(config: Mapping[str, Any], name: str) -> bool:
 class LayerPattern:
     """Layer i is MoE if ``first_dense <= i <= last``, ``(i + step_offset) % step == remainder``, not in ``dense_list``.
 
-    ``last``: -1 for the last one there is. ``moe_list``, where the config has it, lists the MoE layers instead. Or
-    ``kinds``: keys of a list, or string of letters, of every layer's kind, of which ``moe_kinds`` are MoE.
+    ``last``: -1 for the last one there is. ``moe_list``, where the config has it, lists the MoE layers instead; or
+    ``kinds``, keys of a list, or string of letters, of every layer's kind, of which ``moe_kinds`` are MoE. Where
+    ``kinds_required``, a config must have that.
     """
 
     count: Key = Key(("num_hidden_layers",))
@@ -72,6 +73,7 @@ class LayerPattern:
     moe_list: Key = Key(default=())
     kinds: tuple[str, ...] = ()
     moe_kinds: tuple[str, ...] = ()
+    kinds_required: bool = False
 
 
 Storage = Literal["single", "stacked", "rows"]
@@ -108,14 +110,14 @@ class MlpNames:
 class SharedSchema:
     """Shared experts, stored as one MLP of width ``count * width``; ``gate``: tensor [1, H] of their sigmoid gate.
 
-    ``averaged_if``: (key, value) with which the layer returns the mean of routed and shared output, not the sum.
+    ``combination``: ``average`` makes the layer's output the mean of the routed and the shared one, not their sum.
     """
 
     width: Key
     count: Key
     names: MlpNames
     gate: str | None = None
-    averaged_if: tuple[str, str] | None = None
+    combination: Key = Key(default="sum")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Architecture:
     activation: ActivationSchema = ActivationSchema()
     layers: LayerPattern = LayerPattern()
     choice: Choice = "scores"
-    scoring: Scoring = "softmax"
+    scoring: Key = Key(default="softmax")
     renormalize: Key = Key(("norm_topk_prob",), False)
     renormalize_min: Key = Key(default=TINY)
     num_expert_group: Key = Key(default=1)

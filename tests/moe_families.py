@@ -30,6 +30,7 @@ class Case:
         "gate"  # the submodule that returns (logits, weights, ids) of [T, H], if there is one
     )
     top_k: int = SIZES["top_k"]
+    roundings: int = 1  # of a weight in bf16, by transformers
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -93,6 +94,14 @@ CASES = (
     ),
     Case("dbrx", "dbrx", module="transformer.blocks.{layer}.ffn", router=None),
     Case("jetmoe", "jetmoe", router=None),
+    Case(
+        "cohere2_moe", "cohere2_moe", {"num_shared_experts": 2, "expert_selection_fn": "sigmoid"}, roundings=4
+    ),
+    Case(
+        "cohere2_moe-sum",
+        "cohere2_moe",
+        {"shared_expert_combination_strategy": "sum", "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    ),
 )
 ONE_PER_FAMILY = tuple({case.model_type: case for case in CASES}.values())
 

@@ -7,6 +7,7 @@ a new value.
 from xpar.engine.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, NEMOTRON_H
 from xpar.engine.families.qwen import OLMOE, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT
 from xpar.engine.families.single import (
+    COHERE2_MOE,
     ERNIE4_5_MOE,
     HUNYUAN_V1_MOE,
     JAMBA,
@@ -39,4 +40,5 @@ ARCHITECTURES = (
     NEMOTRON_H,
     DBRX,
     JETMOE,
+    COHERE2_MOE,
 )

@@ -48,7 +48,7 @@ DEEPSEEK_V3 = Architecture(
     router=BLOCK + ".gate.weight",
     experts=EXPERTS,
     layers=LayerPattern(first_dense=Key(("first_k_dense_replace",), 3), step=Key(("moe_layer_freq",), 1)),
-    scoring="sigmoid",
+    scoring=Key(default="sigmoid"),
     renormalize=Key(("norm_topk_prob",), True),
     num_expert_group=Key(("n_group",), 8),
     topk_group=Key(("topk_group",), 4),
@@ -95,7 +95,9 @@ NEMOTRON_H = replace(
     ),
     activation=ActivationSchema(Key(("mlp_hidden_act",), "relu2")),
     layers=LayerPattern(
-        kinds=("layers_block_type", "layer_types", "hybrid_override_pattern"), moe_kinds=("moe", "E")
+        kinds=("layers_block_type", "layer_types", "hybrid_override_pattern"),
+        moe_kinds=("moe", "E"),
+        kinds_required=True,
     ),
     shared=SharedSchema(
         width=Key(("moe_shared_expert_intermediate_size",)),

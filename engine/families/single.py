@@ -21,7 +21,7 @@ MINIMAX_M2 = Architecture(
     router=MIXTRAL_BLOCK + ".gate.weight",
     bias=MIXTRAL_BLOCK + ".e_score_correction_bias",
     experts=MIXTRAL_EXPERTS,
-    scoring="sigmoid",
+    scoring=Key(default="sigmoid"),
     renormalize=Key(default=True),
     rules=(
         Rule("scoring_func", ("sigmoid",), "the family scores with sigmoid"),
@@ -119,5 +119,33 @@ LONGCAT_FLASH = Architecture(
         Rule("router_bias", (False,), "the family's gate has no bias"),
         Rule("zero_expert_type", ("identity",), "zero experts return the token as it is"),
         Rule("norm_topk_prob", (False,), "the family does not renormalise"),
+    ),
+)
+
+COHERE2_MOE = Architecture(
+    model_type="cohere2_moe",
+    model_class="Cohere2MoeForCausalLM",
+    num_experts=Key(("num_experts",), 8),
+    intermediate_size=Key(("intermediate_size",)),
+    top_k=Key(("num_experts_per_tok",), 2),
+    router=BLOCK + ".gate.weight",
+    experts=EXPERTS,
+    layers=LayerPattern(
+        first_dense=Key(("first_k_dense_replace",), 0), kinds=("mlp_layer_types",), moe_kinds=("sparse",)
+    ),
+    choice="logits",
+    scoring=Key(("expert_selection_fn",), "softmax"),
+    renormalize=Key(("norm_topk_prob",), True),
+    shared=SharedSchema(
+        width=Key(("intermediate_size",)),
+        count=Key(("num_shared_experts",), 0),
+        names=mlp(BLOCK + ".shared_experts"),
+        combination=Key(("shared_expert_combination_strategy",), "average"),
+    ),
+    rules=(
+        Rule("expert_selection_fn", ("softmax", "sigmoid"), "these are the family's scores"),
+        Rule(
+            "shared_expert_combination_strategy", ("average", "sum"), "these are the family's ways to combine"
+        ),
     ),
 )

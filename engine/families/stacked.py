@@ -89,7 +89,7 @@ LLAMA4 = Architecture(
         step=Key(("interleave_moe_layer_step",), 1), step_offset=1, moe_list=Key(("moe_layers",), ())
     ),
     choice="logits",
-    scoring="sigmoid",
+    scoring=Key(default="sigmoid"),
     renormalize=Key(default=False),
     weight_on_input=True,
     shared=SharedSchema(

@@ -76,7 +76,7 @@ def test_shared_width(model_type: str, key: str, shared: int, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "model_type", ["dbrx", "jamba", "jetmoe", "longcat_flash", "nemotron_h", "qwen3_next"]
+    "model_type", ["cohere2_moe", "dbrx", "jamba", "jetmoe", "longcat_flash", "nemotron_h", "qwen3_next"]
 )
 def test_what_the_own_writer_lacks_is_said_before_anything_is_written(
     model_type: str, tmp_path: Path

@@ -24,6 +24,7 @@ WITH_SHARED = DEEPSEEK_LIKE | {
     "deepseek_v2",
     "qwen2_moe",
     "qwen3_next",
+    "cohere2_moe",
     "llama4_text",
     "ernie4_5_moe",
     "hunyuan_v1_moe",
