@@ -95,7 +95,7 @@ def _activation(arch: Architecture, hf_config: Mapping[str, Any]) -> Activation:
 
 
 def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -> RouterConfig:
-    grouped = arch.groups_if is None or hf_config.get(arch.groups_if[0]) == arch.groups_if[1]
+    grouped = arch.groups_if is None or lookup(hf_config, arch.groups_if[0]) == arch.groups_if[1]
     scaling = float(arch.routed_scaling_factor.get(hf_config, float))
     return RouterConfig(
         top_k=arch.top_k.get(hf_config, int, layer),

@@ -29,6 +29,8 @@ def make_config(
 ) -> dict[str, Any]:
     """The ``config.json`` of such a checkpoint, checked. Arguments as for :func:`make_checkpoint`."""
     arch = find({"model_type": model_type})
+    if model_type not in DENSE:
+        raise CheckpointError(f"{model_type}: can be read, not written; choose one of {', '.join(DENSE)}")
     if hidden < 2 or hidden % 2:
         raise CheckpointError(
             f"hidden={hidden}: must be even and positive, rotary embeddings pair the dimensions"

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from xpar.comm.failure import AgreedError
-from xpar.engine.architectures import ARCHITECTURES
 from xpar.engine.build import FLOATS
+from xpar.engine.dense_schema import DENSE
 from xpar.engine.make_checkpoint import make_checkpoint
 from xpar.engine.make_config import usual_top_k
 
@@ -23,7 +23,7 @@ SIZES = {
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
     p = subparsers.add_parser("make-checkpoint", help="write a checkpoint with random weights")
-    families = [arch.model_type for arch in ARCHITECTURES]
+    families = list(DENSE)
     p.add_argument("arch", metavar="ARCH", choices=families, help=f"model family: {', '.join(families)}")
     p.add_argument("directory", metavar="DIR", type=Path, help="new or empty directory")
     for name, (default, what) in SIZES.items():

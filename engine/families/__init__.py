@@ -5,6 +5,7 @@ a new value.
 """
 
 from xpar.engine.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, NEMOTRON_H
+from xpar.engine.families.nested import LLAMA4_VISION
 from xpar.engine.families.qwen import OLMOE, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT
 from xpar.engine.families.single import (
     COHERE2_MOE,
@@ -29,6 +30,7 @@ ARCHITECTURES = (
     GLM4_MOE,
     GRANITEMOE,
     LLAMA4,
+    LLAMA4_VISION,
     MINIMAX_M2,
     ERNIE4_5_MOE,
     PHIMOE,

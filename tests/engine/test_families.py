@@ -111,3 +111,36 @@ def test_moe_layers_are_those_of_transformers(made: Made) -> None:
         ours = moe_layers(arch, checkpoint.config)
     blocks = [made.model.get_submodule(made.case.module.format(layer=i)) for i in range(3)]
     assert ours == tuple(i for i in range(3) if hasattr(blocks[i], "router") or hasattr(blocks[i], "experts"))
+
+
+@pytest.mark.parametrize("seed", [SEED])
+def test_llama4_with_its_vision_part(tmp_path: Path, seed: int) -> None:
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "num_local_experts": 8,
+        "vocab_size": 256,
+        "intermediate_size_mlp": 64,
+        "pad_token_id": None,
+    }
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "image_size": 28}
+    config = Llama4Config(text_config=text, vision_config=vision | sizes)
+    torch.manual_seed(seed)
+    model = Llama4ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "feed_forward" in name:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(TOKENS, 64)
+    expected = transformers_output(model.language_model.model.layers[1].feed_forward, x)
+    with Checkpoint(tmp_path) as checkpoint:
+        output, _ = layer_reference(checkpoint, 1, x)
+    assert (output - expected).norm() / expected.norm() < 1e-5

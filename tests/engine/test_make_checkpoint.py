@@ -89,6 +89,7 @@ def test_what_the_own_writer_lacks_is_said_before_anything_is_written(
 
 
 BAD = {
+    "more than a language model": ("llama4", {}, r"llama4: can be read, not written; choose one of mixtral"),
     "two weights on one input": ("llama4_text", {}, r"weight_on_input with top_k=3.*use top_k=1"),
     "shared of another width": ("hunyuan_v1_moe", {"shared": 2}, r"shared=2: hunyuan_v1_moe always has one"),
     "unknown family": ("gpt2", {}, r"model_type='gpt2'"),

@@ -7,6 +7,7 @@ import pytest
 from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.checkpoint import CheckpointError
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
+from xpar.engine.families.nested import part_of
 from xpar.engine.schema import Key
 from xpar.kernels.contracts import Activation
 
@@ -121,6 +122,7 @@ DBRX = {
         "moe_normalize_expert_weights": 1,
     },
 }
+SCOUT_VISION = {"model_type": "llama4", "text_config": SCOUT, "vision_config": {"hidden_size": 1408}}
 V3_ROUTER: dict[str, Any] = {
     "scoring": "sigmoid",
     "group_score": "top2_sum",
@@ -224,6 +226,20 @@ def test_published_models(
     arch = find(config)
     assert moe_layers(arch, config) == tuple(layers)
     assert layer_config(arch, config, layers[-1]) == expected
+
+
+def test_a_language_model_inside_a_larger_one_is_the_same() -> None:
+    inner, outer = find(SCOUT), find(SCOUT_VISION)
+    assert moe_layers(outer, SCOUT_VISION) == moe_layers(inner, SCOUT)
+    assert layer_config(outer, SCOUT_VISION, 3) == layer_config(inner, SCOUT, 3)
+    deepseek = find({"model_type": "deepseek_v2"})
+    moved = part_of(deepseek, "vision", "Vision", config="text", tensors="language.")
+    assert moved.groups_if == ("text.topk_method", "group_limited_greedy")
+    assert moved.rules[0].key == "text.topk_method" and moved.router.startswith(
+        "language.model.layers.{layer}"
+    )
+    nemotron = part_of(find(NEMOTRON), "vision", "Vision", config="text", tensors="language.")
+    assert moe_layers(nemotron, {"text": NEMOTRON}) == (1, 5)
 
 
 LAYERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {

@@ -457,3 +457,35 @@ def test_longcat_router(fresh_seed: int) -> None:
     assert torch.equal(order.values, real.values.int())
     identity = weights.masked_fill(ids < EXPERTS, 0.0).sum(-1)
     torch.testing.assert_close(routing.identity_weights, identity, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("hashed", [False, True], ids=["top-k", "hash"])
+def test_deepseek_v4_routers(hashed: bool, fresh_seed: int) -> None:
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
+
+    generator = torch.Generator().manual_seed(fresh_seed)
+    options = config_of(
+        "deepseek_v4",
+        num_experts_per_tok=3,
+        n_routed_experts=EXPERTS,
+        vocab_size=30,
+        scoring_func="sqrtsoftplus",
+        routed_scaling_factor=1.5,
+    )
+    x, ids = torch.randn(TOKENS, 48), torch.randint(0, 30, (TOKENS,), generator=generator)
+    if hashed:
+        theirs = filled(v4.DeepseekV4HashRouter(options), fresh_seed)
+        theirs.tid2eid.copy_(torch.randint(0, EXPERTS, theirs.tid2eid.shape, generator=generator))
+        config = RouterConfig(3, choice="hash", scoring="sqrtsoftplus", routed_scaling_factor=1.5)
+        _, weights, chosen = theirs(x, ids)
+        same_routing(
+            Router(config, theirs.weight, hash_table=theirs.tid2eid).route(x, None, ids), weights, chosen
+        )
+        return
+    theirs = filled(v4.DeepseekV4TopKRouter(options), fresh_seed)
+    config = RouterConfig(3, scoring="sqrtsoftplus", correction_bias=True, routed_scaling_factor=1.5)
+    _, weights, chosen = theirs(x)
+    routing = Router(config, theirs.weight, theirs.e_score_correction_bias).route(x)
+    ours, theirs_sorted = routing.topk_ids.sort(), chosen.sort()  # theirs come unsorted
+    ordered = Routing(ours.values, routing.topk_weights.gather(1, ours.indices))
+    same_routing(ordered, weights.gather(1, theirs_sorted.indices), theirs_sorted.values)
