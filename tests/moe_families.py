@@ -95,12 +95,12 @@ CASES = (
     Case("dbrx", "dbrx", module="transformer.blocks.{layer}.ffn", router=None),
     Case("jetmoe", "jetmoe", router=None),
     Case(
-        "cohere2_moe", "cohere2_moe", {"num_shared_experts": 2, "expert_selection_fn": "sigmoid"}, roundings=4
-    ),
-    Case(
         "cohere2_moe-sum",
         "cohere2_moe",
         {"shared_expert_combination_strategy": "sum", "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    ),
+    Case(
+        "cohere2_moe", "cohere2_moe", {"num_shared_experts": 2, "expert_selection_fn": "sigmoid"}, roundings=4
     ),
 )
 ONE_PER_FAMILY = tuple({case.model_type: case for case in CASES}.values())

@@ -1,5 +1,7 @@
 """Families that store all experts of a layer in one tensor."""
 
+from dataclasses import replace
+
 from xpar.engine.families.names import BLOCK, LAYER, MIXTRAL_BLOCK, mlp
 from xpar.engine.schema import ActivationSchema, Architecture, Key, LayerPattern, MlpNames, Rule, SharedSchema
 
@@ -48,23 +50,16 @@ GRANITEMOE = Architecture(
     renormalize=Key(default=False),
 )
 
-JETMOE = Architecture(
+JETMOE = replace(
+    GRANITEMOE,
     model_type="jetmoe",
     model_class="JetMoeForCausalLM",
-    num_experts=Key(("num_local_experts",)),
-    intermediate_size=Key(("intermediate_size",)),
     router=BLOCK + ".router.layer.weight",
     output_bias=BLOCK + ".bias",
-    experts=MlpNames(
-        None,
-        None,
-        BLOCK + ".output_linear.weight",
-        gate_up=BLOCK + ".input_linear.weight",
-        storage="stacked",
+    experts=replace(
+        GRANITEMOE.experts, down=BLOCK + ".output_linear.weight", gate_up=BLOCK + ".input_linear.weight"
     ),
     activation=ActivationSchema(Key(("activation_function",), "silu")),
-    choice="logits",
-    renormalize=Key(default=False),
 )
 
 _FEED_FORWARD = LAYER + ".feed_forward"

@@ -37,6 +37,16 @@ def required(value: Tensor | None, name: str, why: str) -> Tensor:
     return value
 
 
+def token_rows(
+    hidden_states: Tensor | None, router_logits: Tensor | None, input_ids: Tensor | None
+) -> Tensor:
+    """The first that is given, for rules that only count the tokens; ``ValueError`` if none is."""
+    given = next((x for x in (hidden_states, router_logits, input_ids) if x is not None), None)
+    if given is None:
+        raise ValueError("route needs hidden_states, router_logits or input_ids, to count the tokens")
+    return given
+
+
 def scores_of(router_logits: Tensor, scoring: Scoring) -> Tensor:
     """[T, E] float32 scores of [T, E] logits.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from xpar.engine.routers.base import token_rows
 from xpar.kernels.contracts import Routing
 
 RoutingFunction = Callable[[Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
@@ -26,9 +27,7 @@ class FunctionRouter:
         input_ids: Tensor | None = None,
     ) -> Routing:
         """Reads what the function reads. Raises ``ValueError`` naming the first token whose routing is not one."""
-        given = next((x for x in (hidden_states, router_logits, input_ids) if x is not None), None)
-        if given is None:
-            raise ValueError("route needs hidden_states, router_logits or input_ids")
+        given = token_rows(hidden_states, router_logits, input_ids)
         ids, weights = self.function(hidden_states, router_logits, input_ids)
         self._check(ids, weights, given.shape[0])
         return Routing(ids.to(torch.int32), weights.to(torch.float32))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from xpar.engine.routers.base import token_rows
 from xpar.kernels.contracts import Routing
 
 FORMAT = "xpar-routing-1"
@@ -71,7 +72,7 @@ class ReplayRouter:
         input_ids: Tensor | None = None,
     ) -> Routing:
         """Reads the number of tokens, which must be that of the step. Raises ``ValueError`` past the last step."""
-        given = next((x for x in (hidden_states, router_logits, input_ids) if x is not None), None)
+        given = token_rows(hidden_states, router_logits, input_ids)
         if self._next == len(self.steps) and self.repeat:
             self._next = 0
         if self._next == len(self.steps):
@@ -79,10 +80,10 @@ class ReplayRouter:
                 f"layer {self.layer}: all {len(self.steps)} recorded steps have been replayed; record more, or repeat"
             )
         routing = self.steps[self._next]
-        if given is None or given.shape[0] != routing.topk_ids.shape[0]:
+        if given.shape[0] != routing.topk_ids.shape[0]:
             raise ValueError(
                 f"layer {self.layer}, step {self._next}: recorded with {routing.topk_ids.shape[0]} tokens, called with "
-                f"{None if given is None else given.shape[0]}"
+                f"{given.shape[0]}"
             )
         self._next += 1
         return _to(routing, given.device)

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from xpar.engine.routers.base import token_rows
 from xpar.kernels.contracts import Routing
 
 Load = Literal["uniform", "normal", "zipf", "all-to-one"]
@@ -39,9 +40,7 @@ class SimulatedRouter:
         input_ids: Tensor | None = None,
     ) -> Routing:
         """Reads the number of tokens and their device, nothing else."""
-        given = next((x for x in (hidden_states, router_logits, input_ids) if x is not None), None)
-        if given is None:
-            raise ValueError("route needs hidden_states, router_logits or input_ids to count the tokens")
+        given = token_rows(hidden_states, router_logits, input_ids)
         tokens = given.shape[0]
         weights = torch.rand(tokens, self.top_k, generator=self._generator) + 0.1
         routing = Routing(self._ids(tokens), weights / weights.sum(dim=-1, keepdim=True))
