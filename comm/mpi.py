@@ -5,6 +5,7 @@ rows stays small where a count of bytes would pass 2**31. Sums are made here, in
 MPI has no portable bf16 and promises no order.
 """
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 SMALL_REDUCE_BYTES = 16384
 """Below this, gathering every addend is one latency; above, each rank sums its share and shares are gathered."""
+
+
+PATIENCE_S = 0.002
+"""Between two looks of a patient barrier."""
 
 
 class MpiCommunicator:
@@ -116,8 +121,13 @@ class MpiCommunicator:
         self.mpi_comm.Bcast([_buffer(rows), rows.shape[0], self._row_type(rows)], root=root)
         return x if sent is x else x.copy_(sent)
 
-    def barrier(self) -> None:
-        self.mpi_comm.Barrier()
+    def barrier(self, patient: bool = False) -> None:
+        if not patient:
+            self.mpi_comm.Barrier()
+            return
+        request = self.mpi_comm.Ibarrier()
+        while not request.Test():
+            time.sleep(PATIENCE_S)
 
     def split(self, color: int, key: int, name: str) -> Communicator:
         sub = self.mpi_comm.Split(color, key)

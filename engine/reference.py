@@ -4,12 +4,14 @@ Routing is decided as the engine decides it, in the dtypes of the model; all els
 a time, and only those that some token chose, so that a layer of any size can be verified.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint
-from xpar.engine.weights import load_router, load_shared, make_router, stream_experts
+from xpar.engine.weights import SharedWeights, load_router, load_shared, make_router, stream_experts
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, Routing
 
@@ -27,19 +29,38 @@ def layer_reference(
     router = make_router(load_router(checkpoint, arch, layer, config, dtype), config)
     routing = router.route(hidden_states.to(dtype))
 
-    x = hidden_states.to(dtype).float()
-    out = torch.zeros_like(x)
-    chosen = sorted(set(routing.topk_ids.flatten().tolist()))
-    for index, gate_up, down in stream_experts(checkpoint, arch, layer, config, chosen, dtype):
-        tokens, slots = (routing.topk_ids == chosen[index]).nonzero(as_tuple=True)
-        y = mlp_reference(x[tokens], gate_up, down, config.activation)
-        out.index_add_(0, tokens, y * routing.topk_weights[tokens, slots, None])
-
+    chosen = chosen_experts(routing)
+    experts = (
+        (chosen[index], gate_up, down)
+        for index, gate_up, down in stream_experts(checkpoint, arch, layer, config, chosen, dtype)
+    )
     shared = load_shared(checkpoint, arch, layer, config, dtype)
+    return sum_reference(hidden_states.to(dtype), routing, experts, shared, config.activation), routing
+
+
+def chosen_experts(routing: Routing) -> list[int]:
+    """The experts that some token goes to, ascending."""
+    return sorted(set(routing.topk_ids.flatten().tolist()) - {-1})
+
+
+def sum_reference(
+    hidden_states: Tensor,
+    routing: Routing,
+    experts: Iterable[tuple[int, Tensor, Tensor]],
+    shared: SharedWeights | None,
+    activation: Activation,
+) -> Tensor:
+    """Weighted experts plus shared experts of ``hidden_states`` [T, H], in float32; ``experts``: (id, gate_up, down)."""
+    x = hidden_states.float()
+    out = torch.zeros_like(x)
+    for expert, gate_up, down in experts:
+        tokens, slots = (routing.topk_ids == expert).nonzero(as_tuple=True)
+        y = mlp_reference(x[tokens], gate_up, down, activation)
+        out.index_add_(0, tokens, y * routing.topk_weights[tokens, slots, None])
     if shared is not None:
-        y = mlp_reference(x, shared.gate_up, shared.down, config.activation)
+        y = mlp_reference(x, shared.gate_up, shared.down, activation)
         out += y if shared.gate is None else y * torch.sigmoid(x @ shared.gate.float().T)
-    return out, routing
+    return out
 
 
 def mlp_reference(x: Tensor, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:

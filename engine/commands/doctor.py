@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xpar.comm.world import LaunchError, World, refuse_singletons
+from xpar.engine.terminal import make_console
 
 OPTIONAL = {
     "zentorch": "the fastest CPU kernel: pip install 'xpar[zen]'",
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     """Print on rank 0; 1 if something would stop a job."""
     world = World.attach(allow_singleton=True)
     places: list[Place] = world.comm.all_gather_object(_place(world))
-    console = Console(quiet=world.rank != 0, highlight=False)
+    console = make_console(world)
     _print_software(console, world)
     _print_ranks(console, places)
     problems = _problems(world, places)

@@ -20,6 +20,7 @@ from xpar.engine.reference import layer_reference
 from xpar.engine.report import layer_record, layer_table, manifest, summary
 from xpar.engine.runner import MoERunner
 from xpar.engine.stages import StageClock
+from xpar.engine.terminal import make_console, progress
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -53,14 +54,14 @@ def main(args: argparse.Namespace) -> int:
     layers, dtype = agreed(world.comm, lambda: _read_request(args))
     grid = ProcessGrid.create(world, tp=args.tp, dp=args.dp, ep=args.ep, etp=args.etp)
     torch.set_num_threads(args.threads or world.threads())
-    console = Console(quiet=world.rank != 0, highlight=False)
+    console = make_console(world)
     console.print(
         f"{world.size} ranks on {world.num_nodes} nodes, {torch.get_num_threads()} threads each | {grid.shape}"
     )
     if args.explain:
         _explain(console, args, grid, layers[0], dtype)
     records = []
-    for layer in layers:
+    for layer in progress(world, layers, "layers"):
         records.append(_run_layer(args, grid, layer, dtype))
         console.print(layer_table(records[-1]))
         console.print(summary(records[-1]), soft_wrap=True)
