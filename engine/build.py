@@ -1,8 +1,11 @@
 """Building a layer's runner from a checkpoint: placement, kernel, weights; agreed by all ranks before any work."""
 
+import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +24,7 @@ from xpar.engine.weights import LayerWeights, SharedWeights, load_layer, make_ro
 from xpar.kernels.contracts import ExpertKernel, ExpertSpec
 from xpar.kernels.registry import Choice, choose
 
+log = logging.getLogger("xpar.build")
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -50,16 +54,18 @@ def _load(
     with Checkpoint(Path(path)) as checkpoint:
         config = config_of(checkpoint, layer)
         read = partial(load_layer, checkpoint, find(checkpoint.config), layer, config)
-        return assemble(
-            config,
-            grid,
-            dtype or checkpoint.dtype,
-            read,
-            dispatcher=dispatcher,
-            kernel=kernel,
-            exact=exact,
-            layer=layer,
+        options: dict[str, Any] = {"dispatcher": dispatcher, "kernel": kernel, "exact": exact, "layer": layer}
+        begin = time.perf_counter()
+        runner = assemble(config, grid, dtype or checkpoint.dtype, read, **options)
+        log.info(
+            "layer %d: experts %s in %s, %.1f MB read in %.2f s",
+            layer,
+            runner.experts_here(),
+            runner.kernel.name if runner.kernel else "no kernel",
+            checkpoint.bytes_read / 1e6,
+            time.perf_counter() - begin,
         )
+        return runner
 
 
 def assemble(

@@ -91,6 +91,11 @@ class MoERunner(nn.Module):
         clock.slots += int((arrived.topk_ids >= 0).sum())
         return result, plan.own, plan.traffic
 
+    def experts_here(self) -> str:
+        """Global ids of this rank's experts, as ``4-7`` or ``none``."""
+        held = self.dispatcher.placement.experts_of(self.grid.moe.rank // self.grid.shape.etp)
+        return f"{held.start}-{held.stop - 1}" if held else "none"
+
     # -- the steps that are not one call ----------------------------------------------------------------------
 
     def _route(self, hidden_states: Tensor, mine: slice, router_logits: Tensor | None) -> Routing | Exception:

@@ -15,6 +15,7 @@ from xpar.engine.bench import exchange
 from xpar.engine.bench.layer import TOLERANCE, LayerBench
 from xpar.engine.bench.request import Request
 from xpar.engine.build import FLOATS
+from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.report import manifest
 from xpar.engine.shapes import SHAPES, shape_of
 from xpar.engine.terminal import make_console, progress
@@ -68,11 +69,13 @@ def _register_common(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0, help="seed of weights and tokens")
     p.add_argument("--threads", type=int, help="threads a rank (default: its share of the node's cores)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one JSON document")
+    add_verbose(p)
 
 
 def layer_main(args: argparse.Namespace) -> int:
     """Measure on every rank; 1 if an output is out of tolerance."""
     world = World.attach()
+    start_logging(world, args.verbose)
     request = agreed(world.comm, lambda: _layer_request(args))
     grid = _grid(world, args)
     console = make_console(world)
@@ -104,6 +107,7 @@ def layer_main(args: argparse.Namespace) -> int:
 def comm_main(args: argparse.Namespace) -> int:
     """Measure on every rank; 1 if a result is wrong or rows are not the de-duplicated ones."""
     world = World.attach()
+    start_logging(world, args.verbose)
     traffic = agreed(world.comm, lambda: _traffic(args))
     grid = _grid(world, args)
     console = make_console(world)

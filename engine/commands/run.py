@@ -16,6 +16,7 @@ from xpar.comm.world import World
 from xpar.engine.architectures import find, moe_layers
 from xpar.engine.build import FLOATS, config_of, pick_dispatcher, pick_kernel
 from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.reference import layer_reference
 from xpar.engine.report import layer_record, layer_table, manifest, summary
 from xpar.engine.runner import MoERunner
@@ -45,12 +46,14 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     p.add_argument("--seed", type=int, default=0, help="seed of the random tokens")
     p.add_argument("--threads", type=int, help="threads a rank (default: its share of the node's cores)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one JSON document")
+    add_verbose(p)
     p.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command on every rank; 1 if a verified layer is out of tolerance."""
     world = World.attach()
+    start_logging(world, args.verbose)
     layers, dtype = agreed(world.comm, lambda: _read_request(args))
     grid = ProcessGrid.create(world, tp=args.tp, dp=args.dp, ep=args.ep, etp=args.etp)
     torch.set_num_threads(args.threads or world.threads())

@@ -40,6 +40,21 @@ def checkpoints(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory) -> 
     return {case.name: root / case.name for case in ONE_PER_FAMILY}
 
 
+@pytest.fixture(scope="module")
+def blocks(checkpoints: dict[str, Path]) -> dict[str, torch.nn.Module]:
+    """transformers' fp32 module of each family."""
+    return {
+        case.name: transformers_block(checkpoints[case.name], case.layer, torch.float32)
+        for case in ONE_PER_FAMILY
+    }
+
+
+def call(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        out = block(x[None])
+    return (out[0] if isinstance(out, tuple) else out).reshape(x.shape)
+
+
 def grids(size: int) -> list[dict[str, int]]:
     found: list[dict[str, int]] = [{}, {"ep": 1}]
     if size > 1:
@@ -78,9 +93,7 @@ def test_family_equals_transformers(
     runner = MoERunner.from_checkpoint(path, case.layer, ProcessGrid.create(world), dtype)
     x = hidden(TOKENS, runner.config.hidden_size, fresh_seed, dtype)
     got = whole(runner, x, even_ends(TOKENS, world.size))
-    with torch.no_grad():
-        block = transformers_block(path, case.layer, dtype)(x[None])
-    expected = (block[0] if isinstance(block, tuple) else block).reshape(TOKENS, -1)
+    expected = call(transformers_block(path, case.layer, dtype), x)
     if dtype == torch.float32:
         assert error(got, expected) < 1e-5
     else:  # a tie at the k-th place is broken by id here and arbitrarily there: judge by the typical token
@@ -90,20 +103,25 @@ def test_family_equals_transformers(
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("dispatcher", ["auto", *MOVERS])
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
-def test_every_grid_equals_the_reference(
-    world: World, checkpoints: dict[str, Path], fresh_seed: int, family: str, dispatcher: str, exact: bool
+@pytest.mark.parametrize("case", ONE_PER_FAMILY, ids=lambda case: case.name)
+def test_every_grid_equals_transformers(
+    world: World,
+    checkpoints: dict[str, Path],
+    blocks: dict[str, torch.nn.Module],
+    fresh_seed: int,
+    case: Case,
+    dispatcher: str,
+    exact: bool,
 ) -> None:
-    path = next(p for name, p in checkpoints.items() if name.startswith(family))
+    path = checkpoints[case.name]
     for axes in grids(world.size):
         if exact and axes.get("etp", 1) > 1:
             continue
         grid = ProcessGrid.create(world, **axes)
-        runner = MoERunner.from_checkpoint(path, 1, grid, dispatcher=dispatcher, exact=exact)
+        runner = MoERunner.from_checkpoint(path, case.layer, grid, dispatcher=dispatcher, exact=exact)
         x = hidden(TOKENS, runner.config.hidden_size, fresh_seed, torch.float32)
         got = whole(runner, x, even_ends(TOKENS, grid.dp.size))
-        with Checkpoint(path) as checkpoint:
-            expected, _ = layer_reference(checkpoint, 1, x)
+        expected = call(blocks[case.name], x)
         assert error(got, expected) < 1e-5, axes
 
 
