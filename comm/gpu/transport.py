@@ -126,13 +126,17 @@ def _no_direct(facts: Sequence[DeviceFacts]) -> str | None:
 class Transport:
     """Makes device communicators of MPI groups; groups of the same ranks share one connection.
 
-    ``connect``: the mover of one group, collective over it.
+    ``connect``: the mover of one group, collective over it. ``watch``: what follows the work on the GPU, if anything.
     """
 
     def __init__(
-        self, choice: TransportChoice, device: torch.device, connect: Callable[[MpiCommunicator], Mover]
+        self,
+        choice: TransportChoice,
+        device: torch.device,
+        connect: Callable[[MpiCommunicator], Mover],
+        watch: Watch | None = None,
     ) -> None:
-        self.choice, self.device, self._connect = choice, device, connect
+        self.choice, self.device, self.watch, self._connect = choice, device, watch, connect
         self._movers: dict[tuple[int, ...], Mover] = {}
         atexit.register(self.close)  # while CUDA and MPI are still there
 
@@ -149,6 +153,8 @@ class Transport:
         atexit.unregister(self.close)
         while self._movers:
             self._movers.popitem()[1].close()
+        if self.watch is not None:
+            self.watch.close()
 
 
 def open_transport(
@@ -199,7 +205,7 @@ def nccl_transport(
         mover.check(host)
         return mover
 
-    return Transport(choice, device, connect)
+    return Transport(choice, device, connect, watch)
 
 
 def _checked(mover: DirectMover) -> Mover:

@@ -36,6 +36,7 @@ class Watch:
         self._fail, self._pause = fail, pause
         self._waiting: deque[Watched] = deque()
         self._asking = threading.Lock()
+        self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def add(self, done: Done | None, what: str, seconds: float, problem: Problem) -> None:
@@ -69,6 +70,12 @@ class Watch:
             )
         return None
 
+    def close(self) -> None:
+        """End the thread; nothing is followed any more."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
     @staticmethod
     def wait(done: Done, seconds: float, problem: Problem) -> bool:
         """Poll ``done`` for at most ``seconds``; whether it came true. A ``problem`` ends the waiting too."""
@@ -82,7 +89,8 @@ class Watch:
     def _run(self) -> None:
         wrong = None
         while wrong is None:
-            time.sleep(self._pause)
+            if self._closed.wait(self._pause):
+                return
             try:
                 wrong = self.look()
             except RuntimeError as error:  # a CUDA error of an earlier kernel shows wherever the GPU is asked

@@ -135,7 +135,7 @@ def load() -> Nccl4py:
     except ImportError as error:
         raise ValueError(
             f"the NCCL bindings cannot be imported ({error}); install them beside torch's own NCCL with "
-            "`pip install --no-deps nccl4py cuda-core cuda-pathfinder`"
+            "`pip install --no-deps nccl4py cuda-pathfinder`"
         ) from None
     library = Nccl4py(nccl)
     try:
