@@ -77,12 +77,16 @@ class FakeNccl:
     def group_start(self) -> None:
         self._group = []
 
+    def _issue(self, name: str, comm: FakeComm, *args: Any) -> None:
+        self._note(name, *args)
+        assert comm.polls <= 0, "used while an earlier operation was still in progress"
+
     def send(self, address: int, nbytes: int, peer: int, comm: FakeComm, stream: int) -> None:
-        self._note("send", nbytes, peer)
+        self._issue("send", comm, nbytes, peer)
         self._group.append(("Isend", address, nbytes, peer, comm))
 
     def recv(self, address: int, nbytes: int, peer: int, comm: FakeComm, stream: int) -> None:
-        self._note("recv", nbytes, peer)
+        self._issue("recv", comm, nbytes, peer)
         self._group.append(("Irecv", address, nbytes, peer, comm))
 
     def group_end(self) -> None:
@@ -97,11 +101,11 @@ class FakeNccl:
         self._group = []
 
     def all_gather(self, source: int, target: int, nbytes: int, comm: FakeComm, stream: int) -> None:
-        self._note("all_gather", nbytes)
+        self._issue("all_gather", comm, nbytes)
         self._together("Allgather", source, nbytes, target, nbytes * comm.mpi.size, comm)
 
     def all_to_all(self, source: int, target: int, nbytes: int, comm: FakeComm, stream: int) -> None:
-        self._note("all_to_all", nbytes)
+        self._issue("all_to_all", comm, nbytes)
         whole = nbytes * comm.mpi.size
         self._together("Alltoall", source, whole, target, whole, comm)
 

@@ -61,6 +61,7 @@ def main() -> int:
         return hang(world, args.device)
     results: list[dict[str, Any]] = []
     figures: list[dict[str, Any]] = []
+    grids: dict[str, ProcessGrid] = {}
     for name in report["transports"]:
         grid = grid_of(world, args.device, name)
         if args.only != "bench":
@@ -68,10 +69,13 @@ def main() -> int:
                 results.append(outcome(world, f"{name}: {title}", check))
         if args.only != "checks":
             figures += [f | {"transport": name} for f in comm_bench.figures(world, grid, args.link_gbs)]
-    report |= {"checks": results, "figures": figures}
+        write(world, args.json, report | {"checks": results, "figures": figures})
+        grids[name] = grid
+    for name, grid in grids.items():
+        for title, check in comm_checks.last_checks(world, grid, name, seed) if args.only != "bench" else ():
+            results.append(outcome(world, f"{name}: {title}", check))
+    write(world, args.json, report | {"checks": results, "figures": figures})
     if world.rank == 0:
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
         table(results, figures)
     return int(not all(r["ok"] for r in results))
 
@@ -137,6 +141,12 @@ def hang(world: World, device: str) -> int:
         time.sleep(60)
     sys.stderr.write("the job was not ended\n")
     return 1
+
+
+def write(world: World, path: Path | None, report: dict[str, Any]) -> None:
+    """After each part, so that what is known survives a crash of the next."""
+    if path is not None and world.rank == 0:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def late(world: World) -> None:

@@ -47,9 +47,13 @@ def checks(world: World, grid: ProcessGrid, transport: str, seed: int) -> Iterat
                 yield title, lambda c=cls, e=exact, d=dtype: dispatched(world, grid, c, e, d, seed)
     if grid.device.type == "cuda" and transport == "nccl":
         yield "allgather without host sync", lambda: no_sync(grid, seed)
-        if world.size > 1:
-            yield "joining alone ends at the deadline", lambda: joins_alone(world)
-            yield "an exchange that nobody joins is given up", lambda: given_up(world, grid)
+
+
+def last_checks(world: World, grid: ProcessGrid, transport: str, seed: int) -> Iterator[tuple[str, Check]]:
+    """Those that could leave a GPU unusable for what comes after them."""
+    if grid.device.type == "cuda" and transport == "nccl" and world.size > 1:
+        yield "joining alone ends at the deadline", lambda: joins_alone(world)
+        yield "an exchange that nobody joins is given up", lambda: given_up(world, grid)
         yield "allgather in a CUDA graph", lambda: captured(grid, seed)
 
 
