@@ -109,4 +109,5 @@ def solo_grid(threads: int) -> ProcessGrid:
     """The grid of a process outside MPI."""
     alone = SoloCommunicator()
     world = World(alone, (0,), ("",), 0, 1, float(threads), "none", (0,))
-    return ProcessGrid(world, GridShape(1, 1, 1, 1, 1), *(alone for _ in range(7)))
+    groups = dict.fromkeys(("tp", "dp", "ep", "etp", "edp", "moe", "node"), alone)
+    return ProcessGrid(world=world, shape=GridShape(1, 1, 1, 1, 1), **groups)
