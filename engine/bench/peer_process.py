@@ -109,5 +109,14 @@ def solo_grid(threads: int) -> ProcessGrid:
     """The grid of a process outside MPI."""
     alone = SoloCommunicator()
     world = World(alone, (0,), ("",), 0, 1, float(threads), "none", (0,))
-    groups = dict.fromkeys(("tp", "dp", "ep", "etp", "edp", "moe", "node"), alone)
-    return ProcessGrid(world=world, shape=GridShape(1, 1, 1, 1, 1), **groups)
+    return ProcessGrid(
+        world=world,
+        shape=GridShape(1, 1, 1, 1, 1),
+        tp=alone,
+        dp=alone,
+        ep=alone,
+        etp=alone,
+        edp=alone,
+        moe=alone,
+        node=alone,
+    )
