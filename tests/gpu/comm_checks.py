@@ -66,6 +66,10 @@ def host_grid(world: World, transport: str) -> ProcessGrid:
     return replace(grid, moe=opened.wrap(grid.moe), world=replace(world, comm=comm), transport=opened)
 
 
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+"""Relative error between two orders of rounding the same fp32 sums."""
+
+
 def rows_of(rank: int, seed: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1000 + rank)
     return (torch.randn(rows, width, generator=generator) * 20).to(dtype)
@@ -133,8 +137,12 @@ def host_tensors(host: Communicator, comm: Communicator) -> None:
 def dispatched(
     world: World, grid: ProcessGrid, cls: type, exact: bool, dtype: torch.dtype, seed: int
 ) -> None:
-    """The dispatcher on the device against the one on the host: same routing, same stand-in experts."""
+    """The dispatcher on the device against the one on the host: same routing, same stand-in experts.
+
+    Sums may round otherwise on another device. What differs is raised after the last case, so that all ranks come here.
+    """
     size, rank = world.size, world.rank
+    wrong = []
     for case, (experts, k) in enumerate([(2 * size + 1, 2), (64, 8), (max(1, size - 1), 1)]):
         tokens = 40 if cls is ReplicatedDispatcher else (rank * 57 + case * 11) % 230
         same = 0 if cls is ReplicatedDispatcher else rank
@@ -146,7 +154,10 @@ def dispatched(
         there = Routing(routing.topk_ids.to(grid.device), routing.topk_weights.to(grid.device))
         mover = cls(grid.moe, placement.to(grid.device))
         got = through(mover, x.to(grid.device), there, exact, rank)
-        expect(got, want, f"{tokens} tokens, top {k} of {experts}")
+        error = float((got.cpu().double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+        if got.dtype != want.dtype or got.shape != want.shape or not error <= ROUNDING[dtype]:
+            wrong.append(f"{tokens} tokens, top {k} of {experts}: relative error {error:.1e}")
+    assert not wrong, "; ".join(wrong)
 
 
 def through(mover, x: Tensor, routing: Routing, exact: bool, rank: int) -> Tensor:  # type: ignore[no-untyped-def]
