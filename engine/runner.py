@@ -13,7 +13,7 @@ from xpar.comm.shares import share, shares
 from xpar.engine.config import LayerConfig
 from xpar.engine.routing import Router
 from xpar.engine.shared import SharedExperts
-from xpar.engine.stages import StageClock
+from xpar.engine.stages import Clock, NoClock
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
 
 
@@ -66,10 +66,10 @@ class MoERunner(nn.Module):
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor | None = None) -> Tensor:
         """[T, H] -> [T, H], both in the layer's dtype. ``router_logits``: [T, E], where the caller has them already."""
-        return self.run(hidden_states, router_logits, StageClock())[0]
+        return self.run(hidden_states, router_logits, NoClock())[0]
 
     def run(
-        self, hidden_states: Tensor, router_logits: Tensor | None, clock: StageClock
+        self, hidden_states: Tensor, router_logits: Tensor | None, clock: Clock
     ) -> tuple[Tensor, Routing, Traffic]:
         """The forward, with its routing, its traffic and its times."""
         self._step += 1
@@ -88,7 +88,7 @@ class MoERunner(nn.Module):
             shared = None if self.shared is None else self.shared(hidden_states)
         with clock.stage("finish"):
             result = finish(routed, shared).tensor
-        clock.slots += int((arrived.topk_ids >= 0).sum())
+        clock.arrived(arrived.topk_ids)
         return result, plan.own, plan.traffic
 
     def experts_here(self) -> str:

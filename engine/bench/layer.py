@@ -112,10 +112,11 @@ class LayerBench:
 
     def _stages(self, inputs: list[Tensor]) -> dict[str, float]:
         """Median over steps, maximum over ranks, in ms."""
-        clocks = [StageClock() for _ in inputs]
+        clocks = [StageClock(self.grid.device) for _ in inputs]
         for clock, x in zip(clocks, inputs, strict=True):
             self.comm.barrier()
             self.runner.run(self._mine(x), None, clock)
+        clocks = [clock.read() for clock in clocks]
         mine = {s: statistics.median(c.seconds[s] for c in clocks) * 1e3 for s in STAGES}
         everyone = self.comm.all_gather_object(mine)
         return {s: max(ms[s] for ms in everyone) for s in STAGES}
