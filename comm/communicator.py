@@ -65,8 +65,8 @@ class Communicator(Protocol):
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
         """``x`` of ``root`` on every rank; ``x`` gives shape and dtype everywhere and is overwritten."""
 
-    def barrier(self) -> None:
-        """Return once every rank has called it."""
+    def barrier(self, patient: bool = False) -> None:
+        """Return once every rank has called it. ``patient``: sleep meanwhile, so that a rank at work has the cores."""
 
     def split(self, color: int, key: int, name: str) -> "Communicator":
         """The group of the ranks that gave the same ``color``, ordered by ``key``."""
@@ -128,7 +128,7 @@ class SoloCommunicator:
             raise ValueError(f"broadcast: root {root} in a group of 1 rank; use root 0")
         return x
 
-    def barrier(self) -> None:
+    def barrier(self, patient: bool = False) -> None:
         return None
 
     def split(self, color: int, key: int, name: str) -> Communicator:

@@ -24,11 +24,12 @@ class AgreedError(CollectiveError):
     """A mistake in what the user gave, found on some rank and raised with one text on all of them."""
 
 
-def agreed(comm: Communicator, attempt: Callable[[], T], doing: str = "") -> T:
+def agreed(comm: Communicator, attempt: Callable[[], T], doing: str = "", patient: bool = False) -> T:
     """Run ``attempt`` on every rank of ``comm``; if it raised anywhere, raise one :class:`AgreedError` everywhere.
 
     ``attempt`` must hold no collective. ``ValueError`` and ``OSError`` are the user's mistakes and give their
-    message; anything else is ours and brings its traceback along.
+    message; anything else is ours and brings its traceback along. ``patient``: ranks that are done sleep until the
+    others are, which leaves them the cores.
     """
     result: T | None = None
     problem: str | None = None
@@ -38,6 +39,8 @@ def agreed(comm: Communicator, attempt: Callable[[], T], doing: str = "") -> T:
         problem = str(error)
     except Exception:  # noqa: BLE001 - every rank must reach the exchange below
         problem = traceback.format_exc()
+    if patient:
+        comm.barrier(patient=True)
     problems = comm.all_gather_object(problem)
     failed = [r for r, p in enumerate(problems) if p is not None]
     if failed:

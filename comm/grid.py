@@ -1,11 +1,18 @@
 """The process grid: dense layers see dp x tp, expert layers edp x ep x etp, over the same ranks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
+from xpar.comm.gpu.binding import Gpu, bind_gpu
+from xpar.comm.gpu.transport import Transport, choose_transport, facts_of, open_transport
 from xpar.comm.handshake import Tag, handshake
+from xpar.comm.nccl.link import Deadlines
 from xpar.comm.world import World
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class ProcessGrid:
     ``ep``: ranks that hold other experts. ``etp``: ranks that slice the same experts' width.
     ``edp``: ranks that hold copies of the same slices. ``node``: ranks that share memory.
     ``moe``: the ep x etp ranks that together hold every expert exactly once; tokens travel within it.
+    ``device``: where the layers compute. On a GPU all groups, ``world.comm`` too, move tensors of that device through
+    ``transport``, and host tensors as before.
     """
 
     world: World
@@ -80,6 +89,8 @@ class ProcessGrid:
     edp: Communicator
     moe: Communicator
     node: Communicator
+    device: torch.device = HOST
+    transport: Transport | None = None
 
     @classmethod
     def create(
@@ -90,13 +101,23 @@ class ProcessGrid:
         dp: int | None = None,
         ep: int | None = None,
         etp: int | None = None,
+        device: str = "cpu",
+        transport: str = "auto",
+        deadlines: Deadlines | None = None,
     ) -> "ProcessGrid":
         """Make every group, eagerly and in one fixed order; collective over ``world``.
+
+        ``device``: "cpu" or "cuda"; the latter binds each rank to a GPU by its place on the node. ``transport``: how
+        device tensors travel, auto or one of :data:`~xpar.comm.gpu.transport.TRANSPORTS`.
 
         Raises the same error on every rank if the sizes do not fit or the ranks asked for different grids.
         """
         shape = agreed(world.comm, lambda: resolve(world.size, tp, dp, ep, etp), "process grid")
-        handshake(world.comm, Tag(f"process grid {shape}"))
+        handshake(world.comm, Tag(f"process grid {shape} on {device} through {transport}"))
+        opened = None
+        if agreed(world.comm, lambda: _known(device), "process grid") != "cpu":
+            opened = _device_transport(world, transport, deadlines or Deadlines())
+            world = replace(world, comm=opened.wrap(world.comm))
         r, cell = world.rank, shape.ep * shape.etp
 
         def group(name: str, color: int) -> Communicator:
@@ -112,8 +133,27 @@ class ProcessGrid:
             edp=group("edp", r % cell),
             moe=group("moe", r // cell),
             node=group("node", world.node),
+            device=HOST if opened is None else opened.device,
+            transport=opened,
         )
 
     @property
     def ep_rank(self) -> int:
         return self.ep.rank
+
+
+def _known(device: str) -> str:
+    if device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"device={device!r}: choose cpu or cuda; which GPU a rank gets follows from its place on the node"
+        )
+    return device
+
+
+def _device_transport(world: World, name: str, deadlines: Deadlines) -> Transport:
+    """Bind this rank's GPU and open the transport that suits all ranks."""
+    gpu: Gpu = agreed(world.comm, lambda: bind_gpu(world.local_rank), "process grid")
+    facts = world.comm.all_gather_object(agreed(world.comm, lambda: facts_of(gpu), "process grid"))
+    choice = agreed(world.comm, lambda: choose_transport(facts, name), "process grid")
+    device = torch.device("cuda", gpu.index)
+    return open_transport(world.comm, device, choice, deadlines, required=name != "auto")

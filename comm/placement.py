@@ -1,6 +1,6 @@
 """Which ranks of the ``moe`` group hold which expert."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,15 @@ class Placement:
         none = torch.tensor([-1], dtype=torch.int32)
         return cls(num_experts, ep, etp, torch.cat([owner, torch.tensor([ep])]), torch.cat([local, none]))
 
+    def to(self, device: torch.device) -> "Placement":
+        """The same placement with its tables on ``device``, where the routing that it is asked about lies."""
+        return replace(self, owner=self.owner.to(device), local=self.local.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables lie."""
+        return self.owner.device
+
     def experts_of(self, ep_rank: int) -> range:
         """Global ids of the experts held by ``ep_rank``, in local order."""
         held = share(self.num_experts, self.ep, ep_rank)
@@ -56,6 +65,6 @@ class Placement:
         counts = torch.bincount(owners, minlength=self.ep + 1)[: self.ep].tolist()
         order = torch.sort(owners, stable=True).indices
         positions = torch.empty_like(order)
-        positions[order] = torch.arange(order.numel())
+        positions[order] = torch.arange(order.numel(), device=order.device)
         positions.masked_fill_(owners == self.ep, -1)
         return positions.view(topk_ids.shape), counts

@@ -1,6 +1,11 @@
 """Building a layer's runner from a checkpoint: placement, kernel, weights; agreed by all ranks before any work."""
 
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +20,11 @@ from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.runner import MoERunner
 from xpar.engine.shared import SharedExperts
-from xpar.engine.weights import SharedWeights, load_layer, make_router
+from xpar.engine.weights import LayerWeights, SharedWeights, load_layer, make_router
 from xpar.kernels.contracts import ExpertKernel, ExpertSpec
 from xpar.kernels.registry import Choice, choose
 
+log = logging.getLogger("xpar.build")
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -47,27 +53,49 @@ def _load(
 ) -> MoERunner:
     with Checkpoint(Path(path)) as checkpoint:
         config = config_of(checkpoint, layer)
-        dtype = dtype or checkpoint.dtype
-        check_exact(exact, grid)
-        placement, chosen = pick_dispatcher(grid, config, dispatcher)
-        experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
-        rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
-        local = None
-        if experts:
-            local = pick_kernel(config, grid, len(experts), dtype, kernel, exact).record.build(
-                spec_of(config, len(experts), rows.stop - rows.start, dtype, exact, config.bias)
-            )
-        weights = load_layer(
-            checkpoint,
-            find(checkpoint.config),
+        read = partial(load_layer, checkpoint, find(checkpoint.config), layer, config)
+        options: dict[str, Any] = {"dispatcher": dispatcher, "kernel": kernel, "exact": exact, "layer": layer}
+        begin = time.perf_counter()
+        runner = assemble(config, grid, dtype or checkpoint.dtype, read, **options)
+        log.info(
+            "layer %d: experts %s in %s, %.1f MB read in %.2f s",
             layer,
-            config,
-            experts=experts,
-            sink=_no_expert if local is None else local.load_expert,
-            dtype=dtype,
-            rows=rows,
-            shared_rows=_shared_rows(config, grid, exact),
+            runner.experts_here(),
+            runner.kernel.name if runner.kernel else "no kernel",
+            checkpoint.bytes_read / 1e6,
+            time.perf_counter() - begin,
         )
+        return runner
+
+
+def assemble(
+    config: LayerConfig,
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+    read: Callable[..., LayerWeights],
+    *,
+    dispatcher: str = "auto",
+    kernel: str = "auto",
+    exact: bool = False,
+    layer: int = 0,
+) -> MoERunner:
+    """A runner whose weights come from ``read``, which takes the keyword arguments of :func:`load_layer`."""
+    check_exact(exact, grid)
+    placement, chosen = pick_dispatcher(grid, config, dispatcher)
+    experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
+    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
+    local = None
+    if experts:
+        local = pick_kernel(config, grid, len(experts), dtype, kernel, exact).record.build(
+            spec_of(config, len(experts), rows.stop - rows.start, dtype, exact, config.bias)
+        )
+    weights = read(
+        experts=experts,
+        sink=_no_expert if local is None else local.load_expert,
+        dtype=dtype,
+        rows=rows,
+        shared_rows=_shared_rows(config, grid, exact),
+    )
     shared = None if weights.shared is None else _shared(config, grid, weights.shared, dtype, exact)
     router = make_router(weights.router, config, row_invariant=exact)
     return MoERunner(

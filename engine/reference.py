@@ -4,14 +4,24 @@ Routing is decided as the engine decides it, in the dtypes of the model; all els
 a time, and only those that some token chose, so that a layer of any size can be verified.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.config import LayerConfig
 from xpar.engine.mlp_tensors import MlpTensors
 from xpar.engine.routers import identity_output, weigh_input
-from xpar.engine.weights import load_output_bias, load_router, load_shared, make_router, stream_experts
+from xpar.engine.weights import (
+    SharedWeights,
+    load_output_bias,
+    load_router,
+    load_shared,
+    make_router,
+    stream_experts,
+)
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, Routing
 
@@ -33,24 +43,44 @@ def layer_reference(
     router = make_router(load_router(checkpoint, arch, layer, config, dtype), config)
     routing = router.route(hidden_states.to(dtype), None, input_ids)
 
-    rows, weighted = weigh_input(hidden_states.to(dtype), routing)
-    x, rows = hidden_states.to(dtype).float(), rows.float()
-    out = torch.zeros_like(x)
-    chosen = sorted(set(routing.topk_ids.flatten().tolist()) - {-1})
-    for index, expert in stream_experts(checkpoint, arch, layer, config, chosen, dtype):
-        tokens, slots = (routing.topk_ids == chosen[index]).nonzero(as_tuple=True)
-        y = mlp_reference(rows[tokens], expert, config.activation)
-        out.index_add_(0, tokens, y * weighted.topk_weights[tokens, slots, None])
-
-    identity = identity_output(x, routing)
-    bias = load_output_bias(checkpoint, arch, layer, config, dtype)
-    out += 0.0 if identity is None else identity
-    out += 0.0 if bias is None else bias.float()
+    chosen = chosen_experts(routing)
+    experts = (
+        (chosen[index], expert)
+        for index, expert in stream_experts(checkpoint, arch, layer, config, chosen, dtype)
+    )
     shared = load_shared(checkpoint, arch, layer, config, dtype)
+    bias = load_output_bias(checkpoint, arch, layer, config, dtype)
+    return sum_reference(hidden_states.to(dtype), routing, experts, shared, config, bias), routing
+
+
+def chosen_experts(routing: Routing) -> list[int]:
+    """The experts that some token goes to, ascending."""
+    return sorted(set(routing.topk_ids.flatten().tolist()) - {-1})
+
+
+def sum_reference(
+    hidden_states: Tensor,
+    routing: Routing,
+    experts: Iterable[tuple[int, MlpTensors]],
+    shared: SharedWeights | None,
+    config: LayerConfig,
+    output_bias: Tensor | None = None,
+) -> Tensor:
+    """All that a layer adds up for ``hidden_states`` [T, H], in float32; ``experts``: (id, tensors)."""
+    rows, weighted = weigh_input(hidden_states, routing)
+    x, rows = hidden_states.float(), rows.float()
+    out = torch.zeros_like(x)
+    for expert, tensors in experts:
+        tokens, slots = (routing.topk_ids == expert).nonzero(as_tuple=True)
+        y = mlp_reference(rows[tokens], tensors, config.activation)
+        out.index_add_(0, tokens, y * weighted.topk_weights[tokens, slots, None])
+    identity = identity_output(x, routing)
+    out += 0.0 if identity is None else identity
+    out += 0.0 if output_bias is None else output_bias.float()
     if shared is not None and config.shared is not None:
         y = mlp_reference(x, MlpTensors(shared.gate_up, shared.down), config.activation) * config.shared.scale
         out += y if shared.gate is None else y * torch.sigmoid(x @ shared.gate.float().T)
-    return out, routing
+    return out
 
 
 def mlp_reference(x: Tensor, mlp: MlpTensors, activation: Activation) -> Tensor:

@@ -19,6 +19,7 @@ def layer_record(
     runner: MoERunner, clocks: list[StageClock], traffic: Traffic, tokens: int
 ) -> dict[str, Any]:
     """One layer's figures over all ranks; collective. ``tokens``: of the whole job. Times in ms, medians over steps."""
+    clocks = [clock.read() for clock in clocks]
     mine = {s: statistics.median(c.seconds[s] for c in clocks) * 1e3 for s in STAGES}
     total = statistics.median(sum(c.seconds.values()) for c in clocks) * 1e3
     rows = (traffic.rows, traffic.combined_rows, clocks[-1].slots)

@@ -14,7 +14,7 @@ from xpar.engine.addends import with_addends
 from xpar.engine.config import LayerConfig
 from xpar.engine.routers import RoutingRule, weigh_input
 from xpar.engine.shared import SharedExperts
-from xpar.engine.stages import StageClock
+from xpar.engine.stages import Clock, NoClock
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
 
 
@@ -77,13 +77,13 @@ class MoERunner(nn.Module):
 
         ``router_logits``: [T, E], where the caller has them already. ``input_ids``: [T], for routing by token id.
         """
-        return self.run(hidden_states, router_logits, StageClock(), input_ids)[0]
+        return self.run(hidden_states, router_logits, NoClock(), input_ids)[0]
 
     def run(
         self,
         hidden_states: Tensor,
         router_logits: Tensor | None,
-        clock: StageClock,
+        clock: Clock,
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Routing, Traffic]:
         """The forward, with its routing, its traffic and its times."""
@@ -106,8 +106,13 @@ class MoERunner(nn.Module):
             assert isinstance(routing, Routing)  # a failure has raised in plan
             routed = with_addends(routed, hidden_states[mine], routing, self.output_bias)
             result = finish(routed, shared).tensor
-        clock.slots += int((arrived.topk_ids >= 0).sum())
+        clock.arrived(arrived.topk_ids)
         return result, routing, plan.traffic
+
+    def experts_here(self) -> str:
+        """Global ids of this rank's experts, as ``4-7`` or ``none``."""
+        held = self.dispatcher.placement.experts_of(self.grid.moe.rank // self.grid.shape.etp)
+        return f"{held.start}-{held.stop - 1}" if held else "none"
 
     # -- the steps that are not one call ----------------------------------------------------------------------
 

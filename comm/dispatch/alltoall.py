@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
-from xpar.comm.dispatch.base import DispatchPlan, Traffic, agree, goes_to, pack, unpack
+from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, goes_to, pack, unpack
+from xpar.comm.dispatch.leaving import Leaving, ids_there
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
@@ -34,13 +35,34 @@ class Detail:
     rows: Tensor | None = None
 
 
+class Early:
+    """The plan of rows whose number is not known yet; :class:`Detail` once dispatch has learnt it."""
+
+    def __init__(self, leaving: Leaving) -> None:
+        self.leaving = leaving
+        self._detail: Detail | None = None
+
+    def settle(self, detail: Detail) -> None:
+        self._detail = detail
+
+    def settled(self) -> Detail:
+        if self._detail is None:
+            raise RuntimeError("combine before dispatch: the plan does not know yet how many rows there are")
+        return self._detail
+
+
 class AllToAllDispatcher:
-    """The general dispatcher: any number of ranks, uneven tokens and experts."""
+    """The general dispatcher: any number of ranks, uneven tokens and experts.
+
+    ``early``: begin to pack before it is known how many rows leave; by default on a GPU.
+    """
 
     name = "alltoall"
+    capabilities = Capabilities(("cpu", "cuda"), needs_host_counts=True, graph_capture=False)
 
-    def __init__(self, group: Communicator, placement: Placement) -> None:
+    def __init__(self, group: Communicator, placement: Placement, early: bool | None = None) -> None:
         self.group, self.placement = group, placement
+        self.early = placement.device.type == "cuda" if early is None else early
 
     def plan(
         self,
@@ -52,6 +74,10 @@ class AllToAllDispatcher:
         exact: bool = False,
     ) -> DispatchPlan:
         own, _ = agree(self.group, self.name, routing, tag, hidden_size, dtype, exact)
+        if self.early and not exact:
+            leaving = Leaving.start(own, self.placement)
+            promised = Pending(lambda: self._traffic(leaving.counts.wait(), leaving.counts.wait()))
+            return DispatchPlan(own, exact, promised, Early(leaving))
         destination, tokens, send = destinations(own.topk_ids, self.placement)
         recv = self._exchange_counts(send)
         ids = ids_there(own.topk_ids, destination, tokens, self.placement)
@@ -61,13 +87,12 @@ class AllToAllDispatcher:
         if exact:
             slots, back_recv = slots_back(own.topk_ids, destination, tokens, send, self.placement)
             back_send = per_rank((arrived.topk_ids >= 0).sum(1), recv)
-        remote = len(tokens) - send[self.group.rank]
-        traffic = Traffic(len(tokens), remote, sum(back_recv))
-        return DispatchPlan(
-            own, exact, traffic, Detail(tokens, arrived, send, recv, back_send, back_recv, slots)
-        )
+        detail = Detail(tokens, arrived, send, recv, back_send, back_recv, slots)
+        return DispatchPlan(own, exact, self._traffic(send, back_recv), detail)
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
+        if isinstance(plan.detail, Early):
+            return self._dispatch_early(hidden_states, plan.detail)
         d: Detail = plan.detail
         rows = hidden_states.new_empty(sum(d.recv), hidden_states.shape[1])
         first, own = sum(d.send[: self.group.rank]), d.send[self.group.rank]
@@ -82,7 +107,28 @@ class AllToAllDispatcher:
         return None
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
+        if isinstance(plan.detail, Early):
+            d = plan.detail.settled()
+            back = self.group.all_to_all_v(outputs, d.back_send, d.back_recv).wait()
+            return Distributed(sum_rows(back, d.tokens, plan.own.topk_ids.shape[0]), Full())
         return return_rows(self.group, outputs, plan.detail, plan.own)
+
+    def _dispatch_early(self, hidden_states: Tensor, early: "Early") -> Pending[ExpertInput]:
+        """The GPU packs while the host waits for this rank's counts and exchanges them with the others'."""
+        leaving = early.leaving
+        rows = leaving.pack_early(hidden_states)
+        send = leaving.counts.wait()
+        tokens, packed = leaving.tokens[: sum(send)], leaving.packed[: sum(send)]
+        if rows is None:
+            rows = gather_rows(hidden_states, tokens)
+        recv = self._exchange_counts(send)
+        arrived = unpack(self.group.all_to_all_v(packed, send, recv).wait())
+        pending = self.group.all_to_all_v(rows[: sum(send)], send, recv)
+        early.settle(Detail(tokens, arrived, send, recv, recv, send, None))
+        return Pending(lambda: ExpertInput(pending.wait(), arrived.topk_ids, arrived.topk_weights))
+
+    def _traffic(self, send: list[int], back: list[int]) -> Traffic:
+        return Traffic(sum(send), sum(send) - send[self.group.rank], sum(back))
 
     def _exchange_counts(self, send: list[int]) -> list[int]:
         rows = self.group.all_to_all_v(
@@ -98,20 +144,15 @@ def destinations(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor
     return pairs[:, 0], pairs[:, 1], by_rank.sum(1).tolist()
 
 
-def ids_there(topk_ids: Tensor, destination: Tensor, tokens: Tensor, placement: Placement) -> Tensor:
-    """[S, k] int32: for each row sent, the local ids of its slots at its destination, -1 for slots elsewhere."""
-    ids = topk_ids[tokens].long()
-    there = placement.owner[ids] == (destination // placement.etp)[:, None]
-    return torch.where(there, placement.local[ids], -1)
-
-
 def slots_back(
     topk_ids: Tensor, destination: Tensor, tokens: Tensor, send: list[int], placement: Placement
 ) -> tuple[Tensor, list[int]]:
     """In exact mode: the flat (token, slot) of each row that comes back, by rank, and the rows per rank."""
     active = ids_there(topk_ids, destination, tokens, placement) >= 0
     k = topk_ids.shape[1]
-    return (tokens[:, None] * k + torch.arange(k))[active], per_rank(active.sum(1), send)
+    return (tokens[:, None] * k + torch.arange(k, device=tokens.device))[active], per_rank(
+        active.sum(1), send
+    )
 
 
 def return_rows(group: Communicator, outputs: Tensor, d: Detail, own: Routing) -> Distributed:
@@ -125,14 +166,14 @@ def return_rows(group: Communicator, outputs: Tensor, d: Detail, own: Routing) -
     pending.wait()
     if d.slots is None:
         return Distributed(sum_rows(back, d.tokens, own.topk_ids.shape[0]), Full())
-    positions = torch.full((own.topk_ids.numel(),), -1, dtype=torch.int64)
-    positions[d.slots] = torch.arange(len(d.slots))
+    positions = torch.full((own.topk_ids.numel(),), -1, dtype=torch.int64, device=back.device)
+    positions[d.slots] = torch.arange(len(d.slots), device=back.device)
     return Distributed(weighted_sum(back, own.topk_weights, positions.view(own.topk_ids.shape)), Full())
 
 
 def per_rank(rows_of_entry: Tensor, entries_of_rank: list[int]) -> list[int]:
     ends = np.cumsum([0, *entries_of_rank])
-    total = torch.nn.functional.pad(rows_of_entry.cumsum(0), (1, 0))[torch.from_numpy(ends)]
+    total = torch.nn.functional.pad(rows_of_entry.cumsum(0), (1, 0)).cpu()[torch.from_numpy(ends)]
     return [int(n) for n in total.diff().tolist()]
 
 

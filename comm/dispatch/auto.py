@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
-from xpar.comm.dispatch.base import Dispatcher
+from xpar.comm.dispatch.base import Capabilities, Dispatcher
 from xpar.comm.dispatch.replicated import ReplicatedDispatcher
 from xpar.comm.dispatch.shared_memory import SharedMemoryDispatcher
 from xpar.comm.grid import ProcessGrid
@@ -38,7 +38,9 @@ def choose_dispatcher(grid: ProcessGrid, placement: Placement, name: str = "auto
     Raises ValueError with the reason and the names if the named one does not exist or cannot work here.
     """
     names = [cls.name for cls in DISPATCHERS]
-    impossible = {"replicated": _no_replication(grid), "shared-memory": _no_shared_memory(grid)}
+    impossible = {cls.name: _wrong_device(grid, cls.capabilities) for cls in DISPATCHERS}
+    impossible["replicated"] = _no_replication(grid)
+    impossible["shared-memory"] = impossible["shared-memory"] or _no_shared_memory(grid)
     unsuitable = {"shared-memory": _little_room(grid), "allgather": _many_ranks(grid)}
     reasons = {n: impossible.get(n) or unsuitable.get(n) for n in names}
     if name == "auto":
@@ -55,7 +57,13 @@ def choose_dispatcher(grid: ProcessGrid, placement: Placement, name: str = "auto
     cls = DISPATCHERS[names.index(chosen)]
     why = f"{chosen} comes first" if name == "auto" else f"{chosen} was asked for"
     rejected = tuple((n, reasons[n] or why) for n in names if n != chosen)
-    return DispatcherChoice(cls(grid.moe, placement), rejected)
+    return DispatcherChoice(cls(grid.moe, placement.to(grid.device)), rejected)
+
+
+def _wrong_device(grid: ProcessGrid, capabilities: Capabilities) -> str | None:
+    if grid.device.type in capabilities.devices:
+        return None
+    return f"it moves {' and '.join(capabilities.devices)} memory, and the job computes on {grid.device.type}"
 
 
 def _no_replication(grid: ProcessGrid) -> str | None:

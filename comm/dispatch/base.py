@@ -30,19 +30,41 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Capabilities:
+    """What a dispatcher can do, for whoever chooses one.
+
+    ``devices``: torch device types of the tokens. ``needs_host_counts``: on a GPU, whether the host waits for numbers
+    that the GPU computes. ``graph_capture``: whether plan, dispatch and combine may be captured in a CUDA graph and
+    replayed, as long as every rank's number of tokens stays the same. Exact mode needs host counts everywhere.
+    """
+
+    devices: tuple[str, ...]
+    needs_host_counts: bool
+    graph_capture: bool
+
+
+@dataclass(frozen=True)
 class DispatchPlan:
-    """Who sends which rows where. ``own`` is the routing of this rank's tokens; ``detail`` is the dispatcher's."""
+    """Who sends which rows where. ``own`` is the routing of this rank's tokens; ``detail`` is the dispatcher's.
+
+    ``counted``: the traffic, or the promise of it where the numbers are still on their way from a GPU.
+    """
 
     own: Routing
     exact: bool
-    traffic: Traffic
+    counted: Traffic | Pending[Traffic]
     detail: Any
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.counted.wait() if isinstance(self.counted, Pending) else self.counted
 
 
 class Dispatcher(Protocol):
     """Moves tokens to the ranks of their experts and the experts' outputs back."""
 
     name: str
+    capabilities: Capabilities
     group: Communicator
     placement: Placement
 
@@ -105,6 +127,11 @@ def unpack(packed: Tensor) -> Routing:
 
 def goes_to(topk_ids: Tensor, placement: Placement) -> Tensor:
     """[R, T] bool: whether a rank holds (a slice of) any of a token's experts."""
-    goes = torch.zeros(topk_ids.shape[0], placement.ep + 1, dtype=torch.bool)
+    goes = torch.zeros(topk_ids.shape[0], placement.ep + 1, dtype=torch.bool, device=topk_ids.device)
     goes.scatter_(1, placement.owners(topk_ids), True)
     return goes[:, : placement.ep].t().repeat_interleave(placement.etp, dim=0)
+
+
+def every_entry(outputs: Tensor, entries: int) -> Tensor:
+    """``outputs`` of all ``entries``; a rank without experts makes none, and its addends are zero."""
+    return outputs if outputs.shape[0] else outputs.new_zeros(entries, outputs.shape[1])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
-from xpar.comm.dispatch.base import DispatchPlan, Traffic, agree
+from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, every_entry
 from xpar.comm.handshake import Tag, handshake
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full, Partial
@@ -18,6 +18,7 @@ class ReplicatedDispatcher:
     """Serves groups whose ranks hold the same tokens, and groups of one."""
 
     name = "replicated"
+    capabilities = Capabilities(("cpu", "cuda"), needs_host_counts=True, graph_capture=False)
 
     def __init__(self, group: Communicator, placement: Placement) -> None:
         self.group, self.placement = group, placement
@@ -36,7 +37,7 @@ class ReplicatedDispatcher:
             tokens = own.topk_ids.shape[0]
             return DispatchPlan(own, exact, Traffic(tokens, 0, tokens), None)
         # Ranks whose copies of the tokens have drifted apart would add up parts of different answers.
-        digest = zlib.crc32(own.topk_ids.contiguous().numpy().tobytes())
+        digest = zlib.crc32(own.topk_ids.contiguous().cpu().numpy().tobytes())
         same = {"tokens": own.topk_ids.shape[0], "topk_ids_crc32": digest}
         handshake(self.group, Tag("replicated tokens", tag.layer, tag.step), same=same)
         traffic = Traffic(0, 0, 0)
@@ -44,7 +45,7 @@ class ReplicatedDispatcher:
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
         local = self.placement.local_ids(plan.own.topk_ids, self._ep_rank())
-        if self.group.size == 1 or plan.exact:
+        if self.group.size == 1 or plan.exact or _all_entries(hidden_states):
             entries = ExpertInput(hidden_states, local, plan.own.topk_weights)
         else:
             rows = (local >= 0).any(dim=1).nonzero()[:, 0]
@@ -59,6 +60,9 @@ class ReplicatedDispatcher:
             return Distributed(self._in_slot_order(outputs, plan), Full())
         if self.group.size == 1:
             return Distributed(outputs, Full())
+        if _all_entries(outputs):
+            outputs = every_entry(outputs, plan.own.topk_ids.shape[0])
+            return Distributed(outputs, Partial(self.group))
         rows = (self.placement.owners(plan.own.topk_ids) == self._ep_rank()).any(dim=1).nonzero()[:, 0]
         total = outputs.new_zeros(plan.own.topk_ids.shape[0], outputs.shape[1])
         total[rows] = outputs
@@ -72,3 +76,8 @@ class ReplicatedDispatcher:
 
     def _ep_rank(self) -> int:
         return self.group.rank // self.placement.etp
+
+
+def _all_entries(x: Tensor) -> bool:
+    """On a GPU the experts get every token: picking those with an expert here would make the host wait for their number."""
+    return x.is_cuda

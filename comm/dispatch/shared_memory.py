@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
-from xpar.comm.dispatch.base import DispatchPlan, Traffic, agree, goes_to, pack, unpack
+from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, goes_to, pack, unpack
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
@@ -52,6 +52,7 @@ class SharedMemoryDispatcher:
     """
 
     name = "shared-memory"
+    capabilities = Capabilities(("cpu",), needs_host_counts=False, graph_capture=False)
 
     def __init__(self, group: Communicator, placement: Placement) -> None:
         self.group, self.placement = group, placement

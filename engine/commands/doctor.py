@@ -11,12 +11,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from xpar.comm.gpu.binding import driver_version, find_gpu, shared_gpus
+from xpar.comm.gpu.transport import DeviceFacts, choose_transport, facts_of
+from xpar.comm.nccl.library import load, version_text
 from xpar.comm.world import LaunchError, World, refuse_singletons
+from xpar.engine.terminal import make_console
 
 OPTIONAL = {
     "zentorch": "the fastest CPU kernel: pip install 'xpar[zen]'",
     "transformers": "make-checkpoint with its classes: pip install 'xpar[hf]'",
-    "nccl4py": "NCCL between GPUs: pip install --no-deps nccl4py cuda-core cuda-pathfinder",
+    "nccl4py": "NCCL between GPUs: pip install --no-deps nccl4py cuda-pathfinder",
 }
 LITTLE_SHM = 256 << 20
 
@@ -31,7 +35,7 @@ class Place:
     threads: int
     shm_free: int
     cpu: str
-    gpus: tuple[str, ...]
+    gpu: DeviceFacts | None
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -44,9 +48,10 @@ def main(args: argparse.Namespace) -> int:
     """Print on rank 0; 1 if something would stop a job."""
     world = World.attach(allow_singleton=True)
     places: list[Place] = world.comm.all_gather_object(_place(world))
-    console = Console(quiet=world.rank != 0, highlight=False)
+    console = make_console(world)
     _print_software(console, world)
     _print_ranks(console, places)
+    _print_transport(console, places)
     problems = _problems(world, places)
     for problem in problems:
         console.print(f"problem: {problem}", soft_wrap=True)
@@ -57,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _place(world: World) -> Place:
     stat = os.statvfs("/dev/shm")
-    gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    gpu = facts_of(find_gpu(world.local_rank)) if torch.cuda.is_available() else None
     return Place(
         host=world.hosts[world.rank],
         node=world.node,
@@ -65,7 +70,7 @@ def _place(world: World) -> Place:
         threads=world.threads(),
         shm_free=stat.f_bavail * stat.f_frsize,
         cpu=torch.backends.cpu.get_cpu_capability(),
-        gpus=gpus,
+        gpu=gpu,
     )
 
 
@@ -77,6 +82,17 @@ def _print_software(console: Console, world: World) -> None:
         console.print(
             f"{name}: {_installed(name) or f'not installed ({what})'}", soft_wrap=True, markup=False
         )
+    console.print(
+        f"NCCL: {_nccl()}, NVIDIA driver: {driver_version() or 'none'}", soft_wrap=True, markup=False
+    )
+
+
+def _nccl() -> str:
+    try:
+        library = load()
+    except ValueError as error:
+        return str(error)
+    return f"{version_text(library.version())} at {library.path()}"
 
 
 def _installed(name: str) -> str | None:
@@ -87,12 +103,18 @@ def _installed(name: str) -> str | None:
 
 
 def _print_ranks(console: Console, places: list[Place]) -> None:
-    table = Table("rank", "node", "host", "local rank", "threads", "CPU", "/dev/shm free", "GPUs")
+    table = Table("rank", "node", "host", "local rank", "threads", "CPU", "/dev/shm free", "GPU")
     for rank, p in enumerate(places):
         shm = f"{p.shm_free / 1e9:.1f} GB"
-        gpus = ", ".join(p.gpus) or "none"
-        table.add_row(str(rank), str(p.node), p.host, str(p.local_rank), str(p.threads), p.cpu, shm, gpus)
+        gpu = "none" if p.gpu is None else str(p.gpu.gpu)
+        table.add_row(str(rank), str(p.node), p.host, str(p.local_rank), str(p.threads), p.cpu, shm, gpu)
     console.print(table)
+
+
+def _print_transport(console: Console, places: list[Place]) -> None:
+    facts = [p.gpu for p in places if p.gpu is not None]
+    if len(facts) == len(places) > 1:
+        console.print(f"between GPUs\n{choose_transport(facts).explain()}", soft_wrap=True, markup=False)
 
 
 def _problems(world: World, places: list[Place]) -> list[str]:
@@ -108,8 +130,28 @@ def _problems(world: World, places: list[Place]) -> list[str]:
             f"/dev/shm has less than {LITTLE_SHM >> 20} MB free on {', '.join(hosts)}, which MPI needs inside a node: "
             "remove stale files there, or start the container with a larger --shm-size"
         )
+    found += _gpu_problems(places)
     if len({p.cpu for p in places}) > 1:
         found.append(
             "ranks run on different kinds of processor; bits may differ between them: choose one kind"
+        )
+    return found
+
+
+def _gpu_problems(places: list[Place]) -> list[str]:
+    found = []
+    with_gpu = [rank for rank, p in enumerate(places) if p.gpu is not None]
+    if 0 < len(with_gpu) < len(places):
+        without = sorted(set(range(len(places))) - set(with_gpu))
+        found.append(
+            f"ranks {', '.join(map(str, without))} see no GPU and the others do: give every task one (srun "
+            "--gpus-per-node, mpirun on nodes of one kind), or compute on the CPU"
+        )
+    for uuid, ranks in shared_gpus(
+        [p.gpu.gpu.uuid if p.gpu else f"none {r}" for r, p in enumerate(places)]
+    ).items():
+        found.append(
+            f"ranks {', '.join(map(str, ranks))} share GPU {uuid}, and with it its memory and speed: start as many "
+            "ranks a node as it has GPUs"
         )
     return found

@@ -16,10 +16,12 @@ from xpar.comm.world import World
 from xpar.engine.architectures import find, moe_layers
 from xpar.engine.build import FLOATS, config_of, pick_dispatcher, pick_kernel
 from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.reference import layer_reference
 from xpar.engine.report import layer_record, layer_table, manifest, summary
 from xpar.engine.runner import MoERunner
 from xpar.engine.stages import StageClock
+from xpar.engine.terminal import make_console, progress
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -34,6 +36,13 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     p.add_argument("--layers", type=int, nargs="+", help="MoE layers to run (default: all)")
     for axis, what in (("tp", "tensor"), ("dp", "data"), ("ep", "expert"), ("etp", "expert tensor")):
         p.add_argument(f"--{axis}", type=int, help=f"{what}-parallel ranks")
+    p.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: the GPUs, if all ranks see one",
+    )
+    p.add_argument("--transport", default="auto", help="between GPUs: auto, nccl, staged or mpi")
     p.add_argument("--dispatcher", default="auto", help="auto, or a dispatcher's name")
     p.add_argument("--kernel", default="auto", help="auto, or a kernel's name")
     p.add_argument("--dtype", choices=sorted(FLOATS), help="default: the checkpoint's")
@@ -44,23 +53,26 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     p.add_argument("--seed", type=int, default=0, help="seed of the random tokens")
     p.add_argument("--threads", type=int, help="threads a rank (default: its share of the node's cores)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one JSON document")
+    add_verbose(p)
     p.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command on every rank; 1 if a verified layer is out of tolerance."""
     world = World.attach()
+    start_logging(world, args.verbose)
     layers, dtype = agreed(world.comm, lambda: _read_request(args))
-    grid = ProcessGrid.create(world, tp=args.tp, dp=args.dp, ep=args.ep, etp=args.etp)
+    axes = {"tp": args.tp, "dp": args.dp, "ep": args.ep, "etp": args.etp}
+    grid = ProcessGrid.create(world, **axes, device=pick_device(world, args.device), transport=args.transport)
     torch.set_num_threads(args.threads or world.threads())
-    console = Console(quiet=world.rank != 0, highlight=False)
+    console = make_console(world)
     console.print(
-        f"{world.size} ranks on {world.num_nodes} nodes, {torch.get_num_threads()} threads each | {grid.shape}"
+        f"{world.size} ranks on {world.num_nodes} nodes, {torch.get_num_threads()} threads each | {grid.shape} | {where(grid)}"
     )
     if args.explain:
         _explain(console, args, grid, layers[0], dtype)
     records = []
-    for layer in layers:
+    for layer in progress(world, layers, "layers"):
         records.append(_run_layer(args, grid, layer, dtype))
         console.print(layer_table(records[-1]))
         console.print(summary(records[-1]), soft_wrap=True)
@@ -72,6 +84,21 @@ def main(args: argparse.Namespace) -> int:
             f"layer {r['layer']}: relative error {r['rel_error']:.1e} exceeds {TOLERANCE[dtype]:.0e}"
         )
     return int(bool(bad))
+
+
+def pick_device(world: World, name: str) -> str:
+    """``auto`` means the GPUs where every rank sees one; collective."""
+    seen = world.comm.all_gather_object(torch.cuda.is_available())
+    if name == "auto":
+        return "cuda" if all(seen) else "cpu"
+    return name
+
+
+def where(grid: ProcessGrid) -> str:
+    """Where this job computes, in a few words."""
+    if grid.transport is None:
+        return str(grid.device)
+    return f"{torch.cuda.get_device_name(grid.device)}, {grid.transport.choice.name}"
 
 
 def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
@@ -95,9 +122,9 @@ def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: t
         args.checkpoint, layer, grid, dtype, dispatcher=args.dispatcher, kernel=args.kernel, exact=args.exact
     )
     everyone = random_tokens(args.tokens, runner.config.hidden_size, args.seed + layer).to(dtype)
-    mine = everyone[share(args.tokens, grid.dp.size, grid.dp.rank)]
+    mine = everyone[share(args.tokens, grid.dp.size, grid.dp.rank)].to(grid.device)
     runner(mine)
-    clocks = [StageClock() for _ in range(args.steps)]
+    clocks = [StageClock(grid.device) for _ in range(args.steps)]
     for clock in clocks:
         grid.world.comm.barrier()
         output, _, traffic = runner.run(mine, None, clock)
@@ -116,7 +143,7 @@ def _relative_error(
     path: Path, grid: ProcessGrid, layer: int, hidden_states: Tensor, output: Tensor
 ) -> float:
     """||out - ref|| / ||ref|| over all tokens, computed by rank 0 and told to all."""
-    kept = output if grid.tp.rank == 0 else output[:0]
+    kept = output.cpu() if grid.tp.rank == 0 else output.cpu()[:0]
     complete = grid.world.comm.all_gather_v(kept)
 
     def compare() -> float:

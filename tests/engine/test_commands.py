@@ -88,6 +88,15 @@ def test_make_checkpoint_keeps_what_is_there(checkpoint: Path) -> None:
     assert job.returncode == 1 and "is not empty" in job.stderr and "Traceback" not in job.stderr
 
 
+def test_log_lines_carry_their_rank_and_v_shows_all(checkpoint: Path) -> None:
+    words = [*XPAR, "run", str(checkpoint), "--tokens", "4", "--steps", "1", "--layers", "1"]
+    quiet, verbose = mpirun(3, words), mpirun(3, [*words, "-v"])
+    assert "[rank 0] layer 1: experts 0-2" in quiet.stderr and "[rank 1]" not in quiet.stderr
+    for rank, experts in enumerate(("0-2", "3-5", "6-7")):
+        assert f"[rank {rank}] layer 1: experts {experts} in " in verbose.stderr
+    assert "[rank" not in verbose.stdout
+
+
 def test_doctor_lists_every_rank() -> None:
     job = mpirun(3, [*XPAR, "doctor"])
     assert job.returncode == 0, job.stdout + job.stderr

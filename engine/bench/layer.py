@@ -1,0 +1,154 @@
+"""A layer of a named shape on this job's ranks, beside transformers and beside one process that has all the threads."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xpar.comm.failure import agreed
+from xpar.comm.grid import ProcessGrid
+from xpar.comm.shares import share
+from xpar.engine.bench.ceilings import Ceilings
+from xpar.engine.bench.peer_process import PeerProcess
+from xpar.engine.bench.peers import IMPLEMENTATIONS
+from xpar.engine.bench.request import BATCHES, Request
+from xpar.engine.bench.timing import Contender, Times, take_turns
+from xpar.engine.build import assemble
+from xpar.engine.runner import MoERunner
+from xpar.engine.stages import STAGES, StageClock
+
+CHECKED_TOKENS = 64
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+class LayerBench:
+    """The contenders, built once; :meth:`measure` times them at one number of tokens. Collective throughout."""
+
+    def __init__(self, request: Request, grid: ProcessGrid) -> None:
+        self.request, self.grid = request, grid
+        self.comm = grid.world.comm
+        self.weights = request.weights()
+        self.config = self.weights.config
+        agreed(self.comm, self._check_memory, "bench layer")
+        self.runner = agreed(self.comm, self._build, "bench layer")
+        self.peers = agreed(self.comm, self._start_peers, "bench layer", patient=True)
+        self.names: list[str] = self.comm.all_gather_object(self.peers.names if self.peers else [])[0]
+        self.ceilings: Ceilings = self.comm.all_gather_object(self.peers.ceilings if self.peers else None)[0]
+
+    def measure(self, tokens: int) -> dict[str, Any]:
+        """Times, ratios, errors and stages with ``tokens`` tokens in the whole job."""
+        inputs = [self.request.input(tokens, number) for number in range(BATCHES)]
+        contenders = [Contender("xpar", lambda n: self._timed(inputs[n]))]
+        contenders += [self._peer(name, tokens) for name in self.names]
+        times = take_turns(self.comm, contenders, BATCHES, self.request.seconds * len(contenders))
+        ours = times["xpar"]
+        floor_ms = self._floor_ms(inputs)
+        return {
+            "tokens": tokens,
+            "ms": {name: {"median": t.median_ms, "min": t.min_ms} for name, t in times.items()},
+            "ratio": {name: ours.ratio(t) for name, t in times.items() if name != "xpar"},
+            "transformers_best": best_ratio(times),
+            "floor_ms": floor_ms,
+            "of_floor": floor_ms / ours.median_ms,
+            "rel_error": self._errors(tokens, inputs[0][:CHECKED_TOKENS]),
+            "stages_ms": self._stages(inputs),
+            "tokens_per_s": tokens / ours.median_ms * 1e3,
+        }
+
+    def close(self) -> None:
+        """End the peers' process."""
+        if self.peers:
+            self.peers.close()
+
+    # -- pieces ---------------------------------------------------------------------------------------------
+
+    def _build(self) -> MoERunner:
+        r = self.request
+        options: dict[str, Any] = {"dispatcher": r.dispatcher, "kernel": r.kernel, "exact": r.exact}
+        return assemble(self.config, self.grid, r.dtype, self.weights.read, **options)
+
+    def _start_peers(self) -> PeerProcess | None:
+        world = self.grid.world
+        return PeerProcess(self.request, world.threads() * world.local_size) if world.rank == 0 else None
+
+    def _peer(self, name: str, tokens: int) -> Contender:
+        return Contender(
+            name, lambda n: self.peers.seconds(name, tokens, n) if self.peers else 0.0, alone=True
+        )
+
+    def _mine(self, x: Tensor) -> Tensor:
+        return x[share(x.shape[0], self.grid.dp.size, self.grid.dp.rank)]
+
+    def _timed(self, x: Tensor) -> float:
+        mine = self._mine(x)
+        begin = time.perf_counter()
+        self.runner(mine)
+        return time.perf_counter() - begin
+
+    def _floor_ms(self, inputs: list[Tensor]) -> float:
+        """Median over the batches; the nodes share the work."""
+        router = self.weights.make_router()
+        c, dtype = self.config, self.request.dtype
+        floors = [self.ceilings.floor_s(c, router.route(x), dtype) for x in inputs]
+        return statistics.median(floors) * 1e3 / self.grid.world.num_nodes
+
+    def _errors(self, tokens: int, x: Tensor) -> dict[str, float]:
+        """Each contender's ||y - ref|| / ||ref|| on ``x``, judged by rank 0, known to all."""
+        output = self.runner(self._mine(x))
+        outputs = {"xpar": self.comm.all_gather_v(output if self.grid.tp.rank == 0 else output[:0])}
+
+        def judge() -> dict[str, float]:
+            if self.peers is None:
+                return {}
+            reference, _ = self.weights.reference(x)
+            theirs = {name: self.peers.output(name, tokens, 0, x.shape[0]) for name in self.names}
+            return {name: relative_error(y, reference) for name, y in (outputs | theirs).items()}
+
+        errors = agreed(self.comm, judge, "bench layer", patient=True)
+        return dict(self.comm.all_gather_object(errors)[0])
+
+    def _stages(self, inputs: list[Tensor]) -> dict[str, float]:
+        """Median over steps, maximum over ranks, in ms."""
+        clocks = [StageClock(self.grid.device) for _ in inputs]
+        for clock, x in zip(clocks, inputs, strict=True):
+            self.comm.barrier()
+            self.runner.run(self._mine(x), None, clock)
+        clocks = [clock.read() for clock in clocks]
+        mine = {s: statistics.median(c.seconds[s] for c in clocks) * 1e3 for s in STAGES}
+        everyone = self.comm.all_gather_object(mine)
+        return {s: max(ms[s] for ms in everyone) for s in STAGES}
+
+    def _check_memory(self) -> None:
+        """Raise ValueError where this node's ranks would need more memory than it has left; observed, not assumed."""
+        world, whole = self.grid.world, self.weights.nbytes()
+        ranks = world.node_of.count(world.node)
+        peers = whole * len(self.request.compare) if world.node == 0 else 0
+        needed = 1.1 * (whole * ranks / self.grid.moe.size + peers)
+        free = available_bytes()
+        if needed > free:
+            raise ValueError(
+                f"the layer needs {needed / 1e9:.1f} GB on node {world.node} with {ranks} ranks, and "
+                f"{free / 1e9:.1f} GB are left; use --scale, more nodes or fewer --compare"
+            )
+
+
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    """||y - ref|| / ||ref||."""
+    return float((y.float() - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+def best_ratio(times: dict[str, Times]) -> float | None:
+    """How many times longer the faster of transformers' implementations takes."""
+    peers = [times[name] for name in IMPLEMENTATIONS if name in times]
+    return times["xpar"].ratio(min(peers, key=lambda t: t.median_ms)) if peers else None
+
+
+def available_bytes() -> float:
+    """Memory that this node can still give, in bytes."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return float(line.split()[1]) * 1024
+    return float("inf")

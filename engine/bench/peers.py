@@ -1,0 +1,59 @@
+"""transformers' own layer with the weights of ours, to be measured beside it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xpar.engine.random_layer import RandomLayer
+
+IMPLEMENTATIONS = ("grouped_mm", "eager")
+"""transformers' ways to compute experts on any device."""
+
+
+def transformers_layer(hf_config: Mapping[str, Any], layer: RandomLayer) -> nn.Module:
+    """The MoE block of the one-layer model that ``hf_config`` describes, holding ``layer``'s weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {k: v for k, v in hf_config.items() if k not in ("model_type", "dtype", "architectures")}
+    config = AutoConfig.for_model(hf_config["model_type"], **values)
+    with torch.device("meta"):
+        block: nn.Module = AutoModelForCausalLM.from_config(config, dtype=layer.dtype).model.layers[0].mlp
+    block.to_empty(device="cpu")
+    with torch.no_grad():
+        _fill(block, layer)
+    return block.eval()
+
+
+def caller(block: nn.Module, implementation: str) -> Callable[[Tensor], Tensor]:
+    """``block`` as a function [T, H] -> [T, H] that computes its experts with ``implementation``."""
+
+    @torch.no_grad()
+    def call(x: Tensor) -> Tensor:
+        block.experts.config._experts_implementation = implementation  # type: ignore[union-attr]
+        out = block(x[None])
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result.reshape(x.shape)
+
+    return call
+
+
+def _fill(block: nn.Module, layer: RandomLayer) -> None:
+    held = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    gate_up, down = held.pop("experts.gate_up_proj"), held.pop("experts.down_proj")
+    for expert in range(layer.config.num_experts):
+        for whole, part in zip((gate_up, down), layer.expert(expert), strict=True):
+            whole[expert].copy_(part)
+    router, shared = layer.router(), layer.shared()
+    values = {"gate.weight": router.gate, "gate.e_score_correction_bias": router.correction_bias}
+    if shared is not None:
+        gate, up = shared.gate_up.chunk(2)
+        name = next(n for n in held if n.startswith("shared_expert")).partition(".")[0]
+        values |= {f"{name}.gate_proj.weight": gate, f"{name}.up_proj.weight": up}
+        values |= {f"{name}.down_proj.weight": shared.down, "shared_expert_gate.weight": shared.gate}
+    for name, tensor in held.items():
+        value = values.get(name)
+        if value is None:
+            raise ValueError(f"transformers' block has a weight {name} that this layer lacks")
+        tensor.copy_(value)

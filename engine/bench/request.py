@@ -1,0 +1,41 @@
+"""What ``xpar bench layer`` was asked to measure, and the inputs that follow from it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xpar.engine.random_layer import RandomLayer
+from xpar.engine.shapes import Shape
+
+BATCHES = 8
+"""Different inputs that the rounds go through: at few tokens each meets other experts, not those in cache."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """``compare``: ``transformers``, ``solo`` (this layer in one process with all the node's threads).
+
+    ``tokens``: numbers of tokens of the whole job. ``seconds``: time for each contender and number of tokens.
+    """
+
+    shape: Shape
+    scale: float
+    tokens: tuple[int, ...]
+    dtype: torch.dtype
+    compare: tuple[str, ...]
+    seconds: float
+    seed: int
+    dispatcher: str = "auto"
+    kernel: str = "auto"
+    exact: bool = False
+
+    def weights(self) -> RandomLayer:
+        """The layer's weights, the same in every process."""
+        return RandomLayer(self.shape.layer(self.scale), self.dtype, self.seed)
+
+    def input(self, tokens: int, number: int) -> Tensor:
+        """[tokens, H]: batch ``number`` of ``BATCHES``, the same in every process."""
+        generator = torch.Generator().manual_seed(self.seed * BATCHES + number)
+        width = self.shape.layer(self.scale).hidden_size
+        return torch.randn(tokens, width, generator=generator).to(self.dtype)

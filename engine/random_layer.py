@@ -1,0 +1,96 @@
+"""A layer with random weights that need not be stored: each expert's are drawn from the seed and its number.
+
+Every rank draws only the experts it holds, and a reference can draw any of them again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xpar.engine.config import LayerConfig
+from xpar.engine.mlp_tensors import ALL, MlpTensors
+from xpar.engine.random_weights import fill_random
+from xpar.engine.reference import chosen_experts, sum_reference
+from xpar.engine.routing import Router
+from xpar.engine.weights import LayerWeights, RouterWeights, SharedWeights, Sink, make_router
+from xpar.kernels.contracts import Routing
+
+
+class RandomLayer:
+    """Weights of one layer as ``dtype``; experts are [2I, H] and [H, I], gate rows first."""
+
+    def __init__(self, config: LayerConfig, dtype: torch.dtype, seed: int) -> None:
+        self.config, self.dtype, self.seed = config, dtype, seed
+
+    def expert(self, expert: int) -> tuple[Tensor, Tensor]:
+        """``gate_up``, ``down`` of a global expert id; the same on every rank and at every call."""
+        return self._mlp(expert, self.config.intermediate_size)
+
+    def shared(self) -> SharedWeights | None:
+        """The shared experts as one MLP, or None."""
+        shared = self.config.shared
+        if shared is None:
+            return None
+        gate = (
+            self._draw("shared_expert_gate.weight", -3, 1, self.config.hidden_size) if shared.gated else None
+        )
+        return SharedWeights(*self._mlp(-2, shared.intermediate_size), gate)
+
+    def router(self) -> RouterWeights:
+        """The gate, and the correction bias where the router has one."""
+        c = self.config
+        bias = None
+        if c.router.correction_bias:
+            generator = torch.Generator().manual_seed(self.seed)
+            bias = torch.randn(c.num_experts, generator=generator) * 0.01
+        return RouterWeights(self._draw("mlp.gate.weight", -1, c.num_experts, c.hidden_size), bias)
+
+    def make_router(self) -> Router:
+        """The router by itself, as a reference uses it."""
+        return make_router(self.router(), self.config)
+
+    def read(
+        self,
+        *,
+        experts: Sequence[int],
+        sink: Sink,
+        dtype: torch.dtype,
+        rows: slice = ALL,
+        shared_rows: slice = ALL,
+    ) -> LayerWeights:
+        """What :func:`xpar.engine.weights.load_layer` reads from a checkpoint."""
+        for index, expert in enumerate(experts):
+            sink(index, *_sliced(*self.expert(expert), rows))
+        shared = self.shared()
+        if shared is not None:
+            shared = SharedWeights(*_sliced(shared.gate_up, shared.down, shared_rows), shared.gate)
+        return LayerWeights(self.router(), shared)
+
+    def reference(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
+        """The layer in float32 from the same rounded weights: [T, H], and the routing. One expert at a time."""
+        routing = self.make_router().route(hidden_states)
+        experts = ((e, MlpTensors(*self.expert(e))) for e in chosen_experts(routing))
+        return sum_reference(hidden_states, routing, experts, self.shared(), self.config), routing
+
+    def nbytes(self) -> int:
+        """Bytes of all experts together, shared ones included."""
+        c = self.config
+        width = c.num_experts * c.intermediate_size + (c.shared.intermediate_size if c.shared else 0)
+        return 3 * width * c.hidden_size * self.dtype.itemsize
+
+    def _mlp(self, number: int, width: int) -> tuple[Tensor, Tensor]:
+        hidden = self.config.hidden_size
+        gate_up = self._draw("gate_up_proj", 2 * number, 2 * width, hidden)
+        return gate_up, self._draw("down_proj", 2 * number + 1, hidden, width)
+
+    def _draw(self, name: str, number: int, rows: int, columns: int) -> Tensor:
+        tensor = torch.empty(rows, columns, dtype=self.dtype)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        fill_random(name, tensor, generator)
+        return tensor
+
+
+def _sliced(gate_up: Tensor, down: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    gate, up = gate_up.chunk(2)
+    return torch.cat([gate[rows], up[rows]]), down[:, rows]

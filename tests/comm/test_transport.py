@@ -1,0 +1,368 @@
+"""Which transport is chosen and why; which GPU a rank gets; the bindings, the watch and giving up, without a GPU."""
+
+import sys
+import threading
+import time
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from launch import mpirun
+
+from xpar.comm.dispatch.allgather import AllGatherDispatcher
+from xpar.comm.dispatch.alltoall import AllToAllDispatcher
+from xpar.comm.dispatch.auto import DISPATCHERS, choose_dispatcher
+from xpar.comm.gpu import binding
+from xpar.comm.gpu.binding import Gpu, driver_version, find_gpu, gpu_index, shared_gpus
+from xpar.comm.gpu.transport import DeviceFacts, choose_transport
+from xpar.comm.gpu.watch import Watch
+from xpar.comm.nccl.library import IN_PROGRESS, SUCCESS, NcclError, load, version_text
+from xpar.comm.nccl.link import give_up, settle
+from xpar.comm.placement import Placement
+
+
+def facts(
+    uuid: str = "a",
+    nccl: int | None = 22809,
+    problem: str | None = None,
+    multi_rank: bool = False,
+    mpi_reaches_gpu: bool = False,
+) -> DeviceFacts:
+    return DeviceFacts(Gpu(0, 1, "GPU", uuid), nccl, problem, multi_rank, mpi_reaches_gpu)
+
+
+APART = [facts("a"), facts("b")]
+NEW_SHARED = [facts("a", 23003, multi_rank=True), facts("a", 23003, multi_rank=True)]
+CASES = {
+    "one GPU each": (APART, "nccl", "staged: passed over, slower: rows go through host memory"),
+    "shared GPU, old NCCL": (
+        [facts("b"), facts("a"), facts("a")],
+        "staged",
+        "ranks 1, 2 share GPU a, which NCCL 2.28.9 refuses",
+    ),
+    "shared GPU, not enabled": (
+        [facts("a", 23007), facts("a", 23007)],
+        "staged",
+        "accepts only with NCCL_MULTI_RANK_GPU_ENABLE=1",
+    ),
+    "shared GPU, enabled": (NEW_SHARED, "nccl", "NCCL 2.30.3"),
+    "no NCCL on one rank": ([facts("a"), facts("b", None, "no bindings")], "staged", "rank 1: no bindings"),
+    "two versions": ([facts("a"), facts("b", 23007)], "staged", "different versions: 2.28.9, 2.30.7"),
+    "MPI on one rank only": (
+        [facts("a", mpi_reaches_gpu=True), facts("b")],
+        "nccl",
+        "does not say that it reaches GPU memory (rank 1)",
+    ),
+    "GPU-aware MPI": (
+        [facts("a", mpi_reaches_gpu=True), facts("b", mpi_reaches_gpu=True)],
+        "nccl",
+        "mpi: passed over, only used when asked for by name",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_choice_and_its_reasons(case: str) -> None:
+    ranks, name, reason = CASES[case]
+    choice = choose_transport(ranks)
+    assert choice.name == name
+    assert reason in choice.explain()
+    assert sorted([choice.name, *(n for n, _ in choice.rejected)]) == ["mpi", "nccl", "staged"]
+
+
+def test_a_transport_asked_for_by_name() -> None:
+    assert choose_transport(APART, "staged").name == "staged"
+    both = [facts(uuid, mpi_reaches_gpu=True) for uuid in "ab"]
+    assert choose_transport(both, "mpi").name == "mpi"
+    with pytest.raises(ValueError, match=r"transport='mpi': .*rank 0\); choose auto or one of nccl, staged"):
+        choose_transport(APART, "mpi")
+    with pytest.raises(ValueError, match=r"transport='nccl': ranks 0, 1 share GPU a.*one of staged$"):
+        choose_transport([facts(), facts()], "nccl")
+    with pytest.raises(ValueError, match="transport='gloo': there is none of that name; choose auto, nccl"):
+        choose_transport(APART, "gloo")
+
+
+def test_nccl_that_does_not_connect_is_passed_over_with_its_reason() -> None:
+    choice = choose_transport(APART).without("nccl", "unhandled cuda error")
+    assert choice.name == "staged"
+    assert dict(choice.rejected)["nccl"] == "unhandled cuda error" and "mpi" in dict(choice.rejected)
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_size", "expected"),
+    [(4, 4, [0, 1, 2, 3]), (1, 3, [0, 0, 0]), (4, 2, [0, 1]), (2, 3, [0, 1, 0])],
+)
+def test_gpus_by_place_on_the_node(visible: int, local_size: int, expected: list[int]) -> None:
+    assert [gpu_index(r, visible) for r in range(local_size)] == expected
+
+
+def test_shared_gpus() -> None:
+    assert shared_gpus(["a", "b", "a", "c", "b"]) == {"a": [0, 2], "b": [1, 4]}
+    assert shared_gpus(["a", "b"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue Jan 1\nGCC version: 12.2.0",
+            "580.159.04",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86  Release Build", "570.86"),
+        ("something else", "unknown"),
+        (None, None),
+    ],
+)
+def test_driver_version(
+    text: str | None, version: str | None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(binding, "DRIVER_FILE", str(tmp_path / "version"))
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    assert driver_version() == version
+
+
+def test_cuda_without_a_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device='cuda': .*use device='cpu', or check CUDA_VISIBLE_DEVICES"):
+        find_gpu(0)
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_a_grid_on_a_device_that_is_not_there_is_one_message(device: str) -> None:
+    source = (
+        "import sys\nfrom xpar.comm import ProcessGrid, World, run\n"
+        f"sys.exit(run(lambda: ProcessGrid.create(World.attach(), device={device!r}) and 0))"
+    )
+    job = mpirun(2, [sys.executable, "-c", source], timeout=40, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert job.returncode == 1
+    assert job.stderr.count(f"device='{device}': ") == 1 and "Traceback" not in job.stderr
+
+
+@pytest.mark.mpi(min_size=1)
+def test_mpi_claims_nothing_that_this_machine_has_not(comm: Any) -> None:
+    """Asking must work with this MPI library, and no CPU build of one reaches GPU memory."""
+    from xpar.comm.gpu.direct import _mpi_libraries, claims_cuda
+
+    assert _mpi_libraries()
+    assert claims_cuda() is False
+
+
+# -- dispatchers ------------------------------------------------------------------------------------------------
+
+
+def test_dispatchers_for_a_gpu_are_told_apart_by_their_records() -> None:
+    world = SimpleNamespace(node_of=(0, 0), window_room=(1 << 40, 1 << 40))
+    moe = SimpleNamespace(size=2, world_ranks=(0, 1))
+    tp = SimpleNamespace(size=1, world_ranks=(0,))
+    grid: Any = SimpleNamespace(
+        device=torch.device("cuda"), world=world, moe=moe, tp=tp, shape=SimpleNamespace(tp=1)
+    )
+    placement = SimpleNamespace(to=lambda device: placement, device=torch.device("cuda"))
+    choice = choose_dispatcher(grid, placement)  # type: ignore[arg-type]
+    assert choice.dispatcher.name == "allgather" and choice.dispatcher.whole  # type: ignore[attr-defined]
+    assert dict(choice.rejected)["shared-memory"] == "it moves cpu memory, and the job computes on cuda"
+    with pytest.raises(ValueError, match="it moves cpu memory"):
+        choose_dispatcher(grid, placement, "shared-memory")  # type: ignore[arg-type]
+    assert choose_dispatcher(grid, placement, "alltoall").dispatcher.early  # type: ignore[arg-type, attr-defined]
+    capturable = {cls.name for cls in DISPATCHERS if cls.capabilities.graph_capture}
+    assert capturable == {"allgather"}
+    assert not any(cls.capabilities.needs_host_counts for cls in DISPATCHERS if cls.name in capturable)
+
+
+def test_on_host_tables_dispatchers_count() -> None:
+    placement = Placement.blocks(4, 2)
+    assert not AllGatherDispatcher(None, placement).whole  # type: ignore[arg-type]
+    assert not AllToAllDispatcher(None, placement).early  # type: ignore[arg-type]
+
+
+# -- the bindings -----------------------------------------------------------------------------------------------
+
+
+class Recorder(ModuleType):
+    """Stands for ``nccl.bindings.nccl``: every function notes its name and arguments."""
+
+    def __init__(self) -> None:
+        super().__init__("nccl.bindings.nccl")
+        self.calls: list[tuple[Any, ...]] = []
+        self.Config = lambda: SimpleNamespace(blocking=None, ptr=77)
+        self.answers: dict[str, Any] = {"get_version": 22809, "get_unique_id": b"u" * 128}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*args: Any) -> Any:
+            self.calls.append((name, *args))
+            answer = self.answers.get(name, SUCCESS)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return call
+
+
+@pytest.fixture
+def bindings(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    module, package = Recorder(), ModuleType("nccl.bindings")
+    package.nccl = module  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nccl", ModuleType("nccl"))
+    monkeypatch.setitem(sys.modules, "nccl.bindings", package)
+    return module
+
+
+def test_calls_reach_the_bindings_with_bytes_and_addresses(bindings: Recorder) -> None:
+    library = load()
+    bindings.calls.clear()
+    assert library.unique_id() == b"u" * 128
+    library.init(4, 3, b"u" * 128, False)
+    library.send(1000, 24, 2, "comm", 5)
+    library.recv(2000, 8, 1, "comm", 5)
+    library.all_gather(1000, 2000, 24, "comm", 5)
+    library.all_to_all(1000, 2000, 24, "comm", 5)
+    assert bindings.calls == [
+        ("get_unique_id",),
+        ("comm_init_rank_scalable", 4, 3, 1, bytearray(b"u" * 128), 77),
+        ("send", 1000, 24, 1, 2, "comm", 5),
+        ("recv", 2000, 8, 1, 1, "comm", 5),
+        ("all_gather", 1000, 2000, 24, 1, "comm", 5),
+        ("allto_all", 1000, 2000, 24, 1, "comm", 5),
+    ]
+
+
+def test_what_is_missing_of_nccl_is_said_with_its_remedy(
+    bindings: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bindings.answers["get_version"] = 22212
+    with pytest.raises(ValueError, match=r"NCCL 2.22.12 at .* is too old; 2.23.0 or newer is needed"):
+        load()
+    bindings.answers["get_version"] = RuntimeError("No such file: libnccl.so.2\nmore")
+    with pytest.raises(ValueError, match=r"there is no NCCL library: No such file: libnccl.so.2$"):
+        load()
+    monkeypatch.setitem(sys.modules, "nccl.bindings", None)
+    with pytest.raises(ValueError, match="pip install --no-deps nccl4py cuda-pathfinder"):
+        load()
+
+
+def test_versions_are_readable() -> None:
+    assert [version_text(v) for v in (22809, 23003, 22300)] == ["2.28.9", "2.30.3", "2.23.0"]
+
+
+# -- deadlines --------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A library whose communicator goes through the given states; aborting waits for ``hold``."""
+
+    def __init__(self, *states: int, hold: threading.Event | None = None) -> None:
+        self.states, self.hold, self.aborted = list(states), hold, 0
+
+    def state(self, comm: Any) -> int:
+        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
+
+    def last_error(self, comm: Any) -> str:
+        return "no route"
+
+    def abort(self, comm: Any) -> None:
+        if self.hold is not None:
+            self.hold.wait()
+        self.aborted += 1
+
+
+def test_settling() -> None:
+    settle(Scripted(IN_PROGRESS, IN_PROGRESS, SUCCESS), None, 5.0, "x")  # type: ignore[arg-type]
+    with pytest.raises(NcclError, match="gather: NCCL result 6: no route"):
+        settle(Scripted(IN_PROGRESS, 6), None, 5.0, "gather")  # type: ignore[arg-type]
+    begin = time.monotonic()
+    with pytest.raises(NcclError, match=r"gather: NCCL is still not ready after 0.2 s; a rank of the group"):
+        settle(Scripted(IN_PROGRESS), None, 0.2, "gather")  # type: ignore[arg-type]
+    assert 0.2 <= time.monotonic() - begin < 2
+
+
+def test_giving_up_never_waits_longer_than_allowed() -> None:
+    assert give_up(Scripted(SUCCESS), None, 5.0)  # type: ignore[arg-type]
+    hold = threading.Event()
+    stuck = Scripted(SUCCESS, hold=hold)
+    begin = time.monotonic()
+    assert not give_up(stuck, None, 0.2)  # type: ignore[arg-type]
+    assert time.monotonic() - begin < 2
+    hold.set()
+
+
+def fine() -> None:
+    return None
+
+
+def test_the_watch_forgets_what_has_ended_and_reports_what_is_late() -> None:
+    found: list[str] = []
+    reported = threading.Event()
+    watch = Watch(lambda wrong: (found.append(wrong), reported.set()), pause=0.01)
+    watch.add(lambda: True, "first", 0.0, fine)
+    watch.add(None, "only captured", 0.0, fine)
+    slow = [False, False, True]
+    watch.add(lambda: slow.pop(0), "slow", 30.0, fine)
+    watch.add(lambda: False, "all_to_all_v in group moe", 0.1, fine)
+    watch.add(lambda: False, "behind it", 0.0, fine)
+    assert reported.wait(5)
+    assert found == [found[0]] and found[0].startswith(
+        "all_to_all_v in group moe: not done on the GPU 0.1 s after"
+    )
+    watch.close()
+
+
+def test_the_watch_reports_a_failure_found_by_nccl_or_by_the_gpu() -> None:
+    watch = Watch(lambda wrong: None)
+    watch._waiting.append(_watched(lambda: False, lambda: "NCCL result 6: peer died"))
+    assert watch.look() == "gather: NCCL result 6: peer died"
+
+    def broken() -> bool:
+        raise RuntimeError("an illegal memory access")
+
+    found: list[str] = []
+    reported = threading.Event()
+    watch = Watch(lambda wrong: (found.append(wrong), reported.set()), pause=0.01)
+    watch.add(broken, "gather", 30.0, fine)
+    assert reported.wait(5) and found == ["the GPU reports an illegal memory access"]
+
+
+def _watched(done: Any, problem: Any) -> Any:
+    from xpar.comm.gpu.watch import Watched
+
+    return Watched(done, "gather", time.monotonic(), 30.0, problem)
+
+
+def test_the_watch_asks_nothing_while_paused_and_ends_when_closed() -> None:
+    asked: list[int] = []
+    watch = Watch(lambda wrong: None, pause=0.01)
+    with watch.paused():
+        watch.add(lambda: bool(asked.append(1)), "x", 30.0, fine)
+        time.sleep(0.1)
+        assert not asked
+    time.sleep(0.1)
+    assert asked
+    watch.close()
+    assert watch._thread is not None and not watch._thread.is_alive()
+
+
+LATE = """
+import time
+from xpar.comm import World, run
+from xpar.comm.gpu.transport import end_job
+from xpar.comm.gpu.watch import Watch
+def main():
+    world = World.attach()
+    if world.rank == 1:
+        Watch(lambda wrong: end_job(world.comm, wrong)).add(lambda: False, "all_to_all_v of 7 rows", 0.5, lambda: None)
+        time.sleep(50)
+    world.comm.barrier()
+run(main)
+"""
+
+
+def test_a_late_operation_ends_the_job_everywhere() -> None:
+    begin = time.monotonic()
+    job = mpirun(3, [sys.executable, "-c", LATE], timeout=40)
+    assert time.monotonic() - begin < 25 and job.returncode != 0
+    assert "[rank 1 on " in job.stderr and "all_to_all_v of 7 rows: not done on the GPU 0.5 s" in job.stderr
+    assert "in main" in job.stderr  # the stack of the thread that waits
