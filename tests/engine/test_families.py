@@ -101,7 +101,7 @@ def test_random_weights_make_a_layer_worth_testing(made: Made, seed: int) -> Non
     load = torch.bincount(routing.topk_ids.flatten() + 1, minlength=config.num_experts + 1)
     assert (load[0] > 0) == (config.router.zero_experts > 0)
     assert load[1:].min() > 0, "some expert is never chosen"
-    assert load[1:].max() > load[1:].float().mean() * 1.02, "all experts are chosen alike"
+    assert load[1:].max() > load[1:].min(), "all experts are chosen alike"
     assert 0.1 < output.std() < 10
 
 
