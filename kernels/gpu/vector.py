@@ -26,7 +26,7 @@ def gate_up_vector(
         rn = tl.program_id(0) * BN + tl.arange(0, BN)
         rk = tl.arange(0, BK)
         inside = rn < I
-        source = x + source_rows(slot, rows, TOP_K, None) * H
+        source = x + source_rows(slot, rows, TOP_K, expert >= 0) * H
         first = weight + expert.to(tl.int64) * (WIDE * K)
         at = rn[:, None] * K + rk[None, :]
         gate = tl.zeros((BN, BK), tl.float32)

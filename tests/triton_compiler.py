@@ -18,25 +18,22 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Bytes of shared memory that one program may have, by compute capability (CUDA programming guide, table of
-# technical specifications).
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one launch: registers a thread, bytes spilt a thread, bytes of shared memory, warps, code."""
+    """What became of one launch: registers a thread, bytes spilt a thread, bytes of shared memory, warps, and text.
+
+    ``ttgir``: the last form in which tiles and copies are seen whole; ``ptx``: assembly.
+    """
 
     name: str
-    arch: int
     registers: int
     spilt: int
     shared: int
     warps: int
-    code: str
-
-    def count(self, instruction: str) -> int:
-        return len(re.findall(rf"\b{instruction}\b", self.code))
+    ttgir: str
+    ptx: str
 
 
 class Driver:
@@ -63,7 +60,7 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        found.append(_examine(self.__name__, arch, kernel))
+        found.append(_examine(self.__name__, kernel))
         return kernel
 
     before = driver._active
@@ -74,26 +71,15 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
         driver._active, JITFunction.run = before, run
 
 
-def _examine(name: str, arch: int, kernel: Any) -> Compiled:
+def _examine(name: str, kernel: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        code = _tool("nvdisasm", "-c", cubin.name)
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", cubin.name], check=True, capture_output=True, text=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, local = map(int, found.groups())
-    loads = len(re.findall(r"\bSTL\b", code))
-    return Compiled(
-        name,
-        arch,
-        registers,
-        max(stack, local, loads),
-        kernel.metadata.shared,
-        kernel.metadata.num_warps,
-        code,
-    )
-
-
-def _tool(name: str, *words: str) -> str:
-    return subprocess.run([TOOLS / name, *words], check=True, capture_output=True, text=True).stdout
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+    return Compiled(name, registers, max(stack, local), shared, warps, kernel.asm["ttgir"], kernel.asm["ptx"])
