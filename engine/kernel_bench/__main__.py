@@ -4,4 +4,5 @@ import sys
 
 from xpar.engine.kernel_bench.command import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

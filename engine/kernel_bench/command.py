@@ -1,11 +1,13 @@
 """The command: checks first, then times beside the peers and the ceilings; each cell stands alone when it fails."""
 
 import argparse
+import faulthandler
 import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from xpar.engine.kernel_bench.timing import eager_time, graph_time
 from xpar.kernels.contracts import ExpertInput, ExpertSpec
 from xpar.kernels.gpu.available import unavailable
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tiles import Machine, read_table
+from xpar.kernels.gpu.tiles import Machine, Table, default_table, read_table
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,14 +42,25 @@ class Bench:
     def say(self, text: str) -> None:
         self.console.print(f"{time.perf_counter() - self.begin:6.1f} s  {text}", soft_wrap=True, markup=False)
 
-    def attempt(self, name: str, action: Callable[[], Any]) -> Any:
+    def attempt(self, name: str, action: Callable[[], Any], seconds: float = 150.0) -> Any:
         """The result of ``action``; on any error its traceback is printed and noted, and the result is None."""
+        faulthandler.dump_traceback_later(
+            150, exit=True
+        )  # a kernel that hangs must not eat the machine's time
         try:
-            return action()
+            result = action()
+            torch.cuda.synchronize()  # an error of a kernel belongs to its own cell
+            return result
         except Exception as why:  # noqa: BLE001 - machine time is scarce: the other cells go on
             self.failures.append(f"{name}: {why!r}"[:500])
             self.say(f"FAILED {name}\n{traceback.format_exc(limit=-6)}")
+            self.save()
+            if _device_is_lost():
+                self.say("the device takes no more work after this error; run the rest in another process")
+                sys.exit(3)
             return None
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def late(self) -> bool:
         """Whether the time for starting new work is over."""
@@ -78,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sweep", action="store_true", help="try tile shapes instead of comparing")
     p.add_argument("--configs", type=int, default=40, help="tile shapes tried per product in a sweep")
     p.add_argument("--table", type=Path, help="measured tile table (JSON) in place of the checked-in one")
+    p.add_argument("--plain", action="store_true", help="no warps that only copy, to see what they bring")
     p.add_argument("--seconds", type=float, default=440.0, help="start nothing new after this long")
     p.add_argument("--seed", type=int, help="seed of the random inputs; drawn afresh when not given")
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything as one JSON document")
@@ -123,7 +137,8 @@ def _run_layer(bench: Bench, layer: Layer, g: torch.Generator, top: Ceilings | N
     weights = random_weights(spec, g)
     machine = Machine.of("cuda")
     table = read_table(args.table, machine, spec.dtype) if args.table else None
-    kernel = TritonExperts(spec, table)
+    table = table or default_table(machine, spec.dtype)
+    kernel = TritonExperts(spec, _plain(table) if args.plain else table)
     load(kernel, weights)
     if args.only != "times" and not args.sweep:
         bench.check(layer_checks(layer, spec, kernel, weights, g, tuple(args.tokens)))
@@ -137,7 +152,11 @@ def _run_layer(bench: Bench, layer: Layer, g: torch.Generator, top: Ceilings | N
         cell = f"{layer.name} M={tokens}"
         if args.sweep:
             bench.say(f"sweep {cell}")
-            row = bench.attempt(f"sweep {cell}", lambda i=inputs: sweep(kernel, i, args.configs, bench.say))  # type: ignore[misc]
+            row = bench.attempt(
+                f"sweep {cell}",
+                lambda i=inputs: sweep(kernel, i, args.configs, bench.say),  # type: ignore[misc]
+                seconds=500.0,
+            )
             bench.document["sweeps"].append({"model": layer.name, "tokens": tokens, **(row or {})})
             bench.save()
         else:
@@ -160,7 +179,9 @@ def _time_cell(
         row["floor"] = sum(floor_time(spec, x, top) for x in inputs) / len(inputs)
     contenders: dict[str, Contender] = {"xpar": kernel.compute}
     for name in filter(None, bench.args.compare.split(",")):
-        peer = bench.attempt(f"{cell} {name}", lambda name=name: CONTENDERS[name](spec, weights))  # type: ignore[misc]
+        peer = bench.attempt(
+            f"{cell} {name}", lambda name=name: CONTENDERS[name](spec, weights, layer.of > layer.experts)
+        )  # type: ignore[misc]
         if peer:
             contenders[name] = peer
     ours = bench.attempt(f"{cell} xpar", lambda: kernel.compute(inputs[0]).double())
@@ -177,6 +198,24 @@ def _time_cell(
     bench.document["times"].append(row)
     shown = ", ".join(f"{k} {v * 1e6:.1f}" for k, v in row.items() if isinstance(v, float))
     bench.say(f"{cell}: {shown} us")
+
+
+def _device_is_lost() -> bool:
+    """Whether an error made this process's device context useless."""
+    try:
+        torch.zeros(1, device="cuda").item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _plain(table: Table) -> Table:
+    """``table`` without warps that only copy."""
+    gate_up, down = (
+        tuple(replace(t, specialize=False, warps=8) if t.specialize else t for t in tiles)
+        for tiles in (table.gate_up, table.down)
+    )
+    return replace(table, gate_up=gate_up, down=down)  # type: ignore[arg-type]
 
 
 def _copies(tokens: int) -> int:

@@ -14,7 +14,7 @@ from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 Contender = Callable[[ExpertInput], Tensor]
 
 
-def torch_grouped(spec: ExpertSpec, weights: Weights) -> Contender:
+def torch_grouped(spec: ExpertSpec, weights: Weights, foreign: bool) -> Contender:
     """torch's grouped products between a sort, a gather, the activation and a sum over slots."""
     product = getattr(functional, "grouped_mm", None) or torch._grouped_mm
     gate_up, down = weights.gate_up.transpose(1, 2), weights.down.transpose(1, 2)
@@ -23,12 +23,11 @@ def torch_grouped(spec: ExpertSpec, weights: Weights) -> Contender:
     def compute(x: ExpertInput) -> Tensor:
         tokens, top_k = x.topk_ids.shape
         flat = x.topk_ids.reshape(-1)
-        foreign = flat < 0
-        ids, order = torch.sort(flat.masked_fill(foreign, experts))
+        ids, order = torch.sort(flat.masked_fill(flat < 0, experts) if foreign else flat)
         ends = torch.histc(ids, bins=experts, min=0, max=experts - 1).cumsum(0, dtype=torch.int32)
         rows = x.hidden_states[order // top_k]
         packed = product(rows, gate_up, offs=ends)
-        its = ids.clamp(max=experts - 1)
+        its = ids.clamp(max=experts - 1) if foreign else ids
         if weights.biases:
             packed = packed + weights.biases[0][its]
         y = product(activate(packed, spec.activation), down, offs=ends)
@@ -36,13 +35,14 @@ def torch_grouped(spec: ExpertSpec, weights: Weights) -> Contender:
             y = y + weights.biases[1][its]
         slots = torch.empty_like(y)
         slots[order] = y
-        slots = slots.masked_fill(foreign[:, None], 0.0).view(tokens, top_k, -1)
-        return torch.einsum("mkh,mk->mh", slots, x.topk_weights.to(y.dtype))
+        if foreign:
+            slots.masked_fill_((flat < 0)[:, None], 0.0)
+        return torch.einsum("mkh,mk->mh", slots.view(tokens, top_k, -1), x.topk_weights.to(y.dtype))
 
     return compute
 
 
-def transformers_grouped(spec: ExpertSpec, weights: Weights) -> Contender:
+def transformers_grouped(spec: ExpertSpec, weights: Weights, foreign: bool) -> Contender:
     """transformers' own ``grouped_mm`` experts on these weights; raises ImportError where there are none."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
@@ -57,13 +57,15 @@ def transformers_grouped(spec: ExpertSpec, weights: Weights) -> Contender:
         has_post_expert_norm=False,
         is_transposed=False,
         is_concatenated=True,
-        _is_expert_parallel=True,
+        _is_expert_parallel=foreign,
         _apply_gate=lambda packed: _apply_gate(packed, spec.activation),
     )
 
     def compute(x: ExpertInput) -> Tensor:
-        ids = x.topk_ids.masked_fill(x.topk_ids < 0, spec.num_experts).long()
-        result: Tensor = grouped_mm_experts_forward(module, x.hidden_states, ids, x.topk_weights)
+        ids = x.topk_ids
+        if foreign:
+            ids = ids.masked_fill(ids < 0, spec.num_experts)
+        result: Tensor = grouped_mm_experts_forward(module, x.hidden_states, ids.long(), x.topk_weights)
         return result
 
     return compute
@@ -79,7 +81,8 @@ def _apply_gate(packed: Tensor, activation: Activation) -> Tensor:
     return gate * torch.sigmoid(gate * activation.alpha) * (up + activation.beta)
 
 
-CONTENDERS: dict[str, Callable[[ExpertSpec, Weights], Contender]] = {
+# ``foreign``: some slots are -1, which costs the others extra steps.
+CONTENDERS: dict[str, Callable[[ExpertSpec, Weights, bool], Contender]] = {
     "torch": torch_grouped,
     "transformers": transformers_grouped,
 }

@@ -155,12 +155,12 @@ TABLES: dict[tuple[str, int], Table] = {
         gate_up=(
             Tile(16, 64, 64, stages=3, warps=4, per_sm=1),
             Tile(64, 64, 64, stages=3, warps=4, per_sm=1),
-            Tile(128, 64, 64, stages=2, warps=8, per_sm=1, group=8),
+            Tile(64, 64, 64, stages=3, warps=4, per_sm=1, group=8),
         ),
         down=(
             Tile(16, 128, 64, stages=3, warps=4, per_sm=1),
             Tile(64, 128, 64, stages=3, warps=4, per_sm=1),
-            Tile(128, 128, 64, stages=2, warps=8, per_sm=1, group=8),
+            Tile(64, 64, 64, stages=3, warps=4, per_sm=1, group=8),
         ),
         gate_up_vector=_SCALAR,
         down_vector=_SCALAR,
@@ -170,13 +170,13 @@ TABLES: dict[tuple[str, int], Table] = {
 _FLOAT32 = Table(
     gate_up=(
         Tile(16, 64, 32, stages=3, warps=4, per_sm=2),
-        Tile(64, 64, 32, stages=2, warps=8, per_sm=2),
-        Tile(64, 64, 32, stages=2, warps=8, per_sm=2, group=8),
+        Tile(64, 64, 32, stages=2, warps=8, per_sm=1),
+        Tile(64, 64, 32, stages=2, warps=8, per_sm=1, group=8),
     ),
     down=(
         Tile(16, 64, 32, stages=3, warps=4, per_sm=2),
-        Tile(64, 64, 32, stages=3, warps=8, per_sm=2),
-        Tile(64, 64, 32, stages=3, warps=8, per_sm=2, group=8),
+        Tile(64, 64, 32, stages=3, warps=8, per_sm=1),
+        Tile(64, 64, 32, stages=3, warps=8, per_sm=1, group=8),
     ),
     gate_up_vector=Vector(columns=8, depth=256, stages=2, warps=4),
     down_vector=Vector(columns=8, depth=256, stages=2, warps=4),

@@ -5,7 +5,7 @@ import torch
 
 from xpar.engine.config import RouterConfig
 from xpar.engine.routing import select_experts
-from xpar.kernels.gpu import route, rows
+from xpar.kernels.gpu import route, rows, sort
 from xpar.kernels.gpu.sort import make_plan, plan_reference
 from xpar.kernels.gpu.tiles import NO_LIMIT, Tile
 
