@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,8 @@ def _time_cell(
         row["floor"] = sum(floor_time(spec, x, top) for x in inputs) / len(inputs)
     contenders: dict[str, Contender] = {"xpar": kernel.compute}
     for name in filter(None, bench.args.compare.split(",")):
-        peer = bench.attempt(
-            f"{cell} {name}", lambda name=name: CONTENDERS[name](spec, weights, layer.of > layer.experts)
-        )  # type: ignore[misc]
+        make = partial(CONTENDERS[name], spec, weights, layer.of > layer.experts)
+        peer = bench.attempt(f"{cell} {name}", make)
         if peer:
             contenders[name] = peer
     ours = bench.attempt(f"{cell} xpar", lambda: kernel.compute(inputs[0]).double())
