@@ -87,7 +87,7 @@ def assemble(
     local = None
     if experts:
         local = pick_kernel(config, grid, len(experts), dtype, kernel, exact).record.build(
-            spec_of(config, len(experts), rows.stop - rows.start, dtype, exact)
+            spec_of(config, len(experts), rows.stop - rows.start, dtype, exact, config.bias)
         )
     weights = read(
         experts=experts,
@@ -99,7 +99,16 @@ def assemble(
     shared = None if weights.shared is None else _shared(config, grid, weights.shared, dtype, exact)
     router = make_router(weights.router, config, row_invariant=exact)
     return MoERunner(
-        config, grid, router, chosen.dispatcher, local, shared, dtype=dtype, exact=exact, layer=layer
+        config,
+        grid,
+        router,
+        chosen.dispatcher,
+        local,
+        shared,
+        dtype=dtype,
+        exact=exact,
+        layer=layer,
+        output_bias=weights.output_bias,
     )
 
 
@@ -125,11 +134,15 @@ def pick_kernel(
 ) -> Choice:
     """The kernel for ``experts`` of this rank's slices, with the reasons against the others."""
     rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
-    return choose(spec_of(config, experts, rows.stop - rows.start, dtype, exact), name)
+    return choose(spec_of(config, experts, rows.stop - rows.start, dtype, exact, config.bias), name)
 
 
-def spec_of(config: LayerConfig, experts: int, width: int, dtype: torch.dtype, exact: bool) -> ExpertSpec:
-    return ExpertSpec(experts, config.hidden_size, width, dtype, config.activation, row_invariant=exact)
+def spec_of(
+    config: LayerConfig, experts: int, width: int, dtype: torch.dtype, exact: bool, bias: bool
+) -> ExpertSpec:
+    return ExpertSpec(
+        experts, config.hidden_size, width, dtype, config.activation, row_invariant=exact, bias=bias
+    )
 
 
 def check_exact(exact: bool, grid: ProcessGrid) -> None:
@@ -156,13 +169,13 @@ def _shared_rows(config: LayerConfig, grid: ProcessGrid, exact: bool) -> slice:
 def _shared(
     config: LayerConfig, grid: ProcessGrid, weights: SharedWeights, dtype: torch.dtype, exact: bool
 ) -> SharedExperts:
-    kernel: ExpertKernel = choose(spec_of(config, 1, weights.down.shape[1], dtype, exact)).record.build(
-        spec_of(config, 1, weights.down.shape[1], dtype, exact)
-    )
+    spec = spec_of(config, 1, weights.down.shape[1], dtype, exact, bias=False)
+    kernel: ExpertKernel = choose(spec).record.build(spec)
     kernel.load_expert(0, weights.gate_up, weights.down)
     state: State = Full() if exact or grid.tp.size == 1 else Partial(grid.tp)
-    return SharedExperts(kernel, state, weights.gate)
+    scale = 1.0 if config.shared is None else config.shared.scale
+    return SharedExperts(kernel, state, weights.gate, scale)
 
 
-def _no_expert(index: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+def _no_expert(index: int, *tensors: torch.Tensor) -> None:
     raise AssertionError(f"expert {index} came to a rank that holds none")

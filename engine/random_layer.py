@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from xpar.engine.config import LayerConfig
+from xpar.engine.mlp_tensors import ALL, MlpTensors
 from xpar.engine.random_weights import fill_random
 from xpar.engine.reference import chosen_experts, sum_reference
 from xpar.engine.routing import Router
-from xpar.engine.weights import ALL, LayerWeights, RouterWeights, SharedWeights, Sink, make_router
+from xpar.engine.weights import LayerWeights, RouterWeights, SharedWeights, Sink, make_router
 from xpar.kernels.contracts import Routing
 
 
@@ -69,8 +70,8 @@ class RandomLayer:
     def reference(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
         """The layer in float32 from the same rounded weights: [T, H], and the routing. One expert at a time."""
         routing = self.make_router().route(hidden_states)
-        experts = ((e, *self.expert(e)) for e in chosen_experts(routing))
-        return sum_reference(hidden_states, routing, experts, self.shared(), self.config.activation), routing
+        experts = ((e, MlpTensors(*self.expert(e))) for e in chosen_experts(routing))
+        return sum_reference(hidden_states, routing, experts, self.shared(), self.config), routing
 
     def nbytes(self) -> int:
         """Bytes of all experts together, shared ones included."""

@@ -10,8 +10,9 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import Tag
 from xpar.comm.reduction import Distributed, Full, Sharded, finish
 from xpar.comm.shares import share, shares
+from xpar.engine.addends import with_addends
 from xpar.engine.config import LayerConfig
-from xpar.engine.routing import Router
+from xpar.engine.routers import RoutingRule, weigh_input
 from xpar.engine.shared import SharedExperts
 from xpar.engine.stages import Clock, NoClock
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
@@ -28,7 +29,7 @@ class MoERunner(nn.Module):
         self,
         config: LayerConfig,
         grid: ProcessGrid,
-        router: Router,
+        router: RoutingRule,
         dispatcher: Dispatcher,
         kernel: ExpertKernel | None,
         shared: SharedExperts | None = None,
@@ -36,11 +37,13 @@ class MoERunner(nn.Module):
         dtype: torch.dtype,
         exact: bool = False,
         layer: int = 0,
+        output_bias: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config, self.grid, self.layer = config, grid, layer
         self.router, self.dispatcher, self.kernel, self.shared = router, dispatcher, kernel, shared
         self.dtype, self.exact = dtype, exact
+        self.output_bias = output_bias
         self._step = 0
 
     @classmethod
@@ -64,22 +67,35 @@ class MoERunner(nn.Module):
 
         return load_runner(path, layer, grid, dtype, dispatcher=dispatcher, kernel=kernel, exact=exact)
 
-    def forward(self, hidden_states: Tensor, router_logits: Tensor | None = None) -> Tensor:
-        """[T, H] -> [T, H], both in the layer's dtype. ``router_logits``: [T, E], where the caller has them already."""
-        return self.run(hidden_states, router_logits, NoClock())[0]
+    def forward(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> Tensor:
+        """[T, H] -> [T, H], both in the layer's dtype.
+
+        ``router_logits``: [T, E], where the caller has them already. ``input_ids``: [T], for routing by token id.
+        """
+        return self.run(hidden_states, router_logits, NoClock(), input_ids)[0]
 
     def run(
-        self, hidden_states: Tensor, router_logits: Tensor | None, clock: Clock
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None,
+        clock: Clock,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Routing, Traffic]:
         """The forward, with its routing, its traffic and its times."""
         self._step += 1
         mine = self._own_tokens(hidden_states)
         with clock.stage("route"):
-            routing = self._route(hidden_states, mine, router_logits)
+            routing = self._route(hidden_states, mine, router_logits, input_ids)
+            rows, weighted = self._weigh_input(hidden_states[mine], routing)
         with clock.stage("plan"):
-            plan = self._plan(routing)
+            plan = self._plan(weighted)
         with clock.stage("dispatch"):
-            arrived = self.dispatcher.dispatch(hidden_states[mine], plan).wait()
+            arrived = self.dispatcher.dispatch(rows, plan).wait()
         with clock.stage("compute"):
             outputs = self._compute(arrived, plan)
         with clock.stage("combine"):
@@ -87,9 +103,11 @@ class MoERunner(nn.Module):
         with clock.stage("shared"):
             shared = None if self.shared is None else self.shared(hidden_states)
         with clock.stage("finish"):
+            assert isinstance(routing, Routing)  # a failure has raised in plan
+            routed = with_addends(routed, hidden_states[mine], routing, self.output_bias)
             result = finish(routed, shared).tensor
         clock.arrived(arrived.topk_ids)
-        return result, plan.own, plan.traffic
+        return result, routing, plan.traffic
 
     def experts_here(self) -> str:
         """Global ids of this rank's experts, as ``4-7`` or ``none``."""
@@ -98,15 +116,22 @@ class MoERunner(nn.Module):
 
     # -- the steps that are not one call ----------------------------------------------------------------------
 
-    def _route(self, hidden_states: Tensor, mine: slice, router_logits: Tensor | None) -> Routing | Exception:
+    def _route(
+        self, hidden_states: Tensor, mine: slice, router_logits: Tensor | None, input_ids: Tensor | None
+    ) -> Routing | Exception:
         """What went wrong here is a value: the plan tells the other ranks, and all raise together."""
         try:
             self._check(hidden_states)
             return self.router.route(
-                hidden_states[mine], None if router_logits is None else router_logits[mine]
+                hidden_states[mine],
+                None if router_logits is None else router_logits[mine],
+                None if input_ids is None else input_ids[mine],
             )
         except Exception as error:  # noqa: BLE001 - raised by plan, on every rank
             return error
+
+    def _weigh_input(self, rows: Tensor, routing: Routing | Exception) -> tuple[Tensor, Routing | Exception]:
+        return (rows, routing) if isinstance(routing, Exception) else weigh_input(rows, routing)
 
     def _plan(self, routing: Routing | Exception) -> DispatchPlan:
         tag = Tag("layer", self.layer, self._step)
