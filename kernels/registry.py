@@ -9,6 +9,7 @@ from xpar.kernels.contracts import ActivationName, ExpertKernel, ExpertSpec
 from xpar.kernels.cpu import onednn, zen
 from xpar.kernels.cpu.onednn import OneDnnExperts
 from xpar.kernels.cpu.zen import ZenExperts
+from xpar.kernels.gpu import available as gpu
 from xpar.kernels.plain import ReferenceExperts
 
 
@@ -89,6 +90,17 @@ KERNELS: tuple[KernelRecord, ...] = (
         build=OneDnnExperts,
         all_activations=True,
         measured=f"1.4 / 1.4 / 1.3 / 1.4 / 1.3 / 1.2 x {_OLMOE}",
+    ),
+    KernelRecord(
+        name="triton",
+        devices=("cuda",),
+        dtypes=_FLOATS,
+        activations=_GATED,
+        row_invariant=True,
+        unavailable=gpu.unavailable,
+        build=gpu.build,
+        all_activations=True,
+        measured="measure with python -m xpar.engine.kernel_bench",
     ),
     KernelRecord(
         name="reference",

@@ -3,7 +3,7 @@
 Sums go through ``embedding_bag``: it reads each row once, in the order given, and accumulates in fp32. It wants
 weights in the rows' own dtype, so an fp32 router weight is handed over as a few addends of that dtype whose sum
 is the weight (three bfloat16 hold all 24 bits of it; two float16 hold it to 2^-25): no fp32 copy of the rows is
-made.
+made. Rows on a GPU are moved and summed by :mod:`xpar.kernels.gpu.rows`.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 # How many numbers of the dtype it takes to hold an fp32 significand.
 _ADDENDS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1, torch.float64: 1}
+GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ def group_by_expert(topk_ids: Tensor, num_experts: int) -> Groups:
 
 def gather_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     """``x[index]``: [R, H] for ``x`` [N, H] and ``index`` [R] int64, written into ``out`` where given."""
+    if _on_gpu(x):
+        from xpar.kernels.gpu import rows as gpu
+
+        return gpu.gather_rows(x, index, out)
     return torch.index_select(x, 0, index) if out is None else torch.index_select(x, 0, index, out=out)
 
 
@@ -72,6 +77,10 @@ def weighted_sum(slot_rows: Tensor, weights: Tensor, positions: Tensor, out: Ten
     ``slot_rows`` [S, H], ``weights`` [M, k] float32, ``positions`` [M, k] int64 with -1 for "no row" (its weight
     is not read). Added in slot order in fp32, rounded once; a row's bits do not depend on the other rows.
     """
+    if _on_gpu(slot_rows):
+        from xpar.kernels.gpu import rows as gpu
+
+        return gpu.weighted_sum(slot_rows, weights, positions, out)
     if not slot_rows.shape[0] or not positions.numel():
         total = slot_rows.new_zeros(positions.shape[0], slot_rows.shape[1])
         return total if out is None else out.copy_(total)
@@ -94,6 +103,10 @@ def sum_rows(rows: Tensor, index: Tensor, num_out: int) -> Tensor:
 
     ``rows`` [R, H], ``index`` [R] int64 in ``[0, num_out)``. Added in row order in fp32, rounded once.
     """
+    if _on_gpu(rows):
+        from xpar.kernels.gpu import rows as gpu
+
+        return gpu.sum_rows(rows, index, num_out)
     if not rows.shape[0]:
         return rows.new_zeros(num_out, rows.shape[1])
     order = torch.sort(index, stable=True).indices
@@ -105,6 +118,10 @@ def sum_runs(rows: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
 
     ``rows`` [R, H], ``index`` [sum(sizes)] int64, ``sizes`` [T] int64. Added in that order in fp32, rounded once.
     """
+    if _on_gpu(rows):
+        from xpar.kernels.gpu import rows as gpu
+
+        return gpu.sum_runs(rows, index, sizes)
     if not index.numel():
         return rows.new_zeros(sizes.shape[0], rows.shape[1])
     return _bags(rows, index, sizes)
@@ -119,6 +136,11 @@ def sum_into(out: Tensor, rows: Tensor, index: Tensor) -> Tensor:
         chunk = slice(first, first + 256)
         out.index_add_(0, index[chunk], rows[chunk].to(out.dtype))
     return out
+
+
+def _on_gpu(rows: Tensor) -> bool:
+    """Whether ``rows`` is for the kernels of :mod:`xpar.kernels.gpu.rows`, imported only then: they need Triton."""
+    return rows.is_cuda and rows.dtype in GPU_DTYPES
 
 
 def _split(weights: Tensor, dtype: torch.dtype) -> Tensor:

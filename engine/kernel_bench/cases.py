@@ -1,0 +1,93 @@
+"""The layers that are measured, and random inputs for them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xpar.kernels.contracts import Activation, ExpertInput, ExpertKernel, ExpertSpec
+
+_SILU = Activation("silu")
+_GPT_OSS = Activation("silu", limit=7.0, alpha=1.702, beta=1.0)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A model's expert layer: this GPU holds ``experts`` of ``of``; tokens choose ``top_k`` among all of them."""
+
+    name: str
+    hidden: int
+    width: int
+    experts: int
+    top_k: int
+    of: int
+    activation: Activation = _SILU
+    bias: bool = False
+
+    def spec(self, dtype: torch.dtype, device: str = "cuda", row_invariant: bool = False) -> ExpertSpec:
+        return ExpertSpec(
+            self.experts, self.hidden, self.width, dtype, self.activation, device, row_invariant, self.bias
+        )
+
+
+LAYERS = {
+    layer.name: layer
+    for layer in (
+        Layer("olmoe", 2048, 1024, 64, 8, 64),
+        Layer("qwen3-30b", 2048, 768, 128, 8, 128),
+        Layer("mixtral", 4096, 14336, 8, 2, 8),
+        Layer("gpt-oss", 2880, 2880, 128, 4, 128, _GPT_OSS, bias=True),
+        Layer("qwen3-235b", 4096, 1536, 128, 8, 128),
+        Layer("deepseek-v3-slice", 7168, 2048, 64, 8, 256),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """``gate_up`` [E, 2I, H], ``down`` [E, H, I], biases [E, 2I] and [E, H] or nothing."""
+
+    gate_up: Tensor
+    down: Tensor
+    biases: tuple[Tensor, ...]
+
+
+def random_weights(spec: ExpertSpec, g: torch.Generator) -> Weights:
+    """Weights that keep unit variance."""
+    e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
+    packed = spec.activation.packed(i)
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        new = torch.empty(*shape, dtype=spec.dtype, device=spec.device)
+        for part in new:  # float32 copies of one expert at a time
+            part.copy_(torch.randn(part.shape, generator=g, device=spec.device) * scale)
+        return new
+
+    biases = tuple(normal(e, n, scale=0.5) for n in (packed, h)) if spec.bias else ()
+    return Weights(normal(e, packed, h, scale=h**-0.5), normal(e, h, i, scale=i**-0.5), biases)
+
+
+def load(kernel: ExpertKernel, weights: Weights) -> None:
+    """Hand every expert to ``kernel``."""
+    for e in range(kernel.spec.num_experts):
+        kernel.load_expert(e, weights.gate_up[e], weights.down[e], *(b[e] for b in weights.biases))
+
+
+def random_input(
+    spec: ExpertSpec, tokens: int, top_k: int, of: int, g: torch.Generator, *, skewed: bool = False
+) -> ExpertInput:
+    """``tokens`` random rows, each with ``top_k`` different experts of ``of``; slots of foreign experts are -1.
+
+    ``skewed``: one expert gets most tokens, one none, one slot in ten is dropped.
+    """
+    scores = torch.rand(tokens, of, generator=g, device=spec.device)
+    if skewed and of > top_k:
+        scores[:, 0] += 0.8
+        scores[:, spec.num_experts - 1] -= 2.0
+    ids = scores.topk(top_k).indices.to(torch.int32)
+    ids = ids.masked_fill(ids >= spec.num_experts, -1)
+    if skewed:
+        ids = ids.masked_fill(torch.rand(ids.shape, generator=g, device=spec.device) < 0.1, -1)
+    hidden = torch.randn(tokens, spec.hidden_size, generator=g, device=spec.device).to(spec.dtype)
+    weights = torch.rand(tokens, top_k, generator=g, device=spec.device)
+    return ExpertInput(hidden, ids, weights / weights.sum(1, keepdim=True))

@@ -1,0 +1,225 @@
+"""Experts on a GPU: sort the slots, two products per bucket of rows per expert, one weighted sum."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from xpar.kernels.checks import check_expert, check_loaded
+from xpar.kernels.contracts import ExpertInput, ExpertSpec
+from xpar.kernels.gpu import rows as gpu_rows
+from xpar.kernels.gpu.large import down_large, gate_up_large, permute_kernel
+from xpar.kernels.gpu.small import down_small, gate_up_small
+from xpar.kernels.gpu.sort import Plan, make_plan
+from xpar.kernels.gpu.tiles import (
+    MANY,
+    NO_LIMIT,
+    Machine,
+    Table,
+    Tile,
+    bucket_limits,
+    default_table,
+    launched,
+)
+from xpar.kernels.gpu.vector import down_vector, gate_up_vector
+
+# Tensor descriptors want rows of a multiple of 16 bytes: widths are rounded up to this many elements, with zeros.
+_ALIGNED = 8
+_PERMUTED = (16, 512)  # rows and columns of one program
+
+
+class TritonExperts:
+    """See :class:`xpar.kernels.contracts.ExpertKernel`. bfloat16, float16 and float32; every activation and bias.
+
+    ``table``: launch parameters, by default the checked-in ones of this machine. Intermediate rows come from torch's
+    allocator, which hands the same memory to one layer after the other and gives a CUDA graph its own: after one
+    call of a shape (which compiles), ``compute`` can be captured. It never waits for the device; ``compute_slots``
+    does once, because the number of its rows depends on the ids.
+
+    ``row_invariant``: every row goes through tiles of one shape, whose sums over H and I have one order whatever the
+    other rows are; the slots of an entry are added in order.
+    """
+
+    name = "triton"
+
+    def __init__(self, spec: ExpertSpec, table: Table | None = None, machine: Machine | None = None) -> None:
+        self.spec = spec
+        self.machine = machine or Machine.of(spec.device)
+        self.table = table or default_table(self.machine, spec.dtype)
+        e, h = spec.num_experts, spec.hidden_size
+        self._width = _aligned(spec.intermediate_size)
+        packed = spec.activation.packed(self._width)
+        # load_expert leaves the columns that widths were rounded up by at zero.
+        self._gate_up = torch.zeros(e, packed, _aligned(h), dtype=spec.dtype, device=spec.device)
+        self._down = self._gate_up.new_zeros(e, h, self._width)
+        self._gate_up_bias = self._gate_up.new_zeros(e, packed) if spec.bias else None
+        self._down_bias = self._gate_up.new_zeros(e, h) if spec.bias else None
+        self._missing = set(range(e))
+
+    def load_expert(
+        self,
+        index: int,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        check_expert(self.spec, index, gate_up, down, gate_up_bias, down_bias)
+        h, i = self.spec.hidden_size, self.spec.intermediate_size
+        for half in range(2 if self.spec.activation.gated else 1):
+            to, source = slice(half * self._width, half * self._width + i), slice(half * i, half * i + i)
+            self._gate_up[index, to, :h].copy_(gate_up[source])
+            if self._gate_up_bias is not None and gate_up_bias is not None:
+                self._gate_up_bias[index, to].copy_(gate_up_bias[source])
+        self._down[index, :, :i].copy_(down)
+        if self._down_bias is not None and down_bias is not None:
+            self._down_bias[index].copy_(down_bias)
+        self._missing.discard(index)
+
+    def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
+        check_loaded(None if self._missing else True, min(self._missing, default=0))
+        with self._device():
+            if self.is_tiny(x):
+                total = self._vector(x, out if out is not None and out.is_contiguous() else None)
+                return total if out is None or out is total else out.copy_(total)
+            slots = self._slots(x)
+            return gpu_rows.weighted_sum(slots, x.topk_weights, x.topk_ids, out, in_place=True)
+
+    def compute_slots(self, x: ExpertInput) -> Tensor:
+        check_loaded(None if self._missing else True, min(self._missing, default=0))
+        with self._device():
+            return self._slots(x)[x.topk_ids.reshape(-1) >= 0]
+
+    def nbytes(self) -> int:
+        held = (self._gate_up, self._down, self._gate_up_bias, self._down_bias)
+        return sum(t.nbytes for t in held if t is not None)
+
+    def _device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, whatever device its arguments are on."""
+        on_gpu = self._down.is_cuda
+        return torch.cuda.device(self._down.device) if on_gpu else nullcontext()
+
+    def is_tiny(self, x: ExpertInput) -> bool:
+        """Whether slots, each reading its expert's weights anew, would hardly read any weight twice."""
+        tokens, top_k = x.topk_ids.shape
+        if self.spec.row_invariant or not 0 < tokens <= self.table.vector_tokens:
+            return False
+        return tokens == 1 or 2 * tokens * top_k <= self.spec.num_experts
+
+    def _vector(self, x: ExpertInput, out: Tensor | None) -> Tensor:
+        """Two launches for very few tokens: [M, H]."""
+        tokens, top_k = x.topk_ids.shape
+        h, first, second = self.spec.hidden_size, self.table.gate_up_vector, self.table.down_vector
+        ids, router_weights = x.topk_ids.contiguous(), x.topk_weights.float().contiguous()
+        hidden = self._new(tokens * top_k, self._width)
+        total = self._new(tokens, h) if out is None else out
+        gate_up_vector[(triton.cdiv(self._width, first.columns), tokens * top_k)](
+            x.hidden_states, self._gate_up, self._gate_up_bias, hidden, x.rows, ids,
+            I=self._width, H=h, K=self._gate_up.shape[2], TOP_K=top_k, **self._activation(),
+            BN=first.columns, BK=first.depth, STAGES=first.stages, num_warps=first.warps,
+        )  # fmt: skip
+        down_vector[(triton.cdiv(h, second.columns), tokens)](
+            hidden, self._down, self._down_bias, total, ids, router_weights,
+            I=self._width, H=h, TOP_K=top_k,
+            BN=second.columns, BK=second.depth, STAGES=second.stages, num_warps=second.warps,
+        )  # fmt: skip
+        return total
+
+    def _slots(self, x: ExpertInput) -> Tensor:
+        """[M k, H]: each active slot's output, unweighted; rows of inactive slots are not written."""
+        tokens, top_k = x.topk_ids.shape
+        num_slots = tokens * top_k
+        out = self._new(num_slots, self.spec.hidden_size)
+        if not num_slots:
+            return out
+        triton.set_allocator(_scratch)  # in this thread's context: descriptors made on the device need memory
+        ids = x.topk_ids.contiguous()
+        limits = self._limits(tokens, num_slots)
+        plan = make_plan(ids, self.spec.num_experts, self.table.gate_up, limits)
+        hidden = self._new(num_slots, self._width)
+        buckets = launched(limits)
+        for bucket in buckets:
+            if bucket == MANY:
+                self._gate_up_many(self._permuted(x, ids, plan, limits), hidden, plan)
+            else:
+                self._gate_up_few(x, hidden, plan, bucket)
+        for bucket in buckets:
+            self._down_rows(hidden, out, plan, bucket)
+        return out
+
+    def _limits(self, tokens: int, num_slots: int) -> tuple[int, int]:
+        if self.spec.row_invariant:
+            return 0, NO_LIMIT  # one bucket, whatever the batch
+        return bucket_limits(tokens, num_slots, self.spec.num_experts)
+
+    def _permuted(self, x: ExpertInput, ids: Tensor, plan: Plan, limits: tuple[int, int]) -> Tensor:
+        """[M k, K]: the hidden states in expert order, of those experts that have many."""
+        k = self._gate_up.shape[2]
+        ordered = self._new(ids.numel(), k)
+        rows, columns = _PERMUTED
+        permute_kernel[(triton.cdiv(ids.numel(), rows), triton.cdiv(k, columns))](
+            x.hidden_states, x.rows, ids, plan.slots, plan.offsets, ordered, ids.numel(), *limits,
+            E=self.spec.num_experts, H=self.spec.hidden_size, K=k, TOP_K=ids.shape[1], BM=rows, BK=columns,
+            num_warps=4,
+        )  # fmt: skip
+        return ordered
+
+    def _gate_up_many(self, ordered: Tensor, hidden: Tensor, plan: Plan) -> None:
+        tile = self.table.gate_up[MANY]
+        gate_up_large[self._grid(tile)](
+            ordered, self._gate_up, self._gate_up_bias, hidden,
+            plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, hidden.shape[0], plan.capacity,
+            E=self.spec.num_experts, I=self._width, K=self._gate_up.shape[2], **self._activation(),
+            **self._launch(tile, MANY), SPECIALIZE=tile.specialize,
+        )  # fmt: skip
+
+    def _gate_up_few(self, x: ExpertInput, hidden: Tensor, plan: Plan, bucket: int) -> None:
+        tile = self.table.gate_up[bucket]
+        gate_up_small[self._grid(tile)](
+            x.hidden_states, self._gate_up, self._gate_up_bias, hidden, x.rows, plan.slots,
+            plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, plan.capacity,
+            E=self.spec.num_experts, I=self._width, H=self.spec.hidden_size, K=self._gate_up.shape[2],
+            TOP_K=x.topk_ids.shape[1], **self._activation(), **self._launch(tile, bucket),
+        )  # fmt: skip
+
+    def _down_rows(self, hidden: Tensor, out: Tensor, plan: Plan, bucket: int) -> None:
+        tile = self.table.down[bucket]
+        lists = (plan.slots, plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count)
+        shape = {"E": self.spec.num_experts, "I": self._width, "H": self.spec.hidden_size}
+        weights = (self._down, self._down_bias)
+        if bucket == MANY:
+            down_large[self._grid(tile)](
+                hidden, *weights, out, *lists, hidden.shape[0], plan.capacity, **shape,
+                **self._launch(tile, bucket), SPECIALIZE=tile.specialize,
+            )  # fmt: skip
+        else:
+            down_small[self._grid(tile)](
+                hidden, *weights, out, *lists, plan.capacity, **shape, **self._launch(tile, bucket)
+            )
+
+    def _grid(self, tile: Tile) -> tuple[int]:
+        return (self.machine.sms * tile.per_sm,)
+
+    def _launch(self, tile: Tile, bucket: int) -> dict[str, Any]:
+        return {
+            "BUCKET": bucket, "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group,
+            "PROGRAMS": self.machine.sms * tile.per_sm, "FLATTEN": tile.flatten,
+            "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+
+    def _activation(self) -> dict[str, Any]:
+        a = self.spec.activation
+        return {"GATED": a.gated, "NAME": a.name, "LIMIT": a.limit, "ALPHA": a.alpha, "BETA": a.beta}
+
+    def _new(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=self.spec.dtype, device=self.spec.device)
+
+
+def _aligned(width: int) -> int:
+    return -(-width // _ALIGNED) * _ALIGNED
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -1,0 +1,97 @@
+"""What is decided about GPU launches on the host: tables, buckets, availability; and that nothing needs Triton."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xpar.kernels.contracts import Activation, ExpertSpec
+from xpar.kernels.gpu import available
+from xpar.kernels.gpu.tiles import (
+    LIMITS,
+    TABLES,
+    Machine,
+    bucket_limits,
+    default_table,
+    launched,
+    read_table,
+)
+from xpar.kernels.registry import KERNELS, choose
+
+SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"), "cuda")
+H100 = Machine(sms=132, capability=(9, 0))
+
+
+@given(st.integers(1, 5000), st.integers(1, 8), st.integers(1, 300))
+def test_every_expert_has_one_launched_bucket(tokens, k, experts):
+    few, some = bucket_limits(tokens, tokens * k, experts)
+    buckets = launched((few, some))
+    assert buckets == tuple(sorted(buckets)) and buckets
+    for count in {1, 16, 17, 64, 65, tokens, tokens * k}:
+        bucket = 0 if count <= few else 1 if count <= some else 2
+        assert bucket in buckets
+    assert tokens > LIMITS[0] or buckets == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+def test_every_machine_has_a_table(capability, dtype):
+    table = default_table(Machine(100, capability), dtype)
+    assert not table.gate_up[2].specialize or capability == (9, 0)
+
+
+def test_measured_file(tmp_path):
+    table = replace(TABLES["hopper", 2], vector_tokens=2)
+    row = {"sms": 132, "capability": [9, 0], "itemsize": 2, "table": table.to_dict()}
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps([{**row, "sms": 108}, row]))
+    assert read_table(path, H100, torch.bfloat16) == table
+    assert read_table(path, replace(H100, sms=114), torch.bfloat16) is None
+    assert read_table(path, H100, torch.float32) is None
+    row["table"]["down"][0]["rows"] = 32
+    path.write_text(json.dumps([row]))
+    with pytest.raises(
+        ValueError, match=r"tiles.json: a row is no tile table .*bucket 0: gate_up has tiles of 16"
+    ):
+        read_table(path, H100, torch.bfloat16)
+    row["table"]["down"][0]["colums"] = row["table"]["down"][0].pop("columns")
+    path.write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match="colums"):
+        read_table(path, H100, torch.bfloat16)
+
+
+def test_reasons_against(monkeypatch):
+    monkeypatch.setattr(available, "find_spec", lambda name: None)
+    assert available.unavailable(SPEC) == "triton is not installed (pip install triton)"
+    monkeypatch.setattr(available, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert available.unavailable(SPEC) == "torch sees no GPU here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert available.unavailable(SPEC) == "compute capability 7.5 is below 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert available.unavailable(SPEC) is None
+
+
+def test_first_on_gpus(monkeypatch):
+    here = tuple(replace(r, unavailable=lambda spec: None) if r.name == "triton" else r for r in KERNELS)
+    others = replace(
+        SPEC, dtype=torch.float32, row_invariant=True, bias=True, activation=Activation("relu2", gated=False)
+    )
+    for spec in (SPEC, others):
+        assert choose(spec, kernels=here).record.name == "triton"
+    assert choose(replace(SPEC, device="cpu"), kernels=here).record.name != "triton"
+
+
+def test_import_without_triton():
+    code = (
+        "import sys\nsys.modules['triton'] = None\n"
+        "import xpar.kernels.registry, xpar.kernels.rows, xpar.kernels.gpu.available, xpar.kernels.gpu.tiles\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
