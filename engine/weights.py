@@ -7,6 +7,7 @@ part of I (of Is) under tensor parallelism, I_r (Is_r) wide.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -158,7 +159,8 @@ def stream_experts(
 
 
 def _moved(weights: T, device: torch.device) -> T:
-    return type(weights)(**{name: _on(tensor, device) for name, tensor in vars(weights).items()})
+    there: dict[str, Any] = {name: _on(tensor, device) for name, tensor in vars(weights).items()}
+    return replace(weights, **there)
 
 
 def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
