@@ -17,6 +17,10 @@ SHARE = 32768
 
 def placeless(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function(*tensors)`` for an elementwise ``function`` of tensors of one shape and dtype; a new tensor."""
+    if tensors[0].device.type != "cpu":
+        return function(
+            *tensors
+        )  # one thread an element: places are alike there, and each piece would be a launch
     shape, count = tensors[0].shape, tensors[0].numel()
     flat = [functional.pad(t.reshape(-1), (0, -count % VECTOR)) for t in tensors]
     out = torch.empty_like(flat[0])
