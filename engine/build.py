@@ -86,9 +86,8 @@ def assemble(
     rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
     local = None
     if experts:
-        local = pick_kernel(config, grid, len(experts), dtype, kernel, exact).record.build(
-            spec_of(config, len(experts), rows.stop - rows.start, dtype, exact, config.bias)
-        )
+        spec = spec_of(config, grid.device, len(experts), rows.stop - rows.start, dtype, exact, config.bias)
+        local = choose(spec, kernel).record.build(spec)
     weights = read(
         experts=experts,
         sink=_no_expert if local is None else local.load_expert,
@@ -96,8 +95,11 @@ def assemble(
         rows=rows,
         shared_rows=_shared_rows(config, grid, exact),
     )
+    weights = weights.to(grid.device)
     shared = None if weights.shared is None else _shared(config, grid, weights.shared, dtype, exact)
-    router = make_router(weights.router, config, row_invariant=exact)
+    on_host = grid.device.type == "cpu"
+    # Looking at every logit would make the host wait for the GPU in every layer.
+    router = make_router(weights.router, config, row_invariant=exact, check_finite=on_host)
     return MoERunner(
         config,
         grid,
@@ -125,7 +127,7 @@ def config_of(checkpoint: Checkpoint, layer: int) -> LayerConfig:
 
 def pick_dispatcher(grid: ProcessGrid, config: LayerConfig, name: str) -> tuple[Placement, DispatcherChoice]:
     """Where the experts live, and how tokens get there."""
-    placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp)
+    placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp).to(grid.device)
     return placement, choose_dispatcher(grid, placement, name)
 
 
@@ -134,14 +136,29 @@ def pick_kernel(
 ) -> Choice:
     """The kernel for ``experts`` of this rank's slices, with the reasons against the others."""
     rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
-    return choose(spec_of(config, experts, rows.stop - rows.start, dtype, exact, config.bias), name)
+    width = rows.stop - rows.start
+    return choose(spec_of(config, grid.device, experts, width, dtype, exact, config.bias), name)
 
 
 def spec_of(
-    config: LayerConfig, experts: int, width: int, dtype: torch.dtype, exact: bool, bias: bool
+    config: LayerConfig,
+    device: torch.device,
+    experts: int,
+    width: int,
+    dtype: torch.dtype,
+    exact: bool,
+    bias: bool,
 ) -> ExpertSpec:
+    """What a kernel must be able to do for ``experts`` experts that are ``width`` wide on this rank."""
     return ExpertSpec(
-        experts, config.hidden_size, width, dtype, config.activation, row_invariant=exact, bias=bias
+        num_experts=experts,
+        hidden_size=config.hidden_size,
+        intermediate_size=width,
+        dtype=dtype,
+        activation=config.activation,
+        device=str(device),
+        row_invariant=exact,
+        bias=bias,
     )
 
 
@@ -169,7 +186,7 @@ def _shared_rows(config: LayerConfig, grid: ProcessGrid, exact: bool) -> slice:
 def _shared(
     config: LayerConfig, grid: ProcessGrid, weights: SharedWeights, dtype: torch.dtype, exact: bool
 ) -> SharedExperts:
-    spec = spec_of(config, 1, weights.down.shape[1], dtype, exact, bias=False)
+    spec = spec_of(config, grid.device, 1, weights.down.shape[1], dtype, exact, bias=False)
     kernel: ExpertKernel = choose(spec).record.build(spec)
     kernel.load_expert(0, weights.gate_up, weights.down)
     state: State = Full() if exact or grid.tp.size == 1 else Partial(grid.tp)

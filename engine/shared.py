@@ -21,13 +21,13 @@ class SharedExperts:
     def __call__(self, hidden_states: Tensor, shared_logits: Tensor | None = None) -> Distributed:
         """[T, H] -> [T, H]. ``shared_logits``: [T, 1], where a fused product has made the gate's already."""
         tokens = hidden_states.shape[0]
-        ids = torch.zeros(tokens, 1, dtype=torch.int32)
+        ids = torch.zeros(tokens, 1, dtype=torch.int32, device=hidden_states.device)
         entries = ExpertInput(hidden_states, ids, self._weights(hidden_states, shared_logits))
         return Distributed(self.kernel.compute(entries), self.state)
 
     def _weights(self, hidden_states: Tensor, shared_logits: Tensor | None) -> Tensor:
         if self.gate is None:
-            return torch.full((hidden_states.shape[0], 1), self.scale)
+            return torch.full((hidden_states.shape[0], 1), self.scale, device=hidden_states.device)
         if shared_logits is None:
             shared_logits = gate_logits(hidden_states, self.gate, self.kernel.spec.row_invariant)
         return placeless(torch.sigmoid, shared_logits.float()) * self.scale

@@ -20,6 +20,9 @@ from xpar.engine.schema import Architecture
 Sink = Callable[..., None]
 
 
+T = TypeVar("T", "RouterWeights", "SharedWeights")
+
+
 @dataclass(frozen=True)
 class RouterWeights:
     """``gate`` [E, H] and ``gate_bias`` [E] in the gate's dtype, ``correction_bias`` [E] float32; biases or None."""
@@ -45,6 +48,13 @@ class LayerWeights:
     router: RouterWeights
     shared: SharedWeights | None
     output_bias: Tensor | None = None
+
+    def to(self, device: torch.device) -> "LayerWeights":
+        """The same on ``device``."""
+        router, shared = _moved(self.router, device), self.shared
+        return LayerWeights(
+            router, None if shared is None else _moved(shared, device), _on(self.output_bias, device)
+        )
 
 
 def load_layer(
@@ -147,7 +157,17 @@ def stream_experts(
         yield index, out
 
 
-def make_router(weights: RouterWeights, config: LayerConfig, row_invariant: bool = False) -> Router:
+def _moved(weights: T, device: torch.device) -> T:
+    return type(weights)(**{name: _on(tensor, device) for name, tensor in vars(weights).items()})
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def make_router(
+    weights: RouterWeights, config: LayerConfig, row_invariant: bool = False, check_finite: bool = True
+) -> Router:
     """The layer's router with its weights."""
     return Router(
         config.router,
@@ -155,4 +175,5 @@ def make_router(weights: RouterWeights, config: LayerConfig, row_invariant: bool
         weights.correction_bias,
         gate_bias=weights.gate_bias,
         row_invariant=row_invariant,
+        check_finite=check_finite,
     )

@@ -1,11 +1,12 @@
 """Routers that take the k best: of all scores, perhaps within the best groups, or of the logits themselves."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from xpar.engine.config import RouterConfig, check_groups
+from xpar.engine.config import TINY, RouterConfig, check_groups
 from xpar.engine.routers.base import finish_weights, required, scores_of
 from xpar.engine.routers.order import largest
 from xpar.kernels.contracts import Routing
@@ -34,6 +35,8 @@ class TopKRouter:
     ) -> Routing:
         """Reads ``router_logits`` alone."""
         logits = required(router_logits, "router_logits", NEEDS_LOGITS)
+        if logits.is_cuda and self._has_kernel():
+            return self._one_kernel(logits)
         scores = scores_of(logits, self.config.scoring)
         choice = scores if self.correction_bias is None else scores + self.correction_bias
         if self.config.topk_group < self.config.num_expert_group:
@@ -41,6 +44,30 @@ class TopKRouter:
         topk_ids = largest(choice, self.config.top_k)
         topk_weights = finish_weights(scores.gather(-1, topk_ids), topk_ids, self.config, self.expert_scale)
         return Routing(topk_ids.to(torch.int32), topk_weights, self.config.weight_on_input)
+
+    def _has_kernel(self) -> bool:
+        c = self.config
+        return c.scoring != "sqrtsoftplus" and self.expert_scale is None and c.renormalize_min == TINY
+
+    def _one_kernel(self, logits: Tensor) -> Routing:
+        """The same on a GPU, in registers."""
+        from xpar.kernels.gpu.route import select_experts
+
+        c = self.config
+        check_groups(c, logits.shape[1])
+        assert c.scoring != "sqrtsoftplus"
+        chosen = select_experts(
+            logits,
+            c.top_k,
+            scoring=c.scoring,
+            renormalize=c.renormalize,
+            num_expert_group=c.num_expert_group,
+            topk_group=c.topk_group,
+            group_score=c.group_score,
+            correction_bias=self.correction_bias,
+            routed_scaling_factor=c.routed_scaling_factor,
+        )
+        return replace(chosen, weight_on_input=c.weight_on_input)
 
 
 class TopKLogitsRouter:
