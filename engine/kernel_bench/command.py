@@ -7,7 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from xpar.engine.kernel_bench.timing import eager_time, graph_time
 from xpar.kernels.contracts import ExpertInput, ExpertSpec
 from xpar.kernels.gpu.available import unavailable
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tiles import Machine, Table, default_table, read_table
+from xpar.kernels.gpu.tiles import Machine, default_table, read_table
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,7 +91,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sweep", action="store_true", help="try tile shapes instead of comparing")
     p.add_argument("--configs", type=int, default=40, help="tile shapes tried per product in a sweep")
     p.add_argument("--table", type=Path, help="measured tile table (JSON) in place of the checked-in one")
-    p.add_argument("--plain", action="store_true", help="no warps that only copy, to see what they bring")
     p.add_argument("--seconds", type=float, default=440.0, help="start nothing new after this long")
     p.add_argument("--seed", type=int, help="seed of the random inputs; drawn afresh when not given")
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything as one JSON document")
@@ -115,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = bench.attempt("ceilings", measure_ceilings)
     if top:
         bench.document["ceilings"] = {"bandwidth": top.bandwidth, "flops": top.flops}
-        bench.say(f"copy {top.bandwidth / 1e12:.2f} TB/s, product {top.flops / 1e12:.0f} TFLOP/s")
+        bench.say(f"memory {top.bandwidth / 1e12:.2f} TB/s, product {top.flops / 1e12:.0f} TFLOP/s")
     for name in args.models:
         bench.attempt(name, lambda name=name: _run_layer(bench, LAYERS[name], g, top))  # type: ignore[misc]
         bench.save()
@@ -139,7 +137,7 @@ def _run_layer(bench: Bench, layer: Layer, g: torch.Generator, top: Ceilings | N
     machine = Machine.of("cuda")
     table = read_table(args.table, machine, spec.dtype) if args.table else None
     table = table or default_table(machine, spec.dtype)
-    kernel = TritonExperts(spec, _plain(table) if args.plain else table)
+    kernel = TritonExperts(spec, table)
     load(kernel, weights)
     if args.only != "times" and not args.sweep:
         bench.check(layer_checks(layer, spec, kernel, weights, g, tuple(args.tokens)))
@@ -207,15 +205,6 @@ def _device_is_lost() -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def _plain(table: Table) -> Table:
-    """``table`` without warps that only copy."""
-    gate_up, down = (
-        tuple(replace(t, specialize=False, warps=8) if t.specialize else t for t in tiles)
-        for tiles in (table.gate_up, table.down)
-    )
-    return replace(table, gate_up=gate_up, down=down)  # type: ignore[arg-type]
 
 
 def _copies(tokens: int) -> int:

@@ -85,19 +85,16 @@ def _tiles(base: Tile, bucket: int, halves: int, itemsize: int) -> Iterator[Tile
     columns = (64, 128, 256) if bucket == MANY else (64, 128)
     depths = (64, 128) if bucket == MANY else (64, 128, 256)
     options = itertools.product(
-        columns, depths, (2, 3, 4, 5, 6), (4, 8), (1, 2, 3, 4), (1, 4, 8, 16), (False, True), (False, True)
+        columns, depths, (2, 3, 4, 5, 6), (4, 8), (1, 2, 3, 4), (1, 4, 8, 16), (False, True)
     )
-    for n, k, stages, warps, per_sm, group, specialize, flatten in options:
+    for n, k, stages, warps, per_sm, group, flatten in options:
         bytes_used = stages * (base.rows + halves * n) * k * itemsize * per_sm
-        registers = base.rows * n * halves / (32 * warps * (2 if specialize else 1))
+        registers = base.rows * n * halves / (32 * warps)
         if not _SHARED // 4 <= bytes_used <= _SHARED or registers > 128 or (bucket == FEW and group > 1):
             continue
-        if (specialize and (bucket != MANY or warps != 4 or flatten)) or (specialize and per_sm > 1):
-            continue
         yield replace(
-            base, columns=n, depth=k, stages=stages, warps=warps, per_sm=per_sm, group=group,
-            specialize=specialize, flatten=flatten,
-        )  # fmt: skip
+            base, columns=n, depth=k, stages=stages, warps=warps, per_sm=per_sm, group=group, flatten=flatten
+        )
 
 
 def _vectors() -> Iterator[Vector]:
