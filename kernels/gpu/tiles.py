@@ -203,6 +203,16 @@ def read_table(path: Path, machine: Machine, dtype: torch.dtype) -> Table | None
     return None
 
 
+def write_table(path: Path, machine: Machine, dtype: torch.dtype, table: Table) -> None:
+    """Put ``table`` into the file that :func:`read_table` reads, in place of this machine's row; others stay."""
+    key = {"sms": machine.sms, "capability": list(machine.capability), "itemsize": dtype.itemsize}
+    rows = json.loads(path.read_text()) if path.exists() else []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: not a file of tile tables; name another one")
+    kept = [row for row in rows if {name: row.get(name) for name in key} != key]
+    path.write_text(json.dumps([*kept, {**key, "table": table.to_dict()}], indent=1) + "\n")
+
+
 def bucket_limits(tokens: int, slots: int, experts: int) -> tuple[int, int]:
     """Most rows of an expert in FEW and in SOME; the rest is MANY. Known from the batch's shape alone.
 
