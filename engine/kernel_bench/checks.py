@@ -15,7 +15,6 @@ from xpar.kernels.gpu.available import build
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 Check = tuple[str, Callable[[], str]]
-TOKENS = (1, 3, 16, 64, 257, 1024, 4096)
 FORMS = [
     Activation("silu"),
     Activation("silu", limit=7.0, alpha=1.702, beta=1.0),

@@ -172,7 +172,7 @@ class TritonExperts:
             ordered, self._gate_up, self._gate_up_bias, hidden,
             plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, hidden.shape[0], plan.capacity,
             E=self.spec.num_experts, I=self._width, K=self._gate_up.shape[2], **self._activation(),
-            **self._launch(tile, MANY), SPECIALIZE=tile.specialize,
+            **self._launch(tile, MANY),
         )  # fmt: skip
 
     def _gate_up_few(self, x: ExpertInput, hidden: Tensor, plan: Plan, bucket: int) -> None:
@@ -192,7 +192,7 @@ class TritonExperts:
         if bucket == MANY:
             down_large[self._grid(tile)](
                 hidden, *weights, out, *lists, hidden.shape[0], plan.capacity, **shape,
-                **self._launch(tile, bucket), SPECIALIZE=tile.specialize,
+                **self._launch(tile, bucket),
             )  # fmt: skip
         else:
             down_small[self._grid(tile)](

@@ -3,6 +3,8 @@
 Hopper's copy engine takes boxes of consecutive rows, so the rows are put in order first. One tile of rows meets two
 tiles of weights, gate and up rows of the same columns, and the activation happens in the accumulators' registers.
 Tiles run past an expert's last row into the next expert's: what they compute there is not stored.
+
+No warps only copy (``tl.range(warp_specialize=True)``): with Triton 3.6 both kernels then compute garbage on Hopper.
 """
 
 import triton
@@ -36,7 +38,7 @@ def gate_up_large(
     E: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
     GATED: tl.constexpr, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
     BUCKET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """``hidden[r] = act(weight[expert] @ x[r])``: ``x`` [S, K] in expert order, ``weight`` [E, 2I, K] or [E, I, K]."""
     WIDE: tl.constexpr = 2 * I if GATED else I
@@ -44,9 +46,7 @@ def gate_up_large(
     wd = tl.make_tensor_descriptor(weight, [E * WIDE, K], [K, 1], [BN, BK])
     num_n = tl.cdiv(I, BN)
     num_m = tl.load(tile_count + BUCKET)
-    for tile in tl.range(
-        tl.program_id(0), num_m * num_n, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZE
-    ):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS, flatten=FLATTEN):
         pm, pn = swizzle(tile, num_m, num_n, GROUP)
         expert = tl.load(tile_expert + BUCKET * capacity + pm)
         first = tl.load(tile_row + BUCKET * capacity + pm)
@@ -80,16 +80,14 @@ def down_large(
     hidden, weight, bias, out, slots, offsets, tile_expert, tile_row, tile_count, num_rows, capacity,
     E: tl.constexpr, I: tl.constexpr, H: tl.constexpr,
     BUCKET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """``out[slot of r] = weight[expert] @ hidden[r]``: each slot is written once. ``weight`` [E, H, I]."""
     hd = tl.make_tensor_descriptor(hidden, [num_rows, I], [I, 1], [BM, BK])
     wd = tl.make_tensor_descriptor(weight, [E * H, I], [I, 1], [BN, BK])
     num_n = tl.cdiv(H, BN)
     num_m = tl.load(tile_count + BUCKET)
-    for tile in tl.range(
-        tl.program_id(0), num_m * num_n, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZE
-    ):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS, flatten=FLATTEN):
         pm, pn = swizzle(tile, num_m, num_n, GROUP)
         expert = tl.load(tile_expert + BUCKET * capacity + pm)
         first = tl.load(tile_row + BUCKET * capacity + pm)

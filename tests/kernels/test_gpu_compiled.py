@@ -76,8 +76,7 @@ def check_hopper(kernel, tile, dtype):
     assert "cp.async.bulk.tensor" in kernel.ptx, f"{kernel.name} copies no tensor tiles"
     if dtype != torch.float32:
         assert "wgmma.mma_async" in kernel.ptx, f"{kernel.name} does not use the matrix unit of warp groups"
-    if tile.specialize:
-        assert kernel.warps > tile.warps, f"{kernel.name}: no warps of their own for copies"
+    assert kernel.warps == tile.warps, f"{kernel.name}: warps of their own for copies, which compute garbage"
     check_copies(kernel)
 
 
@@ -109,7 +108,7 @@ def test_a_wide_tile_would_be_seen_to_spill():
 
     machine = Machine(sms=132, capability=(9, 0))
     kernel = TritonExperts(ExpertSpec(4, 256, 256, torch.bfloat16, Activation("silu")), machine=machine)
-    wide = replace(kernel.table.gate_up[2], columns=256, stages=2, specialize=False)
+    wide = replace(kernel.table.gate_up[2], columns=256, stages=2)
     kernel.table = replace(kernel.table, gate_up=(*kernel.table.gate_up[:2], wide))
     kernel._missing.clear()
     ids = torch.zeros(256, 2, dtype=torch.int32)
