@@ -92,7 +92,7 @@ CASES = (
         {"layers_block_type": ["full_attention", "moe", "mlp"]},
         module="model.layers.{layer}.mixer",
     ),
-    Case("dbrx", "dbrx", module="transformer.blocks.{layer}.ffn", router=None),
+    Case("dbrx", "dbrx", module="transformer.blocks.{layer}.ffn", router=None, roundings=2),
     Case("jetmoe", "jetmoe", router=None),
     Case(
         "cohere2_moe-sum",
