@@ -11,6 +11,7 @@ from xpar.comm.handshake import Tag
 from xpar.comm.reduction import Distributed, Full, Sharded, finish
 from xpar.comm.shares import share, shares
 from xpar.engine.addends import with_addends
+from xpar.engine.capture import CapturedLayer
 from xpar.engine.config import LayerConfig
 from xpar.engine.routers import RoutingRule, weigh_input
 from xpar.engine.shared import SharedExperts
@@ -108,6 +109,10 @@ class MoERunner(nn.Module):
             result = finish(routed, shared).tensor
         clock.arrived(arrived.topk_ids)
         return result, routing, plan.traffic
+
+    def capture(self, tokens: int) -> CapturedLayer:
+        """The forward as one CUDA graph for up to ``tokens`` tokens a rank; collective. ValueError where it cannot be."""
+        return CapturedLayer(self, tokens)
 
     def experts_here(self) -> str:
         """Global ids of this rank's experts, as ``4-7`` or ``none``."""
