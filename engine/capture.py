@@ -26,7 +26,7 @@ class CapturedLayer:
         self.runner, self.tokens = runner, tokens
         shape = (tokens, runner.config.hidden_size)
         self._input = torch.zeros(shape, dtype=runner.dtype, device=runner.grid.device)
-        side = torch.cuda.Stream(runner.grid.device)
+        side = torch.cuda.Stream(runner.grid.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(runner.grid.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
@@ -35,7 +35,7 @@ class CapturedLayer:
         torch.cuda.synchronize(runner.grid.device)
         self._graph = torch.cuda.CUDAGraph()
         with watch_paused(runner), torch.cuda.graph(self._graph):
-            self._output = runner(self._input)
+            self._output: Tensor = runner(self._input)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """[T, H] -> [T, H], T at most ``tokens``: a view of the graph's output, overwritten by the next call."""

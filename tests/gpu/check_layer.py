@@ -81,8 +81,8 @@ def check_shape(grid: ProcessGrid, name: str, scale: float, seed: int) -> list[d
                 "eager_error": error(grid, eager, reference),
                 "graph_error": error(grid, recorded, reference if reference is not None else eager),
                 "hidden_wait": waits,
-                "eager_us": microseconds(grid, lambda: runner(mine)),
-                "graph_us": microseconds(grid, lambda: graph(mine)),
+                "eager_us": microseconds(grid, runner, mine),
+                "graph_us": microseconds(grid, graph, mine),
             }
         )
     return rows
@@ -109,14 +109,14 @@ def hidden_waits(runner: MoERunner, x: Tensor) -> str | None:
     return None
 
 
-def microseconds(grid: ProcessGrid, call: Callable[[], Tensor], repeats: int = 30) -> float:
+def microseconds(grid: ProcessGrid, layer: Callable[[Tensor], Tensor], x: Tensor, repeats: int = 30) -> float:
     """Of one call among many that follow each other, as decoding does; the slowest rank's."""
-    call()
+    layer(x)
     torch.cuda.synchronize()
     grid.world.comm.barrier()
     begin = time.perf_counter()
     for _ in range(repeats):
-        call()
+        layer(x)
     torch.cuda.synchronize()
     mine = (time.perf_counter() - begin) / repeats * 1e6
     return max(grid.world.comm.all_gather_object(mine))
