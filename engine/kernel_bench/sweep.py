@@ -5,13 +5,13 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xpar.engine.kernel_bench.candidates import candidates, parts, put
+from xpar.engine.kernel_bench.candidates import candidates, early, parts, put
 from xpar.engine.kernel_bench.checks import require_near
 from xpar.engine.kernel_bench.timing import graph_time
 from xpar.kernels.contracts import ExpertInput
@@ -67,42 +67,55 @@ def parts_of(cells: list[Cell]) -> dict[str, tuple[Cell, ...]]:
     return {part: tuple(its) for part, its in sorted(users.items())}
 
 
-def trials(cells: list[Cell], limit: int) -> list[Trial]:
-    """Up to ``limit`` values for every part that some cell uses. All cells start from one table."""
+def trials(cells: list[Cell], limit: int, first: bool) -> list[Trial]:
+    """Up to ``limit`` values for every part that some cell uses, of those to be chosen first or of the others."""
     return [
         Trial(part, value, put(its[0].kernel.table, part, value), its)
         for part, its in parts_of(cells).items()
+        if early(part) == first
         for value in candidates(its[0].kernel, part, limit)
     ]
 
 
 def search(cells: list[Cell], limit: int, note: Callable[[str], None], deadline: float) -> dict[str, Any]:
-    """The table made of the best value of each part, if it is faster; plain values, of the searched table otherwise.
+    """The table made of the best value of each part, if it is faster, else the present one; plain values.
 
-    ``deadline``: a ``time.perf_counter()``; nothing new is timed after it. A trial that does not compile, does not
-    fit the machine or computes anything else than the present table is noted and left out.
+    Where rows go is chosen first, then tiles for that; all cells start from one table. ``deadline``: a
+    ``time.perf_counter()``; nothing new is timed after it. A trial that does not compile, does not fit the machine
+    or computes anything else than the present table is noted and left out.
     """
-    start = cells[0].kernel.table
+    start = best = cells[0].kernel.table
     expected = {cell.name: cell.kernel.compute(cell.inputs[0]).double() for cell in cells}
     base = {cell.name: cell.seconds(start) for cell in cells}
-    found = trials(cells, limit)
-    note(f"{len(found)} trials on {', '.join(f'{name} {s * 1e6:.1f} us' for name, s in base.items())}")
-    results = _measure(_sound(found, expected, note, deadline), base, note, deadline)
-    best = start
-    for part in sorted({r.trial.part for r in results}):
-        winner = min((r for r in results if r.trial.part == part), key=lambda r: r.mean)
-        note(_winners(part, [r for r in results if r.trial.part == part]))
-        if winner.mean < _WORTH:
-            best = put(best, part, winner.trial.value)
+    note(", ".join(f"{name} {s * 1e6:.1f} us" for name, s in base.items()))
+    measured: list[Result] = []
+    for first in (True, False):
+        now = [replace(cell, kernel=with_table(cell.kernel, best)) for cell in cells]
+        sound = _sound(trials(now, limit, first), expected, note, deadline)
+        present = {cell.name: cell.seconds(best) for cell in now}
+        results = _measure(sound, present, note, deadline)
+        measured += results
+        best = _improved(best, results, note)
     ratios = {cell.name: cell.seconds(best) / cell.seconds(start) for cell in cells}
     mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
-    note(f"together: {mean:.3f} of the present time ({_listed(ratios)})")
+    note(f"together: {mean:.3f} of the first table's time ({_listed(ratios)})")
     return {
         "seconds": base,
         "ratios": ratios,
         "table": (best if mean < _WORTH else start).to_dict(),
-        "measured": [{"part": r.trial.part, "value": _plain(r.trial.value), **r.ratios} for r in results],
+        "measured": [{"part": r.trial.part, "value": _plain(r.trial.value), **r.ratios} for r in measured],
     }
+
+
+def _improved(table: Table, results: list[Result], note: Callable[[str], None]) -> Table:
+    """``table`` with the best value of each part that is worth it; a line or more about each part."""
+    for part in sorted({r.trial.part for r in results}):
+        its = [r for r in results if r.trial.part == part]
+        winner = min(its, key=lambda r: r.mean)
+        note(_winners(part, its))
+        if winner.mean < _WORTH:
+            table = put(table, part, winner.trial.value)
+    return table
 
 
 def with_table(kernel: TritonExperts, table: Table) -> TritonExperts:
@@ -179,4 +192,4 @@ def _listed(ratios: dict[str, float]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    return value if isinstance(value, tuple) else asdict(value)

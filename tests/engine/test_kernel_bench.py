@@ -13,7 +13,7 @@ from xpar.engine.kernel_bench import sweep
 from xpar.engine.kernel_bench.candidates import candidates, get, parts, put
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tiles import Machine, Table, Vector, read_table, write_table
+from xpar.kernels.gpu.tiles import Machine, Table, Vector, limits_of, read_table, write_table
 
 XPAR = [sys.executable, "-m", "xpar.engine"]
 HOPPER = Machine(sms=132, capability=(9, 0))
@@ -32,8 +32,8 @@ def batch(tokens: int, k: int = 4) -> ExpertInput:
 def test_parts_follow_the_batch() -> None:
     kernel = layer_kernel()
     assert parts(kernel, batch(1)) == ("gate_up vector", "down vector")
-    assert parts(kernel, batch(16)) == ("gate_up 0", "down 0")
-    assert {"gate_up 2", "down 2"} <= set(parts(kernel, batch(4096)))
+    assert parts(kernel, batch(16)) == ("limits", "gate_up 0", "down 0")
+    assert {"limits", "tails", "gate_up 2", "down 2"} <= set(parts(kernel, batch(4096)))
 
 
 def test_candidates_are_new_fit_and_differ() -> None:
@@ -45,6 +45,7 @@ def test_candidates_are_new_fit_and_differ() -> None:
     ):
         few, many = candidates(kernel, part, 5), candidates(kernel, part, 30)
         assert len(few) == 5 and few == many[:5] and len(set(many)) == len(many)
+        assert part.split()[1] != "2" or any(value.half for value in few)
         for value in many:
             assert value != get(kernel.table, part)
             assert get(put(kernel.table, part, value), part) == value
@@ -95,6 +96,27 @@ def test_search_takes_the_fastest_right_value_of_each_part(times: None) -> None:
     assert Table.from_dict(result["table"]).gate_up_vector != found.gate_up_vector
     assert any("left out: gate_up vector" in note and "relative error" in note for note in notes)
     json.dumps(result)
+
+
+def test_where_rows_go_is_chosen_before_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of SOME is tried and wins only after the limits have brought rows there."""
+    kernel = layer_kernel()
+    table = replace(kernel.table, limits=(0, 0))
+    monkeypatch.setattr(
+        Pretended, "limits", lambda self, *shape: limits_of(self.table, *shape, 16), raising=False
+    )
+    monkeypatch.setattr(Pretended, "is_tiny", lambda self, x: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def seconds(cell: sweep.Cell, table: Table) -> float:
+        return (0.5 if table.limits[1] >= 128 else 1.0) + 0.05 * table.down[1].per_sm
+
+    monkeypatch.setattr(sweep.Cell, "seconds", seconds)
+    cells = [sweep.Cell("a", Pretended(table), [batch(400)])]  # type: ignore[arg-type]
+    assert "down 1" not in sweep.parts_of(cells)
+    result = sweep.search(cells, 12, lambda text: None, time.perf_counter() + 60)
+    found = Table.from_dict(result["table"])
+    assert found.limits[1] >= 128 and found.down[1].per_sm == 1
 
 
 def test_search_after_its_deadline_changes_nothing(times: None) -> None:
