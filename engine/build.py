@@ -22,6 +22,7 @@ from xpar.engine.runner import MoERunner
 from xpar.engine.shared import SharedExperts
 from xpar.engine.weights import LayerWeights, SharedWeights, load_layer, make_router
 from xpar.kernels.contracts import ExpertKernel, ExpertSpec
+from xpar.kernels.gpu.available import use_table
 from xpar.kernels.registry import Choice, choose
 
 log = logging.getLogger("xpar.build")
@@ -37,9 +38,10 @@ def load_runner(
     dispatcher: str = "auto",
     kernel: str = "auto",
     exact: bool = False,
+    tiles: Path | None = None,
 ) -> MoERunner:
     """See :meth:`MoERunner.from_checkpoint`."""
-    return agreed(grid.world.comm, lambda: _load(path, layer, grid, dtype, dispatcher, kernel, exact))
+    return agreed(grid.world.comm, lambda: _load(path, layer, grid, dtype, dispatcher, kernel, exact, tiles))
 
 
 def _load(
@@ -50,11 +52,13 @@ def _load(
     dispatcher: str,
     kernel: str,
     exact: bool,
+    tiles: Path | None,
 ) -> MoERunner:
     with Checkpoint(Path(path)) as checkpoint:
         config = config_of(checkpoint, layer)
         read = partial(load_layer, checkpoint, find(checkpoint.config), layer, config)
         options: dict[str, Any] = {"dispatcher": dispatcher, "kernel": kernel, "exact": exact, "layer": layer}
+        options["tiles"] = tiles
         begin = time.perf_counter()
         runner = assemble(config, grid, dtype or checkpoint.dtype, read, **options)
         log.info(
@@ -78,6 +82,7 @@ def assemble(
     kernel: str = "auto",
     exact: bool = False,
     layer: int = 0,
+    tiles: Path | None = None,
 ) -> MoERunner:
     """A runner whose weights come from ``read``, which takes the keyword arguments of :func:`load_layer`."""
     check_exact(exact, grid)
@@ -88,6 +93,8 @@ def assemble(
     if experts:
         spec = spec_of(config, grid.device, len(experts), rows.stop - rows.start, dtype, exact, config.bias)
         local = choose(spec, kernel).record.build(spec)
+        if tiles is not None:
+            use_table(local, tiles)
     weights = read(
         experts=experts,
         sink=_no_expert if local is None else local.load_expert,

@@ -58,15 +58,18 @@ class MoERunner(nn.Module):
         dispatcher: str = "auto",
         kernel: str = "auto",
         exact: bool = False,
+        tiles: Path | None = None,
     ) -> "MoERunner":
         """Load layer ``layer`` of a Hugging Face checkpoint, this rank's experts only; collective over the grid.
 
         ``dtype``: that of the computation, by default the checkpoint's. Raises one error, the same on every
-        rank, for a checkpoint, layer, dispatcher or kernel that does not fit.
+        rank, for a checkpoint, layer, dispatcher, kernel or file of ``tiles`` (from ``xpar tune``) that does not fit.
         """
         from xpar.engine.build import load_runner
 
-        return load_runner(path, layer, grid, dtype, dispatcher=dispatcher, kernel=kernel, exact=exact)
+        return load_runner(
+            path, layer, grid, dtype, dispatcher=dispatcher, kernel=kernel, exact=exact, tiles=tiles
+        )
 
     def forward(
         self,

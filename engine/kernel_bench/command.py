@@ -23,7 +23,7 @@ from xpar.engine.kernel_bench.sweep import Cell, search
 from xpar.engine.kernel_bench.timing import eager_time, graph_time
 from xpar.kernels.contracts import ExpertInput, ExpertSpec
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tiles import Machine, default_table, read_table
+from xpar.kernels.gpu.tiles import Machine, Table, default_table, read_table, write_table
 
 
 class Bench:
@@ -148,7 +148,10 @@ def _sweep(bench: Bench, g: torch.Generator) -> None:
         ]
     found = search(cells, args.configs, bench.say, bench.begin + args.seconds)
     bench.document["sweep"] = found
-    bench.say(f"table: {json.dumps(found['table'])}")
+    if args.write_table:
+        table = Table.from_dict(found["table"])
+        write_table(args.write_table, Machine.of("cuda"), DTYPES[args.dtype], table)
+        bench.say(f"{args.write_table}: written")
 
 
 def _time_cell(

@@ -26,6 +26,9 @@ def add_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--configs", type=int, default=24, help="values tried per part of the table in a sweep")
     p.add_argument("--table", type=Path, help="measured tile table (JSON) in place of the checked-in one")
+    p.add_argument(
+        "--write-table", type=Path, metavar="FILE", help="put what a sweep found there, for --table"
+    )
     p.add_argument("--seconds", type=float, default=440.0, help="start nothing new after this long")
     p.add_argument("--seed", type=int, help="seed of the random inputs; drawn afresh when not given")
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything as one JSON document")

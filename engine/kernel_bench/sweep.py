@@ -14,12 +14,13 @@ from torch import Tensor
 from xpar.engine.kernel_bench.candidates import candidates, early, parts, put
 from xpar.engine.kernel_bench.checks import require_near
 from xpar.engine.kernel_bench.timing import graph_time
-from xpar.kernels.contracts import ExpertInput
+from xpar.kernels.contracts import ExpertInput, ExpertSpec
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tiles import Table
 
 _WORTH = 0.99  # of the present time: less gained than this is noise
 _THREADS = 16
+_COMPILING = 0.55  # of the time that is left
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,16 @@ def parts_of(cells: list[Cell]) -> dict[str, tuple[Cell, ...]]:
 
 
 def trials(cells: list[Cell], limit: int, first: bool) -> list[Trial]:
-    """Up to ``limit`` values for every part that some cell uses, of those to be chosen first or of the others."""
-    return [
-        Trial(part, value, put(its[0].kernel.table, part, value), its)
-        for part, its in parts_of(cells).items()
-        if early(part) == first
-        for value in candidates(its[0].kernel, part, limit)
-    ]
+    """Up to ``limit`` values for every part that some cell uses, of those to be chosen first or of the others.
+
+    In rounds over the parts, so that a deadline takes the least likely values of each.
+    """
+    rounds: list[tuple[int, Trial]] = []
+    for part, its in parts_of(cells).items():
+        if early(part) == first:
+            for place, value in enumerate(candidates(its[0].kernel, part, limit)):
+                rounds.append((place, Trial(part, value, put(its[0].kernel.table, part, value), its)))
+    return [trial for _, trial in sorted(rounds, key=lambda pair: pair[0])]
 
 
 def search(cells: list[Cell], limit: int, note: Callable[[str], None], deadline: float) -> dict[str, Any]:
@@ -91,11 +95,15 @@ def search(cells: list[Cell], limit: int, note: Callable[[str], None], deadline:
     measured: list[Result] = []
     for first in (True, False):
         now = [replace(cell, kernel=with_table(cell.kernel, best)) for cell in cells]
-        sound = _sound(trials(now, limit, first), expected, note, deadline)
+        remaining = deadline - time.perf_counter()
+        sound = _sound(trials(now, limit, first), expected, note, deadline - (1 - _COMPILING) * remaining)
         present = {cell.name: cell.seconds(best) for cell in now}
         results = _measure(sound, present, note, deadline)
         measured += results
         best = _improved(best, results, note)
+    for cell in cells:
+        got = with_table(cell.kernel, best).compute(cell.inputs[0])
+        require_near(got, expected[cell.name], cell.kernel.spec.dtype, f"{cell.name} under the new table")
     ratios = {cell.name: cell.seconds(best) / cell.seconds(start) for cell in cells}
     mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
     note(f"together: {mean:.3f} of the first table's time ({_listed(ratios)})")
@@ -133,22 +141,23 @@ def _sound(
     Compiling is most of a search, and most of it happens outside the interpreter lock.
     """
 
-    def reason(pair: tuple[Trial, Cell]) -> str | None:
-        trial, cell = pair
-        if time.perf_counter() > deadline:
-            return "late"
+    def reason(unit: tuple[Trial, list[Cell]]) -> str | None:
+        trial, same_code = unit
         try:
-            got = with_table(cell.kernel, trial.table).compute(cell.inputs[0])
-            require_near(got, expected[cell.name], cell.kernel.spec.dtype, cell.name)
+            for cell in same_code:
+                if time.perf_counter() > deadline:
+                    return "late"
+                got = with_table(cell.kernel, trial.table).compute(cell.inputs[0])
+                require_near(got, expected[cell.name], cell.kernel.spec.dtype, cell.name)
         except Exception as why:  # noqa: BLE001 - one configuration must not end the search
-            return f"{cell.name}: {why!r}"[:200]
+            return repr(why)[:200]
         return None
 
-    pairs = [(trial, cell) for trial in found for cell in trial.cells]
+    units = [(trial, same) for trial in found for same in _by_code(trial.cells)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        reasons = list(pool.map(reason, pairs))
+        reasons = list(pool.map(reason, units))
     torch.cuda.synchronize()
-    bad = {id(trial): why for (trial, _), why in zip(pairs, reasons, strict=True) if why is not None}
+    bad = {id(trial): why for (trial, _), why in zip(units, reasons, strict=True) if why is not None}
     for trial in found:
         if bad.get(id(trial), "late") != "late":
             note(f"  left out: {trial.part} {_plain(trial.value)}: {bad[id(trial)]}")
@@ -161,29 +170,39 @@ def _sound(
 def _measure(
     sound: list[Trial], base: dict[str, float], note: Callable[[str], None], deadline: float
 ) -> list[Result]:
-    """Times in rounds over the parts, so that a deadline takes the least likely values of each."""
-    by_part: dict[str, list[Trial]] = {}
-    for trial in sound:
-        by_part.setdefault(trial.part, []).append(trial)
-    ordered = sorted(sound, key=lambda trial: by_part[trial.part].index(trial))
     results: list[Result] = []
-    for trial in ordered:
+    for trial in sound:
         if time.perf_counter() > deadline:
-            note(f"  {len(ordered) - len(results)} of {len(ordered)} trials came too late to be timed")
+            note(f"  {len(sound) - len(results)} of {len(sound)} trials came too late to be timed")
             break
-        ratios = {cell.name: cell.seconds(trial.table) / base[cell.name] for cell in trial.cells}
+        try:
+            ratios = {cell.name: cell.seconds(trial.table) / base[cell.name] for cell in trial.cells}
+        except Exception as why:  # noqa: BLE001 - one configuration must not end the search
+            note(f"  left out: {trial.part} {_plain(trial.value)}: {why!r}"[:300])
+            continue
         results.append(Result(trial, ratios))
     return results
 
 
+def _by_code(cells: tuple[Cell, ...]) -> list[list[Cell]]:
+    """Cells that run the same compiled kernels together: two threads at once would compile them twice."""
+    groups: dict[ExpertSpec, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.kernel.spec, []).append(cell)
+    return list(groups.values())
+
+
 def _winners(part: str, results: list[Result]) -> str:
-    """One line for the best of all cells together, one for each cell's own."""
+    """The best of all cells together, then each cell's own, then all values of what has few or is a half tile."""
     best = min(results, key=lambda r: r.mean)
     lines = [f"{part}: {best.mean:.3f} {_plain(best.trial.value)} ({_listed(best.ratios)})"]
     for name in best.ratios:
         own = min(results, key=lambda r: r.ratios[name])
         if own is not best:
             lines.append(f"    {name}: {own.ratios[name]:.3f} {_plain(own.trial.value)}")
+    for r in sorted(results, key=lambda r: r.mean):
+        if r is not best and (early(part) or getattr(r.trial.value, "half", False)):
+            lines.append(f"    {r.mean:.3f} {_plain(r.trial.value)} ({_listed(r.ratios)})")
     return "\n".join(lines)
 
 

@@ -142,6 +142,9 @@ class Machine:
 
 _SCALAR = Vector(columns=8, depth=512, stages=2, warps=4)
 _SCALAR_DOWN = Vector(columns=4, depth=512, stages=3, warps=4)
+# Measured on an H200, one token of OLMoE and Qwen3-30B layers: 5 to 9 % faster than the two above.
+_HOPPER = Vector(columns=2, depth=2048, stages=3, warps=8)
+_HOPPER_DOWN = Vector(columns=4, depth=1024, stages=3, warps=4)
 # Keys: architecture, bytes per element. MANY of hopper is the fastest of 21 measured on an H200; the rest comes from
 # register and shared-memory counts of compiled kernels: none spills.
 TABLES: dict[tuple[str, int], Table] = {
@@ -156,8 +159,8 @@ TABLES: dict[tuple[str, int], Table] = {
             Tile(64, 128, 64, stages=4, warps=4, per_sm=2),
             Tile(128, 256, 64, stages=3, warps=8, per_sm=1, group=8, flatten=True),
         ),
-        gate_up_vector=_SCALAR,
-        down_vector=_SCALAR_DOWN,
+        gate_up_vector=_HOPPER,
+        down_vector=_HOPPER_DOWN,
     ),
     ("blackwell", 2): Table(
         gate_up=(

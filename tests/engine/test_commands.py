@@ -54,6 +54,7 @@ def test_run_verifies_and_writes_json(checkpoint: Path, tmp_path: Path, n: int) 
     [
         (["--tp", "3"], "tp=3 does not divide 2 ranks; tp must be one of 1, 2"),
         (["--kernel", "abacus"], "kernel='abacus'"),
+        (["--tiles", "tiles.json", "--device", "cpu"], "has no tile table; leave tiles out"),
         (["--dispatcher", "replicated"], "hold different tokens"),
         (["--layers", "9"], "layer 9 has no experts"),
         (["--tokens", "-1"], "--tokens -1: must be at least 0"),

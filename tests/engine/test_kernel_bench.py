@@ -12,6 +12,7 @@ from launch import mpirun
 from xpar.engine.kernel_bench import sweep
 from xpar.engine.kernel_bench.candidates import candidates, get, parts, put
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
+from xpar.kernels.gpu.available import use_table
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tiles import Machine, Table, Vector, limits_of, read_table, write_table
 
@@ -135,12 +136,17 @@ def test_written_table_is_read_and_others_stay(tmp_path) -> None:
     assert read_table(path, HOPPER, torch.bfloat16) == replace(table, vector_tokens=3)
     assert read_table(path, replace(HOPPER, sms=114), torch.bfloat16) == other
     assert len(json.loads(path.read_text())) == 2
+    kernel = layer_kernel()
+    use_table(kernel, path)
+    assert kernel.table.vector_tokens == 3
+    kernel.machine = replace(HOPPER, sms=1)
+    with pytest.raises(ValueError, match=r"no table for Machine.*measure one here with xpar tune"):
+        use_table(kernel, path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="not a file of tile tables"):
         write_table(path, HOPPER, torch.bfloat16, table)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -154,6 +160,6 @@ def test_written_table_is_read_and_others_stay(tmp_path) -> None:
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
 def test_without_a_gpu_commands_say_so(words: list[str], message: str) -> None:
-    job = mpirun(1, [*XPAR, *words])
+    job = mpirun(1, [*XPAR, *words], env={"CUDA_VISIBLE_DEVICES": ""})
     assert job.returncode == 1
     assert message in job.stderr and "Traceback" not in job.stderr
