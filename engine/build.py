@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from xpar.comm.shares import share
 from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
+from xpar.engine.latent import LatentSpace
 from xpar.engine.runner import MoERunner
 from xpar.engine.shared import SharedExperts
 from xpar.engine.weights import LayerWeights, SharedWeights, load_layer, make_router
@@ -86,7 +88,7 @@ def assemble(
     rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
     local = None
     if experts:
-        spec = spec_of(config, grid.device, len(experts), rows.stop - rows.start, dtype, exact, config.bias)
+        spec = spec_of(config, grid.device, len(experts), rows.stop - rows.start, dtype, exact)
         local = choose(spec, kernel).record.build(spec)
     weights = read(
         experts=experts,
@@ -111,6 +113,9 @@ def assemble(
         exact=exact,
         layer=layer,
         output_bias=weights.output_bias,
+        latent=None
+        if weights.latent is None
+        else LatentSpace(weights.latent.enter, weights.latent.leave, exact),
     )
 
 
@@ -137,7 +142,7 @@ def pick_kernel(
     """The kernel for ``experts`` of this rank's slices, with the reasons against the others."""
     rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
     width = rows.stop - rows.start
-    return choose(spec_of(config, grid.device, experts, width, dtype, exact, config.bias), name)
+    return choose(spec_of(config, grid.device, experts, width, dtype, exact), name)
 
 
 def spec_of(
@@ -147,18 +152,17 @@ def spec_of(
     width: int,
     dtype: torch.dtype,
     exact: bool,
-    bias: bool,
 ) -> ExpertSpec:
-    """What a kernel must be able to do for ``experts`` experts that are ``width`` wide on this rank."""
+    """What a kernel must be able to do for ``experts`` routed experts that are ``width`` wide on this rank."""
     return ExpertSpec(
         num_experts=experts,
-        hidden_size=config.hidden_size,
+        hidden_size=config.routed_size,
         intermediate_size=width,
         dtype=dtype,
         activation=config.activation,
         device=str(device),
         row_invariant=exact,
-        bias=bias,
+        bias=config.bias,
     )
 
 
@@ -186,7 +190,8 @@ def _shared_rows(config: LayerConfig, grid: ProcessGrid, exact: bool) -> slice:
 def _shared(
     config: LayerConfig, grid: ProcessGrid, weights: SharedWeights, dtype: torch.dtype, exact: bool
 ) -> SharedExperts:
-    spec = spec_of(config, grid.device, 1, weights.down.shape[1], dtype, exact, bias=False)
+    routed = spec_of(config, grid.device, 1, weights.down.shape[1], dtype, exact)
+    spec = replace(routed, hidden_size=config.hidden_size, bias=False)
     kernel: ExpertKernel = choose(spec).record.build(spec)
     kernel.load_expert(0, weights.gate_up, weights.down)
     state: State = Full() if exact or grid.tp.size == 1 else Partial(grid.tp)

@@ -13,6 +13,7 @@ from xpar.comm.shares import share, shares
 from xpar.engine.addends import with_addends
 from xpar.engine.capture import CapturedLayer
 from xpar.engine.config import LayerConfig
+from xpar.engine.latent import LatentSpace
 from xpar.engine.routers import RoutingRule, weigh_input
 from xpar.engine.shared import SharedExperts
 from xpar.engine.stages import Clock, NoClock
@@ -39,12 +40,13 @@ class MoERunner(nn.Module):
         exact: bool = False,
         layer: int = 0,
         output_bias: Tensor | None = None,
+        latent: LatentSpace | None = None,
     ) -> None:
         super().__init__()
         self.config, self.grid, self.layer = config, grid, layer
         self.router, self.dispatcher, self.kernel, self.shared = router, dispatcher, kernel, shared
         self.dtype, self.exact = dtype, exact
-        self.output_bias = output_bias
+        self.output_bias, self.latent = output_bias, latent
         self._step = 0
 
     @classmethod
@@ -92,7 +94,7 @@ class MoERunner(nn.Module):
         mine = self._own_tokens(hidden_states)
         with clock.stage("route"):
             routing = self._route(hidden_states, mine, router_logits, input_ids)
-            rows, weighted = self._weigh_input(hidden_states[mine], routing)
+            rows, weighted = self._rows(hidden_states[mine], routing)
         with clock.stage("plan"):
             plan = self._plan(weighted)
         with clock.stage("dispatch"):
@@ -106,7 +108,8 @@ class MoERunner(nn.Module):
         with clock.stage("finish"):
             assert isinstance(routing, Routing)  # a failure has raised in plan
             routed = with_addends(routed, hidden_states[mine], routing, self.output_bias)
-            result = finish(routed, shared).tensor
+            leave = None if self.latent is None else self.latent.leave
+            result = finish(routed, shared, transform=leave).tensor
         clock.arrived(arrived.topk_ids)
         return result, routing, plan.traffic
 
@@ -135,18 +138,21 @@ class MoERunner(nn.Module):
         except Exception as error:  # noqa: BLE001 - raised by plan, on every rank
             return error
 
-    def _weigh_input(self, rows: Tensor, routing: Routing | Exception) -> tuple[Tensor, Routing | Exception]:
-        return (rows, routing) if isinstance(routing, Exception) else weigh_input(rows, routing)
+    def _rows(self, own: Tensor, routing: Routing | Exception) -> tuple[Tensor, Routing | Exception]:
+        """What to dispatch, and with what routing: the tokens in the experts' space, weighted if the input is."""
+        if isinstance(routing, Exception):
+            return own, routing
+        return weigh_input(own if self.latent is None else self.latent.enter(own), routing)
 
     def _plan(self, routing: Routing | Exception) -> DispatchPlan:
         tag = Tag("layer", self.layer, self._step)
         return self.dispatcher.plan(
-            routing, tag=tag, hidden_size=self.config.hidden_size, dtype=self.dtype, exact=self.exact
+            routing, tag=tag, hidden_size=self.config.routed_size, dtype=self.dtype, exact=self.exact
         )
 
     def _compute(self, arrived: ExpertInput, plan: DispatchPlan) -> Tensor:
         if self.kernel is None:
-            return arrived.hidden_states.new_empty(0, self.config.hidden_size)
+            return arrived.hidden_states.new_empty(0, self.config.routed_size)
         if self.exact:
             return self.kernel.compute_slots(arrived)
         out = self.dispatcher.output(plan, arrived.topk_ids.shape[0], arrived.hidden_states)
