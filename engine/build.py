@@ -3,10 +3,9 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,35 +29,38 @@ log = logging.getLogger("xpar.build")
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+@dataclass(frozen=True)
+class LayerOptions:
+    """How a layer is computed: names of a dispatcher and a kernel or auto, and :class:`MoERunner`'s own options."""
+
+    dispatcher: str = "auto"
+    kernel: str = "auto"
+    exact: bool = False
+    sequence_parallel: bool = False
+
+
+DEFAULT = LayerOptions()
+
+
 def load_runner(
     path: str | Path,
     layer: int,
     grid: ProcessGrid,
     dtype: torch.dtype | None = None,
-    *,
-    dispatcher: str = "auto",
-    kernel: str = "auto",
-    exact: bool = False,
+    options: LayerOptions = DEFAULT,
 ) -> MoERunner:
     """See :meth:`MoERunner.from_checkpoint`."""
-    return agreed(grid.world.comm, lambda: _load(path, layer, grid, dtype, dispatcher, kernel, exact))
+    return agreed(grid.world.comm, lambda: _load(path, layer, grid, dtype, options))
 
 
 def _load(
-    path: str | Path,
-    layer: int,
-    grid: ProcessGrid,
-    dtype: torch.dtype | None,
-    dispatcher: str,
-    kernel: str,
-    exact: bool,
+    path: str | Path, layer: int, grid: ProcessGrid, dtype: torch.dtype | None, options: LayerOptions
 ) -> MoERunner:
     with Checkpoint(Path(path)) as checkpoint:
         config = config_of(checkpoint, layer)
         read = partial(load_layer, checkpoint, find(checkpoint.config), layer, config)
-        options: dict[str, Any] = {"dispatcher": dispatcher, "kernel": kernel, "exact": exact, "layer": layer}
         begin = time.perf_counter()
-        runner = assemble(config, grid, dtype or checkpoint.dtype, read, **options)
+        runner = assemble(config, grid, dtype or checkpoint.dtype, read, options, layer)
         log.info(
             "layer %d: experts %s in %s, %.1f MB read in %.2f s",
             layer,
@@ -75,30 +77,30 @@ def assemble(
     grid: ProcessGrid,
     dtype: torch.dtype,
     read: Callable[..., LayerWeights],
-    *,
-    dispatcher: str = "auto",
-    kernel: str = "auto",
-    exact: bool = False,
+    options: LayerOptions = DEFAULT,
     layer: int = 0,
 ) -> MoERunner:
     """A runner whose weights come from ``read``, which takes the keyword arguments of :func:`load_layer`."""
+    exact, sequence_parallel = options.exact, options.sequence_parallel
     check_exact(exact, grid)
-    placement, chosen = pick_dispatcher(grid, config, dispatcher)
+    placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel)
     experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
     rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
     local = None
     if experts:
         spec = spec_of(config, grid.device, len(experts), rows.stop - rows.start, dtype, exact)
-        local = choose(spec, kernel).record.build(spec)
+        local = choose(spec, options.kernel).record.build(spec)
+    # Under sequence parallel each rank has tokens of its own, and with them a whole copy of the shared experts.
+    slices = 1 if exact or sequence_parallel else grid.tp.size
     weights = read(
         experts=experts,
         sink=_no_expert if local is None else local.load_expert,
         dtype=dtype,
         rows=rows,
-        shared_rows=_shared_rows(config, grid, exact),
+        shared_rows=_shared_rows(config, grid, slices),
     )
     weights = weights.to(grid.device)
-    shared = None if weights.shared is None else _shared(config, grid, weights.shared, dtype, exact)
+    shared = None if weights.shared is None else _shared(config, grid, weights.shared, dtype, exact, slices)
     on_host = grid.device.type == "cpu"
     # Looking at every logit would make the host wait for the GPU in every layer.
     router = make_router(weights.router, config, row_invariant=exact, check_finite=on_host)
@@ -111,6 +113,7 @@ def assemble(
         shared,
         dtype=dtype,
         exact=exact,
+        sequence_parallel=sequence_parallel,
         layer=layer,
         output_bias=weights.output_bias,
         latent=None
@@ -130,10 +133,12 @@ def config_of(checkpoint: Checkpoint, layer: int) -> LayerConfig:
     return layer_config(arch, checkpoint.config, layer)
 
 
-def pick_dispatcher(grid: ProcessGrid, config: LayerConfig, name: str) -> tuple[Placement, DispatcherChoice]:
+def pick_dispatcher(
+    grid: ProcessGrid, config: LayerConfig, name: str, sequence_parallel: bool = False
+) -> tuple[Placement, DispatcherChoice]:
     """Where the experts live, and how tokens get there."""
     placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp).to(grid.device)
-    return placement, choose_dispatcher(grid, placement, name)
+    return placement, choose_dispatcher(grid, placement, name, sequence_parallel=sequence_parallel)
 
 
 def pick_kernel(
@@ -181,20 +186,25 @@ def slice_of(what: str, width: int, parts: int, part: int) -> slice:
     return share(width, parts, part)
 
 
-def _shared_rows(config: LayerConfig, grid: ProcessGrid, exact: bool) -> slice:
-    if config.shared is None or exact:
+def _shared_rows(config: LayerConfig, grid: ProcessGrid, slices: int) -> slice:
+    if config.shared is None or slices == 1:
         return slice(None)
-    return slice_of("shared expert width", config.shared.intermediate_size, grid.tp.size, grid.tp.rank)
+    return slice_of("shared expert width", config.shared.intermediate_size, slices, grid.tp.rank)
 
 
 def _shared(
-    config: LayerConfig, grid: ProcessGrid, weights: SharedWeights, dtype: torch.dtype, exact: bool
+    config: LayerConfig,
+    grid: ProcessGrid,
+    weights: SharedWeights,
+    dtype: torch.dtype,
+    exact: bool,
+    slices: int,
 ) -> SharedExperts:
     routed = spec_of(config, grid.device, 1, weights.down.shape[1], dtype, exact)
     spec = replace(routed, hidden_size=config.hidden_size, bias=False)
     kernel: ExpertKernel = choose(spec).record.build(spec)
     kernel.load_expert(0, weights.gate_up, weights.down)
-    state: State = Full() if exact or grid.tp.size == 1 else Partial(grid.tp)
+    state: State = Full() if slices == 1 else Partial(grid.tp)
     scale = 1.0 if config.shared is None else config.shared.scale
     return SharedExperts(kernel, state, weights.gate, scale)
 

@@ -1,6 +1,7 @@
 """One mixture-of-experts layer on this rank: the six steps in order."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,23 +9,33 @@ from torch import Tensor, nn
 from xpar.comm.dispatch.base import Dispatcher, DispatchPlan, Traffic
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import Tag
-from xpar.comm.reduction import Distributed, Full, Sharded, finish
-from xpar.comm.shares import share, shares
+from xpar.comm.reduction import Distributed, Transform, finish
 from xpar.engine.addends import with_addends
 from xpar.engine.capture import CapturedLayer
 from xpar.engine.config import LayerConfig
 from xpar.engine.latent import LatentSpace
 from xpar.engine.routers import RoutingRule, weigh_input
 from xpar.engine.shared import SharedExperts
-from xpar.engine.stages import Clock, NoClock
+from xpar.engine.stages import NO_CLOCK, Clock
+from xpar.engine.tokens import tokens_of
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
+
+
+class Parts(NamedTuple):
+    """What five steps made and the sixth adds up, and how: the routing and the traffic of this rank's tokens."""
+
+    routed: Distributed
+    shared: Distributed | None
+    routing: Routing
+    traffic: Traffic
 
 
 class MoERunner(nn.Module):
     """Routes, plans, dispatches, computes, combines and finishes; every rank of ``grid`` calls it together.
 
     ``kernel``: this rank's experts, or None if it holds none. ``exact``: slot outputs travel unsummed and are added
-    in slot order where the token lives, so that the bits do not depend on the number of ranks.
+    in slot order where the token lives, so that the bits do not depend on the number of ranks. ``sequence_parallel``:
+    the ranks of a tp group give different tokens, and get the outputs of their own.
     """
 
     def __init__(
@@ -38,6 +49,7 @@ class MoERunner(nn.Module):
         *,
         dtype: torch.dtype,
         exact: bool = False,
+        sequence_parallel: bool = False,
         layer: int = 0,
         output_bias: Tensor | None = None,
         latent: LatentSpace | None = None,
@@ -47,6 +59,7 @@ class MoERunner(nn.Module):
         self.router, self.dispatcher, self.kernel, self.shared = router, dispatcher, kernel, shared
         self.dtype, self.exact = dtype, exact
         self.output_bias, self.latent = output_bias, latent
+        self.tokens = tokens_of(grid, dispatcher, sequence_parallel)
         self._step = 0
 
     @classmethod
@@ -60,15 +73,20 @@ class MoERunner(nn.Module):
         dispatcher: str = "auto",
         kernel: str = "auto",
         exact: bool = False,
+        sequence_parallel: bool = False,
     ) -> "MoERunner":
         """Load layer ``layer`` of a Hugging Face checkpoint, this rank's experts only; collective over the grid.
 
         ``dtype``: that of the computation, by default the checkpoint's. Raises one error, the same on every
         rank, for a checkpoint, layer, dispatcher or kernel that does not fit.
         """
-        from xpar.engine.build import load_runner
+        from xpar.engine.build import LayerOptions, load_runner
 
-        return load_runner(path, layer, grid, dtype, dispatcher=dispatcher, kernel=kernel, exact=exact)
+        return load_runner(
+            path, layer, grid, dtype, LayerOptions(dispatcher, kernel, exact, sequence_parallel)
+        )
+
+    # -- four ways to call it, alike but for what becomes of the parts ---------------------------------------------
 
     def forward(
         self,
@@ -80,7 +98,32 @@ class MoERunner(nn.Module):
 
         ``router_logits``: [T, E], where the caller has them already. ``input_ids``: [T], for routing by token id.
         """
-        return self.run(hidden_states, router_logits, NoClock(), input_ids)[0]
+        parts = self.steps(hidden_states, router_logits, input_ids)
+        return finish(parts.routed, parts.shared, transform=self._leave()).tensor
+
+    def forward_deferred(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> Distributed:
+        """The forward without its last collective, for a caller who has one of his own to fuse it with.
+
+        The state of the result says what is missing, and :func:`~xpar.comm.reduction.complete` supplies it.
+        """
+        parts = self.steps(hidden_states, router_logits, input_ids)
+        return finish(parts.routed, parts.shared, transform=self._leave(), deferred=True)
+
+    def forward_separately(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """([T, H] of the routed experts, [T, H] of the shared ones or None where there are none): the forward's addends."""
+        parts = self.steps(hidden_states, router_logits, input_ids)
+        routed = finish(parts.routed, transform=self._leave()).tensor
+        return routed, None if parts.shared is None else finish(parts.shared).tensor
 
     def run(
         self,
@@ -89,9 +132,25 @@ class MoERunner(nn.Module):
         clock: Clock,
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Routing, Traffic]:
-        """The forward, with its routing, its traffic and its times."""
+        """The forward, with the routing and the traffic of the tokens that this rank dispatched, and its times."""
+        parts = self.steps(hidden_states, router_logits, input_ids, clock)
+        with clock.stage("finish"):
+            result = finish(parts.routed, parts.shared, transform=self._leave()).tensor
+        return result, parts.routing, parts.traffic
+
+    # -- the pipeline --------------------------------------------------------------------------------------------
+
+    def steps(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        clock: Clock = NO_CLOCK,
+    ) -> Parts:
+        """The first five steps; the sixth, ``finish``, is the caller's."""
         self._step += 1
-        mine = self._own_tokens(hidden_states)
+        tokens = hidden_states.shape[0]
+        mine = self.tokens.mine(tokens)
         with clock.stage("route"):
             routing = self._route(hidden_states, mine, router_logits, input_ids)
             rows, weighted = self._rows(hidden_states[mine], routing)
@@ -101,17 +160,14 @@ class MoERunner(nn.Module):
             arrived = self.dispatcher.dispatch(rows, plan).wait()
         with clock.stage("compute"):
             outputs = self._compute(arrived, plan)
+        assert isinstance(routing, Routing)  # a failure has raised in plan
         with clock.stage("combine"):
-            routed = self._as_share(self.dispatcher.combine(outputs, plan), hidden_states)
+            combined = self.dispatcher.combine(outputs, plan)
+            routed = with_addends(combined, hidden_states[mine], routing, self.output_bias)
         with clock.stage("shared"):
             shared = None if self.shared is None else self.shared(hidden_states)
-        with clock.stage("finish"):
-            assert isinstance(routing, Routing)  # a failure has raised in plan
-            routed = with_addends(routed, hidden_states[mine], routing, self.output_bias)
-            leave = None if self.latent is None else self.latent.leave
-            result = finish(routed, shared, transform=leave).tensor
         clock.arrived(arrived.topk_ids)
-        return result, routing, plan.traffic
+        return Parts(self.tokens.claim(routed, tokens), shared, routing, plan.traffic)
 
     def capture(self, tokens: int) -> CapturedLayer:
         """The forward as one CUDA graph for up to ``tokens`` tokens a rank; collective. ValueError where it cannot be."""
@@ -158,21 +214,8 @@ class MoERunner(nn.Module):
         out = self.dispatcher.output(plan, arrived.topk_ids.shape[0], arrived.hidden_states)
         return self.kernel.compute(arrived, out)
 
-    def _own_tokens(self, hidden_states: Tensor) -> slice:
-        """Where the ranks of a tp group hold the same tokens but dispatch them, each takes its share."""
-        if self.dispatcher.name == "replicated":
-            return slice(0, hidden_states.shape[0])
-        return share(hidden_states.shape[0], self.grid.tp.size, self.grid.tp.rank)
-
-    def _as_share(self, routed: Distributed, hidden_states: Tensor) -> Distributed:
-        if (
-            self.dispatcher.name == "replicated"
-            or self.grid.tp.size == 1
-            or not isinstance(routed.state, Full)
-        ):
-            return routed
-        counts = tuple(shares(hidden_states.shape[0], self.grid.tp.size))
-        return Distributed(routed.tensor, Sharded(self.grid.tp, counts))
+    def _leave(self) -> Transform | None:
+        return None if self.latent is None else self.latent.leave
 
     def _check(self, hidden_states: Tensor) -> None:
         if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.hidden_size:

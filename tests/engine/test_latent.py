@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xpar.engine.bench.peer_process import solo_grid
-from xpar.engine.build import assemble
+from xpar.engine.build import LayerOptions, assemble
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.engine.latent import LatentSpace
 from xpar.engine.random_layer import RandomLayer
@@ -19,14 +19,14 @@ LATENT = LayerConfig(6, 32, 24, RouterConfig(2), shared=SharedConfig(16, gated=T
 def test_equals_the_reference(exact: bool, on_input: bool, fresh_seed: int) -> None:
     router = RouterConfig(1, weight_on_input=True, renormalize=False) if on_input else LATENT.router
     layer = RandomLayer(replace(LATENT, router=router), torch.float32, fresh_seed)
-    runner = assemble(layer.config, solo_grid(1), torch.float32, layer.read, exact=exact)
+    runner = assemble(layer.config, solo_grid(1), torch.float32, layer.read, LayerOptions(exact=exact))
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(fresh_seed))
     torch.testing.assert_close(runner(x), layer.reference(x)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_exact_mode_gives_a_token_the_same_bits_among_others(fresh_seed: int) -> None:
     layer = RandomLayer(LATENT, torch.float32, fresh_seed)
-    runner = assemble(LATENT, solo_grid(1), torch.float32, layer.read, exact=True)
+    runner = assemble(LATENT, solo_grid(1), torch.float32, layer.read, LayerOptions(exact=True))
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(fresh_seed))
     assert torch.equal(runner(x)[3:5], runner(x[3:5]))
 
