@@ -19,6 +19,7 @@ from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.latent import LatentSpace
+from xpar.engine.overlap import SharedOrder
 from xpar.engine.runner import MoERunner
 from xpar.engine.shared import SharedExperts
 from xpar.engine.weights import LayerWeights, SharedWeights, load_layer, make_router
@@ -37,6 +38,7 @@ class LayerOptions:
     kernel: str = "auto"
     exact: bool = False
     sequence_parallel: bool = False
+    shared_order: SharedOrder = SharedOrder.AUTO
 
 
 DEFAULT = LayerOptions()
@@ -114,6 +116,7 @@ def assemble(
         dtype=dtype,
         exact=exact,
         sequence_parallel=sequence_parallel,
+        shared_order=options.shared_order,
         layer=layer,
         output_bias=weights.output_bias,
         latent=None

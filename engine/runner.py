@@ -14,6 +14,7 @@ from xpar.engine.addends import with_addends
 from xpar.engine.capture import CapturedLayer
 from xpar.engine.config import LayerConfig
 from xpar.engine.latent import LatentSpace
+from xpar.engine.overlap import Overlap, SharedOrder, Work
 from xpar.engine.routers import RoutingRule, weigh_input
 from xpar.engine.shared import SharedExperts
 from xpar.engine.stages import NO_CLOCK, Clock
@@ -35,7 +36,8 @@ class MoERunner(nn.Module):
 
     ``kernel``: this rank's experts, or None if it holds none. ``exact``: slot outputs travel unsummed and are added
     in slot order where the token lives, so that the bits do not depend on the number of ranks. ``sequence_parallel``:
-    the ranks of a tp group give different tokens, and get the outputs of their own.
+    the ranks of a tp group give different tokens, and get the outputs of their own. ``shared_order``: when the shared
+    experts compute.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class MoERunner(nn.Module):
         dtype: torch.dtype,
         exact: bool = False,
         sequence_parallel: bool = False,
+        shared_order: SharedOrder = SharedOrder.AUTO,
         layer: int = 0,
         output_bias: Tensor | None = None,
         latent: LatentSpace | None = None,
@@ -60,6 +63,7 @@ class MoERunner(nn.Module):
         self.dtype, self.exact = dtype, exact
         self.output_bias, self.latent = output_bias, latent
         self.tokens = tokens_of(grid, dispatcher, sequence_parallel)
+        self.overlap = Overlap(SharedOrder.NONE if shared is None else shared_order, grid.device)
         self._step = 0
 
     @classmethod
@@ -74,6 +78,7 @@ class MoERunner(nn.Module):
         kernel: str = "auto",
         exact: bool = False,
         sequence_parallel: bool = False,
+        shared_order: SharedOrder = SharedOrder.AUTO,
     ) -> "MoERunner":
         """Load layer ``layer`` of a Hugging Face checkpoint, this rank's experts only; collective over the grid.
 
@@ -82,9 +87,8 @@ class MoERunner(nn.Module):
         """
         from xpar.engine.build import LayerOptions, load_runner
 
-        return load_runner(
-            path, layer, grid, dtype, LayerOptions(dispatcher, kernel, exact, sequence_parallel)
-        )
+        options = LayerOptions(dispatcher, kernel, exact, sequence_parallel, shared_order)
+        return load_runner(path, layer, grid, dtype, options)
 
     # -- four ways to call it, alike but for what becomes of the parts ---------------------------------------------
 
@@ -154,20 +158,22 @@ class MoERunner(nn.Module):
         with clock.stage("route"):
             routing = self._route(hidden_states, mine, router_logits, input_ids)
             rows, weighted = self._rows(hidden_states[mine], routing)
+        shared = self.overlap.begin(self._shared_work(hidden_states, routing, clock), hidden_states)
         with clock.stage("plan"):
             plan = self._plan(weighted)
         with clock.stage("dispatch"):
-            arrived = self.dispatcher.dispatch(rows, plan).wait()
+            moving = self.dispatcher.dispatch(rows, plan)
+        shared.meanwhile()
+        with clock.stage("dispatch"):
+            arrived = moving.wait()
         with clock.stage("compute"):
             outputs = self._compute(arrived, plan)
         assert isinstance(routing, Routing)  # a failure has raised in plan
         with clock.stage("combine"):
             combined = self.dispatcher.combine(outputs, plan)
             routed = with_addends(combined, hidden_states[mine], routing, self.output_bias)
-        with clock.stage("shared"):
-            shared = None if self.shared is None else self.shared(hidden_states)
         clock.arrived(arrived.topk_ids)
-        return Parts(self.tokens.claim(routed, tokens), shared, routing, plan.traffic)
+        return Parts(self.tokens.claim(routed, tokens), shared.output.wait(), routing, plan.traffic)
 
     def capture(self, tokens: int) -> CapturedLayer:
         """The forward as one CUDA graph for up to ``tokens`` tokens a rank; collective. ValueError where it cannot be."""
@@ -199,6 +205,17 @@ class MoERunner(nn.Module):
         if isinstance(routing, Exception):
             return own, routing
         return weigh_input(own if self.latent is None else self.latent.enter(own), routing)
+
+    def _shared_work(self, hidden_states: Tensor, routing: Routing | Exception, clock: Clock) -> Work:
+        """The shared experts' part of this step; nothing where there are none, or where the step fails in ``plan``."""
+
+        def work() -> Distributed | None:
+            if self.shared is None or isinstance(routing, Exception):
+                return None
+            with clock.stage("shared"):
+                return self.shared(hidden_states)
+
+        return work
 
     def _plan(self, routing: Routing | Exception) -> DispatchPlan:
         tag = Tag("layer", self.layer, self._step)
