@@ -12,6 +12,7 @@ from xpar.comm.handshake import Tag
 from xpar.comm.reduction import Distributed, Transform, finish
 from xpar.engine.addends import with_addends
 from xpar.engine.capture import CapturedLayer
+from xpar.engine.compiled import Handle, moe_forward, moe_forward_separately
 from xpar.engine.config import LayerConfig
 from xpar.engine.latent import LatentSpace
 from xpar.engine.overlap import Overlap, SharedOrder, Work
@@ -64,6 +65,7 @@ class MoERunner(nn.Module):
         self.output_bias, self.latent = output_bias, latent
         self.tokens = tokens_of(grid, dispatcher, sequence_parallel)
         self.overlap = Overlap(SharedOrder.NONE if shared is None else shared_order, grid.device)
+        self.handle = Handle(self)
         self._step = 0
 
     @classmethod
@@ -101,7 +103,11 @@ class MoERunner(nn.Module):
         """[T, H] -> [T, H], both in the layer's dtype.
 
         ``router_logits``: [T, E], where the caller has them already. ``input_ids``: [T], for routing by token id.
+        Under torch.compile it is one opaque operator of the graph.
         """
+        if torch.compiler.is_compiling():
+            output: Tensor = moe_forward(self.handle, hidden_states, router_logits, input_ids)
+            return output
         parts = self.steps(hidden_states, router_logits, input_ids)
         return finish(parts.routed, parts.shared, transform=self._leave()).tensor
 
@@ -125,6 +131,13 @@ class MoERunner(nn.Module):
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """([T, H] of the routed experts, [T, H] of the shared ones or None where there are none): the forward's addends."""
+        if torch.compiler.is_compiling() and self.shared is None:
+            return self.forward(hidden_states, router_logits, input_ids), None
+        if torch.compiler.is_compiling():
+            both: tuple[Tensor, Tensor] = moe_forward_separately(
+                self.handle, hidden_states, router_logits, input_ids
+            )
+            return both
         parts = self.steps(hidden_states, router_logits, input_ids)
         routed = finish(parts.routed, transform=self._leave()).tensor
         return routed, None if parts.shared is None else finish(parts.shared).tensor
