@@ -71,6 +71,7 @@ def layer_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -
             shared=_shared_config(arch, hf_config, layer),
             bias=arch.experts.down_bias is not None,
             output_bias=arch.output_bias is not None,
+            latent_size=None if arch.latent is None else arch.latent.size.get(hf_config, int) or None,
         )
     except CheckpointError:
         raise

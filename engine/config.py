@@ -87,7 +87,8 @@ class LayerConfig:
     """One MoE layer: E experts of width I between H-wide tokens, a router, and perhaps shared experts.
 
     ``bias``: both products of every expert add a bias. ``output_bias``: a bias [H] is added to each token's sum
-    (JetMoE). ``num_logits``: E and the zero experts, what the gate scores.
+    (JetMoE). ``latent_size``: the width of the routed experts' input and output, where a pair of products leads from H
+    there and back (Nemotron-3), or None. ``num_logits``: E and the zero experts, what the gate scores.
     """
 
     num_experts: int
@@ -98,6 +99,12 @@ class LayerConfig:
     shared: SharedConfig | None = None
     bias: bool = False
     output_bias: bool = False
+    latent_size: int | None = None
+
+    @property
+    def routed_size(self) -> int:
+        """The width of what is dispatched: the latent size, or H."""
+        return self.hidden_size if self.latent_size is None else self.latent_size
 
     @property
     def num_logits(self) -> int:
@@ -108,6 +115,13 @@ class LayerConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         r = self.router
+        if self.latent_size is not None and self.latent_size < 1:
+            raise ValueError(f"latent_size={self.latent_size}: must be at least 1, or None for H itself")
+        if self.latent_size is not None and (self.output_bias or r.zero_experts):
+            raise ValueError(
+                f"latent_size={self.latent_size} with an output bias or zero experts: those are H wide, and no "
+                "family says on which side of the latent space they are added; leave one of them out"
+            )
         if not 1 <= r.top_k <= self.num_logits:
             raise ValueError(
                 f"top_k={r.top_k} with {self.num_logits} experts: a token can go to at most every expert once; "

@@ -119,7 +119,11 @@ def _moe_plans(
     yield from plan(arch.gate_bias, logits, dtype=gate_dtype)
     yield from plan(arch.bias, *((1, logits) if arch.bias_is_row else (logits,)), dtype=torch.float32)
     yield from plan(arch.output_bias, hidden)
-    yield from mlp_plans(arch.experts, layer, config.num_experts, config.intermediate_size, hidden, dtype)
+    if arch.latent is not None and config.latent_size is not None:
+        yield from plan(arch.latent.enter, config.latent_size, hidden)
+        yield from plan(arch.latent.leave, hidden, config.latent_size)
+    routed, width = config.routed_size, config.intermediate_size
+    yield from mlp_plans(arch.experts, layer, config.num_experts, width, routed, dtype)
     if arch.shared is not None and config.shared is not None:
         yield from mlp_plans(arch.shared.names, layer, 1, config.shared.intermediate_size, hidden, dtype)
         yield from plan(arch.shared.gate, 1, hidden)

@@ -15,7 +15,9 @@ from xpar.engine.config import LayerConfig
 from xpar.engine.mlp_tensors import MlpTensors
 from xpar.engine.routers import identity_output, weigh_input
 from xpar.engine.weights import (
+    LatentWeights,
     SharedWeights,
+    load_latent,
     load_output_bias,
     load_router,
     load_shared,
@@ -50,7 +52,8 @@ def layer_reference(
     )
     shared = load_shared(checkpoint, arch, layer, config, dtype)
     bias = load_output_bias(checkpoint, arch, layer, config, dtype)
-    return sum_reference(hidden_states.to(dtype), routing, experts, shared, config, bias), routing
+    latent = load_latent(checkpoint, arch, layer, config, dtype)
+    return sum_reference(hidden_states.to(dtype), routing, experts, shared, config, bias, latent), routing
 
 
 def chosen_experts(routing: Routing) -> list[int]:
@@ -65,15 +68,18 @@ def sum_reference(
     shared: SharedWeights | None,
     config: LayerConfig,
     output_bias: Tensor | None = None,
+    latent: LatentWeights | None = None,
 ) -> Tensor:
     """All that a layer adds up for ``hidden_states`` [T, H], in float32; ``experts``: (id, tensors)."""
-    rows, weighted = weigh_input(hidden_states, routing)
-    x, rows = hidden_states.float(), rows.float()
-    out = torch.zeros_like(x)
+    x = hidden_states.float()
+    rows, weighted = weigh_input(hidden_states if latent is None else x @ latent.enter.float().T, routing)
+    rows = rows.float()
+    out = torch.zeros_like(rows)
     for expert, tensors in experts:
         tokens, slots = (routing.topk_ids == expert).nonzero(as_tuple=True)
         y = mlp_reference(rows[tokens], tensors, config.activation)
         out.index_add_(0, tokens, y * weighted.topk_weights[tokens, slots, None])
+    out = out if latent is None else out @ latent.leave.float().T
     identity = identity_output(x, routing)
     out += 0.0 if identity is None else identity
     out += 0.0 if output_bias is None else output_bias.float()

@@ -121,6 +121,15 @@ class SharedSchema:
 
 
 @dataclass(frozen=True)
+class LatentSchema:
+    """Tensors ``enter`` [L, H] and ``leave`` [H, L] around the routed experts; a config without ``size`` L has none."""
+
+    size: Key
+    enter: str
+    leave: str
+
+
+@dataclass(frozen=True)
 class Rule:
     """A config key that, when present, must have one of the ``allowed`` values; null is one unless ``null`` is false."""
 
@@ -179,4 +188,5 @@ class Architecture:
     gate_bias: str | None = None
     output_bias: str | None = None
     shared: SharedSchema | None = None
+    latent: LatentSchema | None = None
     rules: tuple[Rule, ...] = ()

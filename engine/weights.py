@@ -21,7 +21,7 @@ from xpar.engine.schema import Architecture
 Sink = Callable[..., None]
 
 
-T = TypeVar("T", "RouterWeights", "SharedWeights")
+T = TypeVar("T", "RouterWeights", "SharedWeights", "LatentWeights")
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,29 @@ class SharedWeights:
 
 
 @dataclass(frozen=True)
+class LatentWeights:
+    """``enter`` [L, H] and ``leave`` [H, L], around the routed experts."""
+
+    enter: Tensor
+    leave: Tensor
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """What a rank keeps of a layer besides its experts, which went to the sink. ``output_bias``: [H] or None."""
 
     router: RouterWeights
     shared: SharedWeights | None
     output_bias: Tensor | None = None
+    latent: LatentWeights | None = None
 
     def to(self, device: torch.device) -> "LayerWeights":
         """The same on ``device``."""
-        router, shared = _moved(self.router, device), self.shared
         return LayerWeights(
-            router, None if shared is None else _moved(shared, device), _on(self.output_bias, device)
+            _moved(self.router, device),
+            None if self.shared is None else _moved(self.shared, device),
+            _on(self.output_bias, device),
+            None if self.latent is None else _moved(self.latent, device),
         )
 
 
@@ -81,6 +92,7 @@ def load_layer(
         load_router(checkpoint, arch, layer, config, dtype),
         load_shared(checkpoint, arch, layer, config, dtype, shared_rows),
         load_output_bias(checkpoint, arch, layer, config, dtype),
+        load_latent(checkpoint, arch, layer, config, dtype),
     )
     for index, expert in stream_experts(checkpoint, arch, layer, config, experts, dtype, rows):
         sink(index, *(tensor for tensor in expert if tensor is not None))
@@ -136,6 +148,19 @@ def load_output_bias(
     return load_tensor(checkpoint, arch.output_bias.format(layer=layer), (config.hidden_size,), dtype)
 
 
+def load_latent(
+    checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
+) -> LatentWeights | None:
+    """The two products around the routed experts; None where those are as wide as the model."""
+    if arch.latent is None or config.latent_size is None:
+        return None
+    hidden, latent = config.hidden_size, config.latent_size
+    return LatentWeights(
+        load_tensor(checkpoint, arch.latent.enter.format(layer=layer), (latent, hidden), dtype),
+        load_tensor(checkpoint, arch.latent.leave.format(layer=layer), (hidden, latent), dtype),
+    )
+
+
 def stream_experts(
     checkpoint: Checkpoint,
     arch: Architecture,
@@ -150,7 +175,7 @@ def stream_experts(
     if unknown:
         raise ValueError(f"experts {unknown} of layer {layer}: ids are 0 to {config.num_experts - 1}")
     place = MlpPlace(
-        arch.experts, layer, config.hidden_size, config.intermediate_size, rows, experts=config.num_experts
+        arch.experts, layer, config.routed_size, config.intermediate_size, rows, experts=config.num_experts
     )
     out = mlp_buffers(place, dtype)
     for index, expert in enumerate(experts):

@@ -92,6 +92,12 @@ CASES = (
         {"layers_block_type": ["full_attention", "moe", "mlp"]},
         module="model.layers.{layer}.mixer",
     ),
+    Case(
+        "nemotron_h-latent",
+        "nemotron_h",
+        {"layers_block_type": ["full_attention", "moe", "mlp"], "moe_latent_size": 40},
+        module="model.layers.{layer}.mixer",
+    ),
     Case("dbrx", "dbrx", module="transformer.blocks.{layer}.ffn", router=None, roundings=2),
     Case("jetmoe", "jetmoe", router=None),
     Case(

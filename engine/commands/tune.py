@@ -65,7 +65,7 @@ def _layer(args: argparse.Namespace) -> Layer:
         )
     return Layer(
         args.layer,
-        config.hidden_size,
+        config.routed_size,
         config.intermediate_size,
         config.num_experts // args.ep,
         config.router.top_k,

@@ -7,6 +7,7 @@ from xpar.engine.schema import (
     ActivationSchema,
     Architecture,
     Key,
+    LatentSchema,
     LayerPattern,
     MlpNames,
     Rule,
@@ -106,8 +107,8 @@ NEMOTRON_H = replace(
             None, _MIXER + ".shared_experts.up_proj.weight", _MIXER + ".shared_experts.down_proj.weight"
         ),
     ),
-    rules=(
-        Rule("moe_latent_size", (None,), "experts of another width than the model's are not supported"),
-        Rule("mlp_bias", (False,), "biases of its MLPs are not read"),
+    latent=LatentSchema(
+        Key(("moe_latent_size",), 0), _MIXER + ".fc1_latent_proj.weight", _MIXER + ".fc2_latent_proj.weight"
     ),
+    rules=(Rule("mlp_bias", (False,), "biases of its MLPs are not read"),),
 )

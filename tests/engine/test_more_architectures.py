@@ -263,7 +263,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two inputs": (SCOUT | {"num_experts_per_tok": 2}, r"config.json: weight_on_input with top_k=2"),
     "three of two": (PHI | {"num_experts_per_tok": 3}, r"config.json: sparsemixer with top_k=3"),
     "gated relu2": (GLM | {"hidden_act": "relu2"}, r"config.json: .*relu2 has no gate"),
-    "latent": (NEMOTRON | {"moe_latent_size": 1024}, r"moe_latent_size=1024 of nemotron_h: must be None"),
+    "latent": (NEMOTRON | {"moe_latent_size": -8}, r"latent_size=-8: must be at least 1"),
     "no pattern": (
         {k: v for k, v in NEMOTRON.items() if k != "hybrid_override_pattern"},
         r"layers_block_type or layer_types or hybrid_override_pattern is missing",

@@ -64,13 +64,14 @@ def load(
 
 
 def small_bytes(weights: LayerWeights, path: Path) -> int:
-    """Header, router, biases and shared experts: what every rank reads."""
+    """Header, router, biases, shared experts, latent products: what every rank reads."""
     data = (path / "model.safetensors").read_bytes()
     router, shared = weights.router, weights.shared
     bias = router.correction_bias
     stored = Checkpoint(path)
     kept = [router.gate, router.gate_bias, weights.output_bias]
     kept += [shared.gate_up, shared.down, shared.gate] if shared is not None else []
+    kept += [weights.latent.enter, weights.latent.leave] if weights.latent is not None else []
     count = 8 + int.from_bytes(data[:8], "little") + sum(t.nbytes for t in kept if t is not None)
     name = find(stored.config).bias
     if bias is not None and name is not None:

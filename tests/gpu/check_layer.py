@@ -23,6 +23,7 @@ from torch import Tensor
 from xpar.comm import ProcessGrid, World, run
 from xpar.comm.shares import share
 from xpar.engine.build import assemble
+from xpar.engine.overlap import Overlap, SharedOrder
 from xpar.engine.random_layer import RandomLayer
 from xpar.engine.runner import MoERunner
 from xpar.engine.shapes import SHAPES
@@ -44,7 +45,9 @@ def main() -> int:
     seed = world.comm.all_gather_object(args.seed)[0]
     grid = ProcessGrid.create(world, device="cuda")
     rows = [row for name, scale in CASES for row in check_shape(grid, name, scale, seed)]
-    wrong = [r for r in rows if not max(r["eager_error"], r["graph_error"]) <= TOLERANCE]
+    wrong = [
+        r for r in rows if not max(r["eager_error"], r["graph_error"]) <= TOLERANCE or r["orders_differ"]
+    ]
     if world.rank == 0:
         document = {
             "ranks": world.size,
@@ -82,6 +85,7 @@ def check_shape(grid: ProcessGrid, name: str, scale: float, seed: int) -> list[d
                 "eager_error": error(grid, eager, reference),
                 "graph_error": error(grid, recorded, reference if reference is not None else eager),
                 "hidden_wait": waits,
+                "orders_differ": orders_that_differ(runner, mine),
                 "eager_us": microseconds(grid, runner, mine),
                 "graph_us": microseconds(grid, graph, mine),
             }
@@ -110,6 +114,21 @@ def hidden_waits(runner: MoERunner, x: Tensor) -> str | None:
     return None
 
 
+def orders_that_differ(runner: MoERunner, x: Tensor) -> list[str]:
+    """Orders of the shared experts whose output, eager or recorded, has other bits than that of none at all."""
+    if runner.shared is None:
+        return []
+    chosen, found = runner.overlap, []
+    runner.overlap = Overlap(SharedOrder.NONE, runner.grid.device)
+    expected = runner(x).clone()
+    for order in SharedOrder:
+        runner.overlap = Overlap(order, runner.grid.device)
+        outputs = {f"{order.value} eager": runner(x), f"{order.value} graph": runner.capture(x.shape[0])(x)}
+        found += [name for name, y in outputs.items() if not torch.equal(y, expected)]
+    runner.overlap = chosen
+    return found
+
+
 def microseconds(grid: ProcessGrid, layer: Callable[[Tensor], Tensor], x: Tensor, repeats: int = 30) -> float:
     """Of one call among many that follow each other, as decoding does; the slowest rank's."""
     layer(x)
@@ -131,7 +150,7 @@ def line(r: dict[str, Any]) -> str:
     return (
         f"{r['shape']:16}x{r['scale']:<5} {r['tokens_per_rank']:4} tokens {r['dispatcher']:10} eager {r['eager_us']:7.0f} us"
         f"  graph {r['graph_us']:7.0f} us  {r['eager_us'] / r['graph_us']:5.1f} x  errors {r['eager_error']:.1e}"
-        f" {r['graph_error']:.1e}  {r['hidden_wait'] or 'no hidden wait'}"
+        f" {r['graph_error']:.1e}  {r['hidden_wait'] or 'no hidden wait'}  {' '.join(r['orders_differ'])}"
     )
 
 
