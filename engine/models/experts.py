@@ -106,7 +106,10 @@ class ExpertLayer:
             raise ValueError(
                 f"routing of shapes {tuple(topk_ids.shape)} and {tuple(topk_weights.shape)}: expected two of {shape}"
             )
-        if topk_ids.numel() and not -1 <= int(topk_ids.min()) <= int(topk_ids.max()) < self.config.num_experts:
+        if (
+            topk_ids.numel()
+            and not -1 <= int(topk_ids.min()) <= int(topk_ids.max()) < self.config.num_experts
+        ):
             raise ValueError(
                 f"expert ids {int(topk_ids.min())} to {int(topk_ids.max())}: must be 0 to "
                 f"{self.config.num_experts - 1}, or -1 for none"

@@ -1,7 +1,7 @@
 """A whole model on this rank: transformers' code, its dense weights, and this rank's experts, nothing else's."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,11 +44,12 @@ def load_model(
     dtype: torch.dtype | None = None,
     options: ExpertOptions = ExpertOptions(),  # noqa: B008 - frozen
     loaded: Callable[[int], None] = lambda nbytes: None,
+    total: Callable[[int], None] = lambda nbytes: None,
 ) -> LoadedModel:
     """Load a Hugging Face checkpoint of a known family over ``grid``; collective over it.
 
-    ``dtype``: that of the computation, by default the checkpoint's. ``loaded`` hears the bytes of each tensor as it
-    arrives. Raises one :class:`~xpar.comm.failure.AgreedError` on every rank for a checkpoint, options or package
+    ``dtype``: that of the computation, by default the checkpoint's. ``total`` hears how many bytes of weights this rank
+    will hold, ``loaded`` those of each tensor as it arrives. Raises one :class:`~xpar.comm.failure.AgreedError` on every rank for a checkpoint, options or package
     that does not fit.
     """
     if grid.shape.tp > 1:
@@ -58,6 +59,7 @@ def load_model(
         kind = agreed(comm, lambda: dtype or checkpoint.dtype)
         model, modules = agreed(comm, lambda: _empty_model(checkpoint, kind))
         plan = agreed(comm, lambda: sources(model, checkpoint))
+        total(_bytes_to_hold(model, plan, modules, grid, kind))
         # The ranks of a node fail together inside, so that none of them is missing from this agreement.
         dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, grid.node, kind, loaded))
         layers = agreed(
@@ -92,6 +94,20 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, dict[
     model.eval()
     modules = moe_modules(model, dict(checkpoint.config))
     return model, dict(sorted(modules.items()))
+
+
+def _bytes_to_hold(
+    model: Any,
+    plan: Iterable[str],
+    modules: dict[int, torch.nn.Module],
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+) -> int:
+    """Dense weights, and this rank's share of the experts' (to the byte only if they divide evenly)."""
+    state = model.state_dict()
+    experts = sum(p.numel() for module in modules.values() for p in module.parameters())
+    dense = sum(int(state[key].numel()) for key in plan)
+    return dtype.itemsize * (dense + experts // grid.moe.size)
 
 
 def _load_experts(

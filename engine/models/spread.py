@@ -55,9 +55,7 @@ def build_layer(
         for index, gate_up, down in read(experts, rows):
             kernel.load_expert(index, gate_up, down)
             loaded(gate_up.nbytes + down.nbytes)
-    return ExpertLayer(
-        config, grid, chosen.dispatcher, kernel, dtype=dtype, exact=options.exact, layer=layer
-    )
+    return ExpertLayer(config, grid, chosen.dispatcher, kernel, dtype=dtype, exact=options.exact, layer=layer)
 
 
 def moe_modules(model: torch.nn.Module, hf_config: dict[str, Any]) -> dict[int, torch.nn.Module]:
@@ -101,8 +99,7 @@ def _from_memory(model: Any, grid: ProcessGrid, options: ExpertOptions) -> dict[
     layers = {}
     for layer, module in moe_modules(model, hf_config).items():
         config = layer_config(arch, hf_config, layer)
-        dtype = module.down_proj.dtype
-        layers[layer] = build_layer(config, grid, dtype, layer, _rows_of(module), options)
+        layers[layer] = build_layer(config, grid, model.dtype, layer, _rows_of(module), options)
     return layers
 
 
