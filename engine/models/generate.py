@@ -110,9 +110,16 @@ def _told_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 def _stop_test(stops: tuple[str, ...], tokens: Tokens) -> Callable[[Sequence[int]], bool]:
-    """Whether an answer's tokens have just completed one of ``stops``; looks at the end of the answer only."""
+    """Whether an answer's tokens have just completed one of ``stops``."""
     tail = TOKENS_PER_CHARACTER * (max(map(len, stops), default=0) + 1)
-    return lambda ids: bool(stops) and first_stop(tokens.decode(ids[-tail:]), stops) is not None
+
+    def stopped(ids: Sequence[int]) -> bool:
+        # The end alone is decoded first: the whole answer at every token would cost its length squared.
+        if not stops or first_stop(tokens.decode(ids[-tail:]), stops) is None:
+            return False
+        return first_stop(tokens.decode(ids), stops) is not None
+
+    return stopped
 
 
 def _record(
