@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from xpar.engine.build import FLOATS
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.commands.run import pick_device, where
 from xpar.engine.logs import add_verbose, start_logging
-from xpar.engine.models.generate import Outcome, finish_only, generate
+from xpar.engine.models.generate import Outcome, finish_only, generate, told_to_stop
 from xpar.engine.models.load import LoadedModel, load_model
 from xpar.engine.models.lockstep import Progress
 from xpar.engine.models.request import Request, Work, prepare
@@ -67,9 +68,15 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command on every rank; 0 also if a signal ended it with everything written."""
+    # From the first moment: a job that is pre-empted while it loads has lost nothing either.
+    with told_to_stop() as told:
+        return _run(args, told)
+
+
+def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
     world = World.attach()
     start_logging(world, args.verbose)
-    request = agreed(world.comm, lambda: _request(args))
+    request = agreed(world.comm, lambda: _request(args, world.rank == 0))
     grid = ProcessGrid.create(
         world, ep=args.ep, etp=args.etp, device=pick_device(world, args.device), transport=args.transport
     )
@@ -85,14 +92,17 @@ def main(args: argparse.Namespace) -> int:
         console.print(_counts(request, work, 0, work.answered), soft_wrap=True)
         return 0
     loaded = _load(args, grid, request, console)
-    outcome = _answer(grid, request, work, tokens, loaded)
+    outcome = _answer(grid, request, work, tokens, loaded, told)
     console.print(_counts(request, work, outcome.answers, work.answered), soft_wrap=True)
     console.print(_speed(outcome), soft_wrap=True)
     return 0
 
 
-def _request(args: argparse.Namespace) -> Request:
-    """Everything that can be wrong with the words before any rank loads or writes anything."""
+def _request(args: argparse.Namespace, first: bool) -> Request:
+    """Everything that can be wrong with the words before any rank loads or writes anything.
+
+    ``first``: whether this is the rank that reads prompts and writes answers; the others need not see those files.
+    """
     batch = args.batch or (1 if args.exact else BATCH)
     for name, value in (
         ("max-new-tokens", args.max_new_tokens),
@@ -108,10 +118,8 @@ def _request(args: argparse.Namespace) -> Request:
     if "" in args.stop:
         raise ValueError("--stop '': an empty text would end every answer; give at least one character")
     out = args.out or args.prompts.with_suffix(".answers.jsonl")
-    if out.exists() and not args.resume:
-        raise ValueError(f"{out}: exists; give --resume to keep its answers, or another --out")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: its folder does not exist; make it, or give another --out")
+    if first:
+        _check_files(args.prompts, out, args.resume)
     with Checkpoint(args.checkpoint) as checkpoint:
         dtype = FLOATS[args.dtype] if args.dtype else checkpoint.dtype
     return Request(
@@ -126,6 +134,15 @@ def _request(args: argparse.Namespace) -> Request:
         dtype=dtype,
         exact=args.exact,
     )
+
+
+def _check_files(prompts: Path, out: Path, resume: bool) -> None:
+    if not prompts.is_file():
+        raise ValueError(f"{prompts}: no such file; give a text file or a .jsonl as --prompts")
+    if out.exists() and not resume:
+        raise ValueError(f"{out}: exists; give --resume to keep its answers, or another --out")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: its folder does not exist; make it, or give another --out")
 
 
 def _load(args: argparse.Namespace, grid: ProcessGrid, request: Request, console: Console) -> LoadedModel:
@@ -146,7 +163,14 @@ def _load(args: argparse.Namespace, grid: ProcessGrid, request: Request, console
     return loaded
 
 
-def _answer(grid: ProcessGrid, request: Request, work: Work, tokens: Tokens, loaded: LoadedModel) -> Outcome:
+def _answer(
+    grid: ProcessGrid,
+    request: Request,
+    work: Work,
+    tokens: Tokens,
+    loaded: LoadedModel,
+    told: Callable[[], bool],
+) -> Outcome:
     begin = time.monotonic()
     with Meter(grid.world, "answering", len(work.queue)) as meter:
 
@@ -154,7 +178,7 @@ def _answer(grid: ProcessGrid, request: Request, work: Work, tokens: Tokens, loa
             speed = progress.tokens / max(1e-9, time.monotonic() - begin)
             meter.show(progress.done, f"{speed:.0f} tokens/s, load {progress.imbalance:.2f}")
 
-        return generate(grid.world.comm, request, work, tokens, loaded, tell)
+        return generate(grid.world.comm, request, work, tokens, loaded, told, tell)
 
 
 def _counts(request: Request, work: Work, new: int, before: int) -> str:

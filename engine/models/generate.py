@@ -42,9 +42,14 @@ def generate(
     work: Work,
     tokens: Tokens,
     loaded: LoadedModel,
+    told: Callable[[], bool] = lambda: False,
     tell: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
-    """Answer ``work.queue`` into ``request.out``; collective. SIGTERM on any rank ends it after the step."""
+    """Answer ``work.queue`` into ``request.out``; collective.
+
+    ``told``: whether this rank was told to stop; if any was, all end after the step they are in, with everything
+    written that was complete. ``tell`` hears where the job is before each step.
+    """
     stopped = _stop_test(request.stops, tokens)
     sequences = Sequences(loaded, request.sampling, Limits(request.max_new_tokens, tokens.ends, stopped))
     file = agreed(comm, lambda: AnswerFile(request.out) if comm.rank == 0 else None)
@@ -60,17 +65,16 @@ def generate(
         question = work.queue[place]
         return Running(place, question.ids, request.sampling.generator(question.hash))
 
-    with _told_to_stop() as told:
-        job = Job(
-            total=len(work.queue),
-            start=start,
-            record=lambda r: _record(work.queue[r.place], r, tokens, request.stops, work.settings),
-            write=lambda records: file.append(records) if file else None,
-            stop=told,
-            tell=note,
-        )
-        complete = answer(comm, sequences, request.batch, job)
-        agreed(comm, lambda: _close(file, complete, work.order), "writing answers")
+    job = Job(
+        total=len(work.queue),
+        start=start,
+        record=lambda r: _record(work.queue[r.place], r, tokens, request.stops, work.settings),
+        write=lambda records: file.append(records) if file else None,
+        stop=told,
+        tell=note,
+    )
+    complete = answer(comm, sequences, request.batch, job)
+    agreed(comm, lambda: _close(file, complete, work.order), "writing answers")
     return Outcome(complete, latest, time.monotonic() - begin)
 
 
@@ -94,7 +98,7 @@ def _close(file: AnswerFile | None, complete: bool, order: Mapping[str, int]) ->
 
 
 @contextmanager
-def _told_to_stop() -> Iterator[Callable[[], bool]]:
+def told_to_stop() -> Iterator[Callable[[], bool]]:
     """Whether this process has been sent SIGTERM; afterwards the signal does again what it did before."""
     told = False
 

@@ -83,7 +83,8 @@ def prepare(comm: Communicator, request: Request, tokens: Tokens, resume: bool) 
     config = agreed(comm, lambda: Checkpoint(request.checkpoint).config)
     read = agreed(comm, lambda: read_prompts(request.prompts) if first else ([], []))
     prompts, bad = comm.all_gather_object(read)[0]
-    settings, limit = request.settings(config), _longest(config, request)
+    settings = request.settings(config)
+    limit = None if tokens.positions is None else tokens.positions - request.max_new_tokens
     part = share(len(prompts), comm.size, comm.rank)
     encoded = agreed(comm, lambda: [_question(p, tokens, limit) for p in prompts[part]])
     everyones = [entry for entries in comm.all_gather_object(encoded) for entry in entries]
@@ -103,12 +104,6 @@ def prepare(comm: Communicator, request: Request, tokens: Tokens, resume: bool) 
     queue.sort(key=lambda q: (-len(q.ids), q.prompt.line))
     order = {q.hash: place for place, q in enumerate(questions)}
     return Work(tuple(queue), order, len(done), len(bad), settings)
-
-
-def _longest(config: Mapping[str, Any], request: Request) -> int | None:
-    """Tokens that a prompt may have, if the model says how many positions it knows."""
-    positions = config.get("max_position_embeddings")
-    return None if positions is None else int(positions) - request.max_new_tokens
 
 
 def _question(prompt: Prompt, tokens: Tokens, limit: int | None) -> Question | BadLine:

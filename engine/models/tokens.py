@@ -13,6 +13,7 @@ class Tokens:
     """``chat``: a prompt is what a user says, and goes through the checkpoint's chat template.
 
     ``ends``: ids that end an answer: the generation config's, the model config's and the tokenizer's.
+    ``positions``: the most tokens that the model knows places for, prompt and answer together, or None.
     Raises :class:`CheckpointError` for a folder without a tokenizer, and for ``chat`` without a template.
     """
 
@@ -27,7 +28,9 @@ class Tokens:
         self.chat = chat
         if chat and not self._tokenizer.chat_template:
             raise CheckpointError(f"{path}: its tokenizer has no chat template; leave --chat out")
-        given = [self._tokenizer.eos_token_id, AutoConfig.from_pretrained(path).eos_token_id]
+        config = AutoConfig.from_pretrained(path).get_text_config()
+        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        given = [self._tokenizer.eos_token_id, config.eos_token_id]
         if (path / "generation_config.json").exists():
             given.append(GenerationConfig.from_pretrained(path).eos_token_id)
         self.ends = frozenset(

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +19,12 @@ from launch import mpirun
 from moe_families import Case
 from tiny_models import prompts, write_model
 
+from xpar.engine.cli import parser
+from xpar.engine.commands.generate import _request
+
 XPAR = [sys.executable, "-m", "xpar.engine", "generate"]
 MARK = "XPAR_TEST_RANKS"
-LINES = 40
+LINES = 24
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,7 @@ def start(
         "--out",
         str(out),
         "--max-new-tokens",
-        "60",
+        "30",
         "--batch",
         "2",
     ]
@@ -141,7 +145,7 @@ def test_nothing_is_lost(
     file, expected = undisturbed
     out, draw, mark = tmp_path / "out.jsonl", random.Random(fresh_seed), uuid.uuid4().hex
     running = start(model, file, out, 2, mark, "--exact", "--batch", "1")
-    signal_one(mark, out, number, 4 + draw.uniform(0, 3), draw)
+    signal_one(mark, out, number, draw.uniform(0, 5), draw)
     job = running.result()
     text = out.read_bytes()
     before = [json.loads(line) for line in text.split(b"\n")[:-1]]
@@ -153,33 +157,58 @@ def test_nothing_is_lost(
         assert job.returncode != 0
     assert len(before) < LINES
     with open(out, "ab") as file_of_answers:  # what a rank killed in the middle of a write leaves
-        file_of_answers.write(b'{"line": 40, "te')
+        file_of_answers.write(b'{"line": 24, "te')
     job = start(model, file, out, 3, uuid.uuid4().hex, "--exact", "--batch", "1", "--resume").result()
     assert job.returncode == 0, job.stderr
     assert out.read_bytes() == expected
     if before:
         assert f"{LINES} of {LINES} prompts answered, {len(before)} of them before" in job.stdout
-    other = start(model, file, out, 1, uuid.uuid4().hex, "--exact", "--batch", "1", "--resume").result()
-    assert other.returncode == 0 and "tokens/s" not in other.stdout and out.read_bytes() == expected
-    changed = start(model, file, out, 1, uuid.uuid4().hex, "--resume").result()
-    assert changed.returncode == 1 and "line 1 was answered with another model" in changed.stderr
+
+
+def test_resume_with_nothing_left_or_other_options(
+    model: Path, tmp_path: Path, undisturbed: tuple[Path, bytes]
+) -> None:
+    file, expected = undisturbed
+    out, alike = tmp_path / "out.jsonl", ["--exact", "--batch", "1", "--resume"]
+    out.write_bytes(b"".join(sorted(expected.splitlines(keepends=True))))
+    again = start(model, file, out, 2, uuid.uuid4().hex, *alike).result()
+    assert again.returncode == 0 and "tokens/s" not in again.stdout and out.read_bytes() == expected
+    changed = start(model, file, out, 2, uuid.uuid4().hex, *alike, "--seed", "5").result()
+    assert changed.returncode == 1 and changed.stderr.count("line 1 was answered with another model") == 1
     assert out.read_bytes() == expected
 
 
 WRONG = {
     "batch": (["--batch", "0"], "--batch 0: must be at least 1"),
+    "threads": (["--threads", "-1"], "--threads -1: must be at least 1"),
+    "tokens": (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+    "stop": (["--stop", ""], "an empty text would end every answer"),
     "exact": (["--exact", "--batch", "2"], "--exact --batch 2: sequences of one batch"),
+    "temperature": (["--temperature", "-1"], "temperature=-1.0: must be 0"),
+    "nan": (["--temperature", "nan"], "temperature=nan: must be 0"),
     "top-p": (["--temperature", "1", "--top-p", "1.5"], "top-p=1.5: must be above 0"),
+    "top-k": (["--temperature", "1", "--top-k", "-5"], "top-k=-5: must be at least 1"),
     "greedy": (["--top-k", "5"], "temperature 0 draws nothing; set temperature"),
     "folder": (["--out", "/nowhere/out.jsonl"], "its folder does not exist"),
-    "kernel": (["--kernel", "abacus"], "kernel='abacus'"),
-    "prompts": (["--prompts", "/nowhere/p.txt"], "/nowhere/p.txt"),
+    "prompts": (["--prompts", "/nowhere/p.txt"], "/nowhere/p.txt: no such file"),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_words_are_one_line(model: Path, tmp_path: Path, what: str) -> None:
+def test_wrong_words(model: Path, tmp_path: Path, what: str) -> None:
     words, message = WRONG[what]
+    (tmp_path / "p.txt").write_text("a\n")
+    args = parser().parse_args(["generate", str(model), "--prompts", str(tmp_path / "p.txt"), *words])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _request(args, first=True)
+
+
+LATE = {"prompts": WRONG["prompts"], "kernel": (["--kernel", "abacus"], "kernel='abacus'")}
+
+
+@pytest.mark.parametrize("what", LATE)
+def test_wrong_words_are_one_line(model: Path, tmp_path: Path, what: str) -> None:
+    words, message = LATE[what]
     (tmp_path / "p.txt").write_text("a\n")
     job = mpirun(2, [*XPAR, str(model), "--prompts", str(tmp_path / "p.txt"), *words])
     assert job.returncode == 1
