@@ -1,7 +1,7 @@
 """Small whole models with a tokenizer of bytes, and what transformers alone makes of them, token by token."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,14 @@ class Plain:
 
 
 @torch.inference_mode()
-def greedy(model: Any, ids: Sequence[int], most: int) -> Plain:
+def greedy(model: Any, ids: Sequence[int], most: int, ends: Collection[int]) -> Plain:
     """The definition: no cache, no batch, the whole sequence again for each token."""
     answer: list[int] = []
     gap = float("inf")
     while len(answer) < most:
         best = model(torch.tensor([[*ids, *answer]])).logits[0, -1].float().topk(2)
         gap = min(gap, float(best.values[0] - best.values[1]))
-        if int(best.indices[0]) == END:
+        if int(best.indices[0]) in ends:
             break
         answer.append(int(best.indices[0]))
     return Plain(answer, gap)
