@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,6 +67,13 @@ class Checkpoint:
                 "set it, or choose a dtype explicitly"
             )
         return CONFIG_DTYPES[name]
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors; reads a header only where there is no index."""
+        if self._weight_map is not None:
+            return self._weight_map.keys()
+        file = self._files.get(SINGLE) or self._files.setdefault(SINGLE, TensorFile(self.path / SINGLE))
+        return file.entries.keys()
 
     def entry(self, name: str) -> TensorEntry:
         """Stored dtype, shape and place of tensor ``name``."""
