@@ -2,7 +2,8 @@
 # A throw-away Slurm cluster on this machine: munge, slurmctld and one slurmd per node, all listening on loopback only,
 # without systemd, accounting or cgroups. Everything it writes lies in DIR; nothing under /etc is read or changed.
 #
-#   scripts/slurm/local_cluster.sh start [DIR]     NODES=2 CPUS=2 GPUS=0: nodes, and cores and (fake) GPUs a node
+#   scripts/slurm/local_cluster.sh start [DIR]     NODES=2 CPUS=2 GPUS=0: nodes, and cores and (fake) GPUs a node;
+#                                                  BIND=yes: ranks are bound to cores, which the machine must have
 #   scripts/slurm/local_cluster.sh stop [DIR]      ends its jobs and daemons and removes DIR
 #   scripts/slurm/local_cluster.sh install         installs the Debian packages it needs (root, apt)
 #
@@ -56,17 +57,18 @@ PY
 }
 
 processes() { # daemons, which carry a mark in their environment, and processes of this cluster's jobs
-  local mine pid
-  mine=" $$ $BASHPID $PPID "
-  for pid in $(grep -lszxF "XPAR_LOCAL_CLUSTER=$dir" /proc/[0-9]*/environ | cut -d/ -f3) \
-    $(grep -lszxF "SLURM_CONF=$dir/slurm.conf" /proc/[0-9]*/environ | xargs -r grep -lszE '^SLURM_JOB_ID=' | cut -d/ -f3); do
-    if [[ $mine != *" $pid "* ]]; then echo "$pid"; fi
-  done
+  local file
+  {
+    grep -lszxF "XPAR_LOCAL_CLUSTER=$dir" /proc/[0-9]*/environ || true
+    for file in $(grep -lszxF "SLURM_CONF=$dir/slurm.conf" /proc/[0-9]*/environ); do
+      grep -lszE '^SLURM_JOB_ID=' "$file" || true
+    done
+  } | cut -d/ -f3 | sort -u
 }
 
 stop() {
   local signal pids _
-  [[ ! -e $dir || -f $dir/.xpar-local-cluster || -z $(ls -A "$dir") ]] || fail "$dir holds other files; name another directory"
+  [[ ! -e $dir || -f $dir/.xpar-local-cluster || -z $(ls -A "$dir") ]] || fail "$dir is not a cluster's directory"
   if [ -f "$dir/slurm.conf" ] && [ -n "$(processes)" ]; then
     SLURM_CONF=$dir/slurm.conf timeout 5 scancel --user="$(id -un)" 2>/dev/null || true
   fi
@@ -86,7 +88,7 @@ write_configuration() { # write_configuration FIRST_PORT OWN_NAMES
   local host
   host=$(hostname -s)
   { cat /etc/hosts; for i in $(seq "$nodes"); do echo "127.0.0.1 n$i"; done; } >"$dir/hosts"
-  # task/affinity binds for real, but only to cores that exist.
+  # Each node counts its cores from 0: bound ranks of different nodes share the machine's first ones, and are slow.
   # The reserved job numbers differ from cluster to cluster: MPICH names files in /dev/shm after them, and one left
   # by a job of the same number and another size would stop MPI_Init.
   # cred_expire is also how long a requeued job waits before it may start again (120 s unless said).
@@ -109,7 +111,7 @@ SlurmctldLogFile=$dir/log/slurmctld
 SlurmdLogFile=$dir/log/%n
 FirstJobId=$((RANDOM * 1000 + 1))
 ProctrackType=proctrack/linuxproc
-TaskPlugin=$([ "$cpus" -le "$(nproc)" ] && echo task/affinity || echo task/none)
+TaskPlugin=task/$([ "$bind" ] && echo affinity || echo none)
 SwitchType=switch/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -183,7 +185,7 @@ start() {
   fail "the nodes did not come up"
 }
 
-nodes=${NODES:-2} cpus=${CPUS:-2} gpus=${GPUS:-0}
+nodes=${NODES:-2} cpus=${CPUS:-2} gpus=${GPUS:-0} bind=${BIND:-}
 dir=$(realpath -m "${2:-/tmp/xpar-slurm-$(id -u)}")
 case "${1:-}" in
   start) start ;;
