@@ -138,23 +138,25 @@ CONF
   fi
 }
 
+daemon() { XPAR_LOCAL_CLUSTER=$dir SLURM_CONF=$dir/slurm.conf "$@" </dev/null; }  # marked, see processes
+
 start_munge() {
   mkdir -m 700 "$dir/munge"
   (umask 077 && head -c 128 /dev/urandom >"$dir/munge/key")
   chmod 711 "$dir/munge"
-  munged --force --num-threads=2 --socket="$dir/munge/socket" --key-file="$dir/munge/key" \
+  daemon munged --force --num-threads=2 --socket="$dir/munge/socket" --key-file="$dir/munge/key" \
     --pid-file="$dir/munge/pid" --log-file="$dir/munge/log" --seed-file="$dir/munge/seed" 2>"$dir/log/munged" ||
     fail "munged did not start: $(tail -n 1 "$dir/log/munged")"
 }
 
 start_node() { # start_node NAME OWN_NAMES
   mkdir -p "$dir/$1/spool" "$dir/$1/tmp"
-  if [ -z "$2" ]; then slurmd -N "$1"; return; fi
-  unshare --uts --mount bash -c 'mount --bind "$1/hosts" /etc/hosts && mount -t tmpfs -o size=2g tmpfs /dev/shm &&
+  if [ -z "$2" ]; then daemon slurmd -N "$1"; return; fi
+  daemon unshare --uts --mount bash -c 'mount --bind "$1/hosts" /etc/hosts && mount -t tmpfs -o size=2g tmpfs /dev/shm &&
     hostname "$2" && exec slurmd -N "$2"' - "$dir" "$1"
 }
 
-all_idle() { [ "$(timeout 5 sinfo --noheader --states=idle --format=%D 2>/dev/null)" = "$nodes" ]; }
+all_idle() { [ "$(SLURM_CONF=$dir/slurm.conf timeout 5 sinfo --noheader --states=idle --format=%D 2>/dev/null)" = "$nodes" ]; }
 
 start() {
   local own_names= _
@@ -167,16 +169,17 @@ start() {
   stop  # what a killed one left
   mkdir -p "$dir/log" "$dir/state"
   touch "$dir/.xpar-local-cluster"  # what `stop` may remove
-  export XPAR_LOCAL_CLUSTER=$dir SLURM_CONF=$dir/slurm.conf
   trap stop EXIT
   write_configuration "$(free_ports $((nodes + 1)))" "$own_names"
   start_munge
-  slurmctld -c
-  for i in $(seq "$nodes"); do start_node "n$i" "$own_names"; done
+  daemon slurmctld -c || fail "slurmctld did not start: $(tail -n 1 "$dir/log/slurmctld")"
+  for i in $(seq "$nodes"); do
+    start_node "n$i" "$own_names" || fail "slurmd did not start: $(tail -n 1 "$dir/log/n$i")"
+  done
   for _ in $(seq 100); do
     if all_idle; then
       trap - EXIT
-      echo "export SLURM_CONF=$SLURM_CONF" | tee "$dir/started"
+      echo "export SLURM_CONF=$dir/slurm.conf" | tee "$dir/started"
       return
     fi
     sleep 0.1

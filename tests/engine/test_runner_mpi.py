@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_families import ONE_PER_FAMILY, Case, transformers_block
+from movers import fitting, movers
 
 from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
-from xpar.comm.dispatch.auto import DISPATCHERS
 from xpar.comm.shares import share
 from xpar.engine import MoERunner
 from xpar.engine.checkpoint import Checkpoint
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 pytestmark = pytest.mark.mpi(deadline=120)
-MOVERS = [cls.name for cls in DISPATCHERS if cls.name != "replicated"]
 TOKENS = 11
 
 
@@ -102,7 +101,7 @@ def test_family_equals_transformers(
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-@pytest.mark.parametrize("dispatcher", ["auto", *MOVERS])
+@pytest.mark.parametrize("dispatcher", ["auto", *movers(deadline=120)])
 @pytest.mark.parametrize("case", ONE_PER_FAMILY, ids=lambda case: case.name)
 def test_every_grid_equals_transformers(
     world: World,
@@ -126,7 +125,7 @@ def test_every_grid_equals_transformers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dispatcher", MOVERS)
+@pytest.mark.parametrize("dispatcher", movers(deadline=120))
 def test_exact_mode_gives_the_bits_of_one_rank(
     world: World, checkpoints: dict[str, Path], fresh_seed: int, dispatcher: str, dtype: torch.dtype
 ) -> None:
@@ -145,7 +144,7 @@ def test_exact_mode_gives_the_bits_of_one_rank(
 @given(data=st.data())
 def test_uneven_and_empty_ranks(world: World, checkpoints: dict[str, Path], data: st.DataObject) -> None:
     path = next(iter(checkpoints.values()))
-    dispatcher = data.draw(st.sampled_from(MOVERS))
+    dispatcher = data.draw(st.sampled_from(fitting(world.num_nodes)))
     counts = data.draw(st.lists(st.integers(0, 6), min_size=world.size, max_size=world.size))
     runner = MoERunner.from_checkpoint(path, 1, ProcessGrid.create(world), dispatcher=dispatcher)
     experts = runner.config.num_experts
@@ -168,7 +167,7 @@ def test_uneven_and_empty_ranks(world: World, checkpoints: dict[str, Path], data
         assert torch.allclose(output, alone(x, logits)[mine], atol=1e-5)
 
 
-@pytest.mark.parametrize("dispatcher", MOVERS)
+@pytest.mark.parametrize("dispatcher", movers(deadline=120))
 def test_nan_logits_on_one_rank_are_one_error_everywhere(
     world: World, checkpoints: dict[str, Path], dispatcher: str
 ) -> None:
