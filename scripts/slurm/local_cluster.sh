@@ -32,12 +32,12 @@ install_packages() {
   [ "$(id -u)" = 0 ] || fail "installing needs root: sudo apt-get install $packages"
   # The packages start system-wide daemons where systemd runs; that is not for a test to decide.
   [ ! -d /run/systemd/system ] || fail "install by hand, apt would start daemons: apt-get install $packages"
-  local log
+  local log patience=(-o Acquire::Retries=1 -o Acquire::http::Timeout=15 -o DPkg::Lock::Timeout=60)
   log=$(mktemp)
   export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
   # shellcheck disable=SC2086 # a list of words
-  add() { apt-get install -y -q --no-install-recommends $packages >>"$log" 2>&1; }
-  if add || { apt-get update -q >>"$log" 2>&1 && add; }; then rm -f "$log"; return; fi
+  add() { apt-get "${patience[@]}" install -y -q --no-install-recommends $packages >>"$log" 2>&1; }
+  if add || { apt-get "${patience[@]}" update -q >>"$log" 2>&1 && add; }; then rm -f "$log"; return; fi
   tail -n 5 "$log" >&2
   rm -f "$log"
   fail "apt-get could not install $packages"
