@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from launch import clean_environment
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts" / "slurm"
 LOCAL_CLUSTER = SCRIPTS / "local_cluster.sh"
+# Their addresses are short. The long ones of the default go through Slurm's PMI in pieces, which now and then it
+# fails to put together ("value not properly terminated in client request"); the ranks then wait for ever.
+SHORT_ADDRESSES = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -99,25 +103,32 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(directory: Path, path: str, **settings: str) -> Iterator[Cluster]:
-    """A cluster in ``directory`` for the body of the ``with``; ``path``: the PATH of its jobs."""
-    # Waits for the end of this process, however it comes, and then for nothing more: no daemon outlives the tests.
+def stopping(directory: Path) -> Iterator[None]:
+    """Stop the cluster in ``directory`` after the body of the ``with``, and even if this process is killed in it."""
+    # Waits for the end of its standard input, which comes with the end of this process at the latest.
     keeper = subprocess.Popen(
         ["bash", "-c", 'cat >/dev/null; exec "$0" stop "$1"', str(LOCAL_CLUSTER), str(directory)],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
     try:
-        started = local_cluster("start", directory, **settings)
-        assert started.returncode == 0, started.stderr
-        conf = re.fullmatch(r"export SLURM_CONF=(\S+)\n", started.stdout)
-        assert conf, started.stdout
-        yield Cluster({**clean_environment(), "PATH": path, "SLURM_CONF": conf.group(1)})
+        yield
     finally:
         assert keeper.stdin is not None
         keeper.stdin.close()
         status = keeper.wait(timeout=60)
     assert status == 0, "the cluster did not stop"
+
+
+@contextmanager
+def running_cluster(directory: Path, path: str, **settings: str) -> Iterator[Cluster]:
+    """A cluster in ``directory`` for the body of the ``with``; ``path``: the PATH of its jobs."""
+    with stopping(directory):
+        started = local_cluster("start", directory, **settings)
+        assert started.returncode == 0, started.stderr
+        conf = re.fullmatch(r"export SLURM_CONF=(\S+)\n", started.stdout)
+        assert conf, started.stdout
+        yield Cluster({**clean_environment(), **SHORT_ADDRESSES, "PATH": path, "SLURM_CONF": conf.group(1)})
 
 
 def processes_with(setting: str) -> list[int]:
@@ -134,6 +145,5 @@ def processes_with(setting: str) -> list[int]:
 
 def venv_path(*first: Path) -> str:
     """A PATH with ``first`` in front, then this interpreter's commands, then the machine's."""
-    import sys
 
     return os.pathsep.join([*map(str, first), str(Path(sys.executable).parent), os.environ["PATH"]])

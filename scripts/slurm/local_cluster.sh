@@ -56,21 +56,27 @@ sys.exit("no free ports")
 PY
 }
 
-processes() { # daemons, which carry a mark in their environment, and processes of this cluster's jobs
+processes() { # daemons, which carry a mark in their environment, what they started for jobs, and the jobs' processes
   local file
   {
     grep -lszxF "XPAR_LOCAL_CLUSTER=$dir" /proc/[0-9]*/environ || true
     for file in $(grep -lszxF "SLURM_CONF=$dir/slurm.conf" /proc/[0-9]*/environ); do
-      grep -lszE '^SLURM_JOB_ID=' "$file" || true
+      if grep -qsx slurmstepd "${file%environ}comm"; then echo "$file"; else grep -lszE '^SLURM_JOB_ID=' "$file" || true; fi
     done
   } | cut -d/ -f3 | sort -u
 }
 
+slurm() { SLURM_CONF=$dir/slurm.conf timeout 5 "$@"; }  # ask this cluster
+
 stop() {
   local signal pids _
   [[ ! -e $dir || -f $dir/.xpar-local-cluster || -z $(ls -A "$dir") ]] || fail "$dir is not a cluster's directory"
-  if [ -f "$dir/slurm.conf" ] && [ -n "$(processes)" ]; then
-    SLURM_CONF=$dir/slurm.conf timeout 5 scancel --user="$(id -un)" 2>/dev/null || true
+  if [ -f "$dir/started" ] && [ -n "$(processes)" ]; then
+    slurm scancel --user="$(id -un)" 2>/dev/null || true
+    for _ in $(seq 30); do
+      if [ -z "$(slurm squeue --noheader 2>/dev/null)" ]; then break; fi
+      sleep 0.1
+    done
   fi
   for signal in TERM KILL; do
     for _ in $(seq 30); do
@@ -156,11 +162,11 @@ start_node() { # start_node NAME OWN_NAMES
     hostname "$2" && exec slurmd -N "$2"' - "$dir" "$1"
 }
 
-all_idle() { [ "$(SLURM_CONF=$dir/slurm.conf timeout 5 sinfo --noheader --states=idle --format=%D 2>/dev/null)" = "$nodes" ]; }
+all_idle() { [ "$(slurm sinfo --noheader --states=idle --format=%D 2>/dev/null)" = "$nodes" ]; }
 
 start() {
   local own_names= _
-  if [ -f "$dir/started" ] && SLURM_CONF=$dir/slurm.conf timeout 5 scontrol ping >/dev/null 2>&1; then
+  if [ -f "$dir/started" ] && slurm scontrol ping >/dev/null 2>&1; then
     cat "$dir/started"
     return
   fi

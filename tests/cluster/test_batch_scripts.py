@@ -1,53 +1,15 @@
 """The shipped batch scripts, submitted to a real Slurm: what they run, how they stop, and how they come back."""
 
-import json
 import os
+import shlex
 import signal
-import sys
 from pathlib import Path
 
 import pytest
-from slurm import Cluster, Job, processes_with, running_cluster, until, venv_path
+from slurm import Cluster, Job, processes_with, until
+from stand_in_commands import ANSWERING, ECHOING, stand_in
 
-XPAR = Path(sys.executable).parent / "xpar"
-# Answers the prompts by copying them, one at its start and the others after `xpar run`, which takes for ever the first
-# time in a file called slow*: a command of the same form as `xpar generate`.
-ANSWERING = f"""#!/bin/bash
-[ "$1" = generate ] || exec {XPAR} "$@"
-checkpoint=$2 prompts=$4 out=$6 steps=1
-[ "$3 $5 $7" = "--prompts --out --resume" ] || exit 2
-if [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ] && [[ $prompts == */slow* ]]; then steps=1000000; fi
-if [ "$SLURM_PROCID" = 0 ]; then head -n 1 "$prompts" >"$out"; fi
-{XPAR} run "$checkpoint" --tokens 8 --steps $steps || exit
-if [ "$SLURM_PROCID" = 0 ]; then cat "$prompts" >"$out"; fi
-"""
-# Says what it is told and what it may use, and fails where its name is in $FAILING.
-ECHOING = """#!/bin/bash
-echo "rank $SLURM_PROCID of $SLURM_NTASKS: GPUs ${CUDA_VISIBLE_DEVICES:-none}; cores $(taskset -pc $$ | sed 's/.*: //'); $*"
-if [[ " $FAILING " == *" $1 "* ]]; then exit 5; fi
-while [ $# -gt 0 ]; do if [ "$1" = --json ]; then echo '{}' >"$2"; fi; shift; done
-"""
-
-
-def stand_in(directory: Path, source: str) -> str:
-    """A PATH on which ``xpar`` is ``source``."""
-    command = directory / "bin" / "xpar"
-    command.parent.mkdir(exist_ok=True)
-    command.write_text(source)
-    command.chmod(0o755)
-    return venv_path(command.parent)
-
-
-def test_run_on_two_nodes(cluster: Cluster, checkpoint: Path, tmp_path: Path) -> None:
-    words = ("--tokens", "41", "--steps", "2", "--verify", "--json", "figures.json")
-    job = cluster.submit("run.sbatch", str(checkpoint), *words, cwd=tmp_path)
-    assert job.wait() == "COMPLETED", job.text()
-    assert "no problems found" in job.text() and "4 ranks on 2 nodes" in job.text()
-    if os.getuid() == 0:  # the nodes have names of their own
-        assert job.text().count("│ n1 ") == job.text().count("│ n2 ") == 2
-    document = json.loads((tmp_path / "figures.json").read_text())
-    assert document["manifest"]["grid"]["ep"] == 4
-    assert [0 < layer["rel_error"] < 1e-2 for layer in document["layers"]] == [True, True]
+from xpar.engine.cli import parser
 
 
 def test_a_launch_that_mpi_does_not_know_of_stops_at_the_doctor(
@@ -61,6 +23,29 @@ def test_a_launch_that_mpi_does_not_know_of_stops_at_the_doctor(
         job.text().split()
     )
     assert "job stopped" in job.text() and "tokens/s" not in job.text()
+
+
+@pytest.mark.parametrize("script", ["run.sbatch", "scaling.sbatch", "generate.sbatch"])
+def test_a_launch_that_hangs_is_given_up(cluster: Cluster, tmp_path: Path, script: str) -> None:
+    settings = {"PATH": stand_in(tmp_path, ECHOING), "HANGING": "doctor", "DOCTOR_SECONDS": "2"}
+    job = cluster.submit(
+        script, *arguments(script, tmp_path), cwd=tmp_path, options=array_of_one(script), **settings
+    )
+    assert job.wait(30) == "FAILED"
+    assert "job stopped: xpar doctor could not start, hung," in job.text()
+    assert "; doctor" in job.text() and "; run" not in job.text() and "; bench" not in job.text()
+
+
+def arguments(script: str, directory: Path) -> tuple[str, ...]:
+    """Words that ``script`` takes, with the one file of prompts that it may need."""
+    (directory / "shards").mkdir()
+    (directory / "shards" / "a.txt").write_text("one\n")
+    words = {
+        "run.sbatch": ("made",),
+        "scaling.sbatch": ("out", "olmoe"),
+        "generate.sbatch": ("made", "shards", "out"),
+    }
+    return words[script]
 
 
 def test_a_rank_that_is_killed_ends_the_job_within_seconds(
@@ -128,6 +113,10 @@ def test_scaling_measures_every_point_and_names_those_that_fail(cluster: Cluster
         assert f"of {n}: GPUs none" in job.text()
         assert f"--tokens {64 * n} --json good/weak-{n}.part" in job.text() or n == 1
         assert f"--tokens 64 --json good/strong-{n}.part" in job.text()
+    commands = {
+        line.partition("; ")[2].partition("; ")[2] for line in job.text().splitlines() if "; bench" in line
+    }
+    assert len(commands) == len(points) and all(parser().parse_args(shlex.split(c)) for c in commands)
     bad = cluster.submit("scaling.sbatch", "bad", "olmoe", cwd=tmp_path, **{**settings, "FAILING": "bench"})
     assert bad.wait(60) == "FAILED"
     assert "points that failed: strong-1" in bad.text() and not list((tmp_path / "bad").iterdir())
@@ -142,16 +131,11 @@ def test_every_rank_sees_all_gpus_and_has_cores_of_its_own(
     bound: Cluster, tmp_path: Path, script: str
 ) -> None:
     ranks = min(2, os.cpu_count() or 1)
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "a.txt").write_text("one\n")
-    words = {
-        "run.sbatch": ("made",),
-        "scaling.sbatch": ("out", "olmoe"),
-        "generate.sbatch": ("made", "shards", "out"),
-    }
     options = ("--nodes=1", f"--ntasks-per-node={ranks}", "--gpus-per-node=2", *array_of_one(script))
     path = stand_in(tmp_path, ECHOING)
-    job = bound.submit(script, *words[script], cwd=tmp_path, options=options, PATH=path, FAILING="")
+    job = bound.submit(
+        script, *arguments(script, tmp_path), cwd=tmp_path, options=options, PATH=path, FAILING=""
+    )
     job.wait(60)
     heard = {line for line in job.text().splitlines() if line.endswith("doctor")}
     assert heard == {f"rank {r} of {ranks}: GPUs 0,1; cores {r}; doctor" for r in range(ranks)}, job.text()
