@@ -70,6 +70,9 @@ def check_scaling(trial: Path, said: str) -> None:
     for kind, n, tokens in (("strong", 1, 64), ("strong", 2, 64), ("weak", 1, 64), ("weak", 2, 128)):
         document = json.loads((trial / f"{kind}-{n}.json").read_text())
         assert document["manifest"]["grid"]["ep"] == n
-        assert [layer["tokens"] for layer in document["layers"]] == [tokens, tokens]
+        seconds = [layer["total"]["max_ms"] * 1e-3 for layer in document["layers"]]
+        assert [
+            round(s * layer["tokens_per_s"]) for s, layer in zip(seconds, document["layers"], strict=True)
+        ] == [tokens, tokens]
     for record in json.loads((trial / "comm-2.json").read_text())["results"]:
         assert record["dispatcher"] != "shared-memory" and record["rel_error"] < 1e-2
