@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Set up, then run every check and every test: lint, types, serial tests, then the tests marked `mpi` on 1 to 4 ranks.
+# Set up, then run every check and every test: lint, types, serial tests, the tests marked `mpi` on 1 to 4 ranks and on
+# several nodes as MPI sees them, and the batch scripts on a Slurm cluster of this machine's own.
 #
 #   ./scripts/test.sh [--quick]     --quick: serial tests and 2 ranks only
 #   TEST_SECONDS=3600 ./scripts/test.sh     after that many seconds (840) all that still runs is ended
 #
 # Every part runs even if one before it failed. The last line is `N passed, N failed, N skipped` over all parts, where
 # each check counts as one, and a run that ended without a summary (killed, crashed, past its limit) as one failure.
+# The cluster needs Slurm and munge, which are installed where the user is root and apt works; where they cannot be, the
+# report says so and counts it as one skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-sizes="1 2 3 4"
+sizes="1 2 3 4" quick=
 case "${1:-}" in
   "") ;;
-  --quick) sizes=2 ;;
+  --quick) sizes=2 quick=yes ;;
   *) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit 2 ;;
 esac
 
@@ -25,7 +28,7 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
 note() { # note NAME SECONDS STATUS RESULT
-  report+=$(printf '%-14s %5d s  %-6s  %s' "$1" "$2" "$3" "$4")$'\n'
+  report+=$(printf '%-15s %5d s  %-7s  %s' "$1" "$2" "$3" "$4")$'\n'
 }
 
 check() { # check NAME COMMAND...: one verdict from an exit status
@@ -57,12 +60,30 @@ tests() { # tests NAME COMMAND...: as many verdicts as pytest gives
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check mypy mypy
-tests serial python -m pytest --color=no --durations=5
+tests serial python -m pytest --color=no --durations=5 --ignore=tests/cluster
 for n in $sizes; do
   # One thread a rank: four ranks on two cores are slow enough without eight threads.
   OMP_NUM_THREADS=1 tests "mpi, n = $n" \
     mpirun -n "$n" python -m mpi4py -m pytest --color=no --with-mpi -p no:cacheprovider
 done
+
+on_nodes() { # on_nodes NAME HOSTS RANKS FILES...: HOSTS as a:2,b:1, two ranks on a node and one on another
+  OMP_NUM_THREADS=1 tests "$1" \
+    mpirun -hosts "$2" -n "$3" python -m mpi4py -m pytest --color=no --with-mpi -p no:cacheprovider "${@:4}"
+}
+
+if [ -z "$quick" ]; then
+  on_nodes "2 + 1 ranks" a:2,b:1 3 tests/comm
+  on_nodes "1 + 2 + 1 ranks" a:1,b:2,c:1 4 tests/comm/test_nodes_mpi.py
+  # Ranks 0, 2 on one node and 1, 3 on the other.
+  MPIR_CVAR_NUM_CLIQUES=2 on_nodes "2 + 2 in turn" a:4 4 tests/comm/test_nodes_mpi.py
+  if reason=$(timeout 300 ./scripts/slurm/local_cluster.sh install 2>&1); then
+    OMP_NUM_THREADS=1 tests cluster python -m pytest --color=no --durations=5 tests/cluster
+  else
+    skipped=$((skipped + 1))
+    note cluster 0 "NOT RUN" "${reason##*$'\n'}"
+  fi
+fi
 
 printf '\n%s\n' "$report"
 echo "$passed passed, $failed failed, $skipped skipped"

@@ -1,8 +1,9 @@
 """Which tests a run takes, what its random inputs are, and the session that spans MPI ranks.
 
 ``pytest`` runs the tests without the mark ``mpi``; ``mpirun -n N python -m mpi4py -m pytest --with-mpi`` runs those
-that have it, except where ``mpi(min_size=…, max_size=…)`` leaves N out. Nothing here imports MPI in a serial run: a
-process that has initialised MPI hands its environment to every ``mpirun`` below it.
+that have it, except where ``mpi(min_size=…, max_size=…)`` leaves N out, or ``mpi(min_nodes=…, max_nodes=…)`` the number
+of nodes that MPI sees (``mpirun -hosts a:2,b:1`` shows it two on one machine). Nothing here imports MPI in a serial run:
+a process that has initialised MPI hands its environment to every ``mpirun`` below it.
 """
 
 import random
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 SEED = pytest.StashKey[int]()
 SIZE = pytest.StashKey[int]()
+NODES = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,13 +30,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Prepare the run before any plugin is configured with its options."""
     given = config.getoption("--seed")
     seed = random.SystemRandom().randrange(2**31) if given is None else given
-    config.stash[SIZE] = 0
+    config.stash[SIZE], config.stash[NODES] = 0, 0
     if config.getoption("--with-mpi", default=False):
         from mpi_session import MPISession
 
         session = MPISession()
         config.pluginmanager.register(session, "xpar-mpi-session")
-        config.stash[SIZE] = session.comm.size
+        config.stash[SIZE], config.stash[NODES] = session.comm.size, session.num_nodes()
         seed = session.comm.bcast(seed)
         share_examples(config, seed)
     config.stash[SEED] = seed
@@ -43,8 +45,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "mpi(min_size=1, max_size=None, deadline=60): runs on every rank of a --with-mpi run of a fitting size; "
-        "deadline in seconds",
+        "mpi(min_size=1, max_size=None, min_nodes=1, max_nodes=None, deadline=60): runs on every rank of a --with-mpi "
+        "run of a fitting size; deadline in seconds",
     )
 
 
@@ -63,26 +65,37 @@ def share_examples(config: pytest.Config, seed: int) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    ranks = f"MPI, n = {config.stash[SIZE]}" if config.stash[SIZE] else "serial (tests marked mpi left out)"
+    nodes = f" on {config.stash[NODES]} nodes" if config.stash[NODES] > 1 else ""
+    ranks = (
+        f"MPI, n = {config.stash[SIZE]}{nodes}"
+        if config.stash[SIZE]
+        else "serial (tests marked mpi left out)"
+    )
     return [f"run: {ranks}, --seed {config.stash[SEED]}"]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = [item for item in items if belongs(item, config.stash[SIZE])]
-    left_out = [item for item in items if not belongs(item, config.stash[SIZE])]
+    fits = [belongs(item, config.stash[SIZE], config.stash[NODES]) for item in items]
+    kept = [item for item, fit in zip(items, fits, strict=True) if fit]
+    left_out = [item for item, fit in zip(items, fits, strict=True) if not fit]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
 
 
-def belongs(item: pytest.Item, size: int) -> bool:
-    """Whether ``item`` runs on ``size`` ranks; size 0 is a run without MPI."""
+def belongs(item: pytest.Item, size: int, nodes: int) -> bool:
+    """Whether ``item`` runs on ``size`` ranks of ``nodes`` nodes; size 0 is a run without MPI."""
     mark = item.get_closest_marker("mpi")
     if mark is None or size == 0:
         return mark is None and size == 0
-    least, most = mark.kwargs.get("min_size", 1), mark.kwargs.get("max_size")
-    return bool(least <= size and (most is None or size <= most))
+    return within(mark, "size", size) and within(mark, "nodes", nodes)
+
+
+def within(mark: pytest.Mark, what: str, value: int) -> bool:
+    """Whether ``value`` lies within the mark's ``min_`` and ``max_`` of ``what``."""
+    most = mark.kwargs.get(f"max_{what}")
+    return bool(mark.kwargs.get(f"min_{what}", 1) <= value and (most is None or value <= most))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

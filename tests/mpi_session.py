@@ -69,6 +69,13 @@ class MPISession:
         self._stderr = os.fdopen(os.dup(2), "w")  # capture replaces descriptor 2 while a test runs
         self._collect_errors: list[str] = []
 
+    def num_nodes(self) -> int:
+        """Groups of ranks that share memory, as MPI sees them; collective."""
+        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        leaders = self.comm.allreduce(int(node.rank == 0))
+        node.Free()
+        return leaders
+
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
         if self.comm.rank:

@@ -1,11 +1,10 @@
 """Building expert layers over a grid, from a checkpoint or from a model that is already in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
@@ -13,12 +12,13 @@ from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.build import check_exact, pick_dispatcher, slice_of, spec_of
 from xpar.engine.checkpoint import CheckpointError
 from xpar.engine.config import LayerConfig
+from xpar.engine.mlp_tensors import MlpTensors
 from xpar.engine.models.experts import IMPLEMENTATION, ExpertLayer, attach, experts_modules, register
 from xpar.kernels.registry import choose
 
-Experts = Iterator[tuple[int, Tensor, Tensor]]
+Experts = Iterator[tuple[int, MlpTensors]]
 Read = Callable[[Sequence[int], slice], Experts]
-"""(global expert ids, rows of the expert width) -> (position, gate_up, down) of each, as ``load_expert`` takes them."""
+"""(global expert ids, rows of the expert width) -> (position, tensors) of each, as ``load_expert`` takes them."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,11 @@ def build_layer(
     rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
     kernel = None
     if experts:
-        spec = spec_of(config, len(experts), rows.stop - rows.start, dtype, options.exact)
-        spec = replace(spec, device=str(grid.device))
+        spec = spec_of(config, grid.device, len(experts), rows.stop - rows.start, dtype, options.exact)
         kernel = choose(spec, options.kernel).record.build(spec)
-        for index, gate_up, down in read(experts, rows):
-            kernel.load_expert(index, gate_up, down)
-            loaded(gate_up.nbytes + down.nbytes)
+        for index, tensors in read(experts, rows):
+            kernel.load_expert(index, *tensors)
+            loaded(sum(t.nbytes for t in tensors if t is not None))
     return ExpertLayer(config, grid, chosen.dispatcher, kernel, dtype=dtype, exact=options.exact, layer=layer)
 
 
@@ -114,6 +113,7 @@ def _rows_of(module: Any) -> Read:
     def read(experts: Sequence[int], rows: slice) -> Experts:
         for index, expert in enumerate(experts):
             gate, up = module.gate_up_proj[expert].detach().chunk(2)
-            yield index, torch.cat([gate[rows], up[rows]]), module.down_proj[expert].detach()[:, rows]
+            gate_up, down = torch.cat([gate[rows], up[rows]]), module.down_proj[expert].detach()[:, rows]
+            yield index, MlpTensors(gate_up, down)
 
     return read

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from movers import movers
 
 from xpar.comm import AgreedError, ProcessGrid, World
-from xpar.comm.dispatch.auto import DISPATCHERS, choose_dispatcher
+from xpar.comm.dispatch.auto import choose_dispatcher
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.window import SharedWindow, window_of
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 pytestmark = pytest.mark.mpi
-MOVERS = [cls.name for cls in DISPATCHERS if cls.name != "replicated"]
 HIDDEN = 5
 
 
@@ -33,6 +33,7 @@ def grid(world: World) -> ProcessGrid:
     return ProcessGrid.create(world)
 
 
+@pytest.mark.mpi(max_nodes=1)
 def test_a_window_shows_what_others_wrote_and_grows(world: World) -> None:
     window = SharedWindow(world.comm)
     for rows in (1, 3000, 100):
@@ -46,7 +47,7 @@ def test_a_window_shows_what_others_wrote_and_grows(world: World) -> None:
     window.close()
 
 
-@pytest.mark.mpi(min_size=2)
+@pytest.mark.mpi(min_size=2, max_nodes=1)
 def test_a_window_too_large_for_the_node_is_one_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     window = SharedWindow(world.comm)
     if world.rank == world.size - 1:  # found on one rank, raised on all
@@ -61,13 +62,14 @@ def test_a_window_too_large_for_the_node_is_one_error(world: World, monkeypatch:
     window.close()
 
 
+@pytest.mark.mpi(max_nodes=1)
 def test_one_window_serves_all_layers_of_a_group(grid: ProcessGrid) -> None:
     placement = Placement.blocks(3, grid.shape.ep)
     first, second = (choose_dispatcher(grid, placement, "shared-memory").dispatcher for _ in range(2))
     assert grid.moe.size == 1 or first._window is second._window is window_of(grid.moe)  # type: ignore[attr-defined]
 
 
-@pytest.mark.mpi(min_size=2)
+@pytest.mark.mpi(min_size=2, max_nodes=1)
 def test_windows_are_for_one_node_with_room(grid: ProcessGrid) -> None:
     placement = Placement.blocks(8, grid.shape.ep)
     assert choose_dispatcher(grid, placement).dispatcher.name == "shared-memory"
@@ -109,7 +111,7 @@ def routing_of(tokens: int, k: int, num_experts: int, generator: torch.Generator
     return Routing(ids, 2.0 ** -torch.randint(0, 4, (tokens, k), generator=generator))
 
 
-@pytest.mark.parametrize("dispatcher", MOVERS)
+@pytest.mark.parametrize("dispatcher", movers())
 @settings(max_examples=40)
 @given(data=st.data())
 def test_plan_dispatch_combine(grid: ProcessGrid, dispatcher: str, data: st.DataObject) -> None:

@@ -1,7 +1,6 @@
 """Every family, dispatcher and grid equals the transformers module; exact mode equals itself on any number of ranks."""
 
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_families import ONE_PER_FAMILY, Case, transformers_block, transformers_output
+from movers import fitting, movers, pairs
 
 from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
-from xpar.comm.dispatch.auto import DISPATCHERS
 from xpar.comm.shares import share
 from xpar.engine import MoERunner
 from xpar.engine.checkpoint import Checkpoint
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.mpi(deadline=120)
 GridOf = Callable[..., ProcessGrid]
-MOVERS = [cls.name for cls in DISPATCHERS if cls.name != "replicated"]
+MOVERS = movers(deadline=120)
 TOKENS = 11
 BASIC = ONE_PER_FAMILY[:6]
 # Biases; weight on the input; identity experts; an output bias; no gate.
@@ -123,7 +122,7 @@ def test_family_equals_transformers(
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize(
     "case, dispatcher",
-    [*product(BASIC, ["auto", *MOVERS]), *product(SPECIAL, ["auto", "alltoall"])],
+    [*pairs(BASIC, ["auto", *MOVERS]), *pairs(SPECIAL, ["auto", "alltoall"])],
     ids=lambda value: value.name if isinstance(value, Case) else value,
 )
 def test_every_grid_equals_transformers(
@@ -151,7 +150,7 @@ def test_every_grid_equals_transformers(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "case, dispatcher",
-    [*product(BASIC[1:2], MOVERS), *product(SPECIAL, ["alltoall"])],
+    [*pairs(BASIC[1:2], MOVERS), *pairs(SPECIAL, ["alltoall"])],
     ids=lambda value: value.name if isinstance(value, Case) else value,
 )
 def test_exact_mode_gives_the_bits_of_one_rank(
@@ -176,7 +175,7 @@ def test_exact_mode_gives_the_bits_of_one_rank(
 @given(data=st.data())
 def test_uneven_and_empty_ranks(world: World, checkpoints: dict[str, Path], data: st.DataObject) -> None:
     path = next(iter(checkpoints.values()))
-    dispatcher = data.draw(st.sampled_from(MOVERS))
+    dispatcher = data.draw(st.sampled_from(fitting(world.num_nodes)))
     counts = data.draw(st.lists(st.integers(0, 6), min_size=world.size, max_size=world.size))
     runner = MoERunner.from_checkpoint(path, 1, ProcessGrid.create(world), dispatcher=dispatcher)
     experts = runner.config.num_experts
@@ -199,7 +198,7 @@ def test_uneven_and_empty_ranks(world: World, checkpoints: dict[str, Path], data
         assert torch.allclose(output, alone(x, logits)[mine], atol=1e-5)
 
 
-@pytest.mark.parametrize("dispatcher", MOVERS)
+@pytest.mark.parametrize("dispatcher", movers(deadline=120))
 def test_nan_logits_on_one_rank_are_one_error_everywhere(
     world: World, checkpoints: dict[str, Path], dispatcher: str
 ) -> None:
