@@ -185,7 +185,8 @@ def _counts(request: Request, work: Work, new: int, before: int) -> str:
     """What was done, in one line; what is left and what was refused, if anything."""
     text = f"{request.out}: {new + before} of {len(work.order)} prompts answered"
     text += f", {before} of them before" if before else ""
-    text += f"; {work.refused} lines refused, see {errors_path(request.out)}" if work.refused else ""
+    lines = "1 line" if work.refused == 1 else f"{work.refused} lines"
+    text += f"; {lines} refused, see {errors_path(request.out)}" if work.refused else ""
     left = len(work.order) - new - before
     return text + (f"; stopped by SIGTERM, {left} are left: run again with --resume" if left else "")
 
