@@ -26,6 +26,7 @@ from xpar.engine.models.tokens import Tokens
 from xpar.engine.terminal import Meter, make_console
 
 BATCH = 16
+PREFILL_TOKENS = 4096
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -50,6 +51,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     p.add_argument(
         "--batch", type=int, help=f"sequences a rank runs at a time (default {BATCH}; 1 with --exact)"
+    )
+    p.add_argument(
+        "--prefill-tokens",
+        type=int,
+        default=PREFILL_TOKENS,
+        help=f"of prompts that a rank reads in one step (default {PREFILL_TOKENS}; a longer prompt goes alone)",
     )
     p.add_argument("--exact", action="store_true", help="text that does not depend on the number of ranks")
     for axis, what in (("ep", "expert"), ("etp", "expert tensor")):
@@ -94,7 +101,8 @@ def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
     loaded = _load(args, grid, request, console)
     outcome = _answer(grid, request, work, tokens, loaded, told)
     console.print(_counts(request, work, outcome.answers, work.answered), soft_wrap=True)
-    console.print(_speed(outcome), soft_wrap=True)
+    if outcome.tokens:
+        console.print(_speed(outcome), soft_wrap=True)
     return 0
 
 
@@ -107,6 +115,7 @@ def _request(args: argparse.Namespace, first: bool) -> Request:
     for name, value in (
         ("max-new-tokens", args.max_new_tokens),
         ("batch", args.batch),
+        ("prefill-tokens", args.prefill_tokens),
         ("threads", args.threads),
     ):
         if value is not None and value < 1:
@@ -131,6 +140,7 @@ def _request(args: argparse.Namespace, first: bool) -> Request:
         stops=tuple(args.stop),
         chat=args.chat,
         batch=batch,
+        prefill_tokens=args.prefill_tokens,
         dtype=dtype,
         exact=args.exact,
     )
@@ -185,7 +195,8 @@ def _counts(request: Request, work: Work, new: int, before: int) -> str:
     """What was done, in one line; what is left and what was refused, if anything."""
     text = f"{request.out}: {new + before} of {len(work.order)} prompts answered"
     text += f", {before} of them before" if before else ""
-    text += f"; {work.refused} lines refused, see {errors_path(request.out)}" if work.refused else ""
+    lines = "1 line" if work.refused == 1 else f"{work.refused} lines"
+    text += f"; {lines} refused, see {errors_path(request.out)}" if work.refused else ""
     left = len(work.order) - new - before
     return text + (f"; stopped by SIGTERM, {left} are left: run again with --resume" if left else "")
 

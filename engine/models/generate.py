@@ -68,6 +68,7 @@ def generate(
     job = Job(
         total=len(work.queue),
         start=start,
+        at_once=lambda place: max(1, request.prefill_tokens // len(work.queue[place].ids)),
         record=lambda r: _record(work.queue[r.place], r, tokens, request.stops, work.settings),
         write=lambda records: file.append(records) if file else None,
         stop=told,

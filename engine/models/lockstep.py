@@ -52,12 +52,14 @@ class Progress:
 class Job:
     """What the loop calls. All ranks have the same ``total``; only rank 0's ``write`` is called with answers of all.
 
-    ``start(place)``: the sequence of prompt ``place`` of the queue. ``record``: what is written of a complete one.
+    ``start(place)``: the sequence of prompt ``place`` of the queue. ``at_once(place)``: how many prompts, this one the
+    longest, a rank may begin in one step. ``record``: what is written of a complete one.
     ``write``: keeps records, on rank 0. ``stop``: whether this rank was told to. ``tell``: hears where all are.
     """
 
     total: int
     start: Callable[[int], Running]
+    at_once: Callable[[int], int]
     record: Callable[[Running], Record]
     write: Callable[[list[Record]], None]
     stop: Callable[[], bool]
@@ -79,7 +81,8 @@ def answer(comm: Communicator, sequences: Sequences, batch: int, job: Job) -> bo
             State(*(int(n) for n in row)) for row in handshake(comm, Tag("step", step=step), values=mine)
         ]
         stop = any(s.wishes & STOP for s in table)
-        parts = deal([batch - s.running for s in table], job.total - given)
+        most = job.at_once(given) if given < job.total else 0
+        parts = deal([min(most, batch - s.running) for s in table], job.total - given)
         over = stop or not (any(s.running for s in table) or any(parts))
         kept_back = sum(s.answers for s in table)
         job.tell(Progress(written + kept_back, sum(s.tokens for s in table), tuple(s.slots for s in table)))

@@ -22,6 +22,7 @@ from xpar.engine.models.tokens import Tokens
 @dataclass(frozen=True)
 class Request:
     """``stops``: texts that end an answer and are not part of it. ``batch``: sequences that a rank runs at a time.
+    ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read alone.
 
     ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if they were the same.
     """
@@ -34,6 +35,7 @@ class Request:
     stops: tuple[str, ...] = ()
     chat: bool = False
     batch: int = 16
+    prefill_tokens: int = 4096
     dtype: torch.dtype = torch.float32
     exact: bool = False
 

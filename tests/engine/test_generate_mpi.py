@@ -14,6 +14,7 @@ from xpar.engine.models.generate import Outcome, generate
 from xpar.engine.models.load import LoadedModel, load_model
 from xpar.engine.models.request import Request, prepare
 from xpar.engine.models.sampling import Sampling
+from xpar.engine.models.sequences import Running, Sequences
 from xpar.engine.models.spread import ExpertOptions
 from xpar.engine.models.tokens import Tokens
 
@@ -119,6 +120,26 @@ def test_draws_depend_on_the_prompt_and_the_seed_alone(
     same = sum(together[place]["text"] == apart[place]["text"] for place in together)
     assert same >= 6  # rounding may move one draw across the edge of a probability
     assert any(together[place]["text"] != other[place]["text"] for place in together)
+
+
+@pytest.mark.parametrize("most", [1, 16, 40])
+def test_prompts_read_a_few_at_a_time_change_nothing(
+    world: World, root: Path, folder: Path, fresh_seed: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``most`` tokens of prompts in one forward, unless one prompt has more."""
+    path, texts = root / "qwen3_moe", prompts(fresh_seed, 12)
+    loaded, read = load_model(path, ProcessGrid.create(world)), []
+
+    def begin(self: Sequences, new: list[Running]) -> list[Running]:
+        read.append([len(r.ids) for r in new])
+        return whole(self, new)
+
+    together, _ = answers(world, loaded, path, folder, texts, prefill_tokens=10**6)
+    whole = Sequences.begin
+    monkeypatch.setattr(Sequences, "begin", begin)
+    apart, _ = answers(world, loaded, path, folder, texts, prefill_tokens=most)
+    assert all(len(lengths) == 1 or len(lengths) * max(lengths) <= most for lengths in read)
+    assert sum(together[place]["text"] == apart[place]["text"] for place in together) >= 11
 
 
 def test_stop_texts_end_answers_and_are_cut(world: World, root: Path, folder: Path, fresh_seed: int) -> None:
