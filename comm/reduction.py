@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator
+from xpar.comm.shares import share, shares
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,27 @@ def complete(x: Distributed) -> Distributed:
 
 def add(a: Distributed, b: Distributed) -> Distributed:
     """The sum, in a state that neither loses nor repeats an addend."""
-    if a.state == b.state:
+    if alike(a.state, b.state):
         return Distributed(a.tensor + b.tensor, a.state)
     for sharded, partial in ((a, b), (b, a)):
-        if isinstance(sharded.state, Sharded) and partial.state == Partial(sharded.state.group):
+        if isinstance(sharded.state, Sharded) and alike(partial.state, Partial(sharded.state.group)):
             mine = sharded.state.group.reduce_scatter_v(partial.tensor, sharded.state.counts)
             return Distributed(sharded.tensor + mine, sharded.state)
     return Distributed(complete(a).tensor + complete(b).tensor, Full())
+
+
+def alike(a: State, b: State) -> bool:
+    """Whether two states say the same: two groups of the same ranks in the same order are one for this."""
+    if isinstance(a, Full) or isinstance(b, Full):
+        return a == b
+    counts = [x.counts if isinstance(x, Sharded) else None for x in (a, b)]
+    return counts[0] == counts[1] and a.group.world_ranks == b.group.world_ranks
+
+
+def split_tokens(x: Tensor, group: Communicator) -> Distributed:
+    """This rank's share of tokens ``x`` [T, ...] that every rank of ``group`` holds; :func:`complete` gathers them again.
+
+    What a model does before a sequence-parallel layer. No rows move.
+    """
+    counts = tuple(shares(x.shape[0], group.size))
+    return Distributed(x[share(x.shape[0], group.size, group.rank)], Sharded(group, counts))

@@ -1,13 +1,11 @@
-"""The known model families, and what a layer of a given ``config.json`` is.
-
-A family is one :class:`Architecture` value; nothing asks for a family by name, so a new family is a new value.
-"""
+"""What a layer of a given ``config.json`` is, by the tables of :mod:`xpar.engine.families`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.schema import Architecture, Key, LayerPattern, MlpNames, Rule, SharedSchema
+from xpar.engine.families import ARCHITECTURES
+from xpar.engine.schema import Architecture, lookup, present
 from xpar.engine.tensor_file import CheckpointError
 from xpar.kernels.contracts import Activation, ActivationName
 
@@ -17,121 +15,10 @@ ACTIVATIONS: Mapping[str, ActivationName] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
 }
 
-
-def _mlp(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> MlpNames:
-    return MlpNames(*(f"{prefix}.{name}.weight" for name in (gate, up, down)))
-
-
-_BLOCK = "model.layers.{layer}.mlp"
-_EXPERTS = _mlp(_BLOCK + ".experts.{expert}")
-_QWEN_LAYERS = LayerPattern(
-    step=Key(("decoder_sparse_step",), 1), step_offset=1, dense_list=Key(("mlp_only_layers",), ())
-)
-_DEEPSEEK_SHARED = SharedSchema(
-    width=Key(("moe_intermediate_size",)),
-    count=Key(("n_shared_experts",), 0),
-    names=_mlp(_BLOCK + ".shared_experts"),
-)
-_MIXTRAL_BLOCK = "model.layers.{layer}.block_sparse_moe"
-
-MIXTRAL = Architecture(
-    model_type="mixtral",
-    model_class="MixtralForCausalLM",
-    num_experts=Key(("num_local_experts",)),
-    intermediate_size=Key(("intermediate_size",)),
-    router=_MIXTRAL_BLOCK + ".gate.weight",
-    experts=_mlp(_MIXTRAL_BLOCK + ".experts.{expert}", gate="w1", up="w3", down="w2"),
-    renormalize=Key(default=True),
-)
-
-QWEN2_MOE = Architecture(
-    model_type="qwen2_moe",
-    model_class="Qwen2MoeForCausalLM",
-    num_experts=Key(("num_experts",)),
-    intermediate_size=Key(("moe_intermediate_size",)),
-    router=_BLOCK + ".gate.weight",
-    experts=_EXPERTS,
-    layers=_QWEN_LAYERS,
-    shared=SharedSchema(
-        width=Key(("shared_expert_intermediate_size",)),
-        count=Key(default=1),
-        names=_mlp(_BLOCK + ".shared_expert"),
-        gate=_BLOCK + ".shared_expert_gate.weight",
-    ),
-)
-
-QWEN3_MOE = Architecture(
-    model_type="qwen3_moe",
-    model_class="Qwen3MoeForCausalLM",
-    num_experts=Key(("num_experts", "num_local_experts")),
-    intermediate_size=Key(("moe_intermediate_size",)),
-    router=_BLOCK + ".gate.weight",
-    experts=_EXPERTS,
-    layers=_QWEN_LAYERS,
-)
-
-OLMOE = Architecture(
-    model_type="olmoe",
-    model_class="OlmoeForCausalLM",
-    num_experts=Key(("num_experts", "num_local_experts")),
-    intermediate_size=Key(("intermediate_size",)),
-    router=_BLOCK + ".gate.weight",
-    experts=_EXPERTS,
-)
-
-DEEPSEEK_V2 = Architecture(
-    model_type="deepseek_v2",
-    model_class="DeepseekV2ForCausalLM",
-    num_experts=Key(("n_routed_experts",)),
-    intermediate_size=Key(("moe_intermediate_size",)),
-    router=_BLOCK + ".gate.weight",
-    experts=_EXPERTS,
-    layers=LayerPattern(first_dense=Key(("first_k_dense_replace",), 0), step=Key(("moe_layer_freq",), 1)),
-    renormalize=Key(default=False),
-    num_expert_group=Key(("n_group",), 1),
-    topk_group=Key(("topk_group",), 1),
-    groups_if=("topk_method", "group_limited_greedy"),
-    routed_scaling_factor=Key(("routed_scaling_factor",), 1.0),
-    logits_dtype="float32",
-    shared=_DEEPSEEK_SHARED,
-    rules=(
-        Rule("topk_method", ("greedy", "group_limited_greedy"), "these are the family's routers"),
-        Rule("scoring_func", ("softmax",), "the family scores with softmax"),
-        Rule(
-            "norm_topk_prob",
-            (False,),
-            "published implementations disagree on what true means for this family",
-        ),
-        Rule("mlp_bias", (False,), "biases of shared experts are not read"),
-    ),
-)
-
-DEEPSEEK_V3 = Architecture(
-    model_type="deepseek_v3",
-    model_class="DeepseekV3ForCausalLM",
-    num_experts=Key(("n_routed_experts", "num_local_experts")),
-    intermediate_size=Key(("moe_intermediate_size",)),
-    router=_BLOCK + ".gate.weight",
-    experts=_EXPERTS,
-    layers=LayerPattern(first_dense=Key(("first_k_dense_replace",), 3), step=Key(("moe_layer_freq",), 1)),
-    scoring="sigmoid",
-    renormalize=Key(("norm_topk_prob",), True),
-    num_expert_group=Key(("n_group",), 8),
-    topk_group=Key(("topk_group",), 4),
-    group_score="top2_sum",
-    routed_scaling_factor=Key(("routed_scaling_factor",), 2.5),
-    logits_dtype="float32",
-    bias=_BLOCK + ".gate.e_score_correction_bias",
-    shared=_DEEPSEEK_SHARED,
-    rules=(
-        Rule("topk_method", ("noaux_tc",), "this is the family's router"),
-        Rule("scoring_func", ("sigmoid",), "the family scores with sigmoid"),
-    ),
-)
-
-ARCHITECTURES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V2, DEEPSEEK_V3)
+__all__ = ["ACTIVATIONS", "ARCHITECTURES", "find", "layer_config", "moe_layers"]
 
 
 def find(hf_config: Mapping[str, Any]) -> Architecture:
@@ -147,13 +34,25 @@ def find(hf_config: Mapping[str, Any]) -> Architecture:
 def moe_layers(arch: Architecture, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
     """Indices of the layers whose feed-forward part is a mixture of experts, ascending."""
     pattern = arch.layers
-    first = pattern.first_dense.get(hf_config, int)
-    step = pattern.step.get(hf_config, int)
-    dense = set(pattern.dense_list.get(hf_config, list))
+    kinds = next((v for name in pattern.kinds if (v := lookup(hf_config, name)) is not None), None)
+    if kinds is not None:
+        return tuple(i for i, kind in enumerate(kinds) if kind in pattern.moe_kinds)
+    if pattern.kinds_required:
+        raise CheckpointError(f"config.json: {' or '.join(pattern.kinds)} is missing; the family needs it")
+    listed = pattern.moe_list.get(hf_config, list)
+    if listed:
+        return tuple(sorted(listed))
+    first, last, step = (key.get(hf_config, int) for key in (pattern.first_dense, pattern.last, pattern.step))
     if step < 1:
         raise CheckpointError(f"config.json: {pattern.step.names[0]}={step} must be at least 1")
-    candidates = range(first, pattern.count.get(hf_config, int))
-    return tuple(i for i in candidates if (i + pattern.step_offset) % step == 0 and i not in dense)
+    end = pattern.count.get(hf_config, int)
+    if last >= 0:
+        end = min(end, last + 1)
+    dense = set(pattern.dense_list.get(hf_config, list))
+    remainder = pattern.remainder.get(hf_config, int)
+    return tuple(
+        i for i in range(first, end) if (i + pattern.step_offset) % step == remainder and i not in dense
+    )
 
 
 def layer_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -> LayerConfig:
@@ -162,19 +61,17 @@ def layer_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -
     layers = moe_layers(arch, hf_config)
     if layer not in layers:
         raise CheckpointError(f"layer {layer} is not a mixture of experts; MoE layers: {_spans(layers)}")
-    activation = arch.activation.get(hf_config, str)
-    if activation not in ACTIVATIONS:
-        raise CheckpointError(
-            f"config.json: hidden_act={activation!r} is not one of {', '.join(ACTIVATIONS)}"
-        )
     try:
         return LayerConfig(
-            num_experts=arch.num_experts.get(hf_config, int),
+            num_experts=arch.num_experts.get(hf_config, int, layer),
             hidden_size=arch.hidden_size.get(hf_config, int),
-            intermediate_size=arch.intermediate_size.get(hf_config, int),
-            router=_router_config(arch, hf_config),
-            activation=Activation(ACTIVATIONS[activation]),
-            shared=_shared_config(arch, hf_config),
+            intermediate_size=arch.intermediate_size.get(hf_config, int, layer),
+            router=_router_config(arch, hf_config, layer),
+            activation=_activation(arch, hf_config),
+            shared=_shared_config(arch, hf_config, layer),
+            bias=arch.experts.down_bias is not None,
+            output_bias=arch.output_bias is not None,
+            latent_size=None if arch.latent is None else arch.latent.size.get(hf_config, int) or None,
         )
     except CheckpointError:
         raise
@@ -182,26 +79,62 @@ def layer_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -
         raise CheckpointError(f"config.json: {error}") from None
 
 
-def _router_config(arch: Architecture, hf_config: Mapping[str, Any]) -> RouterConfig:
-    grouped = arch.groups_if is None or hf_config.get(arch.groups_if[0]) == arch.groups_if[1]
+def _activation(arch: Architecture, hf_config: Mapping[str, Any]) -> Activation:
+    schema = arch.activation
+    name = schema.name.get(hf_config, str)
+    if name not in ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: {schema.name.names[0]}={name!r} is not one of {', '.join(ACTIVATIONS)}"
+        )
+    return Activation(
+        ACTIVATIONS[name],
+        gated=arch.experts.gated,
+        limit=None if schema.limit is None else float(schema.limit.get(hf_config, float)),
+        alpha=float(schema.alpha.get(hf_config, float)),
+        beta=float(schema.beta.get(hf_config, float)),
+    )
+
+
+def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -> RouterConfig:
+    grouped = arch.groups_if is None or lookup(hf_config, arch.groups_if[0]) == arch.groups_if[1]
+    scaling = float(arch.routed_scaling_factor.get(hf_config, float))
     return RouterConfig(
-        top_k=arch.top_k.get(hf_config, int),
-        scoring=arch.scoring,
+        top_k=arch.top_k.get(hf_config, int, layer),
+        scoring=arch.scoring.get(hf_config, str),
         renormalize=arch.renormalize.get(hf_config, bool),
         num_expert_group=arch.num_expert_group.get(hf_config, int) if grouped else 1,
         topk_group=arch.topk_group.get(hf_config, int) if grouped else 1,
         group_score=arch.group_score,
         correction_bias=arch.bias is not None,
-        routed_scaling_factor=float(arch.routed_scaling_factor.get(hf_config, float)),
+        routed_scaling_factor=scaling * _share(arch, hf_config),
         logits_dtype=arch.logits_dtype,
+        choice=arch.choice,
+        gate_bias=arch.gate_bias is not None,
+        weight_on_input=arch.weight_on_input,
+        zero_experts=arch.zero_experts.get(hf_config, int),
+        renormalize_min=float(arch.renormalize_min.get(hf_config, float)),
+        jitter_eps=float(arch.jitter_eps.get(hf_config, float)),
     )
 
 
-def _shared_config(arch: Architecture, hf_config: Mapping[str, Any]) -> SharedConfig | None:
+def _share(arch: Architecture, hf_config: Mapping[str, Any]) -> float:
+    """Of a mean of routed and shared output each is half; of a sum, all."""
+    if arch.shared is None or not _shared_width(arch, hf_config, 0):
+        return 1.0
+    return 0.5 if arch.shared.combination.get(hf_config, str) == "average" else 1.0
+
+
+def _shared_width(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -> int:
     if arch.shared is None:
+        return 0
+    return int(arch.shared.count.get(hf_config, int, layer) * arch.shared.width.get(hf_config, int, layer))
+
+
+def _shared_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -> SharedConfig | None:
+    width = _shared_width(arch, hf_config, layer)
+    if arch.shared is None or not width:
         return None
-    width = arch.shared.count.get(hf_config, int) * arch.shared.width.get(hf_config, int)
-    return SharedConfig(width, gated=arch.shared.gate is not None) if width else None
+    return SharedConfig(width, gated=arch.shared.gate is not None, scale=_share(arch, hf_config))
 
 
 def _check_rules(arch: Architecture, hf_config: Mapping[str, Any]) -> None:
@@ -211,8 +144,9 @@ def _check_rules(arch: Architecture, hf_config: Mapping[str, Any]) -> None:
             "convert the checkpoint to bfloat16 first"
         )
     for rule in arch.rules:
-        value = hf_config.get(rule.key)
-        if value is not None and value not in rule.allowed:
+        value = lookup(hf_config, rule.key)
+        absent = value is None and (rule.null or not present(hf_config, rule.key))
+        if not absent and value not in rule.allowed:
             allowed = " or ".join(repr(v) for v in rule.allowed)
             raise CheckpointError(
                 f"config.json: {rule.key}={value!r} of {arch.model_type}: must be {allowed} ({rule.why})"

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,6 +68,13 @@ class Checkpoint:
             )
         return CONFIG_DTYPES[name]
 
+    def names(self) -> Iterable[str]:
+        """Names of all tensors; reads a header only where there is no index."""
+        if self._weight_map is not None:
+            return self._weight_map.keys()
+        file = self._files.get(SINGLE) or self._files.setdefault(SINGLE, TensorFile(self.path / SINGLE))
+        return file.entries.keys()
+
     def entry(self, name: str) -> TensorEntry:
         """Stored dtype, shape and place of tensor ``name``."""
         return self._file_of(name).entries[name]
@@ -79,8 +86,11 @@ class Checkpoint:
         cols: slice | None = None,
         expect_shape: tuple[int, ...] | None = None,
         out: Tensor | None = None,
+        index: int | None = None,
     ) -> Tensor:
         """Tensor ``name``, or rows ``rows`` and columns ``cols`` of it; bytes outside the slices are not read.
+
+        ``index``: read that entry of the first dimension alone, and slice what is left.
 
         ``rows`` slices the first dimension, ``cols`` the second of a 2-D tensor; both with step 1 and within the
         stored shape. ``expect_shape`` is what the *whole* stored tensor must look like. ``out``, contiguous and of
@@ -97,13 +107,13 @@ class Checkpoint:
             raise CheckpointError(
                 f"{file.path}: tensor {name} has unknown dtype {entry.dtype}; known: {', '.join(DTYPES)}"
             )
-        row_range, col_range, shape = _ranges(name, entry.shape, rows, cols)
+        row_range, col_range, shape = _ranges(name, _indexed(name, entry.shape, index), rows, cols)
         dtype = DTYPES[entry.dtype]
         if out is not None and (tuple(out.shape) != shape or not out.is_contiguous()):
             raise ValueError(f"tensor {name}: out is {list(out.shape)}, must be contiguous and {list(shape)}")
         direct = out is not None and out.dtype == dtype and out.device.type == "cpu"
         target = out if out is not None and direct else torch.empty(shape, dtype=dtype)
-        file.read_into(name, target, row_range, col_range)
+        file.read_into(name, target, row_range, col_range, index)
         return target if out is None or direct else out.copy_(target)
 
     def _file_of(self, name: str) -> TensorFile:
@@ -135,6 +145,15 @@ class Checkpoint:
                 f"{index}: weight_map must map tensor names to file names in the same folder"
             )
         return weight_map
+
+
+def _indexed(name: str, shape: tuple[int, ...], index: int | None) -> tuple[int, ...]:
+    """The shape of entry ``index`` of the first dimension."""
+    if index is None:
+        return shape
+    if len(shape) < 2 or not 0 <= index < shape[0]:
+        raise ValueError(f"tensor {name} of shape {list(shape)} has no entry {index} of its first dimension")
+    return shape[1:]
 
 
 def _ranges(

@@ -52,26 +52,80 @@ LATENT_SIZES: Mapping[str, int] = {
 }
 
 
+BIASES: Mapping[str, Shape] = {**QKV_BIAS, "self_attn.o_proj.bias": ("hidden",)}
+HEAD_NORMS: Mapping[str, Shape] = {"self_attn.q_norm.weight": ("head",), "self_attn.k_norm.weight": ("head",)}
+WIDE_NORMS: Mapping[str, Shape] = {"self_attn.q_norm.weight": ("q",), "self_attn.k_norm.weight": ("kv",)}
+QUERY_NORMS: Mapping[str, Shape] = {
+    "self_attn.query_layernorm.weight": ("head",),
+    "self_attn.key_layernorm.weight": ("head",),
+}
+FEED_FORWARD: Mapping[str, Shape] = {
+    name.replace("mlp.", "feed_forward."): shape for name, shape in DENSE_MLP.items()
+}
+NORM_BIASES: Mapping[str, Shape] = {name.replace("weight", "bias"): shape for name, shape in NORMS.items()}
+
+
 @dataclass(frozen=True)
 class DenseSchema:
-    """``attention``: tensor name below ``model.layers.{i}.`` to shape. ``config``: further ``config.json`` values."""
+    """What a family has besides its experts.
 
-    attention: Mapping[str, Shape]
+    ``attention``: tensor name below ``model.layers.{i}.`` to shape; None where these tables do not cover the family.
+    ``config``: further ``config.json`` values. ``head_dim``: the head size is one of them. ``mlp``: a dense layer's
+    tensors; ``dense_key``: their width. ``outer``: tensors outside the layers, besides ``OUTER``.
+    """
+
+    attention: Mapping[str, Shape] | None
     config: Mapping[str, Any] = field(default_factory=dict)
+    head_dim: bool = False
+    mlp: Mapping[str, Shape] = field(default_factory=lambda: DENSE_MLP)
+    dense_key: str = "intermediate_size"
+    outer: Mapping[str, Shape] = field(default_factory=dict)
 
 
 DENSE: Mapping[str, DenseSchema] = {
     "mixtral": DenseSchema(GROUPED_QUERY),
     "qwen2_moe": DenseSchema({**GROUPED_QUERY, **QKV_BIAS}),
-    "qwen3_moe": DenseSchema(
-        {**GROUPED_QUERY, "self_attn.q_norm.weight": ("head",), "self_attn.k_norm.weight": ("head",)},
-        {"norm_topk_prob": True},
-    ),
-    "olmoe": DenseSchema(
-        {**GROUPED_QUERY, "self_attn.q_norm.weight": ("q",), "self_attn.k_norm.weight": ("kv",)}
-    ),
+    "qwen3_moe": DenseSchema({**GROUPED_QUERY, **HEAD_NORMS}, {"norm_topk_prob": True}, head_dim=True),
+    "olmoe": DenseSchema({**GROUPED_QUERY, **WIDE_NORMS}),
     "deepseek_v2": DenseSchema(MULTI_HEAD_LATENT, LATENT_SIZES),
     "deepseek_v3": DenseSchema(MULTI_HEAD_LATENT, {**LATENT_SIZES, "num_nextn_predict_layers": 0}),
+    "gpt_oss": DenseSchema({**GROUPED_QUERY, **BIASES, "self_attn.sinks": ("heads",)}, head_dim=True),
+    "glm4_moe": DenseSchema(GROUPED_QUERY, {"num_nextn_predict_layers": 0}, head_dim=True),
+    "granitemoe": DenseSchema(GROUPED_QUERY),
+    "llama4_text": DenseSchema(
+        GROUPED_QUERY,
+        {"intermediate_size_mlp": 128},
+        head_dim=True,
+        mlp=FEED_FORWARD,
+        dense_key="intermediate_size_mlp",
+    ),
+    "minimax_m2": DenseSchema({**GROUPED_QUERY, **WIDE_NORMS}, head_dim=True),
+    "ernie4_5_moe": DenseSchema(GROUPED_QUERY),
+    "phimoe": DenseSchema({**GROUPED_QUERY, **NORM_BIASES}, outer={"model.norm.bias": ("hidden",)}),
+    "dots1": DenseSchema({**GROUPED_QUERY, **HEAD_NORMS}, head_dim=True),
+    "qwen3_next": DenseSchema(
+        None,
+        {
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+        },
+        head_dim=True,
+    ),
+    "hunyuan_v1_moe": DenseSchema({**GROUPED_QUERY, **QUERY_NORMS}, head_dim=True),
+    "jamba": DenseSchema(None, {"mamba_d_state": 8, "expert_layer_period": 1, "expert_layer_offset": 0}),
+    "longcat_flash": DenseSchema(
+        None, {**LATENT_SIZES, "head_dim": LATENT_SIZES["qk_rope_head_dim"], "zero_expert_num": 2}
+    ),
+    "nemotron_h": DenseSchema(
+        None,
+        {"ssm_state_size": 8, "mamba_num_heads": 2, "mamba_head_dim": 16, "n_groups": 1},
+        head_dim=True,
+    ),
+    "dbrx": DenseSchema(None, {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}}),
+    "jetmoe": DenseSchema(None, {"kv_channels": 16}),
+    "cohere2_moe": DenseSchema(None, head_dim=True),
 }
 
 
@@ -84,8 +138,9 @@ def dimensions(config: Mapping[str, Any]) -> dict[str, int]:
     return {
         "vocab": config["vocab_size"],
         "hidden": hidden,
-        "dense": config["intermediate_size"],
+        "dense": config[DENSE[config["model_type"]].dense_key],
         "head": head,
+        "heads": heads,
         "q": heads * head,
         "kv": config["num_key_value_heads"] * head,
         "q_lora": config.get("q_lora_rank", 0),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.config import LayerConfig
-from xpar.engine.dense_schema import DENSE, DENSE_MLP, NORMS, OUTER, dimensions
+from xpar.engine.dense_schema import DENSE, NORMS, OUTER, dimensions
 from xpar.engine.make_config import make_config
 from xpar.engine.random_weights import fill_random
 from xpar.engine.schema import Architecture, MlpNames
@@ -57,12 +57,17 @@ def make_checkpoint(
         dtype=dtype,
         overrides=overrides,
     )
+    if writer == "auto":
+        writer = "transformers" if importlib.util.find_spec("transformers") else "own"
+    if writer == "own" and DENSE[model_type].attention is None:
+        raise CheckpointError(
+            f"{model_type}: the tables of the own writer do not hold this family's attention; use the writer "
+            "transformers (pip install 'xpar[hf]')"
+        )
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):
         raise CheckpointError(f"{path}: is not empty; give a new directory or empty this one")
     generator = torch.Generator().manual_seed(seed)
-    if writer == "auto":
-        writer = "transformers" if importlib.util.find_spec("transformers") else "own"
     if writer == "transformers":
         from xpar.engine.transformers_writer import write_with_transformers
 
@@ -84,13 +89,14 @@ def tensor_plans(arch: Architecture, config: Mapping[str, Any], dtype: torch.dty
         for name, shape in table.items():
             yield TensorPlan(prefix + name, tuple(sizes[d] for d in shape), dtype)
 
+    dense = DENSE[arch.model_type]
     for layer in range(arch.layers.count.get(config, int)):
-        yield from plans(f"model.layers.{layer}.", {**DENSE[arch.model_type].attention, **NORMS})
+        yield from plans(f"model.layers.{layer}.", {**(dense.attention or {}), **NORMS})
         if layer in moe:
             yield from _moe_plans(arch, layer, layer_config(arch, config, layer), dtype)
         else:
-            yield from plans(f"model.layers.{layer}.", DENSE_MLP)
-    yield from plans("", OUTER)
+            yield from plans(f"model.layers.{layer}.", dense.mlp)
+    yield from plans("", {**OUTER, **dense.outer})
 
 
 def _random(plan: TensorPlan, generator: torch.Generator) -> Tensor:
@@ -102,19 +108,50 @@ def _random(plan: TensorPlan, generator: torch.Generator) -> Tensor:
 def _moe_plans(
     arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
 ) -> Iterator[TensorPlan]:
-    hidden, experts = config.hidden_size, config.num_experts
+    hidden, logits = config.hidden_size, config.num_logits
 
-    def mlp(names: MlpNames, width: int, **place: int) -> Iterator[TensorPlan]:
-        yield TensorPlan(names.gate.format(**place), (width, hidden), dtype)
-        yield TensorPlan(names.up.format(**place), (width, hidden), dtype)
-        yield TensorPlan(names.down.format(**place), (hidden, width), dtype)
+    def plan(name: str | None, *shape: int, dtype: torch.dtype = dtype) -> Iterator[TensorPlan]:
+        if name is not None:
+            yield TensorPlan(name.format(layer=layer), shape, dtype)
 
-    yield TensorPlan(arch.router.format(layer=layer), (experts, hidden), dtype)
-    if arch.bias is not None:
-        yield TensorPlan(arch.bias.format(layer=layer), (experts,), torch.float32)
-    for expert in range(experts):
-        yield from mlp(arch.experts, config.intermediate_size, layer=layer, expert=expert)
+    gate_dtype = torch.float32 if arch.gate_dtype == "float32" else dtype
+    yield from plan(arch.router, logits, hidden, dtype=gate_dtype)
+    yield from plan(arch.gate_bias, logits, dtype=gate_dtype)
+    yield from plan(arch.bias, *((1, logits) if arch.bias_is_row else (logits,)), dtype=torch.float32)
+    yield from plan(arch.output_bias, hidden)
+    if arch.latent is not None and config.latent_size is not None:
+        yield from plan(arch.latent.enter, config.latent_size, hidden)
+        yield from plan(arch.latent.leave, hidden, config.latent_size)
+    routed, width = config.routed_size, config.intermediate_size
+    yield from mlp_plans(arch.experts, layer, config.num_experts, width, routed, dtype)
     if arch.shared is not None and config.shared is not None:
-        yield from mlp(arch.shared.names, config.shared.intermediate_size, layer=layer)
-        if arch.shared.gate is not None:
-            yield TensorPlan(arch.shared.gate.format(layer=layer), (1, hidden), dtype)
+        yield from mlp_plans(arch.shared.names, layer, 1, config.shared.intermediate_size, hidden, dtype)
+        yield from plan(arch.shared.gate, 1, hidden)
+
+
+def mlp_plans(
+    names: MlpNames, layer: int, experts: int, width: int, hidden: int, dtype: torch.dtype
+) -> Iterator[TensorPlan]:
+    """The tensors of ``experts`` MLPs of ``width`` in the form of ``names``."""
+
+    def matrix(
+        name: str | None, shape: tuple[int, int], transposed: bool
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if name is not None:
+            stored = (shape[1], shape[0]) if transposed else shape
+            if names.storage == "rows":
+                stored = (experts * stored[0], stored[1])
+            yield name, stored
+
+    tensors: list[tuple[str, tuple[int, ...]]] = [
+        *matrix(names.gate, (width, hidden), names.up_transposed),
+        *matrix(names.up, (width, hidden), names.up_transposed),
+        *matrix(names.gate_up, (2 * width, hidden), names.up_transposed),
+        *([(names.gate_up_bias, (2 * width,))] if names.gate_up_bias else []),
+        *matrix(names.down, (hidden, width), names.down_transposed),
+        *([(names.down_bias, (hidden,))] if names.down_bias else []),
+    ]
+    stack = (experts,) if names.storage == "stacked" else ()
+    for expert in range(experts if names.storage == "single" else 1):
+        for name, shape in tensors:
+            yield TensorPlan(name.format(layer=layer, expert=expert), (*stack, *shape), dtype)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ def make_config(
 ) -> dict[str, Any]:
     """The ``config.json`` of such a checkpoint, checked. Arguments as for :func:`make_checkpoint`."""
     arch = find({"model_type": model_type})
+    if model_type not in DENSE:
+        raise CheckpointError(f"{model_type}: can be read, not written; choose one of {', '.join(DENSE)}")
     if hidden < 2 or hidden % 2:
         raise CheckpointError(
             f"hidden={hidden}: must be even and positive, rotary embeddings pair the dimensions"
@@ -47,18 +50,24 @@ def make_config(
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-        **DENSE[model_type].config,
         **_head_dim(model_type, hidden // heads),
-        arch.layers.count.names[0]: layers,
-        arch.hidden_size.names[0]: hidden,
-        arch.num_experts.names[0]: experts,
-        arch.intermediate_size.names[0]: intermediate,
-        arch.top_k.names[0]: top_k,
+        **deepcopy(dict(DENSE[model_type].config)),
         **_dense_layers(arch),
         **_shared_keys(arch, shared, intermediate),
         **_group_keys(arch, experts, top_k),
-        **(overrides or {}),
+        **_layer_kinds(arch, layers),
     }
+    sizes = (
+        (arch.layers.count, layers),
+        (arch.hidden_size, hidden),
+        (arch.num_experts, experts),
+        (arch.intermediate_size, intermediate),
+        (arch.top_k, top_k),
+    )
+    for key, value in sizes:
+        _set(config, key.names[0], value)
+    for name, value in (overrides or {}).items():
+        _set(config, name, value)
     moe = moe_layers(arch, config)
     if not moe:
         raise CheckpointError(f"layers={layers}: none of them would be a mixture of experts")
@@ -66,14 +75,33 @@ def make_config(
     return config
 
 
+def usual_top_k(model_type: str) -> int:
+    """Two experts a token, one where the family takes no more."""
+    return 1 if find({"model_type": model_type}).weight_on_input else 2
+
+
+def _set(config: dict[str, Any], name: str, value: Any) -> None:
+    """``config[name] = value``; ``a.b`` sets key b of the object a."""
+    *path, last = name.split(".")
+    for part in path:
+        config = config.setdefault(part, {})
+    config[last] = value
+
+
 def _head_dim(model_type: str, head: int) -> dict[str, int]:
-    """Only families whose attention normalises heads take the head size as a key of its own."""
-    return {"head_dim": head} if ("head",) in DENSE[model_type].attention.values() else {}
+    """Only some families take the head size as a key of its own."""
+    return {"head_dim": head} if DENSE[model_type].head_dim else {}
 
 
 def _dense_layers(arch: Architecture) -> dict[str, int]:
     """Every layer MoE unless overridden."""
     return dict.fromkeys(arch.layers.first_dense.names[:1], 0)
+
+
+def _layer_kinds(arch: Architecture, layers: int) -> dict[str, list[str]]:
+    return (
+        dict.fromkeys(arch.layers.kinds[:1], [arch.layers.moe_kinds[0]] * layers) if arch.layers.kinds else {}
+    )
 
 
 def _shared_keys(arch: Architecture, shared: int | None, intermediate: int) -> dict[str, int]:
@@ -88,6 +116,10 @@ def _shared_keys(arch: Architecture, shared: int | None, intermediate: int) -> d
         )
     if arch.shared.count.names:
         return {arch.shared.count.names[0]: count}
+    if arch.shared.width == arch.intermediate_size:
+        if count != 1:
+            raise CheckpointError(f"shared={shared}: {arch.model_type} always has one; leave it out")
+        return {}
     return {arch.shared.width.names[0]: count * intermediate}
 
 

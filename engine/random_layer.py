@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from xpar.engine.config import LayerConfig
+from xpar.engine.mlp_tensors import ALL, MlpTensors
 from xpar.engine.random_weights import fill_random
 from xpar.engine.reference import chosen_experts, sum_reference
 from xpar.engine.routing import Router
-from xpar.engine.weights import ALL, LayerWeights, RouterWeights, SharedWeights, Sink, make_router
+from xpar.engine.weights import LatentWeights, LayerWeights, RouterWeights, SharedWeights, Sink, make_router
 from xpar.kernels.contracts import Routing
 
 
@@ -24,7 +25,7 @@ class RandomLayer:
 
     def expert(self, expert: int) -> tuple[Tensor, Tensor]:
         """``gate_up``, ``down`` of a global expert id; the same on every rank and at every call."""
-        return self._mlp(expert, self.config.intermediate_size)
+        return self._mlp(expert, self.config.intermediate_size, self.config.routed_size)
 
     def shared(self) -> SharedWeights | None:
         """The shared experts as one MLP, or None."""
@@ -34,7 +35,17 @@ class RandomLayer:
         gate = (
             self._draw("shared_expert_gate.weight", -3, 1, self.config.hidden_size) if shared.gated else None
         )
-        return SharedWeights(*self._mlp(-2, shared.intermediate_size), gate)
+        return SharedWeights(*self._mlp(-2, shared.intermediate_size, self.config.hidden_size), gate)
+
+    def latent(self) -> LatentWeights | None:
+        """The products around the routed experts, or None."""
+        hidden, latent = self.config.hidden_size, self.config.latent_size
+        if latent is None:
+            return None
+        return LatentWeights(
+            self._draw("fc1_latent_proj", -5, latent, hidden),
+            self._draw("fc2_latent_proj", -6, hidden, latent),
+        )
 
     def router(self) -> RouterWeights:
         """The gate, and the correction bias where the router has one."""
@@ -64,22 +75,23 @@ class RandomLayer:
         shared = self.shared()
         if shared is not None:
             shared = SharedWeights(*_sliced(shared.gate_up, shared.down, shared_rows), shared.gate)
-        return LayerWeights(self.router(), shared)
+        return LayerWeights(self.router(), shared, latent=self.latent())
 
     def reference(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
         """The layer in float32 from the same rounded weights: [T, H], and the routing. One expert at a time."""
         routing = self.make_router().route(hidden_states)
-        experts = ((e, *self.expert(e)) for e in chosen_experts(routing))
-        return sum_reference(hidden_states, routing, experts, self.shared(), self.config.activation), routing
+        experts = ((e, MlpTensors(*self.expert(e))) for e in chosen_experts(routing))
+        shared, latent = self.shared(), self.latent()
+        return sum_reference(hidden_states, routing, experts, shared, self.config, latent=latent), routing
 
     def nbytes(self) -> int:
         """Bytes of all experts together, shared ones included."""
         c = self.config
-        width = c.num_experts * c.intermediate_size + (c.shared.intermediate_size if c.shared else 0)
-        return 3 * width * c.hidden_size * self.dtype.itemsize
+        routed = 3 * c.num_experts * c.intermediate_size * c.routed_size
+        shared = 3 * c.shared.intermediate_size * c.hidden_size if c.shared else 0
+        return (routed + shared + 2 * c.hidden_size * (c.latent_size or 0)) * self.dtype.itemsize
 
-    def _mlp(self, number: int, width: int) -> tuple[Tensor, Tensor]:
-        hidden = self.config.hidden_size
+    def _mlp(self, number: int, width: int, hidden: int) -> tuple[Tensor, Tensor]:
         gate_up = self._draw("gate_up_proj", 2 * number, 2 * width, hidden)
         return gate_up, self._draw("down_proj", 2 * number + 1, hidden, width)
 

@@ -11,13 +11,29 @@ from torch import Tensor
 
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint
-from xpar.engine.weights import SharedWeights, load_router, load_shared, make_router, stream_experts
+from xpar.engine.config import LayerConfig
+from xpar.engine.mlp_tensors import MlpTensors
+from xpar.engine.routers import identity_output, weigh_input
+from xpar.engine.weights import (
+    LatentWeights,
+    SharedWeights,
+    load_latent,
+    load_output_bias,
+    load_router,
+    load_shared,
+    make_router,
+    stream_experts,
+)
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, Routing
 
 
 def layer_reference(
-    checkpoint: Checkpoint, layer: int, hidden_states: Tensor, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    layer: int,
+    hidden_states: Tensor,
+    dtype: torch.dtype | None = None,
+    input_ids: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
     """Output [T, H] float32 of MoE layer ``layer`` for ``hidden_states`` [T, H], and the routing behind it.
 
@@ -27,15 +43,17 @@ def layer_reference(
     arch = find(checkpoint.config)
     config = layer_config(arch, checkpoint.config, layer)
     router = make_router(load_router(checkpoint, arch, layer, config, dtype), config)
-    routing = router.route(hidden_states.to(dtype))
+    routing = router.route(hidden_states.to(dtype), None, input_ids)
 
     chosen = chosen_experts(routing)
     experts = (
-        (chosen[index], gate_up, down)
-        for index, gate_up, down in stream_experts(checkpoint, arch, layer, config, chosen, dtype)
+        (chosen[index], expert)
+        for index, expert in stream_experts(checkpoint, arch, layer, config, chosen, dtype)
     )
     shared = load_shared(checkpoint, arch, layer, config, dtype)
-    return sum_reference(hidden_states.to(dtype), routing, experts, shared, config.activation), routing
+    bias = load_output_bias(checkpoint, arch, layer, config, dtype)
+    latent = load_latent(checkpoint, arch, layer, config, dtype)
+    return sum_reference(hidden_states.to(dtype), routing, experts, shared, config, bias, latent), routing
 
 
 def chosen_experts(routing: Routing) -> list[int]:
@@ -46,23 +64,35 @@ def chosen_experts(routing: Routing) -> list[int]:
 def sum_reference(
     hidden_states: Tensor,
     routing: Routing,
-    experts: Iterable[tuple[int, Tensor, Tensor]],
+    experts: Iterable[tuple[int, MlpTensors]],
     shared: SharedWeights | None,
-    activation: Activation,
+    config: LayerConfig,
+    output_bias: Tensor | None = None,
+    latent: LatentWeights | None = None,
 ) -> Tensor:
-    """Weighted experts plus shared experts of ``hidden_states`` [T, H], in float32; ``experts``: (id, gate_up, down)."""
+    """All that a layer adds up for ``hidden_states`` [T, H], in float32; ``experts``: (id, tensors)."""
     x = hidden_states.float()
-    out = torch.zeros_like(x)
-    for expert, gate_up, down in experts:
+    rows, weighted = weigh_input(hidden_states if latent is None else x @ latent.enter.float().T, routing)
+    rows = rows.float()
+    out = torch.zeros_like(rows)
+    for expert, tensors in experts:
         tokens, slots = (routing.topk_ids == expert).nonzero(as_tuple=True)
-        y = mlp_reference(x[tokens], gate_up, down, activation)
-        out.index_add_(0, tokens, y * routing.topk_weights[tokens, slots, None])
-    if shared is not None:
-        y = mlp_reference(x, shared.gate_up, shared.down, activation)
+        y = mlp_reference(rows[tokens], tensors, config.activation)
+        out.index_add_(0, tokens, y * weighted.topk_weights[tokens, slots, None])
+    out = out if latent is None else out @ latent.leave.float().T
+    identity = identity_output(x, routing)
+    out += 0.0 if identity is None else identity
+    out += 0.0 if output_bias is None else output_bias.float()
+    if shared is not None and config.shared is not None:
+        y = mlp_reference(x, MlpTensors(shared.gate_up, shared.down), config.activation) * config.shared.scale
         out += y if shared.gate is None else y * torch.sigmoid(x @ shared.gate.float().T)
     return out
 
 
-def mlp_reference(x: Tensor, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:
-    """``act(x @ gate_up.T) @ down.T`` in float32: [T, H], [2I, H], [H, I] -> [T, H]."""
-    return activate(x @ gate_up.float().T, activation) @ down.float().T
+def mlp_reference(x: Tensor, mlp: MlpTensors, activation: Activation) -> Tensor:
+    """``act(x @ gate_up.T + bias) @ down.T + bias`` in float32: [T, H] -> [T, H]."""
+    packed = x @ mlp.gate_up.float().T
+    if mlp.gate_up_bias is not None:
+        packed += mlp.gate_up_bias.float()
+    y = activate(packed, activation) @ mlp.down.float().T
+    return y if mlp.down_bias is None else y + mlp.down_bias.float()

@@ -25,7 +25,7 @@ def layer_record(
     rows = (traffic.rows, traffic.combined_rows, clocks[-1].slots)
     gathered = runner.grid.world.comm.all_gather_object((mine, total, rows))
     times, totals, counts = zip(*gathered, strict=True)
-    row_bytes = runner.config.hidden_size * runner.dtype.itemsize
+    row_bytes = runner.config.routed_size * runner.dtype.itemsize
     dispatched, combined = (sum(c[i] for c in counts) for i in (0, 1))
     slots = [c[2] for c in counts]
     return {

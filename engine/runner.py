@@ -1,6 +1,7 @@
 """One mixture-of-experts layer on this rank: the six steps in order."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,39 +9,63 @@ from torch import Tensor, nn
 from xpar.comm.dispatch.base import Dispatcher, DispatchPlan, Traffic
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import Tag
-from xpar.comm.reduction import Distributed, Full, Sharded, finish
-from xpar.comm.shares import share, shares
+from xpar.comm.reduction import Distributed, Transform, finish
+from xpar.engine.addends import with_addends
+from xpar.engine.capture import CapturedLayer
+from xpar.engine.compiled import Handle, moe_forward, moe_forward_separately
 from xpar.engine.config import LayerConfig
-from xpar.engine.routing import Router
+from xpar.engine.latent import LatentSpace
+from xpar.engine.overlap import Overlap, SharedOrder, Work
+from xpar.engine.routers import RoutingRule, weigh_input
 from xpar.engine.shared import SharedExperts
-from xpar.engine.stages import Clock, NoClock
+from xpar.engine.stages import NO_CLOCK, Clock
+from xpar.engine.tokens import tokens_of
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
+
+
+class Parts(NamedTuple):
+    """What five steps made and the sixth adds up, and how: the routing and the traffic of this rank's tokens."""
+
+    routed: Distributed
+    shared: Distributed | None
+    routing: Routing
+    traffic: Traffic
 
 
 class MoERunner(nn.Module):
     """Routes, plans, dispatches, computes, combines and finishes; every rank of ``grid`` calls it together.
 
     ``kernel``: this rank's experts, or None if it holds none. ``exact``: slot outputs travel unsummed and are added
-    in slot order where the token lives, so that the bits do not depend on the number of ranks.
+    in slot order where the token lives, so that the bits do not depend on the number of ranks. ``sequence_parallel``:
+    the ranks of a tp group give different tokens, and get the outputs of their own. ``shared_order``: when the shared
+    experts compute.
     """
 
     def __init__(
         self,
         config: LayerConfig,
         grid: ProcessGrid,
-        router: Router,
+        router: RoutingRule,
         dispatcher: Dispatcher,
         kernel: ExpertKernel | None,
         shared: SharedExperts | None = None,
         *,
         dtype: torch.dtype,
         exact: bool = False,
+        sequence_parallel: bool = False,
+        shared_order: SharedOrder = SharedOrder.AUTO,
         layer: int = 0,
+        output_bias: Tensor | None = None,
+        latent: LatentSpace | None = None,
     ) -> None:
         super().__init__()
         self.config, self.grid, self.layer = config, grid, layer
         self.router, self.dispatcher, self.kernel, self.shared = router, dispatcher, kernel, shared
         self.dtype, self.exact = dtype, exact
+        self.output_bias, self.latent = output_bias, latent
+        self.tokens = tokens_of(grid, dispatcher, sequence_parallel)
+        self.overlap = Overlap(SharedOrder.NONE if shared is None else shared_order, grid.device)
+        self.handle = Handle(self)
         self._step = 0
 
     @classmethod
@@ -54,42 +79,119 @@ class MoERunner(nn.Module):
         dispatcher: str = "auto",
         kernel: str = "auto",
         exact: bool = False,
+        sequence_parallel: bool = False,
+        shared_order: SharedOrder = SharedOrder.AUTO,
+        tiles: Path | None = None,
     ) -> "MoERunner":
         """Load layer ``layer`` of a Hugging Face checkpoint, this rank's experts only; collective over the grid.
 
         ``dtype``: that of the computation, by default the checkpoint's. Raises one error, the same on every
-        rank, for a checkpoint, layer, dispatcher or kernel that does not fit.
+        rank, for a checkpoint, layer, dispatcher, kernel or file of ``tiles`` (from ``xpar tune``) that does not fit.
         """
-        from xpar.engine.build import load_runner
+        from xpar.engine.build import LayerOptions, load_runner
 
-        return load_runner(path, layer, grid, dtype, dispatcher=dispatcher, kernel=kernel, exact=exact)
+        options = LayerOptions(dispatcher, kernel, exact, sequence_parallel, shared_order, tiles)
+        return load_runner(path, layer, grid, dtype, options)
 
-    def forward(self, hidden_states: Tensor, router_logits: Tensor | None = None) -> Tensor:
-        """[T, H] -> [T, H], both in the layer's dtype. ``router_logits``: [T, E], where the caller has them already."""
-        return self.run(hidden_states, router_logits, NoClock())[0]
+    # -- four ways to call it, alike but for what becomes of the parts ---------------------------------------------
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> Tensor:
+        """[T, H] -> [T, H], both in the layer's dtype.
+
+        ``router_logits``: [T, E], where the caller has them already. ``input_ids``: [T], for routing by token id.
+        Under torch.compile it is one opaque operator of the graph.
+        """
+        if torch.compiler.is_compiling():
+            output: Tensor = moe_forward(self.handle, hidden_states, router_logits, input_ids)
+            return output
+        parts = self.steps(hidden_states, router_logits, input_ids)
+        return finish(parts.routed, parts.shared, transform=self._leave()).tensor
+
+    def forward_deferred(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> Distributed:
+        """The forward without its last collective, for a caller who has one of his own to fuse it with.
+
+        The state of the result says what is missing, and :func:`~xpar.comm.reduction.complete` supplies it.
+        """
+        parts = self.steps(hidden_states, router_logits, input_ids)
+        return finish(parts.routed, parts.shared, transform=self._leave(), deferred=True)
+
+    def forward_separately(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """([T, H] of the routed experts, [T, H] of the shared ones or None where there are none): the forward's addends."""
+        if torch.compiler.is_compiling() and self.shared is None:
+            return self.forward(hidden_states, router_logits, input_ids), None
+        if torch.compiler.is_compiling():
+            both: tuple[Tensor, Tensor] = moe_forward_separately(
+                self.handle, hidden_states, router_logits, input_ids
+            )
+            return both
+        parts = self.steps(hidden_states, router_logits, input_ids)
+        routed = finish(parts.routed, transform=self._leave()).tensor
+        return routed, None if parts.shared is None else finish(parts.shared).tensor
 
     def run(
-        self, hidden_states: Tensor, router_logits: Tensor | None, clock: Clock
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None,
+        clock: Clock,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Routing, Traffic]:
-        """The forward, with its routing, its traffic and its times."""
+        """The forward, with the routing and the traffic of the tokens that this rank dispatched, and its times."""
+        parts = self.steps(hidden_states, router_logits, input_ids, clock)
+        with clock.stage("finish"):
+            result = finish(parts.routed, parts.shared, transform=self._leave()).tensor
+        return result, parts.routing, parts.traffic
+
+    # -- the pipeline --------------------------------------------------------------------------------------------
+
+    def steps(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        clock: Clock = NO_CLOCK,
+    ) -> Parts:
+        """The first five steps; the sixth, ``finish``, is the caller's."""
         self._step += 1
-        mine = self._own_tokens(hidden_states)
+        tokens = hidden_states.shape[0]
+        mine = self.tokens.mine(tokens)
         with clock.stage("route"):
-            routing = self._route(hidden_states, mine, router_logits)
+            routing = self._route(hidden_states, mine, router_logits, input_ids)
+            rows, weighted = self._rows(hidden_states[mine], routing)
+        shared = self.overlap.begin(self._shared_work(hidden_states, routing, clock), hidden_states)
         with clock.stage("plan"):
-            plan = self._plan(routing)
+            plan = self._plan(weighted)
         with clock.stage("dispatch"):
-            arrived = self.dispatcher.dispatch(hidden_states[mine], plan).wait()
+            moving = self.dispatcher.dispatch(rows, plan)
+        shared.meanwhile()
+        with clock.stage("dispatch"):
+            arrived = moving.wait()
         with clock.stage("compute"):
             outputs = self._compute(arrived, plan)
+        assert isinstance(routing, Routing)  # a failure has raised in plan
         with clock.stage("combine"):
-            routed = self._as_share(self.dispatcher.combine(outputs, plan), hidden_states)
-        with clock.stage("shared"):
-            shared = None if self.shared is None else self.shared(hidden_states)
-        with clock.stage("finish"):
-            result = finish(routed, shared).tensor
+            combined = self.dispatcher.combine(outputs, plan)
+            routed = with_addends(combined, hidden_states[mine], routing, self.output_bias)
         clock.arrived(arrived.topk_ids)
-        return result, plan.own, plan.traffic
+        return Parts(self.tokens.claim(routed, tokens), shared.output.wait(), routing, plan.traffic)
+
+    def capture(self, tokens: int) -> CapturedLayer:
+        """The forward as one CUDA graph for up to ``tokens`` tokens a rank; collective. ValueError where it cannot be."""
+        return CapturedLayer(self, tokens)
 
     def experts_here(self) -> str:
         """Global ids of this rank's experts, as ``4-7`` or ``none``."""
@@ -98,45 +200,53 @@ class MoERunner(nn.Module):
 
     # -- the steps that are not one call ----------------------------------------------------------------------
 
-    def _route(self, hidden_states: Tensor, mine: slice, router_logits: Tensor | None) -> Routing | Exception:
+    def _route(
+        self, hidden_states: Tensor, mine: slice, router_logits: Tensor | None, input_ids: Tensor | None
+    ) -> Routing | Exception:
         """What went wrong here is a value: the plan tells the other ranks, and all raise together."""
         try:
             self._check(hidden_states)
             return self.router.route(
-                hidden_states[mine], None if router_logits is None else router_logits[mine]
+                hidden_states[mine],
+                None if router_logits is None else router_logits[mine],
+                None if input_ids is None else input_ids[mine],
             )
         except Exception as error:  # noqa: BLE001 - raised by plan, on every rank
             return error
 
+    def _rows(self, own: Tensor, routing: Routing | Exception) -> tuple[Tensor, Routing | Exception]:
+        """What to dispatch, and with what routing: the tokens in the experts' space, weighted if the input is."""
+        if isinstance(routing, Exception):
+            return own, routing
+        return weigh_input(own if self.latent is None else self.latent.enter(own), routing)
+
+    def _shared_work(self, hidden_states: Tensor, routing: Routing | Exception, clock: Clock) -> Work:
+        """The shared experts' part of this step; nothing where there are none, or where the step fails in ``plan``."""
+
+        def work() -> Distributed | None:
+            if self.shared is None or isinstance(routing, Exception):
+                return None
+            with clock.stage("shared"):
+                return self.shared(hidden_states)
+
+        return work
+
     def _plan(self, routing: Routing | Exception) -> DispatchPlan:
         tag = Tag("layer", self.layer, self._step)
         return self.dispatcher.plan(
-            routing, tag=tag, hidden_size=self.config.hidden_size, dtype=self.dtype, exact=self.exact
+            routing, tag=tag, hidden_size=self.config.routed_size, dtype=self.dtype, exact=self.exact
         )
 
     def _compute(self, arrived: ExpertInput, plan: DispatchPlan) -> Tensor:
         if self.kernel is None:
-            return arrived.hidden_states.new_empty(0, self.config.hidden_size)
+            return arrived.hidden_states.new_empty(0, self.config.routed_size)
         if self.exact:
             return self.kernel.compute_slots(arrived)
         out = self.dispatcher.output(plan, arrived.topk_ids.shape[0], arrived.hidden_states)
         return self.kernel.compute(arrived, out)
 
-    def _own_tokens(self, hidden_states: Tensor) -> slice:
-        """Where the ranks of a tp group hold the same tokens but dispatch them, each takes its share."""
-        if self.dispatcher.name == "replicated":
-            return slice(0, hidden_states.shape[0])
-        return share(hidden_states.shape[0], self.grid.tp.size, self.grid.tp.rank)
-
-    def _as_share(self, routed: Distributed, hidden_states: Tensor) -> Distributed:
-        if (
-            self.dispatcher.name == "replicated"
-            or self.grid.tp.size == 1
-            or not isinstance(routed.state, Full)
-        ):
-            return routed
-        counts = tuple(shares(hidden_states.shape[0], self.grid.tp.size))
-        return Distributed(routed.tensor, Sharded(self.grid.tp, counts))
+    def _leave(self) -> Transform | None:
+        return None if self.latent is None else self.latent.leave
 
     def _check(self, hidden_states: Tensor) -> None:
         if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.hidden_size:

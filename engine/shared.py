@@ -12,22 +12,22 @@ from xpar.kernels.elementwise import placeless
 class SharedExperts:
     """``kernel`` holds this rank's part of the width; ``state`` says what that makes of the output.
 
-    ``gate``: [1, H], its sigmoid multiplies the output (Qwen2-MoE), or None.
+    ``gate``: [1, H], its sigmoid multiplies the output (Qwen2-MoE), or None. ``scale``: as does this constant.
     """
 
-    def __init__(self, kernel: ExpertKernel, state: State, gate: Tensor | None) -> None:
-        self.kernel, self.state, self.gate = kernel, state, gate
+    def __init__(self, kernel: ExpertKernel, state: State, gate: Tensor | None, scale: float = 1.0) -> None:
+        self.kernel, self.state, self.gate, self.scale = kernel, state, gate, scale
 
-    def __call__(self, hidden_states: Tensor) -> Distributed:
-        """[T, H] -> [T, H]."""
+    def __call__(self, hidden_states: Tensor, shared_logits: Tensor | None = None) -> Distributed:
+        """[T, H] -> [T, H]. ``shared_logits``: [T, 1], where a fused product has made the gate's already."""
         tokens = hidden_states.shape[0]
-        ids = torch.zeros(tokens, 1, dtype=torch.int32)
-        entries = ExpertInput(hidden_states, ids, self._weights(hidden_states))
+        ids = torch.zeros(tokens, 1, dtype=torch.int32, device=hidden_states.device)
+        entries = ExpertInput(hidden_states, ids, self._weights(hidden_states, shared_logits))
         return Distributed(self.kernel.compute(entries), self.state)
 
-    def _weights(self, hidden_states: Tensor) -> Tensor:
+    def _weights(self, hidden_states: Tensor, shared_logits: Tensor | None) -> Tensor:
         if self.gate is None:
-            return torch.ones(hidden_states.shape[0], 1)
-        return placeless(
-            torch.sigmoid, gate_logits(hidden_states, self.gate, self.kernel.spec.row_invariant).float()
-        )
+            return torch.full((hidden_states.shape[0], 1), self.scale, device=hidden_states.device)
+        if shared_logits is None:
+            shared_logits = gate_logits(hidden_states, self.gate, self.kernel.spec.row_invariant)
+        return placeless(torch.sigmoid, shared_logits.float()) * self.scale

@@ -31,6 +31,9 @@ class NoClock:
         return None
 
 
+NO_CLOCK = NoClock()
+
+
 class StageClock:
     """Seconds of each stage of one forward, by the host's clock or, on a GPU, by events on torch's current stream.
 

@@ -96,22 +96,28 @@ class TensorFile:
         except (ValueError, AttributeError, RecursionError):
             raise self._corrupt("the header is not a JSON object") from None
 
-    def read_into(self, name: str, out: Tensor, rows: slice, cols: slice | None) -> None:
+    def read_into(
+        self, name: str, out: Tensor, rows: slice, cols: slice | None, index: int | None = None
+    ) -> None:
         """Fill ``out`` (contiguous, of the stored dtype) with rows ``rows`` of tensor ``name``.
 
-        ``cols`` takes a range of the second dimension of a 2-D tensor, and then only its bytes are read.
-        ``rows`` and ``cols`` have explicit, checked bounds.
+        ``cols`` takes a range of the second dimension of a 2-D tensor, and then only its bytes are read. ``index``
+        takes one entry of the first dimension, whose rows and columns are then meant. All have checked bounds.
         """
         entry = self.entries[name]
         if out.numel() == 0:
             return
         data = out.reshape(-1).view(torch.uint8).numpy().data
-        row_bytes = (entry.end - entry.begin) // entry.shape[0] if entry.shape else 0
-        begin = entry.begin + rows.start * row_bytes
-        if cols is None or cols.stop - cols.start == entry.shape[1]:
+        shape, begin, end = entry.shape, entry.begin, entry.end
+        if index is not None:
+            nbytes = (end - begin) // shape[0]
+            shape, begin, end = shape[1:], begin + index * nbytes, begin + (index + 1) * nbytes
+        row_bytes = (end - begin) // shape[0] if shape else 0
+        begin += rows.start * row_bytes
+        if cols is None or cols.stop - cols.start == shape[1]:
             self._fill(data, begin)
             return
-        item = row_bytes // entry.shape[1]
+        item = row_bytes // shape[1]
         width = (cols.stop - cols.start) * item
         begin += cols.start * item
         for row in range(rows.stop - rows.start):

@@ -1,39 +1,41 @@
 """One rank's share of a layer's weights, read from a checkpoint one tensor at a time.
 
-Experts are streamed through one pair of buffers into the kernel that will keep them, so that no second copy of a
+Experts are streamed through one set of buffers into the kernel that will keep them, so that no second copy of a
 layer ever exists. H hidden size, E experts, I expert width, Is width of the shared experts; ``rows`` is this rank's
 part of I (of Is) under tensor parallelism, I_r (Is_r) wide.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from xpar.engine.checkpoint import Checkpoint, CheckpointError
+from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.config import LayerConfig
+from xpar.engine.mlp_tensors import ALL, MlpPlace, MlpTensors, load_tensor, mlp_buffers, read_mlp
 from xpar.engine.routing import Router
-from xpar.engine.schema import Architecture, MlpNames
+from xpar.engine.schema import Architecture
 
-ALL = slice(None)
-PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+Sink = Callable[..., None]
 
-Sink = Callable[[int, Tensor, Tensor], None]
+
+T = TypeVar("T", "RouterWeights", "SharedWeights", "LatentWeights")
 
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """``gate`` [E, H] in the model's dtype, ``correction_bias`` [E] float32 or None."""
+    """``gate`` [E, H] and ``gate_bias`` [E] in the gate's dtype, ``correction_bias`` [E] float32; biases or None."""
 
     gate: Tensor
     correction_bias: Tensor | None
+    gate_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """``gate_up`` [2 Is_r, H] (gate rows, then up rows), ``down`` [H, Is_r], ``gate`` [1, H] of their sigmoid or None."""
+    """``gate_up`` packed rows, ``down`` [H, Is_r], ``gate`` [1, H] of their sigmoid or None."""
 
     gate_up: Tensor
     down: Tensor
@@ -41,11 +43,30 @@ class SharedWeights:
 
 
 @dataclass(frozen=True)
+class LatentWeights:
+    """``enter`` [L, H] and ``leave`` [H, L], around the routed experts."""
+
+    enter: Tensor
+    leave: Tensor
+
+
+@dataclass(frozen=True)
 class LayerWeights:
-    """What a rank keeps of a layer besides its experts, which went to the sink."""
+    """What a rank keeps of a layer besides its experts, which went to the sink. ``output_bias``: [H] or None."""
 
     router: RouterWeights
     shared: SharedWeights | None
+    output_bias: Tensor | None = None
+    latent: LatentWeights | None = None
+
+    def to(self, device: torch.device) -> "LayerWeights":
+        """The same on ``device``."""
+        return LayerWeights(
+            _moved(self.router, device),
+            None if self.shared is None else _moved(self.shared, device),
+            _on(self.output_bias, device),
+            None if self.latent is None else _moved(self.latent, device),
+        )
 
 
 def load_layer(
@@ -62,29 +83,39 @@ def load_layer(
 ) -> LayerWeights:
     """Load a rank's share of layer ``layer``, as ``dtype``.
 
-    ``experts``: global ids, in the order of their local indices. ``sink(local index, gate_up [2 I_r, H],
-    down [H, I_r])`` takes each expert, as :meth:`ExpertKernel.load_expert` does, and must not keep the tensors.
-    Raises :class:`CheckpointError` for tensors that are missing, of another shape, quantised, or not finite.
+    ``experts``: global ids, in the order of their local indices. ``sink(local index, gate_up, down)``, and if
+    ``config.bias`` also (gate_up_bias, down_bias), takes each expert as :meth:`ExpertKernel.load_expert` does, and must
+    not keep the tensors. Raises :class:`CheckpointError` for tensors that are missing, of another shape, quantised, or
+    not finite.
     """
     weights = LayerWeights(
         load_router(checkpoint, arch, layer, config, dtype),
         load_shared(checkpoint, arch, layer, config, dtype, shared_rows),
+        load_output_bias(checkpoint, arch, layer, config, dtype),
+        load_latent(checkpoint, arch, layer, config, dtype),
     )
-    for index, gate_up, down in stream_experts(checkpoint, arch, layer, config, experts, dtype, rows):
-        sink(index, gate_up, down)
+    for index, expert in stream_experts(checkpoint, arch, layer, config, experts, dtype, rows):
+        sink(index, *(tensor for tensor in expert if tensor is not None))
     return weights
 
 
 def load_router(
     checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
 ) -> RouterWeights:
-    """The gate weight, and the correction bias where the family has one."""
-    experts, hidden = config.num_experts, config.hidden_size
-    gate = _load(checkpoint, arch.router.format(layer=layer), (experts, hidden), dtype)
-    if arch.bias is None:
-        return RouterWeights(gate, None)
-    # Choices hang on small differences of this bias; families keep it in float32 whatever the model's dtype.
-    return RouterWeights(gate, _load(checkpoint, arch.bias.format(layer=layer), (experts,), torch.float32))
+    """The gate weight, and the biases that the family has."""
+    experts, hidden = config.num_logits, config.hidden_size
+    gate_dtype = torch.float32 if arch.gate_dtype == "float32" else dtype
+    gate = load_tensor(checkpoint, arch.router.format(layer=layer), (experts, hidden), gate_dtype)
+    gate_bias = correction = None
+    if arch.gate_bias is not None:
+        gate_bias = load_tensor(checkpoint, arch.gate_bias.format(layer=layer), (experts,), gate_dtype)
+    if arch.bias is not None:
+        shape = (1, experts) if arch.bias_is_row else (experts,)
+        # Choices hang on small differences of this bias; families keep it in float32 whatever the model's dtype.
+        correction = load_tensor(checkpoint, arch.bias.format(layer=layer), shape, torch.float32).view(
+            experts
+        )
+    return RouterWeights(gate, correction, gate_bias)
 
 
 def load_shared(
@@ -98,13 +129,35 @@ def load_shared(
     """The shared experts as one MLP, ``rows`` of its width; None where the layer has none."""
     if config.shared is None or arch.shared is None:
         return None
-    width, hidden = config.shared.intermediate_size, config.hidden_size
-    gate_up, down = _mlp_buffers(_width(rows, width), hidden, dtype)
-    _load_mlp(checkpoint, arch.shared.names, {"layer": layer}, width, rows, gate_up, down)
-    if arch.shared.gate is None:
-        return SharedWeights(gate_up, down, None)
-    return SharedWeights(
-        gate_up, down, _load(checkpoint, arch.shared.gate.format(layer=layer), (1, hidden), dtype)
+    hidden = config.hidden_size
+    place = MlpPlace(arch.shared.names, layer, hidden, config.shared.intermediate_size, rows)
+    mlp = mlp_buffers(place, dtype)
+    read_mlp(checkpoint, place, mlp)
+    gate = None
+    if arch.shared.gate is not None:
+        gate = load_tensor(checkpoint, arch.shared.gate.format(layer=layer), (1, hidden), dtype)
+    return SharedWeights(mlp.gate_up, mlp.down, gate)
+
+
+def load_output_bias(
+    checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
+) -> Tensor | None:
+    """The bias [H] that is added once to every token's output, or None."""
+    if arch.output_bias is None:
+        return None
+    return load_tensor(checkpoint, arch.output_bias.format(layer=layer), (config.hidden_size,), dtype)
+
+
+def load_latent(
+    checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
+) -> LatentWeights | None:
+    """The two products around the routed experts; None where those are as wide as the model."""
+    if arch.latent is None or config.latent_size is None:
+        return None
+    hidden, latent = config.hidden_size, config.latent_size
+    return LatentWeights(
+        load_tensor(checkpoint, arch.latent.enter.format(layer=layer), (latent, hidden), dtype),
+        load_tensor(checkpoint, arch.latent.leave.format(layer=layer), (hidden, latent), dtype),
     )
 
 
@@ -116,77 +169,38 @@ def stream_experts(
     experts: Sequence[int],
     dtype: torch.dtype,
     rows: slice = ALL,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (position in ``experts``, gate_up [2 I_r, H], down [H, I_r]); the next step overwrites both tensors."""
+) -> Iterator[tuple[int, MlpTensors]]:
+    """Yield (position in ``experts``, tensors of that expert); the next step overwrites the tensors."""
     unknown = [e for e in experts if not 0 <= e < config.num_experts]
     if unknown:
         raise ValueError(f"experts {unknown} of layer {layer}: ids are 0 to {config.num_experts - 1}")
-    width = config.intermediate_size
-    gate_up, down = _mlp_buffers(_width(rows, width), config.hidden_size, dtype)
+    place = MlpPlace(
+        arch.experts, layer, config.routed_size, config.intermediate_size, rows, experts=config.num_experts
+    )
+    out = mlp_buffers(place, dtype)
     for index, expert in enumerate(experts):
-        _load_mlp(checkpoint, arch.experts, {"layer": layer, "expert": expert}, width, rows, gate_up, down)
-        yield index, gate_up, down
+        read_mlp(checkpoint, replace(place, expert=expert), out)
+        yield index, out
 
 
-def make_router(weights: RouterWeights, config: LayerConfig, row_invariant: bool = False) -> Router:
+def _moved(weights: T, device: torch.device) -> T:
+    there: dict[str, Any] = {name: _on(tensor, device) for name, tensor in vars(weights).items()}
+    return replace(weights, **there)
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def make_router(
+    weights: RouterWeights, config: LayerConfig, row_invariant: bool = False, check_finite: bool = True
+) -> Router:
     """The layer's router with its weights."""
-    return Router(config.router, weights.gate, weights.correction_bias, row_invariant=row_invariant)
-
-
-def _mlp_buffers(width: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.empty(2 * width, hidden, dtype=dtype), torch.empty(hidden, width, dtype=dtype)
-
-
-def _load_mlp(
-    checkpoint: Checkpoint,
-    names: MlpNames,
-    place: dict[str, int],
-    width: int,
-    rows: slice,
-    gate_up: Tensor,
-    down: Tensor,
-) -> None:
-    """Read one MLP into its buffers; the three reads are all the memory traffic there is."""
-    gate, up = gate_up.chunk(2)
-    hidden = down.shape[0]
-    _load(checkpoint, names.gate.format(**place), (width, hidden), gate_up.dtype, rows=rows, out=gate)
-    _load(checkpoint, names.up.format(**place), (width, hidden), gate_up.dtype, rows=rows, out=up)
-    _load(checkpoint, names.down.format(**place), (hidden, width), down.dtype, cols=rows, out=down)
-
-
-def _load(
-    checkpoint: Checkpoint,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    *,
-    rows: slice | None = None,
-    cols: slice | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    stored = checkpoint.entry(name).dtype
-    if stored not in PLAIN_DTYPES:
-        raise CheckpointError(
-            f"tensor {name} is stored as {stored}: quantised weights need scales that are not read; "
-            "convert the checkpoint to bfloat16 first"
-        )
-    tensor = checkpoint.read(name, rows=rows, cols=cols, expect_shape=shape, out=out).to(dtype)
-    _require_finite(tensor, name, stored)
-    return tensor
-
-
-def _require_finite(tensor: Tensor, name: str, stored: str) -> None:
-    # The sum runs at memory speed; it is finite only if every term is, and may overflow, hence the second look.
-    if math.isfinite(float(tensor.sum())):
-        return
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        raise CheckpointError(
-            f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite as {str(tensor.dtype)[6:]} "
-            f"(stored as {stored}); restore the checkpoint, or choose a dtype of wider range"
-        )
-
-
-def _width(rows: slice, width: int) -> int:
-    start, stop, _ = rows.indices(width)
-    return max(0, stop - start)
+    return Router(
+        config.router,
+        weights.gate,
+        weights.correction_bias,
+        gate_bias=weights.gate_bias,
+        row_invariant=row_invariant,
+        check_finite=check_finite,
+    )

@@ -66,10 +66,14 @@ class Routing:
 
     ``topk_ids``: [T, k] int32, global expert ids; -1 marks a dropped slot, which is neither sent nor counted.
     ``topk_weights``: [T, k] float32; the weight of a dropped slot is ignored.
+    ``weight_on_input``: the weights multiply the tokens before their experts, not the outputs; k = 1.
+    ``identity_weights``: [T] float32, how much of itself each token's output holds (identity experts), or None.
     """
 
     topk_ids: Tensor
     topk_weights: Tensor
+    weight_on_input: bool = False
+    identity_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Functions of single elements whose result for a value does not depend on the value's place in the tensor.
 
 torch's elementwise CPU kernels run whole vectors and finish each thread's share with scalar code that rounds
-otherwise. Pieces that are small enough for one thread and a whole number of vectors have no such rest.
+otherwise; a GPU does not. Pieces that are small enough for one thread and a whole number of vectors have no such rest.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,8 @@ SHARE = 32768
 
 def placeless(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function(*tensors)`` for an elementwise ``function`` of tensors of one shape and dtype; a new tensor."""
+    if tensors[0].is_cuda:  # one thread an element: nothing is left over
+        return function(*tensors)
     shape, count = tensors[0].shape, tensors[0].numel()
     flat = [functional.pad(t.reshape(-1), (0, -count % VECTOR)) for t in tensors]
     out = torch.empty_like(flat[0])

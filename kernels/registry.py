@@ -100,7 +100,7 @@ KERNELS: tuple[KernelRecord, ...] = (
         unavailable=gpu.unavailable,
         build=gpu.build,
         all_activations=True,
-        measured="measure with python -m xpar.engine.kernel_bench",
+        measured="measure with xpar bench kernels",
     ),
     KernelRecord(
         name="reference",

@@ -1,5 +1,6 @@
 """The dispatchers as parameters of tests that run on one node and on several."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -18,6 +19,15 @@ def movers(**mark: Any) -> list[Any]:
     """
     one_node = pytest.mark.mpi(max_nodes=1, **mark)
     return [pytest.param(name, marks=one_node) if name in SHARING else name for name in MOVERS]
+
+
+def pairs(cases: Iterable[Any], names: Iterable[Any]) -> list[Any]:
+    """Every case with every dispatcher, which keeps its marks."""
+    return [
+        (case, name) if isinstance(name, str) else pytest.param(case, *name.values, marks=name.marks)
+        for case in cases
+        for name in names
+    ]
 
 
 def fitting(num_nodes: int) -> list[str]:

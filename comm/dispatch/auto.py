@@ -32,14 +32,18 @@ class DispatcherChoice:
 DISPATCHERS = (ReplicatedDispatcher, SharedMemoryDispatcher, AllGatherDispatcher, AllToAllDispatcher)
 
 
-def choose_dispatcher(grid: ProcessGrid, placement: Placement, name: str = "auto") -> DispatcherChoice:
+def choose_dispatcher(
+    grid: ProcessGrid, placement: Placement, name: str = "auto", *, sequence_parallel: bool = False
+) -> DispatcherChoice:
     """The first dispatcher that suits ``grid``, or the one called ``name``.
+
+    ``sequence_parallel``: the ranks of a tp group hold different tokens.
 
     Raises ValueError with the reason and the names if the named one does not exist or cannot work here.
     """
     names = [cls.name for cls in DISPATCHERS]
     impossible = {cls.name: _wrong_device(grid, cls.capabilities) for cls in DISPATCHERS}
-    impossible["replicated"] = _no_replication(grid)
+    impossible["replicated"] = _no_replication(grid, sequence_parallel)
     impossible["shared-memory"] = impossible["shared-memory"] or _no_shared_memory(grid)
     unsuitable = {"shared-memory": _little_room(grid), "allgather": _many_ranks(grid)}
     reasons = {n: impossible.get(n) or unsuitable.get(n) for n in names}
@@ -66,10 +70,12 @@ def _wrong_device(grid: ProcessGrid, capabilities: Capabilities) -> str | None:
     return f"it moves {' and '.join(capabilities.devices)} memory, and the job computes on {grid.device.type}"
 
 
-def _no_replication(grid: ProcessGrid) -> str | None:
-    if grid.moe.size == 1 or grid.moe.world_ranks == grid.tp.world_ranks:
+def _no_replication(grid: ProcessGrid, sequence_parallel: bool) -> str | None:
+    copies = grid.moe.world_ranks == grid.tp.world_ranks and not sequence_parallel
+    if grid.moe.size == 1 or copies:
         return None
-    return f"the {grid.moe.size} ranks of an expert group hold different tokens (tp={grid.shape.tp})"
+    why = "sequence parallel" if sequence_parallel else f"tp={grid.shape.tp}"
+    return f"the {grid.moe.size} ranks of an expert group hold different tokens ({why})"
 
 
 def _no_shared_memory(grid: ProcessGrid) -> str | None:

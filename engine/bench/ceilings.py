@@ -22,7 +22,7 @@ class Ceilings:
 
     def floor_s(self, config: LayerConfig, routing: Routing, dtype: torch.dtype) -> float:
         """No layer is faster: the weights of the experts that were chosen are read once, and every slot is computed."""
-        expert = 3 * config.hidden_size * config.intermediate_size
+        expert = 3 * config.routed_size * config.intermediate_size
         shared = 3 * config.hidden_size * (config.shared.intermediate_size if config.shared else 0)
         active = routing.topk_ids[routing.topk_ids >= 0]
         weights: int = (torch.unique(active).numel() * expert + shared) * dtype.itemsize

@@ -16,7 +16,7 @@ from xpar.engine.bench.peer_process import PeerProcess
 from xpar.engine.bench.peers import IMPLEMENTATIONS
 from xpar.engine.bench.request import BATCHES, Request
 from xpar.engine.bench.timing import Contender, Times, take_turns
-from xpar.engine.build import assemble
+from xpar.engine.build import LayerOptions, assemble
 from xpar.engine.runner import MoERunner
 from xpar.engine.stages import STAGES, StageClock
 
@@ -67,8 +67,8 @@ class LayerBench:
 
     def _build(self) -> MoERunner:
         r = self.request
-        options: dict[str, Any] = {"dispatcher": r.dispatcher, "kernel": r.kernel, "exact": r.exact}
-        return assemble(self.config, self.grid, r.dtype, self.weights.read, **options)
+        options = LayerOptions(r.dispatcher, r.kernel, r.exact)
+        return assemble(self.config, self.grid, r.dtype, self.weights.read, options)
 
     def _start_peers(self) -> PeerProcess | None:
         world = self.grid.world

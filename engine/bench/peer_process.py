@@ -19,7 +19,7 @@ from xpar.comm.world import World
 from xpar.engine.bench.ceilings import Ceilings, measure_ceilings
 from xpar.engine.bench.peers import IMPLEMENTATIONS, caller, transformers_layer
 from xpar.engine.bench.request import Request
-from xpar.engine.build import assemble
+from xpar.engine.build import LayerOptions, assemble
 
 START_TIMEOUT_S = 600.0
 
@@ -97,8 +97,8 @@ def contenders(request: Request, threads: int) -> dict[str, Callable[[Tensor], T
     weights = request.weights()
     calls: dict[str, Callable[[Tensor], Tensor]] = {}
     if "solo" in request.compare:
-        options: dict[str, Any] = {"kernel": request.kernel, "exact": request.exact}
-        calls["solo"] = assemble(weights.config, solo_grid(threads), request.dtype, weights.read, **options)
+        options = LayerOptions(kernel=request.kernel, exact=request.exact)
+        calls["solo"] = assemble(weights.config, solo_grid(threads), request.dtype, weights.read, options)
     if "transformers" in request.compare:
         block = transformers_layer(request.shape.hf_config(request.scale), weights)
         calls |= {name: caller(block, name) for name in IMPLEMENTATIONS}

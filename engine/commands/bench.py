@@ -1,4 +1,4 @@
-"""``xpar bench``: a layer beside transformers, and every dispatcher beside a bare exchange; each checked in the same run."""
+"""``xpar bench``: a layer beside transformers, every dispatcher beside a bare exchange, the kernels of a GPU; each checked."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from xpar.engine.bench import exchange
 from xpar.engine.bench.layer import TOLERANCE, LayerBench
 from xpar.engine.bench.request import Request
 from xpar.engine.build import FLOATS
+from xpar.engine.kernel_bench import options
 from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.report import manifest
 from xpar.engine.shapes import SHAPES, shape_of
@@ -24,13 +25,14 @@ COMPARE = ("transformers", "solo")
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the sub-command and its two measurements."""
+    """Add the sub-command and its three measurements."""
     bench = subparsers.add_parser("bench", help="measure a layer or the dispatchers, each beside a peer")
     kinds = bench.add_subparsers(required=True, metavar="WHAT")
     _register_layer(kinds.add_parser("layer", help="a layer of a named shape, random weights"))
     _register_comm(
         kinds.add_parser("comm", help="every dispatcher, beside a bare MPI_Alltoallv of the same rows")
     )
+    options.add_options(kinds.add_parser("kernels", help="the expert kernels of one GPU, in one process"))
 
 
 def _register_layer(p: argparse.ArgumentParser) -> None:

@@ -6,16 +6,16 @@ from pathlib import Path
 from rich.console import Console
 
 from xpar.comm.failure import AgreedError
-from xpar.engine.architectures import ARCHITECTURES
 from xpar.engine.build import FLOATS
+from xpar.engine.dense_schema import DENSE
 from xpar.engine.make_checkpoint import make_checkpoint
+from xpar.engine.make_config import usual_top_k
 
 SIZES = {
     "layers": (2, "decoder layers"),
     "experts": (8, "experts a layer"),
     "hidden": (256, "hidden size H"),
     "intermediate": (128, "expert width I"),
-    "top-k": (2, "experts a token"),
     "vocab": (256, "vocabulary"),
 }
 
@@ -23,11 +23,14 @@ SIZES = {
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
     p = subparsers.add_parser("make-checkpoint", help="write a checkpoint with random weights")
-    families = [arch.model_type for arch in ARCHITECTURES]
+    families = list(DENSE)
     p.add_argument("arch", metavar="ARCH", choices=families, help=f"model family: {', '.join(families)}")
     p.add_argument("directory", metavar="DIR", type=Path, help="new or empty directory")
     for name, (default, what) in SIZES.items():
         p.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
+    p.add_argument(
+        "--top-k", type=int, help="experts a token (default 2, or 1 where the family takes no more)"
+    )
     p.add_argument("--shared", type=int, help="shared experts (default: one where the family has them)")
     p.add_argument("--dtype", choices=sorted(FLOATS), default="bfloat16", help="default bfloat16")
     p.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
@@ -50,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
             experts=args.experts,
             hidden=args.hidden,
             intermediate=args.intermediate,
-            top_k=args.top_k,
+            top_k=usual_top_k(args.arch) if args.top_k is None else args.top_k,
             shared=args.shared,
             vocab=args.vocab,
             dtype=FLOATS[args.dtype],

@@ -45,6 +45,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     p.add_argument("--transport", default="auto", help="between GPUs: auto, nccl, staged or mpi")
     p.add_argument("--dispatcher", default="auto", help="auto, or a dispatcher's name")
     p.add_argument("--kernel", default="auto", help="auto, or a kernel's name")
+    p.add_argument("--tiles", type=Path, metavar="FILE", help="tile table of the GPU kernel, from xpar tune")
     p.add_argument("--dtype", choices=sorted(FLOATS), help="default: the checkpoint's")
     p.add_argument("--exact", action="store_true", help="bits that do not depend on the number of ranks")
     p.add_argument("--verify", action="store_true", help="compare with the unparallelised fp32 reference")
@@ -119,7 +120,14 @@ def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
 
 def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype) -> dict[str, Any]:
     runner = MoERunner.from_checkpoint(
-        args.checkpoint, layer, grid, dtype, dispatcher=args.dispatcher, kernel=args.kernel, exact=args.exact
+        args.checkpoint,
+        layer,
+        grid,
+        dtype,
+        dispatcher=args.dispatcher,
+        kernel=args.kernel,
+        exact=args.exact,
+        tiles=args.tiles,
     )
     everyone = random_tokens(args.tokens, runner.config.hidden_size, args.seed + layer).to(dtype)
     mine = everyone[share(args.tokens, grid.dp.size, grid.dp.rank)].to(grid.device)

@@ -1,8 +1,13 @@
-"""``python -m xpar.engine.kernel_bench``."""
+"""``python -m xpar.engine.kernel_bench``: ``xpar bench kernels`` where xpar is on the path without being installed."""
 
+import argparse
 import sys
 
-from xpar.engine.kernel_bench.command import main
+from xpar.comm.failure import run
+from xpar.engine.kernel_bench.options import add_options
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(prog="kernel_bench")
+    add_options(parser)
+    args = parser.parse_args()
+    sys.exit(run(lambda: int(args.main(args))))

@@ -91,3 +91,9 @@ def random_input(
     hidden = torch.randn(tokens, spec.hidden_size, generator=g, device=spec.device).to(spec.dtype)
     weights = torch.rand(tokens, top_k, generator=g, device=spec.device)
     return ExpertInput(hidden, ids, weights / weights.sum(1, keepdim=True))
+
+
+def random_inputs(spec: ExpertSpec, layer: Layer, tokens: int, g: torch.Generator) -> list[ExpertInput]:
+    """Inputs to time in turn: with few tokens each reads only some experts, and the next must read others."""
+    copies = 8 if tokens <= 64 else 4 if tokens <= 1024 else 2
+    return [random_input(spec, tokens, layer.top_k, layer.of, g) for _ in range(copies)]

@@ -6,28 +6,24 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table as Grid
 
-from xpar.engine.kernel_bench.cases import LAYERS, Layer, Weights, load, random_input, random_weights
-from xpar.engine.kernel_bench.checks import TOKENS, Check, layer_checks, require_near, small_checks
+from xpar.engine.kernel_bench.cases import LAYERS, Layer, Weights, load, random_inputs, random_weights
+from xpar.engine.kernel_bench.checks import Check, layer_checks, require_near, small_checks
 from xpar.engine.kernel_bench.contenders import CONTENDERS, Contender
+from xpar.engine.kernel_bench.options import DTYPES
 from xpar.engine.kernel_bench.roofline import Ceilings, floor_time, measure_ceilings
-from xpar.engine.kernel_bench.sweep import sweep
+from xpar.engine.kernel_bench.sweep import Cell, search
 from xpar.engine.kernel_bench.timing import eager_time, graph_time
 from xpar.kernels.contracts import ExpertInput, ExpertSpec
-from xpar.kernels.gpu.available import unavailable
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tiles import Machine, Table, default_table, read_table
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+from xpar.kernels.gpu.tiles import Machine, Table, default_table, read_table, write_table
 
 
 class Bench:
@@ -38,7 +34,7 @@ class Bench:
         self.console = Console(highlight=False, width=150)
         self.begin = time.perf_counter()
         self.failures: list[str] = []
-        self.document: dict[str, Any] = {"machine": _machine(), "checks": {}, "times": [], "sweeps": []}
+        self.document: dict[str, Any] = {"machine": _machine(), "checks": {}, "times": [], "sweep": {}}
 
     def say(self, text: str) -> None:
         self.console.print(f"{time.perf_counter() - self.begin:6.1f} s  {text}", soft_wrap=True, markup=False)
@@ -46,8 +42,8 @@ class Bench:
     def attempt(self, name: str, action: Callable[[], Any], seconds: float = 150.0) -> Any:
         """The result of ``action``; on any error its traceback is printed and noted, and the result is None."""
         faulthandler.dump_traceback_later(
-            150, exit=True
-        )  # a kernel that hangs must not eat the machine's time
+            seconds, exit=True
+        )  # a hanging kernel must not eat the machine's time
         try:
             result = action()
             torch.cuda.synchronize()  # an error of a kernel belongs to its own cell
@@ -81,31 +77,8 @@ class Bench:
             self.args.json.write_text(json.dumps(self.document, indent=1) + "\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The words of the command."""
-    p = argparse.ArgumentParser(prog="kernel_bench", description=__doc__)
-    p.add_argument("--models", nargs="+", choices=LAYERS, default=list(LAYERS), help="layers to run")
-    p.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), help="batch sizes M")
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    p.add_argument("--compare", default="torch,transformers", help="peers, comma-separated; empty for none")
-    p.add_argument("--only", choices=("checks", "times"), help="leave out the other half")
-    p.add_argument("--sweep", action="store_true", help="try tile shapes instead of comparing")
-    p.add_argument("--configs", type=int, default=40, help="tile shapes tried per product in a sweep")
-    p.add_argument("--table", type=Path, help="measured tile table (JSON) in place of the checked-in one")
-    p.add_argument("--plain", action="store_true", help="no warps that only copy, to see what they bring")
-    p.add_argument("--seconds", type=float, default=440.0, help="start nothing new after this long")
-    p.add_argument("--seed", type=int, help="seed of the random inputs; drawn afresh when not given")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything as one JSON document")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 1 if anything failed, 2 if this machine cannot run it."""
-    args = parser().parse_args(argv)
-    reason = unavailable(LAYERS["olmoe"].spec(DTYPES[args.dtype]))
-    if reason:
-        sys.stderr.write(f"kernel_bench: {reason}\n")
-        return 2
+def run(args: argparse.Namespace) -> int:
+    """Run the command with the words of :mod:`~xpar.engine.kernel_bench.options`; 1 if anything failed."""
     bench = Bench(args)
     seed = torch.seed() % 2**31 if args.seed is None else args.seed
     g = torch.Generator("cuda").manual_seed(seed)
@@ -115,8 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = bench.attempt("ceilings", measure_ceilings)
     if top:
         bench.document["ceilings"] = {"bandwidth": top.bandwidth, "flops": top.flops}
-        bench.say(f"copy {top.bandwidth / 1e12:.2f} TB/s, product {top.flops / 1e12:.0f} TFLOP/s")
-    for name in args.models:
+        bench.say(f"memory {top.bandwidth / 1e12:.2f} TB/s, product {top.flops / 1e12:.0f} TFLOP/s")
+    if args.sweep:
+        bench.attempt("sweep", lambda: _sweep(bench, g), seconds=args.seconds + 60)
+    for name in [] if args.sweep else args.models:
         bench.attempt(name, lambda name=name: _run_layer(bench, LAYERS[name], g, top))  # type: ignore[misc]
         bench.save()
         torch.cuda.empty_cache()
@@ -134,14 +109,9 @@ def _run_layer(bench: Bench, layer: Layer, g: torch.Generator, top: Ceilings | N
     if bench.late():
         bench.say(f"{layer.name}: left out, {args.seconds:.0f} s are over")
         return
-    spec = layer.spec(DTYPES[args.dtype])
-    weights = random_weights(spec, g)
-    machine = Machine.of("cuda")
-    table = read_table(args.table, machine, spec.dtype) if args.table else None
-    table = table or default_table(machine, spec.dtype)
-    kernel = TritonExperts(spec, _plain(table) if args.plain else table)
-    load(kernel, weights)
-    if args.only != "times" and not args.sweep:
+    kernel, weights = _load(args, layer, g)
+    spec = kernel.spec
+    if args.only != "times":
         bench.check(layer_checks(layer, spec, kernel, weights, g, tuple(args.tokens)))
     if args.only == "checks":
         return
@@ -149,19 +119,39 @@ def _run_layer(bench: Bench, layer: Layer, g: torch.Generator, top: Ceilings | N
         if bench.late():
             bench.say(f"{layer.name} M={tokens}: left out, {args.seconds:.0f} s are over")
             continue
-        inputs = [random_input(spec, tokens, layer.top_k, layer.of, g) for _ in range(_copies(tokens))]
+        inputs = random_inputs(spec, layer, tokens, g)
         cell = f"{layer.name} M={tokens}"
-        if args.sweep:
-            bench.say(f"sweep {cell}")
-            row = bench.attempt(
-                f"sweep {cell}",
-                lambda i=inputs: sweep(kernel, i, args.configs, bench.say),  # type: ignore[misc]
-                seconds=500.0,
-            )
-            bench.document["sweeps"].append({"model": layer.name, "tokens": tokens, **(row or {})})
-            bench.save()
-        else:
-            _time_cell(bench, cell, layer, spec, kernel, weights, inputs, top)
+        _time_cell(bench, cell, layer, spec, kernel, weights, inputs, top)
+
+
+def _load(args: argparse.Namespace, layer: Layer, g: torch.Generator) -> tuple[TritonExperts, Weights]:
+    """The layer's kernel, with random weights, under the table that was asked for."""
+    spec, machine = layer.spec(DTYPES[args.dtype]), Machine.of("cuda")
+    table = read_table(args.table, machine, spec.dtype) if args.table else None
+    kernel, weights = (
+        TritonExperts(spec, table or default_table(machine, spec.dtype)),
+        random_weights(spec, g),
+    )
+    load(kernel, weights)
+    return kernel, weights
+
+
+def _sweep(bench: Bench, g: torch.Generator) -> None:
+    """One table for all layers and batch sizes asked for."""
+    args = bench.args
+    cells = []
+    for layer in (LAYERS[name] for name in args.models):
+        kernel, _ = _load(args, layer, g)
+        cells += [
+            Cell(f"{layer.name} M={tokens}", kernel, random_inputs(kernel.spec, layer, tokens, g))
+            for tokens in args.tokens
+        ]
+    found = search(cells, args.configs, bench.say, bench.begin + args.seconds)
+    bench.document["sweep"] = found
+    if args.write_table:
+        table = Table.from_dict(found["table"])
+        write_table(args.write_table, Machine.of("cuda"), DTYPES[args.dtype], table)
+        bench.say(f"{args.write_table}: written")
 
 
 def _time_cell(
@@ -207,20 +197,6 @@ def _device_is_lost() -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def _plain(table: Table) -> Table:
-    """``table`` without warps that only copy."""
-    gate_up, down = (
-        tuple(replace(t, specialize=False, warps=8) if t.specialize else t for t in tiles)
-        for tiles in (table.gate_up, table.down)
-    )
-    return replace(table, gate_up=gate_up, down=down)  # type: ignore[arg-type]
-
-
-def _copies(tokens: int) -> int:
-    """Inputs in turn: with few tokens each reads only some experts, and the next must read others."""
-    return 8 if tokens <= 64 else 4 if tokens <= 1024 else 2
 
 
 def _grid(rows: list[dict[str, Any]]) -> Grid:

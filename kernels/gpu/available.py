@@ -1,6 +1,7 @@
 """Whether the Triton kernels can serve a layer here, decided without importing Triton."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -27,3 +28,20 @@ def build(spec: ExpertSpec) -> ExpertKernel:
     from xpar.kernels.gpu.experts import TritonExperts
 
     return TritonExperts(spec)
+
+
+def use_table(kernel: ExpertKernel, path: Path) -> None:
+    """Give ``kernel`` this machine's tile table out of ``path``; ValueError if it has none or the file has none."""
+    from xpar.kernels.gpu.tiles import read_table
+
+    if kernel.name != "triton":
+        raise ValueError(f"tiles={path}: kernel {kernel.name} has no tile table; leave tiles out")
+    from xpar.kernels.gpu.experts import TritonExperts
+
+    assert isinstance(kernel, TritonExperts)
+    table = read_table(path, kernel.machine, kernel.spec.dtype)
+    if table is None:
+        raise ValueError(
+            f"{path}: no table for {kernel.machine} and {kernel.spec.dtype}; measure one here with xpar tune"
+        )
+    kernel.table = table

@@ -16,12 +16,12 @@ from xpar.kernels.gpu.sort import Plan, make_plan
 from xpar.kernels.gpu.tiles import (
     MANY,
     NO_LIMIT,
+    Limits,
     Machine,
     Table,
     Tile,
-    bucket_limits,
     default_table,
-    launched,
+    limits_of,
 )
 from xpar.kernels.gpu.vector import down_vector, gate_up_vector
 
@@ -136,31 +136,31 @@ class TritonExperts:
             return out
         triton.set_allocator(_scratch)  # in this thread's context: descriptors made on the device need memory
         ids = x.topk_ids.contiguous()
-        limits = self._limits(tokens, num_slots)
+        limits = self.limits(tokens, num_slots)
         plan = make_plan(ids, self.spec.num_experts, self.table.gate_up, limits)
         hidden = self._new(num_slots, self._width)
-        buckets = launched(limits)
-        for bucket in buckets:
+        for bucket in limits.launched:
             if bucket == MANY:
                 self._gate_up_many(self._permuted(x, ids, plan, limits), hidden, plan)
             else:
                 self._gate_up_few(x, hidden, plan, bucket)
-        for bucket in buckets:
+        for bucket in limits.launched:
             self._down_rows(hidden, out, plan, bucket)
         return out
 
-    def _limits(self, tokens: int, num_slots: int) -> tuple[int, int]:
+    def limits(self, tokens: int, num_slots: int) -> Limits:
+        """Where the rows of a batch of this shape go."""
         if self.spec.row_invariant:
-            return 0, NO_LIMIT  # one bucket, whatever the batch
-        return bucket_limits(tokens, num_slots, self.spec.num_experts)
+            return Limits(0, NO_LIMIT)  # one bucket, whatever the batch
+        return limits_of(self.table, tokens, num_slots, self.spec.num_experts)
 
-    def _permuted(self, x: ExpertInput, ids: Tensor, plan: Plan, limits: tuple[int, int]) -> Tensor:
+    def _permuted(self, x: ExpertInput, ids: Tensor, plan: Plan, limits: Limits) -> Tensor:
         """[M k, K]: the hidden states in expert order, of those experts that have many."""
         k = self._gate_up.shape[2]
         ordered = self._new(ids.numel(), k)
         rows, columns = _PERMUTED
         permute_kernel[(triton.cdiv(ids.numel(), rows), triton.cdiv(k, columns))](
-            x.hidden_states, x.rows, ids, plan.slots, plan.offsets, ordered, ids.numel(), *limits,
+            x.hidden_states, x.rows, ids, plan.slots, plan.offsets, ordered, ids.numel(), limits.few, limits.some,
             E=self.spec.num_experts, H=self.spec.hidden_size, K=k, TOP_K=ids.shape[1], BM=rows, BK=columns,
             num_warps=4,
         )  # fmt: skip
@@ -172,7 +172,7 @@ class TritonExperts:
             ordered, self._gate_up, self._gate_up_bias, hidden,
             plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, hidden.shape[0], plan.capacity,
             E=self.spec.num_experts, I=self._width, K=self._gate_up.shape[2], **self._activation(),
-            **self._launch(tile, MANY), SPECIALIZE=tile.specialize,
+            **self._launch(tile, MANY), HALF=tile.half,
         )  # fmt: skip
 
     def _gate_up_few(self, x: ExpertInput, hidden: Tensor, plan: Plan, bucket: int) -> None:
@@ -192,7 +192,7 @@ class TritonExperts:
         if bucket == MANY:
             down_large[self._grid(tile)](
                 hidden, *weights, out, *lists, hidden.shape[0], plan.capacity, **shape,
-                **self._launch(tile, bucket), SPECIALIZE=tile.specialize,
+                **self._launch(tile, bucket), HALF=tile.half,
             )  # fmt: skip
         else:
             down_small[self._grid(tile)](

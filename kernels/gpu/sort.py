@@ -4,14 +4,14 @@ No count ever comes to the host. Up to 1024 slots one program does all of it; be
 their counts are summed up, and each block sorts itself and knows where every expert's run of it goes.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xpar.kernels.gpu.tiles import Tile
+from xpar.kernels.gpu.tiles import Limits, Tile
 
 _BLOCK = 1024
 # What a sort in one program is compiled for; the smallest that holds the batch is used.
@@ -53,15 +53,21 @@ def write_list(count, first, tile_expert, tile_row, tile_count, ROWS: tl.constex
 
 @triton.jit
 def write_tiles(
-    count, first, tile_expert, tile_row, tile_count, capacity, few, some,
+    count, first, tile_expert, tile_row, tile_count, capacity, few, some, tail_few, tail_some,
     ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The three lists; ``few`` and ``some`` are the most rows of an expert in the first and second."""
-    write_list(tl.where(count <= few, count, 0), first,
+    """The three lists; see :class:`xpar.kernels.gpu.tiles.Limits`."""
+    many = (count > few) & (count > some)
+    tail = tl.where(many, count % ROWS_MANY, 0)
+    to_few = (tail > 0) & (tail <= tail_few)
+    to_some = (tail > tail_few) & (tail <= tail_some)
+    last = first + count - tail
+    write_list(tl.where(count <= few, count, tl.where(to_few, tail, 0)), tl.where(to_few, last, first),
                tile_expert, tile_row, tile_count, ROWS_FEW, WIDTH)  # fmt: skip
-    write_list(tl.where((count > few) & (count <= some), count, 0), first,
+    some_count = tl.where((count > few) & (count <= some), count, tl.where(to_some, tail, 0))
+    write_list(some_count, tl.where(to_some, last, first),
                tile_expert + capacity, tile_row + capacity, tile_count + 1, ROWS_SOME, WIDTH)  # fmt: skip
-    write_list(tl.where((count > few) & (count > some), count, 0), first,
+    write_list(tl.where(many, count - tl.where(to_few | to_some, tail, 0), 0), first,
                tile_expert + 2 * capacity, tile_row + 2 * capacity, tile_count + 2, ROWS_MANY, WIDTH)  # fmt: skip
 
 
@@ -81,9 +87,9 @@ def histogram(ids, begin, end, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     return tl.histogram(tl.where(expert < 0, 0, expert), WIDTH, mask=expert >= 0)
 
 
-@triton.jit(do_not_specialize=["num_slots", "capacity", "few", "some"])
+@triton.jit(do_not_specialize=["num_slots", "capacity", "few", "some", "tail_few", "tail_some"])
 def sort_kernel(
-    ids, slots, offsets, tile_expert, tile_row, tile_count, num_slots, capacity, few, some,
+    ids, slots, offsets, tile_expert, tile_row, tile_count, num_slots, capacity, few, some, tail_few, tail_some,
     E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +99,7 @@ def sort_kernel(
     first = tl.cumsum(count, 0) - count
     tl.store(offsets + expert, first, mask=expert < E)
     tl.store(offsets + E, tl.sum(count, 0))
-    write_tiles(count, first, tile_expert, tile_row, tile_count, capacity, few, some,
+    write_tiles(count, first, tile_expert, tile_row, tile_count, capacity, few, some, tail_few, tail_some,
                 ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH)  # fmt: skip
     its, slot = sorted_block(ids, 0, num_slots, E, BLOCK)
     tl.store(slots + tl.arange(0, BLOCK), slot, mask=its < E)
@@ -107,9 +113,9 @@ def count_kernel(ids, counts, num_slots, BLOCK: tl.constexpr, WIDTH: tl.constexp
     tl.store(counts + block * WIDTH + tl.arange(0, WIDTH), count)
 
 
-@triton.jit(do_not_specialize=["blocks", "capacity", "few", "some"])
+@triton.jit(do_not_specialize=["blocks", "capacity", "few", "some", "tail_few", "tail_some"])
 def scan_kernel(
-    counts, offsets, tile_expert, tile_row, tile_count, blocks, capacity, few, some,
+    counts, offsets, tile_expert, tile_row, tile_count, blocks, capacity, few, some, tail_few, tail_some,
     E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +129,7 @@ def scan_kernel(
     first = tl.cumsum(total, 0) - total
     tl.store(offsets + expert, first, mask=expert < E)
     tl.store(offsets + E, tl.sum(total, 0))
-    write_tiles(total, first, tile_expert, tile_row, tile_count, capacity, few, some,
+    write_tiles(total, first, tile_expert, tile_row, tile_count, capacity, few, some, tail_few, tail_some,
                 ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH)  # fmt: skip
     before = first
     for block in range(0, blocks, ROWS):
@@ -146,12 +152,10 @@ def place_kernel(ids, moves, slots, num_slots, E: tl.constexpr, WIDTH: tl.conste
     tl.store(slots + to, slot, mask=live)
 
 
-def make_plan(
-    topk_ids: Tensor, experts: int, tiles: tuple[Tile, Tile, Tile], limits: tuple[int, int]
-) -> Plan:
+def make_plan(topk_ids: Tensor, experts: int, tiles: tuple[Tile, Tile, Tile], limits: Limits) -> Plan:
     """Sort the slots of ``topk_ids`` [M, k] int32 (ids in [-1, experts)) and cut them into tiles; M k >= 1.
 
-    ``tiles`` gives the rows of a tile in each bucket, ``limits`` the most rows of an expert in the first two.
+    ``tiles`` gives the rows of a tile in each bucket.
     """
     num_slots = topk_ids.numel()
     rows = [tile.rows for tile in tiles]
@@ -164,13 +168,13 @@ def make_plan(
     if num_slots <= _BLOCK:
         block = next(size for size in _SIZES if num_slots <= size)
         sort_kernel[(1,)](
-            topk_ids, plan.slots, *lists, num_slots, capacity, *limits, BLOCK=block, num_warps=4, **shape
-        )
+            topk_ids, plan.slots, *lists, num_slots, capacity, *astuple(limits), BLOCK=block, num_warps=4, **shape
+        )  # fmt: skip
         return plan
     blocks = triton.cdiv(num_slots, _BLOCK)
     counts = new(blocks, width)
     count_kernel[(blocks,)](topk_ids, counts, num_slots, BLOCK=_BLOCK, WIDTH=width, num_warps=4)
-    scan_kernel[(1,)](counts, *lists, blocks, capacity, *limits, ROWS=_ROWS, num_warps=8, **shape)
+    scan_kernel[(1,)](counts, *lists, blocks, capacity, *astuple(limits), ROWS=_ROWS, num_warps=8, **shape)
     place_kernel[(blocks,)](
         topk_ids, counts, plan.slots, num_slots, E=experts, WIDTH=width, BLOCK=_BLOCK, num_warps=4
     )

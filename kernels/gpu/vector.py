@@ -1,7 +1,7 @@
 """The two products for batches of very few tokens: one slot per program, on scalar units, nothing sorted.
 
 A program holds its slot's expert id and reads a few weight rows of it once, wide and in order. The second product sums
-a token's slots itself, weighted, in slot order, in float32, so that two launches are the whole layer.
+a token's slots itself, weighted, in float32, so that two launches are the whole layer.
 """
 
 import triton
@@ -59,19 +59,22 @@ def down_vector(
     rk = tl.arange(0, BK)
     inside = rn < H
     at = rn[:, None] * I + rk[None, :]
-    total = tl.zeros((BN,), tl.float32)
-    for j in range(TOP_K):
-        slot = token * TOP_K + j
+    STEPS: tl.constexpr = (I + BK - 1) // BK
+    acc = tl.zeros((BN, BK), tl.float32)
+    biases = tl.zeros((BN,), tl.float32)
+    # One loop over slots and columns, so that copies of the next slot's weights start before this slot is done.
+    for step in tl.range(0, TOP_K * STEPS, num_stages=STAGES):
+        slot = token * TOP_K + step // STEPS
+        k = step % STEPS * BK
         expert = tl.load(ids + slot)
-        if expert >= 0:
-            first = weight + expert.to(tl.int64) * (H * I)
-            acc = tl.zeros((BN, BK), tl.float32)
-            for k in tl.range(0, I, BK, num_stages=STAGES):
-                live = inside[:, None] & (k + rk < I)[None, :]
-                a = tl.load(hidden + slot * I + k + rk, mask=k + rk < I, other=0.0).to(tl.float32)[None, :]
-                acc += tl.load(first + at + k, mask=live, other=0.0).to(tl.float32) * a
-            y = tl.sum(acc, 1)
-            if bias is not None:
-                y += tl.load(bias + expert * H + rn, mask=inside, other=0.0).to(tl.float32)
-            total += y * tl.load(router_weights + slot)
+        live = (k + rk < I) & (expert >= 0)
+        factor = tl.load(router_weights + slot, mask=expert >= 0, other=0.0)
+        a = tl.load(hidden + slot * I + k + rk, mask=live, other=0.0).to(tl.float32) * factor
+        first = weight + expert.to(tl.int64) * (H * I) + k
+        w = tl.load(first + at, mask=inside[:, None] & live[None, :], other=0.0).to(tl.float32)
+        acc += w * a[None, :]
+        if bias is not None:
+            b = tl.load(bias + expert * H + rn, mask=inside & (expert >= 0) & (k == 0), other=0.0)
+            biases += b.to(tl.float32) * factor
+    total = tl.sum(acc, 1) + biases
     tl.store(out + token * H + rn, total.to(out.dtype.element_ty), mask=inside)

@@ -1,16 +1,25 @@
 """The truth table of the two all-reduce points: which collectives run, and that the sum is right."""
 
-from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from counting import Counting
 from torch import Tensor
 
 from xpar.comm import World
-from xpar.comm.communicator import Communicator
-from xpar.comm.reduction import Distributed, Full, Partial, Sharded, State, Transform, finish
+from xpar.comm.reduction import (
+    Distributed,
+    Full,
+    Partial,
+    Sharded,
+    State,
+    Transform,
+    add,
+    complete,
+    finish,
+    split_tokens,
+)
 from xpar.comm.shares import share, shares
 
 if TYPE_CHECKING:
@@ -18,26 +27,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.mpi
 TOKENS = 7
-
-
-class Counting:
-    """A group that counts the collectives asked of it."""
-
-    def __init__(self, inner: Communicator) -> None:
-        self.inner, self.calls = inner, Counter[str]()
-        self.rank, self.size = inner.rank, inner.size
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        self.calls["all_reduce"] += 1
-        return self.inner.all_reduce(x)
-
-    def all_gather_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        self.calls["all_gather"] += 1
-        return self.inner.all_gather_v(x, counts)
-
-    def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        self.calls["reduce_scatter"] += 1
-        return self.inner.reduce_scatter_v(x, counts)
 
 
 @pytest.fixture
@@ -51,10 +40,10 @@ def spread(value: Tensor, kind: str, group: Counting) -> Distributed:
     if kind == "partial":
         addends = torch.stack([torch.full_like(value, float(r)) for r in range(group.size)])
         mine = addends[group.rank] + (value - addends.sum(0) if group.rank == 0 else 0)
-        state = Partial(group)  # type: ignore[arg-type]
+        state = Partial(group)
         return Distributed(mine, state)
     if kind == "sharded":
-        state = Sharded(group, tuple(shares(TOKENS, group.size)))  # type: ignore[arg-type]
+        state = Sharded(group, tuple(shares(TOKENS, group.size)))
         return Distributed(value[share(TOKENS, group.size, group.rank)], state)
     return Distributed(value, Full())
 
@@ -125,3 +114,22 @@ def test_sequence_parallel_needs_no_collective_here(group: Counting) -> None:
     result = finish(spread(value, "sharded", group), spread(value, "sharded", group), deferred=True)
     assert isinstance(result.state, Sharded)
     assert not group.calls
+
+
+@pytest.mark.parametrize("kind", ["partial", "sharded"])
+def test_two_groups_of_the_same_ranks_are_one(group: Counting, kind: str) -> None:
+    value = torch.ones(TOKENS, 3)
+    twin = Counting(group.inner.split(0, group.rank, "twin"))
+    result = add(spread(value, kind, group), spread(value, "partial", twin))
+    assert type(result.state) is (Partial if kind == "partial" else Sharded)
+    assert (complete(result).tensor - 2).abs().max() < 1e-5
+    assert (group.calls + twin.calls).total() == (1 if kind == "partial" else 2)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, TOKENS])
+def test_tokens_are_split_and_gathered_again(group: Counting, tokens: int, fresh_seed: int) -> None:
+    x = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(fresh_seed))
+    mine = split_tokens(x, group)
+    assert not group.calls
+    assert isinstance(mine.state, Sharded) and mine.tensor.shape[0] == mine.state.counts[group.rank]
+    assert torch.equal(complete(mine).tensor, x)

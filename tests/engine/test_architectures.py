@@ -8,7 +8,7 @@ from xpar.engine.architectures import ARCHITECTURES, find, layer_config, moe_lay
 from xpar.engine.checkpoint import CheckpointError
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.engine.dense_schema import DENSE
-from xpar.engine.make_config import make_config
+from xpar.engine.make_config import make_config, usual_top_k
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -218,7 +218,8 @@ def test_a_dense_layer_is_refused_with_the_moe_ones() -> None:
 
 
 def test_every_family_can_be_written() -> None:
-    assert DENSE.keys() == {arch.model_type for arch in ARCHITECTURES}
-    for arch in ARCHITECTURES:
-        config = make_config(arch.model_type, layers=1, experts=6, hidden=10, intermediate=7, top_k=2)
+    assert DENSE.keys() == {arch.model_type for arch in ARCHITECTURES} - {"llama4"}  # with its vision part
+    for arch in map(find, ({"model_type": name} for name in DENSE)):
+        top_k = usual_top_k(arch.model_type)
+        config = make_config(arch.model_type, layers=1, experts=6, hidden=10, intermediate=7, top_k=top_k)
         assert layer_config(arch, config, 0).num_experts == 6

@@ -251,3 +251,29 @@ def test_undeclared_dtype(path: Path) -> None:
     (path / "config.json").write_text('{"dtype": "int3"}')
     with pytest.raises(CheckpointError, match="dtype='int3' is not one of float32"):
         _ = Checkpoint(path).dtype
+
+
+@pytest.mark.parametrize(
+    "rows, cols",
+    [(None, None), (slice(1, 3), None), (None, slice(1, 4)), (slice(2, 3), slice(0, 2)), (slice(1, 1), None)],
+    ids=str,
+)
+def test_an_entry_of_the_first_dimension_is_read_alone(
+    path: Path, rows: slice | None, cols: slice | None
+) -> None:
+    with Checkpoint(path) as checkpoint:
+        tensor = checkpoint.read("cube", rows, cols, expect_shape=(2, 3, 4), index=1)
+        read = checkpoint.bytes_read
+    expected = TENSORS["cube"][1, rows or slice(None), cols or slice(None)]
+    assert torch.equal(tensor, expected)
+    assert read == header_bytes(path / "model.safetensors") + expected.numel() * 2
+
+
+def test_an_entry_may_be_a_vector(path: Path) -> None:
+    assert torch.equal(Checkpoint(path).read("a", slice(2, 4), index=6), TENSORS["a"][6, 2:4])
+
+
+@pytest.mark.parametrize("name, index", [("cube", 2), ("cube", -1), ("c", 0), ("scalar", 0)])
+def test_an_entry_that_is_not_there(path: Path, name: str, index: int) -> None:
+    with pytest.raises(ValueError, match=rf"tensor {name} of shape .* has no entry {index} "):
+        Checkpoint(path).read(name, index=index)

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from launch import mpirun
 
+from xpar.engine.cli import parser
+from xpar.engine.dense_schema import DENSE
+
 XPAR = [sys.executable, "-m", "xpar.engine"]
 
 
@@ -51,6 +54,7 @@ def test_run_verifies_and_writes_json(checkpoint: Path, tmp_path: Path, n: int) 
     [
         (["--tp", "3"], "tp=3 does not divide 2 ranks; tp must be one of 1, 2"),
         (["--kernel", "abacus"], "kernel='abacus'"),
+        (["--tiles", "tiles.json", "--device", "cpu"], "has no tile table; leave tiles out"),
         (["--dispatcher", "replicated"], "hold different tokens"),
         (["--layers", "9"], "layer 9 has no experts"),
         (["--tokens", "-1"], "--tokens -1: must be at least 0"),
@@ -98,3 +102,29 @@ def test_doctor_lists_every_rank() -> None:
     job = mpirun(3, [*XPAR, "doctor"])
     assert job.returncode == 0, job.stdout + job.stderr
     assert "no problems found" in job.stdout and "mpi4py" in job.stdout
+
+
+def make(family: str, path: Path) -> int:
+    """The command in this process: it needs no MPI, and a start costs seconds."""
+    args = parser().parse_args(["make-checkpoint", family, str(path), "--hidden", "64"])
+    return int(args.main(args))
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_every_family_can_be_made_with_the_defaults(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make(family, tmp_path / "made") == 0
+    assert f"{family}, 2 layers of 8 experts" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("gpt_oss", ["--etp", "2"]), ("longcat_flash", ["--tp", "2"]), ("llama4_text", ["--exact"])],
+    ids=["biases", "identity experts", "weight on input"],
+)
+def test_run_verifies(family: str, options: list[str], tmp_path: Path) -> None:
+    assert make(family, tmp_path / family) == 0
+    words = ["run", str(tmp_path / family), "--tokens", "33", "--steps", "1", "--verify", *options]
+    job = mpirun(2, [*XPAR, *words])
+    assert job.returncode == 0, job.stdout + job.stderr

@@ -1,98 +1,149 @@
 """Each family's layer, as read and computed here, is the one that transformers computes."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from moe_families import CASES, Case, fresh_seed, transformers_block
+from moe_families import CASES, Case, fresh_seed, transformers_model, transformers_output
 
 from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.config import RouterConfig
 from xpar.engine.reference import layer_reference
 from xpar.engine.weights import load_router, make_router
 
 TOKENS = 96
 SEED = fresh_seed()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
-def case(request: pytest.FixtureRequest) -> Case:
-    return request.param
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint, and the model that transformers loads from it."""
+
+    case: Case
+    dtype: torch.dtype
+    path: Path
+    model: torch.nn.Module
+
+    @property
+    def block(self) -> torch.nn.Module:
+        return self.model.get_submodule(self.case.module.format(layer=self.case.layer))
 
 
-@pytest.fixture(scope="module", params=["own", "transformers"])
-def writer(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def path(case: Case, writer: str, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(
+    scope="module",
+    params=[(case, writer, dtype) for case in CASES for writer in case.writers for dtype in DTYPES],
+    ids=lambda param: f"{param[0].name}-{param[1]}-{param[2]}",
+)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    case, writer, dtype = request.param[0], request.param[1], DTYPES[request.param[2]]
     path = tmp_path_factory.mktemp(case.name)
     case.write(path, writer, dtype, SEED)
-    return path
+    return Made(case, dtype, path, transformers_model(path, dtype))
 
 
-def decided(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """[T] bool: no two logits of the row are equal, so that the choice does not hang on an order of equals."""
-    falling = router_logits.float().sort(dim=-1, descending=True).values
-    return (falling[:, :-1] != falling[:, 1:])[:, : top_k + 1].all(dim=-1)
+def decided(router_logits: torch.Tensor, config: RouterConfig) -> torch.Tensor:
+    """[T] bool: neither equal logits nor, in sparsemixer, a distance that bf16 rounds to its limit decide the row."""
+    logits = router_logits.float()
+    falling = logits.sort(dim=-1, descending=True).values
+    sure = (falling[:, :-1] != falling[:, 1:])[:, : config.top_k + 1].all(dim=-1)
+    if config.choice == "sparsemixer":
+        a, b = logits[:, :, None], logits[:, None, :]
+        distance = (a - b) / torch.maximum(a.abs(), b.abs())
+        sure &= ((distance - 2 * config.jitter_eps).abs() > 5e-4).flatten(1).all(dim=-1)
+    return sure
 
 
 @pytest.mark.parametrize("seed", [SEED])
-def test_layer_equals_transformers(case: Case, path: Path, dtype: torch.dtype, seed: int) -> None:
-    block = transformers_block(path, case.layer, dtype)
-    x = torch.randn(TOKENS, block.gate.weight.shape[1], generator=torch.Generator().manual_seed(seed + 1)).to(
-        dtype
-    )
-    with torch.no_grad():
-        expected = block(x[None])[0].float()
-        router_logits, weights, ids = block.gate(x)
+def test_layer_equals_transformers(made: Made, seed: int) -> None:
+    case, dtype = made.case, made.dtype
+    x = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    expected = transformers_output(made.block, x).float()
 
-    with Checkpoint(path) as checkpoint:
+    with Checkpoint(made.path) as checkpoint:
         arch = find(checkpoint.config)
         config = layer_config(arch, checkpoint.config, case.layer)
         router = make_router(load_router(checkpoint, arch, case.layer, config, dtype), config)
         output, routing = layer_reference(checkpoint, case.layer, x)
+    rows = torch.ones(TOKENS, dtype=torch.bool)
+    if config.router.num_expert_group == 1:
+        rows = decided(router.logits(x), config.router)
 
-    torch.testing.assert_close(router.logits(x), router_logits, rtol=0, atol=0)
-    rows = decided(router_logits, config.router.top_k) if config.router.num_expert_group == 1 else slice(None)
-    ours, theirs = routing.topk_ids[rows].sort(), ids[rows].sort()
-    assert torch.equal(ours.values, theirs.values.int())
-    slack = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
-    torch.testing.assert_close(
-        routing.topk_weights[rows].gather(1, ours.indices),
-        weights[rows].gather(1, theirs.indices).float(),
-        rtol=slack,
-        atol=0,
-    )
-    error = (output[rows] - expected[rows]).norm() / expected[rows].norm()
-    assert error < {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype], f"{error=:.2e}"
+    if case.router is not None:
+        with torch.no_grad():
+            router_logits, weights, ids = made.block.get_submodule(case.router)(x)
+        torch.testing.assert_close(router.logits(x).float(), router_logits.float(), rtol=0, atol=0)
+        zero = ids >= config.num_experts  # experts without weights, which are no slots here
+        mean = 1.0 if config.shared is None else config.shared.scale  # folded into our weights
+        theirs = ids.masked_fill(zero, -1)[rows].sort(stable=True)
+        ours = routing.topk_ids[rows].sort(stable=True)
+        assert torch.equal(ours.values, theirs.values.int())
+        slack = {torch.float32: 1e-6, torch.bfloat16: case.roundings * 2**-8}[dtype]
+        torch.testing.assert_close(
+            routing.topk_weights[rows].gather(1, ours.indices),
+            weights.masked_fill(zero, 0.0)[rows].gather(1, theirs.indices).float() * mean,
+            rtol=slack,
+            atol=0,
+        )
+    if dtype == torch.float32:
+        assert (output[rows] - expected[rows]).norm() / expected[rows].norm() < 1e-5
+    else:  # scores that a family rounds to bf16 may tie there and not here: a few tokens choose another expert
+        per_token = (output[rows] - expected[rows]).norm(dim=1) / expected[rows].norm(dim=1)
+        assert per_token.quantile(0.9) < case.roundings * 1.2e-2
     assert output.dtype == torch.float32 and len(expected[rows]) > TOKENS // 4
 
 
 @pytest.mark.parametrize("seed", [SEED])
-def test_random_weights_make_a_layer_worth_testing(
-    case: Case, path: Path, dtype: torch.dtype, seed: int
-) -> None:
-    with Checkpoint(path) as checkpoint:
-        experts = layer_config(find(checkpoint.config), checkpoint.config, case.layer).num_experts
-        x = torch.randn(500, 64, generator=torch.Generator().manual_seed(seed + 2)).to(dtype)
-        output, routing = layer_reference(checkpoint, case.layer, x)
-    load = torch.bincount(routing.topk_ids.flatten(), minlength=experts)
-    assert load.min() > 0, "some expert is never chosen"
-    assert load.max() > load.float().mean() * 1.02, "all experts are chosen alike"
+def test_random_weights_make_a_layer_worth_testing(made: Made, seed: int) -> None:
+    with Checkpoint(made.path) as checkpoint:
+        config = layer_config(find(checkpoint.config), checkpoint.config, made.case.layer)
+        x = torch.randn(500, 64, generator=torch.Generator().manual_seed(seed + 2)).to(made.dtype)
+        output, routing = layer_reference(checkpoint, made.case.layer, x)
+    load = torch.bincount(routing.topk_ids.flatten() + 1, minlength=config.num_experts + 1)
+    assert (load[0] > 0) == (config.router.zero_experts > 0)
+    assert load[1:].min() > 0, "some expert is never chosen"
+    assert load[1:].max() > load[1:].min(), "all experts are chosen alike"
     assert 0.1 < output.std() < 10
 
 
-def test_moe_layers_are_those_of_transformers(case: Case, path: Path) -> None:
-    with Checkpoint(path) as checkpoint:
+def test_moe_layers_are_those_of_transformers(made: Made) -> None:
+    with Checkpoint(made.path) as checkpoint:
         arch = find(checkpoint.config)
         ours = moe_layers(arch, checkpoint.config)
-    model_layers = range(3)
-    has_experts = [hasattr(transformers_block(path, i, torch.float32), "experts") for i in model_layers]
-    assert ours == tuple(i for i in model_layers if has_experts[i])
+    blocks = [made.model.get_submodule(made.case.module.format(layer=i)) for i in range(3)]
+    assert ours == tuple(i for i in range(3) if hasattr(blocks[i], "router") or hasattr(blocks[i], "experts"))
+
+
+@pytest.mark.parametrize("seed", [SEED])
+def test_llama4_with_its_vision_part(tmp_path: Path, seed: int) -> None:
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "num_local_experts": 8,
+        "vocab_size": 256,
+        "intermediate_size_mlp": 64,
+        "pad_token_id": None,
+    }
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "image_size": 28}
+    config = Llama4Config(text_config=text, vision_config=vision | sizes)
+    torch.manual_seed(seed)
+    model = Llama4ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "feed_forward" in name:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(TOKENS, 64)
+    expected = transformers_output(model.language_model.model.layers[1].feed_forward, x)
+    with Checkpoint(tmp_path) as checkpoint:
+        output, _ = layer_reference(checkpoint, 1, x)
+    assert (output - expected).norm() / expected.norm() < 1e-5

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_families import ONE_PER_FAMILY, SIZES, Case, fresh_seed, transformers_block
+from moe_families import ONE_PER_FAMILY, SIZES, Case, fresh_seed, transformers_block, transformers_output
 
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
@@ -21,8 +21,11 @@ def digest(path: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.iterdir()}
 
 
-@pytest.mark.parametrize("writer", ["own", "transformers"])
-@pytest.mark.parametrize("case", ONE_PER_FAMILY, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case, writer",
+    [(case, writer) for case in ONE_PER_FAMILY for writer in case.writers],
+    ids=lambda value: value.name if isinstance(value, Case) else value,
+)
 def test_the_seed_decides_the_bytes(case: Case, writer: str, tmp_path: Path) -> None:
     for name, seed in (("a", SEED), ("b", SEED), ("c", SEED + 1)):
         case.write(tmp_path / name, writer, torch.bfloat16, seed)
@@ -30,7 +33,9 @@ def test_the_seed_decides_the_bytes(case: Case, writer: str, tmp_path: Path) -> 
     assert digest(tmp_path / "a")["model.safetensors"] != digest(tmp_path / "c")["model.safetensors"]
 
 
-@pytest.mark.parametrize("case", ONE_PER_FAMILY, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in ONE_PER_FAMILY if len(case.writers) == 2], ids=lambda case: case.name
+)
 def test_both_writers_make_the_same_tensors(case: Case, tmp_path: Path) -> None:
     places: list[dict[str, Any]] = []
     for writer in ("own", "transformers"):
@@ -50,8 +55,7 @@ def test_shards(writer: str, tmp_path: Path) -> None:
     files = list(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2 and max(f.stat().st_size for f in files) < 210_000
     x = torch.randn(20, SIZES["hidden"])
-    with torch.no_grad():
-        expected = transformers_block(tmp_path, 1, torch.float32)(x[None])[0]
+    expected = transformers_output(transformers_block(tmp_path, case, torch.float32), x)
     output, _ = layer_reference(Checkpoint(tmp_path), 1, x)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
@@ -71,7 +75,23 @@ def test_shared_width(model_type: str, key: str, shared: int, tmp_path: Path) ->
     assert config[key] == shared
 
 
+@pytest.mark.parametrize(
+    "model_type", ["cohere2_moe", "dbrx", "jamba", "jetmoe", "longcat_flash", "nemotron_h", "qwen3_next"]
+)
+def test_what_the_own_writer_lacks_is_said_before_anything_is_written(
+    model_type: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        CheckpointError, match=f"{model_type}: the tables of the own writer .* use the writer tra"
+    ):
+        make_checkpoint(model_type, tmp_path / "new", **SIZES, writer="own")
+    assert not (tmp_path / "new").exists()
+
+
 BAD = {
+    "more than a language model": ("llama4", {}, r"llama4: can be read, not written; choose one of mixtral"),
+    "two weights on one input": ("llama4_text", {}, r"weight_on_input with top_k=3.*use top_k=1"),
+    "shared of another width": ("hunyuan_v1_moe", {"shared": 2}, r"shared=2: hunyuan_v1_moe always has one"),
     "unknown family": ("gpt2", {}, r"model_type='gpt2'"),
     "top_k over E": ("olmoe", {"top_k": 9}, r"top_k=9 with 8 experts"),
     "no experts": ("olmoe", {"experts": 0}, r"num_experts=0: must be at least 1"),

@@ -7,7 +7,8 @@ import torch
 from moe_families import fresh_seed
 
 from xpar.engine.config import RouterConfig
-from xpar.engine.routing import Router, gate_logits, select_experts
+from xpar.engine.routers import routing_rule
+from xpar.engine.routing import Router, gate_logits
 
 SEED = fresh_seed()
 
@@ -29,6 +30,11 @@ CONFIGS = {
         correction_bias=True,
         routed_scaling_factor=2.5,
     ),
+    "sigmoid-max-grouped": RouterConfig(top_k=3, scoring="sigmoid", num_expert_group=4, topk_group=2),
+    "sqrtsoftplus-bias": RouterConfig(
+        top_k=3, scoring="sqrtsoftplus", correction_bias=True, routed_scaling_factor=1.5
+    ),
+    "sqrtsoftplus": RouterConfig(top_k=2, scoring="sqrtsoftplus", renormalize=False),
     "one-of-all": RouterConfig(top_k=1),
     "all": RouterConfig(top_k=12),
 }
@@ -39,6 +45,8 @@ def golden(logits: list[float], config: RouterConfig, bias: list[float]) -> tupl
     if config.scoring == "softmax":
         total = math.fsum(math.exp(x) for x in logits)
         scores = [math.exp(x) / total for x in logits]
+    elif config.scoring == "sqrtsoftplus":
+        scores = [math.sqrt(math.log1p(math.exp(x))) for x in logits]
     else:
         scores = [1 / (1 + math.exp(-x)) for x in logits]
     choice = [s + b for s, b in zip(scores, bias, strict=True)]
@@ -88,7 +96,7 @@ def test_router_is_its_definition(config: RouterConfig, experts: int, dtype: tor
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_equal_logits_go_to_the_lowest_ids(config: RouterConfig) -> None:
     bias = torch.zeros(12) if config.correction_bias else None
-    routing = select_experts(torch.zeros(2, 12), config, bias)
+    routing = routing_rule(config, bias).route(None, torch.zeros(2, 12))
     assert routing.topk_ids.tolist() == [list(range(config.top_k))] * 2
 
 
@@ -113,7 +121,7 @@ def test_finite_logits_with_an_infinite_sum_are_accepted() -> None:
 
 
 def test_vanishing_sigmoid_scores_give_finite_weights() -> None:
-    routing = select_experts(torch.full((1, 12), -200.0), CONFIGS["sigmoid-renormalised"])
+    routing = routing_rule(CONFIGS["sigmoid-renormalised"]).route(None, torch.full((1, 12), -200.0))
     assert torch.isfinite(routing.topk_weights).all()
 
 
@@ -121,15 +129,18 @@ def test_vanishing_sigmoid_scores_give_finite_weights() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("hidden, experts", [(48, 12), (2048, 64), (1000, 60)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["softmax-renormalised", "sigmoid-bias-grouped"])
+@pytest.mark.parametrize(
+    "name", ["softmax-renormalised", "sigmoid-bias-grouped", "sqrtsoftplus-bias", "logits"]
+)
 def test_row_invariant_routing_has_the_same_bits_in_any_batch(
     name: str, dtype: torch.dtype, hidden: int, experts: int, threads: int, seed: int
 ) -> None:
-    config = CONFIGS[name]
+    config = CONFIGS.get(name) or RouterConfig(top_k=4, choice="logits", renormalize=False, gate_bias=True)
     generator = torch.Generator().manual_seed(seed)
     gate = (torch.randn(experts, hidden, generator=generator) / hidden**0.5).to(dtype)
     bias = torch.randn(experts, generator=generator) / 10 if config.correction_bias else None
-    router = Router(config, gate, bias, row_invariant=True)
+    gate_bias = torch.randn(experts, generator=generator).to(dtype) if config.gate_bias else None
+    router = Router(config, gate, bias, gate_bias=gate_bias, row_invariant=True)
     x = torch.randn(131, hidden, generator=generator).to(dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

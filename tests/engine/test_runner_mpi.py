@@ -1,5 +1,6 @@
 """Every family, dispatcher and grid equals the transformers module; exact mode equals itself on any number of ranks."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_families import ONE_PER_FAMILY, Case, transformers_block
-from movers import fitting, movers
+from moe_families import ONE_PER_FAMILY, Case, transformers_block, transformers_output
+from movers import fitting, movers, pairs
 
 from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
 from xpar.comm.shares import share
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 pytestmark = pytest.mark.mpi(deadline=120)
+GridOf = Callable[..., ProcessGrid]
+MOVERS = movers(deadline=120)
 TOKENS = 11
+BASIC = ONE_PER_FAMILY[:6]
+# Biases; weight on the input; identity experts; an output bias; no gate.
+ODD = ("gpt_oss", "llama4_text", "longcat_flash", "jetmoe", "nemotron_h")
+SPECIAL = [case for case in ONE_PER_FAMILY if case.model_type in ODD]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +41,7 @@ def checkpoints(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory) -> 
     root = Path(comm.bcast(str(tmp_path_factory.mktemp("families"))))
     if comm.rank == 0:
         for number, case in enumerate(ONE_PER_FAMILY):
-            case.write(root / case.name, "own", torch.float32, number)
+            case.write(root / case.name, case.writers[0], torch.float32, number)
     comm.barrier()
     return {case.name: root / case.name for case in ONE_PER_FAMILY}
 
@@ -43,15 +50,8 @@ def checkpoints(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory) -> 
 def blocks(checkpoints: dict[str, Path]) -> dict[str, torch.nn.Module]:
     """transformers' fp32 module of each family."""
     return {
-        case.name: transformers_block(checkpoints[case.name], case.layer, torch.float32)
-        for case in ONE_PER_FAMILY
+        case.name: transformers_block(checkpoints[case.name], case, torch.float32) for case in ONE_PER_FAMILY
     }
-
-
-def call(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        out = block(x[None])
-    return (out[0] if isinstance(out, tuple) else out).reshape(x.shape)
 
 
 def grids(size: int) -> list[dict[str, int]]:
@@ -61,6 +61,20 @@ def grids(size: int) -> list[dict[str, int]]:
     if size == 4:
         found += [{"tp": 2}, {"tp": 2, "ep": 2, "etp": 2}, {"ep": 2}, {"tp": 2, "ep": 2}]
     return found
+
+
+@pytest.fixture(scope="module")
+def grid_of(world: World) -> GridOf:
+    """One grid of each shape: MPI has about two thousand communicators, and a grid takes several."""
+    made: dict[tuple[tuple[str, int], ...], ProcessGrid] = {}
+
+    def get(**axes: int) -> ProcessGrid:
+        key = tuple(sorted(axes.items()))
+        if key not in made:
+            made[key] = ProcessGrid.create(world, **axes)
+        return made[key]
+
+    return get
 
 
 def hidden(tokens: int, width: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -86,13 +100,18 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ONE_PER_FAMILY, ids=lambda case: case.name)
 def test_family_equals_transformers(
-    world: World, checkpoints: dict[str, Path], fresh_seed: int, case: Case, dtype: torch.dtype
+    world: World,
+    grid_of: GridOf,
+    checkpoints: dict[str, Path],
+    fresh_seed: int,
+    case: Case,
+    dtype: torch.dtype,
 ) -> None:
     path = checkpoints[case.name]
-    runner = MoERunner.from_checkpoint(path, case.layer, ProcessGrid.create(world), dtype)
+    runner = MoERunner.from_checkpoint(path, case.layer, grid_of(), dtype)
     x = hidden(TOKENS, runner.config.hidden_size, fresh_seed, dtype)
     got = whole(runner, x, even_ends(TOKENS, world.size))
-    expected = call(transformers_block(path, case.layer, dtype), x)
+    expected = transformers_output(transformers_block(path, case, dtype), x)
     if dtype == torch.float32:
         assert error(got, expected) < 1e-5
     else:  # a tie at the k-th place is broken by id here and arbitrarily there: judge by the typical token
@@ -101,10 +120,14 @@ def test_family_equals_transformers(
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-@pytest.mark.parametrize("dispatcher", ["auto", *movers(deadline=120)])
-@pytest.mark.parametrize("case", ONE_PER_FAMILY, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case, dispatcher",
+    [*pairs(BASIC, ["auto", *MOVERS]), *pairs(SPECIAL, ["auto", "alltoall"])],
+    ids=lambda value: value.name if isinstance(value, Case) else value,
+)
 def test_every_grid_equals_transformers(
     world: World,
+    grid_of: GridOf,
     checkpoints: dict[str, Path],
     blocks: dict[str, torch.nn.Module],
     fresh_seed: int,
@@ -116,25 +139,33 @@ def test_every_grid_equals_transformers(
     for axes in grids(world.size):
         if exact and axes.get("etp", 1) > 1:
             continue
-        grid = ProcessGrid.create(world, **axes)
+        grid = grid_of(**axes)
         runner = MoERunner.from_checkpoint(path, case.layer, grid, dispatcher=dispatcher, exact=exact)
         x = hidden(TOKENS, runner.config.hidden_size, fresh_seed, torch.float32)
         got = whole(runner, x, even_ends(TOKENS, grid.dp.size))
-        expected = call(blocks[case.name], x)
+        expected = transformers_output(blocks[case.name], x)
         assert error(got, expected) < 1e-5, axes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dispatcher", movers(deadline=120))
+@pytest.mark.parametrize(
+    "case, dispatcher",
+    [*pairs(BASIC[1:2], MOVERS), *pairs(SPECIAL, ["alltoall"])],
+    ids=lambda value: value.name if isinstance(value, Case) else value,
+)
 def test_exact_mode_gives_the_bits_of_one_rank(
-    world: World, checkpoints: dict[str, Path], fresh_seed: int, dispatcher: str, dtype: torch.dtype
+    world: World,
+    grid_of: GridOf,
+    checkpoints: dict[str, Path],
+    fresh_seed: int,
+    case: Case,
+    dispatcher: str,
+    dtype: torch.dtype,
 ) -> None:
-    path = checkpoints["qwen2_moe"] if "qwen2_moe" in checkpoints else next(iter(checkpoints.values()))
+    path = checkpoints[case.name]
     options: dict[str, Any] = {"exact": True}
-    alone = MoERunner.from_checkpoint(path, 1, ProcessGrid.create(world, ep=1), dtype, **options)
-    spread = MoERunner.from_checkpoint(
-        path, 1, ProcessGrid.create(world), dtype, dispatcher=dispatcher, **options
-    )
+    alone = MoERunner.from_checkpoint(path, 1, grid_of(ep=1), dtype, **options)
+    spread = MoERunner.from_checkpoint(path, 1, grid_of(), dtype, dispatcher=dispatcher, **options)
     x = hidden(23, alone.config.hidden_size, fresh_seed, dtype)
     one = alone(x)  # ep = 1: every rank computes all tokens by itself
     assert torch.equal(whole(spread, x, even_ends(23, world.size)), one)

@@ -1,6 +1,7 @@
 """A rank gets its share of a layer, reads no other byte, and refuses weights that would compute nonsense."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,19 @@ from xpar.engine.weights import LayerWeights, load_layer
 SEED = fresh_seed()
 H, I, E = SIZES["hidden"], SIZES["intermediate"], SIZES["experts"]
 SOME = slice(5, 18)
+LAYER = 1
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+DEEPSEEK_LIKE = {"deepseek_v3", "glm4_moe", "dots1", "nemotron_h"}
+WITH_CORRECTION = DEEPSEEK_LIKE | {"minimax_m2", "ernie4_5_moe", "longcat_flash"}
+WITH_SHARED = DEEPSEEK_LIKE | {
+    "deepseek_v2",
+    "qwen2_moe",
+    "qwen3_next",
+    "cohere2_moe",
+    "llama4_text",
+    "ernie4_5_moe",
+    "hunyuan_v1_moe",
+}
 
 
 @pytest.fixture(scope="module", params=ONE_PER_FAMILY, ids=lambda case: case.name)
@@ -25,14 +39,14 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture(scope="module")
 def path(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(case.name)
-    case.write(path, "own", torch.bfloat16, SEED)
+    case.write(path, case.writers[0], torch.bfloat16, SEED)
     return path
 
 
 def load(
     path: Path, layer: int, experts: list[int], rows: slice = slice(None), shared_rows: slice = slice(None)
-) -> tuple[LayerWeights, dict[int, tuple[torch.Tensor, torch.Tensor]], int]:
-    loaded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+) -> tuple[LayerWeights, dict[int, tuple[torch.Tensor, ...]], int]:
+    loaded: dict[int, tuple[torch.Tensor, ...]] = {}
     with Checkpoint(path) as checkpoint:
         arch = find(checkpoint.config)
         weights = load_layer(
@@ -41,7 +55,7 @@ def load(
             layer,
             layer_config(arch, checkpoint.config, layer),
             experts=experts,
-            sink=lambda i, gate_up, down: loaded.update({i: (gate_up.clone(), down.clone())}),
+            sink=lambda i, *tensors: loaded.update({i: tuple(t.clone() for t in tensors)}),
             dtype=torch.bfloat16,
             rows=rows,
             shared_rows=shared_rows,
@@ -50,67 +64,125 @@ def load(
 
 
 def small_bytes(weights: LayerWeights, path: Path) -> int:
-    """Router and header bytes: what every rank reads."""
+    """Header, router, biases, shared experts, latent products: what every rank reads."""
     data = (path / "model.safetensors").read_bytes()
-    bias = weights.router.correction_bias
-    return 8 + int.from_bytes(data[:8], "little") + E * H * 2 + (0 if bias is None else E * 4)
+    router, shared = weights.router, weights.shared
+    bias = router.correction_bias
+    stored = Checkpoint(path)
+    kept = [router.gate, router.gate_bias, weights.output_bias]
+    kept += [shared.gate_up, shared.down, shared.gate] if shared is not None else []
+    kept += [weights.latent.enter, weights.latent.leave] if weights.latent is not None else []
+    count = 8 + int.from_bytes(data[:8], "little") + sum(t.nbytes for t in kept if t is not None)
+    name = find(stored.config).bias
+    if bias is not None and name is not None:
+        count += bias.numel() * {"F32": 4, "BF16": 2}[stored.entry(name.format(layer=LAYER)).dtype]
+    return count
 
 
-def shared_bytes(weights: LayerWeights) -> int:
-    if weights.shared is None:
-        return 0
-    gate = weights.shared.gate
-    return weights.shared.gate_up.nbytes + weights.shared.down.nbytes + (0 if gate is None else gate.nbytes)
+@dataclass(frozen=True)
+class Expert:
+    """An expert taken from whole tensors: gate rows or None, up rows, down, and the biases in the same order."""
+
+    gate: torch.Tensor | None
+    up: torch.Tensor
+    down: torch.Tensor
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    def slice(self, rows: slice) -> tuple[torch.Tensor, ...]:
+        """What a rank with these rows of the width must get."""
+        packed = [t[rows] for t in (self.gate, self.up) if t is not None]
+        found = [torch.cat(packed), self.down[:, rows]]
+        if self.gate_bias is not None and self.up_bias is not None and self.down_bias is not None:
+            found.append(torch.cat([self.gate_bias[rows], self.up_bias[rows]]))
+            first = rows.start in (None, 0)
+            found.append(self.down_bias if first else torch.zeros_like(self.down_bias))
+        return tuple(found)
+
+
+def stored_expert(family: str, t: dict[str, torch.Tensor], e: int) -> Expert:
+    """Expert ``e`` of layer 1, written out by hand for each form of storage."""
+    block = f"model.layers.{LAYER}."
+    if family == "gpt_oss":
+        both, bias = t[block + "mlp.experts.gate_up_proj"][e].T, t[block + "mlp.experts.gate_up_proj_bias"][e]
+        down = t[block + "mlp.experts.down_proj"][e].T
+        down_bias = t[block + "mlp.experts.down_proj_bias"][e]
+        return Expert(both[::2], both[1::2], down, bias[::2], bias[1::2], down_bias)
+    if family == "llama4_text":
+        both = t[block + "feed_forward.experts.gate_up_proj"][e].T
+        return Expert(both[:I], both[I:], t[block + "feed_forward.experts.down_proj"][e].T)
+    if family in ("granitemoe", "jetmoe"):
+        block += "block_sparse_moe." if family == "granitemoe" else "mlp."
+        both = t[block + "input_linear.weight"][e]
+        return Expert(both[:I], both[I:], t[block + "output_linear.weight"][e])
+    if family == "dbrx":
+        gate, up, down = (
+            t[f"transformer.blocks.{LAYER}.ffn.experts.mlp.{n}"].view(E, I, H)[e] for n in ("w1", "v1", "w2")
+        )
+        return Expert(gate, up, down.T)
+    if family == "nemotron_h":
+        block = f"backbone.layers.{LAYER}.mixer.experts.{e}."
+        return Expert(None, t[block + "up_proj.weight"], t[block + "down_proj.weight"])
+    names = ("w1", "w3", "w2") if family in ("mixtral", "minimax_m2", "phimoe") else PROJECTIONS
+    (part,) = {n.split(".")[3] for n in t if n.startswith(block) and ".experts.0." in n}
+    return Expert(*(t[f"{block}{part}.experts.{e}.{n}.weight"] for n in names))
+
+
+def same(loaded: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
+    return len(loaded) == len(expected) and all(map(torch.equal, loaded, expected))
 
 
 def test_three_of_eight_experts(case: Case, path: Path) -> None:
     weights, loaded, bytes_read = load(path, case.layer, [6, 1, 3])
-    assert bytes_read == small_bytes(weights, path) + shared_bytes(weights) + 3 * 3 * I * H * 2
-    arch = find({"model_type": case.model_type})
     stored = load_file(path / "model.safetensors")
     for index, expert in enumerate([6, 1, 3]):
-        gate, up, down = (
-            stored[name.format(layer=case.layer, expert=expert)]
-            for name in (arch.experts.gate, arch.experts.up, arch.experts.down)
-        )
-        assert torch.equal(loaded[index][0], torch.cat([gate, up]))
-        assert torch.equal(loaded[index][1], down)
+        assert same(loaded[index], stored_expert(case.model_type, stored, expert).slice(slice(None)))
+    experts = sum(t.nbytes for tensors in loaded.values() for t in tensors)
+    assert bytes_read == small_bytes(weights, path) + experts
+    arch = find({"model_type": case.model_type})
     assert torch.equal(weights.router.gate, stored[arch.router.format(layer=case.layer)])
-    assert (weights.router.correction_bias is None) == (case.model_type != "deepseek_v3")
-    assert (weights.shared is None) == (case.model_type in ("mixtral", "qwen3_moe", "olmoe"))
+    assert (weights.router.correction_bias is not None) == (case.model_type in WITH_CORRECTION)
+    assert (weights.shared is not None) == (case.model_type in WITH_SHARED)
+    assert (weights.router.gate_bias is not None) == (case.model_type == "gpt_oss")
+    assert (weights.output_bias is not None) == (case.model_type == "jetmoe")
 
 
 def test_a_slice_of_the_width(case: Case, path: Path) -> None:
-    whole, experts, _ = load(path, case.layer, [2, 7])
+    whole, _, _ = load(path, case.layer, [])
     weights, loaded, bytes_read = load(path, case.layer, [2, 7], rows=SOME, shared_rows=slice(0, 7))
-    assert bytes_read == small_bytes(weights, path) + shared_bytes(weights) + 2 * 3 * 13 * H * 2
-    for index in (0, 1):
-        gate_up, down = experts[index]
-        assert torch.equal(loaded[index][0], torch.cat([gate_up[:I][SOME], gate_up[I:][SOME]]))
-        assert torch.equal(loaded[index][1], down[:, SOME])
+    stored = load_file(path / "model.safetensors")
+    for index, expert in enumerate([2, 7]):
+        assert same(loaded[index], stored_expert(case.model_type, stored, expert).slice(SOME))
+    experts = sum(t.nbytes for tensors in loaded.values() for t in tensors[:3])  # down biases are not read
+    assert bytes_read == small_bytes(weights, path) + experts
     if whole.shared is not None and weights.shared is not None:
-        gate, up = whole.shared.gate_up.chunk(2)
-        assert torch.equal(weights.shared.gate_up, torch.cat([gate[:7], up[:7]]))
+        parts = whole.shared.gate_up.split(whole.shared.down.shape[1])
+        assert torch.equal(weights.shared.gate_up, torch.cat([part[:7] for part in parts]))
         assert torch.equal(weights.shared.down, whole.shared.down[:, :7])
 
 
 def test_uneven_slices_make_up_the_whole(case: Case, path: Path) -> None:
-    _, whole, _ = load(path, case.layer, [4])
-    parts = [
-        load(path, case.layer, [4], rows=rows)[1][0] for rows in (slice(0, 17), slice(17, 34), slice(34, I))
-    ]
-    gates, ups = zip(*(gate_up.chunk(2) for gate_up, _ in parts), strict=True)
-    assert torch.equal(torch.cat([*gates, *ups]), whole[0][0])
-    assert torch.equal(torch.cat([down for _, down in parts], dim=1), whole[0][1])
+    whole = load(path, case.layer, [4])[1][0]
+    slices = (slice(0, 17), slice(17, 34), slice(34, I))
+    parts = [load(path, case.layer, [4], rows=rows)[1][0] for rows in slices]
+    halves = whole[0].shape[0] // I
+    packed = [torch.cat([p[0].chunk(halves)[half] for p in parts]) for half in range(halves)]
+    assert torch.equal(torch.cat(packed), whole[0])
+    assert torch.equal(torch.cat([p[1] for p in parts], dim=1), whole[1])
+    if len(whole) == 4:
+        biases = [torch.cat([p[2].chunk(2)[half] for p in parts]) for half in range(2)]
+        assert torch.equal(torch.cat(biases), whole[2])
+        assert torch.equal(sum(p[3] for p in parts), whole[3]) and whole[3].any()
 
 
 def test_a_rank_without_experts_reads_none(case: Case, path: Path) -> None:
     weights, loaded, bytes_read = load(path, case.layer, [])
-    assert loaded == {} and bytes_read == small_bytes(weights, path) + shared_bytes(weights)
+    assert loaded == {} and bytes_read == small_bytes(weights, path)
 
 
 def test_sharded_checkpoints_hold_the_same(case: Case, path: Path, tmp_path: Path) -> None:
-    case.write(tmp_path, "own", torch.bfloat16, SEED, max_shard_bytes=50_000)
+    case.write(tmp_path, case.writers[0], torch.bfloat16, SEED, max_shard_bytes=50_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     weights, loaded, _ = load(path, case.layer, [0, 5])
     again, reloaded, _ = load(tmp_path, case.layer, [0, 5])
@@ -129,7 +201,7 @@ def test_a_dtype_the_caller_wants(case: Case, path: Path) -> None:
             case.layer,
             config,
             experts=[0],
-            sink=lambda i, gate_up, down: seen.append((gate_up.dtype, down.dtype)),
+            sink=lambda i, gate_up, down, *_: seen.append((gate_up.dtype, down.dtype)),
             dtype=torch.float32,
         )
     assert seen == [(torch.float32, torch.float32)] and weights.router.gate.dtype == torch.float32
@@ -186,7 +258,7 @@ def test_expert_ids_out_of_range(path: Path, case: Case) -> None:
 
 def test_config_and_weights_of_different_models(path: Path, case: Case, tmp_path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, find(config).hidden_size.names[0]: 32}))
     (tmp_path / "model.safetensors").symlink_to(path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"config and weights are not of the same model"):
         load(tmp_path, case.layer, [0])

@@ -21,7 +21,7 @@ def test_in_the_interpreter(file):
         env=clean_environment() | {"TRITON_INTERPRET": "1", "PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-500:]

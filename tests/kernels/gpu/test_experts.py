@@ -130,6 +130,27 @@ def test_equals_reference(case, g):
     layer.check(layer.kernel())
 
 
+def halved(tiles):
+    return *tiles[:2], replace(tiles[2], half=True)
+
+
+VARIANTS = {
+    "half": {"gate_up": halved(TABLE.gate_up), "down": halved(TABLE.down), "limits": (0, 0)},
+    "tails": {"limits": (0, 0), "tails": (20, 40)},
+    "few and some in several tiles": {"limits": (50, 84)},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tables_compute_the_same(name, g):
+    """Last tiles of 20, 50 and 30 of 64 rows, under tables that share them out in other ways."""
+    layer = Layer(Case(164, 1, experts=4, hidden=40, width=24), torch.float16, FORMS[0], True, g)
+    ids = torch.arange(3, dtype=torch.int32).repeat_interleave(torch.tensor([84, 50, 30]))
+    layer.x.topk_ids[:, 0] = ids[torch.randperm(164, generator=g)]
+    layer.table = replace(layer.table, **VARIANTS[name])
+    layer.check(layer.kernel())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [CASES[i] for i in (2, 6, 9)], ids=str)
 def test_dtypes(case, dtype, g):

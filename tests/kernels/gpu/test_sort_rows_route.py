@@ -1,13 +1,15 @@
 """Sorting, tile lists, row moving and routing against loops and torch, in the interpreter."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from xpar.engine.config import RouterConfig
-from xpar.engine.routing import select_experts
+from xpar.engine.routers import TopKRouter
 from xpar.kernels.gpu import route, rows, sort
 from xpar.kernels.gpu.sort import make_plan, plan_reference
-from xpar.kernels.gpu.tiles import NO_LIMIT, Tile
+from xpar.kernels.gpu.tiles import NO_LIMIT, Limits, Tile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 1e-6}
@@ -19,7 +21,16 @@ def assert_rounded_once(got, exact, scale):
     assert ((got.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("limits", [(16, 64), (0, NO_LIMIT), (NO_LIMIT, NO_LIMIT)], ids=str)
+LIMITS = [
+    Limits(16, 64),
+    Limits(0, NO_LIMIT),
+    Limits(NO_LIMIT, NO_LIMIT),
+    Limits(16, 64, 10, 40),
+    Limits(0, 0, 20, 20),
+]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
 @pytest.mark.parametrize(
     "tokens,k,experts,drop,block",
     [
@@ -40,19 +51,28 @@ def test_plan(tokens, k, experts, drop, block, limits, g, monkeypatch):
     slots, offsets = plan_reference(ids, experts)
     assert torch.equal(plan.offsets.long(), offsets)
     assert torch.equal(plan.slots[: len(slots)].long(), slots)
-    counts = offsets.diff().tolist()
-    for bucket, tile in enumerate(TILES):
-        low, high = (0, *limits, NO_LIMIT)[bucket : bucket + 2]
-        expected = [
-            (e, int(offsets[e]) + first)
-            for e, count in enumerate(counts)
-            if low < count <= high
-            for first in range(0, count, tile.rows)
-        ]
+    for bucket, expected in enumerate(expected_tiles(offsets.tolist(), limits)):
         number = int(plan.tile_count[bucket])
         found = zip(plan.tile_expert[bucket].tolist(), plan.tile_row[bucket].tolist(), strict=True)
         assert list(found)[:number] == expected
         assert number <= plan.capacity
+        assert not expected or bucket in limits.launched
+
+
+def expected_tiles(offsets, limits):
+    """(expert, first row) of the tiles of each bucket, one row of an expert after the other."""
+    lists = ([], [], [])
+    for e, (first, end) in enumerate(pairwise(offsets)):
+        count = end - first
+        own = 0 if count <= limits.few else 1 if count <= limits.some else 2
+        row = first
+        while row < end:
+            left = end - row
+            if own == 2 and left < TILES[2].rows:
+                own = 0 if left <= limits.tail_few else 1 if left <= limits.tail_some else 2
+            lists[own].append((e, row))
+            row += TILES[own].rows
+    return lists
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,7 +147,7 @@ def test_router(name, tokens, g):
     experts, c = ROUTERS[name]
     logits = torch.randn(tokens, experts, generator=g)
     bias = torch.randn(experts, generator=g) if c.correction_bias else None
-    expected = select_experts(logits, c, bias)
+    expected = TopKRouter(c, bias).route(None, logits)
     got = run(logits, c, bias)
     assert got.topk_ids.dtype == torch.int32 and torch.equal(got.topk_ids, expected.topk_ids)
     assert torch.allclose(got.topk_weights, expected.topk_weights, rtol=1e-5, atol=1e-6)
@@ -137,7 +157,7 @@ def test_router(name, tokens, g):
 def test_equal_scores_go_to_the_lowest_id(scoring, g):
     logits = torch.randint(-1, 2, (40, 24), generator=g).to(torch.bfloat16)
     c = RouterConfig(5, scoring, num_expert_group=4, topk_group=2)
-    assert torch.equal(run(logits, c, None).topk_ids, select_experts(logits, c).topk_ids)
+    assert torch.equal(run(logits, c, None).topk_ids, TopKRouter(c).route(None, logits).topk_ids)
 
 
 def run(logits, c, bias):

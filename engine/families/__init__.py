@@ -1,0 +1,46 @@
+"""The known model families.
+
+A family is one :class:`~xpar.engine.schema.Architecture` value; nothing asks for a family by name, so a new family is
+a new value.
+"""
+
+from xpar.engine.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, NEMOTRON_H
+from xpar.engine.families.nested import LLAMA4_VISION
+from xpar.engine.families.qwen import OLMOE, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT
+from xpar.engine.families.single import (
+    COHERE2_MOE,
+    ERNIE4_5_MOE,
+    HUNYUAN_V1_MOE,
+    JAMBA,
+    LONGCAT_FLASH,
+    MINIMAX_M2,
+    MIXTRAL,
+    PHIMOE,
+)
+from xpar.engine.families.stacked import DBRX, GPT_OSS, GRANITEMOE, JETMOE, LLAMA4
+
+ARCHITECTURES = (
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GPT_OSS,
+    GLM4_MOE,
+    GRANITEMOE,
+    LLAMA4,
+    LLAMA4_VISION,
+    MINIMAX_M2,
+    ERNIE4_5_MOE,
+    PHIMOE,
+    DOTS1,
+    QWEN3_NEXT,
+    HUNYUAN_V1_MOE,
+    JAMBA,
+    LONGCAT_FLASH,
+    NEMOTRON_H,
+    DBRX,
+    JETMOE,
+    COHERE2_MOE,
+)

@@ -1,0 +1,76 @@
+"""The keys and values of running sequences, one row each, in transformers' own cache.
+
+Rows have different lengths and end in the same column: what is missing on the left is padding, which the mask hides.
+B rows, S columns; every layer's keys and values are [B, heads, S, dim].
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """``layers``: keys and values of each layer. ``lengths``: columns of each row that are not padding."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cache: Any, lengths: tuple[int, ...]) -> "KeyValues":
+        """What a forward left in ``cache``; raises ValueError for a model that keeps another kind of state."""
+        layers: list[tuple[Tensor, Tensor]] = []
+        for layer in cache.layers:
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if keys is None or values is None or keys.ndim != 4:
+                raise ValueError(
+                    "this model keeps more than keys and values of its past; it cannot be generated from"
+                )
+            layers.append((keys, values))
+        return cls(tuple(layers), lengths)
+
+    @property
+    def columns(self) -> int:
+        return int(self.layers[0][0].shape[2])
+
+    def cache(self) -> Any:
+        """A cache for transformers' forward, which appends to it and does not change these tensors."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self.layers):
+            cache.update(keys, values, number)
+        return cache
+
+    def select(self, rows: list[int]) -> "KeyValues | None":
+        """These rows only, without columns that are padding in all of them; None if there are none."""
+        if not rows:
+            return None
+        lengths = tuple(self.lengths[row] for row in rows)
+        begin = self.columns - max(lengths)
+        if rows == list(range(len(self.lengths))) and begin == 0:
+            return self
+        layers = tuple((keys[rows, :, begin:], values[rows, :, begin:]) for keys, values in self.layers)
+        return KeyValues(layers, lengths)
+
+    def join(self, other: "KeyValues") -> "KeyValues":
+        """The rows of both, these first."""
+        columns = max(self.columns, other.columns)
+        layers = tuple(
+            (_stack(a, b, columns), _stack(c, d, columns))
+            for (a, c), (b, d) in zip(self.layers, other.layers, strict=True)
+        )
+        return KeyValues(layers, self.lengths + other.lengths)
+
+
+def mask(lengths: tuple[int, ...], columns: int) -> Tensor:
+    """[B, columns] int64: 1 where a row has a token, 0 for padding on its left."""
+    begin = columns - torch.tensor(lengths, dtype=torch.int64)
+    return (torch.arange(columns) >= begin[:, None]).long()
+
+
+def _stack(a: Tensor, b: Tensor, columns: int) -> Tensor:
+    return torch.cat([pad(x, (0, 0, columns - x.shape[2], 0)) for x in (a, b)])

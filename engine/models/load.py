@@ -1,0 +1,134 @@
+"""A whole model on this rank: transformers' code, its dense weights, and this rank's experts, nothing else's."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xpar.comm.failure import agreed
+from xpar.comm.grid import ProcessGrid
+from xpar.engine.architectures import find, layer_config
+from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.config import LayerConfig
+from xpar.engine.models.dense import load_dense, sources
+from xpar.engine.models.experts import IMPLEMENTATION, ExpertLayer, attach, register
+from xpar.engine.models.spread import ExpertOptions, Experts, Read, build_layer, moe_modules
+from xpar.engine.weights import stream_experts
+
+log = logging.getLogger("xpar.models")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """``model``: a transformers causal language model in eval mode; every rank of the grid calls it together.
+
+    ``layers``: its expert layers, in the order in which a forward calls them. ``dense_bytes``, ``expert_bytes``:
+    weights held by this rank. ``bytes_read``: bytes that this rank took from the checkpoint's files.
+    """
+
+    model: Any
+    layers: tuple[ExpertLayer, ...]
+    dtype: torch.dtype
+    dense_bytes: int
+    expert_bytes: int
+    bytes_read: int
+
+
+def load_model(
+    path: str | Path,
+    grid: ProcessGrid,
+    dtype: torch.dtype | None = None,
+    options: ExpertOptions = ExpertOptions(),  # noqa: B008 - frozen
+    loaded: Callable[[int], None] = lambda nbytes: None,
+    total: Callable[[int], None] = lambda nbytes: None,
+) -> LoadedModel:
+    """Load a Hugging Face checkpoint of a known family over ``grid``; collective over it.
+
+    ``dtype``: that of the computation, by default the checkpoint's. ``total`` hears how many bytes of weights this rank
+    will hold, ``loaded`` those of each tensor as it arrives. Raises one :class:`~xpar.comm.failure.AgreedError` on every rank for a checkpoint, options or package
+    that does not fit.
+    """
+    if grid.shape.tp > 1:
+        raise ValueError(f"tp={grid.shape.tp}: dense layers of whole models are not sliced; use tp=1")
+    comm = grid.world.comm
+    with agreed(comm, lambda: Checkpoint(Path(path))) as checkpoint:
+        kind = agreed(comm, lambda: dtype or checkpoint.dtype)
+        model, modules = agreed(comm, lambda: _empty_model(checkpoint, kind))
+        plan = agreed(comm, lambda: sources(model, checkpoint))
+        total(_bytes_to_hold(model, plan, modules, grid, kind))
+        # The ranks of a node fail together inside, so that none of them is missing from this agreement.
+        dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, grid.node, kind, loaded))
+        layers = agreed(
+            comm, lambda: _load_experts(checkpoint, grid, kind, modules, options, loaded), patient=True
+        )
+        for layer, module in modules.items():
+            attach(module, layers[layer])
+        model.to(grid.device)
+        held = sum(x.kernel.nbytes() for x in layers.values() if x.kernel is not None)
+        log.info(
+            "%s: %.1f MB of dense weights, %.1f MB of experts, %.1f MB read",
+            type(model).__name__,
+            dense / 1e6,
+            held / 1e6,
+            checkpoint.bytes_read / 1e6,
+        )
+        return LoadedModel(model, tuple(layers.values()), kind, dense, held, checkpoint.bytes_read)
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, dict[int, torch.nn.Module]]:
+    """The model without memory, and the experts module of each MoE layer in ascending order."""
+    if find_spec("transformers") is None:
+        raise ValueError("whole models need transformers (pip install 'xpar[hf]')")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register()
+    hf_config = AutoConfig.from_pretrained(checkpoint.path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=dtype, experts_implementation=IMPLEMENTATION
+        )
+    model.eval()
+    modules = moe_modules(model, dict(checkpoint.config))
+    return model, dict(sorted(modules.items()))
+
+
+def _bytes_to_hold(
+    model: Any,
+    plan: Iterable[str],
+    modules: dict[int, torch.nn.Module],
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+) -> int:
+    """Dense weights, and this rank's share of the experts' (to the byte only if they divide evenly)."""
+    state = model.state_dict()
+    experts = sum(p.numel() for module in modules.values() for p in module.parameters())
+    dense = sum(int(state[key].numel()) for key in plan)
+    return dtype.itemsize * (dense + experts // grid.moe.size)
+
+
+def _load_experts(
+    checkpoint: Checkpoint,
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+    modules: dict[int, torch.nn.Module],
+    options: ExpertOptions,
+    loaded: Callable[[int], None],
+) -> dict[int, ExpertLayer]:
+    arch = find(checkpoint.config)
+    layers = {}
+    for layer in modules:
+        config = layer_config(arch, checkpoint.config, layer)
+        read = _reader(checkpoint, layer, config, dtype)
+        layers[layer] = build_layer(config, grid, dtype, layer, read, options, loaded)
+    return layers
+
+
+def _reader(checkpoint: Checkpoint, layer: int, config: LayerConfig, dtype: torch.dtype) -> Read:
+    def read(experts: Sequence[int], rows: slice) -> Experts:
+        return stream_experts(checkpoint, find(checkpoint.config), layer, config, experts, dtype, rows)
+
+    return read

@@ -1,0 +1,121 @@
+"""All ranks answering one queue of prompts, in steps that they take together.
+
+The experts of a layer are spread over the ranks, so every rank must take part in every forward of any other. A step
+is one small exchange and one forward on each rank: of new prompts, of its running ones, or of none. From what was
+exchanged each rank derives the same facts: who gets which prompts, whether anything is left, whether to stop.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from xpar.comm.communicator import Communicator
+from xpar.comm.failure import agreed
+from xpar.comm.handshake import Tag, handshake
+from xpar.engine.models.sequences import Running, Sequences
+
+FLUSH_S = 1.0
+"""Answers travel to the rank that writes them at least this often, if there are any."""
+
+Record = dict[str, Any]
+
+
+class State(NamedTuple):
+    """What a rank says before a step: sequences it runs, answers it keeps back, wishes, tokens drawn, slots computed."""
+
+    running: int
+    answers: int
+    wishes: int
+    tokens: int
+    slots: int
+
+
+STOP, FLUSH = 1, 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Before a step, over all ranks: prompts answered, tokens drawn, and the (token, expert) pairs of each rank."""
+
+    done: int
+    tokens: int
+    slots: tuple[int, ...]
+
+    @property
+    def imbalance(self) -> float:
+        """The busiest rank's pairs over the mean."""
+        return max(self.slots) * len(self.slots) / max(1, sum(self.slots))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop calls. All ranks have the same ``total``; only rank 0's ``write`` is called with answers of all.
+
+    ``start(place)``: the sequence of prompt ``place`` of the queue. ``record``: what is written of a complete one.
+    ``write``: keeps records, on rank 0. ``stop``: whether this rank was told to. ``tell``: hears where all are.
+    """
+
+    total: int
+    start: Callable[[int], Running]
+    record: Callable[[Running], Record]
+    write: Callable[[list[Record]], None]
+    stop: Callable[[], bool]
+    tell: Callable[[Progress], None]
+
+
+def answer(comm: Communicator, sequences: Sequences, batch: int, job: Job) -> bool:
+    """Answer prompts 0 to ``job.total`` - 1, at most ``batch`` at a time on each rank; collective over ``comm``.
+
+    Returns False if a rank was told to stop before all were done; what was complete by then is written.
+    """
+    answers: list[Record] = []
+    given = written = step = 0
+    last = time.monotonic()
+    while True:
+        wishes = STOP * job.stop() + FLUSH * (comm.rank == 0 and time.monotonic() - last > FLUSH_S)
+        mine = State(len(sequences.running), len(answers), wishes, sequences.tokens, sequences.slots())
+        table = [
+            State(*(int(n) for n in row)) for row in handshake(comm, Tag("step", step=step), values=mine)
+        ]
+        stop = any(s.wishes & STOP for s in table)
+        parts = deal([batch - s.running for s in table], job.total - given)
+        over = stop or not (any(s.running for s in table) or any(parts))
+        kept_back = sum(s.answers for s in table)
+        job.tell(Progress(written + kept_back, sum(s.tokens for s in table), tuple(s.slots for s in table)))
+        if kept_back and (over or any(s.wishes & FLUSH for s in table)):
+            _collect(comm, answers, job.write)
+            answers, written, last = [], written + kept_back, time.monotonic()
+        if over:
+            return not stop
+        first = given + sum(parts[: comm.rank])
+        given += sum(parts)
+        complete = _forward(sequences, [job.start(place) for place in range(first, first + parts[comm.rank])])
+        answers += [job.record(r) for r in complete]
+        step += 1
+
+
+def deal(free: Sequence[int], left: int) -> list[int]:
+    """How many of the ``left`` next prompts each rank gets: one each in turn, to those that have a free slot."""
+    parts = [0] * len(free)
+    while left > 0 and any(part < slots for part, slots in zip(parts, free, strict=True)):
+        for rank, slots in enumerate(free):
+            if parts[rank] < slots and left > 0:
+                parts[rank] += 1
+                left -= 1
+    return parts
+
+
+def _forward(sequences: Sequences, new: list[Running]) -> list[Running]:
+    if new:
+        return sequences.begin(new)
+    if sequences.running:
+        return sequences.advance()
+    sequences.join()
+    return []
+
+
+def _collect(comm: Communicator, answers: list[Record], write: Callable[[list[Record]], None]) -> None:
+    """Have rank 0 write every rank's answers; if it cannot, all ranks raise one error."""
+    everyones = [record for part in comm.all_gather_object(answers) for record in part]
+    agreed(comm, lambda: write(everyones) if comm.rank == 0 else None, "writing answers")

@@ -1,0 +1,65 @@
+"""Choosing the next token. The arithmetic of temperature, top-k and top-p is transformers' own."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. ``temperature`` 0 takes the likeliest token (the lowest id of equals).
+
+    ``top_k``: draw among the k likeliest, 0 among all. ``top_p``: among the likeliest whose probabilities add up to
+    p. ``seed``: of the draws; each prompt's depend on it and on the prompt alone, not on ranks or neighbours.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise ValueError(f"top-k={self.top_k}: must be at least 1, or 0 for all tokens")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top-p={self.top_p}: must be above 0 and at most 1")
+        if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
+            raise ValueError(
+                "top-k and top-p choose among draws, and temperature 0 draws nothing; set temperature"
+            )
+
+    def generator(self, prompt_hash: str) -> torch.Generator:
+        """The source of one prompt's draws."""
+        digest = hashlib.sha256(f"{self.seed}:{prompt_hash}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+        """One token of each row of ``logits`` [B, V], any floating dtype, by that row's generator.
+
+        Raises ValueError if a row is not finite.
+        """
+        logits = logits.float().cpu()
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(
+                "the model's logits are not finite; check the checkpoint, or use another --dtype"
+            )
+        if self.temperature == 0.0:
+            return [int(token) for token in logits.argmax(dim=-1)]
+        probabilities = self._warped(logits).softmax(dim=-1)
+        return [
+            int(torch.multinomial(row, 1, generator=generator))
+            for row, generator in zip(probabilities, generators, strict=True)
+        ]
+
+    def _warped(self, logits: Tensor) -> Tensor:
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        warped: Tensor = TemperatureLogitsWarper(self.temperature)(None, logits)
+        if self.top_k:
+            warped = TopKLogitsWarper(self.top_k)(None, warped)
+        return TopPLogitsWarper(self.top_p)(None, warped) if self.top_p < 1.0 else warped

@@ -1,0 +1,91 @@
+"""When the shared experts compute: they read the layer's own tokens, so they can fill the time in which rows travel."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from xpar.comm.communicator import Pending
+from xpar.comm.reduction import Distributed
+
+SIDE_STREAM_TOKENS = 256
+"""Up to this many tokens a GPU's routed experts leave room for another stream; beyond, the two only share it."""
+
+Work = Callable[[], Distributed | None]
+
+
+class SharedOrder(Enum):
+    """``NONE``: after everything else, for debugging. ``BEFORE``: after routing, before the ranks agree on the plan.
+
+    ``DURING_DISPATCH``: between the start of the dispatch and the wait for it. ``SIDE_STREAM``: from routing to the
+    final sum, on a CUDA stream of their own. ``AUTO``: what suits the device and the number of tokens.
+    """
+
+    AUTO = "auto"
+    NONE = "none"
+    BEFORE = "before"
+    DURING_DISPATCH = "during_dispatch"
+    SIDE_STREAM = "side_stream"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The shared experts' output, or the promise of it."""
+
+    output: Pending[Distributed | None]
+    fills_dispatch: bool = False
+
+    def meanwhile(self) -> None:
+        """Rows are on their way: compute now, if this is the moment."""
+        if self.fills_dispatch:
+            self.output.wait()
+
+
+class Overlap:
+    """Has the shared experts computed at the moment that ``order`` names. Every order gives the same values."""
+
+    def __init__(self, order: SharedOrder, device: torch.device) -> None:
+        if order is SharedOrder.SIDE_STREAM and device.type != "cuda":
+            raise ValueError(
+                f"shared_order={order.value!r} on {device}: only GPUs have streams; choose auto or during_dispatch"
+            )
+        self.order, self.device = order, device
+        self._stream: torch.cuda.Stream | None = None
+
+    def order_of(self, tokens: int) -> SharedOrder:
+        """The order for a step of ``tokens`` tokens. Nothing in it is collective, so ranks may differ."""
+        if self.order is not SharedOrder.AUTO:
+            return self.order
+        few_on_gpu = self.device.type == "cuda" and tokens <= SIDE_STREAM_TOKENS
+        return SharedOrder.SIDE_STREAM if few_on_gpu else SharedOrder.DURING_DISPATCH
+
+    def begin(self, work: Work, hidden_states: Tensor) -> Begun:
+        """Take on ``work``, which reads ``hidden_states`` [T, H]. Its output must be waited for."""
+        order = self.order_of(hidden_states.shape[0])
+        if order is SharedOrder.SIDE_STREAM:
+            return Begun(self._on_side_stream(work, hidden_states))
+        output = Pending(work)
+        if order is SharedOrder.BEFORE:
+            output.wait()
+        return Begun(output, fills_dispatch=order is SharedOrder.DURING_DISPATCH)
+
+    def _on_side_stream(self, work: Work, hidden_states: Tensor) -> Pending[Distributed | None]:
+        """Fork here, join in ``wait``: within a CUDA graph's recording both become edges of the graph."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        side, main = self._stream, torch.cuda.current_stream(self.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            output = work()
+        # The allocator must not give this memory away while the other stream may still use it.
+        hidden_states.record_stream(side)
+
+        def join() -> Distributed | None:
+            main.wait_stream(side)
+            if output is not None:
+                output.tensor.record_stream(main)
+            return output
+
+        return Pending(join)

@@ -1,0 +1,236 @@
+"""``xpar generate`` as a user types it: the same file from any number of ranks, and nothing lost whatever ends a job."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import mpirun
+from moe_families import Case
+from tiny_models import prompts, write_model
+
+from xpar.engine.cli import parser
+from xpar.engine.commands.generate import _request
+
+XPAR = [sys.executable, "-m", "xpar.engine", "generate"]
+MARK = "XPAR_TEST_RANKS"
+LINES = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "olmoe"
+    write_model(Case("olmoe", "olmoe"), path, torch.bfloat16, 3, hidden=128)
+    return path
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_exact_text_is_the_same_on_any_number_of_ranks(model: Path, tmp_path: Path, fresh_seed: int) -> None:
+    lines = [json.dumps({"id": f"p{n}", "prompt": text}) for n, text in enumerate(prompts(fresh_seed, 7))]
+    lines[2:2] = [
+        "{not json",
+        '{"id": 1}',
+        "",
+        '{"id": "p0", "prompt": "again"}',
+        json.dumps({"prompt": "x" * 9000}),
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
+    texts, errors = [], []
+    for n in (1, 2, 3):
+        out = tmp_path / f"{n}.jsonl"
+        words = [
+            *XPAR,
+            str(model),
+            "--prompts",
+            str(file),
+            "--out",
+            str(out),
+            "--exact",
+            "--max-new-tokens",
+            "8",
+        ]
+        job = mpirun(n, words)
+        assert job.returncode == 0, job.stderr
+        assert (
+            f"{out}: 7 of 7 prompts answered; 5 lines refused, see {tmp_path}/{n}.errors.jsonl" in job.stdout
+        )
+        texts.append(out.read_bytes())
+        errors.append(records(tmp_path / f"{n}.errors.jsonl"))
+    assert texts[0] == texts[1] == texts[2]
+    assert [r["id"] for r in records(tmp_path / "1.jsonl")] == [f"p{n}" for n in range(7)]
+    assert errors[0] == errors[1] == errors[2]
+    told = {entry["line"]: entry["error"] for entry in errors[0]}
+    for line, words in {
+        3: "not JSON",
+        4: 'a text "prompt"',
+        6: "that of line 1",
+        7: "9000 tokens, and the model has positions for",
+        13: "not UTF-8",
+    }.items():
+        assert words in told.pop(line)
+    assert not told
+
+
+def start(
+    model: Path, file: Path, out: Path, n: int, mark: str, *more: str
+) -> "Future[subprocess.CompletedProcess[str]]":
+    words = [
+        *XPAR,
+        str(model),
+        "--prompts",
+        str(file),
+        "--out",
+        str(out),
+        "--max-new-tokens",
+        "30",
+        "--batch",
+        "2",
+    ]
+    return ThreadPoolExecutor(1).submit(mpirun, n, [*words, *more], env={MARK: mark})
+
+
+def ranks(mark: str) -> list[int]:
+    """Process ids of a job's ranks."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+                found += [int(entry.name)] * (command[1:3] == [b"-m", b"xpar.engine"])
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue
+    return found
+
+
+def signal_one(mark: str, out: Path, number: int, after: float, draw: random.Random) -> None:
+    """Send ``number`` to a rank ``after`` seconds after the first answer can be written."""
+    limit = time.monotonic() + 40
+    while not out.exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    time.sleep(after)
+    pids = ranks(mark)
+    assert pids, "the job ended before the signal"
+    os.kill(draw.choice(pids), number)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A file of prompts and what answers it when nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(prompts(7, LINES)) + "\n")
+    job = start(model, file, folder / "out.jsonl", 2, uuid.uuid4().hex, "--exact", "--batch", "1").result()
+    assert job.returncode == 0, job.stderr
+    return file, (folder / "out.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+def test_nothing_is_lost(
+    model: Path, tmp_path: Path, undisturbed: tuple[Path, bytes], fresh_seed: int, number: signal.Signals
+) -> None:
+    file, expected = undisturbed
+    out, draw, mark = tmp_path / "out.jsonl", random.Random(fresh_seed), uuid.uuid4().hex
+    running = start(model, file, out, 2, mark, "--exact", "--batch", "1")
+    signal_one(mark, out, number, draw.uniform(0, 5), draw)
+    job = running.result()
+    text = out.read_bytes()
+    before = [json.loads(line) for line in text.split(b"\n")[:-1]]
+    if number == signal.SIGTERM:
+        assert job.returncode == 0, job.stderr
+        assert f"{len(before)} of {LINES} prompts answered; stopped by SIGTERM, " in job.stdout
+        assert text.endswith(b"\n") or not text
+    else:
+        assert job.returncode != 0
+    assert len(before) < LINES
+    with open(out, "ab") as file_of_answers:  # what a rank killed in the middle of a write leaves
+        file_of_answers.write(b'{"line": 24, "te')
+    job = start(model, file, out, 3, uuid.uuid4().hex, "--exact", "--batch", "1", "--resume").result()
+    assert job.returncode == 0, job.stderr
+    assert out.read_bytes() == expected
+    if before:
+        assert f"{LINES} of {LINES} prompts answered, {len(before)} of them before" in job.stdout
+
+
+def test_resume_with_nothing_left_or_other_options(
+    model: Path, tmp_path: Path, undisturbed: tuple[Path, bytes]
+) -> None:
+    file, expected = undisturbed
+    out, alike = tmp_path / "out.jsonl", ["--exact", "--batch", "1", "--resume"]
+    out.write_bytes(b"".join(sorted(expected.splitlines(keepends=True))))
+    again = start(model, file, out, 2, uuid.uuid4().hex, *alike).result()
+    assert again.returncode == 0 and "tokens/s" not in again.stdout and out.read_bytes() == expected
+    changed = start(model, file, out, 2, uuid.uuid4().hex, *alike, "--seed", "5").result()
+    assert changed.returncode == 1 and changed.stderr.count("line 1 was answered with another model") == 1
+    assert out.read_bytes() == expected
+
+
+WRONG = {
+    "batch": (["--batch", "0"], "--batch 0: must be at least 1"),
+    "threads": (["--threads", "-1"], "--threads -1: must be at least 1"),
+    "tokens": (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+    "stop": (["--stop", ""], "an empty text would end every answer"),
+    "exact": (["--exact", "--batch", "2"], "--exact --batch 2: sequences of one batch"),
+    "temperature": (["--temperature", "-1"], "temperature=-1.0: must be 0"),
+    "nan": (["--temperature", "nan"], "temperature=nan: must be 0"),
+    "top-p": (["--temperature", "1", "--top-p", "1.5"], "top-p=1.5: must be above 0"),
+    "top-k": (["--temperature", "1", "--top-k", "-5"], "top-k=-5: must be at least 1"),
+    "greedy": (["--top-k", "5"], "temperature 0 draws nothing; set temperature"),
+    "folder": (["--out", "/nowhere/out.jsonl"], "its folder does not exist"),
+    "prompts": (["--prompts", "/nowhere/p.txt"], "/nowhere/p.txt: no such file"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_words(model: Path, tmp_path: Path, what: str) -> None:
+    words, message = WRONG[what]
+    (tmp_path / "p.txt").write_text("a\n")
+    args = parser().parse_args(["generate", str(model), "--prompts", str(tmp_path / "p.txt"), *words])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _request(args, first=True)
+
+
+LATE = {"prompts": WRONG["prompts"], "kernel": (["--kernel", "abacus"], "kernel='abacus'")}
+
+
+@pytest.mark.parametrize("what", LATE)
+def test_wrong_words_are_one_line(model: Path, tmp_path: Path, what: str) -> None:
+    words, message = LATE[what]
+    (tmp_path / "p.txt").write_text("a\n")
+    job = mpirun(2, [*XPAR, str(model), "--prompts", str(tmp_path / "p.txt"), *words])
+    assert job.returncode == 1
+    assert job.stderr.count(message) == 1 and "Traceback" not in job.stderr, job.stderr
+
+
+def test_answers_that_are_there_are_kept(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a\n")
+    (tmp_path / "p.answers.jsonl").write_text("mine\n")
+    for more, message in (
+        ([], "p.answers.jsonl: exists; give --resume"),
+        (["--resume"], "line 1 is no answer"),
+    ):
+        job = mpirun(2, [*XPAR, str(model), "--prompts", str(tmp_path / "p.txt"), *more])
+        assert job.returncode == 1 and job.stderr.count(message) == 1 and "Traceback" not in job.stderr
+    assert (tmp_path / "p.answers.jsonl").read_text() == "mine\n"
+
+
+def test_a_folder_without_tokenizer_is_one_line(tmp_path: Path) -> None:
+    Case("olmoe", "olmoe").write(tmp_path / "bare", "own", torch.bfloat16, 1)
+    (tmp_path / "p.txt").write_text("a\n")
+    job = mpirun(2, [*XPAR, str(tmp_path / "bare"), "--prompts", str(tmp_path / "p.txt")])
+    assert (
+        job.returncode == 1 and job.stderr.count("holds no tokenizer") == 1 and "Traceback" not in job.stderr
+    )

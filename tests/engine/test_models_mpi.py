@@ -1,0 +1,242 @@
+"""Whole models over a grid: the logits of plain transformers, each weight read as often as promised, one error for all."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from moe_families import Case
+from safetensors.torch import load_file, save_file
+from tiny_models import BYTES, cases, plain_model, write_model
+
+from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
+from xpar.comm.dispatch.auto import DISPATCHERS
+from xpar.engine import parallelize
+from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.models.load import LoadedModel, load_model
+from xpar.engine.models.spread import ExpertOptions
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+pytestmark = pytest.mark.mpi(deadline=120)
+CASES = cases()
+MOVERS = [cls.name for cls in DISPATCHERS if cls.name != "replicated"]
+
+
+@pytest.fixture(scope="module")
+def world(comm: "Intracomm") -> World:
+    return World.attach(comm)
+
+
+@pytest.fixture(scope="module")
+def grid(world: World) -> ProcessGrid:
+    return ProcessGrid.create(world)
+
+
+@pytest.fixture(scope="module")
+def root(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One small fp32 model a family, and one whose head is its embedding; written by rank 0."""
+    path = Path(comm.bcast(str(tmp_path_factory.mktemp("models"))))
+    if comm.rank == 0:
+        for number, case in enumerate(CASES):
+            write_model(case, path / case.name, torch.float32, number)
+        write_model(Case("tied", "qwen3_moe", {"tie_word_embeddings": True}), path / "tied", torch.float32, 9)
+        change(path / "tied", lambda tensors: tensors.pop("lm_head.weight"))
+    comm.barrier()
+    yield path
+
+
+def change(path: Path, edit: Any) -> None:
+    """Let ``edit`` change the tensors of a checkpoint of one file."""
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def tokens_of(rank: int, seed: int) -> torch.Tensor:
+    """Uneven batches; rank 0 has the larger ones, and every third rank none."""
+    rows, columns = (0, 0) if rank % 3 == 2 else (3 - rank % 2, 9 - 2 * rank)
+    return torch.randint(0, BYTES, (rows, columns), generator=torch.Generator().manual_seed(seed + rank))
+
+
+@torch.inference_mode()
+def logits_of(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor | None:
+    if ids.numel():
+        logits: torch.Tensor = loaded.model(ids).logits
+        return logits
+    for layer in loaded.layers:
+        layer.join()
+    return None
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("name", [*(case.name for case in CASES), "tied"])
+def test_logits_are_those_of_transformers(
+    grid: ProcessGrid, root: Path, fresh_seed: int, name: str, exact: bool
+) -> None:
+    loaded = load_model(root / name, grid, options=ExpertOptions(exact=exact))
+    ids = tokens_of(grid.world.rank, fresh_seed)
+    logits = logits_of(loaded, ids)
+    if logits is not None:
+        with torch.inference_mode():
+            assert error(logits, plain_model(root / name)(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("dispatcher", MOVERS)
+def test_every_dispatcher_and_copies_of_experts(
+    world: World, root: Path, fresh_seed: int, dispatcher: str
+) -> None:
+    plain = plain_model(root / "qwen2_moe")
+    for axes in ({}, {"ep": 1}, {"etp": world.size}):
+        grid = ProcessGrid.create(world, **axes)
+        loaded = load_model(root / "qwen2_moe", grid, options=ExpertOptions(dispatcher))
+        ids = tokens_of(world.rank, fresh_seed)
+        logits = logits_of(loaded, ids)
+        if logits is not None:
+            with torch.inference_mode():
+                assert error(logits, plain(ids).logits) < 1e-5, axes
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3"])
+def test_bfloat16_keeps_what_the_family_keeps(
+    grid: ProcessGrid, root: Path, fresh_seed: int, name: str
+) -> None:
+    path = root / name
+    loaded, plain = load_model(path, grid, torch.bfloat16), plain_model(path, torch.bfloat16)
+    theirs = dict(plain.named_buffers())
+    for key, buffer in loaded.model.named_buffers():
+        assert torch.equal(buffer, theirs[key]) and buffer.dtype == theirs[key].dtype, key
+    ids = tokens_of(0, fresh_seed + grid.world.rank)
+    logits = logits_of(loaded, ids)
+    assert logits is not None
+    with torch.inference_mode():  # a tie of the router is broken either way: judge by the typical token
+        expected = plain(ids).logits.flatten(0, 1).float()
+    per_token = (logits.flatten(0, 1).float() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert per_token.median() < 3e-2
+
+
+def test_a_model_in_memory_is_spread(grid: ProcessGrid, root: Path, fresh_seed: int) -> None:
+    ids = tokens_of(0, fresh_seed + grid.world.rank)
+    model = plain_model(root / "olmoe")
+    with torch.inference_mode():
+        expected = model(ids).logits
+        whole = sum(p.numel() for p in model.parameters())
+        assert parallelize(model, grid) is model
+        assert error(model(ids).logits, expected) < 1e-5
+    experts = 2 * 7 * 3 * 64 * 48
+    assert sum(p.numel() for p in model.parameters()) == whole - experts
+
+
+def test_dense_weights_are_read_once_per_node_and_experts_by_their_owner(
+    grid: ProcessGrid, root: Path
+) -> None:
+    path = root / "qwen2_moe"
+    loaded = load_model(path, grid)
+    with Checkpoint(path) as checkpoint:
+        names = list(checkpoint.names())
+        header = checkpoint.bytes_read
+        sizes = {n: checkpoint.entry(n).end - checkpoint.entry(n).begin for n in names}
+    dense = sum(size for name, size in sizes.items() if ".experts." not in name)
+    held = loaded.layers[0].dispatcher.placement.experts_of(grid.moe.rank)
+    own = sum(size for name, size in sizes.items() if any(f".experts.{expert}." in name for expert in held))
+    assert loaded.dense_bytes == dense
+    assert loaded.bytes_read == header + own + (dense if grid.node.rank == 0 else 0)
+
+
+def test_only_the_model_itself_says_what_is_tied(grid: ProcessGrid, root: Path) -> None:
+    loaded = load_model(root / "tied", grid)
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    assert not any(tensor.is_meta for tensor in [*loaded.model.parameters(), *loaded.model.buffers()])
+
+
+def spoil(root: Path, comm: "Intracomm", name: str, edit: Any) -> Path:
+    path = root / name
+    if comm.rank == 0:
+        shutil.copytree(root / "olmoe", path)
+        change(path, edit)
+    comm.barrier()
+    return path
+
+
+def poison(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"][3] = float("nan")
+
+
+def quantise(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+
+
+def narrow(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+
+
+SPOILED = {
+    "missing": (lambda t: t.pop("model.norm.weight"), "has no tensor for model.norm.weight"),
+    "nan": (poison, "model.norm.weight holds NaN"),
+    "quantised": (quantise, "lm_head.weight is stored as F8_E4M3: quantised"),
+    "narrow": (narrow, r"model.norm.weight has shape \[63\]"),
+    "expert": (lambda t: t.pop("model.layers.1.mlp.experts.6.up_proj.weight"), "experts.6.up_proj"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_checkpoint_that_does_not_fit_is_one_error(
+    comm: "Intracomm", grid: ProcessGrid, root: Path, what: str
+) -> None:
+    edit, message = SPOILED[what]
+    path = spoil(root, comm, what, edit)
+    with pytest.raises(AgreedError, match=message) as caught:
+        load_model(path, grid)
+    assert len(set(grid.world.comm.all_gather_object(str(caught.value)))) == 1
+
+
+def test_a_dense_model_is_refused(comm: "Intracomm", grid: ProcessGrid, root: Path) -> None:
+    path = root / "gpt2"
+    if comm.rank == 0:
+        shutil.copytree(root / "olmoe", path)
+        (path / "config.json").write_text(json.dumps({"model_type": "gpt2", "dtype": "float32"}))
+    comm.barrier()
+    with pytest.raises(AgreedError, match="'gpt2' is not a known MoE family"):
+        load_model(path, grid)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, i, w: (h[:, :-1], i, w), r"expected \[tokens, 64\]"),
+        (lambda h, i, w: (h.bfloat16(), i, w), "the experts compute in torch.float32"),
+        (lambda h, i, w: (h, i[:, :1], w), "expected two of"),
+        (lambda h, i, w: (h, i + 7, w), "must be 0 to 6"),
+        (lambda h, i, w: (h, i, w * float("nan")), "router weights are not finite"),
+    ],
+    ids=["width", "dtype", "k", "id", "nan"],
+)
+def test_wrong_routing_on_one_rank_is_one_error_everywhere(
+    grid: ProcessGrid, root: Path, change: Any, message: str
+) -> None:
+    layer = load_model(root / "olmoe", grid).layers[0]
+    arguments = torch.zeros(2, 64), torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3), 0.5)
+    if grid.world.rank == grid.world.size - 1:
+        arguments = change(*arguments)
+    with pytest.raises(RemoteRankError, match=message) as caught:
+        layer(*arguments)
+    assert len(set(grid.world.comm.all_gather_object(str(caught.value)))) == 1
+
+
+def test_a_model_that_was_not_spread_says_so(root: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from xpar.engine.models.experts import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(root / "olmoe", experts_implementation="xpar")
+    with pytest.raises(RuntimeError, match=r"call xpar\.engine\.parallelize"):
+        model(torch.zeros(1, 1, dtype=torch.int64))

@@ -1,0 +1,158 @@
+"""Check whole layers on GPUs and what recording them brings; not part of the test run, which needs none.
+
+    python -m mpi4py tests/gpu/check_layer.py --json layer.json
+    mpirun -n 2 python -m mpi4py tests/gpu/check_layer.py --json layer.json
+
+xpar need not be installed: the rooms are taken from this checkout.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / ".typing")]
+
+import torch
+from torch import Tensor
+
+from xpar.comm import ProcessGrid, World, run
+from xpar.comm.shares import share
+from xpar.engine.build import assemble
+from xpar.engine.overlap import Overlap, SharedOrder
+from xpar.engine.random_layer import RandomLayer
+from xpar.engine.runner import MoERunner
+from xpar.engine.shapes import SHAPES
+
+CASES = (("olmoe", 0.25), ("qwen3-30b-a3b", 0.25), ("deepseek-v3", 0.0625), ("qwen2-57b-a14b", 0.125))
+TOKENS = (1, 16, 257)
+REFERENCE_TOKENS = 16
+TOLERANCE = 1e-2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 10**6)
+    args = parser.parse_args()
+    world = World.attach(allow_singleton=True)
+    seed = world.comm.all_gather_object(args.seed)[0]
+    grid = ProcessGrid.create(world, device="cuda")
+    rows = [row for name, scale in CASES for row in check_shape(grid, name, scale, seed)]
+    wrong = [
+        r for r in rows if not max(r["eager_error"], r["graph_error"]) <= TOLERANCE or r["orders_differ"]
+    ]
+    if world.rank == 0:
+        document = {
+            "ranks": world.size,
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "seed": seed,
+            "rows": rows,
+        }
+        if args.json:
+            args.json.write_text(json.dumps(document, indent=1) + "\n")
+        sys.stdout.write("\n".join(line(r) for r in rows) + f"\n{len(rows)} rows, {len(wrong)} wrong\n")
+    return int(bool(wrong))
+
+
+def check_shape(grid: ProcessGrid, name: str, scale: float, seed: int) -> list[dict[str, Any]]:
+    """Every number of tokens a rank: eager and recorded against the fp32 reference, no hidden wait, and both times."""
+    layer = RandomLayer(SHAPES[name].layer(scale), torch.bfloat16, seed)
+    runner = assemble(layer.config, grid, torch.bfloat16, layer.read)
+    rows = []
+    for tokens in TOKENS:
+        size = grid.world.size
+        everyone = torch.randn(tokens * size, layer.config.hidden_size, generator=generator(seed)).bfloat16()
+        mine = everyone[share(tokens * size, size, grid.world.rank)].to(grid.device)
+        eager = runner(mine).clone()
+        waits = hidden_waits(runner, mine)
+        graph = runner.capture(tokens + 2)  # two rows of padding
+        recorded = graph(mine).clone()
+        reference = layer.reference(everyone)[0] if tokens <= REFERENCE_TOKENS else None
+        rows.append(
+            {
+                "shape": name,
+                "scale": scale,
+                "tokens_per_rank": tokens,
+                "dispatcher": runner.dispatcher.name,
+                "eager_error": error(grid, eager, reference),
+                "graph_error": error(grid, recorded, reference if reference is not None else eager),
+                "hidden_wait": waits,
+                "orders_differ": orders_that_differ(runner, mine),
+                "eager_us": microseconds(grid, runner, mine),
+                "graph_us": microseconds(grid, graph, mine),
+            }
+        )
+    return rows
+
+
+def error(grid: ProcessGrid, y: Tensor, want: Tensor | None) -> float:
+    """Relative to ``want``, of all ranks' tokens or of this rank's, whichever it holds."""
+    if want is None:
+        return 0.0
+    if want.device.type == "cpu":
+        y = grid.world.comm.all_gather_v(y).cpu()
+    return float((y.float() - want.float()).norm() / want.float().norm())
+
+
+def hidden_waits(runner: MoERunner, x: Tensor) -> str | None:
+    """What torch says where the host would wait for the GPU, or None."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runner(x)
+    except RuntimeError as found:
+        return str(found).splitlines()[0][:150]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
+def orders_that_differ(runner: MoERunner, x: Tensor) -> list[str]:
+    """Orders of the shared experts whose output, eager or recorded, has other bits than that of none at all."""
+    if runner.shared is None:
+        return []
+    chosen, found = runner.overlap, []
+    runner.overlap = Overlap(SharedOrder.NONE, runner.grid.device)
+    expected = runner(x).clone()
+    for order in SharedOrder:
+        runner.overlap = Overlap(order, runner.grid.device)
+        outputs = {f"{order.value} eager": runner(x), f"{order.value} graph": runner.capture(x.shape[0])(x)}
+        found += [name for name, y in outputs.items() if not torch.equal(y, expected)]
+    runner.overlap = chosen
+    return found
+
+
+def microseconds(grid: ProcessGrid, layer: Callable[[Tensor], Tensor], x: Tensor, repeats: int = 30) -> float:
+    """Of one call among many that follow each other, as decoding does; the slowest rank's."""
+    layer(x)
+    torch.cuda.synchronize()
+    grid.world.comm.barrier()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        layer(x)
+    torch.cuda.synchronize()
+    mine = (time.perf_counter() - begin) / repeats * 1e6
+    return max(grid.world.comm.all_gather_object(mine))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def line(r: dict[str, Any]) -> str:
+    return (
+        f"{r['shape']:16}x{r['scale']:<5} {r['tokens_per_rank']:4} tokens {r['dispatcher']:10} eager {r['eager_us']:7.0f} us"
+        f"  graph {r['graph_us']:7.0f} us  {r['eager_us'] / r['graph_us']:5.1f} x  errors {r['eager_error']:.1e}"
+        f" {r['graph_error']:.1e}  {r['hidden_wait'] or 'no hidden wait'}  {' '.join(r['orders_differ'])}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,81 @@
+"""Small whole models with a tokenizer of bytes, and what transformers alone makes of them, token by token."""
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from moe_families import ONE_PER_FAMILY, Case
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+BYTES = 256
+END = BYTES + 1
+SIZES: dict[str, Any] = {"layers": 2, "experts": 7, "vocab": BYTES + 2}
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+CLEAR = 1e-4
+"""A greedy choice whose logit is this much above the next may not depend on rounding in float32."""
+
+
+def cases() -> tuple[Case, ...]:
+    """One model a family; seven experts divide by no number of ranks, but DeepSeek's groups need an even number."""
+    return tuple(Case(c.model_type, c.model_type, c.overrides) for c in ONE_PER_FAMILY)
+
+
+def write_model(case: Case, path: Path, dtype: torch.dtype, seed: int, **sizes: Any) -> None:
+    """A checkpoint with a tokenizer beside it."""
+    grouped = {"experts": 8} if "deepseek" in case.model_type else {}
+    case.write(path, "own", dtype, seed, **{**SIZES, **grouped, **sizes})
+    write_tokenizer(path)
+
+
+def write_tokenizer(path: Path) -> None:
+    """One token a byte, a begin and an end."""
+    vocab = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab | {"<s>": BYTES, "</s>": END}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(path)
+
+
+def plain_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers loads it, all experts in this process."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+@dataclass(frozen=True)
+class Plain:
+    """``answer``: tokens, the end not among them; ``gap``: the least distance of a chosen logit to the next."""
+
+    answer: list[int]
+    gap: float
+
+
+@torch.inference_mode()
+def greedy(model: Any, ids: Sequence[int], most: int, ends: Collection[int]) -> Plain:
+    """The definition: no cache, no batch, the whole sequence again for each token."""
+    answer: list[int] = []
+    gap = float("inf")
+    while len(answer) < most:
+        best = model(torch.tensor([[*ids, *answer]])).logits[0, -1].float().topk(2)
+        gap = min(gap, float(best.values[0] - best.values[1]))
+        if int(best.indices[0]) in ends:
+            break
+        answer.append(int(best.indices[0]))
+    return Plain(answer, gap)
+
+
+def prompts(seed: int, count: int, longest: int = 12) -> list[str]:
+    """``count`` texts of 1 to ``longest`` letters."""
+    draw = random.Random(seed)
+    return [
+        "".join(draw.choices("abcdefgh xyz", k=draw.randint(1, longest))).replace(" ", "_")
+        for _ in range(count)
+    ]
