@@ -4,7 +4,9 @@ Under ``mpirun python script.py`` an uncaught exception leaves the other ranks w
 ``MPI_Finalize``, which waits for them. ``sys.exit`` and exceptions in threads do the same.
 """
 
+import faulthandler
 import os
+import signal
 import socket
 import sys
 import threading
@@ -81,7 +83,12 @@ def run(main: Callable[[], int | None]) -> int:
 
 
 def abort_on_failure() -> None:
-    """Make uncaught exceptions of this process, in any thread, end the whole MPI job."""
+    """Make uncaught exceptions of this process, in any thread, end the whole MPI job; and SIGUSR1 show its stacks.
+
+    A program that has a handler of its own for SIGUSR1 keeps it.
+    """
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True)
     sys.excepthook = _die
     threading.excepthook = lambda args: _die(
         args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback

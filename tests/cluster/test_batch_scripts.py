@@ -56,6 +56,8 @@ def test_a_rank_that_is_killed_ends_the_job_within_seconds(
         "run.sbatch", str(checkpoint), *words, cwd=tmp_path, options=("--ntasks-per-node=1",)
     )
     job.wait_for("layer 0: experts")
+    cluster.run("scancel", "--signal=USR1", job.name)
+    job.wait_for("most recent call first")  # a look at the stacks leaves the job running
     ranks = processes_with(f"SLURM_JOB_ID={job.name}")
     (victim,) = set(ranks) & set(processes_with("SLURM_PROCID=1")) & set(processes_with("SLURM_STEP_ID=1"))
     os.kill(victim, signal.SIGKILL)
