@@ -14,6 +14,17 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 BYTES = 256
 END = BYTES + 1
 SIZES: dict[str, Any] = {"layers": 2, "experts": 7, "vocab": BYTES + 2}
+FAMILIES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "glm4_moe",
+    "granitemoe",
+)
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -24,7 +35,9 @@ CLEAR = 1e-4
 
 def cases() -> tuple[Case, ...]:
     """One model a family; seven experts divide by no number of ranks, but DeepSeek's groups need an even number."""
-    return tuple(Case(c.model_type, c.model_type, c.overrides) for c in ONE_PER_FAMILY)
+    return tuple(
+        Case(c.model_type, c.model_type, c.overrides) for c in ONE_PER_FAMILY if c.model_type in FAMILIES
+    )
 
 
 def write_model(case: Case, path: Path, dtype: torch.dtype, seed: int, **sizes: Any) -> None:
