@@ -53,8 +53,8 @@ class RandomLayer:
         bias = None
         if c.router.correction_bias:
             generator = torch.Generator().manual_seed(self.seed)
-            bias = torch.randn(c.num_experts, generator=generator) * 0.01
-        return RouterWeights(self._draw("mlp.gate.weight", -1, c.num_experts, c.hidden_size), bias)
+            bias = torch.randn(c.num_logits, generator=generator) * 0.01
+        return RouterWeights(self._draw("mlp.gate.weight", -1, c.num_logits, c.hidden_size), bias)
 
     def make_router(self) -> Router:
         """The router by itself, as a reference uses it."""
