@@ -15,4 +15,4 @@ def test_the_table_names_tests() -> None:
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids=lambda value: value or "file")
 def test_named_test_exists(file: str, name: str) -> None:
-    assert re.search(rf"^def {name}\b" if name else "^", (ROOT / file).read_text(), re.M)
+    assert re.search(rf"^def {name}\b" if name else "^", (ROOT / file).read_text(), re.MULTILINE)
