@@ -1,5 +1,6 @@
 """Who talks to whom and how tokens travel. Knows no model and no checkpoint."""
 
+from xpar.comm.agreement import StepFacts, agree_step
 from xpar.comm.failure import AgreedError, abort_on_failure, agreed, run
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import CollectiveError, DesyncError, RemoteRankError
@@ -11,8 +12,10 @@ __all__ = [
     "DesyncError",
     "ProcessGrid",
     "RemoteRankError",
+    "StepFacts",
     "World",
     "abort_on_failure",
+    "agree_step",
     "agreed",
     "run",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 
 from xpar.comm.communicator import Communicator, Record
 
-RECORD_WORDS = 10
+RECORD_WORDS = 12
 """Every handshake exchanges this many int64 words, so that two different ones can meet and be told apart."""
 
 

@@ -18,7 +18,7 @@ from xpar.kernels.contracts import Routing
 
 
 class RandomLayer:
-    """Weights of one layer as ``dtype``; experts are [2I, H] and [H, I], gate rows first."""
+    """Weights of one layer as ``dtype``; experts are [2I, H], gate rows first, or [I, H] without a gate, and [H, I]."""
 
     def __init__(self, config: LayerConfig, dtype: torch.dtype, seed: int) -> None:
         self.config, self.dtype, self.seed = config, dtype, seed
@@ -53,8 +53,8 @@ class RandomLayer:
         bias = None
         if c.router.correction_bias:
             generator = torch.Generator().manual_seed(self.seed)
-            bias = torch.randn(c.num_experts, generator=generator) * 0.01
-        return RouterWeights(self._draw("mlp.gate.weight", -1, c.num_experts, c.hidden_size), bias)
+            bias = torch.randn(c.num_logits, generator=generator) * 0.01
+        return RouterWeights(self._draw("mlp.gate.weight", -1, c.num_logits, c.hidden_size), bias)
 
     def make_router(self) -> Router:
         """The router by itself, as a reference uses it."""
@@ -71,10 +71,10 @@ class RandomLayer:
     ) -> LayerWeights:
         """What :func:`xpar.engine.weights.load_layer` reads from a checkpoint."""
         for index, expert in enumerate(experts):
-            sink(index, *_sliced(*self.expert(expert), rows))
+            sink(index, *self._sliced(*self.expert(expert), rows))
         shared = self.shared()
         if shared is not None:
-            shared = SharedWeights(*_sliced(shared.gate_up, shared.down, shared_rows), shared.gate)
+            shared = SharedWeights(*self._sliced(shared.gate_up, shared.down, shared_rows), shared.gate)
         return LayerWeights(self.router(), shared, latent=self.latent())
 
     def reference(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
@@ -92,7 +92,7 @@ class RandomLayer:
         return (routed + shared + 2 * c.hidden_size * (c.latent_size or 0)) * self.dtype.itemsize
 
     def _mlp(self, number: int, width: int, hidden: int) -> tuple[Tensor, Tensor]:
-        gate_up = self._draw("gate_up_proj", 2 * number, 2 * width, hidden)
+        gate_up = self._draw("gate_up_proj", 2 * number, self.config.activation.packed(width), hidden)
         return gate_up, self._draw("down_proj", 2 * number + 1, hidden, width)
 
     def _draw(self, name: str, number: int, rows: int, columns: int) -> Tensor:
@@ -101,7 +101,6 @@ class RandomLayer:
         fill_random(name, tensor, generator)
         return tensor
 
-
-def _sliced(gate_up: Tensor, down: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    gate, up = gate_up.chunk(2)
-    return torch.cat([gate[rows], up[rows]]), down[:, rows]
+    def _sliced(self, gate_up: Tensor, down: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        halves = gate_up.chunk(2 if self.config.activation.gated else 1)
+        return torch.cat([half[rows] for half in halves]), down[:, rows]

@@ -1,7 +1,6 @@
 """One mixture-of-experts layer on this rank: the six steps in order."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,27 +8,20 @@ from torch import Tensor, nn
 from xpar.comm.dispatch.base import Dispatcher, DispatchPlan, Traffic
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import Tag
-from xpar.comm.reduction import Distributed, Transform, finish
+from xpar.comm.reduction import Distributed
 from xpar.engine.addends import with_addends
 from xpar.engine.capture import CapturedLayer
 from xpar.engine.compiled import Handle, moe_forward, moe_forward_separately
 from xpar.engine.config import LayerConfig
 from xpar.engine.latent import LatentSpace
+from xpar.engine.load import LoadCounter
 from xpar.engine.overlap import Overlap, SharedOrder, Work
+from xpar.engine.parts import Parts
 from xpar.engine.routers import RoutingRule, weigh_input
 from xpar.engine.shared import SharedExperts
 from xpar.engine.stages import NO_CLOCK, Clock
 from xpar.engine.tokens import tokens_of
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
-
-
-class Parts(NamedTuple):
-    """What five steps made and the sixth adds up, and how: the routing and the traffic of this rank's tokens."""
-
-    routed: Distributed
-    shared: Distributed | None
-    routing: Routing
-    traffic: Traffic
 
 
 class MoERunner(nn.Module):
@@ -65,6 +57,7 @@ class MoERunner(nn.Module):
         self.output_bias, self.latent = output_bias, latent
         self.tokens = tokens_of(grid, dispatcher, sequence_parallel)
         self.overlap = Overlap(SharedOrder.NONE if shared is None else shared_order, grid.device)
+        self.load: LoadCounter | None = None
         self.handle = Handle(self)
         self._step = 0
 
@@ -93,13 +86,10 @@ class MoERunner(nn.Module):
         options = LayerOptions(dispatcher, kernel, exact, sequence_parallel, shared_order, tiles)
         return load_runner(path, layer, grid, dtype, options)
 
-    # -- four ways to call it, alike but for what becomes of the parts ---------------------------------------------
+    # -- ways to call it: alike up to the sum ---------------------------------------------------------------------
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        router_logits: Tensor | None = None,
-        input_ids: Tensor | None = None,
+        self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
     ) -> Tensor:
         """[T, H] -> [T, H], both in the layer's dtype.
 
@@ -109,29 +99,12 @@ class MoERunner(nn.Module):
         if torch.compiler.is_compiling():
             output: Tensor = moe_forward(self.handle, hidden_states, router_logits, input_ids)
             return output
-        parts = self.steps(hidden_states, router_logits, input_ids)
-        return finish(parts.routed, parts.shared, transform=self._leave()).tensor
-
-    def forward_deferred(
-        self,
-        hidden_states: Tensor,
-        router_logits: Tensor | None = None,
-        input_ids: Tensor | None = None,
-    ) -> Distributed:
-        """The forward without its last collective, for a caller who has one of his own to fuse it with.
-
-        The state of the result says what is missing, and :func:`~xpar.comm.reduction.complete` supplies it.
-        """
-        parts = self.steps(hidden_states, router_logits, input_ids)
-        return finish(parts.routed, parts.shared, transform=self._leave(), deferred=True)
+        return self.steps(hidden_states, router_logits, input_ids).sum()
 
     def forward_separately(
-        self,
-        hidden_states: Tensor,
-        router_logits: Tensor | None = None,
-        input_ids: Tensor | None = None,
+        self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """([T, H] of the routed experts, [T, H] of the shared ones or None where there are none): the forward's addends."""
+        """The forward's addends, [T, H] each: of the routed experts, and of the shared ones or None without any."""
         if torch.compiler.is_compiling() and self.shared is None:
             return self.forward(hidden_states, router_logits, input_ids), None
         if torch.compiler.is_compiling():
@@ -139,9 +112,23 @@ class MoERunner(nn.Module):
                 self.handle, hidden_states, router_logits, input_ids
             )
             return both
+        return self.steps(hidden_states, router_logits, input_ids).separately()
+
+    def forward_deferred(
+        self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
+    ) -> Distributed:
+        """The forward without its last collective, for a caller who fuses it with one of his own.
+
+        The state of the result says what is missing, and :func:`~xpar.comm.reduction.complete` supplies it.
+        """
+        return self.steps(hidden_states, router_logits, input_ids).deferred()
+
+    def forward_with_routing(
+        self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """The forward, and where all T tokens went: logical expert ids and weights, to be recorded and replayed."""
         parts = self.steps(hidden_states, router_logits, input_ids)
-        routed = finish(parts.routed, transform=self._leave()).tensor
-        return routed, None if parts.shared is None else finish(parts.shared).tensor
+        return parts.sum(), self.tokens.whole_routing(parts.routing, hidden_states.shape[0])
 
     def run(
         self,
@@ -153,8 +140,7 @@ class MoERunner(nn.Module):
         """The forward, with the routing and the traffic of the tokens that this rank dispatched, and its times."""
         parts = self.steps(hidden_states, router_logits, input_ids, clock)
         with clock.stage("finish"):
-            result = finish(parts.routed, parts.shared, transform=self._leave()).tensor
-        return result, parts.routing, parts.traffic
+            return parts.sum(), parts.routing, parts.traffic
 
     # -- the pipeline --------------------------------------------------------------------------------------------
 
@@ -165,7 +151,7 @@ class MoERunner(nn.Module):
         input_ids: Tensor | None = None,
         clock: Clock = NO_CLOCK,
     ) -> Parts:
-        """The first five steps; the sixth, ``finish``, is the caller's."""
+        """The first five steps; the parts then know the sixth, ``finish``."""
         self._step += 1
         tokens = hidden_states.shape[0]
         mine = self.tokens.mine(tokens)
@@ -187,11 +173,19 @@ class MoERunner(nn.Module):
             combined = self.dispatcher.combine(outputs, plan)
             routed = with_addends(combined, hidden_states[mine], routing, self.output_bias)
         clock.arrived(arrived.topk_ids)
-        return Parts(self.tokens.claim(routed, tokens), shared.output.wait(), routing, plan.traffic)
+        if self.load is not None:
+            self.load.add(routing, plan.traffic)
+        leave = None if self.latent is None else self.latent.leave
+        return Parts(self.tokens.claim(routed, tokens), shared.output.wait(), leave, routing, plan.traffic)
 
     def capture(self, tokens: int) -> CapturedLayer:
         """The forward as one CUDA graph for up to ``tokens`` tokens a rank; collective. ValueError where it cannot be."""
         return CapturedLayer(self, tokens)
+
+    def count_load(self) -> LoadCounter:
+        """Count from now on how the load spreads; ``runner.load = None`` ends it."""
+        self.load = LoadCounter(self.dispatcher.placement, self.tokens.everyone)
+        return self.load
 
     def experts_here(self) -> str:
         """Global ids of this rank's experts, as ``4-7`` or ``none``."""
@@ -244,9 +238,6 @@ class MoERunner(nn.Module):
             return self.kernel.compute_slots(arrived)
         out = self.dispatcher.output(plan, arrived.topk_ids.shape[0], arrived.hidden_states)
         return self.kernel.compute(arrived, out)
-
-    def _leave(self) -> Transform | None:
-        return None if self.latent is None else self.latent.leave
 
     def _check(self, hidden_states: Tensor) -> None:
         if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.hidden_size:

@@ -1,5 +1,6 @@
 """Which of the tokens that a rank is given it dispatches itself, and what that makes of the experts' output."""
 
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -9,10 +10,13 @@ from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.reduction import Distributed, Full, Sharded, complete
 from xpar.comm.shares import share, shares
+from xpar.kernels.contracts import Routing
 
 
 class Tokens(Protocol):
-    """One way to dispatch T given tokens."""
+    """One way to dispatch T given tokens. ``everyone``: ranks that together dispatch each token of the job once."""
+
+    everyone: Communicator
 
     def mine(self, tokens: int) -> slice:
         """Those that this rank routes and dispatches."""
@@ -20,12 +24,15 @@ class Tokens(Protocol):
     def claim(self, routed: Distributed, tokens: int) -> Distributed:
         """What the combined output of ``mine`` is among the ranks that were given the same tokens."""
 
-    def whole(self, own: Tensor, tokens: int) -> Tensor:
-        """[T, ...], on every rank, of the rows [t, ...] that belong to ``mine``."""
+    def whole_routing(self, own: Routing, tokens: int) -> Routing:
+        """The routing of all T, on every rank that was given them, of that of ``mine``."""
 
 
 class AllTokens:
     """All of them: no other rank is given the same tokens, or the dispatcher wants its ranks to have copies."""
+
+    def __init__(self, everyone: Communicator) -> None:
+        self.everyone = everyone
 
     def mine(self, tokens: int) -> slice:
         return slice(0, tokens)
@@ -33,15 +40,15 @@ class AllTokens:
     def claim(self, routed: Distributed, tokens: int) -> Distributed:
         return routed
 
-    def whole(self, own: Tensor, tokens: int) -> Tensor:
+    def whole_routing(self, own: Routing, tokens: int) -> Routing:
         return own
 
 
 class SharedOut:
     """The ranks of ``group`` are given the same tokens, and each dispatches its share of them."""
 
-    def __init__(self, group: Communicator) -> None:
-        self.group = group
+    def __init__(self, group: Communicator, everyone: Communicator) -> None:
+        self.group, self.everyone = group, everyone
 
     def mine(self, tokens: int) -> slice:
         return share(tokens, self.group.size, self.group.rank)
@@ -49,8 +56,17 @@ class SharedOut:
     def claim(self, routed: Distributed, tokens: int) -> Distributed:
         return Distributed(routed.tensor, self._sharded(tokens)) if routed.state == Full() else routed
 
-    def whole(self, own: Tensor, tokens: int) -> Tensor:
-        return complete(Distributed(own, self._sharded(tokens))).tensor
+    def whole_routing(self, own: Routing, tokens: int) -> Routing:
+        def whole(x: Tensor) -> Tensor:
+            return complete(Distributed(x, self._sharded(tokens))).tensor
+
+        identity = None if own.identity_weights is None else whole(own.identity_weights)
+        return replace(
+            own,
+            topk_ids=whole(own.topk_ids),
+            topk_weights=whole(own.topk_weights),
+            identity_weights=identity,
+        )
 
     def _sharded(self, tokens: int) -> Sharded:
         return Sharded(self.group, tuple(shares(tokens, self.group.size)))
@@ -58,6 +74,8 @@ class SharedOut:
 
 def tokens_of(grid: ProcessGrid, dispatcher: Dispatcher, sequence_parallel: bool) -> Tokens:
     """``sequence_parallel``: the ranks of a tp group are given different tokens."""
-    if sequence_parallel or grid.tp.size == 1 or dispatcher.name == "replicated":
-        return AllTokens()
-    return SharedOut(grid.tp)
+    if sequence_parallel or grid.tp.size == 1:
+        return AllTokens(grid.world.comm)
+    if dispatcher.name == "replicated":
+        return AllTokens(grid.dp)
+    return SharedOut(grid.tp, grid.world.comm)

@@ -45,9 +45,7 @@ def main() -> int:
     seed = world.comm.all_gather_object(args.seed)[0]
     grid = ProcessGrid.create(world, device="cuda")
     rows = [row for name, scale in CASES for row in check_shape(grid, name, scale, seed)]
-    wrong = [
-        r for r in rows if not max(r["eager_error"], r["graph_error"]) <= TOLERANCE or r["orders_differ"]
-    ]
+    wrong = [r for r in rows if is_wrong(r)]
     if world.rank == 0:
         document = {
             "ranks": world.size,
@@ -60,6 +58,11 @@ def main() -> int:
             args.json.write_text(json.dumps(document, indent=1) + "\n")
         sys.stdout.write("\n".join(line(r) for r in rows) + f"\n{len(rows)} rows, {len(wrong)} wrong\n")
     return int(bool(wrong))
+
+
+def is_wrong(r: dict[str, Any]) -> bool:
+    far = not max(r["eager_error"], r["graph_error"]) <= TOLERANCE
+    return bool(far or r["orders_differ"] or r["compiled_differs"])
 
 
 def check_shape(grid: ProcessGrid, name: str, scale: float, seed: int) -> list[dict[str, Any]]:
@@ -85,6 +88,7 @@ def check_shape(grid: ProcessGrid, name: str, scale: float, seed: int) -> list[d
                 "eager_error": error(grid, eager, reference),
                 "graph_error": error(grid, recorded, reference if reference is not None else eager),
                 "hidden_wait": waits,
+                "compiled_differs": compiled_differs(runner, mine),
                 "orders_differ": orders_that_differ(runner, mine),
                 "eager_us": microseconds(grid, runner, mine),
                 "graph_us": microseconds(grid, graph, mine),
@@ -112,6 +116,15 @@ def hidden_waits(runner: MoERunner, x: Tensor) -> str | None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return None
+
+
+def compiled_differs(runner: MoERunner, x: Tensor) -> bool:
+    """Whether a graph with the layer in it computes other bits than the layer; one that does not compile raises."""
+    expected = runner(x) * 2
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(lambda y: runner(y) * 2, fullgraph=True, backend="aot_eager")
+        return not torch.equal(compiled(x), expected)
 
 
 def orders_that_differ(runner: MoERunner, x: Tensor) -> list[str]:
@@ -151,6 +164,7 @@ def line(r: dict[str, Any]) -> str:
         f"{r['shape']:16}x{r['scale']:<5} {r['tokens_per_rank']:4} tokens {r['dispatcher']:10} eager {r['eager_us']:7.0f} us"
         f"  graph {r['graph_us']:7.0f} us  {r['eager_us'] / r['graph_us']:5.1f} x  errors {r['eager_error']:.1e}"
         f" {r['graph_error']:.1e}  {r['hidden_wait'] or 'no hidden wait'}  {' '.join(r['orders_differ'])}"
+        f"{'  compiled differs' if r['compiled_differs'] else ''}"
     )
 
 

@@ -1,0 +1,107 @@
+"""Any layer on any grid equals its fp32 reference: router, activation, shared and latent experts, dispatcher, tokens."""
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xpar.comm import ProcessGrid, World
+from xpar.comm.dispatch.auto import DISPATCHERS
+from xpar.comm.reduction import complete
+from xpar.engine.build import LayerOptions, assemble
+from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
+from xpar.engine.overlap import SharedOrder
+from xpar.engine.random_layer import RandomLayer
+from xpar.kernels.contracts import Activation
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+pytestmark = pytest.mark.mpi(deadline=300)
+HIDDEN = 24
+ROUTERS = (
+    RouterConfig(2),
+    RouterConfig(3, scoring="sigmoid", correction_bias=True, routed_scaling_factor=2.5),
+    RouterConfig(2, num_expert_group=2, topk_group=1, group_score="top2_sum", renormalize=False),
+    RouterConfig(4, choice="logits", logits_dtype="float32"),
+    RouterConfig(1, choice="logits", scoring="sigmoid", renormalize=False, weight_on_input=True),
+    RouterConfig(2, choice="sparsemixer", renormalize=False),
+    RouterConfig(3, zero_experts=2, renormalize=False),
+)
+ACTIVATIONS = (
+    Activation("silu"),
+    Activation("silu", limit=1.5, alpha=1.7, beta=1.0),
+    Activation("gelu_tanh"),
+    Activation("relu2", gated=False),
+    Activation("swiglustep", limit=2.0),
+)
+SHARED = (None, SharedConfig(16), SharedConfig(9, gated=True, scale=0.5))
+ORDERS = [order for order in SharedOrder if order is not SharedOrder.SIDE_STREAM]
+
+
+@pytest.fixture(scope="module")
+def grids(comm: "Intracomm") -> list[ProcessGrid]:
+    """Each shape once: MPI has a limited number of communicators."""
+    world = World.attach(comm)
+    n = world.size
+    axes: list[dict[str, int]] = [{}, {"ep": 1}]
+    axes += [{"tp": n}, {"etp": n}, {"tp": n, "ep": 1}, {"tp": n, "ep": 1, "etp": n}] if n > 1 else []
+    axes += (
+        [{"tp": 2}, {"tp": 2, "ep": 2, "etp": 2}, {"tp": 2, "ep": 2}, {"dp": 1, "ep": 2}] if n == 4 else []
+    )
+    return [ProcessGrid.create(world, **a) for a in axes]
+
+
+def fitting(grid: ProcessGrid, sequence_parallel: bool) -> list[str]:
+    """The dispatchers that work on ``grid``."""
+    copies = grid.moe.world_ranks == grid.tp.world_ranks and not sequence_parallel
+    names = [cls.name for cls in DISPATCHERS]
+    return ["auto", *(n for n in names if n != "replicated" or grid.moe.size == 1 or copies)]
+
+
+def layer_of(draw: Any) -> LayerConfig:
+    """Any layer that there can be."""
+    router = draw(st.sampled_from(ROUTERS))
+    latent = draw(st.sampled_from([None, 16])) if router.zero_experts == 0 else None
+    return LayerConfig(
+        draw(st.sampled_from([4, 6])) if router.num_expert_group > 1 else draw(st.integers(5, 9)),
+        HIDDEN,
+        draw(st.integers(4, 20)),
+        router,
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        shared=draw(st.sampled_from(SHARED)),
+        latent_size=latent,
+    )
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_equals_the_reference(grids: list[ProcessGrid], data: st.DataObject) -> None:
+    draw = data.draw
+    config = layer_of(draw)
+    grid = draw(st.sampled_from(grids), label="grid")
+    parallel = draw(st.booleans(), label="sequence parallel")
+    options = LayerOptions(
+        draw(st.sampled_from(fitting(grid, parallel))),
+        exact=grid.shape.etp == 1 and draw(st.booleans()),
+        sequence_parallel=parallel,
+        shared_order=draw(st.sampled_from(ORDERS)),
+    )
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    layer = RandomLayer(config, dtype, draw(st.integers(0, 10**6), label="seed"))
+    runner = assemble(config, grid, dtype, layer.read, options)
+    holders = grid.world.size if parallel else grid.dp.size
+    counts = draw(st.lists(st.integers(0, 7), min_size=holders, max_size=holders), label="tokens")
+    me = grid.world.rank if parallel else grid.dp.rank
+    generator = torch.Generator().manual_seed(layer.seed + me)
+    x = torch.randn(counts[me], HIDDEN, generator=generator).to(dtype)
+    expected, _ = layer.reference(x)
+    for got in (runner(x), complete(runner.forward_deferred(x)).tensor):
+        assert got.shape == x.shape and got.dtype == dtype
+        if not len(x):
+            continue
+        per_token = (got.float() - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-3)
+        # In bf16 two logits may round to one another's order: judge by the typical token.
+        assert per_token.max() < 1e-4 if dtype == torch.float32 else per_token.median() < 3e-2
