@@ -5,7 +5,7 @@ layer reaches its operator as an opaque object, an input of the graph: no table 
 layer alive, and the blocks of a model, alike but for their layers, share one compiled graph.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ class Handle(OpaqueBase):
 
     def __init__(self, layer: "MoERunner") -> None:
         self.layer = layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+        """torch 2.11 copies what it traces with; a copy would need weights and MPI groups of its own."""
+        return self
 
 
 register_opaque_type(Handle, typ="reference")
