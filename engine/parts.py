@@ -1,5 +1,6 @@
 """What a layer's first five steps make, and the sixth: adding it up."""
 
+from collections.abc import Generator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -33,3 +34,13 @@ class Parts(NamedTuple):
         """The final routed and shared outputs, each [T, H]: the addends of :meth:`sum`."""
         routed = finish(self.routed, transform=self.transform).tensor
         return routed, None if self.shared is None else finish(self.shared).tensor
+
+
+def rest_of(steps: Generator[None, None, Parts]) -> Parts:
+    """What ``steps`` returns in the end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            parts: Parts = end.value
+            return parts

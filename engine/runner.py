@@ -1,5 +1,6 @@
 """One mixture-of-experts layer on this rank: the six steps in order."""
 
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from xpar.engine.config import LayerConfig
 from xpar.engine.latent import LatentSpace
 from xpar.engine.load import LoadCounter
 from xpar.engine.overlap import Overlap, SharedOrder, Work
-from xpar.engine.parts import Parts
+from xpar.engine.parts import Parts, rest_of
 from xpar.engine.routers import RoutingRule, weigh_input
 from xpar.engine.shared import SharedExperts
 from xpar.engine.stages import NO_CLOCK, Clock
@@ -152,6 +153,16 @@ class MoERunner(nn.Module):
         clock: Clock = NO_CLOCK,
     ) -> Parts:
         """The first five steps; the parts then know the sixth, ``finish``."""
+        return rest_of(self.stepwise(hidden_states, router_logits, input_ids, clock))
+
+    def stepwise(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        clock: Clock = NO_CLOCK,
+    ) -> Generator[None, None, Parts]:
+        """:meth:`steps`, which pauses once, when rows are on their way: a caller may start another step meanwhile."""
         self._step += 1
         tokens = hidden_states.shape[0]
         mine = self.tokens.mine(tokens)
@@ -164,6 +175,7 @@ class MoERunner(nn.Module):
         with clock.stage("dispatch"):
             moving = self.dispatcher.dispatch(rows, plan)
         shared.meanwhile()
+        yield
         with clock.stage("dispatch"):
             arrived = moving.wait()
         with clock.stage("compute"):

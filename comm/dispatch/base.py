@@ -36,11 +36,13 @@ class Capabilities:
     ``devices``: torch device types of the tokens. ``needs_host_counts``: on a GPU, whether the host waits for numbers
     that the GPU computes. ``graph_capture``: whether plan, dispatch and combine may be captured in a CUDA graph and
     replayed, as long as every rank's number of tokens stays the same. Exact mode needs host counts everywhere.
+    ``pipelined``: a step may be planned and dispatched before the one before it is combined.
     """
 
     devices: tuple[str, ...]
     needs_host_counts: bool
     graph_capture: bool
+    pipelined: bool = True
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class SharedMemoryDispatcher:
     """
 
     name = "shared-memory"
-    capabilities = Capabilities(("cpu",), needs_host_counts=False, graph_capture=False)
+    capabilities = Capabilities(("cpu",), needs_host_counts=False, graph_capture=False, pipelined=False)
 
     def __init__(self, group: Communicator, placement: Placement) -> None:
         self.group, self.placement = group, placement

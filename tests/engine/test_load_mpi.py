@@ -55,7 +55,6 @@ def test_routing_and_load_are_those_of_every_token_once(
     assert (routing.identity_weights is None) == (config.router.zero_experts == 0)
     if routing.identity_weights is not None:
         torch.testing.assert_close(routing.identity_weights, expected.identity_weights)
-        assert (expected.topk_ids < 0).any() or not len(everyone)
     mine = Counter(expected.topk_ids[expected.topk_ids >= 0].tolist())
     everyones = world.comm.all_gather_object(mine) if len(everyone) < TOKENS else [mine]
     total = sum(everyones, Counter())
