@@ -3,7 +3,7 @@
 # several nodes as MPI sees them, and the batch scripts on a Slurm cluster of this machine's own.
 #
 #   ./scripts/test.sh [--quick]     --quick: serial tests and 2 ranks only
-#   TEST_SECONDS=3600 ./scripts/test.sh     after that many seconds (840) all that still runs is ended
+#   TEST_SECONDS=3600 ./scripts/test.sh     after that many seconds (2400) all that still runs is ended
 #
 # Every part runs even if one before it failed. The last line is `N passed, N failed, N skipped` over all parts, where
 # each check counts as one, and a run that ended without a summary (killed, crashed, past its limit) as one failure.
@@ -23,7 +23,7 @@ esac
 . scripts/environment.sh
 
 passed=0 failed=0 skipped=0 report=
-limit=$((SECONDS + ${TEST_SECONDS:-840}))
+limit=$((SECONDS + ${TEST_SECONDS:-2400}))
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
