@@ -27,6 +27,14 @@ from xpar.engine.weights import (
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, Routing
 
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Relative error of a whole layer against the reference, at most, by the dtype it computes in."""
+
+
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    """||y - ref|| / ||ref||."""
+    return float((y.float() - reference).norm() / reference.norm().clamp_min(1e-30))
+
 
 def layer_reference(
     checkpoint: Checkpoint,

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from xpar.comm.failure import agreed
@@ -17,11 +16,11 @@ from xpar.engine.bench.peers import IMPLEMENTATIONS
 from xpar.engine.bench.request import BATCHES, Request
 from xpar.engine.bench.timing import Contender, Times, take_turns
 from xpar.engine.build import LayerOptions, assemble
+from xpar.engine.reference import relative_error
 from xpar.engine.runner import MoERunner
 from xpar.engine.stages import STAGES, StageClock
 
 CHECKED_TOKENS = 64
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 class LayerBench:
@@ -133,11 +132,6 @@ class LayerBench:
                 f"the layer needs {needed / 1e9:.1f} GB on node {world.node} with {ranks} ranks, and "
                 f"{free / 1e9:.1f} GB are left; use --scale, more nodes or fewer --compare"
             )
-
-
-def relative_error(y: Tensor, reference: Tensor) -> float:
-    """||y - ref|| / ||ref||."""
-    return float((y.float() - reference).norm() / reference.norm().clamp_min(1e-30))
 
 
 def best_ratio(times: dict[str, Times]) -> float | None:

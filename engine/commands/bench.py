@@ -12,11 +12,12 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
 from xpar.engine.bench import exchange
-from xpar.engine.bench.layer import TOLERANCE, LayerBench
+from xpar.engine.bench.layer import LayerBench
 from xpar.engine.bench.request import Request
 from xpar.engine.build import FLOATS
 from xpar.engine.kernel_bench import options
 from xpar.engine.logs import add_verbose, start_logging
+from xpar.engine.reference import TOLERANCE
 from xpar.engine.report import manifest
 from xpar.engine.shapes import SHAPES, shape_of
 from xpar.engine.terminal import make_console, progress

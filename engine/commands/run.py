@@ -17,13 +17,11 @@ from xpar.engine.architectures import find, moe_layers
 from xpar.engine.build import FLOATS, config_of, pick_dispatcher, pick_kernel
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.logs import add_verbose, start_logging
-from xpar.engine.reference import layer_reference
+from xpar.engine.reference import TOLERANCE, layer_reference, relative_error
 from xpar.engine.report import layer_record, layer_table, manifest, summary
 from xpar.engine.runner import MoERunner
 from xpar.engine.stages import StageClock
 from xpar.engine.terminal import make_console, progress
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -159,7 +157,7 @@ def _relative_error(
             return 0.0
         with Checkpoint(path) as checkpoint:
             reference, _ = layer_reference(checkpoint, layer, hidden_states)
-        return float((complete.float() - reference).norm() / reference.norm().clamp_min(1e-30))
+        return relative_error(complete, reference)
 
     error = agreed(grid.world.comm, compare, f"reference of layer {layer}")
     return float(grid.world.comm.all_gather_object(error)[0])
