@@ -60,7 +60,8 @@ tests() { # tests NAME COMMAND...: as many verdicts as pytest gives
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check mypy mypy
-tests serial python -m pytest --color=no --durations=5 --ignore=tests/cluster
+# Two at a time: most of these wait for processes of their own. One thread each, as below.
+OMP_NUM_THREADS=1 tests serial python -m pytest --color=no --durations=5 -n 2 --dist worksteal --ignore=tests/cluster
 for n in $sizes; do
   # One thread a rank: four ranks on two cores are slow enough without eight threads.
   OMP_NUM_THREADS=1 tests "mpi, n = $n" \
