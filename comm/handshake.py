@@ -63,7 +63,7 @@ def handshake(
         raise ValueError(f"handshake record of {len(words)} words; at most {RECORD_WORDS}")
     record = np.zeros(RECORD_WORDS, dtype=np.int64)
     record[: len(words)] = words
-    table = comm.exchange(record)
+    table = comm.exchange(record, tag)
     if table[:, 0].any():
         raise RemoteRankError(_failure_report(comm, tag, failure))
     head = 5 + len(facts)

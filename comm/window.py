@@ -71,15 +71,17 @@ class SharedWindow:
         from mpi4py import MPI
 
         # One segment, held by rank 0: positions in it are the same for all, with no gaps between the ranks' parts.
-        self._window = MPI.Win.Allocate_shared(size if comm.rank == 0 else 0, 1, comm=comm)
+        with cast(MpiCommunicator, self.group).waiting("opening a window"):
+            self._window = MPI.Win.Allocate_shared(size if comm.rank == 0 else 0, 1, comm=comm)
         self._window.Lock_all(MPI.MODE_NOCHECK)
         self._bytes = torch.frombuffer(self._window.Shared_query(0)[0], dtype=torch.uint8)
 
     def _free(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
         if self._window is not None:
-            self._window.Unlock_all()
-            self._window.Free()
+            with cast(MpiCommunicator, self.group).waiting("closing a window"):
+                self._window.Unlock_all()
+                self._window.Free()
             self._window = None
 
 
