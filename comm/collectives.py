@@ -101,7 +101,8 @@ class Collectives(Communicator):
         rows = x.shape[0] if x.ndim else 1
         if same_rows:
             facts["rows"] = rows
-        table = handshake(self, Tag(f"{op} in group {self.name}"), same=facts, values=(rows,))
+        tag = Tag(f"{op} in group {self.name}", rows=rows, row_bytes=facts["row_elements"] * x.element_size())
+        table = handshake(self, tag, same=facts, values=(rows,))
         return [int(n) for n in table[:, 0]]
 
     def _agree_root(self, x: Tensor, root: int) -> None:

@@ -25,11 +25,13 @@ class DesyncError(CollectiveError):
 
 @dataclass(frozen=True)
 class Tag:
-    """What a rank believes it is doing: operation, layer, step."""
+    """What a rank believes it is doing: operation, layer, step. ``rows`` of ``row_bytes`` bytes: for reports alone."""
 
     op: str
     layer: int = -1
     step: int = -1
+    rows: int = 0
+    row_bytes: int = 0
 
     def __str__(self) -> str:
         return (

@@ -130,13 +130,13 @@ class MpiCommunicator(Collectives):
     # -- metadata plane -------------------------------------------------------------------------------------
 
     def exchange(self, record: Record, tag: Tag | None = None) -> Record:
-        op, journal = "exchange" if tag is None else tag.op, self._journal
-        if tag is not None:
-            journal.at(tag.layer, tag.step)
+        tag, journal = tag or Tag("exchange"), self._journal
+        journal.at(tag.layer, tag.step)
         if journal.compares:
-            self._compare(Intent(f"handshake {'' if tag is None else tag}"))
+            self._compare(Intent(f"handshake {tag}"))
         table = np.empty((self.size, record.size), dtype=np.int64)
-        journal.enter(journal.begin(), op)
+        op = tag.op.removesuffix(f" in group {self.name}")  # the report names the group itself
+        journal.enter(journal.begin(), op, None, tag.rows, 0, tag.row_bytes)
         self.mpi_comm.Allgather(record, table)
         journal.leave()
         return table

@@ -44,13 +44,11 @@ class Call:
     seconds: float
 
     def __str__(self) -> str:
-        where = (f", layer {self.layer}" if self.layer >= 0 else "") + (
-            f", step {self.step}" if self.step >= 0 else ""
-        )
-        sizes = (
-            f" ({self.rows_out} rows of {self.row_bytes} B out, {self.rows_in} in)" if self.row_bytes else ""
-        )
-        return f"{self.op} #{self.seq} of group {self.group}{sizes}{where}"
+        layer = f", layer {self.layer}" if self.layer >= 0 else ""
+        step = f", step {self.step}" if self.step >= 0 else ""
+        arriving = f" out, {self.rows_in} in" if self.rows_in else ""
+        sizes = f" ({self.rows_out} rows of {self.row_bytes} B{arriving})" if self.row_bytes else ""
+        return f"{self.op} #{self.seq} of group {self.group}{sizes}{layer}{step}"
 
 
 @dataclass(frozen=True)

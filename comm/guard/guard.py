@@ -4,6 +4,7 @@ import atexit
 import os
 import secrets
 import select
+import signal
 import socket
 import sys
 import threading
@@ -29,8 +30,13 @@ LOOK_MS = 250
 """Between two looks at this rank's own row."""
 GRACE_S = 1.0
 """A launcher that ends the job by itself when a rank dies has this long to do so."""
-LAST_RESORT_S = 10.0
-"""After this long a rank that should have been ended by another, or by MPI_Abort, ends by itself."""
+LAST_RESORT_S = 3.0
+"""So long after the report MPI_Abort may take; then a node ends its ranks by itself, those that are stopped, too.
+
+Not every launcher passes an abort on to the other nodes while their ranks are outside MPI.
+"""
+PATIENCE_S = 10.0
+"""How long a rank waits to be ended when another one reports."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +130,12 @@ class Guard:
         """Have the job's report written, once, headed ``reason``, and end the job on every rank. From any thread."""
         group = self._groups.get(waiting.group, ()) if waiting is not None else ()
         who = f"[rank {self.rank} on {self.places[self.rank].host}] {reason}"
-        if not self._delegate(Question(who, code, waiting, group)) and self.board.claim():
+        if self._delegate(Question(who, code, waiting, group)):
+            time.sleep(LAST_RESORT_S)
+            self._end_node(code)
+        if self.board.claim():
             self._report(Question(who, code, waiting, group))
-        time.sleep(LAST_RESORT_S)  # another rank reports, and ends this one
+        time.sleep(PATIENCE_S)  # another rank reports, and ends this one
         os._exit(code)
 
     def failing(self) -> None:
@@ -176,13 +185,25 @@ class Guard:
         sys.stdout.flush()
         sys.stderr.write(text)
         sys.stderr.flush()
+        self._end_later(q.code)
         time.sleep(0.3)  # lets the launcher collect what was written
-        last = threading.Timer(LAST_RESORT_S, os._exit, (q.code,))
+        self.abort(q.code)
+        time.sleep(PATIENCE_S)
+        os._exit(q.code)
+
+    def _end_later(self, code: int) -> None:
+        last = threading.Timer(LAST_RESORT_S, self._end_node, (code,))
         last.daemon = True
         last.start()
-        self.abort(q.code)
-        time.sleep(LAST_RESORT_S)
-        os._exit(q.code)
+
+    def _end_node(self, code: int) -> NoReturn:
+        """End every process of this node that is a rank of the job, this one last."""
+        for local in range(self.board.size if self.board.shared else 0):
+            entry = self.board.read(local)
+            if local != self.board.mine and entry.state != LEFT:
+                with suppress(OSError):
+                    os.kill(entry.pid, signal.SIGKILL)
+        os._exit(code)
 
     def _survey(self) -> tuple[list[Seen], list[tuple[int, str]]]:
         """What is known of the ranks of every node that answers, and (rank, host) of the others."""
@@ -247,7 +268,9 @@ class Guard:
         """What this rank says to another node's ``q``; nobody of this node reports by itself after that."""
         first = self.board.claim()
         if not q.reason:
-            return self._here()
+            here = self._here()
+            self._end_later(q.code)
+            return here
         if first:
             threading.Thread(target=self._report, args=(q,), daemon=True).start()
         return []

@@ -16,8 +16,8 @@ from pathlib import Path
 SIGNAL = signal.SIGRTMIN + 8
 """One that nobody else is likely to use; SIGUSR1 is for people, and shows the stacks on stderr."""
 WAIT_S = 1.0
-OWN_THREADS = ("comm/guard/", "comm/gpu/watch.py")
-"""Threads that only watch are not shown."""
+NOT_SHOWN = ("comm/guard/", "comm/gpu/watch.py", "<no Python frame>")
+"""Threads that only watch, or have not begun."""
 
 
 def offer() -> int:
@@ -54,7 +54,7 @@ def process_state(pid: int) -> str:
 
 def shown(text: str) -> str:
     """faulthandler's text without the threads of the watch and without numbers that differ between processes."""
-    blocks = [b for b in text.strip().split("\n\n") if not any(own in b for own in OWN_THREADS)]
+    blocks = [b for b in text.strip().split("\n\n") if not any(part in b for part in NOT_SHOWN)]
     text = "\n".join(blocks)
     return re.sub(r"(Current thread|Thread) 0x[0-9a-f]+( \[[^]]*\])?", r"\1", text)
 
