@@ -91,7 +91,7 @@ class Guard:
             abort,
         )
         self.pace = Pace(deadlines)
-        self.journals: list[BoardJournal] = []
+        self._journals: list[BoardJournal] = []
         self.places: tuple[Place, ...] = ()
         self._groups: dict[str, tuple[int, ...]] = {}
         self._key = b""
@@ -123,8 +123,17 @@ class Guard:
         self._groups[group] = tuple(world_ranks)
         waits = array("d") if self.watching.keeps_waits else None
         journal = BoardJournal(self.board, group, self.pace, self.watching.compares, waits)
-        self.journals.append(journal)
+        self._journals.append(journal)
         return journal
+
+    def take_waits(self) -> dict[tuple[str, tuple[int, ...]], list[float]]:
+        """Name and ranks of each group -> the seconds of its collectives since the last call, where they are kept."""
+        taken = {}
+        for journal in self._journals:
+            if journal.waits is not None:
+                taken[journal.group, self._groups[journal.group]] = journal.waits.tolist()
+                del journal.waits[:]
+        return taken
 
     def fail(self, reason: str, code: int = CODE, waiting: Call | None = None) -> NoReturn:
         """Have the job's report written, once, headed ``reason``, and end the job on every rank. From any thread."""

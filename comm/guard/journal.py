@@ -81,15 +81,19 @@ class NoJournal:
 
 
 class BoardJournal:
-    """Writes to this rank's row of the node's board. ``waits``: seconds spent in each collective, where they are kept."""
+    """Writes to this rank's row of the node's board.
+
+    ``waits``: seconds spent in each collective, where they are kept; only of steps after the first, and not in those
+    that come after work of one rank's own.
+    """
 
     def __init__(
         self, board: Board, group: str, pace: Pace, compares: bool, waits: "array[float] | None"
     ) -> None:
         self._memory, self._first = board.memory, board.mine * ROW_BYTES
-        self._group, self._pace, self._seq = group.encode()[:32], pace, 0
+        self.group, self._name, self._pace, self._seq = group, group.encode()[:32], pace, 0
         self.compares, self.waits = compares, waits
-        self._entered = 0.0
+        self._entered, self._counts = 0.0, False
 
     def at(self, layer: int, step: int) -> None:
         self._pace.at(layer, step)
@@ -109,6 +113,7 @@ class BoardJournal:
     ) -> None:
         pace = self._pace
         self._entered = now = time.monotonic()
+        self._counts = seconds is None and pace.step >= FIRST_STEPS
         CALL.pack_into(
             self._memory,
             self._first,
@@ -122,11 +127,11 @@ class BoardJournal:
             row_bytes,
             pace.seconds if seconds is None else seconds,
             op.encode()[:64],
-            self._group,
+            self._name,
         )
 
     def leave(self) -> None:
         now = time.monotonic()
         STATE.pack_into(self._memory, self._first, OUTSIDE, now)
-        if self.waits is not None:
+        if self.waits is not None and self._counts:
             self.waits.append(now - self._entered)
