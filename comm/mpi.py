@@ -71,10 +71,13 @@ class MpiCommunicator(Collectives):
         return x if sent is x else x.copy_(sent)
 
     def barrier(self, patient: bool = False) -> None:
-        self._compare(Intent("patient barrier" if patient else "barrier"))
+        journal = self._journal
         if not patient:
-            with self.waiting("barrier"):
-                self.mpi_comm.Barrier()
+            if journal.compares:
+                self._compare(Intent("barrier"))
+            journal.enter(journal.begin(), "barrier")
+            self.mpi_comm.Barrier()
+            journal.leave()
             return
         with self.waiting("patient barrier", math.inf):
             request = self.mpi_comm.Ibarrier()

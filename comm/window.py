@@ -2,6 +2,8 @@
 
 import atexit
 import os
+import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 SHARED_FILES = "/dev/shm"
 """Where MPI libraries keep shared windows; a container often gives it 64 MB."""
 ALIGNMENT = 4096
+LEAST_BYTES = 1 << 20
+"""With less than this left, MPI itself cannot start."""
 
 
 class SharedWindow:
@@ -101,6 +105,16 @@ def free_bytes() -> int:
     except OSError:
         return 0
     return state.f_bavail * state.f_frsize
+
+
+def refuse_full_memory() -> None:
+    """Raise ValueError where MPI could not start: it shares memory within a node, and is killed where there is none."""
+    free = free_bytes()
+    if Path(SHARED_FILES).is_dir() and free < LEAST_BYTES:
+        raise ValueError(
+            f"{SHARED_FILES} on {socket.gethostname()} has {free / 1e6:.1f} MB left, and MPI needs a few a rank; remove stale "
+            f"files there (rm {SHARED_FILES}/mpich_shm_* where nothing runs), or enlarge it (containers: --shm-size)"
+        )
 
 
 def check_room(nbytes: int, given_back: int = 0) -> None:

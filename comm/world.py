@@ -14,7 +14,7 @@ from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.guard.guard import WATCHING, Guard, Watching
 from xpar.comm.handshake import CollectiveError
 from xpar.comm.mpi import MpiCommunicator
-from xpar.comm.window import free_bytes
+from xpar.comm.window import free_bytes, refuse_full_memory
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -26,7 +26,7 @@ DEADLINES = Deadlines()
 
 
 class LaunchError(CollectiveError):
-    """The launcher and MPI disagree about the number of ranks; every task sees the same."""
+    """MPI cannot start, or it and the launcher disagree about the number of ranks; every task of a node sees the same."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class World:
         if mpi_comm is not None:
             return cls._join(mpi_comm, None if deadlines is None else limits, limits, watch)
         with _all_join_within(limits.start):
+            _refuse_full_memory()
             from mpi4py import MPI
 
             if MPI.COMM_WORLD.size == 1 and not allow_singleton:
@@ -135,6 +136,15 @@ def _all_join_within(seconds: float) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _refuse_full_memory() -> None:
+    if "mpi4py.MPI" in sys.modules:
+        return
+    try:
+        refuse_full_memory()
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
 
 
 def _library() -> str:

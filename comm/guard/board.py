@@ -109,7 +109,7 @@ class Board:
         if self.file is None:
             return True
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._once.release()
             return False

@@ -65,10 +65,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Question:
-    """To another node: where are your ranks? or, with ``reason``: report and end the job, with ``code``."""
+    """To another node: where are your ranks? With ``code`` the job ends after the answer; with ``reason``, too, the other
+    node is to report, and to end it."""
 
     reason: str = ""
-    code: int = CODE
+    code: int | None = None
     waiting: Call | None = None
     group: tuple[int, ...] = ()
 
@@ -147,6 +148,10 @@ class Guard:
         time.sleep(PATIENCE_S)  # another rank reports, and ends this one
         os._exit(code)
 
+    def survey(self) -> str:
+        """Where every rank of the job is, in words, as the report has it; ends nothing. From any thread."""
+        return describe(*self._survey(Question()))
+
     def failing(self) -> None:
         """This rank is about to end the job by itself: it is not taken for one that waits or has died."""
         self.board.set_state(FAILING)
@@ -189,16 +194,17 @@ class Guard:
     # -- the report ------------------------------------------------------------------------------------------
 
     def _report(self, q: Question) -> NoReturn:
-        seen, silent = self._survey()
+        code = CODE if q.code is None else q.code
+        seen, silent = self._survey(Question(code=code))
         text = f"{q.reason}; {describe(seen, silent, q.waiting, q.group)}\nending the job on every rank\n"
         sys.stdout.flush()
         sys.stderr.write(text)
         sys.stderr.flush()
-        self._end_later(q.code)
+        self._end_later(code)
         time.sleep(0.3)  # lets the launcher collect what was written
-        self.abort(q.code)
+        self.abort(code)
         time.sleep(PATIENCE_S)
-        os._exit(q.code)
+        os._exit(code)
 
     def _end_later(self, code: int) -> None:
         last = threading.Timer(LAST_RESORT_S, self._end_node, (code,))
@@ -214,12 +220,12 @@ class Guard:
                     os.kill(entry.pid, signal.SIGKILL)
         os._exit(code)
 
-    def _survey(self) -> tuple[list[Seen], list[tuple[int, str]]]:
+    def _survey(self, q: Question) -> tuple[list[Seen], list[tuple[int, str]]]:
         """What is known of the ranks of every node that answers, and (rank, host) of the others."""
         own = self.places[self.rank].node
         others = sorted({p.node for p in self.places} - {own})
         answers: dict[int, list[Seen] | None] = dict.fromkeys(others)
-        threads = [threading.Thread(target=self._ask_node, args=(n, answers), daemon=True) for n in others]
+        threads = [threading.Thread(target=self._ask_node, args=(n, q, answers), daemon=True) for n in others]
         for thread in threads:
             thread.start()
         here = self._here()
@@ -230,9 +236,9 @@ class Guard:
         known = {s.rank for s in seen}
         return seen, [(r, p.host) for r, p in enumerate(self.places) if r not in known]
 
-    def _ask_node(self, node: int, answers: dict[int, list[Seen] | None]) -> None:
+    def _ask_node(self, node: int, q: Question, answers: dict[int, list[Seen] | None]) -> None:
         for rank in self._node_ranks(node)[:2]:
-            answers[node] = self._ask(rank, Question())
+            answers[node] = self._ask(rank, q)
             if answers[node] is not None:
                 return
 
@@ -274,7 +280,9 @@ class Guard:
         return answer
 
     def _answer(self, q: Question) -> list[Seen]:
-        """What this rank says to another node's ``q``; nobody of this node reports by itself after that."""
+        """What this rank says to another node's ``q``; if the job is to end, nobody of this node reports by itself then."""
+        if q.code is None:
+            return self._here()
         first = self.board.claim()
         if not q.reason:
             here = self._here()
