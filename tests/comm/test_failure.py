@@ -1,6 +1,7 @@
 """One rank's failure ends the job everywhere within seconds, with a report of all ranks and a non-zero code."""
 
 import re
+import subprocess
 import sys
 import time
 
@@ -28,6 +29,8 @@ def does_something_else():
     time.sleep(60)
 sys.exit(run(main))
 """
+ALONE = ["unshare", "--user", "--map-root-user", "--mount"]
+"""Runs a command with mounts that nobody else sees."""
 WHERE = "rank 1 on .*: "
 SIZES = r"all_gather_v #4 of group world \(3 rows of 20 B\), layer 4, step 2"
 LATE = rf"{SIZES}: not finished after 2 s; where every rank is:"
@@ -140,6 +143,17 @@ sys.exit(run(main))
     assert job.returncode == 1
     text = "rank 1 sends 2 rows to rank 0, which expects 1 in all_to_all_v of float32 [5]"
     assert job.stderr.count(text) == 1 and "Traceback" not in job.stderr, job.stderr
+
+
+@pytest.mark.skipif(
+    bool(subprocess.run([*ALONE, "true"], check=False).returncode), reason="no mounts of one's own"
+)
+def test_a_full_shared_memory_is_one_line_a_rank_and_no_crash() -> None:
+    """MPI itself would be killed by a bus error, without a word, as soon as it is started."""
+    full = f"mount -t tmpfs -o size=100k tmpfs /dev/shm; exec {sys.executable} -m xpar.engine doctor"
+    job = mpirun(2, [*ALONE, "sh", "-c", full], timeout=60)
+    assert job.returncode != 0 and "Traceback" not in job.stderr, job.stderr
+    assert re.search("xpar: error: /dev/shm on .* has 0.1 MB left, and MPI needs a few a rank", job.stderr)
 
 
 LOOKED_AT = """

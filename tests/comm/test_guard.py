@@ -196,3 +196,17 @@ def test_who_waits_least_came_last() -> None:
     assert rows[2].p99 == pytest.approx(0.3) and rows[0].p99 == pytest.approx(0.194)
     uneven = lateness([{world: [0.5], pair: []}, {world: []}, {world: [0.1], pair: []}])
     assert [r.collectives for r in uneven] == [0, 0]
+
+
+def test_a_rank_that_waits_for_others_to_start_gives_up() -> None:
+    source = """
+import time
+from xpar.comm.world import _all_join_within
+def attach():
+    with _all_join_within(0.5):
+        time.sleep(60)
+attach()
+"""
+    words = [sys.executable, "-c", source]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0 and "Timeout (0:00:00.500000)!" in done.stderr and "in attach" in done.stderr
