@@ -99,8 +99,10 @@ class AllToAllDispatcher:
         mine = slice(first, first + own)
         at = sum(d.recv[: self.group.rank])
         gather_rows(hidden_states, d.tokens[mine], out=rows[at : at + own])
-        leaving = torch.cat([d.tokens[:first], d.tokens[first + own :]])
-        pending = _exchange(self.group, gather_rows(hidden_states, leaving), d.send, d.recv, rows)
+        leaving = hidden_states.new_empty(len(d.tokens), hidden_states.shape[1])
+        for part in (slice(0, first), slice(first + own, None)):
+            gather_rows(hidden_states, d.tokens[part], out=leaving[part])
+        pending = self.group.all_to_all_v(leaving, d.send, d.recv, out=rows, skip=self.group.rank)
         return Pending(lambda: ExpertInput(pending.wait(), d.arrived.topk_ids, d.arrived.topk_weights))
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
@@ -160,8 +162,7 @@ def return_rows(group: Communicator, outputs: Tensor, d: Detail, own: Routing) -
     back = outputs.new_empty(sum(d.back_recv), outputs.shape[1])
     r, send, recv = group.rank, d.back_send, d.back_recv
     start, at, mine = sum(send[:r]), sum(recv[:r]), send[r]
-    leaving = torch.cat([outputs[:start], outputs[start + mine :]])
-    pending = _exchange(group, leaving, send, recv, back)
+    pending = group.all_to_all_v(outputs, send, recv, out=back, skip=r)
     back[at : at + mine] = outputs[start : start + mine]
     pending.wait()
     if d.slots is None:
@@ -175,12 +176,3 @@ def per_rank(rows_of_entry: Tensor, entries_of_rank: list[int]) -> list[int]:
     ends = np.cumsum([0, *entries_of_rank])
     total = torch.nn.functional.pad(rows_of_entry.cumsum(0), (1, 0)).cpu()[torch.from_numpy(ends)]
     return [int(n) for n in total.diff().tolist()]
-
-
-def _exchange(
-    group: Communicator, leaving: Tensor, send: list[int], recv: list[int], out: Tensor
-) -> Pending[Tensor]:
-    """Move what leaves the rank; the rank's own rows, already in place inside ``out``, are stepped over."""
-    own = group.rank
-    others_send = [0 if r == own else n for r, n in enumerate(send)]
-    return group.all_to_all_v(leaving, others_send, recv, out=out, skip=own)
