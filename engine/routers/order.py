@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 FEW = 1024
 """Numbers that one stable sort orders sooner than six operations make keys of them (5 against 24 us for 64 of them)."""
 
