@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from xpar.comm.dispatch.auto import DispatcherChoice, choose_dispatcher
+from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.placement import Placement
@@ -32,15 +33,18 @@ FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 @dataclass(frozen=True)
-class LayerOptions:
-    """How a layer is computed: names of a dispatcher and a kernel or auto, and :class:`MoERunner`'s own options.
-
-    ``tiles``: a file of tile shapes that ``xpar tune`` wrote.
-    """
+class ExpertOptions:
+    """How experts are computed: names of a dispatcher and of a kernel or auto, and ``exact`` as for :class:`MoERunner`."""
 
     dispatcher: str = "auto"
     kernel: str = "auto"
     exact: bool = False
+
+
+@dataclass(frozen=True)
+class LayerOptions(ExpertOptions):
+    """How a whole layer is computed: :class:`MoERunner`'s own options. ``tiles``: a file that ``xpar tune`` wrote."""
+
     sequence_parallel: bool = False
     shared_order: SharedOrder = SharedOrder.AUTO
     tiles: Path | None = None
@@ -89,23 +93,16 @@ def assemble(
 ) -> MoERunner:
     """A runner whose weights come from ``read``, which takes the keyword arguments of :func:`load_layer`."""
     exact, sequence_parallel = options.exact, options.sequence_parallel
-    check_exact(exact, grid)
-    placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel)
-    experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
-    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
-    local = None
-    if experts:
-        spec = spec_of(config, grid.device, len(experts), rows.stop - rows.start, dtype, exact)
-        local = choose(spec, options.kernel).record.build(spec)
-        if options.tiles is not None:
-            use_table(local, options.tiles)
+    held = hold_experts(config, grid, dtype, options, sequence_parallel)
+    if held.kernel is not None and options.tiles is not None:
+        use_table(held.kernel, options.tiles)
     # Under sequence parallel each rank has tokens of its own, and with them a whole copy of the shared experts.
     slices = 1 if exact or sequence_parallel else grid.tp.size
     weights = read(
-        experts=experts,
-        sink=_no_expert if local is None else local.load_expert,
+        experts=held.experts,
+        sink=_no_expert if held.kernel is None else held.kernel.load_expert,
         dtype=dtype,
-        rows=rows,
+        rows=held.rows,
         shared_rows=_shared_rows(config, grid, slices),
     )
     weights = weights.to(grid.device)
@@ -117,8 +114,8 @@ def assemble(
         config,
         grid,
         router,
-        chosen.dispatcher,
-        local,
+        held.dispatcher,
+        held.kernel,
         shared,
         dtype=dtype,
         exact=exact,
@@ -130,6 +127,38 @@ def assemble(
         if weights.latent is None
         else LatentSpace(weights.latent.enter, weights.latent.leave, exact),
     )
+
+
+@dataclass(frozen=True)
+class Held:
+    """This rank's part of a layer: ``kernel`` for global ids ``experts``, ``rows`` of their width; None without any."""
+
+    dispatcher: Dispatcher
+    experts: range
+    rows: slice
+    kernel: ExpertKernel | None
+
+
+def hold_experts(
+    config: LayerConfig,
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+    options: ExpertOptions = DEFAULT,
+    sequence_parallel: bool = False,
+) -> Held:
+    """The dispatcher, and a kernel that has not been given its experts yet. Holds no collective.
+
+    Raises ValueError for options that do not fit the grid, the layer or this machine.
+    """
+    check_exact(options.exact, grid)
+    placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel)
+    experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
+    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
+    kernel = None
+    if experts:
+        spec = spec_of(config, grid.device, len(experts), rows.stop - rows.start, dtype, options.exact)
+        kernel = choose(spec, options.kernel).record.build(spec)
+    return Held(chosen.dispatcher, experts, rows, kernel)
 
 
 def config_of(checkpoint: Checkpoint, layer: int) -> LayerConfig:
