@@ -174,7 +174,7 @@ class MoERunner(nn.Module):
             plan = self._plan(weighted)
         with clock.stage("dispatch"):
             moving = self.dispatcher.dispatch(rows, plan)
-        shared.meanwhile()
+        shared.meanwhile(SharedOrder.DURING_DISPATCH)
         yield
         with clock.stage("dispatch"):
             arrived = moving.wait()
@@ -182,8 +182,10 @@ class MoERunner(nn.Module):
             outputs = self._compute(arrived, plan)
         assert isinstance(routing, Routing)  # a failure has raised in plan
         with clock.stage("combine"):
-            combined = self.dispatcher.combine(outputs, plan)
-            routed = with_addends(combined, hidden_states[mine], routing, self.output_bias)
+            returning = self.dispatcher.combine(outputs, plan)
+        shared.meanwhile(SharedOrder.DURING_COMBINE)
+        with clock.stage("combine"):
+            routed = with_addends(returning.wait(), hidden_states[mine], routing, self.output_bias)
         clock.arrived(arrived.topk_ids)
         if self.load is not None:
             self.load.add(routing, plan.traffic)

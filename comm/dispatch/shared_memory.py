@@ -83,26 +83,32 @@ class SharedMemoryDispatcher:
         d: Detail = plan.detail
         tokens = self._tokens(d.layout, hidden_states)
         tokens[d.layout.tokens].copy_(hidden_states)
-        return Pending(lambda: self._arrive(tokens, d))
+        fence = self._window.arrive()
+        return Pending(lambda: self._arrive(tokens, fence, d))
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         layout: Layout = plan.detail.layout
         return self._outputs(layout, like)[layout.outputs]
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
         d: Detail = plan.detail
         everyones = self._outputs(d.layout, outputs)
         place = everyones[d.layout.outputs]
         if outputs.data_ptr() != place.data_ptr():
             place.copy_(outputs)
-        self._window.fence()
+        fence = self._window.arrive()
+        return Pending(lambda: self._sum(everyones, fence, plan))
+
+    def _sum(self, everyones: Tensor, fence: Pending[None], plan: DispatchPlan) -> Distributed:
+        d: Detail = plan.detail
+        fence.wait()
         if d.positions is not None:
             return Distributed(weighted_sum(everyones, plan.own.topk_weights, d.positions), Full())
         assert d.back is not None and d.runs is not None
         return Distributed(sum_runs(everyones, d.back, d.runs), Full())
 
-    def _arrive(self, tokens: Tensor, d: Detail) -> ExpertInput:
-        self._window.fence()
+    def _arrive(self, tokens: Tensor, fence: Pending[None], d: Detail) -> ExpertInput:
+        fence.wait()
         return ExpertInput(tokens, d.arrived.topk_ids, d.arrived.topk_weights, d.rows)
 
     def _tokens(self, layout: Layout, like: Tensor) -> Tensor:
