@@ -14,11 +14,13 @@ from xpar.engine.addends import with_addends
 from xpar.engine.capture import CapturedLayer
 from xpar.engine.compiled import Handle, moe_forward, moe_forward_separately
 from xpar.engine.config import LayerConfig
+from xpar.engine.fused_shared import SharedSlots
 from xpar.engine.latent import LatentSpace
 from xpar.engine.load import LoadCounter
 from xpar.engine.overlap import Overlap, SharedOrder, Work
 from xpar.engine.parts import Parts, rest_of
 from xpar.engine.routers import RoutingRule, weigh_input
+from xpar.engine.routing import FusedGateRouter
 from xpar.engine.shared import SharedExperts
 from xpar.engine.stages import NO_CLOCK, Clock
 from xpar.engine.tokens import tokens_of
@@ -28,7 +30,8 @@ from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
 class MoERunner(nn.Module):
     """Routes, plans, dispatches, computes, combines and finishes; every rank of ``grid`` calls it together.
 
-    ``kernel``: this rank's experts, or None if it holds none. ``exact``: slot outputs travel unsummed and are added
+    ``kernel``: this rank's experts, or None if it holds none. ``shared``: experts beside the routed ones, or ``fused``:
+    experts among them that every token has. ``exact``: slot outputs travel unsummed and are added
     in slot order where the token lives, so that the bits do not depend on the number of ranks. ``sequence_parallel``:
     the ranks of a tp group give different tokens, and get the outputs of their own. ``shared_order``: when the shared
     experts compute.
@@ -42,6 +45,7 @@ class MoERunner(nn.Module):
         dispatcher: Dispatcher,
         kernel: ExpertKernel | None,
         shared: SharedExperts | None = None,
+        fused: SharedSlots | None = None,
         *,
         dtype: torch.dtype,
         exact: bool = False,
@@ -53,7 +57,8 @@ class MoERunner(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.grid, self.layer = config, grid, layer
-        self.router, self.dispatcher, self.kernel, self.shared = router, dispatcher, kernel, shared
+        self.router, self.dispatcher, self.kernel = router, dispatcher, kernel
+        self.shared, self.fused = shared, fused
         self.dtype, self.exact = dtype, exact
         self.output_bias, self.latent = output_bias, latent
         self.tokens = tokens_of(grid, dispatcher, sequence_parallel)
@@ -76,15 +81,19 @@ class MoERunner(nn.Module):
         sequence_parallel: bool = False,
         shared_order: SharedOrder = SharedOrder.AUTO,
         tiles: Path | None = None,
+        fuse_shared_experts: bool = False,
     ) -> "MoERunner":
         """Load layer ``layer`` of a Hugging Face checkpoint, this rank's experts only; collective over the grid.
 
-        ``dtype``: that of the computation, by default the checkpoint's. Raises one error, the same on every
+        ``dtype``: that of the computation, by default the checkpoint's. ``fuse_shared_experts``: compute them as slots
+        of the routed product. Raises one error, the same on every
         rank, for a checkpoint, layer, dispatcher, kernel or file of ``tiles`` (from ``xpar tune``) that does not fit.
         """
         from xpar.engine.build import LayerOptions, load_runner
 
-        options = LayerOptions(dispatcher, kernel, exact, sequence_parallel, shared_order, tiles)
+        options = LayerOptions(
+            dispatcher, kernel, exact, sequence_parallel, shared_order, tiles, fuse_shared_experts
+        )
         return load_runner(path, layer, grid, dtype, options)
 
     # -- ways to call it: alike up to the sum ---------------------------------------------------------------------
@@ -105,7 +114,15 @@ class MoERunner(nn.Module):
     def forward_separately(
         self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The forward's addends, [T, H] each: of the routed experts, and of the shared ones or None without any."""
+        """The forward's addends, [T, H] each: of the routed experts, and of the shared ones or None without any.
+
+        ValueError where the shared ones are fused with the routed.
+        """
+        if self.fused is not None:
+            raise ValueError(
+                "forward_separately with fused shared experts: one product makes their sum; load the layer without "
+                "fuse_shared_experts"
+            )
         if torch.compiler.is_compiling() and self.shared is None:
             return self.forward(hidden_states, router_logits, input_ids), None
         if torch.compiler.is_compiling():
@@ -167,9 +184,9 @@ class MoERunner(nn.Module):
         tokens = hidden_states.shape[0]
         mine = self.tokens.mine(tokens)
         with clock.stage("route"):
-            routing = self._route(hidden_states, mine, router_logits, input_ids)
-            rows, weighted = self._rows(hidden_states[mine], routing)
-        shared = self.overlap.begin(self._shared_work(hidden_states, routing, clock), hidden_states)
+            routing, gate = self._route(hidden_states, mine, router_logits, input_ids)
+            rows, weighted = self._rows(hidden_states[mine], routing, gate)
+        shared = self.overlap.begin(self._shared_work(hidden_states, routing, gate, clock), hidden_states)
         with clock.stage("plan"):
             plan = self._plan(weighted)
         with clock.stage("dispatch"):
@@ -210,32 +227,41 @@ class MoERunner(nn.Module):
 
     def _route(
         self, hidden_states: Tensor, mine: slice, router_logits: Tensor | None, input_ids: Tensor | None
-    ) -> Routing | Exception:
-        """What went wrong here is a value: the plan tells the other ranks, and all raise together."""
+    ) -> tuple[Routing | Exception, Tensor | None]:
+        """The routing, and the logits [T, 1] of the shared experts' gate where the router's product makes them too.
+
+        What went wrong here is a value: the plan tells the other ranks, and all raise together.
+        """
         try:
             self._check(hidden_states)
-            return self.router.route(
-                hidden_states[mine],
-                None if router_logits is None else router_logits[mine],
-                None if input_ids is None else input_ids[mine],
-            )
+            own, gate = hidden_states[mine], None
+            logits = None if router_logits is None else router_logits[mine]
+            if logits is None and isinstance(self.router, FusedGateRouter):
+                logits, gate = self.router.logits_of_both(own)
+            return self.router.route(own, logits, None if input_ids is None else input_ids[mine]), gate
         except Exception as error:  # noqa: BLE001 - raised by plan, on every rank
-            return error
+            return error, None
 
-    def _rows(self, own: Tensor, routing: Routing | Exception) -> tuple[Tensor, Routing | Exception]:
+    def _rows(
+        self, own: Tensor, routing: Routing | Exception, gate: Tensor | None
+    ) -> tuple[Tensor, Routing | Exception]:
         """What to dispatch, and with what routing: the tokens in the experts' space, weighted if the input is."""
         if isinstance(routing, Exception):
             return own, routing
+        if self.fused is not None:
+            return own, self.fused.append(routing, own, gate)
         return weigh_input(own if self.latent is None else self.latent.enter(own), routing)
 
-    def _shared_work(self, hidden_states: Tensor, routing: Routing | Exception, clock: Clock) -> Work:
+    def _shared_work(
+        self, hidden_states: Tensor, routing: Routing | Exception, gate: Tensor | None, clock: Clock
+    ) -> Work:
         """The shared experts' part of this step; nothing where there are none, or where the step fails in ``plan``."""
 
         def work() -> Distributed | None:
             if self.shared is None or isinstance(routing, Exception):
                 return None
             with clock.stage("shared"):
-                return self.shared(hidden_states)
+                return self.shared(hidden_states, gate)
 
         return work
 
