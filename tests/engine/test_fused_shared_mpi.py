@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.mpi(deadline=120)
 HIDDEN, WIDTH = 32, 12
-TOKENS = (7, 0, 1, 5)
+TOKENS = (7, 4, 0, 5)
 PLAIN = LayerConfig(3, HIDDEN, WIDTH, RouterConfig(2), shared=SharedConfig(WIDTH))
 LAYERS = {
     "one": PLAIN,
