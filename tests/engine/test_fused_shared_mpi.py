@@ -28,7 +28,7 @@ TOKENS = (7, 4, 0, 5)
 PLAIN = LayerConfig(3, HIDDEN, WIDTH, RouterConfig(2), shared=SharedConfig(WIDTH))
 LAYERS = {
     "one": PLAIN,
-    "two, gated": replace(PLAIN, shared=SharedConfig(2 * WIDTH, gated=True, scale=0.5)),
+    "two, gated": replace(PLAIN, num_experts=6, shared=SharedConfig(2 * WIDTH, gated=True, scale=0.5)),
     "over the scaling factor": scaled_down(
         replace(PLAIN, router=RouterConfig(2, routed_scaling_factor=4.0), shared=SharedConfig(3 * WIDTH))
     )[0],
