@@ -22,14 +22,16 @@ from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.fused_shared import SharedSlots, check_travel, experts_of_shared, home_of, slots_of
 from xpar.engine.latent import LatentSpace
+from xpar.engine.one_call import DEPTHS, Depth, OneCall, one_call, why_steps
 from xpar.engine.overlap import SharedOrder
+from xpar.engine.routing import Router
 from xpar.engine.runner import MoERunner
 from xpar.engine.shared import SharedExperts
 from xpar.engine.tokens import AllTokens, tokens_of
 from xpar.engine.weights import LayerWeights, SharedWeights, load_layer, make_router
 from xpar.kernels.contracts import ExpertKernel, ExpertSpec
 from xpar.kernels.gpu.available import use_table
-from xpar.kernels.registry import Choice, choose
+from xpar.kernels.registry import Choice, KernelRecord, choose
 
 log = logging.getLogger("xpar.build")
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -49,12 +51,14 @@ class LayerOptions(ExpertOptions):
     """How a whole layer is computed: :class:`MoERunner`'s own options.
 
     ``tiles``: a file that ``xpar tune`` wrote. ``fuse_shared_experts``: compute them as slots of the routed product.
+    ``depth``: whether a kernel may cover more steps than its own, see :mod:`xpar.engine.one_call`.
     """
 
     sequence_parallel: bool = False
     shared_order: SharedOrder = SharedOrder.AUTO
     tiles: Path | None = None
     fuse_shared_experts: bool = False
+    depth: Depth = "auto"
 
 
 DEFAULT = LayerOptions()
@@ -136,6 +140,7 @@ def assemble(
         held.kernel,
         shared,
         fused,
+        _one_call(config, held, router, options),
         dtype=dtype,
         exact=exact,
         sequence_parallel=sequence_parallel,
@@ -159,6 +164,7 @@ class Held:
     experts: range
     rows: slice
     kernel: ExpertKernel | None
+    record: KernelRecord | None
 
 
 def hold_experts(
@@ -177,11 +183,12 @@ def hold_experts(
     placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel, copies)
     experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
     rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
-    kernel = None
+    kernel = record = None
     if count := len(experts) + copies:
         spec = spec_of(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
-        kernel = choose(spec, options.kernel).record.build(spec)
-    return Held(chosen.dispatcher, experts, rows, kernel)
+        record = choose(spec, options.kernel).record
+        kernel = record.build(spec)
+    return Held(chosen.dispatcher, experts, rows, kernel, record)
 
 
 def config_of(checkpoint: Checkpoint, layer: int) -> LayerConfig:
@@ -293,6 +300,19 @@ def _fused(config: LayerConfig, held: Held, weights: SharedWeights, count: int, 
         held.kernel.load_expert(len(held.experts) + index, gate_up, down)
     home, scale = home_of(held.dispatcher), config.shared.scale
     return SharedSlots(placement.num_experts, count, placement.ep, home, weights.gate, scale, exact)
+
+
+def _one_call(config: LayerConfig, held: Held, router: Router, options: LayerOptions) -> OneCall | None:
+    if options.depth not in DEPTHS:
+        raise ValueError(f"depth={options.depth!r}: choose one of {', '.join(DEPTHS)}")
+    why = why_steps(
+        config, held.record, held.dispatcher, exact=options.exact, fused=options.fuse_shared_experts
+    )
+    if options.depth == "one-call" and why is not None:
+        raise ValueError(f"depth='one-call': {why}; choose auto")
+    if options.depth == "steps" or why is not None or held.kernel is None or held.record is None:
+        return None
+    return one_call(held.kernel, router, held.record, options.depth)
 
 
 def _gate_beside_router(

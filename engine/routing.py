@@ -72,6 +72,11 @@ class Router:
         ``input_ids`` [T]: for routing by token id alone. Raises ``ValueError`` naming the first token whose logits are
         NaN or infinite.
         """
+        logits = self.checked_logits(hidden_states, router_logits)
+        return self.rule.route(hidden_states, logits, input_ids)
+
+    def checked_logits(self, hidden_states: Tensor | None, router_logits: Tensor | None = None) -> Tensor:
+        """[T, E]: ``router_logits``, or the gate's; ``ValueError`` as for :meth:`route`."""
         if router_logits is None:
             if hidden_states is None:
                 raise ValueError("route needs hidden_states or router_logits")
@@ -82,7 +87,7 @@ class Router:
             )
         if self.check_finite:
             require_finite(router_logits)
-        return self.rule.route(hidden_states, router_logits, input_ids)
+        return router_logits
 
 
 class FusedGateRouter(Router):

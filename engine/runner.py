@@ -17,6 +17,7 @@ from xpar.engine.config import LayerConfig
 from xpar.engine.fused_shared import SharedSlots
 from xpar.engine.latent import LatentSpace
 from xpar.engine.load import LoadCounter
+from xpar.engine.one_call import Depth, OneCall
 from xpar.engine.overlap import Overlap, SharedOrder, Work
 from xpar.engine.parts import Parts, rest_of
 from xpar.engine.routers import RoutingRule, weigh_input
@@ -31,7 +32,7 @@ class MoERunner(nn.Module):
     """Routes, plans, dispatches, computes, combines and finishes; every rank of ``grid`` calls it together.
 
     ``kernel``: this rank's experts, or None if it holds none. ``shared``: experts beside the routed ones, or ``fused``:
-    experts among them that every token has. ``exact``: slot outputs travel unsummed and are added
+    experts among them that every token has. ``one_call``: the steps that take a single call. ``exact``: slot outputs travel unsummed and are added
     in slot order where the token lives, so that the bits do not depend on the number of ranks. ``sequence_parallel``:
     the ranks of a tp group give different tokens, and get the outputs of their own. ``shared_order``: when the shared
     experts compute.
@@ -46,6 +47,7 @@ class MoERunner(nn.Module):
         kernel: ExpertKernel | None,
         shared: SharedExperts | None = None,
         fused: SharedSlots | None = None,
+        one_call: OneCall | None = None,
         *,
         dtype: torch.dtype,
         exact: bool = False,
@@ -58,7 +60,7 @@ class MoERunner(nn.Module):
         super().__init__()
         self.config, self.grid, self.layer = config, grid, layer
         self.router, self.dispatcher, self.kernel = router, dispatcher, kernel
-        self.shared, self.fused = shared, fused
+        self.shared, self.fused, self.one_call = shared, fused, one_call
         self.dtype, self.exact = dtype, exact
         self.output_bias, self.latent = output_bias, latent
         self.tokens = tokens_of(grid, dispatcher, sequence_parallel)
@@ -82,17 +84,19 @@ class MoERunner(nn.Module):
         shared_order: SharedOrder = SharedOrder.AUTO,
         tiles: Path | None = None,
         fuse_shared_experts: bool = False,
+        depth: Depth = "auto",
     ) -> "MoERunner":
         """Load layer ``layer`` of a Hugging Face checkpoint, this rank's experts only; collective over the grid.
 
         ``dtype``: that of the computation, by default the checkpoint's. ``fuse_shared_experts``: compute them as slots
-        of the routed product. Raises one error, the same on every
+        of the routed product. ``depth``: ``steps`` one by one, ``one-call`` where a kernel covers several, or ``auto``,
+        that where it is faster. Raises one error, the same on every
         rank, for a checkpoint, layer, dispatcher, kernel or file of ``tiles`` (from ``xpar tune``) that does not fit.
         """
         from xpar.engine.build import LayerOptions, load_runner
 
         options = LayerOptions(
-            dispatcher, kernel, exact, sequence_parallel, shared_order, tiles, fuse_shared_experts
+            dispatcher, kernel, exact, sequence_parallel, shared_order, tiles, fuse_shared_experts, depth
         )
         return load_runner(path, layer, grid, dtype, options)
 
@@ -179,10 +183,16 @@ class MoERunner(nn.Module):
         input_ids: Tensor | None = None,
         clock: Clock = NO_CLOCK,
     ) -> Generator[None, None, Parts]:
-        """:meth:`steps`, which pauses once, when rows are on their way: a caller may start another step meanwhile."""
+        """:meth:`steps`, which pauses once, when rows are on their way: a caller may start another step meanwhile.
+
+        Where a kernel covers route, compute and combine, they are one call, and nothing travels.
+        """
         self._step += 1
         tokens = hidden_states.shape[0]
         mine = self.tokens.mine(tokens)
+        if self.one_call is not None and self.one_call.covers(self.router, mine.stop - mine.start):
+            yield
+            return self._in_one_call(self.one_call, hidden_states, mine, router_logits, clock)
         with clock.stage("route"):
             routing, gate = self._route(hidden_states, mine, router_logits, input_ids)
             rows, weighted = self._rows(hidden_states[mine], routing, gate)
@@ -234,13 +244,44 @@ class MoERunner(nn.Module):
         """
         try:
             self._check(hidden_states)
-            own, gate = hidden_states[mine], None
-            logits = None if router_logits is None else router_logits[mine]
-            if logits is None and isinstance(self.router, FusedGateRouter):
-                logits, gate = self.router.logits_of_both(own)
+            own = hidden_states[mine]
+            logits, gate = self._logits(own, None if router_logits is None else router_logits[mine])
             return self.router.route(own, logits, None if input_ids is None else input_ids[mine]), gate
         except Exception as error:  # noqa: BLE001 - raised by plan, on every rank
             return error, None
+
+    def _logits(self, own: Tensor, router_logits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The logits that there are before the router is asked: those given, or those of both gates in one product."""
+        if router_logits is None and isinstance(self.router, FusedGateRouter):
+            return self.router.logits_of_both(own)
+        return router_logits, None
+
+    def _in_one_call(
+        self,
+        one_call: OneCall,
+        hidden_states: Tensor,
+        mine: slice,
+        router_logits: Tensor | None,
+        clock: Clock,
+    ) -> Parts:
+        """Route, compute and combine at once."""
+        own = hidden_states[mine]
+        with clock.stage("route"):
+            try:
+                self._check(hidden_states)
+                logits, gate = self._logits(own, None if router_logits is None else router_logits[mine])
+                logits = one_call.router.checked_logits(own, logits)
+            except Exception as error:
+                self._plan(error)
+                raise
+        with clock.stage("compute"):
+            routed, routing, traffic = one_call(own, logits)
+        clock.arrived(routing.topk_ids)
+        if self.load is not None:
+            self.load.add(routing, traffic)
+        shared = self.overlap.begin(self._shared_work(hidden_states, routing, gate, clock), hidden_states)
+        claimed = self.tokens.claim(routed, hidden_states.shape[0])
+        return Parts(claimed, shared.output.wait(), None, routing, traffic)
 
     def _rows(
         self, own: Tensor, routing: Routing | Exception, gate: Tensor | None
