@@ -151,6 +151,7 @@ REFUSED: dict[str, tuple[LayerConfig, LayerOptions, str]] = {
         LayerOptions(fuse_shared_experts=True),
         "the slots of fused shared experts",
     ),
+    "dispatcher": (PLAIN, LayerOptions("alltoall"), "alltoall was asked for"),
     "kernel": (PLAIN, LayerOptions(kernel="reference"), "reference covers more than computing"),
 }
 
