@@ -239,7 +239,7 @@ def _comm_table(records: list[dict[str, Any]]) -> Table:
         "rows",
         "dedup.",
         "expected",
-        *(("across nodes", "expected") if nodes else ()),
+        *(("crossing", "expected") if nodes else ()),
         "plan ms",
         "dispatch",
         "combine",
@@ -247,7 +247,8 @@ def _comm_table(records: list[dict[str, Any]]) -> Table:
         "ratio",
         "error",
     ):
-        table.add_column(column, justify="left" if column == "dispatcher" else "right")
+        name = column == "dispatcher"
+        table.add_column(column, justify="left" if name else "right", no_wrap=name)
     for r in records:
         table.add_row(
             f"{r['bytes_per_rank'] / 2**20:.2f}",
