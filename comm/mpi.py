@@ -84,6 +84,23 @@ class MpiCommunicator(Collectives):
             while not request.Test():
                 time.sleep(PATIENCE_S)
 
+    def start_barrier(self) -> Pending[None]:
+        """A barrier in two halves: this rank has come, and ``wait`` returns once every rank has."""
+        journal = self._journal
+        if journal.compares:
+            self._compare(Intent("barrier in two halves"))
+        seq = journal.begin()
+        journal.enter(seq, "barrier")
+        request = self.mpi_comm.Ibarrier()
+        journal.leave()
+
+        def complete() -> None:
+            journal.enter(seq, "barrier")
+            request.Wait()
+            journal.leave()
+
+        return Pending(complete)
+
     def split(self, color: int, key: int, name: str) -> Communicator:
         self._compare(Intent(f"split into {name}"))
         with self.waiting(f"split into {name}", self._patience()):
@@ -111,12 +128,12 @@ class MpiCommunicator(Collectives):
     ) -> Pending[Tensor]:
         """``Ialltoallv`` of rows, see :meth:`all_to_all_v`; checks nothing."""
         row = self._row_type(x)
-        arriving = [0 if r == skip else n for r, n in enumerate(recv)]
+        leaving, arriving = ([0 if r == skip else n for r, n in enumerate(counts)] for counts in (send, recv))
         journal = self._journal
-        seq, sizes = journal.begin(), (x.shape[0], sum(arriving), row.Get_size())
+        seq, sizes = journal.begin(), (sum(leaving), sum(arriving), row.Get_size())
         journal.enter(seq, "all_to_all_v", None, *sizes)
         request = self.mpi_comm.Ialltoallv(
-            [_buffer(x), (send, _offsets(send)), row], [_buffer(out), (arriving, _offsets(recv)), row]
+            [_buffer(x), (leaving, _offsets(send)), row], [_buffer(out), (arriving, _offsets(recv)), row]
         )
         journal.leave()
 

@@ -12,8 +12,8 @@ class Intent:
     """What a rank is about to do. ``op``, ``dtype`` and ``shape`` must be alike on all ranks; of ``shape`` only the part
     that must be.
 
-    ``send``, ``recv``: rows to and from each rank; what one sends another must expect. ``skip``: a rank whose rows are
-    not received.
+    ``send``, ``recv``: rows to and from each rank; what one sends another must expect. ``skip``: a rank that nothing goes
+    to and nothing comes from.
     """
 
     op: str
@@ -51,7 +51,7 @@ def difference(intents: Sequence[Intent], world_ranks: Sequence[int]) -> str | N
     lines = []
     for s, source in enumerate(intents):
         for t, target in enumerate(intents):
-            if source.send[t] != target.recv[s] and s != target.skip:
+            if source.send[t] != target.recv[s] and s != target.skip and t != source.skip:
                 lines.append(
                     f"rank {world_ranks[s]} sends {source.send[t]} rows to rank {world_ranks[t]}, which expects "
                     f"{target.recv[s]} in {said[0]}"
