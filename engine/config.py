@@ -32,6 +32,7 @@ class RouterConfig:
     ``routed_scaling_factor``: multiplies the final weights.
     ``weight_on_input``: the weight multiplies the token before its expert, not the output after it; k = 1 only.
     ``zero_experts``: Z identity experts, with ids E to E + Z - 1 in the logits, that hold no weights (LongCat).
+    ``vocabulary``: rows of the table of ``choice="hash"``, 0 where it is not said.
     ``jitter_eps``: half the width of sparsemixer's mask, as a share of the best logit.
     ``logits_dtype``: ``model`` computes the gate product in the model's dtype, ``float32`` upcasts both sides
     first, as the family's own code does.
@@ -53,6 +54,7 @@ class RouterConfig:
     zero_experts: int = 0
     renormalize_min: float = TINY
     jitter_eps: float = 0.01
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         if self.weight_on_input and self.top_k != 1:

@@ -23,3 +23,9 @@ def fill_random(name: str, tensor: Tensor, generator: torch.Generator) -> None:
         # 2 for gates: logits of spread 2 prefer some experts; 2 for down: silu(g) u of unit g, u is 0.6 large.
         gain = 2.0 if any(part in name for part in STRONG) else 1.0
         tensor.normal_(0.0, gain / math.sqrt(tensor.shape[-1]), generator=generator)
+
+
+def fill_table(table: Tensor, experts: int, generator: torch.Generator) -> None:
+    """Draw k different ones of ``experts`` experts for each row of ``table`` [vocabulary, k], in place."""
+    keys = torch.rand(table.shape[0], experts, generator=generator)
+    table.copy_(keys.topk(table.shape[1], dim=-1).indices)

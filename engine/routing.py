@@ -104,13 +104,20 @@ class FusedGateRouter(Router):
         shared_gate: Tensor,
         correction_bias: Tensor | None = None,
         *,
+        expert_scale: Tensor | None = None,
+        hash_table: Tensor | None = None,
         row_invariant: bool = False,
         check_finite: bool = True,
     ) -> None:
         self.both = FusedGate(gate, shared_gate)
-        gate = self.both.weight[: gate.shape[0]]
         super().__init__(
-            config, gate, correction_bias, row_invariant=row_invariant, check_finite=check_finite
+            config,
+            self.both.weight[: gate.shape[0]],
+            correction_bias,
+            expert_scale=expert_scale,
+            hash_table=hash_table,
+            row_invariant=row_invariant,
+            check_finite=check_finite,
         )
 
     def logits_of_both(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:

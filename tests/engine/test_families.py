@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_families import CASES, Case, fresh_seed, transformers_model, transformers_output
+from moe_families import CASES, Case, block_of, fresh_seed, transformers_model, transformers_output
 
 from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ class Made:
 
     @property
     def block(self) -> torch.nn.Module:
-        return self.model.get_submodule(self.case.module.format(layer=self.case.layer))
+        return block_of(self.model, self.case)
 
 
 @pytest.fixture(
@@ -114,6 +114,29 @@ def test_moe_layers_are_those_of_transformers(made: Made) -> None:
         ours = moe_layers(arch, checkpoint.config)
     blocks = [made.model.get_submodule(made.case.module.format(layer=i)) for i in range(3)]
     assert ours == tuple(i for i in range(3) if hasattr(blocks[i], "router") or hasattr(blocks[i], "experts"))
+
+
+@pytest.mark.parametrize("seed", [SEED])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_layers_that_route_by_token_id(tmp_path: Path, dtype: torch.dtype, seed: int) -> None:
+    """DeepSeek-V4's first: the table comes from the checkpoint."""
+    case = Case("hash", "deepseek_v4", layer=0)
+    case.write(tmp_path, "transformers", dtype, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x, ids = (
+        torch.randn(TOKENS, 64, generator=generator).to(dtype),
+        torch.randint(256, (TOKENS,), generator=generator),
+    )
+    block = block_of(transformers_model(tmp_path, dtype), case)
+    with torch.no_grad():
+        expected = block(x[None], input_ids=ids[None])[0].float()
+        _, weights, chosen = block.gate(x, ids)
+    with Checkpoint(tmp_path) as checkpoint:
+        output, routing = layer_reference(checkpoint, 0, x, input_ids=ids)
+    assert torch.equal(routing.topk_ids.long(), chosen)
+    slack = {torch.float32: 1e-6, torch.bfloat16: 6 * 2**-8}[dtype]
+    torch.testing.assert_close(routing.topk_weights, weights.float(), rtol=slack, atol=0)
+    assert (output - expected).norm() / expected.norm() < {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
 
 
 @pytest.mark.parametrize("seed", [SEED])
