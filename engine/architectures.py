@@ -110,6 +110,8 @@ def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
         routed_scaling_factor=scaling * _share(arch, hf_config),
         logits_dtype=arch.logits_dtype,
         choice=arch.choice if table is None else "hash",
+        expert_scale=arch.expert_scale is not None,
+        norm_eps=None if arch.norm is None else float(arch.norm.epsilon.get(hf_config, float)),
         vocabulary=0 if table is None else table.vocabulary.get(hf_config, int),
         gate_bias=arch.gate_bias is not None,
         weight_on_input=arch.weight_on_input,

@@ -21,7 +21,7 @@ from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.fused_shared import SharedSlots, check_travel, experts_of_shared, home_of, slots_of
-from xpar.engine.latent import LatentSpace
+from xpar.engine.latent import InputSpace, LatentSpace, Normed
 from xpar.engine.one_call import DEPTHS, Depth, OneCall, one_call, why_steps
 from xpar.engine.overlap import SharedOrder
 from xpar.engine.routing import Router
@@ -147,10 +147,20 @@ def assemble(
         shared_order=options.shared_order,
         layer=layer,
         output_bias=weights.output_bias,
-        latent=None
-        if weights.latent is None
-        else LatentSpace(weights.latent.enter, weights.latent.leave, exact),
+        latent=_input_space(config, weights, exact),
     )
+
+
+def _input_space(config: LayerConfig, weights: LayerWeights, exact: bool) -> InputSpace | None:
+    """Where the routed experts compute, if not on the layer's tokens."""
+    if weights.norm is not None and config.router.norm_eps is not None:
+        if exact:
+            raise ValueError(
+                "exact mode with norms inside the layer: a row's sum of squares may depend on the rest of the batch; "
+                "leave exact out"
+            )
+        return Normed(weights.norm.scale, config.router.norm_eps)
+    return None if weights.latent is None else LatentSpace(weights.latent.enter, weights.latent.leave, exact)
 
 
 @dataclass(frozen=True)

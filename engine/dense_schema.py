@@ -143,6 +143,9 @@ DENSE: Mapping[str, DenseSchema] = {
     "dbrx": DenseSchema(None, {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}}),
     "jetmoe": DenseSchema(None, {"kv_channels": 16}),
     "cohere2_moe": DenseSchema(None, head_dim=True),
+    "gemma4_text": DenseSchema(
+        None, {"enable_moe_block": True, "hidden_size_per_layer_input": 0}, head_dim=True
+    ),
 }
 
 

@@ -13,7 +13,15 @@ from xpar.engine.mlp_tensors import ALL, MlpTensors
 from xpar.engine.random_weights import fill_random
 from xpar.engine.reference import chosen_experts, sum_reference
 from xpar.engine.routing import Router
-from xpar.engine.weights import LatentWeights, LayerWeights, RouterWeights, SharedWeights, Sink, make_router
+from xpar.engine.weights import (
+    LatentWeights,
+    LayerWeights,
+    NormWeights,
+    RouterWeights,
+    SharedWeights,
+    Sink,
+    make_router,
+)
 from xpar.kernels.contracts import Routing
 
 
@@ -58,6 +66,13 @@ class RandomLayer:
             self._draw("fc2_latent_proj", -6, hidden, latent),
         )
 
+    def norm(self) -> NormWeights | None:
+        """The scale of the routed experts' norm, or None."""
+        if self.config.router.norm_eps is None:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        return NormWeights(torch.rand(self.config.hidden_size, generator=generator) + 0.5)
+
     def router(self) -> RouterWeights:
         """The gate, and what else the router has."""
         c, r = self.config, self.config.router
@@ -98,13 +113,13 @@ class RandomLayer:
         shared = self.shared()
         if shared is not None:
             shared = SharedWeights(*self._sliced(shared.gate_up, shared.down, shared_rows), shared.gate)
-        return LayerWeights(self.router(), shared, self.output_bias(), self.latent())
+        return LayerWeights(self.router(), shared, self.output_bias(), self.latent(), self.norm())
 
     def reference(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
         """The layer in float32 from the same rounded weights: [T, H], and the routing. One expert at a time."""
         routing = self.make_router().route(hidden_states, None, input_ids)
         experts = ((e, MlpTensors(*self.expert(e), *(self.biases(e) or ()))) for e in chosen_experts(routing))
-        weights = (self.shared(), self.config, self.output_bias(), self.latent())
+        weights = (self.shared(), self.config, self.output_bias(), self.latent(), self.norm())
         return sum_reference(hidden_states, routing, experts, *weights), routing
 
     def nbytes(self) -> int:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+ONES = ("norm.weight", "norm_1.weight", "norm_2.weight", ".scale", "_scale", "layer_scalar")
 STRONG = (".gate.weight", ".gate.wg.weight", ".router.", "down_proj", ".w2", "output_linear")
 
 
@@ -13,7 +14,7 @@ def fill_random(name: str, tensor: Tensor, generator: torch.Generator) -> None:
 
     A tensor of all experts that is stored as [in, out] gets the scale of its other dimension; both are of one size.
     """
-    if name.endswith("norm.weight"):
+    if name.endswith(ONES):
         tensor.fill_(1.0)
     elif tensor.dim() == 1 or name.endswith("bias"):
         tensor.normal_(0.0, 0.1, generator=generator)

@@ -8,7 +8,7 @@ from torch import Tensor
 from xpar.engine.config import RouterConfig
 from xpar.engine.routers.base import require_finite
 from xpar.engine.routers.build import routing_rule
-from xpar.engine.routers.gate import FusedGate, gate_logits
+from xpar.engine.routers.gate import FusedGate, gate_logits, over_rms
 from xpar.kernels.contracts import Routing
 
 __all__ = ["FusedGateRouter", "Router", "gate_logits"]
@@ -58,6 +58,8 @@ class Router:
             raise ValueError(
                 f"hidden_states are {hidden_states.shape[-1]} wide, the gate takes {self.gate.shape[1]}"
             )
+        if self.config.norm_eps is not None:
+            hidden_states = over_rms(hidden_states, self.config.norm_eps)
         return gate_logits(hidden_states.to(self.gate.dtype), self.gate, self.row_invariant, self.gate_bias)
 
     def route(

@@ -21,7 +21,7 @@ from xpar.engine.schema import Architecture
 Sink = Callable[..., None]
 
 
-T = TypeVar("T", "RouterWeights", "SharedWeights", "LatentWeights")
+T = TypeVar("T", "RouterWeights", "SharedWeights", "LatentWeights", "NormWeights")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ class LatentWeights:
 
 
 @dataclass(frozen=True)
+class NormWeights:
+    """``scale`` [H] of the routed experts' norm."""
+
+    scale: Tensor
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """What a rank keeps of a layer besides its experts, which went to the sink. ``output_bias``: [H] or None."""
 
@@ -63,6 +70,7 @@ class LayerWeights:
     shared: SharedWeights | None
     output_bias: Tensor | None = None
     latent: LatentWeights | None = None
+    norm: NormWeights | None = None
 
     def to(self, device: torch.device) -> "LayerWeights":
         """The same on ``device``."""
@@ -71,6 +79,7 @@ class LayerWeights:
             None if self.shared is None else _moved(self.shared, device),
             _on(self.output_bias, device),
             None if self.latent is None else _moved(self.latent, device),
+            None if self.norm is None else _moved(self.norm, device),
         )
 
 
@@ -98,6 +107,7 @@ def load_layer(
         load_shared(checkpoint, arch, layer, config, dtype, shared_rows),
         load_output_bias(checkpoint, arch, layer, config, dtype),
         load_latent(checkpoint, arch, layer, config, dtype),
+        load_norm(checkpoint, arch, layer, config),
     )
     for index, expert in stream_experts(checkpoint, arch, layer, config, experts, dtype, rows):
         sink(index, *(tensor for tensor in expert if tensor is not None))
@@ -111,7 +121,12 @@ def load_router(
     experts, hidden = config.num_logits, config.hidden_size
     gate_dtype = torch.float32 if arch.gate_dtype == "float32" else dtype
     gate = load_tensor(checkpoint, arch.router.format(layer=layer), (experts, hidden), gate_dtype)
-    gate_bias = correction = table = None
+    gate_bias = correction = table = scale = None
+    if arch.norm is not None:
+        factor = load_tensor(checkpoint, arch.norm.gate_scale.format(layer=layer), (hidden,), torch.float32)
+        gate = (gate.float() * factor * hidden**-0.5).to(gate_dtype)
+    if arch.expert_scale is not None:
+        scale = load_tensor(checkpoint, arch.expert_scale.format(layer=layer), (experts,), torch.float32)
     if arch.gate_bias is not None:
         gate_bias = load_tensor(checkpoint, arch.gate_bias.format(layer=layer), (experts,), gate_dtype)
     if arch.hashed is not None and config.router.choice == "hash":
@@ -127,7 +142,7 @@ def load_router(
         correction = load_tensor(checkpoint, arch.bias.format(layer=layer), shape, torch.float32).view(
             experts
         )
-    return RouterWeights(gate, correction, gate_bias, hash_table=table)
+    return RouterWeights(gate, correction, gate_bias, scale, table)
 
 
 def load_shared(
@@ -171,6 +186,16 @@ def load_latent(
         load_tensor(checkpoint, arch.latent.enter.format(layer=layer), (latent, hidden), dtype),
         load_tensor(checkpoint, arch.latent.leave.format(layer=layer), (hidden, latent), dtype),
     )
+
+
+def load_norm(
+    checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig
+) -> NormWeights | None:
+    """The scale of the norm before the routed experts, float32; None where they read the tokens as they are."""
+    if arch.norm is None:
+        return None
+    name = arch.norm.experts_scale.format(layer=layer)
+    return NormWeights(load_tensor(checkpoint, name, (config.hidden_size,), torch.float32))
 
 
 def stream_experts(

@@ -5,6 +5,7 @@ a new value.
 """
 
 from xpar.engine.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V4, DOTS1, GLM4_MOE, NEMOTRON_H
+from xpar.engine.families.gemma import GEMMA4, GEMMA4_TEXT
 from xpar.engine.families.nested import LLAMA4_VISION
 from xpar.engine.families.qwen import OLMOE, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT
 from xpar.engine.families.single import (
@@ -45,4 +46,6 @@ ARCHITECTURES = (
     DBRX,
     JETMOE,
     COHERE2_MOE,
+    GEMMA4_TEXT,
+    GEMMA4,
 )

@@ -33,6 +33,7 @@ ROUTERS = (
     RouterConfig(3, zero_experts=2, renormalize=False),
     RouterConfig(2, choice="logits", renormalize=False, gate_bias=True),
     RouterConfig(3, expert_scale=True),
+    RouterConfig(2, norm_eps=1e-6),
     RouterConfig(2, choice="hash", scoring="sqrtsoftplus", vocabulary=11),
 )
 ACTIVATIONS = (
@@ -74,7 +75,8 @@ def layer_of(draw: Any) -> LayerConfig:
     width = draw(st.integers(4, 20), label="width")
     # What is H wide and not the tokens' own cannot be added on the latent side.
     beside = draw(st.sampled_from(["nothing", "latent", "output bias"]), label="beside")
-    latent = 16 if beside == "latent" and router.zero_experts == 0 else None
+    normed = router.norm_eps is not None
+    latent = 16 if beside == "latent" and router.zero_experts == 0 and not normed else None
     fusible = [SharedConfig(n * width, gated=n > 1) for n in FUSIBLE]
     return LayerConfig(
         draw(st.sampled_from([4, 6])) if router.num_expert_group > 1 else draw(st.integers(5, 9)),
@@ -82,7 +84,7 @@ def layer_of(draw: Any) -> LayerConfig:
         width,
         router,
         activation=draw(st.sampled_from(ACTIVATIONS)),
-        shared=draw(st.sampled_from([*SHARED, *fusible]), label="shared"),
+        shared=None if normed else draw(st.sampled_from([*SHARED, *fusible]), label="shared"),
         bias=draw(st.booleans(), label="bias"),
         output_bias=beside == "output bias",
         latent_size=latent,
@@ -110,7 +112,7 @@ def test_equals_the_reference(grids: list[ProcessGrid], data: st.DataObject) -> 
     fuse = fuses(config, grid, dispatcher) and draw(st.booleans(), label="fuse")
     options = LayerOptions(
         dispatcher,
-        exact=grid.shape.etp == 1 and draw(st.booleans(), label="exact"),
+        exact=grid.shape.etp == 1 and config.router.norm_eps is None and draw(st.booleans(), label="exact"),
         sequence_parallel=parallel,
         shared_order=SharedOrder.AUTO if fuse else draw(st.sampled_from(ORDERS), label="order"),
         fuse_shared_experts=fuse,
