@@ -14,7 +14,8 @@ class Placement:
 
     ``owner``: [E + 1] int64, the ep rank of each expert. ``local``: [E + 1] int32, its index there. The last
     entry, which id -1 reaches, is ``ep`` and -1: a dropped slot has no owner. Experts that each rank holds copies of
-    have an id for each copy, from E on, in place of the last entry: see :meth:`blocks`.
+    have an id for each copy, from E on, in place of the last entry: see :meth:`blocks`. ``partial``: some experts have no
+    owner either, see :meth:`within`.
     """
 
     num_experts: int
@@ -22,6 +23,7 @@ class Placement:
     etp: int
     owner: Tensor
     local: Tensor
+    partial: bool = False
 
     @classmethod
     def blocks(cls, num_experts: int, ep: int, etp: int = 1, copies: int = 0) -> "Placement":
@@ -40,6 +42,13 @@ class Placement:
         """The same placement with its tables on ``device``, where the routing that it is asked about lies."""
         return replace(self, owner=self.owner.to(device), local=self.local.to(device))
 
+    def within(self, ep_ranks: range) -> "Placement":
+        """The same seen from ``ep_ranks`` alone, counted from 0: a slot of another rank's expert is dropped."""
+        here = (self.owner >= ep_ranks.start) & (self.owner < ep_ranks.stop)
+        owner = torch.where(here, self.owner - ep_ranks.start, len(ep_ranks))
+        local = torch.where(here, self.local, -1)
+        return replace(self, ep=len(ep_ranks), owner=owner, local=local, partial=True)
+
     @property
     def device(self) -> torch.device:
         """Where the tables lie."""
@@ -56,7 +65,7 @@ class Placement:
 
     def local_ids(self, topk_ids: Tensor, ep_rank: int) -> Tensor:
         """[T, k] int32: the local index of each slot's expert on ``ep_rank``, -1 where it is not there."""
-        if self.ep == 1:
+        if self.ep == 1 and not self.partial:
             return topk_ids.to(torch.int32)
         ids = topk_ids.long()
         return torch.where(self.owner[ids] == ep_rank, self.local[ids], -1)

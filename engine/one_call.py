@@ -35,7 +35,7 @@ class OneCall:
         """The combined output of ``hidden_states`` [T, H], where its tokens went, and what that moved."""
         output, routing = self.kernel.route_and_compute(hidden_states, router_logits, self.route)
         tokens = hidden_states.shape[0]
-        return Distributed(output, Full()), routing, Traffic(tokens, 0, tokens)
+        return Distributed(output, Full()), routing, Traffic.of(0, [tokens], tokens)
 
 
 def route_spec(config: RouterConfig) -> RouteSpec:

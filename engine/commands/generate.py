@@ -15,7 +15,7 @@ from xpar.engine.build import FLOATS
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.commands.run import pick_device, where
 from xpar.engine.logs import add_verbose, start_logging
-from xpar.engine.models.generate import Outcome, finish_only, generate, told_to_stop
+from xpar.engine.models.generate import Outcome, finish_only, generate, listen_for_stop
 from xpar.engine.models.load import LoadedModel, load_model
 from xpar.engine.models.lockstep import Progress
 from xpar.engine.models.request import Request, Work, prepare
@@ -76,8 +76,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def main(args: argparse.Namespace) -> int:
     """Run the command on every rank; 0 also if a signal ended it with everything written."""
     # From the first moment: a job that is pre-empted while it loads has lost nothing either.
-    with told_to_stop() as told:
-        return _run(args, told)
+    return _run(args, listen_for_stop())
 
 
 def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:

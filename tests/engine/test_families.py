@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_families import CASES, Case, block_of, fresh_seed, transformers_model, transformers_output
+from moe_families import CASES, Case, block_of, transformers_model, transformers_output
 
 from xpar.comm import AgreedError
 from xpar.engine import MoERunner
@@ -18,7 +18,6 @@ from xpar.engine.reference import layer_reference
 from xpar.engine.weights import load_router, make_router
 
 TOKENS = 96
-SEED = fresh_seed()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -41,10 +40,10 @@ class Made:
     params=[(case, writer, dtype) for case in CASES for writer in case.writers for dtype in DTYPES],
     ids=lambda param: f"{param[0].name}-{param[1]}-{param[2]}",
 )
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, fresh_seed: int) -> Made:
     case, writer, dtype = request.param[0], request.param[1], DTYPES[request.param[2]]
     path = tmp_path_factory.mktemp(case.name)
-    case.write(path, writer, dtype, SEED)
+    case.write(path, writer, dtype, fresh_seed)
     return Made(case, dtype, path, transformers_model(path, dtype))
 
 
@@ -60,10 +59,9 @@ def decided(router_logits: torch.Tensor, config: RouterConfig) -> torch.Tensor:
     return sure
 
 
-@pytest.mark.parametrize("seed", [SEED])
-def test_layer_equals_transformers(made: Made, seed: int) -> None:
+def test_layer_equals_transformers(made: Made, fresh_seed: int) -> None:
     case, dtype = made.case, made.dtype
-    x = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    x = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(fresh_seed + 1)).to(dtype)
     expected = transformers_output(made.block, x).float()
 
     with Checkpoint(made.path) as checkpoint:
@@ -99,11 +97,10 @@ def test_layer_equals_transformers(made: Made, seed: int) -> None:
     assert output.dtype == torch.float32 and len(expected[rows]) > TOKENS // 4
 
 
-@pytest.mark.parametrize("seed", [SEED])
-def test_random_weights_make_a_layer_worth_testing(made: Made, seed: int) -> None:
+def test_random_weights_make_a_layer_worth_testing(made: Made, fresh_seed: int) -> None:
     with Checkpoint(made.path) as checkpoint:
         config = layer_config(find(checkpoint.config), checkpoint.config, made.case.layer)
-        x = torch.randn(500, 64, generator=torch.Generator().manual_seed(seed + 2)).to(made.dtype)
+        x = torch.randn(500, 64, generator=torch.Generator().manual_seed(fresh_seed + 2)).to(made.dtype)
         output, routing = layer_reference(checkpoint, made.case.layer, x)
     load = torch.bincount(routing.topk_ids.flatten() + 1, minlength=config.num_experts + 1)
     assert (load[0] > 0) == (config.router.zero_experts > 0)
@@ -120,13 +117,12 @@ def test_moe_layers_are_those_of_transformers(made: Made) -> None:
     assert ours == tuple(i for i in range(3) if hasattr(blocks[i], "router") or hasattr(blocks[i], "experts"))
 
 
-@pytest.mark.parametrize("seed", [SEED])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_layers_that_route_by_token_id(tmp_path: Path, dtype: torch.dtype, seed: int) -> None:
+def test_layers_that_route_by_token_id(tmp_path: Path, dtype: torch.dtype, fresh_seed: int) -> None:
     """DeepSeek-V4's first: the table comes from the checkpoint."""
     case = Case("hash", "deepseek_v4", layer=0)
-    case.write(tmp_path, "transformers", dtype, seed)
-    generator = torch.Generator().manual_seed(seed)
+    case.write(tmp_path, "transformers", dtype, fresh_seed)
+    generator = torch.Generator().manual_seed(fresh_seed)
     x, ids = (
         torch.randn(TOKENS, 64, generator=generator).to(dtype),
         torch.randint(256, (TOKENS,), generator=generator),
@@ -161,13 +157,14 @@ GEMMA4: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("seed", [SEED])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("nested", [False, True], ids=["text", "with vision"])
-def test_gemma4_with_its_norms_inside(tmp_path: Path, nested: bool, dtype: torch.dtype, seed: int) -> None:
+def test_gemma4_with_its_norms_inside(
+    tmp_path: Path, nested: bool, dtype: torch.dtype, fresh_seed: int
+) -> None:
     """Its router and its experts read one residual through norms of their own."""
-    text, layer = gemma4(tmp_path, nested, dtype, seed)
-    x = 3 * torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(seed))
+    text, layer = gemma4(tmp_path, nested, dtype, fresh_seed)
+    x = 3 * torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(fresh_seed))
     x = x.to(dtype)
     with torch.no_grad():
         _, weights, ids = layer.router(x)
@@ -217,8 +214,7 @@ def gemma4(path: Path, nested: bool, dtype: torch.dtype, seed: int) -> tuple[Any
     return text, layer
 
 
-@pytest.mark.parametrize("seed", [SEED])
-def test_llama4_with_its_vision_part(tmp_path: Path, seed: int) -> None:
+def test_llama4_with_its_vision_part(tmp_path: Path, fresh_seed: int) -> None:
     from transformers import Llama4Config, Llama4ForConditionalGeneration
 
     text = {
@@ -236,7 +232,7 @@ def test_llama4_with_its_vision_part(tmp_path: Path, seed: int) -> None:
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     sizes = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "image_size": 28}
     config = Llama4Config(text_config=text, vision_config=vision | sizes)
-    torch.manual_seed(seed)
+    torch.manual_seed(fresh_seed)
     model = Llama4ForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_families import ONE_PER_FAMILY, SIZES, Case, fresh_seed
+from moe_families import ONE_PER_FAMILY, SIZES, Case
 from safetensors.torch import load_file, save_file
 
 from xpar.engine.architectures import find, layer_config
@@ -14,7 +14,6 @@ from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.schema import MlpNames
 from xpar.engine.weights import LayerWeights, load_layer, stream_experts
 
-SEED = fresh_seed()
 H, I, E = SIZES["hidden"], SIZES["intermediate"], SIZES["experts"]
 SOME = slice(5, 18)
 LAYER = 1
@@ -40,9 +39,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="module")
-def path(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def path(case: Case, tmp_path_factory: pytest.TempPathFactory, fresh_seed: int) -> Path:
     path = tmp_path_factory.mktemp(case.name)
-    case.write(path, case.writers[0], torch.bfloat16, SEED)
+    case.write(path, case.writers[0], torch.bfloat16, fresh_seed)
     return path
 
 
@@ -186,8 +185,8 @@ def test_a_rank_without_experts_reads_none(case: Case, path: Path) -> None:
     assert loaded == {} and bytes_read == small_bytes(weights, path)
 
 
-def test_sharded_checkpoints_hold_the_same(case: Case, path: Path, tmp_path: Path) -> None:
-    case.write(tmp_path, case.writers[0], torch.bfloat16, SEED, max_shard_bytes=50_000)
+def test_sharded_checkpoints_hold_the_same(case: Case, path: Path, tmp_path: Path, fresh_seed: int) -> None:
+    case.write(tmp_path, case.writers[0], torch.bfloat16, fresh_seed, max_shard_bytes=50_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     weights, loaded, _ = load(path, case.layer, [0, 5])
     again, reloaded, _ = load(tmp_path, case.layer, [0, 5])
@@ -238,20 +237,22 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("value, message", DAMAGE.values(), ids=DAMAGE.keys())
-def test_damaged_weights_are_named(tmp_path: Path, value: torch.Tensor | None, message: str) -> None:
+def test_damaged_weights_are_named(
+    tmp_path: Path, value: torch.Tensor | None, message: str, fresh_seed: int
+) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
     bad.mkdir()
-    Case("olmoe", "olmoe").write(good, "own", torch.bfloat16, SEED, layers=2)
+    Case("olmoe", "olmoe").write(good, "own", torch.bfloat16, fresh_seed, layers=2)
     rewrite(good, bad, **{"layers.1.mlp.experts.6.up_proj.weight": value})
     with pytest.raises(CheckpointError, match=message):
         load(bad, 1, [6])
     load(bad, 1, [5])
 
 
-def test_finite_weights_with_an_infinite_sum_are_accepted(tmp_path: Path) -> None:
+def test_finite_weights_with_an_infinite_sum_are_accepted(tmp_path: Path, fresh_seed: int) -> None:
     good, big = tmp_path / "good", tmp_path / "big"
     big.mkdir()
-    Case("olmoe", "olmoe").write(good, "own", torch.bfloat16, SEED, layers=2)
+    Case("olmoe", "olmoe").write(good, "own", torch.bfloat16, fresh_seed, layers=2)
     rewrite(good, big, **{"layers.1.mlp.experts.6.up_proj.weight": torch.full((I, H), 1e38).bfloat16()})
     load(big, 1, [6])
 
@@ -261,11 +262,11 @@ def test_expert_ids_out_of_range(path: Path, case: Case) -> None:
         load(path, case.layer, [1, 8])
 
 
-def test_a_fused_tensor_for_each_expert(tmp_path: Path) -> None:
+def test_a_fused_tensor_for_each_expert(tmp_path: Path, fresh_seed: int) -> None:
     """Gate and up rows of one expert in one tensor, as the shared experts of granitemoeshared have them."""
     apart, fused = tmp_path / "apart", tmp_path / "fused"
     fused.mkdir()
-    Case("olmoe", "olmoe").write(apart, "own", torch.bfloat16, SEED, layers=2)
+    Case("olmoe", "olmoe").write(apart, "own", torch.bfloat16, fresh_seed, layers=2)
     stored = load_file(apart / "model.safetensors")
     block = f"model.layers.{LAYER}.mlp.experts."
     for e in range(E):
@@ -290,10 +291,10 @@ def test_a_fused_tensor_for_each_expert(tmp_path: Path) -> None:
                 assert same((gate_up, down), expected[index])
 
 
-def test_a_table_of_other_experts_is_named(tmp_path: Path) -> None:
+def test_a_table_of_other_experts_is_named(tmp_path: Path, fresh_seed: int) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
     bad.mkdir()
-    Case("hash", "deepseek_v4").write(good, "transformers", torch.bfloat16, SEED)
+    Case("hash", "deepseek_v4").write(good, "transformers", torch.bfloat16, fresh_seed)
     weights = load(good, 0, [])[0]
     assert weights.router.hash_table is not None and weights.router.correction_bias is None
     table = weights.router.hash_table.clone()
