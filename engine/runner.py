@@ -233,7 +233,7 @@ class MoERunner(nn.Module):
         held = self.dispatcher.placement.experts_of(self.grid.moe.rank // self.grid.shape.etp)
         return f"{held.start}-{held.stop - 1}" if held else "none"
 
-    # -- the steps that are not one call ----------------------------------------------------------------------
+    # -- what the steps are made of ---------------------------------------------------------------------------
 
     def _route(
         self, hidden_states: Tensor, mine: slice, router_logits: Tensor | None, input_ids: Tensor | None

@@ -14,9 +14,10 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.shares import share
 from xpar.comm.world import World
 from xpar.engine.architectures import find, moe_layers
-from xpar.engine.build import FLOATS, config_of, pick_dispatcher, pick_kernel
+from xpar.engine.build import FLOATS, config_of
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.config import LayerConfig
+from xpar.engine.held import pick_dispatcher, pick_kernel
 from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.one_call import DEPTHS, explain_depth
 from xpar.engine.reference import TOLERANCE, layer_reference, relative_error
