@@ -8,9 +8,9 @@ import torch
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures import find, layer_config, moe_layers
-from xpar.engine.build import ExpertOptions, hold_experts
 from xpar.engine.checkpoint import CheckpointError
 from xpar.engine.config import LayerConfig
+from xpar.engine.held import ExpertOptions, hold_experts
 from xpar.engine.mlp_tensors import MlpTensors
 from xpar.engine.models.experts import IMPLEMENTATION, ExpertLayer, attach, experts_modules, register
 
