@@ -148,7 +148,9 @@ def pick_dispatcher(
 ) -> tuple[Placement, DispatcherChoice]:
     """Where the experts live, and how tokens get there."""
     placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp).to(grid.device)
-    return placement, choose_dispatcher(grid, placement, name, sequence_parallel=sequence_parallel)
+    return placement, choose_dispatcher(
+        grid, placement, name, top_k=config.router.top_k, sequence_parallel=sequence_parallel
+    )
 
 
 def pick_kernel(

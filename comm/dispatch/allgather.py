@@ -52,12 +52,13 @@ class AllGatherDispatcher:
         own, counts = agree(self.group, self.name, routing, tag, hidden_size, dtype, exact)
         everyone = unpack(self.group.all_gather_v(pack(own), counts))
         size, tokens = self.group.size, own.topk_ids.shape[0]
+        sent = [tokens] * size
         if self.whole and not exact:
             local = self.placement.local_ids(everyone.topk_ids, self.group.rank // self.placement.etp)
             whole = Whole(Routing(local, everyone.topk_weights), counts)
-            return DispatchPlan(own, exact, Traffic(tokens * size, tokens * (size - 1), tokens * size), whole)
+            return DispatchPlan(own, exact, Traffic.of(self.group.rank, sent, tokens * size), whole)
         detail = gathered_detail(own, everyone, counts, self.placement, self.group.rank, exact)
-        traffic = Traffic(tokens * size, tokens * (size - 1), sum(detail.back_recv))
+        traffic = Traffic.of(self.group.rank, sent, sum(detail.back_recv))
         return DispatchPlan(own, exact, traffic, (detail, counts))
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:

@@ -79,7 +79,7 @@ class AllToAllDispatcher:
             promised = Pending(lambda: self._traffic(leaving.counts.wait(), leaving.counts.wait()))
             return DispatchPlan(own, exact, promised, Early(leaving))
         destination, tokens, send = destinations(own.topk_ids, self.placement)
-        recv = self._exchange_counts(send)
+        recv = exchange_counts(self.group, send)
         ids = ids_there(own.topk_ids, destination, tokens, self.placement)
         packed = pack(Routing(ids, own.topk_weights[tokens]))
         arrived = unpack(self.group.all_to_all_v(packed, send, recv).wait())
@@ -123,20 +123,22 @@ class AllToAllDispatcher:
         tokens, packed = leaving.tokens[: sum(send)], leaving.packed[: sum(send)]
         if rows is None:
             rows = gather_rows(hidden_states, tokens)
-        recv = self._exchange_counts(send)
+        recv = exchange_counts(self.group, send)
         arrived = unpack(self.group.all_to_all_v(packed, send, recv).wait())
         pending = self.group.all_to_all_v(rows[: sum(send)], send, recv)
         early.settle(Detail(tokens, arrived, send, recv, recv, send, None))
         return Pending(lambda: ExpertInput(pending.wait(), arrived.topk_ids, arrived.topk_weights))
 
     def _traffic(self, send: list[int], back: list[int]) -> Traffic:
-        return Traffic(sum(send), sum(send) - send[self.group.rank], sum(back))
+        return Traffic.of(self.group.rank, send, sum(back))
 
-    def _exchange_counts(self, send: list[int]) -> list[int]:
-        rows = self.group.all_to_all_v(
-            torch.tensor(send, dtype=torch.int64), [1] * self.group.size, [1] * self.group.size
-        )
-        return [int(n) for n in rows.wait().tolist()]
+
+def exchange_counts(group: Communicator, send: list[int]) -> list[int]:
+    """How many rows each rank of ``group`` will send here, where ``send`` go from here to each of them."""
+    ones = [1] * group.size
+    return [
+        int(n) for n in group.all_to_all_v(torch.tensor(send, dtype=torch.int64), ones, ones).wait().tolist()
+    ]
 
 
 def destinations(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor, list[int]]:

@@ -35,12 +35,12 @@ class ReplicatedDispatcher:
         own, _ = agree(self.group, self.name, routing, tag, hidden_size, dtype, exact)
         if self.group.size == 1:
             tokens = own.topk_ids.shape[0]
-            return DispatchPlan(own, exact, Traffic(tokens, 0, tokens), None)
+            return DispatchPlan(own, exact, Traffic.of(0, [tokens], tokens), None)
         # Ranks whose copies of the tokens have drifted apart would add up parts of different answers.
         digest = zlib.crc32(own.topk_ids.contiguous().cpu().numpy().tobytes())
         same = {"tokens": own.topk_ids.shape[0], "topk_ids_crc32": digest}
         handshake(self.group, Tag("replicated tokens", tag.layer, tag.step), same=same)
-        traffic = Traffic(0, 0, 0)
+        traffic = Traffic.of(0, [0] * self.group.size, 0)
         return DispatchPlan(own, exact, traffic, None)
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:

@@ -121,4 +121,5 @@ def solo_grid(threads: int) -> ProcessGrid:
         edp=alone,
         moe=alone,
         node=alone,
+        moe_node=alone,
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from launch import mpirun
 
-from xpar.engine.bench import exchange
+from xpar.comm.dispatch.expected import expected_rows
 from xpar.engine.bench.ceilings import Ceilings
 from xpar.engine.bench.peers import IMPLEMENTATIONS, caller, transformers_layer
 from xpar.engine.bench.timing import Times
@@ -58,7 +58,7 @@ def test_expected_rows_against_all_choices() -> None:
     for experts, k, ranks in ((8, 2, 4), (7, 3, 2), (5, 2, 3), (6, 6, 4), (2, 1, 3)):
         owner = [r for r in range(ranks) for _ in range(experts // ranks + (r < experts % ranks))]
         rows = [len({owner[e] for e in chosen}) for chosen in combinations(range(experts), k)]
-        assert math.isclose(exchange.expected_rows(experts, k, ranks), sum(rows) / len(rows))
+        assert math.isclose(expected_rows(experts, k, ranks), sum(rows) / len(rows))
 
 
 def test_ratio_is_taken_round_by_round() -> None:

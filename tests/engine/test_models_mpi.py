@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from moe_families import Case
+from movers import MOVERS
 from safetensors.torch import load_file, save_file
 from tiny_models import BYTES, cases, plain_model, write_model
 
 from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
-from xpar.comm.dispatch.auto import DISPATCHERS
 from xpar.engine import parallelize
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.models.load import LoadedModel, load_model
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.mpi(deadline=120)
 CASES = cases()
-MOVERS = [cls.name for cls in DISPATCHERS if cls.name != "replicated"]
 
 
 @pytest.fixture(scope="module")
