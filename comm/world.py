@@ -66,7 +66,9 @@ class World:
         Raises ValueError unless ``ranks`` is 1 to the size of this world.
         """
         if not 1 <= ranks <= self.size:
-            raise ValueError(f"a world of the first {ranks} ranks: this one has {self.size}; take 1 to {self.size}")
+            raise ValueError(
+                f"a world of the first {ranks} ranks: this one has {self.size}; take 1 to {self.size}"
+            )
         inside = self.rank < ranks
         comm = self.comm.split(0 if inside else 1, self.rank, f"first {ranks}")
         if not inside:

@@ -64,9 +64,7 @@ class LayerPoint:
     def manifest(self) -> dict[str, Any]:
         """What a reader needs to repeat the point."""
         names = self._names()
-        return manifest(
-            self.grid, self.subject.dtype, names["dispatcher"], str(names["kernel"]), self.seed
-        )
+        return manifest(self.grid, self.subject.dtype, names["dispatcher"], str(names["kernel"]), self.seed)
 
     # -- pieces ---------------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpar.comm.grid import ProcessGrid
 from xpar.comm.failure import AgreedError
+from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
 from xpar.engine.scaling.layer import LayerCheck, LayerPoint
 from xpar.engine.scaling.subjects import Subject

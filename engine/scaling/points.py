@@ -45,7 +45,9 @@ def points_of(
     size, num_nodes = len(node_of), node_of[-1] + 1
     for what, asked, most in (("ranks", ranks, size), ("nodes", nodes, num_nodes)):
         if asked and max(asked) > most:
-            raise ValueError(f"--{what} {max(asked)}: the job has {most}; start a larger one, or ask for less")
+            raise ValueError(
+                f"--{what} {max(asked)}: the job has {most}; start a larger one, or ask for less"
+            )
     wanted = set(ranks or ())
     wanted |= {sum(node < n for node in node_of) for n in nodes or ()}
     if ranks is None and nodes is None:

@@ -62,13 +62,14 @@ def _at(world: World, point: Point, study: Study, modes: Sequence[str]) -> list[
     if inside is None:
         return []
     time.sleep(SETTLE_S)
-    heads = [{"mode": mode, "ranks": point.ranks, "nodes": point.nodes} for mode in modes]
+    place: Record = {"ranks": point.ranks, "nodes": point.nodes}
     try:
         station = study(inside)
     except AgreedError as why:
-        found = [{**head, "reason": str(why), "manifest": surroundings(inside)} for head in heads]
+        lost = {**place, "reason": str(why), "manifest": surroundings(inside)}
+        found = [{"mode": mode, **lost} for mode in modes]
     else:
-        found = [{**head, **station.measure(head["mode"])} for head in heads]
+        found = [{"mode": mode, **place, **station.measure(mode)} for mode in modes]
         found = [{**record, "manifest": station.manifest()} for record in found]
         station.close()
         del station
