@@ -77,7 +77,7 @@ class AnswerStation:
     def __init__(self, study: AnswerStudy, grid: ProcessGrid, loaded: LoadedModel) -> None:
         self.study, self.grid, self.loaded = study, grid, loaded
         self._seen: dict[int, dict[str, Any]] = {}
-        self._answer(min(grid.world.size, len(study.work.queue)))  # warms up
+        self._answer(min(grid.world.size * study.request.batch, len(study.work.queue)))  # warms up
 
     def measure(self, mode: str) -> dict[str, Any]:
         """Where both modes have the same prompts, they are answered once."""

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
         "report",
         patient=True,
     )
-    console.print(_end(args, why), soft_wrap=True)
+    console.print(_end(args, records, why), soft_wrap=True)
     return int(bool(wrong(records)) or not measured(records))
 
 
@@ -126,8 +126,9 @@ def _line(record: Mapping[str, Any]) -> str:
     )
 
 
-def _end(args: argparse.Namespace, why: str | None) -> str:
+def _end(args: argparse.Namespace, records: list[dict[str, Any]], why: str | None) -> str:
     written = f"{args.out / files.LINES}, {files.REPORT}"
     if why is None:
         return f"{written} and {files.PLOT} are written"
-    return f"{written} are written; no plot: {why}, then xpar bench scaling --redraw {args.out}"
+    again = f", then xpar bench scaling --redraw {args.out}" if measured(records) else ""
+    return f"{written} are written; no plot: {why}{again}"

@@ -33,14 +33,17 @@ def missing() -> str | None:
 
 def draw(records: Sequence[Record], path: Path) -> None:
     """Write ``path`` (.png). ``records`` must hold a measured one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    figure_of(records).savefig(path, dpi=120)
+
+
+def figure_of(records: Sequence[Record]) -> Any:
+    """The matplotlib figure of ``records``; panels of what they do not know are left out."""
     from matplotlib.figure import Figure
 
     found = measured(records)
     modes = [mode for mode in MODES if measured(found, mode)]
     panels = [panel for key, panel in PANELS.items() if all(key in r for r in found)]
     figure = Figure(figsize=(5.0 * len(panels), 4.4 * len(modes) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(modes), len(panels), squeeze=False)
     for row, mode in zip(axes, modes, strict=True):
         for axis, panel in zip(row, panels, strict=True):
@@ -48,7 +51,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     figure.suptitle(
         f"{found[0]['what']}: {count(found[0]['threads'], 'thread')} a rank at every point", fontsize=14
     )
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _time(axis: Any, records: Sequence[Record]) -> None:
@@ -107,8 +110,9 @@ def _stages(axis: Any, records: Sequence[Record]) -> None:
         edgecolor="white",
         linewidth=0.5,
     )
-    axis.set_xticks(list(places), [str(r["ranks"]) for r in records])
-    axis.set_xlabel("ranks")
+    names, label = _places(records)
+    axis.set_xticks(list(places), names)
+    axis.set_xlabel(label)
     axis.set_ylabel("time of a step (ms), mean over ranks")
     axis.set_title(f"{records[0]['mode']}: stages")
     axis.margins(x=0.1)
@@ -143,21 +147,27 @@ def _over_ranks(axis: Any, records: Sequence[Record], what: str, label: str) -> 
     """Ranks on a logarithmic axis with a tick at each point; nodes beside them where there are several."""
     from matplotlib.ticker import NullLocator
 
-    several = records[-1]["nodes"] > 1
-    names = [f"{r['ranks']}\n({r['nodes']})" if several else str(r["ranks"]) for r in records]
+    names, label_x = _places(records)
     axis.set_xscale("log", base=2)
     axis.set_xticks([r["ranks"] for r in records], names)
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("ranks (nodes)" if several else "ranks")
+    axis.set_xlabel(label_x)
     axis.set_ylabel(label)
     axis.set_title(f"{records[0]['mode']}: {what}")
     axis.grid(alpha=0.3)
 
 
+def _places(records: Sequence[Record]) -> tuple[list[str], str]:
+    """A name for each point and for their axis; with the nodes where there are several."""
+    if records[-1]["nodes"] == 1:
+        return [str(r["ranks"]) for r in records], "ranks"
+    return [f"{r['ranks']}\n({r['nodes']})" for r in records], "ranks (nodes)"
+
+
 def _plain_ticks(axis: Any) -> None:
-    """10, 20, 50 in place of powers."""
+    """10, 20, 50 in place of powers, and enough of them where the axis covers little."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

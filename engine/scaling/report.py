@@ -22,6 +22,16 @@ SPEED = (
     "baseline, which the column's head names."
 )
 
+BYTES = (
+    "MB are the payload of one dispatch, of all ranks together; the way back is not in them. With the dispatcher hierarchical "
+    "a row counts once for each node that it goes to, and what ranks read there in place does not count."
+)
+
+ANSWERS = (
+    "Answers are compared with those that the smallest point gave to the same prompts. Without --exact another number of "
+    "ranks rounds otherwise, and a text may take another turn."
+)
+
 
 def markdown(records: Sequence[Record], plot: str | None) -> str:
     """The report on ``records``, which are of one run. ``plot``: file name of the plot, if there is one."""
@@ -59,6 +69,8 @@ def _setting(records: Sequence[Record]) -> str:
         HELD.format(threads=count(threads, "thread")),
         BANDWIDTH,
         SPEED,
+        *((BYTES,) if any("dispatch_bytes" in r for r in records) else ()),
+        *((ANSWERS,) if any("prompts" in r for r in records) else ()),
     )
     return "\n".join(f"- {line}" for line in lines)
 
@@ -119,7 +131,7 @@ def check_of(record: Record) -> str:
     """What was checked and how it came out, in a few words."""
     if "answers_compared" in record:
         same, compared = record["answers_same"], record["answers_compared"]
-        text = f"{same} of {compared} answers as first given"
+        text = f"{same} of {compared} answers as at the smallest point"
     else:
         text = f"relative error {record['rel_error']:.1e} of at most {record['tolerance']:.0e}"
         text += {None: "", True: ", same bits", False: ", OTHER BITS"}[record.get("same_bits")]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from xpar.comm.failure import AgreedError
+from xpar.comm.handshake import CollectiveError
 from xpar.comm.world import World
 from xpar.engine.bench.timing import SETTLE_S
 from xpar.engine.report import surroundings
@@ -62,20 +63,25 @@ def _at(world: World, point: Point, study: Study, modes: Sequence[str]) -> list[
     if inside is None:
         return []
     time.sleep(SETTLE_S)
-    place: Record = {"ranks": point.ranks, "nodes": point.nodes}
+    try:
+        found = _measured(inside, study, modes)
+    except CollectiveError as error:
+        # The ranks outside, and perhaps some inside, know nothing of it: only what ends the job ends their waiting.
+        raise RuntimeError(f"{point}: {error}") from error
+    gc.collect()  # weights go before those of the next point come
+    inside.comm.close()
+    return [{"mode": mode, "ranks": point.ranks, "nodes": point.nodes, **figures} for mode, figures in found]
+
+
+def _measured(inside: World, study: Study, modes: Sequence[str]) -> list[tuple[str, Record]]:
     try:
         station = study(inside)
     except AgreedError as why:
-        lost = {**place, "reason": str(why), "manifest": surroundings(inside)}
-        found = [{"mode": mode, **lost} for mode in modes]
-    else:
-        found = [{"mode": mode, **place, **station.measure(mode)} for mode in modes]
-        found = [{**record, "manifest": station.manifest()} for record in found]
-        station.close()
-        del station
-    gc.collect()  # weights go before those of the next point come
-    inside.comm.close()
-    return found
+        return [(mode, {"reason": str(why), "manifest": surroundings(inside)}) for mode in modes]
+    figures = [(mode, station.measure(mode)) for mode in modes]
+    manifest = station.manifest()
+    station.close()
+    return [(mode, {**record, "manifest": manifest}) for mode, record in figures]
 
 
 def _compare(before: Sequence[Record], record: Record) -> None:
