@@ -13,7 +13,9 @@ class Placement:
     """Contiguous blocks of experts over ``ep`` ranks, each block held (sliced) by ``etp`` consecutive ranks.
 
     ``owner``: [E + 1] int64, the ep rank of each expert. ``local``: [E + 1] int32, its index there. The last
-    entry, which id -1 reaches, is ``ep`` and -1: a dropped slot has no owner. ``partial``: other experts have none, too.
+    entry, which id -1 reaches, is ``ep`` and -1: a dropped slot has no owner. Experts that each rank holds copies of
+    have an id for each copy, from E on, in place of the last entry: see :meth:`blocks`. ``partial``: some experts have no
+    owner either, see :meth:`within`.
     """
 
     num_experts: int
@@ -24,13 +26,17 @@ class Placement:
     partial: bool = False
 
     @classmethod
-    def blocks(cls, num_experts: int, ep: int, etp: int = 1) -> "Placement":
-        """E need not divide by ``ep``, nor reach it: the first ranks hold one expert more, the last may hold none."""
+    def blocks(cls, num_experts: int, ep: int, etp: int = 1, copies: int = 0) -> "Placement":
+        """E need not divide by ``ep``, nor reach it: the first ranks hold one expert more, the last may hold none.
+
+        ``copies``: experts that every ep rank holds besides its block; those of rank r have the ids
+        ``E + r * copies`` and on, and the local indices after its block's.
+        """
         sizes = shares(num_experts, ep)
         owner = torch.repeat_interleave(torch.arange(ep), torch.tensor(sizes))
-        local = torch.cat([torch.arange(n, dtype=torch.int32) for n in sizes])
-        none = torch.tensor([-1], dtype=torch.int32)
-        return cls(num_experts, ep, etp, torch.cat([owner, torch.tensor([ep])]), torch.cat([local, none]))
+        local = torch.cat([torch.arange(n) for n in sizes] + [torch.arange(n, n + copies) for n in sizes])
+        owner = torch.cat([owner, torch.arange(ep).repeat_interleave(copies), torch.tensor([ep])])
+        return cls(num_experts, ep, etp, owner, torch.cat([local, torch.tensor([-1])]).to(torch.int32))
 
     def to(self, device: torch.device) -> "Placement":
         """The same placement with its tables on ``device``, where the routing that it is asked about lies."""

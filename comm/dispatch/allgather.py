@@ -72,10 +72,11 @@ class AllGatherDispatcher:
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         return None
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
         if isinstance(plan.detail, Whole):
             counts = plan.detail.counts
-            return Distributed(self.group.reduce_scatter_v(every_entry(outputs, sum(counts)), counts), Full())
+            mine = self.group.reduce_scatter_v(every_entry(outputs, sum(counts)), counts)
+            return Pending(lambda: Distributed(mine, Full()))
         return return_rows(self.group, outputs, plan.detail[0], plan.own)
 
     def _dispatch_whole(self, hidden_states: Tensor, whole: Whole) -> Pending[ExpertInput]:

@@ -108,11 +108,11 @@ class AllToAllDispatcher:
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         return None
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
         if isinstance(plan.detail, Early):
-            d = plan.detail.settled()
-            back = self.group.all_to_all_v(outputs, d.back_send, d.back_recv).wait()
-            return Distributed(sum_rows(back, d.tokens, plan.own.topk_ids.shape[0]), Full())
+            d, tokens = plan.detail.settled(), plan.own.topk_ids.shape[0]
+            back = self.group.all_to_all_v(outputs, d.back_send, d.back_recv)
+            return Pending(lambda: Distributed(sum_rows(back.wait(), d.tokens, tokens), Full()))
         return return_rows(self.group, outputs, plan.detail, plan.own)
 
     def _dispatch_early(self, hidden_states: Tensor, early: "Early") -> Pending[ExpertInput]:
@@ -159,19 +159,22 @@ def slots_back(
     )
 
 
-def return_rows(group: Communicator, outputs: Tensor, d: Detail, own: Routing) -> Distributed:
+def return_rows(group: Communicator, outputs: Tensor, d: Detail, own: Routing) -> Pending[Distributed]:
     """Send each row's output home and sum there: by source rank, or in exact mode in slot order with the weights."""
     back = outputs.new_empty(sum(d.back_recv), outputs.shape[1])
     r, send, recv = group.rank, d.back_send, d.back_recv
     start, at, mine = sum(send[:r]), sum(recv[:r]), send[r]
     pending = group.all_to_all_v(outputs, send, recv, out=back, skip=r)
     back[at : at + mine] = outputs[start : start + mine]
-    pending.wait()
+    return Pending(lambda: Distributed(_sum_at_home(pending.wait(), d, own), Full()))
+
+
+def _sum_at_home(back: Tensor, d: Detail, own: Routing) -> Tensor:
     if d.slots is None:
-        return Distributed(sum_rows(back, d.tokens, own.topk_ids.shape[0]), Full())
+        return sum_rows(back, d.tokens, own.topk_ids.shape[0])
     positions = torch.full((own.topk_ids.numel(),), -1, dtype=torch.int64, device=back.device)
     positions[d.slots] = torch.arange(len(d.slots), device=back.device)
-    return Distributed(weighted_sum(back, own.topk_weights, positions.view(own.topk_ids.shape)), Full())
+    return weighted_sum(back, own.topk_weights, positions.view(own.topk_ids.shape))
 
 
 def per_rank(rows_of_entry: Tensor, entries_of_rank: list[int]) -> list[int]:

@@ -95,8 +95,11 @@ class Dispatcher(Protocol):
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         """Where the experts may write their ``rows`` outputs so that combine need not copy them; None: anywhere."""
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
-        """Sum each token's outputs. ``outputs``: [M, H] per arrived row, or [S, H] per slot in exact mode."""
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
+        """Start to bring each token's outputs home, where ``wait`` sums them.
+
+        ``outputs``: [M, H] per arrived row, or [S, H] per slot in exact mode.
+        """
 
 
 def agree(

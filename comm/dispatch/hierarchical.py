@@ -111,19 +111,24 @@ class HierarchicalDispatcher:
 
         def arrive() -> ExpertInput:
             moving.wait()
-            return self._inside.arrive(hidden_states, d.inside)
+            return self._inside.arrive(hidden_states, d.inside).wait()
 
         return Pending(arrive)
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         return self._inside.output(plan.detail.inside, rows, like)
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
         d: Detail = plan.detail
-        if d.slots is not None:
-            return Distributed(self._in_slot_order(outputs, plan.own, d, d.slots), Full())
-        tokens = plan.own.topk_ids.shape[0]
-        sums = self._inside.combine(outputs, d.inside).tensor
+        if d.slots is None:
+            inside = self._inside.combine(outputs, d.inside)
+            return Pending(lambda: self._sum_at_home(inside.wait().tensor, plan.own, d))
+        settled = self._inside.settle(outputs, d.inside)
+        return Pending(lambda: self._sum_slots(settled.wait(), plan.own, d))
+
+    def _sum_at_home(self, sums: Tensor, own: Routing, d: Detail) -> Distributed:
+        """``sums`` [entries, H]: what this node makes of each entry; the rest of a token's sum comes from other nodes."""
+        tokens = own.topk_ids.shape[0]
         rows = sums.new_empty(tokens + len(d.tokens), sums.shape[1])
         coming = self.group.all_to_all_v(sums[tokens:], d.back_send, d.back_recv, out=rows[tokens:])
         rows[:tokens] = sums[:tokens]
@@ -131,9 +136,8 @@ class HierarchicalDispatcher:
         home = torch.cat([torch.arange(tokens), d.tokens])
         return Distributed(sum_rows(rows, home, tokens), Full())
 
-    def _in_slot_order(self, outputs: Tensor, own: Routing, d: Detail, slots: Tensor) -> Tensor:
-        """Every slot's output comes home as it is; added there in slot order."""
-        everyones = self._inside.settle(outputs, d.inside)
+    def _sum_slots(self, everyones: Tensor, own: Routing, d: Detail) -> Distributed:
+        """Every slot's output comes home as it is, to be added there in slot order."""
         positions = self._inside.positions(d.inside)
         tokens = own.topk_ids.shape[0]
         here = active_rows(everyones, positions[:tokens])
@@ -141,8 +145,10 @@ class HierarchicalDispatcher:
         back = self.group.all_to_all_v(leaving, d.back_send, d.back_recv).wait()
         of_slot = torch.full((own.topk_ids.numel(),), -1, dtype=torch.int64)
         of_slot[(positions[:tokens].reshape(-1) >= 0).nonzero()[:, 0]] = torch.arange(len(here))
-        of_slot[slots] = torch.arange(len(here), len(here) + len(back))
-        return weighted_sum(torch.cat([here, back]), own.topk_weights, of_slot.view(own.topk_ids.shape))
+        assert d.slots is not None
+        of_slot[d.slots] = torch.arange(len(here), len(here) + len(back))
+        rows, shape = torch.cat([here, back]), own.topk_ids.shape
+        return Distributed(weighted_sum(rows, own.topk_weights, of_slot.view(shape)), Full())
 
 
 def ranks_by_node(node_of: Sequence[int]) -> list[range]:

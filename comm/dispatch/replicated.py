@@ -55,7 +55,10 @@ class ReplicatedDispatcher:
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         return None
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
+        return Pending(lambda: self._sum(outputs, plan))
+
+    def _sum(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
         if plan.exact:
             return Distributed(self._in_slot_order(outputs, plan), Full())
         if self.group.size == 1:

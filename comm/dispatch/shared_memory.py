@@ -80,15 +80,18 @@ class SharedMemoryDispatcher:
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
         self.place(hidden_states, plan).copy_(hidden_states)
-        return Pending(lambda: self.arrive(hidden_states, plan))
+        return self.arrive(hidden_states, plan)
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         layout: Layout = plan.detail.layout
         return self._outputs(layout, like)[layout.outputs]
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
-        d: Detail = plan.detail
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
         everyones = self.settle(outputs, plan)
+        return Pending(lambda: self._sum(everyones.wait(), plan))
+
+    def _sum(self, everyones: Tensor, plan: DispatchPlan) -> Distributed:
+        d: Detail = plan.detail
         if d.positions is not None:
             return Distributed(weighted_sum(everyones, plan.own.topk_weights, d.positions), Full())
         assert d.back is not None and d.runs is not None
@@ -101,21 +104,31 @@ class SharedMemoryDispatcher:
         layout: Layout = plan.detail.layout
         return self._tokens(layout, like)[layout.tokens]
 
-    def arrive(self, like: Tensor, plan: DispatchPlan) -> ExpertInput:
-        """What this rank's experts get, once every rank has written its tokens."""
+    def arrive(self, like: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
+        """This rank has written its tokens; its experts' input, once every other has."""
         d: Detail = plan.detail
-        self._window.fence()
-        return ExpertInput(self._tokens(d.layout, like), d.arrived.topk_ids, d.arrived.topk_weights, d.rows)
+        tokens, fence = self._tokens(d.layout, like), self._window.arrive()
 
-    def settle(self, outputs: Tensor, plan: DispatchPlan) -> Tensor:
+        def arrived() -> ExpertInput:
+            fence.wait()
+            return ExpertInput(tokens, d.arrived.topk_ids, d.arrived.topk_weights, d.rows)
+
+        return Pending(arrived)
+
+    def settle(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Tensor]:
         """All ranks' outputs [sum of M or S, H] in the window, once every rank has written its own."""
         layout: Layout = plan.detail.layout
         everyones = self._outputs(layout, outputs)
         place = everyones[layout.outputs]
         if outputs.data_ptr() != place.data_ptr():
             place.copy_(outputs)
-        self._window.fence()
-        return everyones
+        fence = self._window.arrive()
+
+        def settled() -> Tensor:
+            fence.wait()
+            return everyones
+
+        return Pending(settled)
 
     def positions(self, plan: DispatchPlan) -> Tensor:
         """[T, k] int64: in exact mode, where each slot's output lies among all; -1 for a dropped one."""

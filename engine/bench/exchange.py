@@ -110,7 +110,7 @@ class Trial:
         )
         group.barrier()
         back = time.perf_counter()
-        result = self.dispatcher.combine(outputs, plan).tensor
+        result = self.dispatcher.combine(outputs, plan).wait().tensor
         end = time.perf_counter()
         expected = self.x.float() * self.routing.topk_weights.sum(1, keepdim=True)
         self.error = max(self.error, float((result.float() - expected).norm() / expected.norm()))

@@ -64,7 +64,7 @@ class ExpertLayer:
         )
         arrived = self.dispatcher.dispatch(hidden_states, plan).wait()
         self.slots += int((arrived.topk_ids >= 0).sum())
-        return finish(self.dispatcher.combine(self._compute(arrived, plan), plan)).tensor
+        return finish(self.dispatcher.combine(self._compute(arrived, plan), plan).wait()).tensor
 
     def join(self) -> None:
         """Take part in a step without tokens of one's own: the others' tokens may need this rank's experts."""

@@ -1,7 +1,6 @@
 """Building expert layers over a grid, from a checkpoint or from a model that is already in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,25 +8,17 @@ import torch
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures import find, layer_config, moe_layers
-from xpar.engine.build import check_exact, pick_dispatcher, slice_of, spec_of
+from xpar.engine.build import ExpertOptions, hold_experts
 from xpar.engine.checkpoint import CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.mlp_tensors import MlpTensors
 from xpar.engine.models.experts import IMPLEMENTATION, ExpertLayer, attach, experts_modules, register
-from xpar.kernels.registry import choose
+
+__all__ = ["ExpertOptions", "Experts", "Read", "build_layer", "moe_modules", "parallelize"]
 
 Experts = Iterator[tuple[int, MlpTensors]]
 Read = Callable[[Sequence[int], slice], Experts]
 """(global expert ids, rows of the expert width) -> (position, tensors) of each, as ``load_expert`` takes them."""
-
-
-@dataclass(frozen=True)
-class ExpertOptions:
-    """How experts are computed: names of a dispatcher and of a kernel or auto, and ``exact`` as for the runner."""
-
-    dispatcher: str = "auto"
-    kernel: str = "auto"
-    exact: bool = False
 
 
 def build_layer(
@@ -43,18 +34,14 @@ def build_layer(
 
     Holds no collective. Raises ValueError for options that do not fit the grid, the layer or this machine.
     """
-    check_exact(options.exact, grid)
-    placement, chosen = pick_dispatcher(grid, config, options.dispatcher)
-    experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
-    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
-    kernel = None
-    if experts:
-        spec = spec_of(config, grid.device, len(experts), rows.stop - rows.start, dtype, options.exact)
-        kernel = choose(spec, options.kernel).record.build(spec)
-        for index, tensors in read(experts, rows):
-            kernel.load_expert(index, *tensors)
+    held = hold_experts(config, grid, dtype, options)
+    if held.kernel is not None:
+        for index, tensors in read(held.experts, held.rows):
+            held.kernel.load_expert(index, *tensors)
             loaded(sum(t.nbytes for t in tensors if t is not None))
-    return ExpertLayer(config, grid, chosen.dispatcher, kernel, dtype=dtype, exact=options.exact, layer=layer)
+    return ExpertLayer(
+        config, grid, held.dispatcher, held.kernel, dtype=dtype, exact=options.exact, layer=layer
+    )
 
 
 def moe_modules(model: torch.nn.Module, hf_config: dict[str, Any]) -> dict[int, torch.nn.Module]:

@@ -136,7 +136,7 @@ def test_plan_dispatch_combine(grid: ProcessGrid, dispatcher: str, data: st.Data
     place = mover.output(plan, made.shape[0], x)
     if place is not None and data.draw(st.booleans(), label="in place"):
         made = place.copy_(made)
-    got = mover.combine(made, plan).tensor
+    got = mover.combine(made, plan).wait().tensor
 
     ids, weights = routing.topk_ids.tolist(), routing.topk_weights
     want = torch.zeros_like(x)
