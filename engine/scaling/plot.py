@@ -129,9 +129,10 @@ def _bytes(axis: Any, records: Sequence[Record]) -> None:
     ):
         values = [r["dispatch_bytes"][key] / 1e6 for r in records]
         axis.plot([r["ranks"] for r in records], values, style, color=colour, label=label)
-    axis.set_ylim(bottom=0)
+    most = max(r["dispatch_bytes"]["all"] for r in records) / 1e6
+    axis.set_ylim(0, 1.4 * most or 1)  # room for the legend
     _over_ranks(axis, records, "bytes", "payload of a step's dispatch (MB), all ranks")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left")
 
 
 PANELS: dict[str, Panel] = {
