@@ -10,7 +10,6 @@ from rich.console import Console
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.world import World
 from xpar.engine.build import FLOATS
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.commands.run import pick_device, where
@@ -24,6 +23,7 @@ from xpar.engine.models.sampling import Sampling
 from xpar.engine.models.spread import ExpertOptions
 from xpar.engine.models.tokens import Tokens
 from xpar.engine.terminal import Meter, make_console
+from xpar.engine.watching import add_watching, attach
 
 BATCH = 16
 PREFILL_TOKENS = 4096
@@ -69,6 +69,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     p.add_argument(
         "--threads", type=int, help="threads a rank (default: its share of the cores; 1 with --exact)"
     )
+    add_watching(p)
     add_verbose(p)
     p.set_defaults(main=main)
 
@@ -80,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
-    world = World.attach()
+    world = attach(args)
     start_logging(world, args.verbose)
     request = agreed(world.comm, lambda: _request(args, world.rank == 0))
     grid = ProcessGrid.create(

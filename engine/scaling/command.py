@@ -24,6 +24,7 @@ from xpar.engine.scaling.points import Point, baseline_name, count
 from xpar.engine.scaling.report import check_of, measured, wrong
 from xpar.engine.scaling.sweep import Study, sweep
 from xpar.engine.terminal import make_console
+from xpar.engine.watching import attach
 
 
 def main(args: argparse.Namespace) -> int:
@@ -34,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
         raise AgreedError(
             "nothing to measure: give a shape or a checkpoint, or --redraw DIR for results that there are"
         )
-    world = World.attach()
+    world = attach(args)
     start_logging(world, args.verbose)
     wanted = agreed(world.comm, lambda: plan(args, world.node_of))
     agreed(world.comm, lambda: check_files(args) if world.rank == 0 else None)

@@ -18,6 +18,7 @@ from xpar.engine.scaling import files
 from xpar.engine.scaling.points import MODES, Point, numbers, points_of
 from xpar.engine.scaling.subjects import CheckpointLayer, ShapeLayer, Subject
 from xpar.engine.shapes import SHAPES
+from xpar.engine.watching import add_watching
 
 BATCH = 16
 PREFILL_TOKENS = 4096
@@ -75,6 +76,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="measure nothing: write report and plot of the results there anew",
     )
+    add_watching(p)
     add_verbose(p)
 
 
