@@ -87,6 +87,9 @@ class Communicator(Protocol):
     def abort(self, code: int) -> None:
         """End the whole job now, on every rank, with ``code``."""
 
+    def close(self) -> None:
+        """Give back what MPI and the node hold for this group, which nobody uses any more; collective."""
+
 
 def check_counts(name: str, x: Tensor, counts: Sequence[int], size: int) -> None:
     """Refuse counts that do not describe ``x`` before they reach a collective."""
@@ -151,6 +154,9 @@ class SoloCommunicator:
         if self._abort is None:
             raise SystemExit(code)
         self._abort(code)
+
+    def close(self) -> None:
+        return None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

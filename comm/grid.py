@@ -140,6 +140,16 @@ class ProcessGrid:
             transport=opened,
         )
 
+    def close(self) -> None:
+        """Give back what the groups hold, shared windows among it; collective. Nothing made on them works afterwards.
+
+        The groups of a grid that lives as long as its job need no closing.
+        """
+        if self.transport is not None:
+            self.transport.close()
+        for group in (self.tp, self.dp, self.ep, self.etp, self.edp, self.moe, self.node, self.moe_node):
+            group.close()
+
     @property
     def ep_rank(self) -> int:
         return self.ep.rank

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from xpar.comm.communicator import Communicator, SoloCommunicator
@@ -70,6 +70,31 @@ class World:
     def threads(self) -> int:
         """Threads this rank should compute with: its share of the node's cores, at least one."""
         return max(1, int(self.cores + 1e-6))
+
+    def first(self, ranks: int) -> "World | None":
+        """The first ``ranks`` ranks as a world of their own, None on the others; collective over this world.
+
+        They fill one node after the other, since ranks are ordered by node. ``cores`` stays each rank's share among
+        all the job's ranks: the others are still there. Its ``comm`` is closed by whoever asked for it.
+        Raises ValueError unless ``ranks`` is 1 to the size of this world.
+        """
+        if not 1 <= ranks <= self.size:
+            raise ValueError(
+                f"a world of the first {ranks} ranks: this one has {self.size}; take 1 to {self.size}"
+            )
+        inside = self.rank < ranks
+        comm = self.comm.split(0 if inside else 1, self.rank, f"first {ranks}")
+        if not inside:
+            comm.close()
+            return None
+        return replace(
+            self,
+            comm=comm,
+            node_of=self.node_of[:ranks],
+            hosts=self.hosts[:ranks],
+            local_size=self.node_of[:ranks].count(self.node),
+            window_room=self.window_room[:ranks],
+        )
 
     @classmethod
     def attach(

@@ -1,9 +1,12 @@
 """What a run measured, for people (one table) and for machines (one JSON document)."""
 
+import os
 import platform
 import statistics
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from rich.table import Table
 
 from xpar.comm.dispatch.base import Traffic
 from xpar.comm.grid import ProcessGrid
+from xpar.comm.world import World
 from xpar.engine.runner import MoERunner
 from xpar.engine.stages import STAGES, StageClock
 
@@ -50,7 +54,20 @@ def manifest(
     grid: ProcessGrid, dtype: torch.dtype, dispatcher: str, kernel: str, seed: int
 ) -> dict[str, Any]:
     """What a reader needs to repeat the run."""
-    s, world = grid.shape, grid.world
+    s = grid.shape
+    return {
+        **surroundings(grid.world),
+        "grid": {"tp": s.tp, "dp": s.dp, "ep": s.ep, "etp": s.etp, "edp": s.edp},
+        "device": "cpu" if grid.device.type == "cpu" else torch.cuda.get_device_name(grid.device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "dispatcher": dispatcher,
+        "kernel": kernel,
+        "seed": seed,
+    }
+
+
+def surroundings(world: World) -> dict[str, Any]:
+    """Of a run, whatever it ran: versions, this node's machine, where each rank was, the command."""
     return {
         "versions": {
             "xpar": version("xpar"),
@@ -58,18 +75,23 @@ def manifest(
             "mpi": world.library.splitlines()[0],
             "python": platform.python_version(),
         },
-        "grid": {"tp": s.tp, "dp": s.dp, "ep": s.ep, "etp": s.etp, "edp": s.edp},
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "node_map": [
             {"rank": r, "node": n, "host": h}
             for r, (n, h) in enumerate(zip(world.node_of, world.hosts, strict=True))
         ],
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "dispatcher": dispatcher,
-        "kernel": kernel,
-        "seed": seed,
         "command": sys.argv,
     }
+
+
+def processor() -> str:
+    """The name that this node's processor gives itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def layer_table(record: dict[str, Any]) -> Table:

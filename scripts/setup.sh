@@ -42,7 +42,7 @@ choose_python() {
   return 1
 }
 
-extras=mpich,hf,dev
+extras=mpich,hf,plot,dev
 accelerator=
 if [ "$(uname -sm)" = "Linux x86_64" ] && grep -qw avx512f /proc/cpuinfo; then accelerator=zentorch; fi
 

@@ -75,7 +75,7 @@ on_nodes() { # on_nodes NAME HOSTS RANKS FILES...: HOSTS as a:2,b:1, two ranks o
 }
 
 if [ -z "$quick" ]; then
-  on_nodes "2 + 1 ranks" a:2,b:1 3 tests/comm
+  on_nodes "2 + 1 ranks" a:2,b:1 3 tests/comm tests/engine/test_scaling_mpi.py
   on_nodes "1 + 2 + 1 ranks" a:1,b:2,c:1 4 tests/comm/test_nodes_mpi.py tests/comm/test_shared_memory_mpi.py \
     tests/engine/test_any_layer_mpi.py
   # Ranks 0, 2 on one node and 1, 3 on the other.

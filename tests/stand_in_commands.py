@@ -22,7 +22,11 @@ ECHOING = """#!/bin/bash
 echo "rank $SLURM_PROCID of $SLURM_NTASKS: GPUs ${CUDA_VISIBLE_DEVICES:-none}; cores $(taskset -pc $$ | sed 's/.*: //'); $*"
 if [ "$1" = "${HANGING:-}" ]; then sleep 1000; fi
 if [[ " $FAILING " == *" $1 "* ]]; then exit 5; fi
-while [ $# -gt 0 ]; do if [ "$1" = --json ]; then echo '{}' >"$2"; fi; shift; done
+while [ $# -gt 0 ]; do
+  if [ "$1" = --json ]; then echo '{}' >"$2"; fi
+  if [ "$1" = --out ] && [ -d "$2" ]; then echo '{}' >"$2/scaling.jsonl"; fi
+  shift
+done
 """
 
 

@@ -84,6 +84,10 @@ class DeviceCommunicator(Collectives):
     def abort(self, code: int) -> None:
         self.host.abort(code)
 
+    def close(self) -> None:
+        """What moves device tensors is closed by the transport, for all its groups at once."""
+        self.host.close()
+
     # -- the two movements ----------------------------------------------------------------------------------
 
     def _compare(self, intent: Intent) -> None:

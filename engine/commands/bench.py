@@ -1,4 +1,4 @@
-"""``xpar bench``: a layer beside transformers, every dispatcher beside a bare exchange, the kernels of a GPU; each checked."""
+"""``xpar bench``: a layer, dispatchers and kernels beside their peers, and how a layer or a model scales; each checked."""
 
 import argparse
 import json
@@ -20,6 +20,8 @@ from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.one_call import DEPTHS
 from xpar.engine.reference import TOLERANCE
 from xpar.engine.report import manifest
+from xpar.engine.scaling import command as scaling_command
+from xpar.engine.scaling import options as scaling_options
 from xpar.engine.shapes import SHAPES, shape_of
 from xpar.engine.terminal import make_console, progress
 from xpar.engine.watching import add_watching, attach
@@ -28,12 +30,15 @@ COMPARE = ("transformers", "solo", "steps")
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the sub-command and its three measurements."""
-    bench = subparsers.add_parser("bench", help="measure a layer or the dispatchers, each beside a peer")
+    """Add the sub-command and its measurements."""
+    bench = subparsers.add_parser("bench", help="measure a layer, dispatchers, scaling")
     kinds = bench.add_subparsers(required=True, metavar="WHAT")
     _register_layer(kinds.add_parser("layer", help="a layer of a named shape, random weights"))
     _register_comm(
         kinds.add_parser("comm", help="every dispatcher, beside a bare MPI_Alltoallv of the same rows")
+    )
+    _register_scaling(
+        kinds.add_parser("scaling", help="a layer or a model on more and more of the job's ranks")
     )
     options.add_options(kinds.add_parser("kernels", help="the expert kernels of one GPU, in one process"))
 
@@ -73,6 +78,11 @@ def _register_comm(p: argparse.ArgumentParser) -> None:
     )
     _register_common(p)
     p.set_defaults(main=comm_main)
+
+
+def _register_scaling(p: argparse.ArgumentParser) -> None:
+    scaling_options.add_options(p)
+    p.set_defaults(main=scaling_command.main)
 
 
 def _register_common(p: argparse.ArgumentParser) -> None:

@@ -104,23 +104,24 @@ def test_scaling_measures_every_point_and_names_those_that_fail(cluster: Cluster
     settings = {"PATH": path, "RANKS_PER_NODE": "1", "TOKENS": "64", "FAILING": ""}
     job = cluster.submit("scaling.sbatch", "good", "olmoe", cwd=tmp_path, **settings)
     assert job.wait(60) == "COMPLETED", job.text()
-    points = {f"{kind}-{n}.json" for kind in ("strong", "weak", "comm") for n in (1, 2, 4)} - {"comm-1.json"}
-    assert {p.name for p in (tmp_path / "good").iterdir()} == points
-    for n in (1, 2, 4):
+    comm = {f"comm-{n}.json" for n in (2, 4)}
+    assert {p.name for p in (tmp_path / "good").iterdir()} == comm | {"scaling.jsonl"}
+    for n in (2, 4):
         assert f"of {n}: GPUs none" in job.text()
-        assert f"--tokens {64 * n} --json good/weak-{n}.part" in job.text() or n == 1
-        assert f"--tokens 64 --json good/strong-{n}.part" in job.text()
     commands = {
         line.partition("; ")[2].partition("; ")[2] for line in job.text().splitlines() if "; bench" in line
     }
-    assert len(commands) == len(points) - 1 and all(parser().parse_args(shlex.split(c)) for c in commands)
+    words = "--tokens 64 --seconds 2 --nodes 1,2 --ranks 1 --scale 1.0 --out good"
+    assert f"bench scaling olmoe {words}" in commands
+    assert len(commands) == len(comm) + 1 and all(parser().parse_args(shlex.split(c)) for c in commands)
     bad = cluster.submit("scaling.sbatch", "bad", "olmoe", cwd=tmp_path, **{**settings, "FAILING": "bench"})
     assert bad.wait(60) == "FAILED"
-    assert "points that failed: strong-1" in bad.text() and not list((tmp_path / "bad").iterdir())
+    assert "points that failed: scaling comm-2 comm-4" in bad.text()
+    assert not list((tmp_path / "bad").iterdir())
     sick = cluster.submit(
         "scaling.sbatch", "sick", "olmoe", cwd=tmp_path, **{**settings, "FAILING": "doctor"}
     )
-    assert sick.wait(60) == "FAILED" and "== strong" not in sick.text()
+    assert sick.wait(60) == "FAILED" and "== scaling" not in sick.text()
 
 
 @pytest.mark.parametrize("script", ["run.sbatch", "scaling.sbatch", "generate.sbatch"])
