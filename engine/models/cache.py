@@ -38,9 +38,7 @@ class KeyValues:
 
     def cache(self) -> Any:
         """A cache for transformers' forward, which appends to it and does not change these tensors."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+        cache = new_cache()
         for number, (keys, values) in enumerate(self.layers):
             cache.update(keys, values, number)
         return cache
@@ -64,6 +62,13 @@ class KeyValues:
             for (a, c), (b, d) in zip(self.layers, other.layers, strict=True)
         )
         return KeyValues(layers, self.lengths + other.lengths)
+
+
+def new_cache() -> Any:
+    """An empty one that keeps every column: layers with a sliding window are served by the mask."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
 
 
 def mask(lengths: tuple[int, ...], columns: int) -> Tensor:

@@ -8,12 +8,12 @@ exchanged each rank derives the same facts: who gets which prompts, whether anyt
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.handshake import Tag, handshake
-from xpar.engine.models.sequences import Running, Sequences
+from xpar.engine.models.steps import R, Steps
 
 FLUSH_S = 1.0
 """Answers travel to the rank that writes them at least this often, if there are any."""
@@ -49,7 +49,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[R]):
     """What the loop calls. All ranks have the same ``total``; only rank 0's ``write`` is called with answers of all.
 
     ``start(place)``: the sequence of prompt ``place`` of the queue. ``at_once(place)``: how many prompts, this one the
@@ -58,15 +58,15 @@ class Job:
     """
 
     total: int
-    start: Callable[[int], Running]
+    start: Callable[[int], R]
     at_once: Callable[[int], int]
-    record: Callable[[Running], Record]
+    record: Callable[[R], Record]
     write: Callable[[list[Record]], None]
     stop: Callable[[], bool]
     tell: Callable[[Progress], None]
 
 
-def answer(comm: Communicator, sequences: Sequences, batch: int, job: Job) -> bool:
+def answer(comm: Communicator, sequences: Steps[R], batch: int, job: Job[R]) -> bool:
     """Answer prompts 0 to ``job.total`` - 1, at most ``batch`` at a time on each rank; collective over ``comm``.
 
     Returns False if a rank was told to stop before all were done; what was complete by then is written.
@@ -76,7 +76,7 @@ def answer(comm: Communicator, sequences: Sequences, batch: int, job: Job) -> bo
     last = time.monotonic()
     while True:
         wishes = STOP * job.stop() + FLUSH * (comm.rank == 0 and time.monotonic() - last > FLUSH_S)
-        mine = State(len(sequences.running), len(answers), wishes, sequences.tokens, sequences.slots())
+        mine = State(sequences.occupied, len(answers), wishes, sequences.tokens, sequences.slots())
         table = [
             State(*(int(n) for n in row)) for row in handshake(comm, Tag("step", step=step), values=mine)
         ]
@@ -109,10 +109,10 @@ def deal(free: Sequence[int], left: int) -> list[int]:
     return parts
 
 
-def _forward(sequences: Sequences, new: list[Running]) -> list[Running]:
+def _forward(sequences: Steps[R], new: list[R]) -> list[R]:
     if new:
         return sequences.begin(new)
-    if sequences.running:
+    if sequences.occupied:
         return sequences.advance()
     sequences.join()
     return []

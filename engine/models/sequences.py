@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xpar.engine.models.cache import KeyValues, mask
+from xpar.engine.models.cache import KeyValues, mask, new_cache
 from xpar.engine.models.load import LoadedModel
 from xpar.engine.models.sampling import Sampling
 
@@ -62,6 +62,11 @@ class Sequences:
         self._past: KeyValues | None = None
         self.running: list[Running] = []
         self.tokens = 0
+
+    @property
+    def occupied(self) -> int:
+        """How many are running."""
+        return len(self.running)
 
     def slots(self) -> int:
         """(token, expert) pairs that this rank's experts have computed."""
@@ -120,15 +125,8 @@ class Sequences:
             input_ids=ids.to(device),
             attention_mask=seen.to(device),
             position_ids=places.to(device),
-            past_key_values=_new_cache() if past is None else past.cache(),
+            past_key_values=new_cache() if past is None else past.cache(),
             use_cache=True,
             logits_to_keep=1,
         )
         return out.logits[:, -1], KeyValues.of(out.past_key_values, lengths)
-
-
-def _new_cache() -> Any:
-    """One that keeps every column: layers with a sliding window are served by the mask."""
-    from transformers import DynamicCache
-
-    return DynamicCache()

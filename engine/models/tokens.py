@@ -51,6 +51,18 @@ class Tokens:
             raise ValueError("the tokenizer makes no tokens of it")
         return [int(token) for token in ids]
 
+    def encode_pair(self, context: str | None, text: str) -> tuple[list[int], int]:
+        """Ids of ``context`` and ``text`` as one, and the place of the first that is to be scored.
+
+        Without a context that is the second: nothing stands before the first. Spaces at the end of a context go to
+        the text, as tokens mostly begin with their space (that is how the evaluation harness cuts, too).
+        """
+        if not context:
+            return self.encode(text), 1
+        head = context.rstrip()
+        ids = self.encode(context + text)
+        return ids, max(1, len(self.encode(head)) if head else 1)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
