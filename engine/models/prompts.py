@@ -55,9 +55,10 @@ def prompt_form(value: Mapping[str, Any]) -> tuple[str, None]:
 
 def text_form(value: Mapping[str, Any]) -> tuple[str, str | None]:
     """``{"text": …}`` or ``{"context": …, "continuation": …}``, which is to be scored."""
-    if isinstance(value.get("text"), str) and not {"context", "continuation"} & value.keys():
+    parts = [name for name in ("text", "context", "continuation") if isinstance(value.get(name), str)]
+    if parts == ["text"]:
         return value["text"], None
-    if isinstance(value.get("context"), str) and isinstance(value.get("continuation"), str):
+    if parts == ["context", "continuation"]:
         return value["continuation"], value["context"]
     raise ValueError(
         'must be an object with a text "text", or with two, "context" and "continuation", such as {"id": "a1", "text": "…"}'
