@@ -27,6 +27,11 @@ class Scored:
     logprobs: list[float] = field(default_factory=list)
     greedy: bool = True
 
+    @property
+    def inputs(self) -> list[int]:
+        """What the model reads: nothing is asked about what follows the last token."""
+        return self.ids[:-1]
+
 
 class Scorer:
     """The texts of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
@@ -53,16 +58,16 @@ class Scorer:
     @torch.inference_mode()
     def begin(self, new: list[Scored]) -> list[Scored]:
         """Score ``new``, all of them unless it is one that is longer than a piece."""
-        if len(new) == 1 and len(new[0].ids) > self._piece:
+        if len(new) == 1 and len(new[0].inputs) > self._piece:
             self._reading = _Reading(new[0], new_cache())
             return self.advance()
-        ids = torch.zeros(len(new), max(len(s.ids) for s in new), dtype=torch.int64)
+        ids = torch.zeros(len(new), max(len(s.inputs) for s in new), dtype=torch.int64)
         for row, s in enumerate(new):
-            ids[row, : len(s.ids)] = torch.tensor(s.ids)
+            ids[row, : len(s.inputs)] = torch.tensor(s.inputs)
         # Padding stands on the right, where a causal model's tokens do not see it.
         hidden_states = self._head.hidden_states(input_ids=ids.to(self._device), use_cache=False)
         for row, s in enumerate(new):
-            self._take(s, hidden_states[row], 0)
+            self._take(s, hidden_states[row, : len(s.inputs)], 0)
         return new
 
     @torch.inference_mode()
@@ -70,17 +75,16 @@ class Scorer:
         """Read the next piece of a long text; return it if that was the last."""
         assert self._reading is not None
         text, begin = self._reading.text, self._reading.read
-        piece = text.ids[begin : begin + self._piece]
-        ids = torch.tensor([piece], device=self._device)
+        piece = text.inputs[begin : begin + self._piece]
         hidden_states = self._head.hidden_states(
-            input_ids=ids,
+            input_ids=torch.tensor([piece], device=self._device),
             position_ids=torch.arange(begin, begin + len(piece), device=self._device)[None],
             past_key_values=self._reading.cache,
             use_cache=True,
         )
         self._take(text, hidden_states[0], begin)
         self._reading.read += len(piece)
-        if self._reading.read < len(text.ids):
+        if self._reading.read < len(text.inputs):
             return []
         self._reading = None
         return [text]
@@ -96,10 +100,10 @@ class Scorer:
         return self._loaded.layers[0].grid.device
 
     def _take(self, text: Scored, hidden_states: Tensor, begin: int) -> None:
-        """Score what follows tokens ``begin`` on, whose [S, H] are ``hidden_states``; padding may stand at the end."""
+        """Score what follows tokens ``begin`` on, whose [S, H] are ``hidden_states``."""
         first = max(text.first, begin + 1)
-        targets = text.ids[first : begin + hidden_states.shape[0] + 1]
-        rows = hidden_states[first - 1 - begin :][: len(targets)]
+        rows = hidden_states[first - 1 - begin :]
+        targets = text.ids[first : first + len(rows)]
         for logprobs, greedy in self._head.scores(rows, torch.tensor(targets, device=rows.device)):
             text.logprobs += logprobs
             text.greedy &= greedy

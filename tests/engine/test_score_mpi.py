@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny_models import cases, plain_model, prompts, write_model
+from tiny_models import CLEAR, END, cases, greedy, plain_model, prompts, write_model
 
 from xpar.comm import ProcessGrid, World
 from xpar.engine.models import head
 from xpar.engine.models.load import LoadedModel, load_model
 from xpar.engine.models.request import ScoreRequest, prepare
 from xpar.engine.models.score import read_total, score
+from xpar.engine.models.service import Continuations, Prompts, Service
 from xpar.engine.models.spread import ExpertOptions
 from xpar.engine.models.tokens import Tokens
 
@@ -135,3 +136,21 @@ def test_long_texts_are_read_in_pieces(
 def test_no_texts(world: World, root: Path, folder: Path) -> None:
     loaded = load_model(root / "olmoe", ProcessGrid.create(world))
     assert scores(world, loaded, root / "olmoe", folder, []) == []
+
+
+def test_one_program_asks_and_the_other_ranks_serve(world: World, root: Path, fresh_seed: int) -> None:
+    path, tokens = root / "qwen2_moe", Tokens(root / "qwen2_moe")
+    service = Service(world.comm, load_model(path, ProcessGrid.create(world)), tokens, 2, 20)
+    if world.rank:
+        service.serve()
+        return
+    model, ids = plain_model(path), [tokens.encode(f"ab{text}") for text in prompts(fresh_seed, 7, 30)]
+    answers = service.ask(Prompts(tuple(ids), 5))
+    sums = service.ask(Continuations(tuple((one, 1 + place % 2) for place, one in enumerate(ids))))
+    assert service.ask(Prompts((), 5)) == service.ask(Continuations(())) == []
+    service.end()
+    for place, one in enumerate(ids):
+        expected = greedy(model, one, 5, {END})
+        assert expected.gap <= CLEAR or answers[place] == tokens.decode(expected.answer)
+        logprobs, likeliest = by_hand(model, one, 1 + place % 2)
+        assert sums[place] == (pytest.approx(float(logprobs.sum()), rel=1e-5), likeliest)
