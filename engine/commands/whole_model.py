@@ -37,6 +37,9 @@ def add_grid_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--transport", default="auto", help="between GPUs: auto, nccl, staged or mpi")
     p.add_argument("--dispatcher", default="auto", help="auto, or a dispatcher's name")
     p.add_argument("--kernel", default="auto", help="auto, or a kernel's name")
+    p.add_argument(
+        "--whole-block", action="store_true", help="xpar's router and shared experts too, not the model's own"
+    )
     p.add_argument("--dtype", choices=sorted(FLOATS), help="default: the checkpoint's")
     p.add_argument(
         "--threads", type=int, help="threads a rank (default: its share of the cores; 1 with --exact)"
@@ -91,7 +94,7 @@ def make_grid(args: argparse.Namespace, world: World, console: Console) -> Proce
 
 def load(args: argparse.Namespace, grid: ProcessGrid, dtype: torch.dtype, console: Console) -> LoadedModel:
     """The model over the grid, behind a bar of bytes; says what rank 0 holds. Collective."""
-    options = ExpertOptions(args.dispatcher, args.kernel, args.exact)
+    options = ExpertOptions(args.dispatcher, args.kernel, args.exact, args.whole_block)
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:
         loaded = load_model(args.checkpoint, grid, dtype, options, meter.advance, total=meter.set_total)

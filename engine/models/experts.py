@@ -7,6 +7,7 @@ T tokens of this rank, H hidden size, k experts a token.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -128,17 +129,18 @@ def experts_forward(
     if layer is None:
         raise RuntimeError(
             f"{type(module).__name__} has experts_implementation={IMPLEMENTATION!r} but was not spread over ranks; "
-            "call xpar.engine.parallelize(model, grid) before the first forward"
+            "call xpar.engine.register(grid), or parallelize(model, grid), before the first forward"
         )
     out: Tensor = layer(hidden_states, top_k_index, top_k_weights)
     return out
 
 
-def register() -> None:
-    """Make ``experts_implementation="xpar"`` known to transformers; again is the same as once."""
+def register(forward: Callable[..., Tensor] = experts_forward, replace: bool = False) -> None:
+    """Make ``experts_implementation="xpar"`` known to transformers; what is known already stays unless ``replace``."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    if replace or IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS.valid_keys():
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
 
 
 def experts_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
