@@ -35,8 +35,11 @@ CLEAR = 1e-4
 
 def cases() -> tuple[Case, ...]:
     """One model a family; seven experts divide by no number of ranks, but DeepSeek's groups need an even number."""
+    # transformers 5.17 computes gpt-oss with a limit of 7 whatever its config says.
     return tuple(
-        Case(c.model_type, c.model_type, c.overrides) for c in ONE_PER_FAMILY if c.model_type in FAMILIES
+        Case(c.model_type, c.model_type, {} if c.model_type == "gpt_oss" else c.overrides)
+        for c in ONE_PER_FAMILY
+        if c.model_type in FAMILIES
     )
 
 

@@ -1,15 +1,10 @@
-"""A whole model as lm-evaluation-harness wants it; that package is an optional extra, and only this file imports it.
+"""A whole model as lm-evaluation-harness wants it; that package is an optional extra.
 
 The harness runs on rank 0 and asks; see :mod:`xpar.engine.models.service`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from xpar.engine.models.sampling import Sampling
 from xpar.engine.models.service import Continuations, Prompts, Service
@@ -20,8 +15,28 @@ POSITIONS = 2048
 MAX_NEW_TOKENS = 256
 
 
-class XparLM(TemplateLM):  # type: ignore[misc] # the package need not be there
-    """``service``: the model. ``path``: of its checkpoint."""
+def model_class() -> type["Answers"]:
+    """The class whose objects the harness can evaluate."""
+    from lm_eval.api.model import TemplateLM
+
+    class XparLM(Answers, TemplateLM):  # type: ignore[misc] # the package need not be there
+        pass
+
+    return XparLM
+
+
+def register_service(service: Service, path: str) -> None:
+    """Make ``--model xpar`` of the harness mean this one."""
+    from lm_eval.api.registry import register_model
+
+    @register_model(NAME)
+    class _(model_class()):  # type: ignore[misc] # as above
+        def __init__(self, **_: object) -> None:
+            super().__init__(service, path)
+
+
+class Answers:
+    """The methods of a model of the harness. ``service``: the model. ``path``: of its checkpoint."""
 
     def __init__(self, service: Service, path: str) -> None:
         super().__init__()
@@ -77,6 +92,8 @@ class XparLM(TemplateLM):  # type: ignore[misc] # the package need not be there
         return list(self.service.ask(Continuations(tuple(texts))))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
         windows, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -106,17 +123,10 @@ class XparLM(TemplateLM):  # type: ignore[misc] # the package need not be there
         return texts
 
 
-def register_service(service: Service, path: str) -> None:
-    """Make ``--model xpar`` of the harness mean this one."""
-
-    @register_model(NAME)
-    class _(XparLM):
-        def __init__(self, **_: object) -> None:
-            super().__init__(service, path)
-
-
 def _options(given: Mapping[str, Any]) -> tuple[Sampling, int, tuple[str, ...]]:
     """The harness's words for a way to draw."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
     options = normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS)
     temperature = float(options.get("temperature") or 0.0)
     stops = tuple(stop for stop in options["until"] if stop)

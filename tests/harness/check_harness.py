@@ -62,12 +62,12 @@ def compare(service: Service, path: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from xpar.engine.models.harness import XparLM
+    from xpar.engine.models.harness import model_class
 
     def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
         return [Instance(kind, {}, a, n) for n, a in enumerate(arguments)]
 
-    ours = XparLM(service, str(path))
+    ours = model_class()(service, str(path))
     theirs = HFLM(pretrained=str(path), device="cpu", dtype="float32", batch_size=1, max_length=64)
     texts = prompts(3, 12, 30)
     pairs = [(a, f" {b}") for a, b in zip(texts[:6], texts[6:], strict=True)]
