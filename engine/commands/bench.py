@@ -1,4 +1,4 @@
-"""``xpar bench``: a layer beside transformers, every dispatcher beside a bare exchange, the kernels of a GPU; each checked."""
+"""``xpar bench``: a layer or a model beside transformers, every dispatcher beside a bare exchange, the kernels of a GPU; each checked."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from xpar.engine.bench import exchange
 from xpar.engine.bench.layer import LayerBench
 from xpar.engine.bench.request import Request
 from xpar.engine.build import FLOATS
+from xpar.engine.commands import bench_generate
 from xpar.engine.kernel_bench import options
 from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.reference import TOLERANCE
@@ -26,12 +27,17 @@ COMPARE = ("transformers", "solo")
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the sub-command and its three measurements."""
-    bench = subparsers.add_parser("bench", help="measure a layer or the dispatchers, each beside a peer")
+    """Add the sub-command and its measurements."""
+    bench = subparsers.add_parser(
+        "bench", help="measure a layer, the dispatchers or a whole model, each beside a peer"
+    )
     kinds = bench.add_subparsers(required=True, metavar="WHAT")
     _register_layer(kinds.add_parser("layer", help="a layer of a named shape, random weights"))
     _register_comm(
         kinds.add_parser("comm", help="every dispatcher, beside a bare MPI_Alltoallv of the same rows")
+    )
+    bench_generate.add_options(
+        kinds.add_parser("generate", help="a whole model decoding, beside transformers in one process")
     )
     options.add_options(kinds.add_parser("kernels", help="the expert kernels of one GPU, in one process"))
 

@@ -3,6 +3,7 @@
 For families whose block does not let its experts be provided it is the only way; for the others it is a choice.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from xpar.engine.build import LayerOptions, assemble
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.models.in_memory import InMemory
 from xpar.engine.runner import MoERunner
-from xpar.engine.stages import NoClock
+from xpar.engine.stages import NO_CLOCK, Clock
 from xpar.engine.weights import load_layer
 from xpar.kernels.contracts import ExpertKernel
 
@@ -41,11 +42,15 @@ BLOCKS = {
 """Those that are not as in most families."""
 
 
-class SlotCounter(NoClock):
-    """Counts the (token, expert) pairs that this rank's experts compute."""
+class SlotCounter:
+    """Counts the (token, expert) pairs that this rank's experts compute; ``clock`` hears of each stage."""
 
     def __init__(self) -> None:
         self.slots = 0
+        self.clock: Clock = NO_CLOCK
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        return self.clock.stage(name)
 
     def arrived(self, topk_ids: Tensor) -> None:
         self.slots += int((topk_ids >= 0).sum())
@@ -54,7 +59,7 @@ class SlotCounter(NoClock):
 class BlockLayer(nn.Module):
     """Takes the place of a block; every rank of the runner's grid calls it together.
 
-    ``pair``: whether the model expects a second value, which is None. ``slots``: as for
+    ``pair``: whether the model expects a second value, which is None. ``slots``, ``clock``: as for
     :class:`~xpar.engine.models.experts.ExpertLayer`.
     """
 
@@ -78,6 +83,14 @@ class BlockLayer(nn.Module):
     @property
     def slots(self) -> int:
         return self._counter.slots
+
+    @property
+    def clock(self) -> Clock:
+        return self._counter.clock
+
+    @clock.setter
+    def clock(self, clock: Clock) -> None:
+        self._counter.clock = clock
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Any:
         """[..., H] -> [..., H]."""

@@ -18,6 +18,7 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import Tag
 from xpar.comm.reduction import finish
 from xpar.engine.config import LayerConfig
+from xpar.engine.stages import NO_CLOCK, Clock
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
 
 IMPLEMENTATION = "xpar"
@@ -30,7 +31,7 @@ class ExpertLayer:
     """The experts of one layer on this rank's grid; every rank of its ``moe`` group calls it together.
 
     ``kernel``: this rank's experts, or None if it holds none. ``exact``: as for :class:`~xpar.engine.MoERunner`.
-    ``slots``: (token, expert) pairs that this rank's experts have computed so far.
+    ``slots``: (token, expert) pairs that this rank's experts have computed so far. ``clock``: hears of each stage.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ExpertLayer:
         self.dispatcher, self.kernel = dispatcher, kernel
         self.dtype, self.exact = dtype, exact
         self.slots = 0
+        self.clock: Clock = NO_CLOCK
         self._step = 0
 
     def __call__(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -56,16 +58,21 @@ class ExpertLayer:
         Raises one error on every rank of the group if any rank's arguments do not fit or are not finite.
         """
         self._step += 1
-        plan = self.dispatcher.plan(
-            self._routing(hidden_states, topk_ids, topk_weights),
-            tag=Tag("experts of layer", self.layer, self._step),
-            hidden_size=self.config.hidden_size,
-            dtype=self.dtype,
-            exact=self.exact,
-        )
-        arrived = self.dispatcher.dispatch(hidden_states, plan).wait()
+        with self.clock.stage("plan"):
+            plan = self.dispatcher.plan(
+                self._routing(hidden_states, topk_ids, topk_weights),
+                tag=Tag("experts of layer", self.layer, self._step),
+                hidden_size=self.config.hidden_size,
+                dtype=self.dtype,
+                exact=self.exact,
+            )
+        with self.clock.stage("dispatch"):
+            arrived = self.dispatcher.dispatch(hidden_states, plan).wait()
         self.slots += int((arrived.topk_ids >= 0).sum())
-        return finish(self.dispatcher.combine(self._compute(arrived, plan), plan)).tensor
+        with self.clock.stage("compute"):
+            outputs = self._compute(arrived, plan)
+        with self.clock.stage("combine"):
+            return finish(self.dispatcher.combine(outputs, plan)).tensor
 
     def join(self) -> None:
         """Take part in a step without tokens of one's own: the others' tokens may need this rank's experts."""
