@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpar.engine.models.cache import new_cache
+from xpar.engine.models.growing import new_cache
 from xpar.engine.models.head import Head
 from xpar.engine.models.load import LoadedModel
 
