@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xpar.comm.failure import agreed
 from xpar.comm.world import World
 from xpar.engine.commands import whole_model
@@ -55,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> Any:
+def _check(args: argparse.Namespace) -> torch.dtype:
     """The dtype; raises ValueError for words that do not fit."""
     if find_spec("lm_eval") is None:
         raise ValueError("xpar evaluate needs lm-evaluation-harness (pip install 'xpar[eval]')")
