@@ -59,7 +59,8 @@ class Communicator(Protocol):
     ) -> Pending[Tensor]:
         """Rows in destination order leave, rows in source order arrive; both counts are agreed beforehand.
 
-        ``skip``: a source whose rows are not received; their place in ``out`` is left as it is.
+        ``skip``: a rank that nothing goes to and nothing comes from; its rows in ``x`` and its place in ``out`` are
+        stepped over.
         """
 
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:

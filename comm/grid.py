@@ -76,6 +76,7 @@ class ProcessGrid:
     ``ep``: ranks that hold other experts. ``etp``: ranks that slice the same experts' width.
     ``edp``: ranks that hold copies of the same slices. ``node``: ranks that share memory.
     ``moe``: the ep x etp ranks that together hold every expert exactly once; tokens travel within it.
+    ``moe_node``: those of ``moe`` that share memory; for host tensors only.
     ``device``: where the layers compute. On a GPU all groups, ``world.comm`` too, move tensors of that device through
     ``transport``, and host tensors as before.
     """
@@ -89,6 +90,7 @@ class ProcessGrid:
     edp: Communicator
     moe: Communicator
     node: Communicator
+    moe_node: Communicator
     device: torch.device = HOST
     transport: Transport | None = None
 
@@ -114,7 +116,7 @@ class ProcessGrid:
         """
         shape = agreed(world.comm, lambda: resolve(world.size, tp, dp, ep, etp), "process grid")
         handshake(world.comm, Tag(f"process grid {shape} on {device} through {transport}"))
-        opened = None
+        opened, host = None, world.comm
         if agreed(world.comm, lambda: _known(device), "process grid") != "cpu":
             opened = _device_transport(world, transport, deadlines or Deadlines())
             world = replace(world, comm=opened.wrap(world.comm))
@@ -133,6 +135,7 @@ class ProcessGrid:
             edp=group("edp", r % cell),
             moe=group("moe", r // cell),
             node=group("node", world.node),
+            moe_node=host.split(r // cell * world.num_nodes + world.node, r, "moe_node"),
             device=HOST if opened is None else opened.device,
             transport=opened,
         )

@@ -87,9 +87,9 @@ class MpiCommunicator(Collectives):
     ) -> Pending[Tensor]:
         """``Ialltoallv`` of rows, see :meth:`all_to_all_v`; checks nothing."""
         row = self._row_type(x)
-        arriving = [0 if r == skip else n for r, n in enumerate(recv)]
+        leaving, arriving = ([0 if r == skip else n for r, n in enumerate(counts)] for counts in (send, recv))
         request = self.mpi_comm.Ialltoallv(
-            [_buffer(x), (send, _offsets(send)), row], [_buffer(out), (arriving, _offsets(recv)), row]
+            [_buffer(x), (leaving, _offsets(send)), row], [_buffer(out), (arriving, _offsets(recv)), row]
         )
         return Pending(lambda: _complete(request, x, out))
 

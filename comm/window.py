@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from xpar.comm.communicator import Communicator
+from xpar.comm.communicator import Communicator, Pending
 from xpar.comm.failure import agreed
 from xpar.comm.mpi import MpiCommunicator
 
@@ -56,11 +56,21 @@ class SharedWindow:
 
     def fence(self) -> None:
         """Wait for every rank; what any of them wrote before is visible to all afterwards."""
-        if self._window is None:
-            return
-        self._window.Sync()
-        self.group.barrier()
-        self._window.Sync()
+        self.arrive().wait()
+
+    def arrive(self) -> Pending[None]:
+        """Tell the others that this rank has written; ``wait`` for them to have. Both together are a :meth:`fence`."""
+        window = self._window
+        if window is None or not isinstance(self.group, MpiCommunicator):
+            return Pending(lambda: None)
+        window.Sync()
+        everyone = self.group.mpi_comm.Ibarrier()
+
+        def meet() -> None:
+            everyone.Wait()
+            window.Sync()
+
+        return Pending(meet)
 
     def close(self) -> None:
         """Give the memory back; collective. Runs by itself when the process ends."""

@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from xpar.comm.dispatch.auto import DispatcherChoice, choose_dispatcher
+from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.placement import Placement
@@ -18,32 +20,45 @@ from xpar.comm.shares import share
 from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
+from xpar.engine.fused_shared import SharedSlots, check_travel, experts_of_shared, home_of, slots_of
 from xpar.engine.latent import LatentSpace
+from xpar.engine.one_call import DEPTHS, Depth, OneCall, one_call, why_steps
 from xpar.engine.overlap import SharedOrder
+from xpar.engine.routing import Router
 from xpar.engine.runner import MoERunner
 from xpar.engine.shared import SharedExperts
+from xpar.engine.tokens import AllTokens, tokens_of
 from xpar.engine.weights import LayerWeights, SharedWeights, load_layer, make_router
 from xpar.kernels.contracts import ExpertKernel, ExpertSpec
 from xpar.kernels.gpu.available import use_table
-from xpar.kernels.registry import Choice, choose
+from xpar.kernels.registry import Choice, KernelRecord, choose
 
 log = logging.getLogger("xpar.build")
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
-class LayerOptions:
-    """How a layer is computed: names of a dispatcher and a kernel or auto, and :class:`MoERunner`'s own options.
-
-    ``tiles``: a file of tile shapes that ``xpar tune`` wrote.
-    """
+class ExpertOptions:
+    """How experts are computed: names of a dispatcher and of a kernel or auto, and ``exact`` as for :class:`MoERunner`."""
 
     dispatcher: str = "auto"
     kernel: str = "auto"
     exact: bool = False
+
+
+@dataclass(frozen=True)
+class LayerOptions(ExpertOptions):
+    """How a whole layer is computed: :class:`MoERunner`'s own options.
+
+    ``tiles``: a file that ``xpar tune`` wrote. ``fuse_shared_experts``: compute them as slots of the routed product.
+    ``depth``: whether a kernel may cover more steps than its own, see :mod:`xpar.engine.one_call`.
+    """
+
     sequence_parallel: bool = False
     shared_order: SharedOrder = SharedOrder.AUTO
     tiles: Path | None = None
+    fuse_shared_experts: bool = False
+    depth: Depth = "auto"
 
 
 DEFAULT = LayerOptions()
@@ -89,37 +104,43 @@ def assemble(
 ) -> MoERunner:
     """A runner whose weights come from ``read``, which takes the keyword arguments of :func:`load_layer`."""
     exact, sequence_parallel = options.exact, options.sequence_parallel
-    check_exact(exact, grid)
-    placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel)
-    experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
-    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
-    local = None
-    if experts:
-        spec = spec_of(config, grid.device, len(experts), rows.stop - rows.start, dtype, exact)
-        local = choose(spec, options.kernel).record.build(spec)
-        if options.tiles is not None:
-            use_table(local, options.tiles)
+    slots = _shared_slots(config, options)
+    held = hold_experts(config, grid, dtype, options, sequence_parallel, slots)
+    if held.kernel is not None and options.tiles is not None:
+        use_table(held.kernel, options.tiles)
     # Under sequence parallel each rank has tokens of its own, and with them a whole copy of the shared experts.
-    slices = 1 if exact or sequence_parallel else grid.tp.size
+    slices = 1 if exact or sequence_parallel or slots else grid.tp.size
     weights = read(
-        experts=experts,
-        sink=_no_expert if local is None else local.load_expert,
+        experts=held.experts,
+        sink=_no_expert if held.kernel is None else held.kernel.load_expert,
         dtype=dtype,
-        rows=rows,
+        rows=held.rows,
         shared_rows=_shared_rows(config, grid, slices),
     )
     weights = weights.to(grid.device)
-    shared = None if weights.shared is None else _shared(config, grid, weights.shared, dtype, exact, slices)
+    shared = fused = None
+    if weights.shared is not None and slots:
+        fused = _fused(config, held, weights.shared, slots, exact)
+    elif weights.shared is not None:
+        shared = _shared(config, grid, weights.shared, dtype, exact, slices)
     on_host = grid.device.type == "cpu"
     # Looking at every logit would make the host wait for the GPU in every layer.
-    router = make_router(weights.router, config, row_invariant=exact, check_finite=on_host)
+    router = make_router(
+        weights.router,
+        config,
+        row_invariant=exact,
+        check_finite=on_host,
+        shared_gate=_gate_beside_router(grid, held, weights.shared, options),
+    )
     return MoERunner(
         config,
         grid,
         router,
-        chosen.dispatcher,
-        local,
+        held.dispatcher,
+        held.kernel,
         shared,
+        fused,
+        _one_call(config, held, router, options),
         dtype=dtype,
         exact=exact,
         sequence_parallel=sequence_parallel,
@@ -130,6 +151,44 @@ def assemble(
         if weights.latent is None
         else LatentSpace(weights.latent.enter, weights.latent.leave, exact),
     )
+
+
+@dataclass(frozen=True)
+class Held:
+    """This rank's part of a layer: ``kernel`` for global ids ``experts``, ``rows`` of their width; None without any.
+
+    Copies that every ep rank holds come after ``experts`` in the kernel.
+    """
+
+    dispatcher: Dispatcher
+    experts: range
+    rows: slice
+    kernel: ExpertKernel | None
+    record: KernelRecord | None
+
+
+def hold_experts(
+    config: LayerConfig,
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+    options: ExpertOptions = DEFAULT,
+    sequence_parallel: bool = False,
+    copies: int = 0,
+) -> Held:
+    """The dispatcher, and a kernel that has not been given its experts yet. Holds no collective.
+
+    ``copies``: experts of the same width that every ep rank holds besides its own. Raises ValueError for options that do not fit the grid, the layer or this machine.
+    """
+    check_exact(options.exact, grid)
+    placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel, copies)
+    experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
+    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
+    kernel = record = None
+    if count := len(experts) + copies:
+        spec = spec_of(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
+        record = choose(spec, options.kernel).record
+        kernel = record.build(spec)
+    return Held(chosen.dispatcher, experts, rows, kernel, record)
 
 
 def config_of(checkpoint: Checkpoint, layer: int) -> LayerConfig:
@@ -144,11 +203,13 @@ def config_of(checkpoint: Checkpoint, layer: int) -> LayerConfig:
 
 
 def pick_dispatcher(
-    grid: ProcessGrid, config: LayerConfig, name: str, sequence_parallel: bool = False
+    grid: ProcessGrid, config: LayerConfig, name: str, sequence_parallel: bool = False, copies: int = 0
 ) -> tuple[Placement, DispatcherChoice]:
-    """Where the experts live, and how tokens get there."""
-    placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp).to(grid.device)
-    return placement, choose_dispatcher(grid, placement, name, sequence_parallel=sequence_parallel)
+    """Where the experts live, and how tokens get there. ``copies``: experts that every ep rank holds besides its own."""
+    placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp, copies).to(grid.device)
+    return placement, choose_dispatcher(
+        grid, placement, name, top_k=config.router.top_k, sequence_parallel=sequence_parallel
+    )
 
 
 def pick_kernel(
@@ -217,6 +278,56 @@ def _shared(
     state: State = Full() if slices == 1 else Partial(grid.tp)
     scale = 1.0 if config.shared is None else config.shared.scale
     return SharedExperts(kernel, state, weights.gate, scale)
+
+
+def _shared_slots(config: LayerConfig, options: LayerOptions) -> int:
+    """Slots that the shared experts take in the routed product: none unless asked for."""
+    if not options.fuse_shared_experts:
+        return 0
+    if options.shared_order is not SharedOrder.AUTO:
+        raise ValueError(
+            f"fuse_shared_experts with shared_order={options.shared_order.value!r}: fused ones have no order of their "
+            "own, they compute with the routed experts; leave it at auto"
+        )
+    return slots_of(config)
+
+
+def _fused(config: LayerConfig, held: Held, weights: SharedWeights, count: int, exact: bool) -> SharedSlots:
+    """Gives the kernel its copies of the shared experts, each as wide as a routed one."""
+    assert config.shared is not None and held.kernel is not None  # there are slots to compute
+    placement = held.dispatcher.placement
+    check_travel(held.dispatcher, placement.etp)
+    parts = experts_of_shared(weights, config.activation.gated, config.intermediate_size, held.rows)
+    for index, (gate_up, down) in enumerate(parts):
+        held.kernel.load_expert(len(held.experts) + index, gate_up, down)
+    home, scale = home_of(held.dispatcher), config.shared.scale
+    return SharedSlots(placement.num_experts, count, placement.ep, home, weights.gate, scale, exact)
+
+
+def _one_call(config: LayerConfig, held: Held, router: Router, options: LayerOptions) -> OneCall | None:
+    if options.depth not in DEPTHS:
+        raise ValueError(f"depth={options.depth!r}: choose one of {', '.join(DEPTHS)}")
+    why = why_steps(
+        config, held.record, held.dispatcher, exact=options.exact, fused=options.fuse_shared_experts
+    )
+    if options.depth == "one-call" and why is not None:
+        raise ValueError(f"depth='one-call': {why}; choose auto")
+    if options.depth == "steps" or why is not None or held.kernel is None or held.record is None:
+        return None
+    return one_call(held.kernel, router, held.record, options.depth)
+
+
+def _gate_beside_router(
+    grid: ProcessGrid, held: Held, shared: SharedWeights | None, options: LayerOptions
+) -> Tensor | None:
+    """The shared experts' gate, if one product with the router's serves the same tokens; None where it cannot.
+
+    In exact mode the logits would depend on whether it can, and so on the grid.
+    """
+    if shared is None or options.exact:
+        return None
+    tokens = tokens_of(grid, held.dispatcher, options.sequence_parallel)
+    return shared.gate if options.fuse_shared_experts or isinstance(tokens, AllTokens) else None
 
 
 def _no_expert(index: int, *tensors: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from xpar.comm.failure import run as run_guarded
+from xpar.engine.allocator import keep_freed_memory
 from xpar.engine.commands import COMMANDS
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -16,6 +17,7 @@ RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``xpar`` with the words ``argv`` (the process's own by default) and return its exit status."""
+    keep_freed_memory()
     args = _parse(list(sys.argv[1:] if argv is None else argv))
     return run_guarded(lambda: int(args.main(args)))
 

@@ -66,7 +66,7 @@ class LoadCounter:
         self._rows.zero_()
         total = self._sum(mine)
         slots = total[:-3]
-        owners = self.placement.owner[:-1].cpu()
+        owners = self.placement.owner[: self.placement.num_experts].cpu()
         ranks = torch.zeros(self.placement.ep, dtype=torch.int64).scatter_add_(0, owners, slots)
         rows, remote, combined = (int(n) for n in total[-3:])
         return Load(steps, tuple(slots.tolist()), tuple(ranks.tolist()), rows, remote, combined)

@@ -19,27 +19,28 @@ Work = Callable[[], Distributed | None]
 class SharedOrder(Enum):
     """``NONE``: after everything else, for debugging. ``BEFORE``: after routing, before the ranks agree on the plan.
 
-    ``DURING_DISPATCH``: between the start of the dispatch and the wait for it. ``SIDE_STREAM``: from routing to the
-    final sum, on a CUDA stream of their own. ``AUTO``: what suits the device and the number of tokens.
+    ``DURING_DISPATCH``, ``DURING_COMBINE``: between the start of that step and the wait for it. ``SIDE_STREAM``: from
+    routing to the final sum, on a CUDA stream of their own. ``AUTO``: what suits the device and the number of tokens.
     """
 
     AUTO = "auto"
     NONE = "none"
     BEFORE = "before"
     DURING_DISPATCH = "during_dispatch"
+    DURING_COMBINE = "during_combine"
     SIDE_STREAM = "side_stream"
 
 
 @dataclass(frozen=True)
 class Begun:
-    """The shared experts' output, or the promise of it."""
+    """The shared experts' output, or the promise of it; ``moment``: when it is made."""
 
     output: Pending[Distributed | None]
-    fills_dispatch: bool = False
+    moment: SharedOrder
 
-    def meanwhile(self) -> None:
-        """Rows are on their way: compute now, if this is the moment."""
-        if self.fills_dispatch:
+    def meanwhile(self, moment: SharedOrder) -> None:
+        """Rows are on their way, as they are ``DURING_`` a step: compute now, if this is the moment."""
+        if moment is self.moment:
             self.output.wait()
 
 
@@ -65,11 +66,11 @@ class Overlap:
         """Take on ``work``, which reads ``hidden_states`` [T, H]. Its output must be waited for."""
         order = self.order_of(hidden_states.shape[0])
         if order is SharedOrder.SIDE_STREAM:
-            return Begun(self._on_side_stream(work, hidden_states))
+            return Begun(self._on_side_stream(work, hidden_states), order)
         output = Pending(work)
         if order is SharedOrder.BEFORE:
             output.wait()
-        return Begun(output, fills_dispatch=order is SharedOrder.DURING_DISPATCH)
+        return Begun(output, order)
 
     def _on_side_stream(self, work: Work, hidden_states: Tensor) -> Pending[Distributed | None]:
         """Fork here, join in ``wait``: within a CUDA graph's recording both become edges of the graph."""

@@ -8,10 +8,10 @@ from torch import Tensor
 from xpar.engine.config import RouterConfig
 from xpar.engine.routers.base import require_finite
 from xpar.engine.routers.build import routing_rule
-from xpar.engine.routers.gate import gate_logits
+from xpar.engine.routers.gate import FusedGate, gate_logits
 from xpar.kernels.contracts import Routing
 
-__all__ = ["Router", "gate_logits"]
+__all__ = ["FusedGateRouter", "Router", "gate_logits"]
 
 
 class Router:
@@ -72,6 +72,11 @@ class Router:
         ``input_ids`` [T]: for routing by token id alone. Raises ``ValueError`` naming the first token whose logits are
         NaN or infinite.
         """
+        logits = self.checked_logits(hidden_states, router_logits)
+        return self.rule.route(hidden_states, logits, input_ids)
+
+    def checked_logits(self, hidden_states: Tensor | None, router_logits: Tensor | None = None) -> Tensor:
+        """[T, E]: ``router_logits``, or the gate's; ``ValueError`` as for :meth:`route`."""
         if router_logits is None:
             if hidden_states is None:
                 raise ValueError("route needs hidden_states or router_logits")
@@ -82,4 +87,32 @@ class Router:
             )
         if self.check_finite:
             require_finite(router_logits)
-        return self.rule.route(hidden_states, router_logits, input_ids)
+        return router_logits
+
+
+class FusedGateRouter(Router):
+    """A router whose product makes the logits of the shared experts' gate as well.
+
+    ``gate`` [E, H] and ``shared_gate`` [S, H] in the dtype of the hidden states; the other arguments are those of
+    :class:`Router`.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        gate: Tensor,
+        shared_gate: Tensor,
+        correction_bias: Tensor | None = None,
+        *,
+        row_invariant: bool = False,
+        check_finite: bool = True,
+    ) -> None:
+        self.both = FusedGate(gate, shared_gate)
+        gate = self.both.weight[: gate.shape[0]]
+        super().__init__(
+            config, gate, correction_bias, row_invariant=row_invariant, check_finite=check_finite
+        )
+
+    def logits_of_both(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """(router logits [T, E], shared logits [T, S]) of ``hidden_states`` [T, H]."""
+        return self.both.logits(hidden_states, self.row_invariant)

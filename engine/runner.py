@@ -14,11 +14,14 @@ from xpar.engine.addends import with_addends
 from xpar.engine.capture import CapturedLayer
 from xpar.engine.compiled import Handle, moe_forward, moe_forward_separately
 from xpar.engine.config import LayerConfig
+from xpar.engine.fused_shared import SharedSlots
 from xpar.engine.latent import LatentSpace
 from xpar.engine.load import LoadCounter
+from xpar.engine.one_call import Depth, OneCall
 from xpar.engine.overlap import Overlap, SharedOrder, Work
 from xpar.engine.parts import Parts, rest_of
 from xpar.engine.routers import RoutingRule, weigh_input
+from xpar.engine.routing import FusedGateRouter
 from xpar.engine.shared import SharedExperts
 from xpar.engine.stages import NO_CLOCK, Clock
 from xpar.engine.tokens import tokens_of
@@ -28,7 +31,8 @@ from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
 class MoERunner(nn.Module):
     """Routes, plans, dispatches, computes, combines and finishes; every rank of ``grid`` calls it together.
 
-    ``kernel``: this rank's experts, or None if it holds none. ``exact``: slot outputs travel unsummed and are added
+    ``kernel``: this rank's experts, or None if it holds none. ``shared``: experts beside the routed ones, or ``fused``:
+    experts among them that every token has. ``one_call``: the steps that take a single call. ``exact``: slot outputs travel unsummed and are added
     in slot order where the token lives, so that the bits do not depend on the number of ranks. ``sequence_parallel``:
     the ranks of a tp group give different tokens, and get the outputs of their own. ``shared_order``: when the shared
     experts compute.
@@ -42,6 +46,8 @@ class MoERunner(nn.Module):
         dispatcher: Dispatcher,
         kernel: ExpertKernel | None,
         shared: SharedExperts | None = None,
+        fused: SharedSlots | None = None,
+        one_call: OneCall | None = None,
         *,
         dtype: torch.dtype,
         exact: bool = False,
@@ -53,7 +59,8 @@ class MoERunner(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.grid, self.layer = config, grid, layer
-        self.router, self.dispatcher, self.kernel, self.shared = router, dispatcher, kernel, shared
+        self.router, self.dispatcher, self.kernel = router, dispatcher, kernel
+        self.shared, self.fused, self.one_call = shared, fused, one_call
         self.dtype, self.exact = dtype, exact
         self.output_bias, self.latent = output_bias, latent
         self.tokens = tokens_of(grid, dispatcher, sequence_parallel)
@@ -76,15 +83,21 @@ class MoERunner(nn.Module):
         sequence_parallel: bool = False,
         shared_order: SharedOrder = SharedOrder.AUTO,
         tiles: Path | None = None,
+        fuse_shared_experts: bool = False,
+        depth: Depth = "auto",
     ) -> "MoERunner":
         """Load layer ``layer`` of a Hugging Face checkpoint, this rank's experts only; collective over the grid.
 
-        ``dtype``: that of the computation, by default the checkpoint's. Raises one error, the same on every
+        ``dtype``: that of the computation, by default the checkpoint's. ``fuse_shared_experts``: compute them as slots
+        of the routed product. ``depth``: ``steps`` one by one, ``one-call`` where a kernel covers several, or ``auto``,
+        that where it is faster. Raises one error, the same on every
         rank, for a checkpoint, layer, dispatcher, kernel or file of ``tiles`` (from ``xpar tune``) that does not fit.
         """
         from xpar.engine.build import LayerOptions, load_runner
 
-        options = LayerOptions(dispatcher, kernel, exact, sequence_parallel, shared_order, tiles)
+        options = LayerOptions(
+            dispatcher, kernel, exact, sequence_parallel, shared_order, tiles, fuse_shared_experts, depth
+        )
         return load_runner(path, layer, grid, dtype, options)
 
     # -- ways to call it: alike up to the sum ---------------------------------------------------------------------
@@ -105,7 +118,15 @@ class MoERunner(nn.Module):
     def forward_separately(
         self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The forward's addends, [T, H] each: of the routed experts, and of the shared ones or None without any."""
+        """The forward's addends, [T, H] each: of the routed experts, and of the shared ones or None without any.
+
+        ValueError where the shared ones are fused with the routed.
+        """
+        if self.fused is not None:
+            raise ValueError(
+                "forward_separately with fused shared experts: one product makes their sum; load the layer without "
+                "fuse_shared_experts"
+            )
         if torch.compiler.is_compiling() and self.shared is None:
             return self.forward(hidden_states, router_logits, input_ids), None
         if torch.compiler.is_compiling():
@@ -162,19 +183,25 @@ class MoERunner(nn.Module):
         input_ids: Tensor | None = None,
         clock: Clock = NO_CLOCK,
     ) -> Generator[None, None, Parts]:
-        """:meth:`steps`, which pauses once, when rows are on their way: a caller may start another step meanwhile."""
+        """:meth:`steps`, which pauses once, when rows are on their way: a caller may start another step meanwhile.
+
+        Where a kernel covers route, compute and combine, they are one call, and nothing travels.
+        """
         self._step += 1
         tokens = hidden_states.shape[0]
         mine = self.tokens.mine(tokens)
+        if self.one_call is not None and self.one_call.covers(self.router, mine.stop - mine.start):
+            yield
+            return self._in_one_call(self.one_call, hidden_states, mine, router_logits, clock)
         with clock.stage("route"):
-            routing = self._route(hidden_states, mine, router_logits, input_ids)
-            rows, weighted = self._rows(hidden_states[mine], routing)
-        shared = self.overlap.begin(self._shared_work(hidden_states, routing, clock), hidden_states)
+            routing, gate = self._route(hidden_states, mine, router_logits, input_ids)
+            rows, weighted = self._rows(hidden_states[mine], routing, gate)
+        shared = self.overlap.begin(self._shared_work(hidden_states, routing, gate, clock), hidden_states)
         with clock.stage("plan"):
             plan = self._plan(weighted)
         with clock.stage("dispatch"):
             moving = self.dispatcher.dispatch(rows, plan)
-        shared.meanwhile()
+        shared.meanwhile(SharedOrder.DURING_DISPATCH)
         yield
         with clock.stage("dispatch"):
             arrived = moving.wait()
@@ -182,8 +209,10 @@ class MoERunner(nn.Module):
             outputs = self._compute(arrived, plan)
         assert isinstance(routing, Routing)  # a failure has raised in plan
         with clock.stage("combine"):
-            combined = self.dispatcher.combine(outputs, plan)
-            routed = with_addends(combined, hidden_states[mine], routing, self.output_bias)
+            returning = self.dispatcher.combine(outputs, plan)
+        shared.meanwhile(SharedOrder.DURING_COMBINE)
+        with clock.stage("combine"):
+            routed = with_addends(returning.wait(), hidden_states[mine], routing, self.output_bias)
         clock.arrived(arrived.topk_ids)
         if self.load is not None:
             self.load.add(routing, plan.traffic)
@@ -208,32 +237,72 @@ class MoERunner(nn.Module):
 
     def _route(
         self, hidden_states: Tensor, mine: slice, router_logits: Tensor | None, input_ids: Tensor | None
-    ) -> Routing | Exception:
-        """What went wrong here is a value: the plan tells the other ranks, and all raise together."""
+    ) -> tuple[Routing | Exception, Tensor | None]:
+        """The routing, and the logits [T, 1] of the shared experts' gate where the router's product makes them too.
+
+        What went wrong here is a value: the plan tells the other ranks, and all raise together.
+        """
         try:
             self._check(hidden_states)
-            return self.router.route(
-                hidden_states[mine],
-                None if router_logits is None else router_logits[mine],
-                None if input_ids is None else input_ids[mine],
-            )
+            own = hidden_states[mine]
+            logits, gate = self._logits(own, None if router_logits is None else router_logits[mine])
+            return self.router.route(own, logits, None if input_ids is None else input_ids[mine]), gate
         except Exception as error:  # noqa: BLE001 - raised by plan, on every rank
-            return error
+            return error, None
 
-    def _rows(self, own: Tensor, routing: Routing | Exception) -> tuple[Tensor, Routing | Exception]:
+    def _logits(self, own: Tensor, router_logits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The logits that there are before the router is asked: those given, or those of both gates in one product."""
+        if router_logits is None and isinstance(self.router, FusedGateRouter):
+            return self.router.logits_of_both(own)
+        return router_logits, None
+
+    def _in_one_call(
+        self,
+        one_call: OneCall,
+        hidden_states: Tensor,
+        mine: slice,
+        router_logits: Tensor | None,
+        clock: Clock,
+    ) -> Parts:
+        """Route, compute and combine at once."""
+        own = hidden_states[mine]
+        with clock.stage("route"):
+            try:
+                self._check(hidden_states)
+                logits, gate = self._logits(own, None if router_logits is None else router_logits[mine])
+                logits = one_call.router.checked_logits(own, logits)
+            except Exception as error:
+                self._plan(error)
+                raise
+        with clock.stage("compute"):
+            routed, routing, traffic = one_call(own, logits)
+        clock.arrived(routing.topk_ids)
+        if self.load is not None:
+            self.load.add(routing, traffic)
+        shared = self.overlap.begin(self._shared_work(hidden_states, routing, gate, clock), hidden_states)
+        claimed = self.tokens.claim(routed, hidden_states.shape[0])
+        return Parts(claimed, shared.output.wait(), None, routing, traffic)
+
+    def _rows(
+        self, own: Tensor, routing: Routing | Exception, gate: Tensor | None
+    ) -> tuple[Tensor, Routing | Exception]:
         """What to dispatch, and with what routing: the tokens in the experts' space, weighted if the input is."""
         if isinstance(routing, Exception):
             return own, routing
+        if self.fused is not None:
+            return own, self.fused.append(routing, own, gate)
         return weigh_input(own if self.latent is None else self.latent.enter(own), routing)
 
-    def _shared_work(self, hidden_states: Tensor, routing: Routing | Exception, clock: Clock) -> Work:
+    def _shared_work(
+        self, hidden_states: Tensor, routing: Routing | Exception, gate: Tensor | None, clock: Clock
+    ) -> Work:
         """The shared experts' part of this step; nothing where there are none, or where the step fails in ``plan``."""
 
         def work() -> Distributed | None:
             if self.shared is None or isinstance(routing, Exception):
                 return None
             with clock.stage("shared"):
-                return self.shared(hidden_states)
+                return self.shared(hidden_states, gate)
 
         return work
 

@@ -20,14 +20,22 @@ class SharedExperts:
 
     def __call__(self, hidden_states: Tensor, shared_logits: Tensor | None = None) -> Distributed:
         """[T, H] -> [T, H]. ``shared_logits``: [T, 1], where a fused product has made the gate's already."""
-        tokens = hidden_states.shape[0]
+        tokens, invariant = hidden_states.shape[0], self.kernel.spec.row_invariant
         ids = torch.zeros(tokens, 1, dtype=torch.int32, device=hidden_states.device)
-        entries = ExpertInput(hidden_states, ids, self._weights(hidden_states, shared_logits))
-        return Distributed(self.kernel.compute(entries), self.state)
+        weights = shared_weights(hidden_states, self.gate, self.scale, invariant, shared_logits)
+        return Distributed(self.kernel.compute(ExpertInput(hidden_states, ids, weights)), self.state)
 
-    def _weights(self, hidden_states: Tensor, shared_logits: Tensor | None) -> Tensor:
-        if self.gate is None:
-            return torch.full((hidden_states.shape[0], 1), self.scale, device=hidden_states.device)
-        if shared_logits is None:
-            shared_logits = gate_logits(hidden_states, self.gate, self.kernel.spec.row_invariant)
-        return placeless(torch.sigmoid, shared_logits.float()) * self.scale
+
+def shared_weights(
+    hidden_states: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    row_invariant: bool,
+    logits: Tensor | None = None,
+) -> Tensor:
+    """[T, 1] float32: what multiplies the shared experts' output. ``logits``: [T, 1] of ``gate``, if already made."""
+    if gate is None:
+        return torch.full((hidden_states.shape[0], 1), scale, device=hidden_states.device)
+    if logits is None:
+        logits = gate_logits(hidden_states, gate, row_invariant)
+    return placeless(torch.sigmoid, logits.float()) * scale

@@ -15,7 +15,7 @@ from torch import Tensor
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.config import LayerConfig
 from xpar.engine.mlp_tensors import ALL, MlpPlace, MlpTensors, load_tensor, mlp_buffers, read_mlp
-from xpar.engine.routing import Router
+from xpar.engine.routing import FusedGateRouter, Router
 from xpar.engine.schema import Architecture
 
 Sink = Callable[..., None]
@@ -193,14 +193,34 @@ def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def make_router(
-    weights: RouterWeights, config: LayerConfig, row_invariant: bool = False, check_finite: bool = True
+    weights: RouterWeights,
+    config: LayerConfig,
+    row_invariant: bool = False,
+    check_finite: bool = True,
+    shared_gate: Tensor | None = None,
 ) -> Router:
-    """The layer's router with its weights."""
+    """The layer's router with its weights. ``shared_gate`` [1, H]: a gate to make the logits of in the same product."""
+    gate = weights.gate
+    if shared_gate is not None and _one_product(config, weights, shared_gate):
+        return FusedGateRouter(
+            config.router,
+            gate,
+            shared_gate,
+            weights.correction_bias,
+            row_invariant=row_invariant,
+            check_finite=check_finite,
+        )
     return Router(
         config.router,
-        weights.gate,
+        gate,
         weights.correction_bias,
         gate_bias=weights.gate_bias,
         row_invariant=row_invariant,
         check_finite=check_finite,
     )
+
+
+def _one_product(config: LayerConfig, weights: RouterWeights, shared_gate: Tensor) -> bool:
+    """Whether the two gates multiply in one dtype, without a bias."""
+    alike = weights.gate.dtype == shared_gate.dtype and config.router.logits_dtype == "model"
+    return alike and weights.gate_bias is None

@@ -77,6 +77,27 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class RouteSpec:
+    """What a kernel must do in order to route by itself: score E logits, take the k best, equal ones by expert id.
+
+    ``scoring``: what makes scores of logits. ``among_chosen``: only the chosen ones are scored. ``renormalize``: the
+    weights are divided by their sum, taken as ``renormalize_min`` at least; then they are multiplied by ``scale``.
+    ``num_expert_group``: more than 1 where experts are chosen within the best groups. ``correction_bias``: a bias takes
+    part in the choice. ``other``: what else the router does, in words, or None.
+    """
+
+    top_k: int
+    scoring: str = "softmax"
+    among_chosen: bool = False
+    renormalize: bool = True
+    renormalize_min: float = 1e-20
+    scale: float = 1.0
+    num_expert_group: int = 1
+    correction_bias: bool = False
+    other: str | None = None
+
+
+@dataclass(frozen=True)
 class ExpertInput:
     """What a rank's experts work on after dispatch.
 
@@ -143,3 +164,15 @@ class ExpertKernel(Protocol):
 
     def nbytes(self) -> int:
         """Bytes of weights held."""
+
+
+class OneCallKernel(ExpertKernel, Protocol):
+    """A kernel that holds every expert and, where its record says so, covers more steps than its own in one call."""
+
+    def route_and_compute(
+        self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
+    ) -> tuple[Tensor, Routing]:
+        """Route, compute, combine: the experts' weighted sum [T, H] of [T, H], and the routing behind it.
+
+        ``router_logits``: [T, E], finite.
+        """

@@ -60,7 +60,8 @@ tests() { # tests NAME COMMAND...: as many verdicts as pytest gives
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check mypy mypy
-tests serial python -m pytest --color=no --durations=5 --ignore=tests/cluster
+# Two at a time: most of these wait for processes of their own. One thread each, as below.
+OMP_NUM_THREADS=1 tests serial python -m pytest --color=no --durations=5 -n 2 --dist worksteal --ignore=tests/cluster
 for n in $sizes; do
   # One thread a rank: four ranks on two cores are slow enough without eight threads.
   OMP_NUM_THREADS=1 tests "mpi, n = $n" \
@@ -74,7 +75,8 @@ on_nodes() { # on_nodes NAME HOSTS RANKS FILES...: HOSTS as a:2,b:1, two ranks o
 
 if [ -z "$quick" ]; then
   on_nodes "2 + 1 ranks" a:2,b:1 3 tests/comm
-  on_nodes "1 + 2 + 1 ranks" a:1,b:2,c:1 4 tests/comm/test_nodes_mpi.py
+  on_nodes "1 + 2 + 1 ranks" a:1,b:2,c:1 4 tests/comm/test_nodes_mpi.py tests/comm/test_shared_memory_mpi.py \
+    tests/engine/test_any_layer_mpi.py
   # Ranks 0, 2 on one node and 1, 3 on the other.
   MPIR_CVAR_NUM_CLIQUES=2 on_nodes "2 + 2 in turn" a:4 4 tests/comm/test_nodes_mpi.py
   if reason=$(timeout 300 ./scripts/slurm/local_cluster.sh install 2>&1); then

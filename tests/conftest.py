@@ -8,7 +8,7 @@ a process that has initialised MPI hands its environment to every ``mpirun`` bel
 
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import Phase, settings
@@ -28,7 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Prepare the run before any plugin is configured with its options."""
-    given = config.getoption("--seed")
+    # A worker of pytest-xdist must collect the tests that its controller named.
+    given = getattr(config, "workerinput", {}).get("seed", config.getoption("--seed"))
     seed = random.SystemRandom().randrange(2**31) if given is None else given
     config.stash[SIZE], config.stash[NODES] = 0, 0
     if config.getoption("--with-mpi", default=False):
@@ -48,6 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "mpi(min_size=1, max_size=None, min_nodes=1, max_nodes=None, deadline=60): runs on every rank of a --with-mpi "
         "run of a fitting size; deadline in seconds",
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["seed"] = node.config.stash[SEED]
 
 
 def share_examples(config: pytest.Config, seed: int) -> None:
@@ -101,7 +107,7 @@ def within(mark: pytest.Mark, what: str, value: int) -> bool:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "fresh_seed" in metafunc.fixturenames:
         seed = metafunc.config.stash[SEED]
-        metafunc.parametrize("fresh_seed", [seed], ids=[f"seed{seed}"])
+        metafunc.parametrize("fresh_seed", [seed], ids=[f"seed{seed}"], scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Small checkpoints of every known family, and transformers' own module for a layer of one."""
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,6 @@ from xpar.engine.dense_schema import DENSE
 from xpar.engine.make_checkpoint import make_checkpoint
 
 SIZES = {"layers": 3, "experts": 8, "hidden": 64, "intermediate": 48, "top_k": 3}
-
-
-def fresh_seed() -> int:
-    return random.SystemRandom().randrange(10**6)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import pytest
 
 from xpar.comm.dispatch.auto import DISPATCHERS
 
-MOVERS = [cls.name for cls in DISPATCHERS if cls.name != "replicated"]
+MOVERS = [cls.name for cls in DISPATCHERS if cls.name not in ("replicated", "hierarchical")]
+"""Those that do something of their own on one node, too; ``hierarchical`` has tests of its own."""
 SHARING = ("shared-memory",)
 """Those that serve ranks of one node only."""
 
@@ -32,4 +33,6 @@ def pairs(cases: Iterable[Any], names: Iterable[Any]) -> list[Any]:
 
 def fitting(num_nodes: int) -> list[str]:
     """The names of those that serve a group on ``num_nodes`` nodes."""
-    return [name for name in MOVERS if num_nodes == 1 or name not in SHARING]
+    if num_nodes == 1:
+        return MOVERS
+    return ["hierarchical", *(name for name in MOVERS if name not in SHARING)]

@@ -52,12 +52,13 @@ class AllGatherDispatcher:
         own, counts = agree(self.group, self.name, routing, tag, hidden_size, dtype, exact)
         everyone = unpack(self.group.all_gather_v(pack(own), counts))
         size, tokens = self.group.size, own.topk_ids.shape[0]
+        sent = [tokens] * size
         if self.whole and not exact:
             local = self.placement.local_ids(everyone.topk_ids, self.group.rank // self.placement.etp)
             whole = Whole(Routing(local, everyone.topk_weights), counts)
-            return DispatchPlan(own, exact, Traffic(tokens * size, tokens * (size - 1), tokens * size), whole)
+            return DispatchPlan(own, exact, Traffic.of(self.group.rank, sent, tokens * size), whole)
         detail = gathered_detail(own, everyone, counts, self.placement, self.group.rank, exact)
-        traffic = Traffic(tokens * size, tokens * (size - 1), sum(detail.back_recv))
+        traffic = Traffic.of(self.group.rank, sent, sum(detail.back_recv))
         return DispatchPlan(own, exact, traffic, (detail, counts))
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
@@ -71,10 +72,11 @@ class AllGatherDispatcher:
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         return None
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
         if isinstance(plan.detail, Whole):
             counts = plan.detail.counts
-            return Distributed(self.group.reduce_scatter_v(every_entry(outputs, sum(counts)), counts), Full())
+            mine = self.group.reduce_scatter_v(every_entry(outputs, sum(counts)), counts)
+            return Pending(lambda: Distributed(mine, Full()))
         return return_rows(self.group, outputs, plan.detail[0], plan.own)
 
     def _dispatch_whole(self, hidden_states: Tensor, whole: Whole) -> Pending[ExpertInput]:

@@ -79,7 +79,7 @@ class AllToAllDispatcher:
             promised = Pending(lambda: self._traffic(leaving.counts.wait(), leaving.counts.wait()))
             return DispatchPlan(own, exact, promised, Early(leaving))
         destination, tokens, send = destinations(own.topk_ids, self.placement)
-        recv = self._exchange_counts(send)
+        recv = exchange_counts(self.group, send)
         ids = ids_there(own.topk_ids, destination, tokens, self.placement)
         packed = pack(Routing(ids, own.topk_weights[tokens]))
         arrived = unpack(self.group.all_to_all_v(packed, send, recv).wait())
@@ -99,18 +99,20 @@ class AllToAllDispatcher:
         mine = slice(first, first + own)
         at = sum(d.recv[: self.group.rank])
         gather_rows(hidden_states, d.tokens[mine], out=rows[at : at + own])
-        leaving = torch.cat([d.tokens[:first], d.tokens[first + own :]])
-        pending = _exchange(self.group, gather_rows(hidden_states, leaving), d.send, d.recv, rows)
+        leaving = hidden_states.new_empty(len(d.tokens), hidden_states.shape[1])
+        for part in (slice(0, first), slice(first + own, None)):
+            gather_rows(hidden_states, d.tokens[part], out=leaving[part])
+        pending = self.group.all_to_all_v(leaving, d.send, d.recv, out=rows, skip=self.group.rank)
         return Pending(lambda: ExpertInput(pending.wait(), d.arrived.topk_ids, d.arrived.topk_weights))
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         return None
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
         if isinstance(plan.detail, Early):
-            d = plan.detail.settled()
-            back = self.group.all_to_all_v(outputs, d.back_send, d.back_recv).wait()
-            return Distributed(sum_rows(back, d.tokens, plan.own.topk_ids.shape[0]), Full())
+            d, tokens = plan.detail.settled(), plan.own.topk_ids.shape[0]
+            back = self.group.all_to_all_v(outputs, d.back_send, d.back_recv)
+            return Pending(lambda: Distributed(sum_rows(back.wait(), d.tokens, tokens), Full()))
         return return_rows(self.group, outputs, plan.detail, plan.own)
 
     def _dispatch_early(self, hidden_states: Tensor, early: "Early") -> Pending[ExpertInput]:
@@ -121,20 +123,22 @@ class AllToAllDispatcher:
         tokens, packed = leaving.tokens[: sum(send)], leaving.packed[: sum(send)]
         if rows is None:
             rows = gather_rows(hidden_states, tokens)
-        recv = self._exchange_counts(send)
+        recv = exchange_counts(self.group, send)
         arrived = unpack(self.group.all_to_all_v(packed, send, recv).wait())
         pending = self.group.all_to_all_v(rows[: sum(send)], send, recv)
         early.settle(Detail(tokens, arrived, send, recv, recv, send, None))
         return Pending(lambda: ExpertInput(pending.wait(), arrived.topk_ids, arrived.topk_weights))
 
     def _traffic(self, send: list[int], back: list[int]) -> Traffic:
-        return Traffic(sum(send), sum(send) - send[self.group.rank], sum(back))
+        return Traffic.of(self.group.rank, send, sum(back))
 
-    def _exchange_counts(self, send: list[int]) -> list[int]:
-        rows = self.group.all_to_all_v(
-            torch.tensor(send, dtype=torch.int64), [1] * self.group.size, [1] * self.group.size
-        )
-        return [int(n) for n in rows.wait().tolist()]
+
+def exchange_counts(group: Communicator, send: list[int]) -> list[int]:
+    """How many rows each rank of ``group`` will send here, where ``send`` go from here to each of them."""
+    ones = [1] * group.size
+    return [
+        int(n) for n in group.all_to_all_v(torch.tensor(send, dtype=torch.int64), ones, ones).wait().tolist()
+    ]
 
 
 def destinations(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor, list[int]]:
@@ -155,32 +159,25 @@ def slots_back(
     )
 
 
-def return_rows(group: Communicator, outputs: Tensor, d: Detail, own: Routing) -> Distributed:
+def return_rows(group: Communicator, outputs: Tensor, d: Detail, own: Routing) -> Pending[Distributed]:
     """Send each row's output home and sum there: by source rank, or in exact mode in slot order with the weights."""
     back = outputs.new_empty(sum(d.back_recv), outputs.shape[1])
     r, send, recv = group.rank, d.back_send, d.back_recv
     start, at, mine = sum(send[:r]), sum(recv[:r]), send[r]
-    leaving = torch.cat([outputs[:start], outputs[start + mine :]])
-    pending = _exchange(group, leaving, send, recv, back)
+    pending = group.all_to_all_v(outputs, send, recv, out=back, skip=r)
     back[at : at + mine] = outputs[start : start + mine]
-    pending.wait()
+    return Pending(lambda: Distributed(_sum_at_home(pending.wait(), d, own), Full()))
+
+
+def _sum_at_home(back: Tensor, d: Detail, own: Routing) -> Tensor:
     if d.slots is None:
-        return Distributed(sum_rows(back, d.tokens, own.topk_ids.shape[0]), Full())
+        return sum_rows(back, d.tokens, own.topk_ids.shape[0])
     positions = torch.full((own.topk_ids.numel(),), -1, dtype=torch.int64, device=back.device)
     positions[d.slots] = torch.arange(len(d.slots), device=back.device)
-    return Distributed(weighted_sum(back, own.topk_weights, positions.view(own.topk_ids.shape)), Full())
+    return weighted_sum(back, own.topk_weights, positions.view(own.topk_ids.shape))
 
 
 def per_rank(rows_of_entry: Tensor, entries_of_rank: list[int]) -> list[int]:
     ends = np.cumsum([0, *entries_of_rank])
     total = torch.nn.functional.pad(rows_of_entry.cumsum(0), (1, 0)).cpu()[torch.from_numpy(ends)]
     return [int(n) for n in total.diff().tolist()]
-
-
-def _exchange(
-    group: Communicator, leaving: Tensor, send: list[int], recv: list[int], out: Tensor
-) -> Pending[Tensor]:
-    """Move what leaves the rank; the rank's own rows, already in place inside ``out``, are stepped over."""
-    own = group.rank
-    others_send = [0 if r == own else n for r, n in enumerate(send)]
-    return group.all_to_all_v(leaving, others_send, recv, out=out, skip=own)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.base import Capabilities, Dispatcher
+from xpar.comm.dispatch.expected import expected_crossings
+from xpar.comm.dispatch.hierarchical import HierarchicalDispatcher
 from xpar.comm.dispatch.replicated import ReplicatedDispatcher
 from xpar.comm.dispatch.shared_memory import SharedMemoryDispatcher
 from xpar.comm.grid import ProcessGrid
@@ -29,15 +31,23 @@ class DispatcherChoice:
         return "\n".join(lines + [f"{name}: passed over, {reason}" for name, reason in self.rejected])
 
 
-DISPATCHERS = (ReplicatedDispatcher, SharedMemoryDispatcher, AllGatherDispatcher, AllToAllDispatcher)
+FLAT = (ReplicatedDispatcher, SharedMemoryDispatcher, AllGatherDispatcher, AllToAllDispatcher)
+"""Those that need no more than a group and a placement."""
+DISPATCHERS = (*FLAT[:2], HierarchicalDispatcher, *FLAT[2:])
+"""In the order in which ``auto`` takes the first that suits."""
 
 
 def choose_dispatcher(
-    grid: ProcessGrid, placement: Placement, name: str = "auto", *, sequence_parallel: bool = False
+    grid: ProcessGrid,
+    placement: Placement,
+    name: str = "auto",
+    *,
+    top_k: int = 2,
+    sequence_parallel: bool = False,
 ) -> DispatcherChoice:
     """The first dispatcher that suits ``grid``, or the one called ``name``.
 
-    ``sequence_parallel``: the ranks of a tp group hold different tokens.
+    ``top_k``: experts a token. ``sequence_parallel``: the ranks of a tp group hold different tokens.
 
     Raises ValueError with the reason and the names if the named one does not exist or cannot work here.
     """
@@ -45,7 +55,12 @@ def choose_dispatcher(
     impossible = {cls.name: _wrong_device(grid, cls.capabilities) for cls in DISPATCHERS}
     impossible["replicated"] = _no_replication(grid, sequence_parallel)
     impossible["shared-memory"] = impossible["shared-memory"] or _no_shared_memory(grid)
-    unsuitable = {"shared-memory": _little_room(grid), "allgather": _many_ranks(grid)}
+    impossible["hierarchical"] = impossible["hierarchical"] or _split_experts(grid)
+    unsuitable = {
+        "shared-memory": _little_room(grid),
+        "hierarchical": _no_fewer_bytes(grid, placement, top_k) or _little_room(grid),
+        "allgather": _many_ranks(grid),
+    }
     reasons = {n: impossible.get(n) or unsuitable.get(n) for n in names}
     if name == "auto":
         chosen = next(n for n in names if reasons[n] is None)
@@ -58,10 +73,19 @@ def choose_dispatcher(
         raise ValueError(f"dispatcher={name!r}: {impossible[name]}; choose auto or one of {fit}")
     else:
         chosen = name
-    cls = DISPATCHERS[names.index(chosen)]
     why = f"{chosen} comes first" if name == "auto" else f"{chosen} was asked for"
     rejected = tuple((n, reasons[n] or why) for n in names if n != chosen)
-    return DispatcherChoice(cls(grid.moe, placement.to(grid.device)), rejected)
+    return DispatcherChoice(_build(chosen, grid, placement.to(grid.device)), rejected)
+
+
+def _build(name: str, grid: ProcessGrid, placement: Placement) -> Dispatcher:
+    if name == HierarchicalDispatcher.name:
+        return HierarchicalDispatcher(grid.moe, placement, grid.moe_node, _node_of(grid))
+    return next(cls for cls in FLAT if cls.name == name)(grid.moe, placement)
+
+
+def _node_of(grid: ProcessGrid) -> list[int]:
+    return [grid.world.node_of[r] for r in grid.moe.world_ranks]
 
 
 def _wrong_device(grid: ProcessGrid, capabilities: Capabilities) -> str | None:
@@ -79,7 +103,7 @@ def _no_replication(grid: ProcessGrid, sequence_parallel: bool) -> str | None:
 
 
 def _no_shared_memory(grid: ProcessGrid) -> str | None:
-    nodes = {grid.world.node_of[r] for r in grid.moe.world_ranks}
+    nodes = set(_node_of(grid))
     if len(nodes) == 1:
         return None
     return f"the {grid.moe.size} ranks of an expert group lie on {len(nodes)} nodes and share no memory"
@@ -90,6 +114,27 @@ def _little_room(grid: ProcessGrid) -> str | None:
     if room >= ROOM_FOR_WINDOWS:
         return None
     return f"{room / 1e6:.0f} MB of shared memory are left on the node, less than {ROOM_FOR_WINDOWS / 1e6:.0f} MB"
+
+
+def _split_experts(grid: ProcessGrid) -> str | None:
+    nodes, etp = _node_of(grid), grid.shape.etp
+    split = next((e for e in range(0, len(nodes), etp) if len(set(nodes[e : e + etp])) > 1), None)
+    if split is None:
+        return None
+    return f"etp={etp}: ranks {split} to {split + etp - 1} of an expert group slice the same experts on two nodes"
+
+
+def _no_fewer_bytes(grid: ProcessGrid, placement: Placement, top_k: int) -> str | None:
+    nodes, experts = _node_of(grid), placement.num_experts
+    if len(set(nodes)) == 1:
+        return "all ranks of an expert group lie on one node"
+    flat, ours = (
+        expected_crossings(experts, min(top_k, experts), grid.shape.etp, nodes, by_node=by_node)
+        for by_node in (False, True)
+    )
+    if ours < 0.95 * flat:
+        return None
+    return f"a token sends {ours:.2f} rows to other nodes, and {flat:.2f} with one row a rank"
 
 
 def _many_ranks(grid: ProcessGrid) -> str | None:

@@ -3,6 +3,7 @@
 R ranks in the ``moe`` group, T tokens of this rank, M rows that arrive here, S slot outputs made here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,13 +21,20 @@ from xpar.kernels.contracts import ExpertInput, Routing
 class Traffic:
     """What one layer's exchange moved, counted on this rank.
 
-    ``rows``: (token, destination rank) pairs that this rank's tokens make, its own experts included.
-    ``remote_rows``: those that leave the rank. ``combined_rows``: rows that come back for its tokens.
+    ``rows``: (token, destination) pairs that this rank's tokens make, its own experts included; a destination is a
+    rank, for ``hierarchical`` a node. ``remote_rows``: those that leave the rank. ``combined_rows``: rows that come back
+    for its tokens. ``sent``: rows to each rank of the group, itself included.
     """
 
     rows: int
     remote_rows: int
     combined_rows: int
+    sent: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rank: int, sent: Sequence[int], combined_rows: int) -> "Traffic":
+        """The traffic of ``rank`` that sends ``sent`` rows to each rank."""
+        return cls(sum(sent), sum(sent) - sent[rank], combined_rows, tuple(sent))
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,11 @@ class Dispatcher(Protocol):
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         """Where the experts may write their ``rows`` outputs so that combine need not copy them; None: anywhere."""
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
-        """Sum each token's outputs. ``outputs``: [M, H] per arrived row, or [S, H] per slot in exact mode."""
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
+        """Start to bring each token's outputs home, where ``wait`` sums them.
+
+        ``outputs``: [M, H] per arrived row, or [S, H] per slot in exact mode.
+        """
 
 
 def agree(

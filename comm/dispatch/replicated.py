@@ -35,12 +35,12 @@ class ReplicatedDispatcher:
         own, _ = agree(self.group, self.name, routing, tag, hidden_size, dtype, exact)
         if self.group.size == 1:
             tokens = own.topk_ids.shape[0]
-            return DispatchPlan(own, exact, Traffic(tokens, 0, tokens), None)
+            return DispatchPlan(own, exact, Traffic.of(0, [tokens], tokens), None)
         # Ranks whose copies of the tokens have drifted apart would add up parts of different answers.
         digest = zlib.crc32(own.topk_ids.contiguous().cpu().numpy().tobytes())
         same = {"tokens": own.topk_ids.shape[0], "topk_ids_crc32": digest}
         handshake(self.group, Tag("replicated tokens", tag.layer, tag.step), same=same)
-        traffic = Traffic(0, 0, 0)
+        traffic = Traffic.of(0, [0] * self.group.size, 0)
         return DispatchPlan(own, exact, traffic, None)
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
@@ -55,7 +55,10 @@ class ReplicatedDispatcher:
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         return None
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
+        return Pending(lambda: self._sum(outputs, plan))
+
+    def _sum(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
         if plan.exact:
             return Distributed(self._in_slot_order(outputs, plan), Full())
         if self.group.size == 1:

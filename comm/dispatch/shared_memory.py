@@ -74,36 +74,67 @@ class SharedMemoryDispatcher:
         detail, rows = self._detail(everyone, mine, exact)
         layout = detail.layout
         self._window.reserve((layout.num_tokens + layout.num_outputs) * hidden_size * dtype.itemsize)
-        local = int(rows[self.group.rank])
         back = detail.back if detail.positions is None else detail.positions[detail.positions >= 0]
         assert back is not None
-        return DispatchPlan(own, exact, Traffic(int(rows.sum()), int(rows.sum()) - local, len(back)), detail)
+        return DispatchPlan(own, exact, Traffic.of(self.group.rank, rows.tolist(), len(back)), detail)
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        d: Detail = plan.detail
-        tokens = self._tokens(d.layout, hidden_states)
-        tokens[d.layout.tokens].copy_(hidden_states)
-        return Pending(lambda: self._arrive(tokens, d))
+        self.place(hidden_states, plan).copy_(hidden_states)
+        return self.arrive(hidden_states, plan)
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         layout: Layout = plan.detail.layout
         return self._outputs(layout, like)[layout.outputs]
 
-    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Distributed:
+    def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
+        everyones = self.settle(outputs, plan)
+        return Pending(lambda: self._sum(everyones.wait(), plan))
+
+    def _sum(self, everyones: Tensor, plan: DispatchPlan) -> Distributed:
         d: Detail = plan.detail
-        everyones = self._outputs(d.layout, outputs)
-        place = everyones[d.layout.outputs]
-        if outputs.data_ptr() != place.data_ptr():
-            place.copy_(outputs)
-        self._window.fence()
         if d.positions is not None:
             return Distributed(weighted_sum(everyones, plan.own.topk_weights, d.positions), Full())
         assert d.back is not None and d.runs is not None
         return Distributed(sum_runs(everyones, d.back, d.runs), Full())
 
-    def _arrive(self, tokens: Tensor, d: Detail) -> ExpertInput:
-        self._window.fence()
-        return ExpertInput(tokens, d.arrived.topk_ids, d.arrived.topk_weights, d.rows)
+    # -- the steps, one by one, for a dispatcher that does more between them -------------------------------------
+
+    def place(self, like: Tensor, plan: DispatchPlan) -> Tensor:
+        """[T, H]: this rank's tokens in the window, to be written before :meth:`arrive`; of the dtype of ``like`` [.., H]."""
+        layout: Layout = plan.detail.layout
+        return self._tokens(layout, like)[layout.tokens]
+
+    def arrive(self, like: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
+        """This rank has written its tokens; its experts' input, once every other has."""
+        d: Detail = plan.detail
+        tokens, fence = self._tokens(d.layout, like), self._window.arrive()
+
+        def arrived() -> ExpertInput:
+            fence.wait()
+            return ExpertInput(tokens, d.arrived.topk_ids, d.arrived.topk_weights, d.rows)
+
+        return Pending(arrived)
+
+    def settle(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Tensor]:
+        """All ranks' outputs [sum of M or S, H] in the window, once every rank has written its own."""
+        layout: Layout = plan.detail.layout
+        everyones = self._outputs(layout, outputs)
+        place = everyones[layout.outputs]
+        if outputs.data_ptr() != place.data_ptr():
+            place.copy_(outputs)
+        fence = self._window.arrive()
+
+        def settled() -> Tensor:
+            fence.wait()
+            return everyones
+
+        return Pending(settled)
+
+    def positions(self, plan: DispatchPlan) -> Tensor:
+        """[T, k] int64: in exact mode, where each slot's output lies among all; -1 for a dropped one."""
+        d: Detail = plan.detail
+        assert d.positions is not None
+        return d.positions
 
     def _tokens(self, layout: Layout, like: Tensor) -> Tensor:
         return self._window.view(0, (layout.num_tokens, like.shape[1]), like.dtype)

@@ -30,10 +30,10 @@ class Schedule:
 def exchange_schedule(
     rank: int, send: Sequence[int], recv: Sequence[int], skip: int | None = None
 ) -> Schedule:
-    """Rows in destination order leave, rows in source order arrive; those of source ``skip`` are not received."""
+    """Rows in destination order leave, rows in source order arrive; those to and from ``skip`` stay where they are."""
     size = len(send)
     out_of, into = starts(send), starts(recv)
-    sends = (Transfer(p, out_of[p], send[p]) for p in _after(rank, size))
+    sends = (Transfer(p, out_of[p], send[p]) for p in _after(rank, size) if p != skip)
     recvs = (Transfer(p, into[p], recv[p]) for p in _before(rank, size) if p != skip)
     copy = (out_of[rank], into[rank], send[rank]) if send[rank] and rank != skip else None
     return Schedule(_real(sends), _real(recvs), copy)

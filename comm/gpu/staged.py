@@ -38,7 +38,7 @@ class StagedMover:
     ) -> Pending[Tensor]:
         arriving = [0 if r == skip else n for r, n in enumerate(recv)]
         sent, rows = self._down(x), self._pinned(x, sum(arriving))
-        pending = self.host.exchange_into(sent, send, arriving, rows)
+        pending = self.host.exchange_into(sent, send, arriving, rows, skip)
         return Pending(lambda: _place(pending.wait(), out, recv, skip))
 
     def close(self) -> None:

@@ -1,6 +1,5 @@
 """Every dispatcher on random routing: rows against the de-duplicated count, time against a bare ``MPI_Alltoallv``."""
 
-import math
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -12,6 +11,8 @@ from torch import Tensor
 from xpar.comm.communicator import Communicator
 from xpar.comm.dispatch.auto import DISPATCHERS, choose_dispatcher
 from xpar.comm.dispatch.base import Dispatcher, DispatchPlan, goes_to
+from xpar.comm.dispatch.expected import expected_crossings, expected_rows
+from xpar.comm.dispatch.hierarchical import HierarchicalDispatcher
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import Tag
@@ -36,16 +37,6 @@ class Traffic:
     seed: int
 
 
-def expected_rows(num_experts: int, top_k: int, ranks: int) -> float:
-    """Rows a token sends when its k experts are uniform: the mean over ranks of P(one of them lies there).
-
-    ``R (1 - C(E - E/R, k) / C(E, k))`` where R divides E; here for shares that differ by one, too.
-    """
-    held = [num_experts // ranks + (r < num_experts % ranks) for r in range(ranks)]
-    ways = math.comb(num_experts, top_k)
-    return sum(1 - math.comb(num_experts - n, top_k) / ways for n in held)
-
-
 def tokens_for(megabytes: float, hidden_size: int, dtype: torch.dtype, rows_a_token: float) -> int:
     """Tokens whose rows make about ``megabytes`` (of 2^20 bytes)."""
     return max(1, round(megabytes * 2**20 / (hidden_size * dtype.itemsize * rows_a_token)))
@@ -57,11 +48,11 @@ def measure(
     """One record a dispatcher; collective. Dispatch and combine are timed, the experts' work between them is not."""
     placement = Placement.blocks(traffic.num_experts, grid.shape.ep, grid.shape.etp)
     trials = [Trial(choose_dispatcher(grid, placement, name).dispatcher, traffic) for name in names]
-    exact_rows = int(goes_to(trials[0].routing.topk_ids, placement).sum())
+    node_of = [grid.world.node_of[r] for r in grid.moe.world_ranks]
     bare = BareExchange(grid.moe, trials[0].routing, placement, traffic)
     steps = [[trial.step() for trial in trials] + [bare.step()] for _ in range(rounds + 2)][2:]
     return [
-        _record(grid.moe, trial, [(row[i], row[-1]) for row in steps], exact_rows)
+        _record(grid.moe, trial, [(row[i], row[-1]) for row in steps], node_of)
         for i, trial in enumerate(trials)
     ]
 
@@ -79,7 +70,17 @@ def usable(grid: ProcessGrid, num_experts: int, names: list[str]) -> list[str]:
 
     for name in names:
         choose_dispatcher(grid, placement, name)
-    return names or [cls.name for cls in DISPATCHERS if cls.name != "replicated" and works(cls.name)]
+    idle = {"replicated"} | ({HierarchicalDispatcher.name} if grid.world.num_nodes == 1 else set())
+    return names or [cls.name for cls in DISPATCHERS if cls.name not in idle and works(cls.name)]
+
+
+def deduplicated(topk_ids: Tensor, placement: Placement, node_of: list[int] | None) -> int:
+    """Rows of [T, k] ``topk_ids``, counted one by one: one a rank that holds any of a token's experts, or one a node."""
+    ranks = goes_to(topk_ids, placement)
+    if node_of is None:
+        return int(ranks.sum())
+    nodes = torch.tensor(node_of)
+    return sum(int(ranks[nodes == node].any(dim=0).sum()) for node in set(node_of))
 
 
 class Trial:
@@ -109,7 +110,7 @@ class Trial:
         )
         group.barrier()
         back = time.perf_counter()
-        result = self.dispatcher.combine(outputs, plan).tensor
+        result = self.dispatcher.combine(outputs, plan).wait().tensor
         end = time.perf_counter()
         expected = self.x.float() * self.routing.topk_weights.sum(1, keepdim=True)
         self.error = max(self.error, float((result.float() - expected).norm() / expected.norm()))
@@ -160,12 +161,21 @@ def _record(
     group: Communicator,
     trial: Trial,
     steps: list[tuple[tuple[float, ...], tuple[float, ...]]],
-    exact_rows: int,
+    node_of: list[int],
 ) -> dict[str, Any]:
-    plan = trial.plan
+    plan, placement = trial.plan, trial.dispatcher.placement
     assert plan is not None
+    by_node = trial.dispatcher.name == HierarchicalDispatcher.name
+    across = sum(n for n, node in zip(plan.traffic.sent, node_of, strict=True) if node != node_of[group.rank])
     everyone = group.all_gather_object(
-        (steps, plan.traffic.rows, plan.traffic.combined_rows, exact_rows, trial.error)
+        (
+            steps,
+            plan.traffic.rows,
+            plan.traffic.combined_rows,
+            deduplicated(trial.routing.topk_ids, placement, node_of if by_node else None),
+            trial.error,
+            across,
+        )
     )
     slowest = [
         [[max(r[0][s][w][i] for r in everyone) for i in range(3)] for w in range(2)]
@@ -180,7 +190,15 @@ def _record(
         "tokens_per_rank": trial.traffic.tokens,
         "rows": rows,
         "rows_deduplicated": sum(r[3] for r in everyone),
-        "rows_expected": expected_rows(trial.traffic.num_experts, trial.traffic.top_k, group.size)
+        "rows_expected": expected_rows(
+            trial.traffic.num_experts, trial.traffic.top_k, len(set(node_of)) if by_node else group.size
+        )
+        * trial.traffic.tokens
+        * group.size,
+        "rows_across_nodes": sum(r[5] for r in everyone),
+        "rows_across_expected": expected_crossings(
+            trial.traffic.num_experts, trial.traffic.top_k, placement.etp, node_of, by_node
+        )
         * trial.traffic.tokens
         * group.size,
         "rows_back": sum(r[2] for r in everyone),

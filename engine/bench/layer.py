@@ -1,7 +1,8 @@
-"""A layer of a named shape on this job's ranks, beside transformers and beside one process that has all the threads."""
+"""A layer of a named shape on this job's ranks, beside other ways to take its steps, transformers, and one process alone."""
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from xpar.engine.bench.peers import IMPLEMENTATIONS
 from xpar.engine.bench.request import BATCHES, Request
 from xpar.engine.bench.timing import Contender, Times, take_turns
 from xpar.engine.build import LayerOptions, assemble
+from xpar.engine.micro_batches import MicroBatches
 from xpar.engine.reference import relative_error
 from xpar.engine.runner import MoERunner
 from xpar.engine.stages import STAGES, StageClock
@@ -33,6 +35,7 @@ class LayerBench:
         self.config = self.weights.config
         agreed(self.comm, self._check_memory, "bench layer")
         self.runner = agreed(self.comm, self._build, "bench layer")
+        self.ours = agreed(self.comm, self._ways, "bench layer")
         self.peers = agreed(self.comm, self._start_peers, "bench layer", patient=True)
         self.names: list[str] = self.comm.all_gather_object(self.peers.names if self.peers else [])[0]
         self.ceilings: Ceilings = self.comm.all_gather_object(self.peers.ceilings if self.peers else None)[0]
@@ -40,7 +43,7 @@ class LayerBench:
     def measure(self, tokens: int) -> dict[str, Any]:
         """Times, ratios, errors and stages with ``tokens`` tokens in the whole job."""
         inputs = [self.request.input(tokens, number) for number in range(BATCHES)]
-        contenders = [Contender("xpar", lambda n: self._timed(inputs[n]))]
+        contenders = [self._way(name, inputs) for name in self.ours]
         contenders += [self._peer(name, tokens) for name in self.names]
         times = take_turns(self.comm, contenders, BATCHES, self.request.seconds * len(contenders))
         ours = times["xpar"]
@@ -66,8 +69,29 @@ class LayerBench:
 
     def _build(self) -> MoERunner:
         r = self.request
-        options = LayerOptions(r.dispatcher, r.kernel, r.exact)
+        options = LayerOptions(r.dispatcher, r.kernel, r.exact, depth=r.depth)
         return assemble(self.config, self.grid, r.dtype, self.weights.read, options)
+
+    def _ways(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """This job's ways through the layer, by name; all on the same weights."""
+        ways: dict[str, Callable[[Tensor], Tensor]] = {"xpar": self.runner}
+        if "steps" in self.request.compare:
+            if self.runner.one_call is None:
+                raise ValueError(
+                    "--compare steps: the layer takes its steps one by one already; leave it out"
+                )
+            ways["steps"] = self._one_by_one
+        if (count := self.request.micro_batches) > 1:
+            ways[f"{count} micro-batches"] = MicroBatches(self.runner, count)
+        return ways
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        one_call, self.runner.one_call = self.runner.one_call, None
+        try:
+            output: Tensor = self.runner(x)
+            return output
+        finally:
+            self.runner.one_call = one_call
 
     def _start_peers(self) -> PeerProcess | None:
         world = self.grid.world
@@ -81,11 +105,14 @@ class LayerBench:
     def _mine(self, x: Tensor) -> Tensor:
         return x[share(x.shape[0], self.grid.dp.size, self.grid.dp.rank)]
 
-    def _timed(self, x: Tensor) -> float:
-        mine = self._mine(x)
-        begin = time.perf_counter()
-        self.runner(mine)
-        return time.perf_counter() - begin
+    def _way(self, name: str, inputs: list[Tensor]) -> Contender:
+        def timed(number: int) -> float:
+            mine = self._mine(inputs[number])
+            begin = time.perf_counter()
+            self.ours[name](mine)
+            return time.perf_counter() - begin
+
+        return Contender(name, timed)
 
     def _floor_ms(self, inputs: list[Tensor]) -> float:
         """Median over the batches; the nodes share the work."""
@@ -96,8 +123,7 @@ class LayerBench:
 
     def _errors(self, tokens: int, x: Tensor) -> dict[str, float]:
         """Each contender's ||y - ref|| / ||ref|| on ``x``, judged by rank 0, known to all."""
-        output = self.runner(self._mine(x))
-        outputs = {"xpar": self.comm.all_gather_v(output if self.grid.tp.rank == 0 else output[:0])}
+        outputs = {name: self._whole(way(self._mine(x))) for name, way in self.ours.items()}
 
         def judge() -> dict[str, float]:
             if self.peers is None:
@@ -108,6 +134,10 @@ class LayerBench:
 
         errors = agreed(self.comm, judge, "bench layer", patient=True)
         return dict(self.comm.all_gather_object(errors)[0])
+
+    def _whole(self, output: Tensor) -> Tensor:
+        """The outputs of all dp ranks."""
+        return self.comm.all_gather_v(output if self.grid.tp.rank == 0 else output[:0])
 
     def _stages(self, inputs: list[Tensor]) -> dict[str, float]:
         """Median over steps, maximum over ranks, in ms."""
@@ -124,7 +154,7 @@ class LayerBench:
         """Raise ValueError where this node's ranks would need more memory than it has left; observed, not assumed."""
         world, whole = self.grid.world, self.weights.nbytes()
         ranks = world.node_of.count(world.node)
-        peers = whole * len(self.request.compare) if world.node == 0 else 0
+        peers = whole * len(self.request.peers) if world.node == 0 else 0
         needed = 1.1 * (whole * ranks / self.grid.moe.size + peers)
         free = available_bytes()
         if needed > free:

@@ -16,6 +16,7 @@ from torch import Tensor
 from xpar.comm.communicator import SoloCommunicator
 from xpar.comm.grid import GridShape, ProcessGrid
 from xpar.comm.world import World
+from xpar.engine.allocator import keep_freed_memory
 from xpar.engine.bench.ceilings import Ceilings, measure_ceilings
 from xpar.engine.bench.peers import IMPLEMENTATIONS, caller, transformers_layer
 from xpar.engine.bench.request import Request
@@ -70,6 +71,7 @@ class PeerProcess:
 
 def serve(pipe: Connection, request: Request, threads: int) -> None:
     """The process: build, then answer until it is killed."""
+    keep_freed_memory()  # as the ranks do
     torch.set_num_threads(threads)
     ceilings = measure_ceilings(request.dtype)
     try:
@@ -119,4 +121,5 @@ def solo_grid(threads: int) -> ProcessGrid:
         edp=alone,
         moe=alone,
         node=alone,
+        moe_node=alone,
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xpar.engine.one_call import Depth
 from xpar.engine.random_layer import RandomLayer
 from xpar.engine.shapes import Shape
 
@@ -14,7 +15,8 @@ BATCHES = 8
 
 @dataclass(frozen=True)
 class Request:
-    """``compare``: ``transformers``, ``solo`` (this layer in one process with all the node's threads).
+    """``compare``: ``transformers``, ``solo`` (this layer in one process with all the node's threads), ``steps`` (this
+    layer with every step taken by itself). ``micro_batches``: compare it in that many parts too, if more than 1.
 
     ``tokens``: numbers of tokens of the whole job. ``seconds``: time for each contender and number of tokens.
     """
@@ -29,6 +31,13 @@ class Request:
     dispatcher: str = "auto"
     kernel: str = "auto"
     exact: bool = False
+    depth: Depth = "auto"
+    micro_batches: int = 1
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """What of ``compare`` a process beside the job computes."""
+        return tuple(name for name in self.compare if name != "steps")
 
     def weights(self) -> RandomLayer:
         """The layer's weights, the same in every process."""

@@ -17,6 +17,7 @@ from xpar.engine.architectures import find, moe_layers
 from xpar.engine.build import FLOATS, config_of, pick_dispatcher, pick_kernel
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.logs import add_verbose, start_logging
+from xpar.engine.one_call import DEPTHS, explain_depth
 from xpar.engine.reference import TOLERANCE, layer_reference, relative_error
 from xpar.engine.report import layer_record, layer_table, manifest, summary
 from xpar.engine.runner import MoERunner
@@ -43,6 +44,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     p.add_argument("--transport", default="auto", help="between GPUs: auto, nccl, staged or mpi")
     p.add_argument("--dispatcher", default="auto", help="auto, or a dispatcher's name")
     p.add_argument("--kernel", default="auto", help="auto, or a kernel's name")
+    p.add_argument("--depth", choices=DEPTHS, default="auto", help="whether a kernel may cover several steps")
     p.add_argument("--tiles", type=Path, metavar="FILE", help="tile table of the GPU kernel, from xpar tune")
     p.add_argument("--dtype", choices=sorted(FLOATS), help="default: the checkpoint's")
     p.add_argument("--exact", action="store_true", help="bits that do not depend on the number of ranks")
@@ -126,6 +128,7 @@ def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: t
         kernel=args.kernel,
         exact=args.exact,
         tiles=args.tiles,
+        depth=args.depth,
     )
     everyone = random_tokens(args.tokens, runner.config.hidden_size, args.seed + layer).to(dtype)
     mine = everyone[share(args.tokens, grid.dp.size, grid.dp.rank)].to(grid.device)
@@ -189,6 +192,7 @@ def _explain(
         placement, dispatcher = pick_dispatcher(grid, config, args.dispatcher)
         held = len(placement.experts_of(grid.moe.rank // grid.shape.etp))
         kernel = pick_kernel(config, grid, max(1, held), dtype, args.kernel, args.exact)
-        return f"dispatcher\n{dispatcher.explain()}\nkernel\n{kernel.explain()}"
+        steps = explain_depth(config, kernel.record, dispatcher.dispatcher, args.exact, args.depth)
+        return f"dispatcher\n{dispatcher.explain()}\nkernel\n{kernel.explain()}\nsteps\n{steps}"
 
     console.print(agreed(grid.world.comm, reasons))

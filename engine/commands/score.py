@@ -10,7 +10,7 @@ from xpar.comm.world import World
 from xpar.engine.commands import whole_model
 from xpar.engine.commands.whole_model import BATCH, PREFILL_TOKENS
 from xpar.engine.logs import start_logging
-from xpar.engine.models.answering import finish_only, told_to_stop
+from xpar.engine.models.answering import finish_only, listen_for_stop
 from xpar.engine.models.request import ScoreRequest, prepare
 from xpar.engine.models.score import read_total, score
 from xpar.engine.models.tokens import Tokens
@@ -51,8 +51,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def main(args: argparse.Namespace) -> int:
     """Run the command on every rank; 0 also if a signal ended it with everything written."""
     # From the first moment: a job that is pre-empted while it loads has lost nothing either.
-    with told_to_stop() as told:
-        return _run(args, told)
+    return _run(args, listen_for_stop())
 
 
 def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:

@@ -22,7 +22,7 @@ from xpar.engine.models.load import LoadedModel, load_model
 from xpar.engine.models.lockstep import Progress
 from xpar.engine.models.request import Asked, Work
 from xpar.engine.models.results import errors_path
-from xpar.engine.models.spread import ExpertOptions
+from xpar.engine.models.spread import SpreadOptions
 from xpar.engine.terminal import Meter
 
 BATCH = 16
@@ -94,7 +94,7 @@ def make_grid(args: argparse.Namespace, world: World, console: Console) -> Proce
 
 def load(args: argparse.Namespace, grid: ProcessGrid, dtype: torch.dtype, console: Console) -> LoadedModel:
     """The model over the grid, behind a bar of bytes; says what rank 0 holds. Collective."""
-    options = ExpertOptions(args.dispatcher, args.kernel, args.exact, args.whole_block)
+    options = SpreadOptions(args.dispatcher, args.kernel, args.exact, args.whole_block)
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:
         loaded = load_model(args.checkpoint, grid, dtype, options, meter.advance, total=meter.set_total)

@@ -12,13 +12,9 @@ from xpar.kernels.gpu.tiles import FEW, MANY, Table, Tile, Vector
 
 STAGES = ("gate_up", "down")
 Value = Tile | Vector | tuple[int, int]
-# Parts of a table that say where rows go: tiles are worth choosing only after them.
-_ROWS: dict[str, tuple[tuple[int, int], ...]] = {
-    "limits": (
-        (16, 128), (0, 64), (16, 256), (32, 128), (0, 128), (32, 64), (0, 256), (16, 32), (0, 0), (16, 16), (64, 128),
-    ),
-    "tails": ((0, 0), (0, 64), (0, 32), (16, 64), (16, 16)),
-}  # fmt: skip
+_LIMITS = (
+    (16, 128), (0, 64), (16, 256), (32, 128), (0, 128), (32, 64), (0, 256), (16, 32), (0, 0), (16, 16), (64, 128),
+)  # fmt: skip
 _SHARED = 225 << 10  # bytes of a multiprocessor that its programs may use together
 _FIELDS: dict[str, tuple[Any, ...]] = {
     "columns": (64, 128, 256),
@@ -42,19 +38,18 @@ def parts(kernel: TritonExperts, x: ExpertInput) -> tuple[str, ...]:
     if kernel.is_tiny(x):
         return tuple(f"{stage} vector" for stage in STAGES)
     buckets = kernel.limits(x.topk_ids.shape[0], x.topk_ids.numel()).launched
-    rows = ("limits", "tails") if MANY in buckets else ("limits",)
-    return (*rows, *(f"{stage} {bucket}" for bucket in buckets for stage in STAGES))
+    return ("limits", *(f"{stage} {bucket}" for bucket in buckets for stage in STAGES))
 
 
 def early(part: str) -> bool:
-    """Whether ``part`` is to be chosen before the tiles."""
-    return part in _ROWS
+    """Whether ``part`` is to be chosen before the tiles: it says where rows go."""
+    return part == "limits"
 
 
 def get(table: Table, part: str) -> Value:
     """What ``table`` holds in ``part``."""
-    if part in _ROWS:
-        return getattr(table, part)  # type: ignore[no-any-return]
+    if part == "limits":
+        return table.limits
     stage, which = part.split()
     held: Tile | Vector = (
         getattr(table, f"{stage}_vector") if which == "vector" else getattr(table, stage)[int(which)]
@@ -64,8 +59,8 @@ def get(table: Table, part: str) -> Value:
 
 def put(table: Table, part: str, value: Value) -> Table:
     """``table`` with ``value`` in ``part``."""
-    if part in _ROWS:
-        return replace(table, **{part: value})  # type: ignore[arg-type]
+    if isinstance(value, tuple):
+        return replace(table, limits=value)
     stage, which = part.split()
     if which == "vector":
         return replace(table, **{f"{stage}_vector": value})  # type: ignore[arg-type]
@@ -78,7 +73,7 @@ def candidates(kernel: TritonExperts, part: str, limit: int) -> list[Value]:
     """Up to ``limit`` values for ``part``, without the present one."""
     held = get(kernel.table, part)
     if isinstance(held, tuple):
-        others: list[Value] = [value for value in _ROWS[part] if value != held]
+        others: list[Value] = [value for value in _LIMITS if value != held]
         return others[:limit]
     fields = _VECTOR_FIELDS if isinstance(held, Vector) else _FIELDS
     near: list[Value] = [v for v in _neighbours(held, fields) if _fits(kernel, part, v)]

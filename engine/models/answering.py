@@ -2,8 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from xpar.comm.communicator import Communicator
@@ -100,20 +99,19 @@ def tail_of(question: Question, work: Work) -> Record:
     return {"hash": question.hash, "settings": work.settings}
 
 
-@contextmanager
-def told_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether this process has been sent SIGTERM; afterwards the signal does again what it did before."""
+def listen_for_stop() -> Callable[[], bool]:
+    """Whether this process has been sent SIGTERM, which from now on does nothing else.
+
+    To its very end: a job that is pre-empted while MPI shuts down has lost nothing, and must not look as if it had.
+    """
     told = False
 
     def remember(*_: object) -> None:
         nonlocal told
         told = True
 
-    before = signal.signal(signal.SIGTERM, remember)
-    try:
-        yield lambda: told
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, remember)
+    return lambda: told
 
 
 def _close(file: AnswerFile | None, complete: bool, order: Mapping[str, int]) -> None:

@@ -72,7 +72,7 @@ class ExpertLayer:
         with self.clock.stage("compute"):
             outputs = self._compute(arrived, plan)
         with self.clock.stage("combine"):
-            return finish(self.dispatcher.combine(outputs, plan)).tensor
+            return finish(self.dispatcher.combine(outputs, plan).wait()).tensor
 
     def join(self) -> None:
         """Take part in a step without tokens of one's own: the others' tokens may need this rank's experts."""

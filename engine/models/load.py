@@ -17,7 +17,7 @@ from xpar.engine.config import LayerConfig
 from xpar.engine.models.blocks import build_block
 from xpar.engine.models.dense import load_dense, sources
 from xpar.engine.models.experts import IMPLEMENTATION, ExpertLayer, register
-from xpar.engine.models.spread import ExpertOptions, Experts, Layer, Part, Read, build_layer, parts_of, put
+from xpar.engine.models.spread import Experts, Layer, Part, Read, SpreadOptions, build_layer, parts_of, put
 from xpar.engine.weights import stream_experts
 
 log = logging.getLogger("xpar.models")
@@ -43,7 +43,7 @@ def load_model(
     path: str | Path,
     grid: ProcessGrid,
     dtype: torch.dtype | None = None,
-    options: ExpertOptions = ExpertOptions(),  # noqa: B008 - frozen
+    options: SpreadOptions = SpreadOptions(),  # noqa: B008 - frozen
     loaded: Callable[[int], None] = lambda nbytes: None,
     total: Callable[[int], None] = lambda nbytes: None,
 ) -> LoadedModel:
@@ -118,7 +118,7 @@ def _load_layers(
     grid: ProcessGrid,
     dtype: torch.dtype,
     parts: dict[int, Part],
-    options: ExpertOptions,
+    options: SpreadOptions,
     loaded: Callable[[int], None],
 ) -> dict[int, Layer]:
     arch = find(checkpoint.config)

@@ -8,27 +8,17 @@ exchanged each rank derives the same facts: who gets which prompts, whether anyt
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic
 
+from xpar.comm.agreement import agree_step
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
-from xpar.comm.handshake import Tag, handshake
 from xpar.engine.models.steps import R, Steps
 
 FLUSH_S = 1.0
 """Answers travel to the rank that writes them at least this often, if there are any."""
 
 Record = dict[str, Any]
-
-
-class State(NamedTuple):
-    """What a rank says before a step: sequences it runs, answers it keeps back, wishes, tokens drawn, slots computed."""
-
-    running: int
-    answers: int
-    wishes: int
-    tokens: int
-    slots: int
 
 
 STOP, FLUSH = 1, 2
@@ -76,19 +66,18 @@ def answer(comm: Communicator, sequences: Steps[R], batch: int, job: Job[R]) -> 
     last = time.monotonic()
     while True:
         wishes = STOP * job.stop() + FLUSH * (comm.rank == 0 and time.monotonic() - last > FLUSH_S)
-        mine = State(sequences.occupied, len(answers), wishes, sequences.tokens, sequences.slots())
-        table = [
-            State(*(int(n) for n in row)) for row in handshake(comm, Tag("step", step=step), values=mine)
-        ]
-        stop = any(s.wishes & STOP for s in table)
+        # Besides what every step says: answers kept back here, tokens drawn, (token, expert) pairs computed.
+        notes = (len(answers), sequences.tokens, sequences.slots())
+        facts = agree_step(comm, step, work=sequences.occupied, status=wishes, notes=notes)
+        kept, tokens, slots = zip(*facts.notes, strict=True)
+        stop = bool(facts.status & STOP)
         most = job.at_once(given) if given < job.total else 0
-        parts = deal([min(most, batch - s.running) for s in table], job.total - given)
-        over = stop or not (any(s.running for s in table) or any(parts))
-        kept_back = sum(s.answers for s in table)
-        job.tell(Progress(written + kept_back, sum(s.tokens for s in table), tuple(s.slots for s in table)))
-        if kept_back and (over or any(s.wishes & FLUSH for s in table)):
+        parts = deal([min(most, batch - running) for running in facts.work], job.total - given)
+        over = stop or not (facts.any_work or any(parts))
+        job.tell(Progress(written + sum(kept), sum(tokens), slots))
+        if any(kept) and (over or facts.status & FLUSH):
             _collect(comm, answers, job.write)
-            answers, written, last = [], written + kept_back, time.monotonic()
+            answers, written, last = [], written + sum(kept), time.monotonic()
         if over:
             return not stop
         first = given + sum(parts[: comm.rank])

@@ -15,7 +15,7 @@ from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.config import LayerConfig
 from xpar.engine.models import experts
 from xpar.engine.models.experts import ATTRIBUTE, ExpertLayer, attach
-from xpar.engine.models.spread import ExpertOptions, build_layer, rows_of
+from xpar.engine.models.spread import SpreadOptions, build_layer, rows_of
 
 
 def register(
@@ -29,13 +29,13 @@ def register(
     and for those that have not computed yet.
     """
     chosen = ProcessGrid.create(World.attach()) if grid is None else grid
-    experts.register(OnFirstCall(chosen, ExpertOptions(dispatcher, kernel, exact)), replace=True)
+    experts.register(OnFirstCall(chosen, SpreadOptions(dispatcher, kernel, exact)), replace=True)
 
 
 class OnFirstCall:
     """What transformers calls; every rank of ``grid`` calls it together."""
 
-    def __init__(self, grid: ProcessGrid, options: ExpertOptions) -> None:
+    def __init__(self, grid: ProcessGrid, options: SpreadOptions) -> None:
         self.grid, self.options = grid, options
         self._spread = 0
 

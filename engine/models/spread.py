@@ -9,7 +9,7 @@ import torch
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures import find, layer_config, moe_layers
-from xpar.engine.build import LayerOptions, check_exact, pick_dispatcher, slice_of, spec_of
+from xpar.engine.build import ExpertOptions, LayerOptions, hold_experts
 from xpar.engine.config import LayerConfig
 from xpar.engine.mlp_tensors import MlpPlace, MlpTensors, mlp_buffers, read_mlp
 from xpar.engine.models.blocks import BlockLayer, block_modules, build_block, weights_of
@@ -23,7 +23,6 @@ from xpar.engine.models.experts import (
 )
 from xpar.engine.models.in_memory import InMemory
 from xpar.engine.schema import MlpNames
-from xpar.kernels.registry import choose
 
 Layer = ExpertLayer | BlockLayer
 Experts = Iterator[tuple[int, MlpTensors]]
@@ -32,15 +31,9 @@ Read = Callable[[Sequence[int], slice], Experts]
 
 
 @dataclass(frozen=True)
-class ExpertOptions:
-    """How experts are computed: names of a dispatcher and of a kernel or auto, and ``exact`` as for the runner.
+class SpreadOptions(ExpertOptions):
+    """How a model's layers are computed. ``whole_block``: xpar's router and shared experts, not the model's own."""
 
-    ``whole_block``: whether xpar's router and shared experts replace the model's own as well.
-    """
-
-    dispatcher: str = "auto"
-    kernel: str = "auto"
-    exact: bool = False
     whole_block: bool = False
 
     def of_layer(self) -> LayerOptions:
@@ -54,25 +47,21 @@ def build_layer(
     dtype: torch.dtype,
     layer: int,
     read: Read,
-    options: ExpertOptions,
+    options: SpreadOptions,
     loaded: Callable[[int], None] = lambda nbytes: None,
 ) -> ExpertLayer:
     """This rank's part of a layer's experts, read through ``read``; ``loaded`` hears the bytes of each expert.
 
     Holds no collective. Raises ValueError for options that do not fit the grid, the layer or this machine.
     """
-    check_exact(options.exact, grid)
-    placement, chosen = pick_dispatcher(grid, config, options.dispatcher)
-    experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
-    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
-    kernel = None
-    if experts:
-        spec = spec_of(config, grid.device, len(experts), rows.stop - rows.start, dtype, options.exact)
-        kernel = choose(spec, options.kernel).record.build(spec)
-        for index, tensors in read(experts, rows):
-            kernel.load_expert(index, *tensors)
+    held = hold_experts(config, grid, dtype, options)
+    if held.kernel is not None:
+        for index, tensors in read(held.experts, held.rows):
+            held.kernel.load_expert(index, *tensors)
             loaded(sum(t.nbytes for t in tensors if t is not None))
-    return ExpertLayer(config, grid, chosen.dispatcher, kernel, dtype=dtype, exact=options.exact, layer=layer)
+    return ExpertLayer(
+        config, grid, held.dispatcher, held.kernel, dtype=dtype, exact=options.exact, layer=layer
+    )
 
 
 def parallelize(
@@ -91,7 +80,7 @@ def parallelize(
     its experts be provided. Returns ``model``, whose forward every rank must call from now on, with tokens of its own,
     or :func:`join` without. Collective over the grid; raises one error on every rank for a model of no known family.
     """
-    options = ExpertOptions(dispatcher, kernel, exact, whole_block)
+    options = SpreadOptions(dispatcher, kernel, exact, whole_block)
     hf_config = model.config.to_dict()
     parts = agreed(grid.world.comm, lambda: parts_of(model, hf_config, whole_block), "parallelize")
     layers = agreed(
@@ -154,7 +143,7 @@ def put(model: torch.nn.Module, part: Part, layer: Layer) -> None:
 
 
 def _from_memory(
-    model: Any, hf_config: dict[str, Any], parts: dict[int, Part], grid: ProcessGrid, options: ExpertOptions
+    model: Any, hf_config: dict[str, Any], parts: dict[int, Part], grid: ProcessGrid, options: SpreadOptions
 ) -> dict[int, Layer]:
     arch = find(hf_config)
     layers: dict[int, Layer] = {}

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from xpar.engine.config import RouterConfig
 from xpar.engine.routers.base import finish_weights, required
-from xpar.engine.routers.order import largest
 from xpar.engine.routers.topk import NEEDS_LOGITS
 from xpar.kernels.contracts import Routing
+from xpar.kernels.order import largest
 
 
 class SparseMixerRouter:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from xpar.engine.config import TINY, RouterConfig, check_groups
 from xpar.engine.routers.base import finish_weights, required, scores_of
-from xpar.engine.routers.order import largest
 from xpar.kernels.contracts import Routing
+from xpar.kernels.order import largest
 
 NEEDS_LOGITS = "this rule scores them; let a gate compute them"
 

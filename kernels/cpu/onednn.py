@@ -6,8 +6,9 @@ from torch import Tensor
 from xpar.kernels import rows
 from xpar.kernels.activations import activate
 from xpar.kernels.checks import check_expert, check_loaded
-from xpar.kernels.contracts import ExpertInput, ExpertSpec
+from xpar.kernels.contracts import ExpertInput, ExpertSpec, RouteSpec, Routing
 from xpar.kernels.cpu.linear import Linear, make_linear, packing_refused
+from xpar.kernels.cpu.select import select
 
 # In float32 a product of very few rows may take another path through oneDNN, with other roundings.
 _FP32_MIN_ROWS = 8
@@ -58,6 +59,18 @@ class OneDnnExperts:
     def compute_slots(self, x: ExpertInput) -> Tensor:
         slot_rows, positions = self._sorted_slots(x)
         return rows.active_rows(slot_rows, positions)
+
+    def route_and_compute(
+        self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
+    ) -> tuple[Tensor, Routing]:
+        routing = select(router_logits, route)
+        if hidden_states.shape[0] != 1:
+            return self.compute(ExpertInput(hidden_states, routing.topk_ids, routing.topk_weights)), routing
+        slot_rows = self._slot_rows(route.top_k)
+        for slot, expert in enumerate(routing.topk_ids[0].tolist()):
+            slot_rows[slot : slot + 1] = self._expert(expert, hidden_states)
+        positions = torch.arange(route.top_k)[None]
+        return rows.weighted_sum(slot_rows, routing.topk_weights, positions), routing
 
     def nbytes(self) -> int:
         return sum(linear.nbytes() for pair in self._experts if pair for linear in pair)

@@ -24,8 +24,9 @@ from torch.nn import functional
 from xpar.kernels import rows
 from xpar.kernels.activations import activate
 from xpar.kernels.checks import check_expert, check_loaded
-from xpar.kernels.contracts import ExpertInput, ExpertSpec
+from xpar.kernels.contracts import ExpertInput, ExpertSpec, RouteSpec, Routing
 from xpar.kernels.cpu.arena import Arena
+from xpar.kernels.cpu.select import select
 
 # Oldest release whose packing was checked; earlier ones also refuse a batch that meets only one expert.
 _OLDEST = (2, 13, 0, 2)
@@ -101,6 +102,12 @@ class ZenExperts:
 
     def compute_slots(self, x: ExpertInput) -> Tensor:
         return self._slots(x)[0]
+
+    def route_and_compute(
+        self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
+    ) -> tuple[Tensor, Routing]:
+        routing = select(router_logits, route)
+        return self._run(hidden_states, routing.topk_ids, routing.topk_weights, None), routing
 
     def nbytes(self) -> int:
         return self._gate_up.nbytes + self._down.nbytes

@@ -53,21 +53,16 @@ def write_list(count, first, tile_expert, tile_row, tile_count, ROWS: tl.constex
 
 @triton.jit
 def write_tiles(
-    count, first, tile_expert, tile_row, tile_count, capacity, few, some, tail_few, tail_some,
+    count, first, tile_expert, tile_row, tile_count, capacity, few, some,
     ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The three lists; see :class:`xpar.kernels.gpu.tiles.Limits`."""
     many = (count > few) & (count > some)
-    tail = tl.where(many, count % ROWS_MANY, 0)
-    to_few = (tail > 0) & (tail <= tail_few)
-    to_some = (tail > tail_few) & (tail <= tail_some)
-    last = first + count - tail
-    write_list(tl.where(count <= few, count, tl.where(to_few, tail, 0)), tl.where(to_few, last, first),
-               tile_expert, tile_row, tile_count, ROWS_FEW, WIDTH)  # fmt: skip
-    some_count = tl.where((count > few) & (count <= some), count, tl.where(to_some, tail, 0))
-    write_list(some_count, tl.where(to_some, last, first),
+    in_some = (count > few) & (count <= some)
+    write_list(tl.where(count <= few, count, 0), first, tile_expert, tile_row, tile_count, ROWS_FEW, WIDTH)
+    write_list(tl.where(in_some, count, 0), first,
                tile_expert + capacity, tile_row + capacity, tile_count + 1, ROWS_SOME, WIDTH)  # fmt: skip
-    write_list(tl.where(many, count - tl.where(to_few | to_some, tail, 0), 0), first,
+    write_list(tl.where(many, count, 0), first,
                tile_expert + 2 * capacity, tile_row + 2 * capacity, tile_count + 2, ROWS_MANY, WIDTH)  # fmt: skip
 
 
@@ -87,9 +82,9 @@ def histogram(ids, begin, end, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     return tl.histogram(tl.where(expert < 0, 0, expert), WIDTH, mask=expert >= 0)
 
 
-@triton.jit(do_not_specialize=["num_slots", "capacity", "few", "some", "tail_few", "tail_some"])
+@triton.jit(do_not_specialize=["num_slots", "capacity", "few", "some"])
 def sort_kernel(
-    ids, slots, offsets, tile_expert, tile_row, tile_count, num_slots, capacity, few, some, tail_few, tail_some,
+    ids, slots, offsets, tile_expert, tile_row, tile_count, num_slots, capacity, few, some,
     E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +94,7 @@ def sort_kernel(
     first = tl.cumsum(count, 0) - count
     tl.store(offsets + expert, first, mask=expert < E)
     tl.store(offsets + E, tl.sum(count, 0))
-    write_tiles(count, first, tile_expert, tile_row, tile_count, capacity, few, some, tail_few, tail_some,
+    write_tiles(count, first, tile_expert, tile_row, tile_count, capacity, few, some,
                 ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH)  # fmt: skip
     its, slot = sorted_block(ids, 0, num_slots, E, BLOCK)
     tl.store(slots + tl.arange(0, BLOCK), slot, mask=its < E)
@@ -113,9 +108,9 @@ def count_kernel(ids, counts, num_slots, BLOCK: tl.constexpr, WIDTH: tl.constexp
     tl.store(counts + block * WIDTH + tl.arange(0, WIDTH), count)
 
 
-@triton.jit(do_not_specialize=["blocks", "capacity", "few", "some", "tail_few", "tail_some"])
+@triton.jit(do_not_specialize=["blocks", "capacity", "few", "some"])
 def scan_kernel(
-    counts, offsets, tile_expert, tile_row, tile_count, blocks, capacity, few, some, tail_few, tail_some,
+    counts, offsets, tile_expert, tile_row, tile_count, blocks, capacity, few, some,
     E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +124,7 @@ def scan_kernel(
     first = tl.cumsum(total, 0) - total
     tl.store(offsets + expert, first, mask=expert < E)
     tl.store(offsets + E, tl.sum(total, 0))
-    write_tiles(total, first, tile_expert, tile_row, tile_count, capacity, few, some, tail_few, tail_some,
+    write_tiles(total, first, tile_expert, tile_row, tile_count, capacity, few, some,
                 ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH)  # fmt: skip
     before = first
     for block in range(0, blocks, ROWS):

@@ -20,24 +20,17 @@ NO_LIMIT = 2**31 - 1
 class Limits:
     """Which list of tiles an expert's rows are on; the device applies it to the counts that it finds.
 
-    ``few``, ``some``: most rows of an expert in FEW and in SOME; the others are in MANY. ``tail_few``, ``tail_some``:
-    the last, partial tile of an expert in MANY goes to FEW or SOME if it has at most so many rows (0: never).
+    ``few``, ``some``: most rows of an expert in FEW and in SOME; the others are in MANY.
     """
 
     few: int
     some: int
-    tail_few: int = 0
-    tail_some: int = 0
 
     @property
     def launched(self) -> tuple[int, ...]:
         """The buckets that can get tiles."""
         many = max(self.few, self.some) < NO_LIMIT
-        used = (
-            self.few > 0 or (many and self.tail_few > 0),
-            self.some > self.few or (many and self.tail_some > self.tail_few),
-            many,
-        )
+        used = (self.few > 0, self.some > self.few, many)
         return tuple(bucket for bucket in (FEW, SOME, MANY) if used[bucket])
 
 
@@ -76,8 +69,8 @@ class Vector:
 class Table:
     """All launch parameters of a layer. ``gate_up`` and ``down``: a tile per bucket, with equal ``rows``.
 
-    ``vector_tokens``: batches of up to this many tokens go through ``gate_up_vector`` and ``down_vector``. ``limits``,
-    ``tails``: see :class:`Limits`, of which :func:`limits_of` leaves out what a batch does not need.
+    ``vector_tokens``: batches of up to this many tokens go through ``gate_up_vector`` and ``down_vector``. ``limits``:
+    see :class:`Limits`, of which :func:`limits_of` leaves out what a batch does not need.
     """
 
     gate_up: tuple[Tile, Tile, Tile]
@@ -86,14 +79,10 @@ class Table:
     down_vector: Vector
     vector_tokens: int = 4
     limits: tuple[int, int] = (16, 64)
-    tails: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        for name in ("limits", "tails"):
-            if not 0 <= getattr(self, name)[0] <= getattr(self, name)[1]:
-                raise ValueError(
-                    f"{name} {getattr(self, name)}: must be two numbers of rows, rising from 0 or more"
-                )
+        if not 0 <= self.limits[0] <= self.limits[1]:
+            raise ValueError(f"limits {self.limits}: must be two numbers of rows, rising from 0 or more")
         for bucket, (first, second) in enumerate(zip(self.gate_up, self.down, strict=True)):
             if first.rows != second.rows:
                 raise ValueError(
@@ -115,7 +104,6 @@ class Table:
             down_vector=Vector(**values["down_vector"]),
             vector_tokens=int(values.get("vector_tokens", 4)),
             limits=_two(values.get("limits", (16, 64))),
-            tails=_two(values.get("tails", (0, 0))),
         )
 
 
@@ -264,8 +252,6 @@ def limits_of(table: Table, tokens: int, slots: int, experts: int) -> Limits:
     return Limits(
         few=NO_LIMIT if tokens <= few else few if average < 4 * few else 0,
         some=some if many else NO_LIMIT,
-        tail_few=table.tails[FEW] if many else 0,
-        tail_some=table.tails[SOME] if many else 0,
     )
 
 

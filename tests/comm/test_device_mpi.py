@@ -143,7 +143,7 @@ def test_dispatchers_as_on_a_gpu(group: Communicator, kind: str, data: st.DataOb
         arrived = mover.dispatch(x, plan).wait()
     held = placement.experts_of(rank // etp)
     made = experts_of(arrived, held, exact) / etp if held else x.new_empty(0, 6)
-    got = mover.combine(made, plan).tensor
+    got = mover.combine(made, plan).wait().tensor
     assert torch.equal(got, answer(x, routing))
     if kind != "whole":
         reached = [{int(placement.owner[e]) for e in row if e >= 0} for row in routing.topk_ids.tolist()]

@@ -103,6 +103,23 @@ def test_auto_does_not_share_memory_across_nodes(grid: ProcessGrid) -> None:
         choose_dispatcher(grid, placement, "shared-memory")
 
 
+def test_auto_sends_a_row_a_node_where_that_is_fewer(grid: ProcessGrid) -> None:
+    """It is fewer wherever two ranks of a group share a node and a token has two experts."""
+    placement, alone = Placement.blocks(8, grid.shape.ep), grid.moe.size == grid.world.num_nodes
+    choice = choose_dispatcher(grid, placement, top_k=3)
+    assert (choice.dispatcher.name == "hierarchical") == (not alone), choice.explain()
+    one = choose_dispatcher(grid, placement, top_k=1)
+    assert one.dispatcher.name != "hierarchical"
+    assert "hierarchical: passed over, a token sends " in one.explain()
+
+
+@pytest.mark.mpi(min_nodes=2, min_size=4, max_size=4)
+def test_slices_of_an_expert_on_two_nodes_are_refused(world: World) -> None:
+    grid = ProcessGrid.create(world, etp=4)
+    with pytest.raises(ValueError, match="etp=4: ranks 0 to 3 of an expert group slice the same experts"):
+        choose_dispatcher(grid, Placement.blocks(8, 1, 4), "hierarchical")
+
+
 @pytest.mark.mpi(min_nodes=2, min_size=4, max_size=4)
 def test_expert_groups_of_one_node_share_memory(world: World) -> None:
     """Of groups of two ranks, auto lets those share memory that lie on one node, and no other."""

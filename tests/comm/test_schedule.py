@@ -65,6 +65,7 @@ def test_peers_are_visited_in_rotated_order() -> None:
     assert schedule.copy == (1, 2, 1)
 
 
-def test_rows_of_a_skipped_peer_are_not_received() -> None:
-    schedule = exchange_schedule(0, [0, 2, 3], [1, 1, 1], skip=2)
+def test_rows_to_and_from_a_skipped_peer_stay() -> None:
+    schedule = exchange_schedule(0, [1, 3, 2], [1, 1, 1], skip=2)
+    assert [(s.peer, s.first, s.rows) for s in schedule.sends] == [(1, 1, 3)]
     assert [(r.peer, r.first, r.rows) for r in schedule.recvs] == [(1, 1, 1)]

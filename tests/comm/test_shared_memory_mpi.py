@@ -77,7 +77,9 @@ def test_windows_are_for_one_node_with_room(grid: ProcessGrid) -> None:
     choice = choose_dispatcher(apart, placement)
     assert choice.dispatcher.name == "allgather"
     assert f"lie on {grid.world.size} nodes and share no memory" in choice.explain()
-    with pytest.raises(ValueError, match=r"share no memory; choose auto or one of allgather, alltoall"):
+    with pytest.raises(
+        ValueError, match=r"share no memory; choose auto or one of hierarchical, allgather, alltoall"
+    ):
         choose_dispatcher(apart, placement, "shared-memory")
     small = replace(grid, world=replace(grid.world, window_room=(64 << 20,) * grid.world.size))
     choice = choose_dispatcher(small, placement)
@@ -111,7 +113,7 @@ def routing_of(tokens: int, k: int, num_experts: int, generator: torch.Generator
     return Routing(ids, 2.0 ** -torch.randint(0, 4, (tokens, k), generator=generator))
 
 
-@pytest.mark.parametrize("dispatcher", movers())
+@pytest.mark.parametrize("dispatcher", [*movers(), "hierarchical"])
 @settings(max_examples=40)
 @given(data=st.data())
 def test_plan_dispatch_combine(grid: ProcessGrid, dispatcher: str, data: st.DataObject) -> None:
@@ -134,7 +136,7 @@ def test_plan_dispatch_combine(grid: ProcessGrid, dispatcher: str, data: st.Data
     place = mover.output(plan, made.shape[0], x)
     if place is not None and data.draw(st.booleans(), label="in place"):
         made = place.copy_(made)
-    got = mover.combine(made, plan).tensor
+    got = mover.combine(made, plan).wait().tensor
 
     ids, weights = routing.topk_ids.tolist(), routing.topk_weights
     want = torch.zeros_like(x)
@@ -143,10 +145,12 @@ def test_plan_dispatch_combine(grid: ProcessGrid, dispatcher: str, data: st.Data
             if e >= 0:
                 want[t] += weights[t, j] * scale(x[t], e)
     assert torch.equal(got, want)
-    destinations = [{int(placement.owner[e]) for e in row if e >= 0} for row in ids]
+    place_of = [grid.world.node_of[r] if dispatcher == "hierarchical" else r for r in grid.moe.world_ranks]
+    destinations = [{place_of[placement.owner[e]] for e in row if e >= 0} for row in ids]
     moved = sum(map(len, destinations))
     if dispatcher != "allgather":  # which sends every token everywhere
         assert plan.traffic.rows == moved
-        assert plan.traffic.remote_rows == sum(len(d - {rank}) for d in destinations)
+        assert plan.traffic.remote_rows == sum(len(d - {place_of[rank]}) for d in destinations)
+        assert sum(plan.traffic.sent) == moved and plan.traffic.sent[rank] == moved - plan.traffic.remote_rows
     back = sum(e >= 0 for row in ids for e in row) if exact else moved
     assert plan.traffic.combined_rows == back

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpar.comm import ProcessGrid, World
-from xpar.comm.dispatch.auto import DISPATCHERS
+from xpar.comm.dispatch.auto import DISPATCHERS, choose_dispatcher
+from xpar.comm.placement import Placement
 from xpar.comm.reduction import complete
 from xpar.engine.build import LayerOptions, assemble
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
@@ -55,10 +56,19 @@ def grids(comm: "Intracomm") -> list[ProcessGrid]:
 
 
 def fitting(grid: ProcessGrid, sequence_parallel: bool) -> list[str]:
-    """The dispatchers that work on ``grid``."""
-    copies = grid.moe.world_ranks == grid.tp.world_ranks and not sequence_parallel
-    names = [cls.name for cls in DISPATCHERS]
-    return ["auto", *(n for n in names if n != "replicated" or grid.moe.size == 1 or copies)]
+    """The dispatchers that work in every expert group of ``grid``; collective."""
+    placement = Placement.blocks(8, grid.shape.ep, grid.shape.etp)
+
+    def works(name: str) -> bool:
+        try:
+            choose_dispatcher(grid, placement, name, sequence_parallel=sequence_parallel)
+        except ValueError:
+            return False
+        return True
+
+    names = [cls.name for cls in DISPATCHERS if works(cls.name)]
+    everyones = grid.world.comm.all_gather_object(names)
+    return ["auto", *(n for n in names if all(n in theirs for theirs in everyones))]
 
 
 def layer_of(draw: Any) -> LayerConfig:

@@ -1,6 +1,7 @@
 """The commands as a user types them, and what they say to wrong words."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def test_run_verifies_and_writes_json(checkpoint: Path, tmp_path: Path, n: int) 
     job = mpirun(n, [*XPAR, *words])
     assert job.returncode == 0, job.stdout + job.stderr
     assert job.stdout.count("tokens/s") == 2  # one table a layer, from rank 0 only
+    steps = (
+        "one by one: [23] ranks hold the experts"
+        if n > 1
+        else "in one call for 1 to 4 tokens: (zentorch|onednn)"
+    )
+    assert re.search(steps, job.stdout)
     document = json.loads(out.read_text())
     assert document["manifest"]["grid"]["ep"] == n
     for layer in document["layers"]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_families import CASES, Case, fresh_seed, transformers_model, transformers_output
+from moe_families import CASES, Case, transformers_model, transformers_output
 
 from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.checkpoint import Checkpoint
@@ -14,7 +14,6 @@ from xpar.engine.reference import layer_reference
 from xpar.engine.weights import load_router, make_router
 
 TOKENS = 96
-SEED = fresh_seed()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,10 +36,10 @@ class Made:
     params=[(case, writer, dtype) for case in CASES for writer in case.writers for dtype in DTYPES],
     ids=lambda param: f"{param[0].name}-{param[1]}-{param[2]}",
 )
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, fresh_seed: int) -> Made:
     case, writer, dtype = request.param[0], request.param[1], DTYPES[request.param[2]]
     path = tmp_path_factory.mktemp(case.name)
-    case.write(path, writer, dtype, SEED)
+    case.write(path, writer, dtype, fresh_seed)
     return Made(case, dtype, path, transformers_model(path, dtype))
 
 
@@ -56,10 +55,9 @@ def decided(router_logits: torch.Tensor, config: RouterConfig) -> torch.Tensor:
     return sure
 
 
-@pytest.mark.parametrize("seed", [SEED])
-def test_layer_equals_transformers(made: Made, seed: int) -> None:
+def test_layer_equals_transformers(made: Made, fresh_seed: int) -> None:
     case, dtype = made.case, made.dtype
-    x = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    x = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(fresh_seed + 1)).to(dtype)
     expected = transformers_output(made.block, x).float()
 
     with Checkpoint(made.path) as checkpoint:
@@ -95,11 +93,10 @@ def test_layer_equals_transformers(made: Made, seed: int) -> None:
     assert output.dtype == torch.float32 and len(expected[rows]) > TOKENS // 4
 
 
-@pytest.mark.parametrize("seed", [SEED])
-def test_random_weights_make_a_layer_worth_testing(made: Made, seed: int) -> None:
+def test_random_weights_make_a_layer_worth_testing(made: Made, fresh_seed: int) -> None:
     with Checkpoint(made.path) as checkpoint:
         config = layer_config(find(checkpoint.config), checkpoint.config, made.case.layer)
-        x = torch.randn(500, 64, generator=torch.Generator().manual_seed(seed + 2)).to(made.dtype)
+        x = torch.randn(500, 64, generator=torch.Generator().manual_seed(fresh_seed + 2)).to(made.dtype)
         output, routing = layer_reference(checkpoint, made.case.layer, x)
     load = torch.bincount(routing.topk_ids.flatten() + 1, minlength=config.num_experts + 1)
     assert (load[0] > 0) == (config.router.zero_experts > 0)
@@ -116,8 +113,7 @@ def test_moe_layers_are_those_of_transformers(made: Made) -> None:
     assert ours == tuple(i for i in range(3) if hasattr(blocks[i], "router") or hasattr(blocks[i], "experts"))
 
 
-@pytest.mark.parametrize("seed", [SEED])
-def test_llama4_with_its_vision_part(tmp_path: Path, seed: int) -> None:
+def test_llama4_with_its_vision_part(tmp_path: Path, fresh_seed: int) -> None:
     from transformers import Llama4Config, Llama4ForConditionalGeneration
 
     text = {
@@ -135,7 +131,7 @@ def test_llama4_with_its_vision_part(tmp_path: Path, seed: int) -> None:
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     sizes = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "image_size": 28}
     config = Llama4Config(text_config=text, vision_config=vision | sizes)
-    torch.manual_seed(seed)
+    torch.manual_seed(fresh_seed)
     model = Llama4ForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -120,14 +120,14 @@ def ranks(mark: str) -> list[int]:
     return found
 
 
-def signal_one(mark: str, out: Path, number: int, after: float, draw: random.Random) -> None:
-    """Send ``number`` to a rank ``after`` seconds after the first answer can be written."""
-    limit = time.monotonic() + 40
-    while not out.exists() and time.monotonic() < limit:
-        time.sleep(0.02)
-    time.sleep(after)
-    pids = ranks(mark)
-    assert pids, "the job ended before the signal"
+def signal_one(mark: str, out: Path, number: int, answers: int, draw: random.Random) -> None:
+    """Send ``number`` to a rank once ``answers`` answers are written; 0: once the first can be."""
+    limit, pids = time.monotonic() + 100, ranks(mark)
+    while not out.exists() or out.read_bytes().count(b"\n") < answers:
+        assert time.monotonic() < limit, f"{out}: {answers} answers never came"
+        time.sleep(0.01)
+        pids = pids if len(pids) == 2 else ranks(mark)
+    time.sleep(draw.uniform(0, 0.05))  # the step that it hits is another one each time
     os.kill(draw.choice(pids), number)
 
 
@@ -149,7 +149,7 @@ def test_nothing_is_lost(
     file, expected = undisturbed
     out, draw, mark = tmp_path / "out.jsonl", random.Random(fresh_seed), uuid.uuid4().hex
     running = start(model, file, out, 2, mark, "--exact", "--batch", "1")
-    signal_one(mark, out, number, draw.uniform(0, 4), draw)
+    signal_one(mark, out, number, draw.randrange(LINES // 3), draw)
     job = running.result()
     text = out.read_bytes()
     before = [json.loads(line) for line in text.split(b"\n")[:-1]]

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from moe_families import ONE_PER_FAMILY, SIZES, Case, fresh_seed, transformers_block, transformers_output
+from moe_families import ONE_PER_FAMILY, SIZES, Case, transformers_block, transformers_output
 
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.make_checkpoint import make_checkpoint
 from xpar.engine.reference import layer_reference
-
-SEED = fresh_seed()
 
 
 def digest(path: Path) -> dict[str, str]:
@@ -26,8 +24,8 @@ def digest(path: Path) -> dict[str, str]:
     [(case, writer) for case in ONE_PER_FAMILY for writer in case.writers],
     ids=lambda value: value.name if isinstance(value, Case) else value,
 )
-def test_the_seed_decides_the_bytes(case: Case, writer: str, tmp_path: Path) -> None:
-    for name, seed in (("a", SEED), ("b", SEED), ("c", SEED + 1)):
+def test_the_seed_decides_the_bytes(case: Case, writer: str, tmp_path: Path, fresh_seed: int) -> None:
+    for name, seed in (("a", fresh_seed), ("b", fresh_seed), ("c", fresh_seed + 1)):
         case.write(tmp_path / name, writer, torch.bfloat16, seed)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     assert digest(tmp_path / "a")["model.safetensors"] != digest(tmp_path / "c")["model.safetensors"]
@@ -36,10 +34,10 @@ def test_the_seed_decides_the_bytes(case: Case, writer: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "case", [case for case in ONE_PER_FAMILY if len(case.writers) == 2], ids=lambda case: case.name
 )
-def test_both_writers_make_the_same_tensors(case: Case, tmp_path: Path) -> None:
+def test_both_writers_make_the_same_tensors(case: Case, tmp_path: Path, fresh_seed: int) -> None:
     places: list[dict[str, Any]] = []
     for writer in ("own", "transformers"):
-        case.write(tmp_path / writer, writer, torch.float32, SEED)
+        case.write(tmp_path / writer, writer, torch.float32, fresh_seed)
         file = Checkpoint(tmp_path / writer)._file_of("lm_head.weight")
         places.append({name: (entry.dtype, entry.shape) for name, entry in file.entries.items()})
     assert places[0] == places[1]
@@ -49,9 +47,9 @@ def test_both_writers_make_the_same_tensors(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("writer", ["own", "transformers"])
-def test_shards(writer: str, tmp_path: Path) -> None:
+def test_shards(writer: str, tmp_path: Path, fresh_seed: int) -> None:
     case = Case("qwen2_moe", "qwen2_moe")
-    case.write(tmp_path, writer, torch.float32, SEED, max_shard_bytes=200_000)
+    case.write(tmp_path, writer, torch.float32, fresh_seed, max_shard_bytes=200_000)
     files = list(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2 and max(f.stat().st_size for f in files) < 210_000
     x = torch.randn(20, SIZES["hidden"])
@@ -60,10 +58,12 @@ def test_shards(writer: str, tmp_path: Path) -> None:
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_without_transformers_the_own_writer_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_the_own_writer_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_seed: int
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    Case("olmoe", "olmoe").write(tmp_path / "auto", "auto", torch.bfloat16, SEED)
-    Case("olmoe", "olmoe").write(tmp_path / "own", "own", torch.bfloat16, SEED)
+    Case("olmoe", "olmoe").write(tmp_path / "auto", "auto", torch.bfloat16, fresh_seed)
+    Case("olmoe", "olmoe").write(tmp_path / "own", "own", torch.bfloat16, fresh_seed)
     assert digest(tmp_path / "auto") == digest(tmp_path / "own")
 
 

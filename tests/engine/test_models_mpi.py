@@ -9,25 +9,24 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from moe_families import ONE_PER_FAMILY, Case
+from movers import MOVERS
 from safetensors.torch import load_file, save_file
 from tiny_models import BYTES, cases, plain_model, write_model
 from transformers import AutoModelForCausalLM
 
 from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
-from xpar.comm.dispatch.auto import DISPATCHERS
 from xpar.engine import join, parallelize, register
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.models import experts
 from xpar.engine.models.blocks import BlockLayer
 from xpar.engine.models.load import LoadedModel, load_model
-from xpar.engine.models.spread import ExpertOptions, expert_layers
+from xpar.engine.models.spread import SpreadOptions, expert_layers
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 pytestmark = pytest.mark.mpi(deadline=120)
 CASES = cases()
-MOVERS = [cls.name for cls in DISPATCHERS if cls.name != "replicated"]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_logits_are_those_of_transformers(
     grid: ProcessGrid, root: Path, fresh_seed: int, name: str, exact: bool
 ) -> None:
-    loaded = load_model(root / name, grid, options=ExpertOptions(exact=exact))
+    loaded = load_model(root / name, grid, options=SpreadOptions(exact=exact))
     ids = tokens_of(grid.world.rank, fresh_seed)
     logits = logits_of(loaded, ids)
     if logits is not None:
@@ -100,7 +99,7 @@ def test_every_dispatcher_and_copies_of_experts(
     plain = plain_model(root / "qwen2_moe")
     for axes in ({}, {"ep": 1}, {"etp": world.size}):
         grid = ProcessGrid.create(world, **axes)
-        loaded = load_model(root / "qwen2_moe", grid, options=ExpertOptions(dispatcher))
+        loaded = load_model(root / "qwen2_moe", grid, options=SpreadOptions(dispatcher))
         ids = tokens_of(world.rank, fresh_seed)
         logits = logits_of(loaded, ids)
         if logits is not None:
@@ -162,7 +161,7 @@ def test_every_family_with_a_schema_is_spread(
     comm.barrier()
     ids = torch.randint(0, 256, (2, 5 - grid.world.rank), generator=torch.Generator().manual_seed(fresh_seed))
     whole_block = case.model_type not in BY_BLOCK_ALONE  # else it is chosen without being asked for
-    loaded = load_model(path, grid, options=ExpertOptions(whole_block=whole_block))
+    loaded = load_model(path, grid, options=SpreadOptions(whole_block=whole_block))
     model = plain_model(path)
     with torch.inference_mode():
         expected = model(ids, use_cache=False).logits

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.mpi
 CONFIG = LayerConfig(6, 32, 24, RouterConfig(2), shared=SharedConfig(20, gated=True))
 ON_HOST = [order for order in SharedOrder if order is not SharedOrder.SIDE_STREAM]
-MOVES = ("plan", "dispatch", "wait", "combine")
+MOVES = ("plan", "dispatch", "arrived", "combine", "returned")
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,12 @@ def watched(runner: MoERunner, events: list[str]) -> MoERunner:
 
         return tell
 
-    def dispatch(*args: Any) -> Pending[Any]:
-        events.append("dispatch")
-        return Pending(told("wait", started(*args).wait))
+    def waited(name: str, begin: Any) -> Any:
+        return lambda *args: Pending(told(name, begin(*args).wait))
 
-    started = mover.dispatch
     mover.plan = told("plan", mover.plan)  # type: ignore[method-assign]
-    mover.dispatch = dispatch  # type: ignore[method-assign]
-    mover.combine = told("combine", mover.combine)  # type: ignore[method-assign]
+    mover.dispatch = waited("arrived", told("dispatch", mover.dispatch))  # type: ignore[method-assign]
+    mover.combine = waited("returned", told("combine", mover.combine))  # type: ignore[method-assign]
     runner.shared = told("shared", shared)
     return runner
 
@@ -73,7 +71,8 @@ def test_every_order_gives_the_same_bits(world: World, fresh_seed: int, dispatch
         (SharedOrder.BEFORE, 0),
         (SharedOrder.DURING_DISPATCH, 2),
         (SharedOrder.AUTO, 2),
-        (SharedOrder.NONE, 4),
+        (SharedOrder.DURING_COMBINE, 4),
+        (SharedOrder.NONE, 5),
     ],
     ids=lambda value: getattr(value, "value", None),
 )

@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
-from moe_families import fresh_seed
 
 from xpar.engine.config import RouterConfig
 from xpar.engine.routers import routing_rule
 from xpar.engine.routing import Router, gate_logits
-
-SEED = fresh_seed()
 
 CONFIGS = {
     "softmax": RouterConfig(top_k=3, renormalize=False),
@@ -72,12 +69,13 @@ def inputs(
     return logits, bias
 
 
-@pytest.mark.parametrize("seed", [SEED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("experts", [12, 60, 64])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_router_is_its_definition(config: RouterConfig, experts: int, dtype: torch.dtype, seed: int) -> None:
-    logits, bias = inputs(config, experts, tokens=50, seed=seed)
+def test_router_is_its_definition(
+    config: RouterConfig, experts: int, dtype: torch.dtype, fresh_seed: int
+) -> None:
+    logits, bias = inputs(config, experts, tokens=50, seed=fresh_seed)
     given = logits.to(dtype)
     before = given.clone()
     routing = Router(config, correction_bias=bias).route(None, given)
@@ -125,7 +123,6 @@ def test_vanishing_sigmoid_scores_give_finite_weights() -> None:
     assert torch.isfinite(routing.topk_weights).all()
 
 
-@pytest.mark.parametrize("seed", [SEED])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("hidden, experts", [(48, 12), (2048, 64), (1000, 60)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -133,10 +130,10 @@ def test_vanishing_sigmoid_scores_give_finite_weights() -> None:
     "name", ["softmax-renormalised", "sigmoid-bias-grouped", "sqrtsoftplus-bias", "logits"]
 )
 def test_row_invariant_routing_has_the_same_bits_in_any_batch(
-    name: str, dtype: torch.dtype, hidden: int, experts: int, threads: int, seed: int
+    name: str, dtype: torch.dtype, hidden: int, experts: int, threads: int, fresh_seed: int
 ) -> None:
     config = CONFIGS.get(name) or RouterConfig(top_k=4, choice="logits", renormalize=False, gate_bias=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(fresh_seed)
     gate = (torch.randn(experts, hidden, generator=generator) / hidden**0.5).to(dtype)
     bias = torch.randn(experts, generator=generator) / 10 if config.correction_bias else None
     gate_bias = torch.randn(experts, generator=generator).to(dtype) if config.gate_bias else None

@@ -16,7 +16,7 @@ from xpar.engine.models.load import LoadedModel, load_model
 from xpar.engine.models.request import ScoreRequest, prepare
 from xpar.engine.models.score import read_total, score
 from xpar.engine.models.service import Continuations, Prompts, Service
-from xpar.engine.models.spread import ExpertOptions
+from xpar.engine.models.spread import SpreadOptions
 from xpar.engine.models.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def test_scores_are_those_of_transformers(
     world: World, root: Path, folder: Path, fresh_seed: int, case: Any, exact: bool
 ) -> None:
     path, lines = root / case.name, lines_of(fresh_seed, 11)
-    loaded = load_model(path, ProcessGrid.create(world), options=ExpertOptions(exact=exact))
+    loaded = load_model(path, ProcessGrid.create(world), options=SpreadOptions(exact=exact))
     records = scores(world, loaded, path, folder, lines, batch=1 if exact else 3, exact=exact)
     if world.rank == 0:
         compare(plain_model(path), Tokens(path), lines, records)

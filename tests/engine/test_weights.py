@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_families import ONE_PER_FAMILY, SIZES, Case, fresh_seed
+from moe_families import ONE_PER_FAMILY, SIZES, Case
 from safetensors.torch import load_file, save_file
 
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.weights import LayerWeights, load_layer
 
-SEED = fresh_seed()
 H, I, E = SIZES["hidden"], SIZES["intermediate"], SIZES["experts"]
 SOME = slice(5, 18)
 LAYER = 1
@@ -37,9 +36,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="module")
-def path(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def path(case: Case, tmp_path_factory: pytest.TempPathFactory, fresh_seed: int) -> Path:
     path = tmp_path_factory.mktemp(case.name)
-    case.write(path, case.writers[0], torch.bfloat16, SEED)
+    case.write(path, case.writers[0], torch.bfloat16, fresh_seed)
     return path
 
 
@@ -181,8 +180,8 @@ def test_a_rank_without_experts_reads_none(case: Case, path: Path) -> None:
     assert loaded == {} and bytes_read == small_bytes(weights, path)
 
 
-def test_sharded_checkpoints_hold_the_same(case: Case, path: Path, tmp_path: Path) -> None:
-    case.write(tmp_path, case.writers[0], torch.bfloat16, SEED, max_shard_bytes=50_000)
+def test_sharded_checkpoints_hold_the_same(case: Case, path: Path, tmp_path: Path, fresh_seed: int) -> None:
+    case.write(tmp_path, case.writers[0], torch.bfloat16, fresh_seed, max_shard_bytes=50_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     weights, loaded, _ = load(path, case.layer, [0, 5])
     again, reloaded, _ = load(tmp_path, case.layer, [0, 5])
@@ -233,20 +232,22 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("value, message", DAMAGE.values(), ids=DAMAGE.keys())
-def test_damaged_weights_are_named(tmp_path: Path, value: torch.Tensor | None, message: str) -> None:
+def test_damaged_weights_are_named(
+    tmp_path: Path, value: torch.Tensor | None, message: str, fresh_seed: int
+) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
     bad.mkdir()
-    Case("olmoe", "olmoe").write(good, "own", torch.bfloat16, SEED, layers=2)
+    Case("olmoe", "olmoe").write(good, "own", torch.bfloat16, fresh_seed, layers=2)
     rewrite(good, bad, **{"layers.1.mlp.experts.6.up_proj.weight": value})
     with pytest.raises(CheckpointError, match=message):
         load(bad, 1, [6])
     load(bad, 1, [5])
 
 
-def test_finite_weights_with_an_infinite_sum_are_accepted(tmp_path: Path) -> None:
+def test_finite_weights_with_an_infinite_sum_are_accepted(tmp_path: Path, fresh_seed: int) -> None:
     good, big = tmp_path / "good", tmp_path / "big"
     big.mkdir()
-    Case("olmoe", "olmoe").write(good, "own", torch.bfloat16, SEED, layers=2)
+    Case("olmoe", "olmoe").write(good, "own", torch.bfloat16, fresh_seed, layers=2)
     rewrite(good, big, **{"layers.1.mlp.experts.6.up_proj.weight": torch.full((I, H), 1e38).bfloat16()})
     load(big, 1, [6])
 

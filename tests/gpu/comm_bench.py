@@ -88,7 +88,7 @@ def steps(world: World, grid: ProcessGrid, cls: type, x: Tensor, link_gbs: float
         plan = mover.plan(routing, tag=tag, hidden_size=x.shape[1], dtype=x.dtype)
         arrived = mover.dispatch(x, plan).wait()
         rows = arrived.hidden_states if arrived.rows is None else arrived.hidden_states[arrived.rows]
-        return mover.combine(rows, plan), plan
+        return mover.combine(rows, plan).wait(), plan
 
     traffic = step()[1].traffic
     remote = traffic.remote_rows * x.shape[1] * x.element_size()

@@ -165,7 +165,7 @@ def through(mover, x: Tensor, routing: Routing, exact: bool, rank: int) -> Tenso
     arrived = mover.dispatch(x, plan).wait()
     held = mover.placement.experts_of(rank)
     made = experts_of(arrived, held, exact) if held else x.new_empty(0, x.shape[1])
-    return finish(mover.combine(made, plan)).tensor
+    return finish(mover.combine(made, plan).wait()).tensor
 
 
 def no_sync(grid: ProcessGrid, seed: int) -> None:
@@ -220,7 +220,7 @@ def through_whole(mover: AllGatherDispatcher, x: Tensor, routing: Routing) -> Te
     arrived = mover.dispatch(x, plan).wait()
     weights = arrived.topk_weights * (arrived.topk_ids >= 0)
     made = (arrived.hidden_states.float() * (weights * (arrived.topk_ids + 1)).sum(1)[:, None]).to(x.dtype)
-    return mover.combine(made, plan).tensor
+    return mover.combine(made, plan).wait().tensor
 
 
 def joins_alone(world: World) -> str:

@@ -30,27 +30,21 @@ H100 = Machine(sms=132, capability=(9, 0))
     st.integers(1, 8),
     st.integers(1, 300),
     st.sampled_from([(16, 64), (0, 0), (0, 64), (16, 16), (64, 256)]),
-    st.sampled_from([(0, 0), (16, 64), (0, 127), (16, 16)]),
 )
-def test_every_row_has_one_launched_bucket(tokens, k, experts, limits, tails):
-    table = replace(TABLES["hopper", 2], limits=limits, tails=tails)
+def test_every_row_has_one_launched_bucket(tokens, k, experts, limits):
+    table = replace(TABLES["hopper", 2], limits=limits)
     found = limits_of(table, tokens, tokens * k, experts)
     assert found.launched == tuple(sorted(found.launched)) and found.launched
     for count in {1, 16, 17, 64, 65, 257, tokens, tokens * k}:
         bucket = 0 if count <= found.few else 1 if count <= found.some else 2
         assert bucket in found.launched
-        if bucket == 2:
-            left = count % 128
-            assert (
-                0 if left <= found.tail_few else 1 if left <= found.tail_some else 2
-            ) in found.launched or not left
     assert tokens > limits[0] or found.launched == (0,)
 
 
 def test_wrong_limits_are_refused():
-    for wrong in ({"limits": (64, 16)}, {"tails": (-1, 0)}):
+    for wrong in ((64, 16), (-1, 0)):
         with pytest.raises(ValueError, match="must be two numbers of rows, rising from 0 or more"):
-            replace(TABLES["hopper", 2], **wrong)
+            replace(TABLES["hopper", 2], limits=wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -60,7 +54,7 @@ def test_every_machine_has_a_table(capability, dtype):
 
 
 def test_measured_file(tmp_path):
-    table = replace(TABLES["hopper", 2], vector_tokens=2, limits=(16, 256), tails=(16, 64))
+    table = replace(TABLES["hopper", 2], vector_tokens=2, limits=(16, 256))
     row = {"sms": 132, "capability": [9, 0], "itemsize": 2, "table": table.to_dict()}
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps([{**row, "sms": 108}, row]))

@@ -4,7 +4,6 @@
 """
 
 import os
-import random
 
 import pytest
 import torch
@@ -15,11 +14,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     triton_interpreter.install()
 else:
     collect_ignore_glob = ["test_*.py"]
-
-
-@pytest.fixture(params=[random.randrange(2**31)], ids="seed{}".format)
-def g(request):
-    return torch.Generator().manual_seed(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -136,7 +136,6 @@ def halved(tiles):
 
 VARIANTS = {
     "half": {"gate_up": halved(TABLE.gate_up), "down": halved(TABLE.down), "limits": (0, 0)},
-    "tails": {"limits": (0, 0), "tails": (20, 40)},
     "few and some in several tiles": {"limits": (50, 84)},
 }
 

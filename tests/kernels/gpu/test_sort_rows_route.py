@@ -25,8 +25,7 @@ LIMITS = [
     Limits(16, 64),
     Limits(0, NO_LIMIT),
     Limits(NO_LIMIT, NO_LIMIT),
-    Limits(16, 64, 10, 40),
-    Limits(0, 0, 20, 20),
+    Limits(0, 0),
 ]
 
 
@@ -67,9 +66,6 @@ def expected_tiles(offsets, limits):
         own = 0 if count <= limits.few else 1 if count <= limits.some else 2
         row = first
         while row < end:
-            left = end - row
-            if own == 2 and left < TILES[2].rows:
-                own = 0 if left <= limits.tail_few else 1 if left <= limits.tail_some else 2
             lists[own].append((e, row))
             row += TILES[own].rows
     return lists
