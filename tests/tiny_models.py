@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from moe_families import ONE_PER_FAMILY, Case
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
+
+from xpar.engine.byte_tokenizer import write_byte_tokenizer
 
 BYTES = 256
 END = BYTES + 1
@@ -51,14 +52,9 @@ def write_model(case: Case, path: Path, dtype: torch.dtype, seed: int, **sizes: 
 
 
 def write_tokenizer(path: Path) -> None:
-    """One token a byte, a begin and an end."""
-    vocab = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab | {"<s>": BYTES, "</s>": END}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(path)
+    """One token a byte, a begin and an end, and a template for chats."""
+    write_byte_tokenizer(path, BYTES + 2)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
 
 
 def plain_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
