@@ -18,6 +18,8 @@ from xpar.engine.bench.timing import SETTLE_S
 from xpar.engine.models.load import LoadedModel
 from xpar.engine.reference import relative_error
 
+LEAST_TOKENS = 3
+"""That show a step that continues."""
 FAR = 2.0
 """Times as long as the fastest: that is no contender."""
 
@@ -42,7 +44,8 @@ def measure(grid: ProcessGrid, loaded: LoadedModel, peer: DecodingPeer | None, r
     for turn in range(run.rounds + 1):
         ours.append(decode(comm, loaded, ids, run.new_tokens))
         for name, decoded in theirs.items():
-            asking = partial(_ask, peer, name, ids, run.new_tokens)
+            # The first round only tells which are contenders.
+            asking = partial(_ask, peer, name, ids, run.new_tokens if turn else LEAST_TOKENS)
             decoded += agreed(comm, asking, "bench generate", patient=True)
         if turn == 0:
             theirs = {name: theirs[name] for name in comm.all_gather_object(_fast(theirs))[0]}
