@@ -5,12 +5,14 @@ as they are and are summed in fp32 in ascending rank order, so every transport g
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, accumulation_dtype, check_counts
+from xpar.comm.guard.compare import Intent
 from xpar.comm.handshake import Tag, handshake
 
 SMALL_REDUCE_BYTES = 16384
@@ -22,7 +24,8 @@ class Collectives(Communicator):
 
     Before each collective the ranks agree on operation, row size and dtype (one small all-gather), so that a
     mistake becomes a :class:`~xpar.comm.handshake.DesyncError` on all of them instead of a hang or wrong data.
-    ``all_to_all_v`` and calls that pass ``counts`` skip it: their sizes were agreed when they were planned.
+    ``all_to_all_v`` and calls that pass ``counts`` skip it: their sizes were agreed when they were planned. Where the
+    job was started with ``--debug-collectives``, everything is compared before everything.
     """
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -46,6 +49,8 @@ class Collectives(Communicator):
             raise ValueError(
                 f"all_gather_v: counts {list(counts)} do not give rank {self.rank} its {x.shape[0]} rows"
             )
+        elif self._compares():
+            self._compare(Intent.of(f"all_gather_v of {list(counts)} rows", x, x.shape[1:]))
         return self._gather(x, counts)
 
     def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -71,7 +76,23 @@ class Collectives(Communicator):
 
     # -- pieces ---------------------------------------------------------------------------------------------
 
+    def _compares(self) -> bool:
+        """Whether to call :meth:`_compare`."""
+        return False
+
+    def _compare(self, intent: Intent) -> None:
+        """Exchange what every rank is about to do; one DesyncError everywhere that names who differs. Collective."""
+
+    def _compare_exchange(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int], skip: int | None
+    ) -> None:
+        if self._compares():
+            what = Intent.of("all_to_all_v", x, x.shape[1:])
+            self._compare(replace(what, send=tuple(send), recv=tuple(recv), skip=skip))
+
     def _agree(self, op: str, x: Tensor, row_shape: Sequence[int], same_rows: bool = False) -> list[int]:
+        if self._compares():
+            self._compare(Intent.of(op, x, row_shape))
         facts = {
             "row_elements": int(np.prod(row_shape)),
             "itemsize": x.element_size(),
@@ -80,7 +101,8 @@ class Collectives(Communicator):
         rows = x.shape[0] if x.ndim else 1
         if same_rows:
             facts["rows"] = rows
-        table = handshake(self, Tag(f"{op} in group {self.name}"), same=facts, values=(rows,))
+        tag = Tag(f"{op} in group {self.name}", rows=rows, row_bytes=facts["row_elements"] * x.element_size())
+        table = handshake(self, tag, same=facts, values=(rows,))
         return [int(n) for n in table[:, 0]]
 
     def _agree_root(self, x: Tensor, root: int) -> None:

@@ -5,11 +5,14 @@ Two implementations share it: :class:`xpar.comm.mpi.MpiCommunicator` on host mem
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from xpar.comm.handshake import Tag
 
 T = TypeVar("T")
 Record = np.ndarray[Any, np.dtype[np.int64]]
@@ -72,8 +75,11 @@ class Communicator(Protocol):
     def split(self, color: int, key: int, name: str) -> "Communicator":
         """The group of the ranks that gave the same ``color``, ordered by ``key``."""
 
-    def exchange(self, record: Record) -> Record:
-        """[size, len(record)]: every rank's small int64 record. The metadata plane; always on the host."""
+    def exchange(self, record: Record, tag: "Tag | None" = None) -> Record:
+        """[size, len(record)]: every rank's small int64 record. The metadata plane; always on the host.
+
+        ``tag``: what the ranks are doing, for reports.
+        """
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's Python object. For start-up and error reports, never a hot path."""
@@ -135,7 +141,7 @@ class SoloCommunicator:
     def split(self, color: int, key: int, name: str) -> Communicator:
         return SoloCommunicator(name, self.world_ranks[0], self._abort)
 
-    def exchange(self, record: Record) -> Record:
+    def exchange(self, record: Record, tag: "Tag | None" = None) -> Record:
         return record[None]
 
     def all_gather_object(self, value: Any) -> list[Any]:

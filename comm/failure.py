@@ -13,10 +13,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
 from xpar.comm.communicator import Communicator
+from xpar.comm.guard.guard import Guard
 from xpar.comm.handshake import CollectiveError
 
 T = TypeVar("T")
@@ -73,38 +75,57 @@ def run(main: Callable[[], int | None]) -> int:
         if _world_rank() in (0, None):
             sys.stderr.write(f"xpar: error: {error}\n")
         return 1
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        if code:
-            _die(type(stop), stop, stop.__traceback__, code)
-        return 0
-    except BaseException as error:  # noqa: BLE001 - reported, then the job ends
-        _die(type(error), error, error.__traceback__)
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not _exit_code(error):
+            return 0
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise AssertionError("the hook of abort_on_failure ends the process") from error
 
 
 def abort_on_failure() -> None:
     """Make uncaught exceptions of this process, in any thread, end the whole MPI job; and SIGUSR1 show its stacks.
 
-    A program that has a handler of its own for SIGUSR1 keeps it.
+    A program that has a handler of its own for SIGUSR1 keeps it. A crash shows the stacks, too.
     """
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=sys.__stderr__ or 2)
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True)
     sys.excepthook = _die
-    threading.excepthook = lambda args: _die(
+    threading.excepthook = lambda args: sys.excepthook(
         args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback
     )
 
 
+def report_failures(guard: Guard) -> None:
+    """Where :func:`abort_on_failure` is in force, let ``guard`` add to a failure where every rank is, and end the job."""
+    if sys.excepthook is _die:
+        sys.excepthook = partial(_die, guard=guard)
+
+
+def _exit_code(error: BaseException) -> int:
+    """1, or what ``sys.exit`` was given: as Python does, 0 for nothing and 1 for a text."""
+    if not isinstance(error, SystemExit):
+        return 1
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+
+
 def _die(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None, code: int = 1
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+    guard: Guard | None = None,
 ) -> NoReturn:
-    rank = _world_rank()
+    rank, code = _world_rank(), _exit_code(error)
     who = f"[rank {rank} on {socket.gethostname()}] " if rank is not None else ""
     text = "".join(traceback.format_exception(kind, error, trace))
     sys.stdout.flush()
     sys.stderr.write(f"{who}failed; ending the job on every rank\n{text}")
     sys.stderr.flush()
     time.sleep(0.3)  # lets the launcher collect what other ranks are just writing about their own failure
+    if guard is not None and rank is not None:
+        guard.failing()
+        guard.fail(f"{kind.__name__}, see above", code)
     if rank is not None:
         from mpi4py import MPI
 

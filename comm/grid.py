@@ -8,8 +8,8 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.gpu.binding import Gpu, bind_gpu
 from xpar.comm.gpu.transport import Transport, choose_transport, facts_of, open_transport
+from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.handshake import Tag, handshake
-from xpar.comm.nccl.link import Deadlines
 from xpar.comm.world import World
 
 HOST = torch.device("cpu")
@@ -107,7 +107,7 @@ class ProcessGrid:
         transport: str = "auto",
         deadlines: Deadlines | None = None,
     ) -> "ProcessGrid":
-        """Make every group, eagerly and in one fixed order; collective over ``world``.
+        """Make every group, eagerly and in one fixed order; collective over ``world``, whose ``deadlines`` are the default.
 
         ``device``: "cpu" or "cuda"; the latter binds each rank to a GPU by its place on the node. ``transport``: how
         device tensors travel, auto or one of :data:`~xpar.comm.gpu.transport.TRANSPORTS`.
@@ -118,7 +118,7 @@ class ProcessGrid:
         handshake(world.comm, Tag(f"process grid {shape} on {device} through {transport}"))
         opened, host = None, world.comm
         if agreed(world.comm, lambda: _known(device), "process grid") != "cpu":
-            opened = _device_transport(world, transport, deadlines or Deadlines())
+            opened = _device_transport(world, transport, deadlines or world.deadlines)
             world = replace(world, comm=opened.wrap(world.comm))
         r, cell = world.rank, shape.ep * shape.etp
 

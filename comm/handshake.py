@@ -25,11 +25,13 @@ class DesyncError(CollectiveError):
 
 @dataclass(frozen=True)
 class Tag:
-    """What a rank believes it is doing: operation, layer, step."""
+    """What a rank believes it is doing: operation, layer, step. ``rows`` of ``row_bytes`` bytes: for reports alone."""
 
     op: str
     layer: int = -1
     step: int = -1
+    rows: int = 0
+    row_bytes: int = 0
 
     def __str__(self) -> str:
         return (
@@ -63,7 +65,7 @@ def handshake(
         raise ValueError(f"handshake record of {len(words)} words; at most {RECORD_WORDS}")
     record = np.zeros(RECORD_WORDS, dtype=np.int64)
     record[: len(words)] = words
-    table = comm.exchange(record)
+    table = comm.exchange(record, tag)
     if table[:, 0].any():
         raise RemoteRankError(_failure_report(comm, tag, failure))
     head = 5 + len(facts)

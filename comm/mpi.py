@@ -4,8 +4,10 @@ Rows travel as an MPI datatype of ``row_bytes`` contiguous bytes: any dtype move
 rows stays small where a count of bytes would pass 2**31.
 """
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +15,10 @@ from torch import Tensor
 
 from xpar.comm.collectives import Collectives, arrival_buffer
 from xpar.comm.communicator import Communicator, Pending, Record, SoloCommunicator
+from xpar.comm.guard.compare import Intent, difference
+from xpar.comm.guard.guard import Guard
+from xpar.comm.guard.journal import Journal, NoJournal
+from xpar.comm.handshake import DesyncError, Tag
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,14 +30,18 @@ PATIENCE_S = 0.002
 
 
 class MpiCommunicator(Collectives):
-    """One group's collectives on host memory."""
+    """One group's collectives on host memory. ``guard``: who is told when this rank begins to wait for the others."""
 
-    def __init__(self, mpi_comm: "MPI.Comm", name: str, world_ranks: Sequence[int]) -> None:
+    def __init__(
+        self, mpi_comm: "MPI.Comm", name: str, world_ranks: Sequence[int], guard: Guard | None = None
+    ) -> None:
         from mpi4py import MPI
 
         self._mpi, self.mpi_comm = MPI, mpi_comm
         self.name, self.rank, self.size = name, mpi_comm.rank, mpi_comm.size
         self.world_ranks = tuple(world_ranks)
+        self.guard = guard
+        self._journal: Journal = NoJournal() if guard is None else guard.journal(name, self.world_ranks)
         self._row_types: dict[int, MPI.Datatype] = {}
         self.window: SharedWindow | None = None
 
@@ -47,39 +57,70 @@ class MpiCommunicator(Collectives):
     ) -> Pending[Tensor]:
         x = _host(x)
         out = arrival_buffer(x, send_counts, recv_counts, out, self.size)
+        self._compare_exchange(x, send_counts, recv_counts, skip)
         return self.exchange_into(x, send_counts, recv_counts, out, skip)
 
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
         sent = _host(x)
         self._agree_root(sent, root)
         rows = sent.reshape(sent.shape[0] if sent.ndim else 1, -1)
-        self.mpi_comm.Bcast([_buffer(rows), rows.shape[0], self._row_type(rows)], root=root)
+        journal, row = self._journal, self._row_type(rows)
+        journal.enter(journal.begin(), "broadcast", None, rows.shape[0], rows.shape[0], row.Get_size())
+        self.mpi_comm.Bcast([_buffer(rows), rows.shape[0], row], root=root)
+        journal.leave()
         return x if sent is x else x.copy_(sent)
 
     def barrier(self, patient: bool = False) -> None:
+        journal = self._journal
         if not patient:
+            if journal.compares:
+                self._compare(Intent("barrier"))
+            journal.enter(journal.begin(), "barrier")
             self.mpi_comm.Barrier()
+            journal.leave()
             return
+        with self.waiting("patient barrier", math.inf):
+            request = self.mpi_comm.Ibarrier()
+            while not request.Test():
+                time.sleep(PATIENCE_S)
+
+    def start_barrier(self) -> Pending[None]:
+        """A barrier in two halves: this rank has come, and ``wait`` returns once every rank has."""
+        journal = self._journal
+        if journal.compares:
+            self._compare(Intent("barrier in two halves"))
+        seq = journal.begin()
+        journal.enter(seq, "barrier")
         request = self.mpi_comm.Ibarrier()
-        while not request.Test():
-            time.sleep(PATIENCE_S)
+        journal.leave()
+
+        def complete() -> None:
+            journal.enter(seq, "barrier")
+            request.Wait()
+            journal.leave()
+
+        return Pending(complete)
 
     def split(self, color: int, key: int, name: str) -> Communicator:
-        sub = self.mpi_comm.Split(color, key)
-        world_ranks = sub.allgather(self.world_ranks[self.rank])
+        self._compare(Intent(f"split into {name}"))
+        with self.waiting(f"split into {name}", self._patience()):
+            sub = self.mpi_comm.Split(color, key)
+            world_ranks = sub.allgather(self.world_ranks[self.rank])
         if sub.size == 1:
             sub.Free()
             return SoloCommunicator(name, world_ranks[0], self.abort)
-        return MpiCommunicator(sub, name, world_ranks)
+        return MpiCommunicator(sub, name, world_ranks, self.guard)
 
     # -- raw movement: any memory that the MPI library itself can reach ----------------------------------------
 
     def gather_into(self, x: Tensor, counts: Sequence[int], out: Tensor) -> Tensor:
         """``Allgatherv`` of the rows of contiguous ``x`` into contiguous ``out`` [sum(counts), ...]; checks nothing."""
-        row = self._row_type(x)
+        row, journal, total = self._row_type(x), self._journal, out.shape[0]
+        journal.enter(journal.begin(), "all_gather_v", None, x.shape[0], total, row.Get_size())
         self.mpi_comm.Allgatherv(
             [_buffer(x), x.shape[0], row], [_buffer(out), (list(counts), _offsets(counts)), row]
         )
+        journal.leave()
         return out
 
     def exchange_into(
@@ -88,20 +129,42 @@ class MpiCommunicator(Collectives):
         """``Ialltoallv`` of rows, see :meth:`all_to_all_v`; checks nothing."""
         row = self._row_type(x)
         leaving, arriving = ([0 if r == skip else n for r, n in enumerate(counts)] for counts in (send, recv))
+        journal = self._journal
+        seq, sizes = journal.begin(), (sum(leaving), sum(arriving), row.Get_size())
+        journal.enter(seq, "all_to_all_v", None, *sizes)
         request = self.mpi_comm.Ialltoallv(
             [_buffer(x), (leaving, _offsets(send)), row], [_buffer(out), (arriving, _offsets(recv)), row]
         )
-        return Pending(lambda: _complete(request, x, out))
+        journal.leave()
+
+        def complete() -> Tensor:
+            journal.enter(seq, "all_to_all_v", None, *sizes)
+            request.Wait()
+            journal.leave()
+            held.clear()
+            return out
+
+        held = [x]  # MPI reads it while the request is open
+        return Pending(complete)
 
     # -- metadata plane -------------------------------------------------------------------------------------
 
-    def exchange(self, record: Record) -> Record:
+    def exchange(self, record: Record, tag: Tag | None = None) -> Record:
+        tag, journal = tag or Tag("exchange"), self._journal
+        journal.at(tag.layer, tag.step)
+        if journal.compares:
+            self._compare(Intent(f"handshake {tag}"))
         table = np.empty((self.size, record.size), dtype=np.int64)
+        op = tag.op.removesuffix(f" in group {self.name}")  # the report names the group itself
+        journal.enter(journal.begin(), op, None, tag.rows, 0, tag.row_bytes)
         self.mpi_comm.Allgather(record, table)
+        journal.leave()
         return table
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        return self.mpi_comm.allgather(value)
+        self._compare(Intent("all_gather_object"))
+        with self.waiting("all_gather_object", self._patience()):
+            return self.mpi_comm.allgather(value)
 
     def abort(self, code: int) -> None:
         self.mpi_comm.Abort(code)
@@ -115,7 +178,32 @@ class MpiCommunicator(Collectives):
         self._row_types.clear()
         self.mpi_comm.Free()
 
+    @contextmanager
+    def waiting(self, op: str, seconds: float | None = None) -> Iterator[None]:
+        """Around an MPI call in which all ranks of the group take part: it has a deadline, and a place in reports."""
+        self._journal.enter(self._journal.begin(), op, seconds)
+        try:
+            yield
+        finally:
+            self._journal.leave()
+
     # -- pieces ---------------------------------------------------------------------------------------------
+
+    def _patience(self) -> float:
+        """For what belongs to set-up and comes after work of one rank's own, such as reading files."""
+        return math.inf if self.guard is None else self.guard.deadlines.start
+
+    def _compares(self) -> bool:
+        return self._journal.compares
+
+    def _compare(self, intent: Intent) -> None:
+        if not self._journal.compares:
+            return
+        with self.waiting(f"comparing {intent}", self._patience()):
+            intents = self.mpi_comm.allgather(intent)
+        differs = difference(intents, self.world_ranks)
+        if differs is not None:
+            raise DesyncError(f"the ranks of group {self.name} do not fit together\n{differs}")
 
     def _ready(self, x: Tensor) -> Tensor:
         return _host(x)
@@ -131,12 +219,6 @@ class MpiCommunicator(Collectives):
         if row_bytes not in self._row_types:
             self._row_types[row_bytes] = self._mpi.BYTE.Create_contiguous(row_bytes).Commit()
         return self._row_types[row_bytes]
-
-
-def _complete(request: "MPI.Request", sent: Tensor, out: Tensor) -> Tensor:
-    request.Wait()
-    del sent  # held until here: MPI reads it while the request is open
-    return out
 
 
 def _host(x: Tensor) -> Tensor:

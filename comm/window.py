@@ -2,6 +2,8 @@
 
 import atexit
 import os
+import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 SHARED_FILES = "/dev/shm"
 """Where MPI libraries keep shared windows; a container often gives it 64 MB."""
 ALIGNMENT = 4096
+LEAST_BYTES = 1 << 20
+"""With less than this left, MPI itself cannot start."""
 
 
 class SharedWindow:
@@ -64,10 +68,10 @@ class SharedWindow:
         if window is None or not isinstance(self.group, MpiCommunicator):
             return Pending(lambda: None)
         window.Sync()
-        everyone = self.group.mpi_comm.Ibarrier()
+        everyone = self.group.start_barrier()
 
         def meet() -> None:
-            everyone.Wait()
+            everyone.wait()
             window.Sync()
 
         return Pending(meet)
@@ -81,15 +85,17 @@ class SharedWindow:
         from mpi4py import MPI
 
         # One segment, held by rank 0: positions in it are the same for all, with no gaps between the ranks' parts.
-        self._window = MPI.Win.Allocate_shared(size if comm.rank == 0 else 0, 1, comm=comm)
+        with cast(MpiCommunicator, self.group).waiting("opening a window"):
+            self._window = MPI.Win.Allocate_shared(size if comm.rank == 0 else 0, 1, comm=comm)
         self._window.Lock_all(MPI.MODE_NOCHECK)
         self._bytes = torch.frombuffer(self._window.Shared_query(0)[0], dtype=torch.uint8)
 
     def _free(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
         if self._window is not None:
-            self._window.Unlock_all()
-            self._window.Free()
+            with cast(MpiCommunicator, self.group).waiting("closing a window"):
+                self._window.Unlock_all()
+                self._window.Free()
             self._window = None
 
 
@@ -109,6 +115,16 @@ def free_bytes() -> int:
     except OSError:
         return 0
     return state.f_bavail * state.f_frsize
+
+
+def refuse_full_memory() -> None:
+    """Raise ValueError where MPI could not start: it shares memory within a node, and is killed where there is none."""
+    free = free_bytes()
+    if Path(SHARED_FILES).is_dir() and free < LEAST_BYTES:
+        raise ValueError(
+            f"{SHARED_FILES} on {socket.gethostname()} has {free / 1e6:.1f} MB left, and MPI needs a few a rank; remove stale "
+            f"files there (rm {SHARED_FILES}/mpich_shm_* where nothing runs), or enlarge it (containers: --shm-size)"
+        )
 
 
 def check_room(nbytes: int, given_back: int = 0) -> None:

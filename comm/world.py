@@ -1,13 +1,20 @@
 """Where this process is: rank, node, cores; everything observed, nothing guessed from a rank number."""
 
+import faulthandler
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xpar.comm.communicator import Communicator, SoloCommunicator
+from xpar.comm.failure import report_failures
+from xpar.comm.guard.deadlines import Deadlines
+from xpar.comm.guard.guard import WATCHING, Guard, Watching
 from xpar.comm.handshake import CollectiveError
 from xpar.comm.mpi import MpiCommunicator
-from xpar.comm.window import free_bytes
+from xpar.comm.window import free_bytes, refuse_full_memory
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -15,8 +22,11 @@ if TYPE_CHECKING:
 LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
+DEADLINES = Deadlines()
+
+
 class LaunchError(CollectiveError):
-    """The launcher and MPI disagree about the number of ranks; every task sees the same."""
+    """MPI cannot start, or it and the launcher disagree about the number of ranks; every task of a node sees the same."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,8 @@ class World:
     ``comm``: the group of all ranks. ``node_of``: node index of every rank. ``hosts``: host name of every rank.
     ``local_rank``, ``local_size``: this rank's place among the ranks that share its memory.
     ``cores``: cores this rank may use, shared ones counted in part. ``library``: the MPI library's own version text.
-    ``window_room``: bytes left for shared windows where each rank runs.
+    ``window_room``: bytes left for shared windows where each rank runs. ``deadlines``: of whatever needs other ranks.
+    ``guard``: who watches over them; None for a single rank, and on communicators of the caller's own.
     """
 
     comm: Communicator
@@ -37,6 +48,8 @@ class World:
     cores: float
     library: str
     window_room: tuple[int, ...]
+    deadlines: Deadlines = DEADLINES
+    guard: Guard | None = None
 
     @property
     def rank(self) -> int:
@@ -59,34 +72,85 @@ class World:
         return max(1, int(self.cores + 1e-6))
 
     @classmethod
-    def attach(cls, mpi_comm: "MPI.Intracomm | None" = None, *, allow_singleton: bool = False) -> "World":
+    def attach(
+        cls,
+        mpi_comm: "MPI.Intracomm | None" = None,
+        *,
+        allow_singleton: bool = False,
+        deadlines: Deadlines | None = None,
+        watch: Watching = WATCHING,
+    ) -> "World":
         """Join the MPI job (starting MPI if need be); collective over ``mpi_comm``, by default all ranks.
+
+        The whole job is watched: a collective that passes its deadline ends it, with a report of where every rank is.
+        A communicator of the caller's own is only watched if ``deadlines`` are given.
 
         Raises :class:`LaunchError` if the launcher started several tasks but MPI sees one.
         """
+        limits = deadlines or DEADLINES
+        if mpi_comm is not None:
+            return cls._join(mpi_comm, None if deadlines is None else limits, limits, watch)
+        with _all_join_within(limits.start):
+            _refuse_full_memory()
+            from mpi4py import MPI
+
+            if MPI.COMM_WORLD.size == 1 and not allow_singleton:
+                refuse_singletons(dict(os.environ), _library())
+            return cls._join(MPI.COMM_WORLD, limits, limits, watch)
+
+    @classmethod
+    def _join(
+        cls, base: "MPI.Intracomm", watched: Deadlines | None, limits: Deadlines, watch: Watching
+    ) -> "World":
+        """``watched``: the deadlines that are enforced; None: none are."""
         from mpi4py import MPI
 
-        base = MPI.COMM_WORLD if mpi_comm is None else mpi_comm
-        library = MPI.Get_library_version().split("\0")[0].strip()
-        if mpi_comm is None and base.size == 1 and not allow_singleton:
-            refuse_singletons(dict(os.environ), library)
         shared = base.Split_type(MPI.COMM_TYPE_SHARED, key=base.rank)
         local_rank, local_size = shared.rank, shared.size
         leader = shared.bcast(base.rank, root=0)
         cores = _share_of_cores(shared.allgather(tuple(sorted(os.sched_getaffinity(0)))), local_rank)
-        shared.Free()
         leaders = sorted(set(base.allgather(leader)))
         node = leaders.index(leader)
         ordered = base.Split(0, key=node * base.size + local_rank)
         node_of = tuple(ordered.allgather(node))
         hosts = tuple(ordered.allgather(MPI.Get_processor_name()))
         room = tuple(ordered.allgather(free_bytes()))
+        guard = None
+        if ordered.size > 1 and watched is not None:
+            guard = Guard.start(ordered, shared, node_of, watched, watch)
+            report_failures(guard)
+        shared.Free()
         comm: Communicator
         if ordered.size == 1:
             comm = SoloCommunicator("world", 0, ordered.Abort)
         else:
-            comm = MpiCommunicator(ordered, "world", range(ordered.size))
-        return cls(comm, node_of, hosts, local_rank, local_size, cores, library, room)
+            comm = MpiCommunicator(ordered, "world", range(ordered.size), guard)
+        return cls(comm, node_of, hosts, local_rank, local_size, cores, _library(), room, limits, guard)
+
+
+@contextmanager
+def _all_join_within(seconds: float) -> Iterator[None]:
+    """For what comes before there is a guard, MPI_Init included: show this rank's stack and end the process."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _refuse_full_memory() -> None:
+    if "mpi4py.MPI" in sys.modules:
+        return
+    try:
+        refuse_full_memory()
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+
+
+def _library() -> str:
+    from mpi4py import MPI
+
+    return str(MPI.Get_library_version().split("\0")[0].strip())
 
 
 def refuse_singletons(environ: dict[str, str], library: str) -> None:

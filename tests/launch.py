@@ -54,8 +54,9 @@ def mpirun(
 
 
 def find_mpirun() -> str:
-    """The launcher beside this interpreter, so that it fits the library that mpi4py finds there; else PATH's."""
-    beside = Path(sys.executable).parent / "mpirun"
+    """The launcher of the library that mpi4py is told to use, or beside this interpreter, as that library; else PATH's."""
+    library = os.environ.get("MPI4PY_LIBMPI")
+    beside = (Path(library).parent.parent / "bin" if library else Path(sys.executable).parent) / "mpirun"
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
         raise FileNotFoundError(f"no mpirun beside {sys.executable} nor on PATH; install xpar[mpich]")
@@ -72,6 +73,7 @@ def clean_environment() -> dict[str, str]:
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_rmaps_default_binding_policy": "none",
     }
 
 

@@ -12,8 +12,16 @@ ROWS = [
     for line in (ROOT / "docs" / "troubleshooting.md").read_text().splitlines()
     if line.startswith("|") and "::" in line
 ]
-SPELLED = ("srun: error: n2: task 1: Killed", "plan layer 4: failed on 1 of")
-"""What Slurm says, and a message with its values in it."""
+SPELLED = (
+    "srun: error: n2: task 1: Killed",
+    "plan layer 4: failed on 1 of",
+    "SystemExit, see above; where every rank is:",
+    "Timeout (0:05:00)!",
+    "Fatal Python error: Segmentation fault",
+    "srun",
+    "SLURM_LOCALID",
+)
+"""What Slurm and Python say, and messages with their values in them."""
 
 
 def sources() -> str:
@@ -28,7 +36,7 @@ def sources() -> str:
     return re.sub(r'"\s*\n\s*f?"', "", text)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[3].partition("::")[2])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_row(row: list[str]) -> None:
     message, cause, remedy, test = row
     assert cause and remedy

@@ -118,9 +118,8 @@ def agree(
     failure = routing if isinstance(routing, BaseException) else None
     tokens, k = (0, -1) if isinstance(routing, BaseException) else routing.topk_ids.shape
     same = {"top_k": k, "hidden_size": hidden_size, "itemsize": dtype.itemsize, "exact": int(exact)}
-    table = handshake(
-        group, Tag(f"dispatch {name}", tag.layer, tag.step), same=same, values=(tokens,), failure=failure
-    )
+    what = Tag(f"dispatch {name}", tag.layer, tag.step, tokens, hidden_size * dtype.itemsize)
+    table = handshake(group, what, same=same, values=(tokens,), failure=failure)
     assert isinstance(routing, Routing)  # a failure on any rank has raised
     return routing, [int(n) for n in table[:, 0]]
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from xpar.comm.collectives import Collectives, arrival_buffer
 from xpar.comm.communicator import Communicator, Pending, Record
 from xpar.comm.gpu.mover import Mover
+from xpar.comm.guard.compare import Intent
+from xpar.comm.handshake import Tag
 from xpar.comm.mpi import MpiCommunicator
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class DeviceCommunicator(Collectives):
             return self.host.all_to_all_v(x, send_counts, recv_counts, out, skip)
         x = self._ready(x)
         out = arrival_buffer(x, send_counts, recv_counts, out, self.size)
+        self._compare_exchange(x, send_counts, recv_counts, skip)
         return self.mover.all_to_all(x, send_counts, recv_counts, out, skip)
 
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
@@ -72,8 +75,8 @@ class DeviceCommunicator(Collectives):
     def barrier(self, patient: bool = False) -> None:
         self.host.barrier(patient)
 
-    def exchange(self, record: Record) -> Record:
-        return self.host.exchange(record)
+    def exchange(self, record: Record, tag: Tag | None = None) -> Record:
+        return self.host.exchange(record, tag)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return self.host.all_gather_object(value)
@@ -82,6 +85,12 @@ class DeviceCommunicator(Collectives):
         self.host.abort(code)
 
     # -- the two movements ----------------------------------------------------------------------------------
+
+    def _compare(self, intent: Intent) -> None:
+        self.host._compare(intent)
+
+    def _compares(self) -> bool:
+        return self.host._compares()
 
     def _on_host(self, x: Tensor) -> bool:
         return x.device.type == "cpu" and self.device.type != "cpu"

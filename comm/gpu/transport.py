@@ -19,13 +19,15 @@ from xpar.comm.gpu.direct import DirectMover, claims_cuda
 from xpar.comm.gpu.mover import Mover
 from xpar.comm.gpu.staged import StagedMover
 from xpar.comm.gpu.watch import Watch
+from xpar.comm.guard.deadlines import Deadlines
+from xpar.comm.guard.guard import CODE
 from xpar.comm.mpi import MpiCommunicator
 from xpar.comm.nccl.library import SHARED_GPU_VERSION, Library, load, version_text
-from xpar.comm.nccl.link import Deadlines, Link
+from xpar.comm.nccl.link import Link
 from xpar.comm.nccl.mover import NcclMover
 
 TRANSPORTS = ("nccl", "staged", "mpi")
-ABORT_CODE = 17
+ABORT_CODE = CODE
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,8 @@ def _checked(mover: DirectMover) -> Mover:
 
 def end_job(world: Communicator, wrong: str) -> None:
     """Report and end the job on all ranks. For the watching thread: this rank's main thread may never return."""
+    if isinstance(world, MpiCommunicator) and world.guard is not None:
+        world.guard.fail(wrong, ABORT_CODE)
     rank = world.world_ranks[world.rank]
     sys.stderr.write(f"[rank {rank} on {socket.gethostname()}] {wrong}; ending the job on every rank\n")
     faulthandler.dump_traceback(file=sys.stderr)

@@ -3,28 +3,17 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.gpu.watch import Watch
+from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.nccl.library import IN_PROGRESS, SUCCESS, Comm, Library, NcclError, version_text
 
 T = TypeVar("T")
 SPIN_SECONDS = 1e-3
 """How long a state is polled without pause: most operations are launched within microseconds."""
-
-
-@dataclass(frozen=True)
-class Deadlines:
-    """Seconds: ``connect`` for a new communicator, ``launch`` until an operation has started on the GPU, ``finish``
-    until it is done there (its peers may come late), ``abort`` for giving one up."""
-
-    connect: float = 120.0
-    launch: float = 120.0
-    finish: float = 600.0
-    abort: float = 5.0
 
 
 class Link:

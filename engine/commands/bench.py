@@ -23,6 +23,7 @@ from xpar.engine.reference import TOLERANCE
 from xpar.engine.report import manifest
 from xpar.engine.shapes import SHAPES, shape_of
 from xpar.engine.terminal import make_console, progress
+from xpar.engine.watching import add_watching, attach
 
 COMPARE = ("transformers", "solo", "steps")
 
@@ -87,12 +88,13 @@ def _register_common(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0, help="seed of weights and tokens")
     p.add_argument("--threads", type=int, help="threads a rank (default: its share of the node's cores)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one JSON document")
+    add_watching(p)
     add_verbose(p)
 
 
 def layer_main(args: argparse.Namespace) -> int:
     """Measure on every rank; 1 if an output is out of tolerance."""
-    world = World.attach()
+    world = attach(args)
     start_logging(world, args.verbose)
     request = agreed(world.comm, lambda: _layer_request(args))
     grid = _grid(world, args)
@@ -125,7 +127,7 @@ def layer_main(args: argparse.Namespace) -> int:
 
 def comm_main(args: argparse.Namespace) -> int:
     """Measure on every rank; 1 if a result is wrong or rows are not the de-duplicated ones."""
-    world = World.attach()
+    world = attach(args)
     start_logging(world, args.verbose)
     traffic = agreed(world.comm, lambda: _traffic(args))
     grid = _grid(world, args)
@@ -245,7 +247,7 @@ def _comm_table(records: list[dict[str, Any]]) -> Table:
         "rows",
         "dedup.",
         "expected",
-        *(("across nodes", "expected") if nodes else ()),
+        *(("crossing", "expected") if nodes else ()),
         "plan ms",
         "dispatch",
         "combine",
@@ -253,7 +255,8 @@ def _comm_table(records: list[dict[str, Any]]) -> Table:
         "ratio",
         "error",
     ):
-        table.add_column(column, justify="left" if column == "dispatcher" else "right")
+        name = column == "dispatcher"
+        table.add_column(column, justify="left" if name else "right", no_wrap=name)
     for r in records:
         table.add_row(
             f"{r['bytes_per_rank'] / 2**20:.2f}",

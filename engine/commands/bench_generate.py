@@ -10,7 +10,6 @@ from rich.table import Table
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.world import World
 from xpar.engine.bench.decoding import PARTS
 from xpar.engine.bench.whole_model import Run, measure, peak_bytes, start_peer
 from xpar.engine.commands import whole_model
@@ -18,6 +17,7 @@ from xpar.engine.logs import start_logging
 from xpar.engine.models.load import LoadedModel
 from xpar.engine.report import manifest
 from xpar.engine.terminal import make_console, progress
+from xpar.engine.watching import attach
 
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 """Roundings add up over the layers, and turn near ties of the router; a model of wrong experts is off by 0.5 and more."""
@@ -43,7 +43,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measure on every rank; 1 if the two sides' logits do not agree."""
-    world = World.attach()
+    world = attach(args)
     start_logging(world, args.verbose)
     dtype = agreed(world.comm, lambda: _check(args))
     console = make_console(world)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from xpar.comm.failure import agreed
-from xpar.comm.world import World
 from xpar.engine.commands import whole_model
 from xpar.engine.commands.whole_model import BATCH, PREFILL_TOKENS
 from xpar.engine.logs import start_logging
 from xpar.engine.models.service import Service
 from xpar.engine.models.tokens import Tokens
 from xpar.engine.terminal import make_console
+from xpar.engine.watching import attach
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -40,10 +40,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def main(args: argparse.Namespace) -> int:
     """Run the harness on rank 0; the other ranks serve it."""
-    world = World.attach()
+    world = attach(args)
     start_logging(world, args.verbose)
     dtype = agreed(world.comm, lambda: _check(args))
-    harness = agreed(world.comm, lambda: _harness(args.harness) if world.rank == 0 else None)
+    harness = agreed(world.comm, lambda: _harness(args.harness) if world.rank == 0 else None, patient=True)
     console = make_console(world)
     grid = whole_model.make_grid(args, world, console)
     tokens = agreed(world.comm, lambda: Tokens(args.checkpoint))

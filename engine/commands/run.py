@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
+from xpar.comm.guard.arrivals import gather_lateness
 from xpar.comm.shares import share
 from xpar.comm.world import World
 from xpar.engine.architectures import find, moe_layers
@@ -23,6 +24,7 @@ from xpar.engine.report import layer_record, layer_table, manifest, summary
 from xpar.engine.runner import MoERunner
 from xpar.engine.stages import StageClock
 from xpar.engine.terminal import make_console, progress
+from xpar.engine.watching import add_watching, attach, lateness_table
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -54,13 +56,14 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     p.add_argument("--seed", type=int, default=0, help="seed of the random tokens")
     p.add_argument("--threads", type=int, help="threads a rank (default: its share of the node's cores)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one JSON document")
+    add_watching(p, stragglers=True)
     add_verbose(p)
     p.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command on every rank; 1 if a verified layer is out of tolerance."""
-    world = World.attach()
+    world = attach(args)
     start_logging(world, args.verbose)
     layers, dtype = agreed(world.comm, lambda: _read_request(args))
     axes = {"tp": args.tp, "dp": args.dp, "ep": args.ep, "etp": args.etp}
@@ -77,6 +80,8 @@ def main(args: argparse.Namespace) -> int:
         records.append(_run_layer(args, grid, layer, dtype))
         console.print(layer_table(records[-1]))
         console.print(summary(records[-1]), soft_wrap=True)
+    if args.stragglers and world.guard is not None:
+        console.print(lateness_table(gather_lateness(world.comm, world.guard), world.hosts))
     if args.json:
         agreed(world.comm, lambda: _write(args.json, manifest_of(args, grid, dtype, records), world.rank))
     bad = [r for r in records if not r.get("rel_error", 0.0) <= TOLERANCE[dtype]]
@@ -162,7 +167,7 @@ def _relative_error(
             reference, _ = layer_reference(checkpoint, layer, hidden_states)
         return relative_error(complete, reference)
 
-    error = agreed(grid.world.comm, compare, f"reference of layer {layer}")
+    error = agreed(grid.world.comm, compare, f"reference of layer {layer}", patient=True)
     return float(grid.world.comm.all_gather_object(error)[0])
 
 

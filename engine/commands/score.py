@@ -6,7 +6,6 @@ from pathlib import Path
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
-from xpar.comm.world import World
 from xpar.engine.commands import whole_model
 from xpar.engine.commands.whole_model import BATCH, PREFILL_TOKENS
 from xpar.engine.logs import start_logging
@@ -15,6 +14,7 @@ from xpar.engine.models.request import ScoreRequest, prepare
 from xpar.engine.models.score import read_total, score
 from xpar.engine.models.tokens import Tokens
 from xpar.engine.terminal import make_console
+from xpar.engine.watching import attach
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
-    world = World.attach()
+    world = attach(args)
     start_logging(world, args.verbose)
     request = agreed(world.comm, lambda: _request(args, world.rank == 0))
     console = make_console(world)

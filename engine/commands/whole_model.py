@@ -24,6 +24,7 @@ from xpar.engine.models.request import Asked, Work
 from xpar.engine.models.results import errors_path
 from xpar.engine.models.spread import SpreadOptions
 from xpar.engine.terminal import Meter
+from xpar.engine.watching import add_watching
 
 BATCH = 16
 PREFILL_TOKENS = 4096
@@ -44,6 +45,7 @@ def add_grid_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--threads", type=int, help="threads a rank (default: its share of the cores; 1 with --exact)"
     )
+    add_watching(p)
     add_verbose(p)
 
 

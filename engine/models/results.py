@@ -7,8 +7,9 @@ When the last one has come the file is replaced, in one step, by one in the orde
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from xpar.engine.models.prompts import BadLine
 
@@ -70,13 +71,21 @@ class AnswerFile:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._file: BinaryIO = open(out, "ab")  # noqa: SIM115 - open as long as the job answers
+        # Open as long as the job answers; without a buffer, which would be written once more when the process ends.
+        self._file: FileIO = open(out, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, records: Iterable[Record]) -> None:
-        """Write ``records`` and wait until they are on the disk."""
-        self._file.write(b"".join(_line(record) for record in records))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write ``records`` and wait until they are on the disk. OSError where it is full; what was kept before stays."""
+        try:
+            text = memoryview(b"".join(_line(record) for record in records))
+            while text:
+                text = text[self._file.write(text) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(
+                f"{self.out}: cannot be written ({error.strerror}); the answers before are kept: make room, then run again "
+                "with --resume"
+            ) from None
 
     def close(self) -> None:
         self._file.close()

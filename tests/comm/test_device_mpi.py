@@ -14,9 +14,9 @@ from xpar.comm.communicator import Communicator, SoloCommunicator
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.gpu.transport import Transport, TransportChoice, open_transport
+from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.handshake import Tag
 from xpar.comm.nccl.library import NcclError
-from xpar.comm.nccl.link import Deadlines
 from xpar.comm.placement import Placement
 
 if TYPE_CHECKING:

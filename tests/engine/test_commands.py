@@ -98,11 +98,23 @@ def test_make_checkpoint_keeps_what_is_there(checkpoint: Path) -> None:
 
 def test_log_lines_carry_their_rank_and_v_shows_all(checkpoint: Path) -> None:
     words = [*XPAR, "run", str(checkpoint), "--tokens", "4", "--steps", "1", "--layers", "1"]
-    quiet, verbose = mpirun(3, words), mpirun(3, [*words, "-v"])
+    quiet = mpirun(3, words)
+    verbose = mpirun(
+        3, [*words, "-v", "--steps", "3", "--stragglers", "--debug-collectives", "--deadline", "90"]
+    )
+    assert verbose.returncode == 0, verbose.stderr
+    assert "how late each rank came" in " ".join(verbose.stdout.split())
     assert "[rank 0] layer 1: experts 0-2" in quiet.stderr and "[rank 1]" not in quiet.stderr
     for rank, experts in enumerate(("0-2", "3-5", "6-7")):
         assert f"[rank {rank}] layer 1: experts {experts} in " in verbose.stderr
     assert "[rank" not in verbose.stdout
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
+def test_a_deadline_that_is_none(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(["generate", "model", "--prompts", "p", f"--deadline={seconds}"])
+    assert "--deadline" in capsys.readouterr().err
 
 
 def test_doctor_lists_every_rank() -> None:

@@ -232,3 +232,47 @@ def test_what_a_folder_lacks_is_named(model: Path, tmp_path: Path) -> None:
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     with pytest.raises(CheckpointError, match="has no chat template; leave --chat out"):
         Tokens(tmp_path / "plain", chat=True)
+
+
+SPOILED = """
+import os, resource, sys
+from xpar.engine import cli, tensor_file
+from xpar.engine.models import results
+first = os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "0"
+
+def shortened(self, *args, **kwargs):
+    self.entries  # what was checked when the file was opened
+    os.truncate(self.path, 1000)
+    return read_into(self, *args, **kwargs)
+
+def full(self, records):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (350, resource.RLIM_INFINITY))
+    append(self, records)
+
+read_into, append = tensor_file.TensorFile.read_into, results.AnswerFile.append
+{spoil}
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_read(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "p.txt").write_text("a\n")
+    source = SPOILED.format(spoil="if not first: tensor_file.TensorFile.read_into = shortened")
+    words = ["generate", str(tmp_path / "model"), "--prompts", str(tmp_path / "p.txt")]
+    job = mpirun(2, [sys.executable, "-c", source, *words])
+    assert job.returncode == 1 and "Traceback" not in job.stderr, job.stderr
+    assert job.stderr.count("xpar: error: ") == 1 and "it was shortened while in use" in job.stderr
+
+
+def test_a_full_disk_is_one_error_and_keeps_what_was_written(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\n".join(prompts(7, 6)) + "\n")
+    out = tmp_path / "out.jsonl"
+    source = SPOILED.format(spoil="if first: results.AnswerFile.append = full")
+    words = ["generate", str(model), "--prompts", str(tmp_path / "p.txt"), "--out", str(out)]
+    job = mpirun(2, [sys.executable, "-c", source, *words, "--max-new-tokens", "4"])
+    assert job.returncode == 1 and "Traceback" not in job.stderr, job.stderr
+    text = f"xpar: error: writing answers: rank 0: {out}: cannot be written (File too large)"
+    assert job.stderr.count(text) == 1, job.stderr
+    written = out.read_bytes()
+    assert len(written) == 350 and "hash" in json.loads(written.partition(b"\n")[0])

@@ -30,8 +30,8 @@ import torch
 from xpar.comm import ProcessGrid, World, run
 from xpar.comm.gpu.binding import bind_gpu, driver_version
 from xpar.comm.gpu.transport import DeviceFacts, choose_transport, facts_of, nccl_transport
+from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.nccl.library import load
-from xpar.comm.nccl.link import Deadlines
 
 
 def main() -> int:

@@ -15,9 +15,9 @@ from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.gpu.mover import synchronize
 from xpar.comm.gpu.transport import nccl_transport
+from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.handshake import Tag
 from xpar.comm.nccl.library import load
-from xpar.comm.nccl.link import Deadlines
 from xpar.comm.placement import Placement
 from xpar.kernels.contracts import Routing
 

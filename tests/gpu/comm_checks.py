@@ -15,9 +15,10 @@ from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.replicated import ReplicatedDispatcher
 from xpar.comm.gpu.transport import TransportChoice, open_transport
 from xpar.comm.gpu.watch import Watch
+from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.handshake import Tag
 from xpar.comm.nccl.library import NcclError, load
-from xpar.comm.nccl.link import Deadlines, Link, give_up, settle
+from xpar.comm.nccl.link import Link, give_up, settle
 from xpar.comm.nccl.mover import NcclMover
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import finish

@@ -1,0 +1,77 @@
+"""The Python stacks of other processes of this node, written by a signal handler that needs nothing of the process.
+
+faulthandler's handler runs in C: a process that is blocked in MPI or that never gives the interpreter lock back writes
+its stacks all the same. They go to a file in memory that belongs to the process, where others of the user can read it.
+"""
+
+import faulthandler
+import os
+import re
+import signal
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+SIGNAL = signal.SIGRTMIN + 8
+"""One that nobody else is likely to use; SIGUSR1 is for people, and shows the stacks on stderr."""
+WAIT_S = 1.0
+NOT_SHOWN = ("comm/guard/", "comm/gpu/watch.py", "<no Python frame>")
+"""Threads that only watch, or have not begun."""
+
+
+def offer() -> int:
+    """Let other processes of this user ask for the stacks of this one; the descriptor of the file, -1 without."""
+    if signal.getsignal(SIGNAL) is not signal.SIG_DFL:
+        return -1
+    file = os.memfd_create("xpar-stacks", os.MFD_CLOEXEC)
+    faulthandler.register(SIGNAL, file=file, all_threads=True)
+    return file
+
+
+def collect(places: Iterable[tuple[int, int]]) -> list[str]:
+    """For each (process, descriptor) its stacks, empty where it does not write any within a second."""
+    places = list(places)
+    written = [len(_read(*place)) for place in places]  # when somebody asked before
+    asked = [_ask(pid) if file >= 0 else False for pid, file in places]
+    texts = [""] * len(places)
+    limit = time.monotonic() + WAIT_S
+    while time.monotonic() < limit:
+        time.sleep(0.05)
+        before = texts
+        texts = [_read(*p)[old:] if ok else "" for p, old, ok in zip(places, written, asked, strict=True)]
+        if before == texts and all(text or not ok for text, ok in zip(texts, asked, strict=True)):
+            break
+    return [shown(text) for text in texts]
+
+
+def process_state(pid: int) -> str:
+    """What the kernel says of a process: ``stopped``, ``gone``, or nothing special."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "gone"
+    return {"T": "stopped", "t": "stopped", "Z": "gone", "X": "gone"}.get(letter, "")
+
+
+def shown(text: str) -> str:
+    """faulthandler's text without the threads of the watch and without numbers that differ between processes."""
+    blocks = [b for b in text.strip().split("\n\n") if not any(part in b for part in NOT_SHOWN)]
+    text = "\n".join(blocks)
+    return re.sub(r"(Current thread|Thread) 0x[0-9a-f]+( \[[^]]*\])?", r"\1", text)
+
+
+def _ask(pid: int) -> bool:
+    if process_state(pid):
+        return False
+    with suppress(OSError):
+        os.kill(pid, SIGNAL)
+        return True
+    return False
+
+
+def _read(pid: int, file: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/fd/{file}").read_text(errors="replace")
+    except OSError:
+        return ""
