@@ -140,7 +140,7 @@ DENSE: Mapping[str, DenseSchema] = {
         {"ssm_state_size": 8, "mamba_num_heads": 2, "mamba_head_dim": 16, "n_groups": 1},
         head_dim=True,
     ),
-    "dbrx": DenseSchema(None, {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}}),
+    "dbrx": DenseSchema(None, {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}}),
     "jetmoe": DenseSchema(None, {"kv_channels": 16}),
     "cohere2_moe": DenseSchema(None, head_dim=True),
     "gemma4_text": DenseSchema(
