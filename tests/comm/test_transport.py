@@ -159,7 +159,7 @@ def test_dispatchers_for_a_gpu_are_told_apart_by_their_records() -> None:
     grid: Any = SimpleNamespace(
         device=torch.device("cuda"), world=world, moe=moe, tp=tp, shape=SimpleNamespace(tp=1)
     )
-    placement = SimpleNamespace(to=lambda device: placement, device=torch.device("cuda"))
+    placement = SimpleNamespace(to=lambda device: placement, device=torch.device("cuda"), num_experts=8)
     choice = choose_dispatcher(grid, placement)  # type: ignore[arg-type]
     assert choice.dispatcher.name == "allgather" and choice.dispatcher.whole  # type: ignore[attr-defined]
     assert dict(choice.rejected)["shared-memory"] == "it moves cpu memory, and the job computes on cuda"
