@@ -3,12 +3,14 @@
 from xpar.comm.agreement import StepFacts, agree_step
 from xpar.comm.failure import AgreedError, abort_on_failure, agreed, run
 from xpar.comm.grid import ProcessGrid
+from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.handshake import CollectiveError, DesyncError, RemoteRankError
 from xpar.comm.world import World
 
 __all__ = [
     "AgreedError",
     "CollectiveError",
+    "Deadlines",
     "DesyncError",
     "ProcessGrid",
     "RemoteRankError",

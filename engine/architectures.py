@@ -98,6 +98,7 @@ def _activation(arch: Architecture, hf_config: Mapping[str, Any]) -> Activation:
 def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -> RouterConfig:
     grouped = arch.groups_if is None or lookup(hf_config, arch.groups_if[0]) == arch.groups_if[1]
     scaling = float(arch.routed_scaling_factor.get(hf_config, float))
+    table = arch.hashed if arch.hashed is not None and arch.hashed.holds(hf_config, layer) else None
     return RouterConfig(
         top_k=arch.top_k.get(hf_config, int, layer),
         scoring=arch.scoring.get(hf_config, str),
@@ -105,10 +106,13 @@ def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
         num_expert_group=arch.num_expert_group.get(hf_config, int) if grouped else 1,
         topk_group=arch.topk_group.get(hf_config, int) if grouped else 1,
         group_score=arch.group_score,
-        correction_bias=arch.bias is not None,
+        correction_bias=arch.bias is not None and table is None,
         routed_scaling_factor=scaling * _share(arch, hf_config),
         logits_dtype=arch.logits_dtype,
-        choice=arch.choice,
+        choice=arch.choice if table is None else "hash",
+        expert_scale=arch.expert_scale is not None,
+        norm_eps=None if arch.norm is None else float(arch.norm.epsilon.get(hf_config, float)),
+        vocabulary=0 if table is None else table.vocabulary.get(hf_config, int),
         gate_bias=arch.gate_bias is not None,
         weight_on_input=arch.weight_on_input,
         zero_experts=arch.zero_experts.get(hf_config, int),

@@ -10,18 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xpar.comm.dispatch.auto import DispatcherChoice, choose_dispatcher
-from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.placement import Placement
 from xpar.comm.reduction import Full, Partial, State
-from xpar.comm.shares import share
 from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.fused_shared import SharedSlots, check_travel, experts_of_shared, home_of, slots_of
-from xpar.engine.latent import LatentSpace
+from xpar.engine.held import ExpertOptions, Held, hold_experts, slice_of, spec_of
+from xpar.engine.latent import InputSpace, LatentSpace, Normed
 from xpar.engine.one_call import DEPTHS, Depth, OneCall, one_call, why_steps
 from xpar.engine.overlap import SharedOrder
 from xpar.engine.routing import Router
@@ -29,21 +26,12 @@ from xpar.engine.runner import MoERunner
 from xpar.engine.shared import SharedExperts
 from xpar.engine.tokens import AllTokens, tokens_of
 from xpar.engine.weights import LayerWeights, SharedWeights, load_layer, make_router
-from xpar.kernels.contracts import ExpertKernel, ExpertSpec
+from xpar.kernels.contracts import ExpertKernel
 from xpar.kernels.gpu.available import use_table
-from xpar.kernels.registry import Choice, KernelRecord, choose
+from xpar.kernels.registry import choose
 
 log = logging.getLogger("xpar.build")
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class ExpertOptions:
-    """How experts are computed: names of a dispatcher and of a kernel or auto, and ``exact`` as for :class:`MoERunner`."""
-
-    dispatcher: str = "auto"
-    kernel: str = "auto"
-    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,48 +135,20 @@ def assemble(
         shared_order=options.shared_order,
         layer=layer,
         output_bias=weights.output_bias,
-        latent=None
-        if weights.latent is None
-        else LatentSpace(weights.latent.enter, weights.latent.leave, exact),
+        latent=_input_space(config, weights, exact),
     )
 
 
-@dataclass(frozen=True)
-class Held:
-    """This rank's part of a layer: ``kernel`` for global ids ``experts``, ``rows`` of their width; None without any.
-
-    Copies that every ep rank holds come after ``experts`` in the kernel.
-    """
-
-    dispatcher: Dispatcher
-    experts: range
-    rows: slice
-    kernel: ExpertKernel | None
-    record: KernelRecord | None
-
-
-def hold_experts(
-    config: LayerConfig,
-    grid: ProcessGrid,
-    dtype: torch.dtype,
-    options: ExpertOptions = DEFAULT,
-    sequence_parallel: bool = False,
-    copies: int = 0,
-) -> Held:
-    """The dispatcher, and a kernel that has not been given its experts yet. Holds no collective.
-
-    ``copies``: experts of the same width that every ep rank holds besides its own. Raises ValueError for options that do not fit the grid, the layer or this machine.
-    """
-    check_exact(options.exact, grid)
-    placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel, copies)
-    experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
-    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
-    kernel = record = None
-    if count := len(experts) + copies:
-        spec = spec_of(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
-        record = choose(spec, options.kernel).record
-        kernel = record.build(spec)
-    return Held(chosen.dispatcher, experts, rows, kernel, record)
+def _input_space(config: LayerConfig, weights: LayerWeights, exact: bool) -> InputSpace | None:
+    """Where the routed experts compute, if not on the layer's tokens."""
+    if weights.norm is not None and config.router.norm_eps is not None:
+        if exact:
+            raise ValueError(
+                "exact mode with norms inside the layer: a row's sum of squares may depend on the rest of the batch; "
+                "leave exact out"
+            )
+        return Normed(weights.norm.scale, config.router.norm_eps)
+    return None if weights.latent is None else LatentSpace(weights.latent.enter, weights.latent.leave, exact)
 
 
 def config_of(checkpoint: Checkpoint, layer: int) -> LayerConfig:
@@ -200,61 +160,6 @@ def config_of(checkpoint: Checkpoint, layer: int) -> LayerConfig:
             f"layer {layer} has no experts; the MoE layers are {', '.join(map(str, layers))}"
         )
     return layer_config(arch, checkpoint.config, layer)
-
-
-def pick_dispatcher(
-    grid: ProcessGrid, config: LayerConfig, name: str, sequence_parallel: bool = False, copies: int = 0
-) -> tuple[Placement, DispatcherChoice]:
-    """Where the experts live, and how tokens get there. ``copies``: experts that every ep rank holds besides its own."""
-    placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp, copies).to(grid.device)
-    return placement, choose_dispatcher(
-        grid, placement, name, top_k=config.router.top_k, sequence_parallel=sequence_parallel
-    )
-
-
-def pick_kernel(
-    config: LayerConfig, grid: ProcessGrid, experts: int, dtype: torch.dtype, name: str, exact: bool
-) -> Choice:
-    """The kernel for ``experts`` of this rank's slices, with the reasons against the others."""
-    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
-    width = rows.stop - rows.start
-    return choose(spec_of(config, grid.device, experts, width, dtype, exact), name)
-
-
-def spec_of(
-    config: LayerConfig,
-    device: torch.device,
-    experts: int,
-    width: int,
-    dtype: torch.dtype,
-    exact: bool,
-) -> ExpertSpec:
-    """What a kernel must be able to do for ``experts`` routed experts that are ``width`` wide on this rank."""
-    return ExpertSpec(
-        num_experts=experts,
-        hidden_size=config.routed_size,
-        intermediate_size=width,
-        dtype=dtype,
-        activation=config.activation,
-        device=str(device),
-        row_invariant=exact,
-        bias=config.bias,
-    )
-
-
-def check_exact(exact: bool, grid: ProcessGrid) -> None:
-    """Slicing an expert's width changes the order of its sums, which exact mode promises not to do."""
-    if exact and grid.shape.etp > 1:
-        raise ValueError(
-            f"exact mode with etp={grid.shape.etp}: a sliced expert sums in another order; use etp=1"
-        )
-
-
-def slice_of(what: str, width: int, parts: int, part: int) -> slice:
-    """This rank's part of ``width``; parts may differ by one."""
-    if width < parts:
-        raise ValueError(f"{what} {width} cannot be sliced over {parts} ranks; use at most {width}")
-    return share(width, parts, part)
 
 
 def _shared_rows(config: LayerConfig, grid: ProcessGrid, slices: int) -> slice:

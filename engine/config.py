@@ -32,6 +32,9 @@ class RouterConfig:
     ``routed_scaling_factor``: multiplies the final weights.
     ``weight_on_input``: the weight multiplies the token before its expert, not the output after it; k = 1 only.
     ``zero_experts``: Z identity experts, with ids E to E + Z - 1 in the logits, that hold no weights (LongCat).
+    ``norm_eps``: the gate and the routed experts read tokens divided by their root mean square, with this epsilon
+    (Gemma-4, whose layer gets the residual itself), or None.
+    ``vocabulary``: rows of the table of ``choice="hash"``, 0 where it is not said.
     ``jitter_eps``: half the width of sparsemixer's mask, as a share of the best logit.
     ``logits_dtype``: ``model`` computes the gate product in the model's dtype, ``float32`` upcasts both sides
     first, as the family's own code does.
@@ -53,6 +56,8 @@ class RouterConfig:
     zero_experts: int = 0
     renormalize_min: float = TINY
     jitter_eps: float = 0.01
+    vocabulary: int = 0
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         if self.weight_on_input and self.top_k != 1:
@@ -117,6 +122,13 @@ class LayerConfig:
         r = self.router
         if self.latent_size is not None and self.latent_size < 1:
             raise ValueError(f"latent_size={self.latent_size}: must be at least 1, or None for H itself")
+        if r.norm_eps is not None and (
+            self.latent_size is not None or r.zero_experts or self.shared is not None
+        ):
+            raise ValueError(
+                f"norm_eps={r.norm_eps:g} with a latent space, zero experts or shared experts: no family says which of "
+                "them read the normalised tokens; leave those out"
+            )
         if self.latent_size is not None and (self.output_bias or r.zero_experts):
             raise ValueError(
                 f"latent_size={self.latent_size} with an output bias or zero experts: those are H wide, and no "

@@ -71,14 +71,14 @@ class DenseSchema:
 
     ``attention``: tensor name below ``model.layers.{i}.`` to shape; None where these tables do not cover the family.
     ``config``: further ``config.json`` values. ``head_dim``: the head size is one of them. ``mlp``: a dense layer's
-    tensors; ``dense_key``: their width. ``outer``: tensors outside the layers, besides ``OUTER``.
+    tensors; ``dense_key``: their width, None where no layer is dense. ``outer``: tensors outside the layers, besides ``OUTER``.
     """
 
     attention: Mapping[str, Shape] | None
     config: Mapping[str, Any] = field(default_factory=dict)
     head_dim: bool = False
     mlp: Mapping[str, Shape] = field(default_factory=lambda: DENSE_MLP)
-    dense_key: str = "intermediate_size"
+    dense_key: str | None = "intermediate_size"
     outer: Mapping[str, Shape] = field(default_factory=dict)
 
 
@@ -89,9 +89,26 @@ DENSE: Mapping[str, DenseSchema] = {
     "olmoe": DenseSchema({**GROUPED_QUERY, **WIDE_NORMS}),
     "deepseek_v2": DenseSchema(MULTI_HEAD_LATENT, LATENT_SIZES),
     "deepseek_v3": DenseSchema(MULTI_HEAD_LATENT, {**LATENT_SIZES, "num_nextn_predict_layers": 0}),
+    "deepseek_v4": DenseSchema(
+        None,
+        {
+            "num_key_value_heads": 1,
+            "q_lora_rank": 32,
+            "o_groups": 2,
+            "o_lora_rank": 16,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "hc_mult": 2,
+            "partial_rotary_factor": 0.5,
+            "num_hash_layers": 1,
+        },
+        head_dim=True,
+        dense_key=None,
+    ),
     "gpt_oss": DenseSchema({**GROUPED_QUERY, **BIASES, "self_attn.sinks": ("heads",)}, head_dim=True),
     "glm4_moe": DenseSchema(GROUPED_QUERY, {"num_nextn_predict_layers": 0}, head_dim=True),
     "granitemoe": DenseSchema(GROUPED_QUERY),
+    "granitemoeshared": DenseSchema(None),
     "llama4_text": DenseSchema(
         GROUPED_QUERY,
         {"intermediate_size_mlp": 128},
@@ -123,9 +140,12 @@ DENSE: Mapping[str, DenseSchema] = {
         {"ssm_state_size": 8, "mamba_num_heads": 2, "mamba_head_dim": 16, "n_groups": 1},
         head_dim=True,
     ),
-    "dbrx": DenseSchema(None, {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}}),
+    "dbrx": DenseSchema(None, {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}}),
     "jetmoe": DenseSchema(None, {"kv_channels": 16}),
     "cohere2_moe": DenseSchema(None, head_dim=True),
+    "gemma4_text": DenseSchema(
+        None, {"enable_moe_block": True, "hidden_size_per_layer_input": 0}, head_dim=True
+    ),
 }
 
 
@@ -135,10 +155,11 @@ def dimensions(config: Mapping[str, Any]) -> dict[str, int]:
     head = config.get("head_dim") or hidden // heads
     nope, rope, value = (config.get(k, 0) for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     kv_lora = config.get("kv_lora_rank", 0)
+    dense = DENSE[config["model_type"]].dense_key
     return {
         "vocab": config["vocab_size"],
         "hidden": hidden,
-        "dense": config[DENSE[config["model_type"]].dense_key],
+        "dense": 0 if dense is None else config[dense],
         "head": head,
         "heads": heads,
         "q": heads * head,

@@ -43,7 +43,7 @@ def make_config(
         "model_type": model_type,
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": vocab,
-        "intermediate_size": 2 * hidden,
+        **_dense_width(model_type, 2 * hidden),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "tie_word_embeddings": False,
@@ -91,6 +91,11 @@ def _set(config: dict[str, Any], name: str, value: Any) -> None:
 def _head_dim(model_type: str, head: int) -> dict[str, int]:
     """Only some families take the head size as a key of its own."""
     return {"head_dim": head} if DENSE[model_type].head_dim else {}
+
+
+def _dense_width(model_type: str, width: int) -> dict[str, int]:
+    """Where no layer is dense, the key may be the experts' by another name."""
+    return {} if DENSE[model_type].dense_key is None else {"intermediate_size": width}
 
 
 def _dense_layers(arch: Architecture) -> dict[str, int]:

@@ -16,6 +16,7 @@ from xpar.engine.schema import MlpNames
 
 ALL = slice(None)
 PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+INTEGERS = frozenset({"I64", "I32", "I16", "U8"})
 
 
 class MlpTensors(NamedTuple):
@@ -189,6 +190,20 @@ def load_tensor(
     tensor = checkpoint.read(name, rows=rows, cols=cols, expect_shape=shape, out=out, index=index).to(dtype)
     _require_finite(tensor, name, stored)
     return tensor
+
+
+def load_table(checkpoint: Checkpoint, name: str, shape: tuple[int, int], num_experts: int) -> Tensor:
+    """Tensor ``name`` of integer expert ids below ``num_experts``, as int64."""
+    stored = checkpoint.entry(name).dtype
+    if stored not in INTEGERS:
+        raise CheckpointError(f"tensor {name} is stored as {stored}: a table of expert ids holds integers")
+    table = checkpoint.read(name, expect_shape=shape).to(torch.int64)
+    low, high = (int(table.min()), int(table.max())) if table.numel() else (0, 0)
+    if low < 0 or high >= num_experts:
+        raise CheckpointError(
+            f"tensor {name} names experts {low} to {high}, the layer has 0 to {num_experts - 1}; restore the checkpoint"
+        )
+    return table
 
 
 def _require_finite(tensor: Tensor, name: str, stored: str) -> None:

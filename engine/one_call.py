@@ -74,8 +74,8 @@ def why_steps(
         return "exact mode adds a token's outputs where the token lives"
     if fused:
         return "the router does not choose the slots of fused shared experts"
-    if config.latent_size is not None or config.output_bias:
-        return "a latent space or an output bias comes between its steps"
+    if config.latent_size is not None or config.output_bias or config.router.norm_eps is not None:
+        return "a latent space, a norm or an output bias comes between its steps"
     why = record.one_call.refuses(route_spec(config.router))
     return None if why is None else f"{record.name} {why}"
 

@@ -13,12 +13,23 @@ from xpar.engine.mlp_tensors import ALL, MlpTensors
 from xpar.engine.random_weights import fill_random
 from xpar.engine.reference import chosen_experts, sum_reference
 from xpar.engine.routing import Router
-from xpar.engine.weights import LatentWeights, LayerWeights, RouterWeights, SharedWeights, Sink, make_router
+from xpar.engine.weights import (
+    LatentWeights,
+    LayerWeights,
+    NormWeights,
+    RouterWeights,
+    SharedWeights,
+    Sink,
+    make_router,
+)
 from xpar.kernels.contracts import Routing
 
 
 class RandomLayer:
-    """Weights of one layer as ``dtype``; experts are [2I, H], gate rows first, or [I, H] without a gate, and [H, I]."""
+    """Weights of one layer as ``dtype``; experts are [2I, H], gate rows first, or [I, H] without a gate, and [H, I].
+
+    Biases, correction bias, expert scale and table of token ids: where the configuration has them.
+    """
 
     def __init__(self, config: LayerConfig, dtype: torch.dtype, seed: int) -> None:
         self.config, self.dtype, self.seed = config, dtype, seed
@@ -26,6 +37,14 @@ class RandomLayer:
     def expert(self, expert: int) -> tuple[Tensor, Tensor]:
         """``gate_up``, ``down`` of a global expert id; the same on every rank and at every call."""
         return self._mlp(expert, self.config.intermediate_size, self.config.routed_size)
+
+    def biases(self, expert: int) -> tuple[Tensor, Tensor] | None:
+        """Those of the products of a global expert id, packed [2I] or [I] and [H], or None."""
+        c = self.config
+        if not c.bias:
+            return None
+        packed = self._draw("gate_up_bias", 2 * expert, 1, c.activation.packed(c.intermediate_size))
+        return packed[0], self._draw("down_bias", 2 * expert + 1, 1, c.routed_size)[0]
 
     def shared(self) -> SharedWeights | None:
         """The shared experts as one MLP, or None."""
@@ -47,14 +66,33 @@ class RandomLayer:
             self._draw("fc2_latent_proj", -6, hidden, latent),
         )
 
+    def norm(self) -> NormWeights | None:
+        """The scale of the routed experts' norm, or None."""
+        if self.config.router.norm_eps is None:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        return NormWeights(torch.rand(self.config.hidden_size, generator=generator) + 0.5)
+
     def router(self) -> RouterWeights:
-        """The gate, and the correction bias where the router has one."""
-        c = self.config
-        bias = None
-        if c.router.correction_bias:
-            generator = torch.Generator().manual_seed(self.seed)
-            bias = torch.randn(c.num_logits, generator=generator) * 0.01
-        return RouterWeights(self._draw("mlp.gate.weight", -1, c.num_logits, c.hidden_size), bias)
+        """The gate, and what else the router has."""
+        c, r = self.config, self.config.router
+        generator = torch.Generator().manual_seed(self.seed)
+        correction = torch.randn(c.num_logits, generator=generator) * 0.01
+        scale = torch.rand(c.num_logits, generator=generator) + 0.5
+        keys = torch.rand(r.vocabulary, c.num_logits, generator=generator)
+        return RouterWeights(
+            self._draw("mlp.gate.weight", -1, c.num_logits, c.hidden_size),
+            correction if r.correction_bias else None,
+            self._draw("gate_bias", -7, 1, c.num_logits)[0] if r.gate_bias else None,
+            scale if r.expert_scale else None,
+            keys.topk(r.top_k, dim=-1).indices if r.choice == "hash" else None,
+        )
+
+    def output_bias(self) -> Tensor | None:
+        """[H], or None."""
+        return (
+            self._draw("output_bias", -8, 1, self.config.hidden_size)[0] if self.config.output_bias else None
+        )
 
     def make_router(self) -> Router:
         """The router by itself, as a reference uses it."""
@@ -71,18 +109,18 @@ class RandomLayer:
     ) -> LayerWeights:
         """What :func:`xpar.engine.weights.load_layer` reads from a checkpoint."""
         for index, expert in enumerate(experts):
-            sink(index, *self._sliced(*self.expert(expert), rows))
+            sink(index, *self._sliced(*self.expert(expert), rows), *self._sliced_biases(expert, rows))
         shared = self.shared()
         if shared is not None:
             shared = SharedWeights(*self._sliced(shared.gate_up, shared.down, shared_rows), shared.gate)
-        return LayerWeights(self.router(), shared, latent=self.latent())
+        return LayerWeights(self.router(), shared, self.output_bias(), self.latent(), self.norm())
 
-    def reference(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
+    def reference(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
         """The layer in float32 from the same rounded weights: [T, H], and the routing. One expert at a time."""
-        routing = self.make_router().route(hidden_states)
-        experts = ((e, MlpTensors(*self.expert(e))) for e in chosen_experts(routing))
-        shared, latent = self.shared(), self.latent()
-        return sum_reference(hidden_states, routing, experts, shared, self.config, latent=latent), routing
+        routing = self.make_router().route(hidden_states, None, input_ids)
+        experts = ((e, MlpTensors(*self.expert(e), *(self.biases(e) or ()))) for e in chosen_experts(routing))
+        weights = (self.shared(), self.config, self.output_bias(), self.latent(), self.norm())
+        return sum_reference(hidden_states, routing, experts, *weights), routing
 
     def nbytes(self) -> int:
         """Bytes of all experts together, shared ones included."""
@@ -104,3 +142,12 @@ class RandomLayer:
     def _sliced(self, gate_up: Tensor, down: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         halves = gate_up.chunk(2 if self.config.activation.gated else 1)
         return torch.cat([half[rows] for half in halves]), down[:, rows]
+
+    def _sliced_biases(self, expert: int, rows: slice) -> tuple[Tensor, ...]:
+        """The down bias comes with the first slice alone: it counts once."""
+        biases = self.biases(expert)
+        if biases is None:
+            return ()
+        packed, down = biases
+        halves = packed.chunk(2 if self.config.activation.gated else 1)
+        return torch.cat([half[rows] for half in halves]), down if rows.start in (None, 0) else down * 0

@@ -16,8 +16,10 @@ from xpar.engine.mlp_tensors import MlpTensors
 from xpar.engine.routers import identity_output, weigh_input
 from xpar.engine.weights import (
     LatentWeights,
+    NormWeights,
     SharedWeights,
     load_latent,
+    load_norm,
     load_output_bias,
     load_router,
     load_shared,
@@ -61,7 +63,8 @@ def layer_reference(
     shared = load_shared(checkpoint, arch, layer, config, dtype)
     bias = load_output_bias(checkpoint, arch, layer, config, dtype)
     latent = load_latent(checkpoint, arch, layer, config, dtype)
-    return sum_reference(hidden_states.to(dtype), routing, experts, shared, config, bias, latent), routing
+    x, norm = hidden_states.to(dtype), load_norm(checkpoint, arch, layer, config)
+    return sum_reference(x, routing, experts, shared, config, bias, latent, norm), routing
 
 
 def chosen_experts(routing: Routing) -> list[int]:
@@ -77,10 +80,14 @@ def sum_reference(
     config: LayerConfig,
     output_bias: Tensor | None = None,
     latent: LatentWeights | None = None,
+    norm: NormWeights | None = None,
 ) -> Tensor:
     """All that a layer adds up for ``hidden_states`` [T, H], in float32; ``experts``: (id, tensors)."""
     x = hidden_states.float()
-    rows, weighted = weigh_input(hidden_states if latent is None else x @ latent.enter.float().T, routing)
+    own = hidden_states if latent is None else x @ latent.enter.float().T
+    if norm is not None and config.router.norm_eps is not None:
+        own = x / (x.square().mean(-1, keepdim=True) + config.router.norm_eps).sqrt() * norm.scale
+    rows, weighted = weigh_input(own, routing)
     rows = rows.float()
     out = torch.zeros_like(rows)
     for expert, tensors in experts:

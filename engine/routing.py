@@ -8,7 +8,7 @@ from torch import Tensor
 from xpar.engine.config import RouterConfig
 from xpar.engine.routers.base import require_finite
 from xpar.engine.routers.build import routing_rule
-from xpar.engine.routers.gate import FusedGate, gate_logits
+from xpar.engine.routers.gate import FusedGate, gate_logits, over_rms
 from xpar.kernels.contracts import Routing
 
 __all__ = ["FusedGateRouter", "Router", "gate_logits"]
@@ -58,6 +58,8 @@ class Router:
             raise ValueError(
                 f"hidden_states are {hidden_states.shape[-1]} wide, the gate takes {self.gate.shape[1]}"
             )
+        if self.config.norm_eps is not None:
+            hidden_states = over_rms(hidden_states, self.config.norm_eps)
         return gate_logits(hidden_states.to(self.gate.dtype), self.gate, self.row_invariant, self.gate_bias)
 
     def route(
@@ -104,13 +106,20 @@ class FusedGateRouter(Router):
         shared_gate: Tensor,
         correction_bias: Tensor | None = None,
         *,
+        expert_scale: Tensor | None = None,
+        hash_table: Tensor | None = None,
         row_invariant: bool = False,
         check_finite: bool = True,
     ) -> None:
         self.both = FusedGate(gate, shared_gate)
-        gate = self.both.weight[: gate.shape[0]]
         super().__init__(
-            config, gate, correction_bias, row_invariant=row_invariant, check_finite=check_finite
+            config,
+            self.both.weight[: gate.shape[0]],
+            correction_bias,
+            expert_scale=expert_scale,
+            hash_table=hash_table,
+            row_invariant=row_invariant,
+            check_finite=check_finite,
         )
 
     def logits_of_both(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:

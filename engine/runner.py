@@ -15,7 +15,7 @@ from xpar.engine.capture import CapturedLayer
 from xpar.engine.compiled import Handle, moe_forward, moe_forward_separately
 from xpar.engine.config import LayerConfig
 from xpar.engine.fused_shared import SharedSlots
-from xpar.engine.latent import LatentSpace
+from xpar.engine.latent import InputSpace
 from xpar.engine.load import LoadCounter
 from xpar.engine.one_call import Depth, OneCall
 from xpar.engine.overlap import Overlap, SharedOrder, Work
@@ -55,7 +55,7 @@ class MoERunner(nn.Module):
         shared_order: SharedOrder = SharedOrder.AUTO,
         layer: int = 0,
         output_bias: Tensor | None = None,
-        latent: LatentSpace | None = None,
+        latent: InputSpace | None = None,
     ) -> None:
         super().__init__()
         self.config, self.grid, self.layer = config, grid, layer
@@ -233,7 +233,7 @@ class MoERunner(nn.Module):
         held = self.dispatcher.placement.experts_of(self.grid.moe.rank // self.grid.shape.etp)
         return f"{held.start}-{held.stop - 1}" if held else "none"
 
-    # -- the steps that are not one call ----------------------------------------------------------------------
+    # -- what the steps are made of ---------------------------------------------------------------------------
 
     def _route(
         self, hidden_states: Tensor, mine: slice, router_logits: Tensor | None, input_ids: Tensor | None

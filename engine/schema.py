@@ -130,6 +130,39 @@ class LatentSchema:
 
 
 @dataclass(frozen=True)
+class NormSchema:
+    """Norms inside the layer: the gate and the routed experts read tokens over their root mean square.
+
+    ``gate_scale``, ``experts_scale``: tensors [H] that multiply those then; the gate's also by ``H ** -0.5``.
+    """
+
+    epsilon: Key
+    gate_scale: str
+    experts_scale: str
+
+
+@dataclass(frozen=True)
+class HashSchema:
+    """Layers whose experts a table [vocabulary, k] of integers names by token id; they have no correction bias.
+
+    ``kinds``, keys of a list of every layer's kind, say which by ``kind``; without such a list the first ``count`` are.
+    """
+
+    table: str
+    vocabulary: Key
+    kinds: tuple[str, ...]
+    kind: str
+    count: Key
+
+    def holds(self, config: Mapping[str, Any], layer: int) -> bool:
+        """Whether ``layer`` is one."""
+        kinds = next((v for name in self.kinds if (v := lookup(config, name)) is not None), None)
+        if kinds is not None:
+            return bool(kinds[layer] == self.kind)
+        return bool(layer < self.count.get(config, int))
+
+
+@dataclass(frozen=True)
 class Rule:
     """A config key that, when present, must have one of the ``allowed`` values; null is one unless ``null`` is false."""
 
@@ -156,7 +189,8 @@ class Architecture:
     ``model_class``: its entry in the ``architectures`` list of ``config.json``. ``groups_if``: (key, value) without
     which the group keys are ignored. ``gate_dtype``: ``float32`` for a gate that stays float32 whatever the
     model's dtype. ``bias``: the correction bias [E], stored as [1, E] if ``bias_is_row``; ``gate_bias``: the bias [E] of
-    the logits; ``output_bias``: a bias [H] of the layer's output. The other fields say what goes into a :class:`LayerConfig`.
+    the logits; ``output_bias``: a bias [H] of the layer's output; ``hashed``: layers that route by token id; ``expert_scale``: a
+    factor [E] of each expert's weight. The other fields say what goes into a :class:`LayerConfig`.
     """
 
     model_type: str
@@ -189,4 +223,7 @@ class Architecture:
     output_bias: str | None = None
     shared: SharedSchema | None = None
     latent: LatentSchema | None = None
+    hashed: HashSchema | None = None
+    expert_scale: str | None = None
+    norm: NormSchema | None = None
     rules: tuple[Rule, ...] = ()

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from xpar.engine.random_weights import fill_random
+from xpar.engine.architectures import find
+from xpar.engine.random_weights import fill_random, fill_table
 
 
 def write_with_transformers(
@@ -26,8 +27,12 @@ def write_with_transformers(
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.to_empty(device="cpu")
     with torch.no_grad():
+        experts = find(config).num_experts.get(config, int)
         for name, tensor in model.state_dict().items():
-            fill_random(name, tensor, generator)
+            if tensor.is_floating_point():
+                fill_random(name, tensor, generator)
+            else:
+                fill_table(tensor, experts, generator)
     with _no_progress_bar():
         model.save_pretrained(path, max_shard_size=max_shard_bytes)
 

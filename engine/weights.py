@@ -14,23 +14,28 @@ from torch import Tensor
 
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.config import LayerConfig
-from xpar.engine.mlp_tensors import ALL, MlpPlace, MlpTensors, load_tensor, mlp_buffers, read_mlp
+from xpar.engine.mlp_tensors import ALL, MlpPlace, MlpTensors, load_table, load_tensor, mlp_buffers, read_mlp
 from xpar.engine.routing import FusedGateRouter, Router
 from xpar.engine.schema import Architecture
 
 Sink = Callable[..., None]
 
 
-T = TypeVar("T", "RouterWeights", "SharedWeights", "LatentWeights")
+T = TypeVar("T", "RouterWeights", "SharedWeights", "LatentWeights", "NormWeights")
 
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """``gate`` [E, H] and ``gate_bias`` [E] in the gate's dtype, ``correction_bias`` [E] float32; biases or None."""
+    """``gate`` [E, H] and ``gate_bias`` [E] in the gate's dtype, ``correction_bias`` [E] float32; biases or None.
+
+    ``expert_scale`` [E] float32 and ``hash_table`` [vocabulary, k] int64: where the router has them.
+    """
 
     gate: Tensor
     correction_bias: Tensor | None
     gate_bias: Tensor | None = None
+    expert_scale: Tensor | None = None
+    hash_table: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,13 @@ class LatentWeights:
 
 
 @dataclass(frozen=True)
+class NormWeights:
+    """``scale`` [H] of the routed experts' norm."""
+
+    scale: Tensor
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """What a rank keeps of a layer besides its experts, which went to the sink. ``output_bias``: [H] or None."""
 
@@ -58,6 +70,7 @@ class LayerWeights:
     shared: SharedWeights | None
     output_bias: Tensor | None = None
     latent: LatentWeights | None = None
+    norm: NormWeights | None = None
 
     def to(self, device: torch.device) -> "LayerWeights":
         """The same on ``device``."""
@@ -66,6 +79,7 @@ class LayerWeights:
             None if self.shared is None else _moved(self.shared, device),
             _on(self.output_bias, device),
             None if self.latent is None else _moved(self.latent, device),
+            None if self.norm is None else _moved(self.norm, device),
         )
 
 
@@ -93,6 +107,7 @@ def load_layer(
         load_shared(checkpoint, arch, layer, config, dtype, shared_rows),
         load_output_bias(checkpoint, arch, layer, config, dtype),
         load_latent(checkpoint, arch, layer, config, dtype),
+        load_norm(checkpoint, arch, layer, config),
     )
     for index, expert in stream_experts(checkpoint, arch, layer, config, experts, dtype, rows):
         sink(index, *(tensor for tensor in expert if tensor is not None))
@@ -102,20 +117,32 @@ def load_layer(
 def load_router(
     checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
 ) -> RouterWeights:
-    """The gate weight, and the biases that the family has."""
+    """The gate weight, and the biases and the table that the family has for this layer."""
     experts, hidden = config.num_logits, config.hidden_size
     gate_dtype = torch.float32 if arch.gate_dtype == "float32" else dtype
     gate = load_tensor(checkpoint, arch.router.format(layer=layer), (experts, hidden), gate_dtype)
-    gate_bias = correction = None
+    gate_bias = correction = table = scale = None
+    if arch.norm is not None:
+        factor = load_tensor(checkpoint, arch.norm.gate_scale.format(layer=layer), (hidden,), torch.float32)
+        gate = (gate.float() * factor * hidden**-0.5).to(gate_dtype)
+    if arch.expert_scale is not None:
+        scale = load_tensor(checkpoint, arch.expert_scale.format(layer=layer), (experts,), torch.float32)
     if arch.gate_bias is not None:
         gate_bias = load_tensor(checkpoint, arch.gate_bias.format(layer=layer), (experts,), gate_dtype)
-    if arch.bias is not None:
+    if arch.hashed is not None and config.router.choice == "hash":
+        table = load_table(
+            checkpoint,
+            arch.hashed.table.format(layer=layer),
+            (config.router.vocabulary, config.router.top_k),
+            config.num_experts,
+        )
+    if arch.bias is not None and config.router.correction_bias:
         shape = (1, experts) if arch.bias_is_row else (experts,)
         # Choices hang on small differences of this bias; families keep it in float32 whatever the model's dtype.
         correction = load_tensor(checkpoint, arch.bias.format(layer=layer), shape, torch.float32).view(
             experts
         )
-    return RouterWeights(gate, correction, gate_bias)
+    return RouterWeights(gate, correction, gate_bias, scale, table)
 
 
 def load_shared(
@@ -161,6 +188,16 @@ def load_latent(
     )
 
 
+def load_norm(
+    checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig
+) -> NormWeights | None:
+    """The scale of the norm before the routed experts, float32; None where they read the tokens as they are."""
+    if arch.norm is None:
+        return None
+    name = arch.norm.experts_scale.format(layer=layer)
+    return NormWeights(load_tensor(checkpoint, name, (config.hidden_size,), torch.float32))
+
+
 def stream_experts(
     checkpoint: Checkpoint,
     arch: Architecture,
@@ -200,24 +237,16 @@ def make_router(
     shared_gate: Tensor | None = None,
 ) -> Router:
     """The layer's router with its weights. ``shared_gate`` [1, H]: a gate to make the logits of in the same product."""
-    gate = weights.gate
+    extras: dict[str, Any] = {
+        "expert_scale": weights.expert_scale,
+        "hash_table": weights.hash_table,
+        "row_invariant": row_invariant,
+        "check_finite": check_finite,
+    }
+    gate, bias = weights.gate, weights.correction_bias
     if shared_gate is not None and _one_product(config, weights, shared_gate):
-        return FusedGateRouter(
-            config.router,
-            gate,
-            shared_gate,
-            weights.correction_bias,
-            row_invariant=row_invariant,
-            check_finite=check_finite,
-        )
-    return Router(
-        config.router,
-        gate,
-        weights.correction_bias,
-        gate_bias=weights.gate_bias,
-        row_invariant=row_invariant,
-        check_finite=check_finite,
-    )
+        return FusedGateRouter(config.router, gate, shared_gate, bias, **extras)
+    return Router(config.router, gate, bias, gate_bias=weights.gate_bias, **extras)
 
 
 def _one_product(config: LayerConfig, weights: RouterWeights, shared_gate: Tensor) -> bool:

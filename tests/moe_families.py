@@ -26,6 +26,7 @@ class Case:
     )
     top_k: int = SIZES["top_k"]
     roundings: int = 1  # of a weight in bf16, by transformers
+    beside: str | None = None  # a further module whose output the layer adds
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -59,6 +60,14 @@ CASES = (
     Case("gpt_oss", "gpt_oss", {"swiglu_limit": 1.5}, router="router"),
     Case("glm4_moe", "glm4_moe", {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5}),
     Case("granitemoe", "granitemoe", module="model.layers.{layer}.block_sparse_moe", router="router"),
+    Case(
+        "granitemoeshared",
+        "granitemoeshared",
+        module="model.layers.{layer}.block_sparse_moe",
+        router="moe.router",
+        beside="model.layers.{layer}.shared_mlp",
+    ),
+    Case("deepseek_v4", "deepseek_v4", {"swiglu_limit": 1.5}, router=None),
     Case(
         "llama4",
         "llama4_text",
@@ -114,9 +123,28 @@ def transformers_model(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
-def transformers_block(path: Path, case: Case, dtype: torch.dtype) -> torch.nn.Module:
+class Beside(torch.nn.Module):
+    """The sum of an MoE module and of what its decoder layer computes beside it."""
+
+    def __init__(self, moe: torch.nn.Module, shared: torch.nn.Module) -> None:
+        super().__init__()
+        self.moe, self.shared = moe, shared
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.moe(x) + self.shared(x)
+
+
+def block_of(model: torch.nn.Module, case: Case) -> torch.nn.Module:
     """The MoE module of the case's layer."""
-    return transformers_model(path, dtype).get_submodule(case.module.format(layer=case.layer))
+    block = model.get_submodule(case.module.format(layer=case.layer))
+    if case.beside is None:
+        return block
+    return Beside(block, model.get_submodule(case.beside.format(layer=case.layer)))
+
+
+def transformers_block(path: Path, case: Case, dtype: torch.dtype) -> torch.nn.Module:
+    """:func:`block_of` the model at ``path``."""
+    return block_of(transformers_model(path, dtype), case)
 
 
 def transformers_output(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ ALLOWED = {
 }
 MODULES = sorted(path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))
 # Only the extras bring these; a module that needs one imports it where it is used.
-OPTIONAL = ("zentorch", "transformers", "matplotlib", "nccl", "pytest", "hypothesis")
+OPTIONAL = ("zentorch", "transformers", "matplotlib", "nccl", "lm_eval", "pytest", "hypothesis")
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[str]:

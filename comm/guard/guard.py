@@ -110,8 +110,10 @@ class Guard:
         """Collective over ``world``, the job's ranks; ``node``: those of this rank's node; ``node_of``: of each rank."""
         guard = cls(Board.open(node), world.rank, deadlines, watching, world.Abort)
         guard._key = world.bcast(secrets.token_bytes(16) if world.rank == 0 else None, root=0)
-        ear = Ear(guard._key, guard._answer) if max(node_of) else None
-        address = None if ear is None else ear.address
+        address = None
+        if max(node_of):
+            with suppress(OSError):  # a node that cannot be asked is reported as one that does not answer
+                address = Ear(guard._key, guard._answer).address
         guard.places = tuple(
             world.allgather(Place(socket.gethostname(), node_of[world.rank], node.rank, address))
         )
@@ -177,7 +179,7 @@ class Guard:
         if not self.board.shared or self.board.size == 1:
             return None
         local = (self.board.mine + 1) % self.board.size
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):  # an older kernel, or a Python made for one
             return local, os.pidfd_open(self.board.read(local).pid)
         return None
 

@@ -24,7 +24,10 @@ def offer() -> int:
     """Let other processes of this user ask for the stacks of this one; the descriptor of the file, -1 without."""
     if signal.getsignal(SIGNAL) is not signal.SIG_DFL:
         return -1
-    file = os.memfd_create("xpar-stacks", os.MFD_CLOEXEC)
+    try:
+        file = os.memfd_create("xpar-stacks", os.MFD_CLOEXEC)
+    except (OSError, AttributeError):  # an older kernel, or a Python made for one
+        return -1
     faulthandler.register(SIGNAL, file=file, all_threads=True)
     return file
 

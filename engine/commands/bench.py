@@ -1,4 +1,4 @@
-"""``xpar bench``: a layer, dispatchers and kernels beside their peers, and how a layer or a model scales; each checked."""
+"""``xpar bench``: layers, models, dispatchers and kernels beside their peers, and how they scale; each checked."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from xpar.engine.bench import exchange
 from xpar.engine.bench.layer import LayerBench
 from xpar.engine.bench.request import Request
 from xpar.engine.build import FLOATS
+from xpar.engine.commands import bench_generate
 from xpar.engine.kernel_bench import options
 from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.one_call import DEPTHS
@@ -31,7 +32,9 @@ COMPARE = ("transformers", "solo", "steps")
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command and its measurements."""
-    bench = subparsers.add_parser("bench", help="measure a layer, dispatchers, scaling")
+    bench = subparsers.add_parser(
+        "bench", help="measure a layer, the dispatchers, a whole model, kernels, scaling"
+    )
     kinds = bench.add_subparsers(required=True, metavar="WHAT")
     _register_layer(kinds.add_parser("layer", help="a layer of a named shape, random weights"))
     _register_comm(
@@ -39,6 +42,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     _register_scaling(
         kinds.add_parser("scaling", help="a layer or a model on more and more of the job's ranks")
+    )
+    bench_generate.add_options(
+        kinds.add_parser("generate", help="a whole model decoding, beside transformers in one process")
     )
     options.add_options(kinds.add_parser("kernels", help="the expert kernels of one GPU, in one process"))
 

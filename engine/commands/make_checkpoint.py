@@ -1,12 +1,14 @@
 """``xpar make-checkpoint``: random weights in the real format of a model family. Needs no MPI."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
 from xpar.comm.failure import AgreedError
 from xpar.engine.build import FLOATS
+from xpar.engine.byte_tokenizer import BYTES, write_byte_tokenizer
 from xpar.engine.dense_schema import DENSE
 from xpar.engine.make_checkpoint import make_checkpoint
 from xpar.engine.make_config import usual_top_k
@@ -60,6 +62,8 @@ def main(args: argparse.Namespace) -> int:
             seed=args.seed,
             writer=args.writer,
         )
+        if find_spec("transformers") and args.vocab >= BYTES:
+            write_byte_tokenizer(args.directory, args.vocab)  # xpar generate needs one
     except ValueError as error:
         raise AgreedError(str(error)) from None  # there is one process: shown as one line
     size = sum(f.stat().st_size for f in args.directory.glob("*.safetensors"))

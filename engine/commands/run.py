@@ -15,8 +15,10 @@ from xpar.comm.guard.arrivals import gather_lateness
 from xpar.comm.shares import share
 from xpar.comm.world import World
 from xpar.engine.architectures import find, moe_layers
-from xpar.engine.build import FLOATS, config_of, pick_dispatcher, pick_kernel
+from xpar.engine.build import FLOATS, config_of
 from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.config import LayerConfig
+from xpar.engine.held import pick_dispatcher, pick_kernel
 from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.one_call import DEPTHS, explain_depth
 from xpar.engine.reference import TOLERANCE, layer_reference, relative_error
@@ -136,15 +138,17 @@ def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: t
         depth=args.depth,
     )
     everyone = random_tokens(args.tokens, runner.config.hidden_size, args.seed + layer).to(dtype)
-    mine = everyone[share(args.tokens, grid.dp.size, grid.dp.rank)].to(grid.device)
-    runner(mine)
+    part = share(args.tokens, grid.dp.size, grid.dp.rank)
+    ids = random_ids(args.tokens, runner.config, args.seed + layer)
+    mine, my_ids = everyone[part].to(grid.device), None if ids is None else ids[part].to(grid.device)
+    runner(mine, None, my_ids)
     clocks = [StageClock(grid.device) for _ in range(args.steps)]
     for clock in clocks:
         grid.world.comm.barrier()
-        output, _, traffic = runner.run(mine, None, clock)
+        output, _, traffic = runner.run(mine, None, clock, my_ids)
     record = layer_record(runner, clocks, traffic, args.tokens)
     if args.verify:
-        record["rel_error"] = _relative_error(args.checkpoint, grid, layer, everyone, output)
+        record["rel_error"] = _relative_error(args.checkpoint, grid, layer, everyone, ids, output)
     return record
 
 
@@ -153,8 +157,16 @@ def random_tokens(tokens: int, hidden_size: int, seed: int) -> Tensor:
     return torch.randn(tokens, hidden_size, generator=torch.Generator().manual_seed(seed))
 
 
+def random_ids(tokens: int, config: LayerConfig, seed: int) -> Tensor | None:
+    """[tokens] int64 for a layer that routes by token id, alike everywhere; None for any other."""
+    if config.router.choice != "hash":
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.router.vocabulary, (tokens,), generator=generator)
+
+
 def _relative_error(
-    path: Path, grid: ProcessGrid, layer: int, hidden_states: Tensor, output: Tensor
+    path: Path, grid: ProcessGrid, layer: int, hidden_states: Tensor, ids: Tensor | None, output: Tensor
 ) -> float:
     """||out - ref|| / ||ref|| over all tokens, computed by rank 0 and told to all."""
     kept = output.cpu() if grid.tp.rank == 0 else output.cpu()[:0]
@@ -164,7 +176,7 @@ def _relative_error(
         if grid.world.rank:
             return 0.0
         with Checkpoint(path) as checkpoint:
-            reference, _ = layer_reference(checkpoint, layer, hidden_states)
+            reference, _ = layer_reference(checkpoint, layer, hidden_states, input_ids=ids)
         return relative_error(complete, reference)
 
     error = agreed(grid.world.comm, compare, f"reference of layer {layer}", patient=True)

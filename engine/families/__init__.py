@@ -4,7 +4,8 @@ A family is one :class:`~xpar.engine.schema.Architecture` value; nothing asks fo
 a new value.
 """
 
-from xpar.engine.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, NEMOTRON_H
+from xpar.engine.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V4, DOTS1, GLM4_MOE, NEMOTRON_H
+from xpar.engine.families.gemma import GEMMA4, GEMMA4_TEXT
 from xpar.engine.families.nested import LLAMA4_VISION
 from xpar.engine.families.qwen import OLMOE, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT
 from xpar.engine.families.single import (
@@ -17,7 +18,7 @@ from xpar.engine.families.single import (
     MIXTRAL,
     PHIMOE,
 )
-from xpar.engine.families.stacked import DBRX, GPT_OSS, GRANITEMOE, JETMOE, LLAMA4
+from xpar.engine.families.stacked import DBRX, GPT_OSS, GRANITEMOE, GRANITEMOESHARED, JETMOE, LLAMA4
 
 ARCHITECTURES = (
     MIXTRAL,
@@ -26,9 +27,11 @@ ARCHITECTURES = (
     OLMOE,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    DEEPSEEK_V4,
     GPT_OSS,
     GLM4_MOE,
     GRANITEMOE,
+    GRANITEMOESHARED,
     LLAMA4,
     LLAMA4_VISION,
     MINIMAX_M2,
@@ -43,4 +46,6 @@ ARCHITECTURES = (
     DBRX,
     JETMOE,
     COHERE2_MOE,
+    GEMMA4_TEXT,
+    GEMMA4,
 )

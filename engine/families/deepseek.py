@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from xpar.engine.families.names import BLOCK, DEEPSEEK_SHARED, EXPERTS
+from xpar.engine.families.names import BLOCK, DEEPSEEK_SHARED, EXPERTS, LAYER, mlp
 from xpar.engine.schema import (
     ActivationSchema,
     Architecture,
+    HashSchema,
     Key,
     LatentSchema,
     LayerPattern,
@@ -61,6 +62,41 @@ DEEPSEEK_V3 = Architecture(
     rules=(
         Rule("topk_method", ("noaux_tc",), "this is the family's router"),
         Rule("scoring_func", ("sigmoid",), "the family scores with sigmoid"),
+    ),
+)
+
+_FFN = LAYER + ".ffn"
+
+DEEPSEEK_V4 = Architecture(
+    model_type="deepseek_v4",
+    model_class="DeepseekV4ForCausalLM",
+    num_experts=Key(("n_routed_experts", "num_local_experts")),
+    intermediate_size=Key(("moe_intermediate_size",)),
+    router=_FFN + ".gate.weight",
+    bias=_FFN + ".gate.bias",
+    hashed=HashSchema(
+        _FFN + ".gate.tid2eid",
+        Key(("vocab_size",)),
+        ("mlp_layer_types",),
+        "hash_moe",
+        Key(("num_hash_layers",), 3),
+    ),
+    experts=mlp(_FFN + ".experts.{expert}", gate="w1", up="w3", down="w2"),
+    activation=ActivationSchema(limit=Key(("swiglu_limit",), 10.0)),
+    scoring=Key(default="sqrtsoftplus"),
+    renormalize=Key(default=True),
+    routed_scaling_factor=Key(("routed_scaling_factor",), 1.5),
+    shared=SharedSchema(
+        width=Key(("moe_intermediate_size",)),
+        count=Key(("n_shared_experts",), 1),
+        names=mlp(_FFN + ".shared_experts", gate="w1", up="w3", down="w2"),
+    ),
+    rules=(
+        Rule("scoring_func", ("sqrtsoftplus",), "the family scores with the root of softplus"),
+        Rule("norm_topk_prob", (True,), "the family renormalises"),
+        Rule("n_shared_experts", (1,), "the family's models have one"),
+        Rule("hidden_act", ("silu",), "the family's activation is a bounded silu"),
+        Rule("mlp_bias", (False,), "biases of its MLPs are not read"),
     ),
 )
 

@@ -50,6 +50,22 @@ GRANITEMOE = Architecture(
     renormalize=Key(default=False),
 )
 
+GRANITEMOESHARED = replace(
+    GRANITEMOE,
+    model_type="granitemoeshared",
+    model_class="GraniteMoeSharedForCausalLM",
+    shared=SharedSchema(
+        width=Key(("shared_intermediate_size",), 1024),
+        count=Key(default=1),
+        names=MlpNames(
+            None,
+            None,
+            LAYER + ".shared_mlp.output_linear.weight",
+            gate_up=LAYER + ".shared_mlp.input_linear.weight",
+        ),
+    ),
+)
+
 JETMOE = replace(
     GRANITEMOE,
     model_type="jetmoe",

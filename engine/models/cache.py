@@ -4,20 +4,26 @@ Rows have different lengths and end in the same column: what is missing on the l
 B rows, S columns; every layer's keys and values are [B, heads, S, dim].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from xpar.engine.models.growing import new_cache
+
 
 @dataclass(frozen=True)
 class KeyValues:
-    """``layers``: keys and values of each layer. ``lengths``: columns of each row that are not padding."""
+    """``layers``: keys and values of each layer. ``lengths``: columns of each row that are not padding.
+
+    ``origin``: the cache that holds these very tensors, if it still does.
+    """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
     lengths: tuple[int, ...]
+    origin: Any = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, cache: Any, lengths: tuple[int, ...]) -> "KeyValues":
@@ -30,17 +36,17 @@ class KeyValues:
                     "this model keeps more than keys and values of its past; it cannot be generated from"
                 )
             layers.append((keys, values))
-        return cls(tuple(layers), lengths)
+        return cls(tuple(layers), lengths, cache)
 
     @property
     def columns(self) -> int:
         return int(self.layers[0][0].shape[2])
 
     def cache(self) -> Any:
-        """A cache for transformers' forward, which appends to it and does not change these tensors."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+        """A cache for transformers' forward, which appends to it. For one forward only: a second would append to the same."""
+        if self.origin is not None:
+            return self.origin
+        cache = new_cache()
         for number, (keys, values) in enumerate(self.layers):
             cache.update(keys, values, number)
         return cache

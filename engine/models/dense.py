@@ -1,4 +1,4 @@
-"""Everything of a model that is not a routed expert: read once per node, then handed to the node's other ranks.
+"""Everything of a model that is not a routed expert, or of its block: read once per node, then handed to the node's other ranks.
 
 Tensor names and their place in the model are transformers' own: its table of renamings says which parameter a stored
 tensor becomes.
@@ -14,23 +14,21 @@ from torch import Tensor
 
 from xpar.comm.communicator import Communicator
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
-from xpar.engine.models.experts import experts_modules
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
-def sources(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+def sources(model: Any, checkpoint: Checkpoint, foreign: tuple[str, ...]) -> dict[str, str]:
     """Parameter or buffer of ``model`` -> the stored tensor it comes from, in the model's order.
 
-    Raises :class:`CheckpointError` for a parameter that the checkpoint lacks, and for one that would have to be
+    ``foreign``: what the names of parameters begin with that others fill. Raises :class:`CheckpointError` for a parameter that the checkpoint lacks, and for one that would have to be
     computed from several tensors.
     """
     stored = _by_target(model, checkpoint)
     tied: Mapping[str, str] = model.all_tied_weights_keys
-    experts = _experts_prefixes(model)
     found, missing = {}, []
     for key in model.state_dict():
-        if key.startswith(experts) or key in tied:
+        if key.startswith(foreign) or key in tied:
             continue
         other = next((target for target, source in tied.items() if source == key), "")
         name = stored.get(key) or stored.get(other)
@@ -51,13 +49,14 @@ def load_dense(
     model: Any,
     checkpoint: Checkpoint,
     plan: Mapping[str, str],
+    foreign: tuple[str, ...],
     node: Communicator,
     dtype: torch.dtype,
     loaded: Callable[[int], None] = lambda nbytes: None,
 ) -> int:
     """Give ``model``, built without memory, its dense weights; return their bytes. Collective over ``node``.
 
-    ``plan``: what :func:`sources` says. Rank 0 of the node reads each tensor and sends it to the others. ``loaded``
+    ``plan``, ``foreign``: as of :func:`sources`. Rank 0 of the node reads each tensor and sends it to the others. ``loaded``
     hears the bytes of each. What goes wrong on that rank is raised as one :class:`CheckpointError` on all of the node.
     """
     kept = model._get_dtype_plan(dtype)
@@ -71,11 +70,11 @@ def load_dense(
     model.load_state_dict(tensors, strict=False, assign=True)
     model.requires_grad_(False)
     model.tie_weights()
-    restore_buffers(model)
+    restore_buffers(model, foreign)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def restore_buffers(model: Any) -> None:
+def restore_buffers(model: Any, foreign: tuple[str, ...]) -> None:
     """Give the buffers that no checkpoint holds (rotary frequencies) the values that transformers computes for them.
 
     Raises :class:`CheckpointError` naming what is still without values.
@@ -92,16 +91,9 @@ def restore_buffers(model: Any) -> None:
         for name in names:
             if not math.isfinite(float(getattr(module, name).sum())):
                 raise CheckpointError(f"{type(module).__name__}: transformers does not restore its {name}")
-    prefixes = _experts_prefixes(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta and not name.startswith(prefixes):
+        if tensor.is_meta and not name.startswith(foreign):
             raise CheckpointError(f"{type(model).__name__}: {name} is still empty after loading")
-
-
-def _experts_prefixes(model: Any) -> tuple[str, ...]:
-    """What the names of routed experts' parameters begin with."""
-    names = {id(module): name for name, module in model.named_modules()}
-    return tuple(f"{names[id(module)]}." for module in experts_modules(model).values())
 
 
 def _by_target(model: Any, checkpoint: Checkpoint) -> dict[str, str]:

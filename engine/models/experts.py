@@ -7,6 +7,7 @@ T tokens of this rank, H hidden size, k experts a token.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import Tag
 from xpar.comm.reduction import finish
 from xpar.engine.config import LayerConfig
+from xpar.engine.stages import NO_CLOCK, Clock
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
 
 IMPLEMENTATION = "xpar"
@@ -29,7 +31,7 @@ class ExpertLayer:
     """The experts of one layer on this rank's grid; every rank of its ``moe`` group calls it together.
 
     ``kernel``: this rank's experts, or None if it holds none. ``exact``: as for :class:`~xpar.engine.MoERunner`.
-    ``slots``: (token, expert) pairs that this rank's experts have computed so far.
+    ``slots``: (token, expert) pairs that this rank's experts have computed so far. ``clock``: hears of each stage.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class ExpertLayer:
         self.dispatcher, self.kernel = dispatcher, kernel
         self.dtype, self.exact = dtype, exact
         self.slots = 0
+        self.clock: Clock = NO_CLOCK
         self._step = 0
 
     def __call__(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -55,16 +58,21 @@ class ExpertLayer:
         Raises one error on every rank of the group if any rank's arguments do not fit or are not finite.
         """
         self._step += 1
-        plan = self.dispatcher.plan(
-            self._routing(hidden_states, topk_ids, topk_weights),
-            tag=Tag("experts of layer", self.layer, self._step),
-            hidden_size=self.config.hidden_size,
-            dtype=self.dtype,
-            exact=self.exact,
-        )
-        arrived = self.dispatcher.dispatch(hidden_states, plan).wait()
+        with self.clock.stage("plan"):
+            plan = self.dispatcher.plan(
+                self._routing(hidden_states, topk_ids, topk_weights),
+                tag=Tag("experts of layer", self.layer, self._step),
+                hidden_size=self.config.hidden_size,
+                dtype=self.dtype,
+                exact=self.exact,
+            )
+        with self.clock.stage("dispatch"):
+            arrived = self.dispatcher.dispatch(hidden_states, plan).wait()
         self.slots += int((arrived.topk_ids >= 0).sum())
-        return finish(self.dispatcher.combine(self._compute(arrived, plan), plan).wait()).tensor
+        with self.clock.stage("compute"):
+            outputs = self._compute(arrived, plan)
+        with self.clock.stage("combine"):
+            return finish(self.dispatcher.combine(outputs, plan).wait()).tensor
 
     def join(self) -> None:
         """Take part in a step without tokens of one's own: the others' tokens may need this rank's experts."""
@@ -128,17 +136,18 @@ def experts_forward(
     if layer is None:
         raise RuntimeError(
             f"{type(module).__name__} has experts_implementation={IMPLEMENTATION!r} but was not spread over ranks; "
-            "call xpar.engine.parallelize(model, grid) before the first forward"
+            "call xpar.engine.register(grid), or parallelize(model, grid), before the first forward"
         )
     out: Tensor = layer(hidden_states, top_k_index, top_k_weights)
     return out
 
 
-def register() -> None:
-    """Make ``experts_implementation="xpar"`` known to transformers; again is the same as once."""
+def register(forward: Callable[..., Tensor] = experts_forward, replace: bool = False) -> None:
+    """Make ``experts_implementation="xpar"`` known to transformers; what is known already stays unless ``replace``."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    if replace or IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS.valid_keys():
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
 
 
 def experts_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:

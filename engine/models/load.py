@@ -14,9 +14,10 @@ from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.config import LayerConfig
+from xpar.engine.models.blocks import build_block
 from xpar.engine.models.dense import load_dense, sources
-from xpar.engine.models.experts import IMPLEMENTATION, ExpertLayer, attach, register
-from xpar.engine.models.spread import ExpertOptions, Experts, Read, build_layer, moe_modules
+from xpar.engine.models.experts import IMPLEMENTATION, ExpertLayer, register
+from xpar.engine.models.spread import Experts, Layer, Part, Read, SpreadOptions, build_layer, parts_of, put
 from xpar.engine.weights import stream_experts
 
 log = logging.getLogger("xpar.models")
@@ -31,7 +32,7 @@ class LoadedModel:
     """
 
     model: Any
-    layers: tuple[ExpertLayer, ...]
+    layers: tuple[Layer, ...]
     dtype: torch.dtype
     dense_bytes: int
     expert_bytes: int
@@ -42,7 +43,7 @@ def load_model(
     path: str | Path,
     grid: ProcessGrid,
     dtype: torch.dtype | None = None,
-    options: ExpertOptions = ExpertOptions(),  # noqa: B008 - frozen
+    options: SpreadOptions = SpreadOptions(),  # noqa: B008 - frozen
     loaded: Callable[[int], None] = lambda nbytes: None,
     total: Callable[[int], None] = lambda nbytes: None,
 ) -> LoadedModel:
@@ -57,16 +58,20 @@ def load_model(
     comm = grid.world.comm
     with agreed(comm, lambda: Checkpoint(Path(path))) as checkpoint:
         kind = agreed(comm, lambda: dtype or checkpoint.dtype)
-        model, modules = agreed(comm, lambda: _empty_model(checkpoint, kind))
-        plan = agreed(comm, lambda: sources(model, checkpoint))
-        total(_bytes_to_hold(model, plan, modules, grid, kind))
+        model, parts = agreed(comm, lambda: _empty_model(checkpoint, kind, options.whole_block))
+        foreign = tuple(f"{part.name}." for part in parts.values())
+        plan = agreed(comm, lambda: sources(model, checkpoint, foreign))
+        total(_bytes_to_hold(model, plan, parts, grid, kind))
         # The ranks of a node fail together inside, so that none of them is missing from this agreement.
-        dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, grid.node, kind, loaded))
+        dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, foreign, grid.node, kind, loaded))
         layers = agreed(
-            comm, lambda: _load_experts(checkpoint, grid, kind, modules, options, loaded), patient=True
+            comm, lambda: _load_layers(checkpoint, grid, kind, parts, options, loaded), patient=True
         )
-        for layer, module in modules.items():
-            attach(module, layers[layer])
+        for layer, part in parts.items():
+            put(model, part, layers[layer])
+        if any(isinstance(layer, ExpertLayer) for layer in layers.values()):
+            register()
+            model.set_experts_implementation(IMPLEMENTATION)
         model.to(grid.device)
         held = sum(x.kernel.nbytes() for x in layers.values() if x.kernel is not None)
         log.info(
@@ -79,51 +84,54 @@ def load_model(
         return LoadedModel(model, tuple(layers.values()), kind, dense, held, checkpoint.bytes_read)
 
 
-def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, dict[int, torch.nn.Module]]:
-    """The model without memory, and the experts module of each MoE layer in ascending order."""
+def _empty_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, whole_block: bool
+) -> tuple[Any, dict[int, Part]]:
+    """The model without memory, and what of each MoE layer makes way, in ascending order."""
     if find_spec("transformers") is None:
         raise ValueError("whole models need transformers (pip install 'xpar[hf]')")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    register()
     hf_config = AutoConfig.from_pretrained(checkpoint.path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=dtype, experts_implementation=IMPLEMENTATION
-        )
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.eval()
-    modules = moe_modules(model, dict(checkpoint.config))
-    return model, dict(sorted(modules.items()))
+    return model, parts_of(model, dict(checkpoint.config), whole_block)
 
 
 def _bytes_to_hold(
     model: Any,
     plan: Iterable[str],
-    modules: dict[int, torch.nn.Module],
+    parts: dict[int, Part],
     grid: ProcessGrid,
     dtype: torch.dtype,
 ) -> int:
     """Dense weights, and this rank's share of the experts' (to the byte only if they divide evenly)."""
     state = model.state_dict()
-    experts = sum(p.numel() for module in modules.values() for p in module.parameters())
+    experts = sum(p.numel() for part in parts.values() for p in part.module.parameters())
     dense = sum(int(state[key].numel()) for key in plan)
     return dtype.itemsize * (dense + experts // grid.moe.size)
 
 
-def _load_experts(
+def _load_layers(
     checkpoint: Checkpoint,
     grid: ProcessGrid,
     dtype: torch.dtype,
-    modules: dict[int, torch.nn.Module],
-    options: ExpertOptions,
+    parts: dict[int, Part],
+    options: SpreadOptions,
     loaded: Callable[[int], None],
-) -> dict[int, ExpertLayer]:
+) -> dict[int, Layer]:
     arch = find(checkpoint.config)
-    layers = {}
-    for layer in modules:
-        config = layer_config(arch, checkpoint.config, layer)
-        read = _reader(checkpoint, layer, config, dtype)
-        layers[layer] = build_layer(config, grid, dtype, layer, read, options, loaded)
+    layers: dict[int, Layer] = {}
+    for n, part in parts.items():
+        if part.experts:
+            config = layer_config(arch, checkpoint.config, n)
+            read = _reader(checkpoint, n, config, dtype)
+            layers[n] = build_layer(config, grid, dtype, n, read, options, loaded)
+        else:
+            before = checkpoint.bytes_read
+            layers[n] = build_block(checkpoint, n, grid, dtype, options.of_layer())
+            loaded(checkpoint.bytes_read - before)
     return layers
 
 

@@ -8,12 +8,12 @@ exchanged each rank derives the same facts: who gets which prompts, whether anyt
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 from xpar.comm.agreement import agree_step
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
-from xpar.engine.models.sequences import Running, Sequences
+from xpar.engine.models.steps import R, Steps
 
 FLUSH_S = 1.0
 """Answers travel to the rank that writes them at least this often, if there are any."""
@@ -39,7 +39,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[R]):
     """What the loop calls. All ranks have the same ``total``; only rank 0's ``write`` is called with answers of all.
 
     ``start(place)``: the sequence of prompt ``place`` of the queue. ``at_once(place)``: how many prompts, this one the
@@ -48,15 +48,15 @@ class Job:
     """
 
     total: int
-    start: Callable[[int], Running]
+    start: Callable[[int], R]
     at_once: Callable[[int], int]
-    record: Callable[[Running], Record]
+    record: Callable[[R], Record]
     write: Callable[[list[Record]], None]
     stop: Callable[[], bool]
     tell: Callable[[Progress], None]
 
 
-def answer(comm: Communicator, sequences: Sequences, batch: int, job: Job) -> bool:
+def answer(comm: Communicator, sequences: Steps[R], batch: int, job: Job[R]) -> bool:
     """Answer prompts 0 to ``job.total`` - 1, at most ``batch`` at a time on each rank; collective over ``comm``.
 
     Returns False if a rank was told to stop before all were done; what was complete by then is written.
@@ -68,7 +68,7 @@ def answer(comm: Communicator, sequences: Sequences, batch: int, job: Job) -> bo
         wishes = STOP * job.stop() + FLUSH * (comm.rank == 0 and time.monotonic() - last > FLUSH_S)
         # Besides what every step says: answers kept back here, tokens drawn, (token, expert) pairs computed.
         notes = (len(answers), sequences.tokens, sequences.slots())
-        facts = agree_step(comm, step, work=len(sequences.running), status=wishes, notes=notes)
+        facts = agree_step(comm, step, work=sequences.occupied, status=wishes, notes=notes)
         kept, tokens, slots = zip(*facts.notes, strict=True)
         stop = bool(facts.status & STOP)
         most = job.at_once(given) if given < job.total else 0
@@ -98,10 +98,10 @@ def deal(free: Sequence[int], left: int) -> list[int]:
     return parts
 
 
-def _forward(sequences: Sequences, new: list[Running]) -> list[Running]:
+def _forward(sequences: Steps[R], new: list[R]) -> list[R]:
     if new:
         return sequences.begin(new)
-    if sequences.running:
+    if sequences.occupied:
         return sequences.advance()
     sequences.join()
     return []

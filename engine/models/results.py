@@ -42,7 +42,7 @@ def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str,
     for line, raw in enumerate(out.read_bytes().split(b"\n")[:-1], start=1):
         record = _record(raw)
         if record is None:
-            raise ValueError(f"{out}: line {line} is no answer of xpar generate; give another --out")
+            raise ValueError(f"{out}: line {line} is no answer of xpar generate or score; give another --out")
         if record["settings"] != settings:
             raise ValueError(
                 f"{out}: line {line} was answered with another model, sampling, dtype or limit; resume with the options "
@@ -58,7 +58,7 @@ def _record(raw: bytes) -> dict[str, Any] | None:
         record = json.loads(raw)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and {"hash", "settings", "text"} <= record.keys() else None
+    return record if isinstance(record, dict) and {"hash", "settings"} <= record.keys() else None
 
 
 def keep_answers(out: Path, answers: Iterable[Record]) -> None:

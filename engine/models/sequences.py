@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xpar.engine.models.cache import KeyValues, mask
+from xpar.engine.models.growing import new_cache
 from xpar.engine.models.load import LoadedModel
 from xpar.engine.models.sampling import Sampling
 
@@ -62,6 +63,11 @@ class Sequences:
         self._past: KeyValues | None = None
         self.running: list[Running] = []
         self.tokens = 0
+
+    @property
+    def occupied(self) -> int:
+        """How many are running."""
+        return len(self.running)
 
     def slots(self) -> int:
         """(token, expert) pairs that this rank's experts have computed."""
@@ -118,17 +124,11 @@ class Sequences:
         device = self._loaded.layers[0].grid.device
         out: Any = self._loaded.model(
             input_ids=ids.to(device),
-            attention_mask=seen.to(device),
+            # Without padding a causal model needs no mask, and its attention is faster.
+            attention_mask=seen.to(device) if min(lengths) < columns else None,
             position_ids=places.to(device),
-            past_key_values=_new_cache() if past is None else past.cache(),
+            past_key_values=new_cache() if past is None else past.cache(),
             use_cache=True,
             logits_to_keep=1,
         )
         return out.logits[:, -1], KeyValues.of(out.past_key_values, lengths)
-
-
-def _new_cache() -> Any:
-    """One that keeps every column: layers with a sliding window are served by the mask."""
-    from transformers import DynamicCache
-
-    return DynamicCache()

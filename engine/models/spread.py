@@ -1,6 +1,7 @@
 """Building expert layers over a grid, from a checkpoint or from a model that is already in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,17 +9,37 @@ import torch
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures import find, layer_config, moe_layers
-from xpar.engine.build import ExpertOptions, hold_experts
-from xpar.engine.checkpoint import CheckpointError
+from xpar.engine.build import LayerOptions
 from xpar.engine.config import LayerConfig
-from xpar.engine.mlp_tensors import MlpTensors
-from xpar.engine.models.experts import IMPLEMENTATION, ExpertLayer, attach, experts_modules, register
+from xpar.engine.held import ExpertOptions, hold_experts
+from xpar.engine.mlp_tensors import MlpPlace, MlpTensors, mlp_buffers, read_mlp
+from xpar.engine.models.blocks import BlockLayer, block_modules, build_block, weights_of
+from xpar.engine.models.experts import (
+    ATTRIBUTE,
+    IMPLEMENTATION,
+    ExpertLayer,
+    attach,
+    experts_modules,
+    register,
+)
+from xpar.engine.models.in_memory import InMemory
+from xpar.engine.schema import MlpNames
 
-__all__ = ["ExpertOptions", "Experts", "Read", "build_layer", "moe_modules", "parallelize"]
-
+Layer = ExpertLayer | BlockLayer
 Experts = Iterator[tuple[int, MlpTensors]]
 Read = Callable[[Sequence[int], slice], Experts]
 """(global expert ids, rows of the expert width) -> (position, tensors) of each, as ``load_expert`` takes them."""
+
+
+@dataclass(frozen=True)
+class SpreadOptions(ExpertOptions):
+    """How a model's layers are computed. ``whole_block``: xpar's router and shared experts, not the model's own."""
+
+    whole_block: bool = False
+
+    def of_layer(self) -> LayerOptions:
+        """The same for a runner."""
+        return LayerOptions(self.dispatcher, self.kernel, self.exact)
 
 
 def build_layer(
@@ -27,7 +48,7 @@ def build_layer(
     dtype: torch.dtype,
     layer: int,
     read: Read,
-    options: ExpertOptions,
+    options: SpreadOptions,
     loaded: Callable[[int], None] = lambda nbytes: None,
 ) -> ExpertLayer:
     """This rank's part of a layer's experts, read through ``read``; ``loaded`` hears the bytes of each expert.
@@ -44,18 +65,6 @@ def build_layer(
     )
 
 
-def moe_modules(model: torch.nn.Module, hf_config: dict[str, Any]) -> dict[int, torch.nn.Module]:
-    """The experts module of each MoE layer; raises :class:`CheckpointError` unless they are exactly the config's."""
-    wanted = moe_layers(find(hf_config), hf_config)
-    found = experts_modules(model)
-    if sorted(found) != sorted(wanted):
-        raise CheckpointError(
-            f"{type(model).__name__} lets the experts of layers {sorted(found)} be provided, config.json has experts "
-            f"in layers {list(wanted)}; this model's blocks cannot be spread"
-        )
-    return found
-
-
 def parallelize(
     model: Any,
     grid: ProcessGrid,
@@ -63,44 +72,122 @@ def parallelize(
     dispatcher: str = "auto",
     kernel: str = "auto",
     exact: bool = False,
+    whole_block: bool = False,
 ) -> Any:
     """Spread the experts of ``model``, a transformers model that every rank has in memory, over ``grid``.
 
-    Each rank keeps its own experts and drops the others; everything else stays as it is. Returns ``model``, whose
-    forward every rank must call from now on, with tokens of its own. Collective over the grid; raises one error on
-    every rank for a model whose blocks do not let their experts be provided.
+    Each rank keeps its own experts and drops the others; everything else stays as it is. ``whole_block``: the router,
+    the shared experts and all else of a block are xpar's too, as they are anyway in families whose block does not let
+    its experts be provided. Returns ``model``, whose forward every rank must call from now on, with tokens of its own,
+    or :func:`join` without. Collective over the grid; raises one error on every rank for a model of no known family.
     """
-    options = ExpertOptions(dispatcher, kernel, exact)
-    register()
-    layers = agreed(grid.world.comm, lambda: _from_memory(model, grid, options), "parallelize")
-    for layer, module in experts_modules(model).items():
-        attach(module, layers[layer])
-    model.set_experts_implementation(IMPLEMENTATION)
+    options = SpreadOptions(dispatcher, kernel, exact, whole_block)
+    hf_config = model.config.to_dict()
+    parts = agreed(grid.world.comm, lambda: parts_of(model, hf_config, whole_block), "parallelize")
+    layers = agreed(
+        grid.world.comm, lambda: _from_memory(model, hf_config, parts, grid, options), "parallelize"
+    )
+    for layer, part in parts.items():
+        put(model, part, layers[layer])
+    if any(isinstance(layer, ExpertLayer) for layer in layers.values()):
+        register()
+        model.set_experts_implementation(IMPLEMENTATION)
     return model
 
 
-def _from_memory(model: Any, grid: ProcessGrid, options: ExpertOptions) -> dict[int, ExpertLayer]:
-    hf_config = model.config.to_dict()
+def expert_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
+    """The layers of ``model`` that are spread, in the order in which its forward calls them."""
+    found: list[Layer] = []
+    for module in model.modules():
+        layer = module if isinstance(module, BlockLayer) else getattr(module, ATTRIBUTE, None)
+        if layer is not None:
+            found.append(layer)
+    return tuple(found)
+
+
+def join(model: torch.nn.Module) -> None:
+    """Take part in a forward of the other ranks without tokens of one's own; ValueError for a model not yet spread."""
+    layers = expert_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} is not spread over ranks; call parallelize(model, grid) before a rank joins"
+        )
+    for layer in layers:
+        layer.join()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a model makes way for a layer: its module, by name; ``experts``: only the experts of a block."""
+
+    name: str
+    module: torch.nn.Module
+    experts: bool
+
+
+def parts_of(model: torch.nn.Module, hf_config: dict[str, Any], whole_block: bool) -> dict[int, Part]:
+    """Of each MoE layer, ascending: its experts, or where they cannot be provided or ``whole_block`` is asked, its block."""
+    experts = experts_modules(model)
+    if not whole_block and sorted(experts) == sorted(moe_layers(find(hf_config), hf_config)):
+        names = {id(module): name for name, module in model.named_modules()}
+        return {n: Part(names[id(module)], module, True) for n, module in sorted(experts.items())}
+    blocks = block_modules(model, hf_config)
+    return {n: Part(name, module, False) for n, (name, module) in blocks.items()}
+
+
+def put(model: torch.nn.Module, part: Part, layer: Layer) -> None:
+    """Let ``layer`` take the place of ``part``."""
+    if isinstance(layer, BlockLayer):
+        model.set_submodule(part.name, layer)
+    else:
+        attach(part.module, layer)
+
+
+def _from_memory(
+    model: Any, hf_config: dict[str, Any], parts: dict[int, Part], grid: ProcessGrid, options: SpreadOptions
+) -> dict[int, Layer]:
     arch = find(hf_config)
-    layers = {}
-    for layer, module in moe_modules(model, hf_config).items():
-        config = layer_config(arch, hf_config, layer)
-        layers[layer] = build_layer(config, grid, model.dtype, layer, _rows_of(module), options)
+    layers: dict[int, Layer] = {}
+    for n, part in parts.items():
+        if part.experts:
+            config = layer_config(arch, hf_config, n)
+            layers[n] = build_layer(config, grid, model.dtype, n, rows_of(part.module, config), options)
+        else:
+            weights = weights_of(model, hf_config, part.name)
+            layers[n] = build_block(weights, n, grid, model.dtype, options.of_layer())
     return layers
 
 
-def _rows_of(module: Any) -> Read:
-    """The experts of a module that holds them stacked: gate_up [E, 2I, H], gate rows first, and down [E, H, I]."""
-    if module.has_bias or module.is_transposed or not module.has_gate or not module.is_concatenated:
+def rows_of(module: Any, config: LayerConfig) -> Read:
+    """The experts of a module that holds them stacked, in whichever of transformers' layouts."""
+    if getattr(module, "has_post_expert_norm", False):
         raise ValueError(
-            f"{type(module).__name__}: experts with biases, transposed, interleaved or without gate are read from "
-            "checkpoints only; load the model with xpar generate or xpar.engine.models.load"
+            f"{type(module).__name__}: a norm behind each expert is not among what xpar computes"
         )
+    names = MlpNames(
+        gate=None,
+        up=None if module.has_gate else "up_proj",
+        gate_up="gate_up_proj" if module.has_gate else None,
+        down="down_proj",
+        gate_up_bias=("gate_up_proj_bias" if module.has_gate else "up_proj_bias")
+        if module.has_bias
+        else None,
+        down_bias="down_proj_bias" if module.has_bias else None,
+        storage="stacked",
+        interleaved=not module.is_concatenated,
+        up_transposed=module.is_transposed,
+        down_transposed=module.is_transposed,
+    )
+    weights = InMemory({}, dict(module.named_parameters()))
+    dtype = next(module.parameters()).dtype
 
     def read(experts: Sequence[int], rows: slice) -> Experts:
+        place = MlpPlace(
+            names, 0, config.routed_size, config.intermediate_size, rows, experts=config.num_experts
+        )
+        out = mlp_buffers(place, dtype)
         for index, expert in enumerate(experts):
-            gate, up = module.gate_up_proj[expert].detach().chunk(2)
-            gate_up, down = torch.cat([gate[rows], up[rows]]), module.down_proj[expert].detach()[:, rows]
-            yield index, MlpTensors(gate_up, down)
+            read_mlp(weights, replace(place, expert=expert), out)
+            yield index, out
 
     return read

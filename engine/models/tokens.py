@@ -13,6 +13,7 @@ class Tokens:
     """``chat``: a prompt is what a user says, and goes through the checkpoint's chat template.
 
     ``ends``: ids that end an answer: the generation config's, the model config's and the tokenizer's.
+    ``tokenizer``: transformers' own.
     ``positions``: the most tokens that the model knows places for, prompt and answer together, or None.
     Raises :class:`CheckpointError` for a folder without a tokenizer, and for ``chat`` without a template.
     """
@@ -24,13 +25,13 @@ class Tokens:
             raise CheckpointError(
                 f"{path}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it from where the model comes from"
             )
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self.chat = chat
-        if chat and not self._tokenizer.chat_template:
+        if chat and not self.tokenizer.chat_template:
             raise CheckpointError(f"{path}: its tokenizer has no chat template; leave --chat out")
         config = AutoConfig.from_pretrained(path).get_text_config()
         self.positions: int | None = getattr(config, "max_position_embeddings", None)
-        given = [self._tokenizer.eos_token_id, config.eos_token_id]
+        given = [self.tokenizer.eos_token_id, config.eos_token_id]
         if (path / "generation_config.json").exists():
             given.append(GenerationConfig.from_pretrained(path).eos_token_id)
         self.ends = frozenset(
@@ -44,16 +45,28 @@ class Tokens:
         """Ids of a prompt, with what the tokenizer puts around a text; ValueError if there are none."""
         if self.chat:
             message = [{"role": "user", "content": text}]
-            text = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         # A template writes the marks of begin and end itself.
-        ids = self._tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
         if not ids:
             raise ValueError("the tokenizer makes no tokens of it")
         return [int(token) for token in ids]
 
+    def encode_pair(self, context: str | None, text: str) -> tuple[list[int], int]:
+        """Ids of ``context`` and ``text`` as one, and the place of the first that is to be scored.
+
+        Without a context that is the second: nothing stands before the first. Spaces at the end of a context go to
+        the text, as tokens mostly begin with their space (that is how the evaluation harness cuts, too).
+        """
+        if not context:
+            return self.encode(text), 1
+        head = context.rstrip()
+        ids = self.encode(context + text)
+        return ids, max(1, len(self.encode(head)) if head else 1)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:

@@ -24,6 +24,12 @@ def gate_logits(
     return torch.cat([functional.linear(block, gate, bias) for block in blocks])[:tokens]
 
 
+def over_rms(x: Tensor, epsilon: float) -> Tensor:
+    """``x`` [T, H] over the root of each row's mean square plus ``epsilon``, float32 (RMSNorm, arXiv:1910.07467)."""
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+
+
 class FusedGate:
     """The router's gate and the shared experts' sigmoid gate as one weight, so that one product serves both.
 

@@ -12,10 +12,11 @@ import torch
 from xpar.comm.failure import AgreedError, agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.models.generate import Outcome, generate
+from xpar.engine.models.answering import Outcome
+from xpar.engine.models.generate import generate
 from xpar.engine.models.load import LoadedModel, load_model
 from xpar.engine.models.request import Request, Work
-from xpar.engine.models.spread import ExpertOptions
+from xpar.engine.models.spread import SpreadOptions
 from xpar.engine.models.tokens import Tokens
 from xpar.engine.report import manifest
 from xpar.engine.scaling.layer_study import Axes
@@ -51,7 +52,7 @@ class AnswerStudy:
     request: Request
     work: Work
     tokens: Tokens
-    options: ExpertOptions
+    options: SpreadOptions
     largest: int
     seconds: float
     check: AnswerCheck

@@ -13,7 +13,7 @@ from xpar.comm.world import World
 from xpar.engine.commands.run import pick_device
 from xpar.engine.logs import start_logging
 from xpar.engine.models.request import prepare
-from xpar.engine.models.spread import ExpertOptions
+from xpar.engine.models.spread import SpreadOptions
 from xpar.engine.models.tokens import Tokens
 from xpar.engine.scaling import files
 from xpar.engine.scaling.answers import AnswerCheck, AnswerStudy
@@ -112,7 +112,7 @@ def _answers(args: argparse.Namespace, world: World, axes: Axes, wanted: Plan) -
             )
 
     agreed(world.comm, enough)
-    options = ExpertOptions(args.dispatcher, args.kernel, args.exact)
+    options = SpreadOptions(args.dispatcher, args.kernel, args.exact)
     return AnswerStudy(axes, request, work, tokens, options, largest, args.seconds, AnswerCheck(args.exact))
 
 

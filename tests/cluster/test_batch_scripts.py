@@ -1,5 +1,6 @@
 """The shipped batch scripts, submitted to a real Slurm: what they run, how they stop, and how they come back."""
 
+import json
 import os
 import shlex
 import signal
@@ -97,6 +98,28 @@ def test_array_without_work_says_so(cluster: Cluster, tmp_path: Path) -> None:
         "generate.sbatch", *words, cwd=tmp_path, options=("--array=1", "--ntasks-per-node=1")
     )
     assert job.wait(30) == "FAILED" and "shards holds 1 files; use --array=0-0" in job.text()
+
+
+def test_array_that_gets_nowhere_is_requeued_once(cluster: Cluster, tmp_path: Path) -> None:
+    words, path = arguments("generate.sbatch", tmp_path), stand_in(tmp_path, ECHOING)
+    options = ("--array=0", "--ntasks-per-node=1")
+    job = cluster.submit("generate.sbatch", *words, cwd=tmp_path, options=options, PATH=path, FAILING="")
+    assert job.wait() == "FAILED" and job.field("Restarts") == "1"
+    assert "stopped: start 2 answered nothing new (0 of 1 prompts are answered)" in job.text()
+
+
+def test_array_of_the_real_command(cluster: Cluster, checkpoint: Path, tmp_path: Path) -> None:
+    """Two nodes, one file of prompts with a mistake in it; stopped by nobody, and finished at once."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a.jsonl").write_text('{"prompt": "one"}\n{no\n{"prompt": "two, longer"}\n')
+    words = (str(checkpoint), "shards", "answers", "--max-new-tokens", "3")
+    options = ("--array=0", "--nodes=2", "--ntasks-per-node=1")
+    job = cluster.submit("generate.sbatch", *words, cwd=tmp_path, options=options)
+    assert job.wait() == "COMPLETED", job.text()
+    records = [json.loads(line) for line in (tmp_path / "answers" / "a.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["tokens"]) for r in records] == [(1, 3), (3, 3)]
+    assert "2 ranks on 2 nodes" in job.text() and "2 of 2 prompts answered; 1 line refused" in job.text()
+    assert "finished: 2 of 3 prompts are answered, the others refused" in job.text()
 
 
 def test_scaling_measures_every_point_and_names_those_that_fail(cluster: Cluster, tmp_path: Path) -> None:

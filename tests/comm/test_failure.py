@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from launch import mpirun
@@ -78,6 +79,20 @@ def test_failure_of_one_rank_ends_the_job(fault: str) -> None:
     elif fault != "crash":
         assert job.stderr.count("where every rank is:") == 1, job.stderr
         assert re.search(rf"rank 0 on .*: in {SIZES}, for", job.stderr) and "in wait_for_all" in job.stderr
+
+
+def test_a_rank_alone_on_its_node_is_named_and_ended(tmp_path: Path) -> None:
+    """Hydra does not pass an abort on to a node whose rank is outside MPI: the ranks end each other."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a:2\nb:1\n")
+    source = LIBRARY.format(fault="does_something_else()").replace("world.rank == 1", "world.rank == 2")
+    job = mpirun(3, [sys.executable, "-c", source], timeout=100, env={"HYDRA_HOST_FILE": str(hosts)})
+    assert time.time() - float(job.stdout.split()[1]) < 30  # the rank sleeps for 60 s
+    assert job.returncode != 0 and job.stderr.count("where every rank is:") == 1, job.stderr
+    assert re.search("rank 2 on .*: in no collective for .* the last was plan #3", job.stderr), job.stderr
+    assert (
+        "never arrived in all_gather_v #4: rank 2 on" in job.stderr and "in does_something_else" in job.stderr
+    )
 
 
 def test_a_rank_that_dies_unnoticed_is_missed_by_its_neighbour() -> None:

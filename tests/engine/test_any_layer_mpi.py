@@ -1,4 +1,4 @@
-"""Any layer on any grid equals its fp32 reference: router, activation, shared and latent experts, dispatcher, tokens."""
+"""Any layer on any grid, taken any way, equals its fp32 reference: router, biases, activation, shared experts, tokens."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from xpar.comm.placement import Placement
 from xpar.comm.reduction import complete
 from xpar.engine.build import LayerOptions, assemble
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
+from xpar.engine.fused_shared import slots_of
+from xpar.engine.micro_batches import MicroBatches
 from xpar.engine.overlap import SharedOrder
 from xpar.engine.random_layer import RandomLayer
 from xpar.kernels.contracts import Activation
@@ -30,6 +32,10 @@ ROUTERS = (
     RouterConfig(1, choice="logits", scoring="sigmoid", renormalize=False, weight_on_input=True),
     RouterConfig(2, choice="sparsemixer", renormalize=False),
     RouterConfig(3, zero_experts=2, renormalize=False),
+    RouterConfig(2, choice="logits", renormalize=False, gate_bias=True),
+    RouterConfig(3, expert_scale=True),
+    RouterConfig(2, norm_eps=1e-6),
+    RouterConfig(2, choice="hash", scoring="sqrtsoftplus", vocabulary=11),
 )
 ACTIVATIONS = (
     Activation("silu"),
@@ -39,6 +45,8 @@ ACTIVATIONS = (
     Activation("swiglustep", limit=2.0),
 )
 SHARED = (None, SharedConfig(16), SharedConfig(9, gated=True, scale=0.5))
+FUSIBLE = (1, 2)
+"""Shared experts that can be slots of the routed product are so many routed ones wide."""
 ORDERS = [order for order in SharedOrder if order is not SharedOrder.SIDE_STREAM]
 
 
@@ -73,31 +81,52 @@ def fitting(grid: ProcessGrid, sequence_parallel: bool) -> list[str]:
 
 def layer_of(draw: Any) -> LayerConfig:
     """Any layer that there can be."""
-    router = draw(st.sampled_from(ROUTERS))
-    latent = draw(st.sampled_from([None, 16])) if router.zero_experts == 0 else None
+    router = draw(st.sampled_from(ROUTERS), label="router")
+    width = draw(st.integers(4, 20), label="width")
+    # What is H wide and not the tokens' own cannot be added on the latent side.
+    beside = draw(st.sampled_from(["nothing", "latent", "output bias"]), label="beside")
+    normed = router.norm_eps is not None
+    latent = 16 if beside == "latent" and router.zero_experts == 0 and not normed else None
+    fusible = [SharedConfig(n * width, gated=n > 1) for n in FUSIBLE]
     return LayerConfig(
         draw(st.sampled_from([4, 6])) if router.num_expert_group > 1 else draw(st.integers(5, 9)),
         HIDDEN,
-        draw(st.integers(4, 20)),
+        width,
         router,
         activation=draw(st.sampled_from(ACTIVATIONS)),
-        shared=draw(st.sampled_from(SHARED)),
+        shared=None if normed else draw(st.sampled_from([*SHARED, *fusible]), label="shared"),
+        bias=draw(st.booleans(), label="bias"),
+        output_bias=beside == "output bias",
         latent_size=latent,
     )
 
 
-@settings(max_examples=60)
+def fuses(config: LayerConfig, grid: ProcessGrid, dispatcher: str) -> bool:
+    """Whether the shared experts can be slots of the routed product."""
+    try:
+        slots_of(config)
+    except ValueError:
+        return False
+    replicated = grid.moe.size == 1 or (dispatcher == "replicated")
+    return grid.shape.etp == 1 or replicated
+
+
+@settings(max_examples=80)
 @given(data=st.data())
 def test_equals_the_reference(grids: list[ProcessGrid], data: st.DataObject) -> None:
     draw = data.draw
     config = layer_of(draw)
     grid = draw(st.sampled_from(grids), label="grid")
     parallel = draw(st.booleans(), label="sequence parallel")
+    dispatcher = draw(st.sampled_from(fitting(grid, parallel)), label="dispatcher")
+    fuse = fuses(config, grid, dispatcher) and draw(st.booleans(), label="fuse")
     options = LayerOptions(
-        draw(st.sampled_from(fitting(grid, parallel))),
-        exact=grid.shape.etp == 1 and draw(st.booleans()),
+        dispatcher,
+        exact=grid.shape.etp == 1 and config.router.norm_eps is None and draw(st.booleans(), label="exact"),
         sequence_parallel=parallel,
-        shared_order=draw(st.sampled_from(ORDERS)),
+        shared_order=SharedOrder.AUTO if fuse else draw(st.sampled_from(ORDERS), label="order"),
+        fuse_shared_experts=fuse,
+        depth=draw(st.sampled_from(["auto", "steps"]), label="depth"),
     )
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     layer = RandomLayer(config, dtype, draw(st.integers(0, 10**6), label="seed"))
@@ -107,8 +136,14 @@ def test_equals_the_reference(grids: list[ProcessGrid], data: st.DataObject) -> 
     me = grid.world.rank if parallel else grid.dp.rank
     generator = torch.Generator().manual_seed(layer.seed + me)
     x = torch.randn(counts[me], HIDDEN, generator=generator).to(dtype)
-    expected, _ = layer.reference(x)
-    for got in (runner(x), complete(runner.forward_deferred(x)).tensor):
+    ids = torch.randint(max(1, config.router.vocabulary), (counts[me],), generator=generator)
+    expected, _ = layer.reference(x, ids)
+    ways = [runner, lambda *given: complete(runner.forward_deferred(*given)).tensor]
+    pipelined = grid.world.comm.all_gather_object(runner.dispatcher.capabilities.pipelined)
+    if draw(st.booleans(), label="in parts") and all(pipelined):  # expert groups may have other dispatchers
+        ways.append(MicroBatches(runner, 2))
+    for way in ways:
+        got = way(x, None, ids)
         assert got.shape == x.shape and got.dtype == dtype
         if not len(x):
             continue

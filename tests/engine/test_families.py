@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from moe_families import CASES, Case, transformers_model, transformers_output
+from moe_families import CASES, Case, block_of, transformers_model, transformers_output
 
+from xpar.comm import AgreedError
+from xpar.engine import MoERunner
 from xpar.engine.architectures import find, layer_config, moe_layers
+from xpar.engine.bench.peer_process import solo_grid
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.config import RouterConfig
 from xpar.engine.reference import layer_reference
@@ -28,7 +32,7 @@ class Made:
 
     @property
     def block(self) -> torch.nn.Module:
-        return self.model.get_submodule(self.case.module.format(layer=self.case.layer))
+        return block_of(self.model, self.case)
 
 
 @pytest.fixture(
@@ -111,6 +115,103 @@ def test_moe_layers_are_those_of_transformers(made: Made) -> None:
         ours = moe_layers(arch, checkpoint.config)
     blocks = [made.model.get_submodule(made.case.module.format(layer=i)) for i in range(3)]
     assert ours == tuple(i for i in range(3) if hasattr(blocks[i], "router") or hasattr(blocks[i], "experts"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_layers_that_route_by_token_id(tmp_path: Path, dtype: torch.dtype, fresh_seed: int) -> None:
+    """DeepSeek-V4's first: the table comes from the checkpoint."""
+    case = Case("hash", "deepseek_v4", layer=0)
+    case.write(tmp_path, "transformers", dtype, fresh_seed)
+    generator = torch.Generator().manual_seed(fresh_seed)
+    x, ids = (
+        torch.randn(TOKENS, 64, generator=generator).to(dtype),
+        torch.randint(256, (TOKENS,), generator=generator),
+    )
+    block = block_of(transformers_model(tmp_path, dtype), case)
+    with torch.no_grad():
+        expected = block(x[None], input_ids=ids[None])[0].float()
+        _, weights, chosen = block.gate(x, ids)
+    with Checkpoint(tmp_path) as checkpoint:
+        output, routing = layer_reference(checkpoint, 0, x, input_ids=ids)
+    assert torch.equal(routing.topk_ids.long(), chosen)
+    slack = {torch.float32: 1e-6, torch.bfloat16: 6 * 2**-8}[dtype]
+    torch.testing.assert_close(routing.topk_weights, weights.float(), rtol=slack, atol=0)
+    assert (output - expected).norm() / expected.norm() < {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+
+
+GEMMA4: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 48,
+    "pad_token_id": None,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("nested", [False, True], ids=["text", "with vision"])
+def test_gemma4_with_its_norms_inside(
+    tmp_path: Path, nested: bool, dtype: torch.dtype, fresh_seed: int
+) -> None:
+    """Its router and its experts read one residual through norms of their own."""
+    text, layer = gemma4(tmp_path, nested, dtype, fresh_seed)
+    x = 3 * torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(fresh_seed))
+    x = x.to(dtype)
+    with torch.no_grad():
+        _, weights, ids = layer.router(x)
+        expected = layer.experts(layer.pre_feedforward_layernorm_2(x), ids, weights).float()
+    with Checkpoint(tmp_path) as checkpoint:
+        assert moe_layers(find(checkpoint.config), checkpoint.config) == tuple(range(len(text.layers)))
+        output, routing = layer_reference(checkpoint, 1, x)
+    per_token = (output - expected).norm(dim=1) / expected.norm(dim=1)
+    if dtype == torch.float32:
+        assert torch.equal(routing.topk_ids.long(), ids)
+        torch.testing.assert_close(routing.topk_weights, weights, rtol=1e-5, atol=1e-6)
+        assert per_token.max() < 1e-5
+    else:
+        assert per_token.quantile(0.9) < 2e-2
+    runner = MoERunner.from_checkpoint(tmp_path, 1, solo_grid(1))
+    ours = (runner(x).float() - output).norm(dim=1) / output.norm(dim=1)
+    assert ours.median() < {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    with pytest.raises(AgreedError, match="exact mode with norms inside the layer"):
+        MoERunner.from_checkpoint(tmp_path, 1, solo_grid(1), exact=True)
+
+
+def gemma4(path: Path, nested: bool, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
+    """A small checkpoint at ``path``; the text model and its second layer."""
+    from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
+
+    torch.manual_seed(seed)
+    if nested:
+        vision = {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+        }
+        config = Gemma4Config(text_config=GEMMA4, vision_config={**vision, "head_dim": 16}, audio_config=None)
+        model: Any = Gemma4ForConditionalGeneration(config).to(dtype)
+    else:
+        model = Gemma4ForCausalLM(Gemma4TextConfig(**GEMMA4)).to(dtype)
+    text = model.model.language_model if nested else model.model
+    layer = text.layers[1]
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "experts" in name or "router.proj" in name:
+                parameter.normal_(0.0, 0.2)
+            elif "scale" in name or "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(path)
+    return text, layer
 
 
 def test_llama4_with_its_vision_part(tmp_path: Path, fresh_seed: int) -> None:

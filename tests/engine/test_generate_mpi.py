@@ -15,7 +15,7 @@ from xpar.engine.models.load import LoadedModel, load_model
 from xpar.engine.models.request import Request, prepare
 from xpar.engine.models.sampling import Sampling
 from xpar.engine.models.sequences import Running, Sequences
-from xpar.engine.models.spread import ExpertOptions
+from xpar.engine.models.spread import SpreadOptions
 from xpar.engine.models.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def test_greedy_text_is_that_of_transformers(
 ) -> None:
     """Prompts and answers of different lengths over up to four ranks."""
     path, texts = root / case.name, prompts(fresh_seed, 14)
-    loaded = load_model(path, ProcessGrid.create(world), options=ExpertOptions(exact=exact))
+    loaded = load_model(path, ProcessGrid.create(world), options=SpreadOptions(exact=exact))
     found, outcome = answers(world, loaded, path, folder, texts, batch=1 if exact else 3, exact=exact)
     assert outcome.complete and outcome.answers == len(texts)
     if world.rank == 0:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xpar.engine.models.cache import KeyValues, mask
+from xpar.engine.models.growing import Room
 from xpar.engine.models.lockstep import deal
 from xpar.engine.models.prompts import read_prompts
 from xpar.engine.models.results import (
@@ -177,3 +178,15 @@ def test_limits() -> None:
 @pytest.mark.parametrize(("text", "place"), [("abcabd", 2), ("xx", None), ("", None), ("dca", 0)])
 def test_first_stop(text: str, place: int | None) -> None:
     assert first_stop(text, ("ca", "dc")) == place
+
+
+@given(parts=st.lists(st.integers(1, 90), min_size=1, max_size=8))
+def test_a_growing_layer_is_the_concatenation(parts: list[int]) -> None:
+    """What was handed out before stays as it was."""
+    room, whole, old, seen = Room(), torch.zeros(2, 3, 0, 4), None, []
+    for number, columns in enumerate(parts):
+        new = torch.randn(2, 3, columns, 4, generator=torch.Generator().manual_seed(number))
+        whole, old = torch.cat([whole, new], dim=2), room.append(old, new)
+        assert torch.equal(old, whole)
+        seen.append((old, whole))
+    assert all(torch.equal(a, b) for a, b in seen)

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from moe_families import Case
+from moe_families import ONE_PER_FAMILY, Case
 from movers import MOVERS
 from safetensors.torch import load_file, save_file
 from tiny_models import BYTES, cases, plain_model, write_model
+from transformers import AutoModelForCausalLM
 
 from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
-from xpar.engine import parallelize
+from xpar.engine import join, parallelize, register
 from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.models import experts
+from xpar.engine.models.blocks import BlockLayer
 from xpar.engine.models.load import LoadedModel, load_model
-from xpar.engine.models.spread import ExpertOptions
+from xpar.engine.models.spread import SpreadOptions, expert_layers
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -81,7 +84,7 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_logits_are_those_of_transformers(
     grid: ProcessGrid, root: Path, fresh_seed: int, name: str, exact: bool
 ) -> None:
-    loaded = load_model(root / name, grid, options=ExpertOptions(exact=exact))
+    loaded = load_model(root / name, grid, options=SpreadOptions(exact=exact))
     ids = tokens_of(grid.world.rank, fresh_seed)
     logits = logits_of(loaded, ids)
     if logits is not None:
@@ -96,7 +99,7 @@ def test_every_dispatcher_and_copies_of_experts(
     plain = plain_model(root / "qwen2_moe")
     for axes in ({}, {"ep": 1}, {"etp": world.size}):
         grid = ProcessGrid.create(world, **axes)
-        loaded = load_model(root / "qwen2_moe", grid, options=ExpertOptions(dispatcher))
+        loaded = load_model(root / "qwen2_moe", grid, options=SpreadOptions(dispatcher))
         ids = tokens_of(world.rank, fresh_seed)
         logits = logits_of(loaded, ids)
         if logits is not None:
@@ -122,16 +125,74 @@ def test_bfloat16_keeps_what_the_family_keeps(
     assert per_token.median() < 3e-2
 
 
-def test_a_model_in_memory_is_spread(grid: ProcessGrid, root: Path, fresh_seed: int) -> None:
-    ids = tokens_of(0, fresh_seed + grid.world.rank)
-    model = plain_model(root / "olmoe")
+@pytest.mark.parametrize("whole_block", [False, True], ids=["experts", "block"])
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_a_model_in_memory_is_spread(
+    grid: ProcessGrid, root: Path, fresh_seed: int, name: str, whole_block: bool
+) -> None:
+    ids = tokens_of(grid.world.rank, fresh_seed)
+    model = plain_model(root / name)
     with torch.inference_mode():
-        expected = model(ids).logits
+        expected = model(ids).logits if ids.numel() else None
         whole = sum(p.numel() for p in model.parameters())
-        assert parallelize(model, grid) is model
-        assert error(model(ids).logits, expected) < 1e-5
-    experts = 2 * 7 * 3 * 64 * 48
-    assert sum(p.numel() for p in model.parameters()) == whole - experts
+        assert parallelize(model, grid, whole_block=whole_block) is model
+        if expected is None:
+            join(model)
+        else:
+            assert error(model(ids).logits, expected) < 1e-5
+    layers = expert_layers(model)
+    assert layers and all(type(layer) is BlockLayer for layer in layers) == whole_block
+    dropped = whole - sum(p.numel() for p in model.parameters())
+    assert dropped >= len(layers) * 7 * 3 * 64 * 48
+
+
+OTHERS = tuple(c for c in ONE_PER_FAMILY if c.model_type not in {case.model_type for case in CASES})
+BY_BLOCK_ALONE = {"llama4_text", "longcat_flash", "dbrx", "jetmoe"}
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
+def test_every_family_with_a_schema_is_spread(
+    comm: "Intracomm", grid: ProcessGrid, root: Path, fresh_seed: int, case: Case
+) -> None:
+    """From a checkpoint, and the model in memory, both as whole blocks; families without the interface have no other form."""
+    path = root / f"other-{case.model_type}"
+    if comm.rank == 0:
+        case.write(path, "transformers", torch.float32, 3, layers=case.layer + 2)
+    comm.barrier()
+    ids = torch.randint(0, 256, (2, 5 - grid.world.rank), generator=torch.Generator().manual_seed(fresh_seed))
+    whole_block = case.model_type not in BY_BLOCK_ALONE  # else it is chosen without being asked for
+    loaded = load_model(path, grid, options=SpreadOptions(whole_block=whole_block))
+    model = plain_model(path)
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+        assert error(loaded.model(ids, use_cache=False).logits, expected) < 1e-5
+        parallelize(model, grid, whole_block=whole_block)
+        assert error(model(ids, use_cache=False).logits, expected) < 1e-5
+    assert loaded.layers == expert_layers(loaded.model)
+    assert all(type(layer) is BlockLayer for layer in (*loaded.layers, *expert_layers(model)))
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+def test_the_name_alone_spreads_a_model(grid: ProcessGrid, root: Path, fresh_seed: int, name: str) -> None:
+    register(grid)
+    model = AutoModelForCausalLM.from_pretrained(
+        root / name, dtype=torch.float32, experts_implementation="xpar"
+    )
+    ids = tokens_of(0, fresh_seed + grid.world.rank)
+    with torch.inference_mode():
+        expected = plain_model(root / name)(ids).logits
+        assert error(model(ids).logits, expected) < 1e-5  # which spreads it
+        experts = [p.numel() for key, p in model.named_parameters() if ".experts." in key]
+        assert experts == []
+        if grid.world.rank % 2:
+            join(model)
+        else:
+            assert error(model(ids).logits, expected) < 1e-5
+
+
+def test_a_rank_without_tokens_cannot_join_what_is_not_spread(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"call parallelize\(model, grid\) before a rank joins"):
+        join(plain_model(root / "olmoe"))
 
 
 def test_dense_weights_are_read_once_per_node_and_experts_by_their_owner(
@@ -231,11 +292,7 @@ def test_wrong_routing_on_one_rank_is_one_error_everywhere(
 
 
 def test_a_model_that_was_not_spread_says_so(root: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from xpar.engine.models.experts import register
-
-    register()
+    experts.register(replace=True)
     model = AutoModelForCausalLM.from_pretrained(root / "olmoe", experts_implementation="xpar")
-    with pytest.raises(RuntimeError, match=r"call xpar\.engine\.parallelize"):
+    with pytest.raises(RuntimeError, match=r"call xpar\.engine\.register\(grid\), or parallelize"):
         model(torch.zeros(1, 1, dtype=torch.int64))

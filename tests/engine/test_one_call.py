@@ -144,7 +144,7 @@ REFUSED: dict[str, tuple[LayerConfig, LayerOptions, str]] = {
         LayerOptions(),
         "does not route with weights on the input",
     ),
-    "latent": (replace(PLAIN, latent_size=32), LayerOptions(), "a latent space or an output bias"),
+    "latent": (replace(PLAIN, latent_size=32), LayerOptions(), "a latent space, a norm or an output bias"),
     "exact": (PLAIN, LayerOptions(exact=True), "exact mode adds"),
     "fused": (
         replace(PLAIN, shared=SharedConfig(WIDTH)),

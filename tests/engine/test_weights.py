@@ -1,7 +1,7 @@
 """A rank gets its share of a layer, reads no other byte, and refuses weights that would compute nonsense."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +11,19 @@ from safetensors.torch import load_file, save_file
 
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
-from xpar.engine.weights import LayerWeights, load_layer
+from xpar.engine.schema import MlpNames
+from xpar.engine.weights import LayerWeights, load_layer, stream_experts
 
 H, I, E = SIZES["hidden"], SIZES["intermediate"], SIZES["experts"]
 SOME = slice(5, 18)
 LAYER = 1
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DEEPSEEK_LIKE = {"deepseek_v3", "glm4_moe", "dots1", "nemotron_h"}
-WITH_CORRECTION = DEEPSEEK_LIKE | {"minimax_m2", "ernie4_5_moe", "longcat_flash"}
+WITH_CORRECTION = DEEPSEEK_LIKE | {"deepseek_v4", "minimax_m2", "ernie4_5_moe", "longcat_flash"}
 WITH_SHARED = DEEPSEEK_LIKE | {
     "deepseek_v2",
+    "deepseek_v4",
+    "granitemoeshared",
     "qwen2_moe",
     "qwen3_next",
     "cohere2_moe",
@@ -111,8 +114,8 @@ def stored_expert(family: str, t: dict[str, torch.Tensor], e: int) -> Expert:
     if family == "llama4_text":
         both = t[block + "feed_forward.experts.gate_up_proj"][e].T
         return Expert(both[:I], both[I:], t[block + "feed_forward.experts.down_proj"][e].T)
-    if family in ("granitemoe", "jetmoe"):
-        block += "block_sparse_moe." if family == "granitemoe" else "mlp."
+    if family in ("granitemoe", "granitemoeshared", "jetmoe"):
+        block += "mlp." if family == "jetmoe" else "block_sparse_moe."
         both = t[block + "input_linear.weight"][e]
         return Expert(both[:I], both[I:], t[block + "output_linear.weight"][e])
     if family == "dbrx":
@@ -123,7 +126,9 @@ def stored_expert(family: str, t: dict[str, torch.Tensor], e: int) -> Expert:
     if family == "nemotron_h":
         block = f"backbone.layers.{LAYER}.mixer.experts.{e}."
         return Expert(None, t[block + "up_proj.weight"], t[block + "down_proj.weight"])
-    names = ("w1", "w3", "w2") if family in ("mixtral", "minimax_m2", "phimoe") else PROJECTIONS
+    names = (
+        ("w1", "w3", "w2") if family in ("mixtral", "minimax_m2", "phimoe", "deepseek_v4") else PROJECTIONS
+    )
     (part,) = {n.split(".")[3] for n in t if n.startswith(block) and ".experts.0." in n}
     return Expert(*(t[f"{block}{part}.experts.{e}.{n}.weight"] for n in names))
 
@@ -255,6 +260,54 @@ def test_finite_weights_with_an_infinite_sum_are_accepted(tmp_path: Path, fresh_
 def test_expert_ids_out_of_range(path: Path, case: Case) -> None:
     with pytest.raises(ValueError, match=r"experts \[8\] of layer 1: ids are 0 to 7"):
         load(path, case.layer, [1, 8])
+
+
+def test_a_fused_tensor_for_each_expert(tmp_path: Path, fresh_seed: int) -> None:
+    """Gate and up rows of one expert in one tensor, as the shared experts of granitemoeshared have them."""
+    apart, fused = tmp_path / "apart", tmp_path / "fused"
+    fused.mkdir()
+    Case("olmoe", "olmoe").write(apart, "own", torch.bfloat16, fresh_seed, layers=2)
+    stored = load_file(apart / "model.safetensors")
+    block = f"model.layers.{LAYER}.mlp.experts."
+    for e in range(E):
+        gate, up = (stored.pop(f"{block}{e}.{n}.weight") for n in PROJECTIONS[:2])
+        stored[f"{block}{e}.gate_up_proj.weight"] = torch.cat([gate, up])
+    save_file(stored, fused / "model.safetensors")
+    arch = find({"model_type": "olmoe"})
+    together = MlpNames(
+        None,
+        None,
+        arch.experts.down,
+        gate_up="model.layers.{layer}.mlp.experts.{expert}.gate_up_proj.weight",
+    )
+    (fused / "config.json").write_bytes((apart / "config.json").read_bytes())
+    for rows in (slice(None), SOME):
+        expected = load(apart, LAYER, [6, 1], rows)[1]
+        with Checkpoint(fused) as checkpoint:
+            config = layer_config(arch, checkpoint.config, LAYER)
+            names = replace(arch, experts=together)
+            found = stream_experts(checkpoint, names, LAYER, config, [6, 1], torch.bfloat16, rows)
+            for index, (gate_up, down, *_) in found:
+                assert same((gate_up, down), expected[index])
+
+
+def test_a_table_of_other_experts_is_named(tmp_path: Path, fresh_seed: int) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    bad.mkdir()
+    Case("hash", "deepseek_v4").write(good, "transformers", torch.bfloat16, fresh_seed)
+    weights = load(good, 0, [])[0]
+    assert weights.router.hash_table is not None and weights.router.correction_bias is None
+    table = weights.router.hash_table.clone()
+    assert table.shape == (256, 3) and all(len(set(row)) == 3 for row in table.tolist())
+    table[7, 1] = E
+    rewrite(good, bad, **{"layers.0.ffn.gate.tid2eid": table})
+    with pytest.raises(
+        CheckpointError, match=rf"gate\.tid2eid names experts 0 to {E}, the layer has 0 to {E - 1}"
+    ):
+        load(bad, 0, [])
+    rewrite(good, bad, **{"layers.0.ffn.gate.tid2eid": table.float()})
+    with pytest.raises(CheckpointError, match="stored as F32: a table of expert ids holds integers"):
+        load(bad, 0, [])
 
 
 def test_config_and_weights_of_different_models(path: Path, case: Case, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xpar.comm import ProcessGrid, World, run
 from xpar.comm.shares import share
-from xpar.engine.build import assemble
+from xpar.engine.build import LayerOptions, assemble
 from xpar.engine.overlap import Overlap, SharedOrder
 from xpar.engine.random_layer import RandomLayer
 from xpar.engine.runner import MoERunner
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def is_wrong(r: dict[str, Any]) -> bool:
-    far = not max(r["eager_error"], r["graph_error"]) <= TOLERANCE
+    far = not max(r["eager_error"], r["graph_error"], r["fused_error"]) <= TOLERANCE
     return bool(far or r["orders_differ"] or r["compiled_differs"])
 
 
@@ -76,6 +76,10 @@ def check_shape(grid: ProcessGrid, name: str, scale: float, seed: int) -> Iterat
     """Every number of tokens a rank: eager and recorded against the fp32 reference, no hidden wait, and both times."""
     layer = RandomLayer(SHAPES[name].layer(scale), torch.bfloat16, seed)
     runner = assemble(layer.config, grid, torch.bfloat16, layer.read)
+    fused = None
+    if layer.config.shared is not None:
+        options = LayerOptions(fuse_shared_experts=True)
+        fused = assemble(layer.config, grid, torch.bfloat16, layer.read, options)
     for tokens in TOKENS:
         size = grid.world.size
         everyone = torch.randn(tokens * size, layer.config.hidden_size, generator=generator(seed)).bfloat16()
@@ -85,13 +89,15 @@ def check_shape(grid: ProcessGrid, name: str, scale: float, seed: int) -> Iterat
         graph = runner.capture(tokens + 2)  # two rows of padding
         recorded = graph(mine).clone()
         reference = layer.reference(everyone)[0] if tokens <= REFERENCE_TOKENS else None
+        wanted = eager if reference is None else reference
         yield {
             "shape": name,
             "scale": scale,
             "tokens_per_rank": tokens,
             "dispatcher": runner.dispatcher.name,
             "eager_error": error(grid, eager, reference),
-            "graph_error": error(grid, recorded, reference if reference is not None else eager),
+            "graph_error": error(grid, recorded, wanted),
+            "fused_error": 0.0 if fused is None else error(grid, fused(mine), wanted),
             "hidden_wait": waits,
             "compiled_differs": compiled_differs(runner, mine),
             "orders_differ": orders_that_differ(runner, mine),
@@ -166,7 +172,7 @@ def line(r: dict[str, Any]) -> str:
     return (
         f"{r['shape']:16}x{r['scale']:<5} {r['tokens_per_rank']:4} tokens {r['dispatcher']:10} eager {r['eager_us']:7.0f} us"
         f"  graph {r['graph_us']:7.0f} us  {r['eager_us'] / r['graph_us']:5.1f} x  errors {r['eager_error']:.1e}"
-        f" {r['graph_error']:.1e}  {r['hidden_wait'] or 'no hidden wait'}  {' '.join(r['orders_differ'])}"
+        f" {r['graph_error']:.1e} {r['fused_error']:.1e}  {r['hidden_wait'] or 'no hidden wait'}  {' '.join(r['orders_differ'])}"
         f"{'  compiled differs' if r['compiled_differs'] else ''}"
     )
 

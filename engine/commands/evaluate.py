@@ -1,0 +1,102 @@
+"""``xpar evaluate``: lm-evaluation-harness on a whole model, its experts spread over the ranks."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xpar.comm.failure import agreed
+from xpar.engine.commands import whole_model
+from xpar.engine.commands.whole_model import BATCH, PREFILL_TOKENS
+from xpar.engine.logs import start_logging
+from xpar.engine.models.service import Service
+from xpar.engine.models.tokens import Tokens
+from xpar.engine.terminal import make_console
+from xpar.engine.watching import attach
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    p = subparsers.add_parser("evaluate", help="lm-evaluation-harness on a whole model")
+    p.add_argument(
+        "checkpoint", type=Path, help="directory with config.json, safetensors files and tokenizer"
+    )
+    p.add_argument(
+        "harness", nargs=argparse.REMAINDER, help="options of the harness, such as --tasks NAME --limit 10"
+    )
+    p.add_argument("--batch", type=int, help=f"texts a rank has in hand (default {BATCH}; 1 with --exact)")
+    p.add_argument(
+        "--prefill-tokens", type=int, default=PREFILL_TOKENS, help=f"as for score (default {PREFILL_TOKENS})"
+    )
+    p.add_argument("--exact", action="store_true", help="numbers that do not depend on the number of ranks")
+    whole_model.add_grid_options(p)
+    p.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the harness on rank 0; the other ranks serve it."""
+    world = attach(args)
+    start_logging(world, args.verbose)
+    dtype = agreed(world.comm, lambda: _check(args))
+    harness = agreed(world.comm, lambda: _harness(args.harness) if world.rank == 0 else None, patient=True)
+    console = make_console(world)
+    grid = whole_model.make_grid(args, world, console)
+    tokens = agreed(world.comm, lambda: Tokens(args.checkpoint))
+    loaded = whole_model.load(args, grid, dtype, console)
+    service = Service(world.comm, loaded, tokens, whole_model.batch_of(args), args.prefill_tokens)
+    if harness is None:
+        service.serve()
+    else:
+        _evaluate(harness, service, args)
+    console.print(whole_model.memory(world.comm), soft_wrap=True)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> torch.dtype:
+    """The dtype; raises ValueError for words that do not fit."""
+    if find_spec("lm_eval") is None:
+        raise ValueError("xpar evaluate needs lm-evaluation-harness (pip install 'xpar[eval]')")
+    whole_model.check_at_least_one(args, "batch", "prefill-tokens", "threads")
+    whole_model.batch_of(args)
+    return whole_model.dtype_of(args)
+
+
+def _harness(words: Sequence[str]) -> tuple[Any, argparse.Namespace]:
+    """The harness's own command, and its options; raises ValueError for those that it refuses."""
+    from lm_eval._cli import HarnessCLI
+
+    cli = HarnessCLI()
+    with _words(["lm-eval", "run", "--model", "xpar", *words]):
+        try:
+            return cli, cli.parse_args()
+        except SystemExit as stop:
+            raise ValueError(
+                f"lm-eval does not take {' '.join(words)} (status {stop.code}; see above)"
+            ) from None
+
+
+def _evaluate(harness: tuple[Any, argparse.Namespace], service: Service, args: argparse.Namespace) -> None:
+    from lm_eval.utils import setup_logging
+
+    from xpar.engine.models.harness import register_service
+
+    setup_logging()
+    register_service(service, str(args.checkpoint))
+    cli, options = harness
+    cli.execute(options)  # whatever it raises ends the job on all ranks
+    service.end()
+
+
+@contextmanager
+def _words(words: list[str]) -> Iterator[None]:
+    """Let the process have been started with ``words``: the harness reads them there."""
+    before, sys.argv = sys.argv, words
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,106 @@
+"""``xpar score``: how likely a whole model finds the texts of a file, its experts spread over the ranks."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from xpar.comm.communicator import Communicator
+from xpar.comm.failure import agreed
+from xpar.engine.commands import whole_model
+from xpar.engine.commands.whole_model import BATCH, PREFILL_TOKENS
+from xpar.engine.logs import start_logging
+from xpar.engine.models.answering import finish_only, listen_for_stop
+from xpar.engine.models.request import ScoreRequest, prepare
+from xpar.engine.models.score import read_total, score
+from xpar.engine.models.tokens import Tokens
+from xpar.engine.terminal import make_console
+from xpar.engine.watching import attach
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    p = subparsers.add_parser(
+        "score", help="log-probability of every token of a file of texts, and perplexity"
+    )
+    p.add_argument(
+        "checkpoint", type=Path, help="directory with config.json, safetensors files and tokenizer"
+    )
+    p.add_argument(
+        "--texts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="one a line; or .jsonl with id and text, or id, context and continuation",
+    )
+    p.add_argument("--out", type=Path, metavar="FILE", help="default: TEXTS with the suffix .scores.jsonl")
+    p.add_argument("--resume", action="store_true", help="keep the scores that --out holds already")
+    p.add_argument(
+        "--batch", type=int, help=f"texts a rank reads at a time (default {BATCH}; 1 with --exact)"
+    )
+    p.add_argument(
+        "--prefill-tokens",
+        type=int,
+        default=PREFILL_TOKENS,
+        help=f"that a rank reads in one step (default {PREFILL_TOKENS}; a longer text goes alone, in pieces)",
+    )
+    p.add_argument("--exact", action="store_true", help="numbers that do not depend on the number of ranks")
+    whole_model.add_grid_options(p)
+    p.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command on every rank; 0 also if a signal ended it with everything written."""
+    # From the first moment: a job that is pre-empted while it loads has lost nothing either.
+    return _run(args, listen_for_stop())
+
+
+def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
+    world = attach(args)
+    start_logging(world, args.verbose)
+    request = agreed(world.comm, lambda: _request(args, world.rank == 0))
+    console = make_console(world)
+    grid = whole_model.make_grid(args, world, console)
+    tokens = agreed(world.comm, lambda: Tokens(request.checkpoint))
+    work = prepare(world.comm, request, tokens, args.resume)
+    done = "texts scored"
+    if not work.queue:
+        finish_only(world.comm, request, work)
+        console.print(whole_model.counts(request, work, 0, done), soft_wrap=True)
+        console.print(_total(world.comm, request), soft_wrap=True)
+        return 0
+    loaded = whole_model.load(args, grid, request.dtype, console)
+    with whole_model.meter(world, "scoring", work) as tell:
+        outcome = score(world.comm, request, work, loaded, told, tell)
+    console.print(whole_model.counts(request, work, outcome.answers, done), soft_wrap=True)
+    console.print(_total(world.comm, request), soft_wrap=True)
+    console.print(f"{whole_model.speed(outcome)}", soft_wrap=True)
+    console.print(whole_model.memory(world.comm), soft_wrap=True)
+    return 0
+
+
+def _request(args: argparse.Namespace, first: bool) -> ScoreRequest:
+    """Everything that can be wrong with the words before any rank loads or writes anything.
+
+    ``first``: whether this is the rank that reads texts and writes scores; the others need not see those files.
+    """
+    whole_model.check_at_least_one(args, "batch", "prefill-tokens", "threads")
+    batch = whole_model.batch_of(args)
+    out = args.out or args.texts.with_suffix(".scores.jsonl")
+    if first:
+        whole_model.check_files(args.texts, out, args.resume, "--texts")
+    return ScoreRequest(
+        checkpoint=args.checkpoint,
+        prompts=args.texts,
+        out=out,
+        batch=batch,
+        prefill_tokens=args.prefill_tokens,
+        dtype=whole_model.dtype_of(args),
+        exact=args.exact,
+    )
+
+
+def _total(comm: Communicator, request: ScoreRequest) -> str:
+    total = read_total(comm, request.out)
+    if total.perplexity is None:
+        return f"all scores of the file: {total.tokens} tokens, log-probability {total.logprob:.1f}"
+    return f"all scores of the file: {total.tokens} tokens, perplexity {total.perplexity:.4f}"

@@ -1,0 +1,140 @@
+"""Whole mixture-of-experts blocks of a model replaced by xpar's layer: router, experts, shared experts, scaling.
+
+For families whose block does not let its experts be provided it is the only way; for the others it is a choice.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xpar.comm.dispatch.base import Dispatcher
+from xpar.comm.grid import ProcessGrid
+from xpar.engine.architectures import find, layer_config, moe_layers
+from xpar.engine.build import LayerOptions, assemble
+from xpar.engine.checkpoint import Checkpoint, CheckpointError
+from xpar.engine.models.in_memory import InMemory
+from xpar.engine.runner import MoERunner
+from xpar.engine.stages import NO_CLOCK, Clock
+from xpar.engine.weights import load_layer
+from xpar.kernels.contracts import ExpertKernel
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where transformers' model of a family has a layer's block, and whether its forward returns a second value too."""
+
+    path: str = "model.layers.{layer}.mlp"
+    pair: bool = False
+
+
+BLOCKS = {
+    "gpt_oss": Block(pair=True),
+    "granitemoe": Block("model.layers.{layer}.block_sparse_moe"),
+    "llama4_text": Block("model.layers.{layer}.feed_forward", pair=True),
+    "jamba": Block("model.layers.{layer}.feed_forward"),
+    "nemotron_h": Block("model.layers.{layer}.mixer"),
+    "dbrx": Block("transformer.blocks.{layer}.ffn"),
+}
+"""Those that are not as in most families."""
+
+
+class SlotCounter:
+    """Counts the (token, expert) pairs that this rank's experts compute; ``clock`` hears of each stage."""
+
+    def __init__(self) -> None:
+        self.slots = 0
+        self.clock: Clock = NO_CLOCK
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        return self.clock.stage(name)
+
+    def arrived(self, topk_ids: Tensor) -> None:
+        self.slots += int((topk_ids >= 0).sum())
+
+
+class BlockLayer(nn.Module):
+    """Takes the place of a block; every rank of the runner's grid calls it together.
+
+    ``pair``: whether the model expects a second value, which is None. ``slots``, ``clock``: as for
+    :class:`~xpar.engine.models.experts.ExpertLayer`.
+    """
+
+    def __init__(self, runner: MoERunner, pair: bool) -> None:
+        super().__init__()
+        self.runner, self.pair = runner, pair
+        self._counter = SlotCounter()
+
+    @property
+    def grid(self) -> ProcessGrid:
+        return self.runner.grid
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        return self.runner.dispatcher
+
+    @property
+    def kernel(self) -> ExpertKernel | None:
+        return self.runner.kernel
+
+    @property
+    def slots(self) -> int:
+        return self._counter.slots
+
+    @property
+    def clock(self) -> Clock:
+        return self._counter.clock
+
+    @clock.setter
+    def clock(self, clock: Clock) -> None:
+        self._counter.clock = clock
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Any:
+        """[..., H] -> [..., H]."""
+        shape = hidden_states.shape
+        output = self.runner.run(hidden_states.reshape(-1, shape[-1]), None, self._counter)[0]
+        return (output.view(shape), None) if self.pair else output.view(shape)
+
+    def join(self) -> None:
+        """Take part in a step without tokens of one's own: the others' tokens may need this rank's experts."""
+        width, device = self.runner.config.hidden_size, self.grid.device
+        self.runner.run(torch.empty(0, width, dtype=self.runner.dtype, device=device), None, self._counter)
+
+
+def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tuple[str, nn.Module]]:
+    """Layer -> name and module of its block, ascending; raises :class:`CheckpointError` where the model has none."""
+    arch = find(hf_config)
+    path = BLOCKS.get(arch.model_type, Block()).path
+    found = {}
+    for layer in moe_layers(arch, hf_config):
+        name = path.format(layer=layer)
+        try:
+            found[layer] = (name, model.get_submodule(name))
+        except AttributeError:
+            raise CheckpointError(
+                f"{type(model).__name__} has no module {name}, where its family has its experts; "
+                "use another version of transformers (tested: 5.17 and 5.23)"
+            ) from None
+    return found
+
+
+def build_block(
+    checkpoint: Checkpoint, layer: int, grid: ProcessGrid, dtype: torch.dtype, options: LayerOptions
+) -> BlockLayer:
+    """This rank's part of a layer. Holds no collective; raises ValueError for what does not fit."""
+    arch = find(checkpoint.config)
+    config = layer_config(arch, checkpoint.config, layer)
+    read = partial(load_layer, checkpoint, arch, layer, config)
+    runner = assemble(config, grid, dtype, read, options, layer)
+    return BlockLayer(runner, BLOCKS.get(arch.model_type, Block()).pair)
+
+
+def weights_of(model: Any, hf_config: dict[str, Any], name: str) -> InMemory:
+    """The weights of ``model``'s module ``name``, by their names in a checkpoint."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
+    return InMemory(hf_config, revert_weight_conversion(model, state))

@@ -1,0 +1,30 @@
+"""What the loop that all ranks run together asks of a rank's sequences, whatever is done with them."""
+
+from typing import Protocol, TypeVar
+
+R = TypeVar("R")
+"""A prompt or text that is being worked on."""
+
+
+class Steps(Protocol[R]):
+    """A rank's part of the job; in each step every rank calls one of ``begin``, ``advance`` and ``join``."""
+
+    @property
+    def occupied(self) -> int:
+        """Slots of the batch in use."""
+
+    @property
+    def tokens(self) -> int:
+        """How many were drawn or scored so far."""
+
+    def slots(self) -> int:
+        """(token, expert) pairs that this rank's experts have computed."""
+
+    def begin(self, new: list[R]) -> list[R]:
+        """Read ``new``; return those that are complete already."""
+
+    def advance(self) -> list[R]:
+        """Continue those that are not complete; return those that this completes."""
+
+    def join(self) -> None:
+        """Serve the other ranks' tokens."""
