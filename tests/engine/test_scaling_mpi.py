@@ -108,10 +108,11 @@ def test_ranks_outside_a_point_leave_the_cores_alone(world: World) -> None:
         def close(self) -> None:
             pass
 
-    begin = time.process_time()
+    begin, began = time.process_time(), time.monotonic()
     sweep(world, points_of(world.node_of, [1]), lambda inside: Busy(), ["strong"])
-    used = time.process_time() - begin
-    assert used >= 0.2 if world.rank == 0 else used < 0.1
+    used, elapsed = time.process_time() - begin, time.monotonic() - began
+    # One that spins has its share of a busy machine, all of an idle one.
+    assert used >= 0.2 if world.rank == 0 else used < 0.05 + 0.05 * elapsed
 
 
 def test_a_point_that_cannot_be_is_named_and_the_next_one_measured(world: World) -> None:
