@@ -42,19 +42,18 @@ def test_exact_scores_are_the_same_on_any_number_of_ranks(
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join(lines) + "\n")
     written = []
-    for n, more in ((1, []), (3, []), (2, ["--resume"])):
-        out = tmp_path / "1.jsonl" if more else tmp_path / f"{n}.jsonl"
+    for n, more in ((1, []), (3, ["--resume"])):
+        out = tmp_path / f"{n}.jsonl"
+        if more:  # one score is there, and the beginning of another
+            out.write_bytes(written[0].splitlines(keepends=True)[1] + b'{"line": 1, ')
         words = [*XPAR, str(model), "--texts", str(file), "--out", str(out), "--exact", *more]
-        if more:  # all but one are there, the last line is cut
-            out.write_bytes(b"".join(written[0].splitlines(keepends=True)[1:]) + b'{"line": 1, ')
-        job = mpirun(n, words, timeout=300)
+        job = mpirun(n, words)
         assert job.returncode == 0, job.stderr
-        assert f"{out}: 6 of 6 texts scored" in job.stdout
-        assert f"3 lines refused, see {out.with_suffix('')}.errors.jsonl" in job.stdout
+        assert f"{out}: 6 of 6 texts scored{', 1 of them before' * bool(more)}; 3 lines refused" in job.stdout
         written.append(out.read_bytes())
         told = {entry["line"]: entry["error"] for entry in records(out.with_suffix(".errors.jsonl"))}
         assert "nothing to score" in told[2] and '"text"' in told[3] and "9000 tokens" in told[4]
-    assert written[0] == written[1] == written[2]
+    assert written[0] == written[1]
     found = records(tmp_path / "1.jsonl")
     tokens, total = sum(r["tokens"] for r in found), sum(r["sum"] for r in found)
     assert found[-1]["token_ids"] == Tokens(model).encode(" this?")
