@@ -3,6 +3,7 @@
 For families whose block does not let its experts be provided it is the only way; for the others it is a choice.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -25,21 +26,32 @@ from xpar.kernels.contracts import ExpertKernel
 
 @dataclass(frozen=True)
 class Block:
-    """Where transformers' model of a family has a layer's block, and whether its forward returns a second value too."""
+    """Where transformers' model of a family has a layer's block, and whether its forward returns a second value too.
+
+    ``beside``: a module whose output the model adds to the block's, and which is a part of xpar's layer.
+    """
 
     path: str = "model.layers.{layer}.mlp"
     pair: bool = False
+    beside: str | None = None
 
 
 BLOCKS = {
     "gpt_oss": Block(pair=True),
     "granitemoe": Block("model.layers.{layer}.block_sparse_moe"),
+    "granitemoeshared": Block(
+        "model.layers.{layer}.block_sparse_moe", beside="model.layers.{layer}.shared_mlp"
+    ),
     "llama4_text": Block("model.layers.{layer}.feed_forward", pair=True),
     "jamba": Block("model.layers.{layer}.feed_forward"),
     "nemotron_h": Block("model.layers.{layer}.mixer"),
     "dbrx": Block("transformer.blocks.{layer}.ffn"),
 }
 """Those that are not as in most families."""
+LAYERS_ALONE = {
+    "deepseek_v4": "its checkpoints name dense weights as transformers does not, and its blocks are not given token ids"
+}
+"""Families of which ``xpar run`` computes layers, but no whole model can be made yet, and why."""
 
 
 class SlotCounter:
@@ -104,20 +116,28 @@ class BlockLayer(nn.Module):
         self.runner.run(torch.empty(0, width, dtype=self.runner.dtype, device=device), None, self._counter)
 
 
-def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tuple[str, nn.Module]]:
-    """Layer -> name and module of its block, ascending; raises :class:`CheckpointError` where the model has none."""
+class Nothing(nn.Module):
+    """Takes the place of a module whose output is in another's already: adds nothing."""
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return hidden_states.new_zeros(())
+
+
+def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tuple[str, ...]]:
+    """Layer -> name of its block and of what is beside it, ascending; raises :class:`CheckpointError` where the model has none."""
     arch = find(hf_config)
-    path = BLOCKS.get(arch.model_type, Block()).path
-    found = {}
+    block = BLOCKS.get(arch.model_type, Block())
+    there = {name for name, _ in model.named_modules()}
+    found: dict[int, tuple[str, ...]] = {}
     for layer in moe_layers(arch, hf_config):
-        name = path.format(layer=layer)
-        try:
-            found[layer] = (name, model.get_submodule(name))
-        except AttributeError:
+        name = block.path.format(layer=layer)
+        if name not in there:
             raise CheckpointError(
                 f"{type(model).__name__} has no module {name}, where its family has its experts; "
                 "use another version of transformers (tested: 5.17 and 5.23)"
-            ) from None
+            )
+        beside = (block.beside or "").format(layer=layer)
+        found[layer] = (name, beside) if beside and beside in there else (name,)
     return found
 
 
@@ -132,9 +152,10 @@ def build_block(
     return BlockLayer(runner, BLOCKS.get(arch.model_type, Block()).pair)
 
 
-def weights_of(model: Any, hf_config: dict[str, Any], name: str) -> InMemory:
-    """The weights of ``model``'s module ``name``, by their names in a checkpoint."""
+def weights_of(model: Any, hf_config: dict[str, Any], names: Iterable[str]) -> InMemory:
+    """The weights of ``model``'s modules ``names``, by their names in a checkpoint."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    state = {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
+    prefixes = tuple(f"{name}." for name in names)
+    state = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
     return InMemory(hf_config, revert_weight_conversion(model, state))

@@ -59,7 +59,7 @@ def load_model(
     with agreed(comm, lambda: Checkpoint(Path(path))) as checkpoint:
         kind = agreed(comm, lambda: dtype or checkpoint.dtype)
         model, parts = agreed(comm, lambda: _empty_model(checkpoint, kind, options.whole_block))
-        foreign = tuple(f"{part.name}." for part in parts.values())
+        foreign = tuple(f"{name}." for part in parts.values() for name in part.names)
         plan = agreed(comm, lambda: sources(model, checkpoint, foreign))
         total(_bytes_to_hold(model, plan, parts, grid, kind))
         # The ranks of a node fail together inside, so that none of them is missing from this agreement.
@@ -108,7 +108,9 @@ def _bytes_to_hold(
 ) -> int:
     """Dense weights, and this rank's share of the experts' (to the byte only if they divide evenly)."""
     state = model.state_dict()
-    experts = sum(p.numel() for part in parts.values() for p in part.module.parameters())
+    experts = sum(
+        p.numel() for part in parts.values() for module in part.modules for p in module.parameters()
+    )
     dense = sum(int(state[key].numel()) for key in plan)
     return dtype.itemsize * (dense + experts // grid.moe.size)
 

@@ -10,10 +10,18 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.build import LayerOptions
+from xpar.engine.checkpoint import CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.held import ExpertOptions, hold_experts
 from xpar.engine.mlp_tensors import MlpPlace, MlpTensors, mlp_buffers, read_mlp
-from xpar.engine.models.blocks import BlockLayer, block_modules, build_block, weights_of
+from xpar.engine.models.blocks import (
+    LAYERS_ALONE,
+    BlockLayer,
+    Nothing,
+    block_modules,
+    build_block,
+    weights_of,
+)
 from xpar.engine.models.experts import (
     ATTRIBUTE,
     IMPLEMENTATION,
@@ -118,29 +126,39 @@ def join(model: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """What of a model makes way for a layer: its module, by name; ``experts``: only the experts of a block."""
+    """What of a model makes way for a layer: modules, by name. ``experts``: only the experts of a block.
 
-    name: str
-    module: torch.nn.Module
+    The layer takes the place of the first; what it holds of the others is in its output.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[torch.nn.Module, ...]
     experts: bool
 
 
 def parts_of(model: torch.nn.Module, hf_config: dict[str, Any], whole_block: bool) -> dict[int, Part]:
     """Of each MoE layer, ascending: its experts, or where they cannot be provided or ``whole_block`` is asked, its block."""
+    arch = find(hf_config)
+    if why := LAYERS_ALONE.get(arch.model_type):
+        raise CheckpointError(f"model_type={arch.model_type!r}: {why}; xpar run computes its layers")
     experts = experts_modules(model)
-    if not whole_block and sorted(experts) == sorted(moe_layers(find(hf_config), hf_config)):
+    if not whole_block and sorted(experts) == sorted(moe_layers(arch, hf_config)):
         names = {id(module): name for name, module in model.named_modules()}
-        return {n: Part(names[id(module)], module, True) for n, module in sorted(experts.items())}
-    blocks = block_modules(model, hf_config)
-    return {n: Part(name, module, False) for n, (name, module) in blocks.items()}
+        return {n: Part((names[id(module)],), (module,), True) for n, module in sorted(experts.items())}
+    return {
+        n: Part(names, tuple(map(model.get_submodule, names)), False)
+        for n, names in block_modules(model, hf_config).items()
+    }
 
 
 def put(model: torch.nn.Module, part: Part, layer: Layer) -> None:
     """Let ``layer`` take the place of ``part``."""
     if isinstance(layer, BlockLayer):
-        model.set_submodule(part.name, layer)
+        model.set_submodule(part.names[0], layer)
+        for name in part.names[1:]:
+            model.set_submodule(name, Nothing())
     else:
-        attach(part.module, layer)
+        attach(part.modules[0], layer)
 
 
 def _from_memory(
@@ -151,9 +169,9 @@ def _from_memory(
     for n, part in parts.items():
         if part.experts:
             config = layer_config(arch, hf_config, n)
-            layers[n] = build_layer(config, grid, model.dtype, n, rows_of(part.module, config), options)
+            layers[n] = build_layer(config, grid, model.dtype, n, rows_of(part.modules[0], config), options)
         else:
-            weights = weights_of(model, hf_config, part.name)
+            weights = weights_of(model, hf_config, part.names)
             layers[n] = build_block(weights, n, grid, model.dtype, options.of_layer())
     return layers
 

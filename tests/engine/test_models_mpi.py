@@ -18,7 +18,7 @@ from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
 from xpar.engine import join, parallelize, register
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.models import experts
-from xpar.engine.models.blocks import BlockLayer
+from xpar.engine.models.blocks import LAYERS_ALONE, BlockLayer
 from xpar.engine.models.load import LoadedModel, load_model
 from xpar.engine.models.spread import SpreadOptions, expert_layers
 
@@ -146,7 +146,8 @@ def test_a_model_in_memory_is_spread(
     assert dropped >= len(layers) * 7 * 3 * 64 * 48
 
 
-OTHERS = tuple(c for c in ONE_PER_FAMILY if c.model_type not in {case.model_type for case in CASES})
+NEVER = {*LAYERS_ALONE, *(case.model_type for case in CASES)}
+OTHERS = tuple(c for c in ONE_PER_FAMILY if c.model_type not in NEVER)
 BY_BLOCK_ALONE = {"llama4_text", "longcat_flash", "dbrx", "jetmoe"}
 
 
@@ -170,6 +171,19 @@ def test_every_family_with_a_schema_is_spread(
         assert error(model(ids, use_cache=False).logits, expected) < 1e-5
     assert loaded.layers == expert_layers(loaded.model)
     assert all(type(layer) is BlockLayer for layer in (*loaded.layers, *expert_layers(model)))
+
+
+@pytest.mark.parametrize("name", LAYERS_ALONE)
+def test_a_family_of_layers_alone_is_one_error(
+    comm: "Intracomm", grid: ProcessGrid, root: Path, name: str
+) -> None:
+    path, case = root / f"alone-{name}", next(c for c in ONE_PER_FAMILY if c.model_type == name)
+    if comm.rank == 0:
+        case.write(path, "transformers", torch.float32, 3, layers=case.layer + 2)
+    comm.barrier()
+    for options in (SpreadOptions(), SpreadOptions(whole_block=True)):
+        with pytest.raises(AgreedError, match=f"model_type='{name}': .*; xpar run computes its layers"):
+            load_model(path, grid, options=options)
 
 
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
