@@ -40,8 +40,8 @@ check() { # check NAME COMMAND...: one verdict from an exit status
   note "$name" $((SECONDS - start)) $status ""
 }
 
-count() { # count WORD: the number before WORD in pytest's last summary, 0 if it is not there
-  { grep -E '^=+ .* in [0-9.]+s' "$log" | tail -n 1 | grep -Eo "[0-9]+ $1" || echo 0; } | cut -d' ' -f1
+count() { # count WORD: the number before WORD in pytest's last summary, 0 if it is not there; Open MPI's version ends in NUL
+  { grep -aE '^=+ .* in [0-9.]+s' "$log" | tail -n 1 | grep -Eo "[0-9]+ $1" || echo 0; } | cut -d' ' -f1
 }
 
 tests() { # tests NAME COMMAND...: as many verdicts as pytest gives
