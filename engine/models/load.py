@@ -96,7 +96,13 @@ def _empty_model(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.eval()
+    model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
     return model, parts_of(model, dict(checkpoint.config), whole_block)
+
+
+def _in_one_piece(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The last positions of several rows lie apart, and torch multiplies such by a copy of the weight for each row."""
+    return inputs[0].contiguous(), *inputs[1:]
 
 
 def _bytes_to_hold(
