@@ -1,5 +1,6 @@
 """Sorting, tile lists, row moving and routing against loops and torch, in the interpreter."""
 
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -29,20 +30,21 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize("limits", LIMITS, ids=str)
+SMALL = [
+    (1, 1, 1, 0.0, 1024),
+    (9, 7, 5, 0.3, 1024),
+    (100, 2, 3, 0.0, 1024),
+    (50, 2, 4, 1.0, 1024),
+    (40, 2, 4, 1.0, 64),
+]
+LARGE = [(550, 2, 130, 0.1, 1024), (120, 20, 7, 0.2, 64)]  # the second: more blocks than are summed at a time
+
+
 @pytest.mark.parametrize(
-    "tokens,k,experts,drop,block",
-    [
-        (1, 1, 1, 0.0, 1024),
-        (9, 7, 5, 0.3, 1024),
-        (100, 2, 3, 0.0, 1024),
-        (50, 2, 4, 1.0, 1024),
-        (550, 2, 130, 0.1, 1024),
-        (120, 20, 7, 0.2, 64),  # more blocks than are summed at a time
-        (40, 2, 4, 1.0, 64),
-    ],
+    ("sizes", "limits"), [*itertools.product(SMALL, LIMITS), *zip(LARGE, LIMITS, strict=False)], ids=str
 )
-def test_plan(tokens, k, experts, drop, block, limits, g, monkeypatch):
+def test_plan(sizes, limits, g, monkeypatch):
+    tokens, k, experts, drop, block = sizes
     monkeypatch.setattr(sort, "_BLOCK", block)
     ids = (torch.rand(tokens, k, generator=g) ** 3 * experts).to(torch.int32)  # skewed to the first
     ids[torch.rand(tokens, k, generator=g) < drop] = -1
