@@ -13,6 +13,7 @@ from torch import Tensor
 from xpar.comm.communicator import Communicator, Pending
 from xpar.comm.dispatch.alltoall import Detail, destinations, per_rank, return_rows, slots_back
 from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, every_entry, pack, unpack
+from xpar.comm.dispatch.leaving import ids_there
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
@@ -96,6 +97,7 @@ def gathered_detail(
     arrived = Routing(local[rows], everyone.topk_weights[rows])
     if not exact:
         return Detail(tokens, arrived, send, recv, recv, send, None, rows)
-    slots, back_recv = slots_back(own.topk_ids, destination, tokens, send, placement)
+    there = ids_there(own.topk_ids, destination, tokens, placement) >= 0
+    slots, back_recv = slots_back(there, tokens, send)
     back_send = per_rank((arrived.topk_ids >= 0).sum(1), recv)
     return Detail(tokens, arrived, send, recv, back_send, back_recv, slots, rows)

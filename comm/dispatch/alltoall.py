@@ -85,7 +85,7 @@ class AllToAllDispatcher:
         arrived = unpack(self.group.all_to_all_v(packed, send, recv).wait())
         back_send, back_recv, slots = recv, send, None
         if exact:
-            slots, back_recv = slots_back(own.topk_ids, destination, tokens, send, self.placement)
+            slots, back_recv = slots_back(ids >= 0, tokens, send)
             back_send = per_rank((arrived.topk_ids >= 0).sum(1), recv)
         detail = Detail(tokens, arrived, send, recv, back_send, back_recv, slots)
         return DispatchPlan(own, exact, self._traffic(send, back_recv), detail)
@@ -148,15 +148,21 @@ def destinations(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor
     return pairs[:, 0], pairs[:, 1], by_rank.sum(1).tolist()
 
 
-def slots_back(
-    topk_ids: Tensor, destination: Tensor, tokens: Tensor, send: list[int], placement: Placement
-) -> tuple[Tensor, list[int]]:
-    """In exact mode: the flat (token, slot) of each row that comes back, by rank, and the rows per rank."""
-    active = ids_there(topk_ids, destination, tokens, placement) >= 0
-    k = topk_ids.shape[1]
-    return (tokens[:, None] * k + torch.arange(k, device=tokens.device))[active], per_rank(
-        active.sum(1), send
-    )
+def slots_back(active: Tensor, tokens: Tensor, send: list[int]) -> tuple[Tensor, list[int]]:
+    """In exact mode: the flat (token, slot) of each row that comes back, by rank, and the rows per rank.
+
+    ``active`` [S, k] bool: which slots of the tokens ``tokens`` [S] have their expert where the row was sent.
+    """
+    k = active.shape[1]
+    slots = (tokens[:, None] * k + torch.arange(k, device=tokens.device))[active]
+    return slots, per_rank(active.sum(1), send)
+
+
+def slot_positions(slots: Tensor, shape: torch.Size) -> Tensor:
+    """[T, k] int64: for each slot of ``shape`` the row that holds its output, where row r is that of ``slots[r]``; -1: none."""
+    positions = torch.full((shape.numel(),), -1, dtype=torch.int64, device=slots.device)
+    positions[slots] = torch.arange(len(slots), device=slots.device)
+    return positions.view(shape)
 
 
 def return_rows(group: Communicator, outputs: Tensor, d: Detail, own: Routing) -> Pending[Distributed]:
@@ -172,9 +178,7 @@ def return_rows(group: Communicator, outputs: Tensor, d: Detail, own: Routing) -
 def _sum_at_home(back: Tensor, d: Detail, own: Routing) -> Tensor:
     if d.slots is None:
         return sum_rows(back, d.tokens, own.topk_ids.shape[0])
-    positions = torch.full((own.topk_ids.numel(),), -1, dtype=torch.int64, device=back.device)
-    positions[d.slots] = torch.arange(len(d.slots), device=back.device)
-    return weighted_sum(back, own.topk_weights, positions.view(own.topk_ids.shape))
+    return weighted_sum(back, own.topk_weights, slot_positions(d.slots, own.topk_ids.shape))
 
 
 def per_rank(rows_of_entry: Tensor, entries_of_rank: list[int]) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
-from xpar.comm.dispatch.alltoall import exchange_counts, per_rank
+from xpar.comm.dispatch.alltoall import exchange_counts, per_rank, slot_positions, slots_back
 from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, pack, unpack
 from xpar.comm.dispatch.shared_memory import SharedMemoryDispatcher
 from xpar.comm.handshake import Tag
@@ -90,10 +90,8 @@ class HierarchicalDispatcher:
         inside = self._inside.plan(entries, tag=tag, hidden_size=hidden_size, dtype=dtype, exact=exact)
         back_send, back_recv, slots = recv, send, None
         if exact:
-            k = own.topk_ids.shape[1]
-            slots = (tokens[:, None] * k + torch.arange(k))[there]
+            slots, back_recv = slots_back(there, tokens, send)
             back_send = per_rank((arrived.topk_ids >= 0).sum(1), recv)
-            back_recv = per_rank(there.sum(1), send)
         detail = Detail(tokens, send, recv, inside, back_send, back_recv, slots)
         send_all = tuple(stays if r == self.group.rank else n for r, n in enumerate(send))
         at_home = int((on_node == self._node).sum()) if exact else stays
@@ -143,12 +141,10 @@ class HierarchicalDispatcher:
         here = active_rows(everyones, positions[:tokens])
         leaving = active_rows(everyones, positions[tokens:])
         back = self.group.all_to_all_v(leaving, d.back_send, d.back_recv).wait()
-        of_slot = torch.full((own.topk_ids.numel(),), -1, dtype=torch.int64)
-        of_slot[(positions[:tokens].reshape(-1) >= 0).nonzero()[:, 0]] = torch.arange(len(here))
         assert d.slots is not None
-        of_slot[d.slots] = torch.arange(len(here), len(here) + len(back))
-        rows, shape = torch.cat([here, back]), own.topk_ids.shape
-        return Distributed(weighted_sum(rows, own.topk_weights, of_slot.view(shape)), Full())
+        slots = torch.cat([(positions[:tokens].reshape(-1) >= 0).nonzero()[:, 0], d.slots])
+        of_slot = slot_positions(slots, own.topk_ids.shape)
+        return Distributed(weighted_sum(torch.cat([here, back]), own.topk_weights, of_slot), Full())
 
 
 def ranks_by_node(node_of: Sequence[int]) -> list[range]:
