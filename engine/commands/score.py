@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
         outcome = score(world.comm, request, work, loaded, told, tell)
     console.print(whole_model.counts(request, work, outcome.answers, done), soft_wrap=True)
     console.print(_total(world.comm, request), soft_wrap=True)
-    console.print(f"{whole_model.speed(outcome)}", soft_wrap=True)
+    console.print(whole_model.speed(outcome), soft_wrap=True)
     console.print(whole_model.memory(world.comm), soft_wrap=True)
     return 0
 

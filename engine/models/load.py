@@ -38,6 +38,20 @@ class LoadedModel:
     expert_bytes: int
     bytes_read: int
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.layers[0].grid.device
+
+    def slots(self) -> int:
+        """(token, expert) pairs that this rank's experts have computed."""
+        return sum(layer.slots for layer in self.layers)
+
+    def join(self) -> None:
+        """Take part in a forward of the other ranks without tokens of one's own."""
+        for layer in self.layers:
+            layer.join()
+
 
 def load_model(
     path: str | Path,

@@ -53,7 +53,7 @@ class Scorer:
 
     def slots(self) -> int:
         """(token, expert) pairs that this rank's experts have computed."""
-        return sum(layer.slots for layer in self._loaded.layers)
+        return self._loaded.slots()
 
     @torch.inference_mode()
     def begin(self, new: list[Scored]) -> list[Scored]:
@@ -65,7 +65,7 @@ class Scorer:
         for row, s in enumerate(new):
             ids[row, : len(s.inputs)] = torch.tensor(s.inputs)
         # Padding stands on the right, where a causal model's tokens do not see it.
-        hidden_states = self._head.hidden_states(input_ids=ids.to(self._device), use_cache=False)
+        hidden_states = self._head.hidden_states(input_ids=ids.to(self._loaded.device), use_cache=False)
         for row, s in enumerate(new):
             self._take(s, hidden_states[row, : len(s.inputs)], 0)
         return new
@@ -77,8 +77,8 @@ class Scorer:
         text, begin = self._reading.text, self._reading.read
         piece = text.inputs[begin : begin + self._piece]
         hidden_states = self._head.hidden_states(
-            input_ids=torch.tensor([piece], device=self._device),
-            position_ids=torch.arange(begin, begin + len(piece), device=self._device)[None],
+            input_ids=torch.tensor([piece], device=self._loaded.device),
+            position_ids=torch.arange(begin, begin + len(piece), device=self._loaded.device)[None],
             past_key_values=self._reading.cache,
             use_cache=True,
         )
@@ -92,12 +92,7 @@ class Scorer:
     @torch.inference_mode()
     def join(self) -> None:
         """Serve the other ranks' tokens."""
-        for layer in self._loaded.layers:
-            layer.join()
-
-    @property
-    def _device(self) -> torch.device:
-        return self._loaded.layers[0].grid.device
+        self._loaded.join()
 
     def _take(self, text: Scored, hidden_states: Tensor, begin: int) -> None:
         """Score what follows tokens ``begin`` on, whose [S, H] are ``hidden_states``."""

@@ -71,7 +71,7 @@ class Sequences:
 
     def slots(self) -> int:
         """(token, expert) pairs that this rank's experts have computed."""
-        return sum(layer.slots for layer in self._loaded.layers)
+        return self._loaded.slots()
 
     @torch.inference_mode()
     def begin(self, new: list[Running]) -> list[Running]:
@@ -98,8 +98,7 @@ class Sequences:
     @torch.inference_mode()
     def join(self) -> None:
         """Serve the other ranks' tokens."""
-        for layer in self._loaded.layers:
-            layer.join()
+        self._loaded.join()
 
     def _advance(self, drawn: list[Running], logits: Tensor) -> list[Running]:
         tokens = self._sampling.choose(logits, [r.generator for r in drawn])
@@ -121,7 +120,7 @@ class Sequences:
         columns = ids.shape[1] + (0 if past is None else past.columns)
         seen = mask(lengths, columns)
         places = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        device = self._loaded.layers[0].grid.device
+        device = self._loaded.device
         out: Any = self._loaded.model(
             input_ids=ids.to(device),
             # Without padding a causal model needs no mask, and its attention is faster.

@@ -90,11 +90,11 @@ class AnswerStation:
     def _measured(self, prompts: int) -> dict[str, Any]:
         s, comm = self.study, self.grid.world.comm
         rounds: list[Outcome] = []
-        before = self._slots()
+        before = self.loaded.slots()
         while not rounds or (len(rounds) < MOST_ROUNDS and sum(r.seconds for r in rounds) < s.seconds):
             # Rank 0's clock decides for all whether another round follows.
             rounds.append(comm.all_gather_object(self._answer(prompts))[0])
-        slots = comm.all_gather_object(self._slots() - before)
+        slots = comm.all_gather_object(self.loaded.slots() - before)
         seconds = [r.seconds for r in rounds]
         middle, tokens = statistics.median(seconds), rounds[-1].tokens
         verdict = s.check.judge(_texts(self._file(prompts))) if comm.rank == 0 else {}
@@ -129,10 +129,6 @@ class AnswerStation:
 
     def _file(self, prompts: int) -> Path:
         return self.study.request.out / f"{prompts}-prompts-{self.grid.world.size}-ranks.jsonl"
-
-    def _slots(self) -> int:
-        """(token, expert) pairs that this rank's experts have computed so far."""
-        return sum(layer.slots for layer in self.loaded.layers)
 
 
 def _texts(path: Path) -> dict[str, str]:

@@ -70,8 +70,7 @@ def logits_of(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor | None:
     if ids.numel():
         logits: torch.Tensor = loaded.model(ids).logits
         return logits
-    for layer in loaded.layers:
-        layer.join()
+    loaded.join()
     return None
 
 
