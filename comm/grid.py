@@ -7,7 +7,7 @@ import torch
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.gpu.binding import Gpu, bind_gpu
-from xpar.comm.gpu.transport import Transport, choose_transport, facts_of, open_transport
+from xpar.comm.gpu.transport import Transport, choose_transport, facts_of, open_transport, posed_host
 from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.handshake import Tag, handshake
 from xpar.comm.world import World
@@ -169,4 +169,5 @@ def _device_transport(world: World, name: str, deadlines: Deadlines) -> Transpor
     facts = world.comm.all_gather_object(agreed(world.comm, lambda: facts_of(gpu), "process grid"))
     choice = agreed(world.comm, lambda: choose_transport(facts, name), "process grid")
     device = torch.device("cuda", gpu.index)
-    return open_transport(world.comm, device, choice, deadlines, required=name != "auto")
+    host = posed_host(facts, world.rank)
+    return open_transport(world.comm, device, choice, deadlines, required=name != "auto", host=host)

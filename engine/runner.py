@@ -23,7 +23,7 @@ from xpar.engine.parts import Parts, rest_of
 from xpar.engine.routers import RoutingRule, weigh_input
 from xpar.engine.routing import FusedGateRouter
 from xpar.engine.shared import SharedExperts
-from xpar.engine.stages import NO_CLOCK, Clock
+from xpar.engine.stages import Clock, idle_clock
 from xpar.engine.tokens import tokens_of
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
 
@@ -67,6 +67,7 @@ class MoERunner(nn.Module):
         self.overlap = Overlap(SharedOrder.NONE if shared is None else shared_order, grid.device)
         self.load: LoadCounter | None = None
         self.handle = Handle(self)
+        self._idle = idle_clock(grid.device)
         self._step = 0
 
     @classmethod
@@ -171,7 +172,7 @@ class MoERunner(nn.Module):
         hidden_states: Tensor,
         router_logits: Tensor | None = None,
         input_ids: Tensor | None = None,
-        clock: Clock = NO_CLOCK,
+        clock: Clock | None = None,
     ) -> Parts:
         """The first five steps; the parts then know the sixth, ``finish``."""
         return rest_of(self.stepwise(hidden_states, router_logits, input_ids, clock))
@@ -181,12 +182,13 @@ class MoERunner(nn.Module):
         hidden_states: Tensor,
         router_logits: Tensor | None = None,
         input_ids: Tensor | None = None,
-        clock: Clock = NO_CLOCK,
+        clock: Clock | None = None,
     ) -> Generator[None, None, Parts]:
         """:meth:`steps`, which pauses once, when rows are on their way: a caller may start another step meanwhile.
 
         Where a kernel covers route, compute and combine, they are one call, and nothing travels.
         """
+        clock = self._idle if clock is None else clock
         self._step += 1
         tokens = hidden_states.shape[0]
         mine = self.tokens.mine(tokens)

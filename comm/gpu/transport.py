@@ -28,6 +28,7 @@ from xpar.comm.nccl.mover import NcclMover
 
 TRANSPORTS = ("nccl", "staged", "mpi")
 ABORT_CODE = CODE
+POSING = "ranks that share a GPU pose as hosts of their own, which sockets connect"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class DeviceFacts:
     """What one rank contributes to the choice.
 
     ``nccl``: version of its library, None with ``nccl_problem`` where there is none. ``multi_rank``: whether NCCL was
-    told to accept several ranks on one GPU. ``mpi_reaches_gpu``: whether MPI claims to take device addresses.
+    told to accept several ranks on one GPU. ``mpi_reaches_gpu``: whether MPI claims to take device addresses. ``host``:
+    name of its node.
     """
 
     gpu: Gpu
@@ -43,6 +45,7 @@ class DeviceFacts:
     nccl_problem: str | None
     multi_rank: bool
     mpi_reaches_gpu: bool
+    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def facts_of(gpu: Gpu) -> DeviceFacts:
     except ValueError as error:
         problem = str(error)
     multi_rank = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") == "1"
-    return DeviceFacts(gpu, version, problem, multi_rank, claims_cuda())
+    return DeviceFacts(gpu, version, problem, multi_rank, claims_cuda(), socket.gethostname())
 
 
 def choose_transport(facts: Sequence[DeviceFacts], name: str = "auto") -> TransportChoice:
@@ -81,6 +84,8 @@ def choose_transport(facts: Sequence[DeviceFacts], name: str = "auto") -> Transp
     Raises ValueError with the reason if the named one does not exist or cannot work here.
     """
     impossible = {"nccl": _no_nccl(facts), "staged": None, "mpi": _no_direct(facts)}
+    if impossible["nccl"] is None and name == "auto":
+        impossible["nccl"] = _not_asked(facts)
     if name not in ("auto", *TRANSPORTS):
         raise ValueError(
             f"transport={name!r}: there is none of that name; choose auto, {', '.join(TRANSPORTS)}"
@@ -90,7 +95,8 @@ def choose_transport(facts: Sequence[DeviceFacts], name: str = "auto") -> Transp
             fit = ", ".join(n for n in TRANSPORTS if not impossible[n])
             raise ValueError(f"transport={name!r}: {impossible[name]}; choose auto or one of {fit}")
         rest = tuple((n, impossible[n] or f"{name} was asked for") for n in TRANSPORTS if n != name)
-        return TransportChoice(name, "it was asked for", rest)
+        posing = name == "nccl" and _refused(facts) is not None
+        return TransportChoice(name, f"it was asked for{f'; {POSING}' if posing else ''}", rest)
     asked = impossible["mpi"] or "only used when asked for by name: if MPI's claim is wrong the job crashes"
     if impossible["nccl"] is None:
         rest = (("staged", "slower: rows go through host memory"), ("mpi", asked))
@@ -106,16 +112,41 @@ def _no_nccl(facts: Sequence[DeviceFacts]) -> str | None:
     versions = sorted({f.nccl or 0 for f in facts})
     if len(versions) > 1:
         return f"the ranks have different versions: {', '.join(map(version_text, versions))}"
+    return None
+
+
+def _not_asked(facts: Sequence[DeviceFacts]) -> str | None:
+    refused = _refused(facts)
+    return None if refused is None else f"{refused}; asked for by name, {POSING}"
+
+
+def _refused(facts: Sequence[DeviceFacts]) -> str | None:
+    """Why NCCL does not take these ranks for what they are."""
     shared = shared_gpus([f.gpu.uuid for f in facts])
     if not shared:
         return None
     uuid, ranks = next(iter(shared.items()))
-    who = f"ranks {', '.join(map(str, ranks))} share GPU {uuid}"
-    if versions[0] < SHARED_GPU_VERSION:
-        return f"{who}, which NCCL {version_text(versions[0])} refuses ({version_text(SHARED_GPU_VERSION)} need not)"
+    who, version = f"ranks {', '.join(map(str, ranks))} share GPU {uuid}", facts[0].nccl or 0
+    if version < SHARED_GPU_VERSION:
+        return (
+            f"{who}, which NCCL {version_text(version)} refuses ({version_text(SHARED_GPU_VERSION)} need not)"
+        )
     if not all(f.multi_rank for f in facts):
         return f"{who}, which NCCL accepts only with NCCL_MULTI_RANK_GPU_ENABLE=1"
     return None
+
+
+def posed_host(facts: Sequence[DeviceFacts], rank: int) -> str | None:
+    """What ``rank`` gives NCCL as its host (``NCCL_HOSTID``); None where NCCL takes all ranks for what they are.
+
+    NCCL refuses two ranks of one host on one GPU. Those get different hosts and connect by sockets; ranks of a node that
+    come equally late to their GPUs share one, and so connect as they would have.
+    """
+    if _refused(facts) is None:
+        return None
+    mine = facts[rank]
+    place = sum(f.gpu.uuid == mine.gpu.uuid for f in facts[:rank])
+    return f"{mine.host}/{place}"
 
 
 def _no_direct(facts: Sequence[DeviceFacts]) -> str | None:
@@ -167,13 +198,16 @@ def open_transport(
     *,
     required: bool = False,
     library: Library | None = None,
+    host: str | None = None,
 ) -> Transport:
-    """Make ``choice`` work on the group of all ranks; collective.
+    """Make ``choice`` work on the group of all ranks; collective. ``host``: see :func:`posed_host`.
 
     If NCCL turns out not to connect, rows are staged instead and the choice says why, unless it is ``required``:
     then the AgreedError is raised, the same on every rank.
     """
     if choice.name == "nccl":
+        if host is not None:
+            os.environ.setdefault("NCCL_HOSTID", host)  # read when NCCL first joins a communicator
         nccl = nccl_transport(world, device, choice, deadlines, library or load())
         try:
             nccl.wrap(world)

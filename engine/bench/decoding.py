@@ -19,7 +19,7 @@ from xpar.engine.models.load import LoadedModel
 from xpar.engine.models.lockstep import Job, Progress, Record, answer
 from xpar.engine.models.sampling import Sampling
 from xpar.engine.models.sequences import Limits, Running, Sequences
-from xpar.engine.stages import NO_CLOCK, StageClock
+from xpar.engine.stages import StageClock
 
 PARTS = ("attention", "router", "experts", "communication", "head", "agreement", "rest")
 """Of a step. ``agreement``: the exchange before it. ``rest``: norms, caches, sampling, Python."""
@@ -139,15 +139,16 @@ def _timed(loaded: LoadedModel, clock: StageClock) -> Iterator[dict[str, float]]
             seconds[part] += time.perf_counter() - begin[0]
 
         handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    idle = [layer.counter.clock for layer in loaded.layers]
     for layer in loaded.layers:
-        layer.clock = clock
+        layer.counter.clock = clock
     try:
         yield seconds
     finally:
         for handle in handles:
             handle.remove()
-        for layer in loaded.layers:
-            layer.clock = NO_CLOCK
+        for layer, its in zip(loaded.layers, idle, strict=True):
+            layer.counter.clock = its
 
 
 def _modules(model: Any) -> Iterator[tuple[torch.nn.Module, str]]:

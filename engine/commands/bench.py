@@ -15,7 +15,7 @@ from xpar.engine.bench import exchange
 from xpar.engine.bench.layer import LayerBench
 from xpar.engine.bench.request import Request
 from xpar.engine.build import FLOATS
-from xpar.engine.commands import bench_generate
+from xpar.engine.commands import bench_generate, bench_overlap
 from xpar.engine.kernel_bench import options
 from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.one_call import DEPTHS
@@ -45,6 +45,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     bench_generate.add_options(
         kinds.add_parser("generate", help="a whole model decoding, beside transformers in one process")
+    )
+    bench_overlap.add_options(
+        kinds.add_parser("overlap", help="when the shared experts compute, and what each order brings")
     )
     options.add_options(kinds.add_parser("kernels", help="the expert kernels of one GPU, in one process"))
 

@@ -11,7 +11,7 @@ from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tiles import FEW, MANY, Table, Tile, Vector
 
 STAGES = ("gate_up", "down")
-Value = Tile | Vector | tuple[int, int]
+Value = Tile | Vector | tuple[int, int] | bool
 _LIMITS = (
     (16, 128), (0, 64), (16, 256), (32, 128), (0, 128), (32, 64), (0, 256), (16, 32), (0, 0), (16, 16), (64, 128),
 )  # fmt: skip
@@ -38,18 +38,21 @@ def parts(kernel: TritonExperts, x: ExpertInput) -> tuple[str, ...]:
     if kernel.is_tiny(x):
         return tuple(f"{stage} vector" for stage in STAGES)
     buckets = kernel.limits(x.topk_ids.shape[0], x.topk_ids.numel()).launched
-    return ("limits", *(f"{stage} {bucket}" for bucket in buckets for stage in STAGES))
+    tall = ("tall",) if MANY in buckets else ()
+    return ("limits", *tall, *(f"{stage} {bucket}" for bucket in buckets for stage in STAGES))
 
 
 def early(part: str) -> bool:
     """Whether ``part`` is to be chosen before the tiles: it says where rows go."""
-    return part == "limits"
+    return part in ("limits", "tall")
 
 
 def get(table: Table, part: str) -> Value:
     """What ``table`` holds in ``part``."""
     if part == "limits":
         return table.limits
+    if part == "tall":
+        return table.tall
     stage, which = part.split()
     held: Tile | Vector = (
         getattr(table, f"{stage}_vector") if which == "vector" else getattr(table, stage)[int(which)]
@@ -61,6 +64,8 @@ def put(table: Table, part: str, value: Value) -> Table:
     """``table`` with ``value`` in ``part``."""
     if isinstance(value, tuple):
         return replace(table, limits=value)
+    if isinstance(value, bool):
+        return replace(table, tall=value)
     stage, which = part.split()
     if which == "vector":
         return replace(table, **{f"{stage}_vector": value})  # type: ignore[arg-type]
@@ -75,6 +80,8 @@ def candidates(kernel: TritonExperts, part: str, limit: int) -> list[Value]:
     if isinstance(held, tuple):
         others: list[Value] = [value for value in _LIMITS if value != held]
         return others[:limit]
+    if isinstance(held, bool):
+        return [not held]
     fields = _VECTOR_FIELDS if isinstance(held, Vector) else _FIELDS
     near: list[Value] = [v for v in _neighbours(held, fields) if _fits(kernel, part, v)]
     if len(near) >= limit:
@@ -85,8 +92,6 @@ def candidates(kernel: TritonExperts, part: str, limit: int) -> list[Value]:
 
 def _neighbours(held: Tile | Vector, fields: dict[str, tuple[Any, ...]]) -> Iterator[Tile | Vector]:
     """One field changed at a time, to the values next to the present one; the nearest of every field first."""
-    if isinstance(held, Tile):  # a half tile is a branch in the loop, which then cannot be flattened
-        yield replace(held, half=not held.half, flatten=False)
     for step in (1, -1, 2, -2):
         for name, values in fields.items():
             at = values.index(getattr(held, name)) + step if getattr(held, name) in values else -1
@@ -107,11 +112,10 @@ def _fits(kernel: TritonExperts, part: str, value: Tile | Vector) -> bool:
     bucket = int(which)
     halves = 2 if stage == "gate_up" and kernel.spec.activation.gated else 1
     wide = halves * value.columns
-    used = value.stages * (value.rows + wide) * value.depth * kernel.spec.dtype.itemsize * value.per_sm
+    rows = value.rows * 3 // 2 if bucket == MANY and kernel.table.tall else value.rows
+    used = value.stages * (rows + wide) * value.depth * kernel.spec.dtype.itemsize * value.per_sm
     if not _SHARED // 4 <= used <= _SHARED or value.rows * wide / (32 * value.warps) > 128:
         return False
     if bucket == FEW and value.group > 1:
         return False  # its experts have one tile of rows
-    if value.half and (value.flatten or bucket != MANY):
-        return False
     return value.depth <= 128 if bucket == MANY else value.columns <= 128

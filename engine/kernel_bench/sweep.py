@@ -193,7 +193,7 @@ def _by_code(cells: tuple[Cell, ...]) -> list[list[Cell]]:
 
 
 def _winners(part: str, results: list[Result]) -> str:
-    """The best of all cells together, then each cell's own, then all values of what has few or is a half tile."""
+    """The best of all cells together, then each cell's own, then all values of what has few."""
     best = min(results, key=lambda r: r.mean)
     lines = [f"{part}: {best.mean:.3f} {_plain(best.trial.value)} ({_listed(best.ratios)})"]
     for name in best.ratios:
@@ -201,7 +201,7 @@ def _winners(part: str, results: list[Result]) -> str:
         if own is not best:
             lines.append(f"    {name}: {own.ratios[name]:.3f} {_plain(own.trial.value)}")
     for r in sorted(results, key=lambda r: r.mean):
-        if r is not best and (early(part) or getattr(r.trial.value, "half", False)):
+        if r is not best and early(part):
             lines.append(f"    {r.mean:.3f} {_plain(r.trial.value)} ({_listed(r.ratios)})")
     return "\n".join(lines)
 
@@ -211,4 +211,4 @@ def _listed(ratios: dict[str, float]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, tuple) else asdict(value)
+    return value if isinstance(value, tuple | bool) else asdict(value)

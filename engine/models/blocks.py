@@ -4,7 +4,6 @@ For families whose block does not let its experts be provided it is the only way
 """
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from xpar.engine.build import LayerOptions, assemble
 from xpar.engine.checkpoint import Checkpoint, CheckpointError
 from xpar.engine.models.in_memory import InMemory
 from xpar.engine.runner import MoERunner
-from xpar.engine.stages import NO_CLOCK, Clock
+from xpar.engine.stages import SlotCounter
 from xpar.engine.weights import load_layer
 from xpar.kernels.contracts import ExpertKernel
 
@@ -54,31 +53,17 @@ LAYERS_ALONE = {
 """Families of which ``xpar run`` computes layers, but no whole model can be made yet, and why."""
 
 
-class SlotCounter:
-    """Counts the (token, expert) pairs that this rank's experts compute; ``clock`` hears of each stage."""
-
-    def __init__(self) -> None:
-        self.slots = 0
-        self.clock: Clock = NO_CLOCK
-
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        return self.clock.stage(name)
-
-    def arrived(self, topk_ids: Tensor) -> None:
-        self.slots += int((topk_ids >= 0).sum())
-
-
 class BlockLayer(nn.Module):
     """Takes the place of a block; every rank of the runner's grid calls it together.
 
-    ``pair``: whether the model expects a second value, which is None. ``slots``, ``clock``: as for
+    ``pair``: whether the model expects a second value, which is None. ``counter``: as for
     :class:`~xpar.engine.models.experts.ExpertLayer`.
     """
 
     def __init__(self, runner: MoERunner, pair: bool) -> None:
         super().__init__()
         self.runner, self.pair = runner, pair
-        self._counter = SlotCounter()
+        self.counter = SlotCounter(runner.grid.device)
 
     @property
     def grid(self) -> ProcessGrid:
@@ -92,28 +77,16 @@ class BlockLayer(nn.Module):
     def kernel(self) -> ExpertKernel | None:
         return self.runner.kernel
 
-    @property
-    def slots(self) -> int:
-        return self._counter.slots
-
-    @property
-    def clock(self) -> Clock:
-        return self._counter.clock
-
-    @clock.setter
-    def clock(self, clock: Clock) -> None:
-        self._counter.clock = clock
-
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Any:
         """[..., H] -> [..., H]."""
         shape = hidden_states.shape
-        output = self.runner.run(hidden_states.reshape(-1, shape[-1]), None, self._counter)[0]
+        output = self.runner.run(hidden_states.reshape(-1, shape[-1]), None, self.counter)[0]
         return (output.view(shape), None) if self.pair else output.view(shape)
 
     def join(self) -> None:
         """Take part in a step without tokens of one's own: the others' tokens may need this rank's experts."""
         width, device = self.runner.config.hidden_size, self.grid.device
-        self.runner.run(torch.empty(0, width, dtype=self.runner.dtype, device=device), None, self._counter)
+        self.runner.run(torch.empty(0, width, dtype=self.runner.dtype, device=device), None, self.counter)
 
 
 class Nothing(nn.Module):

@@ -18,7 +18,7 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import Tag
 from xpar.comm.reduction import finish
 from xpar.engine.config import LayerConfig
-from xpar.engine.stages import NO_CLOCK, Clock
+from xpar.engine.stages import SlotCounter
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
 
 IMPLEMENTATION = "xpar"
@@ -31,7 +31,7 @@ class ExpertLayer:
     """The experts of one layer on this rank's grid; every rank of its ``moe`` group calls it together.
 
     ``kernel``: this rank's experts, or None if it holds none. ``exact``: as for :class:`~xpar.engine.MoERunner`.
-    ``slots``: (token, expert) pairs that this rank's experts have computed so far. ``clock``: hears of each stage.
+    ``counter``: of the (token, expert) pairs that this rank's experts have computed so far.
     """
 
     def __init__(
@@ -48,8 +48,7 @@ class ExpertLayer:
         self.config, self.grid, self.layer = config, grid, layer
         self.dispatcher, self.kernel = dispatcher, kernel
         self.dtype, self.exact = dtype, exact
-        self.slots = 0
-        self.clock: Clock = NO_CLOCK
+        self.counter = SlotCounter(grid.device)
         self._step = 0
 
     def __call__(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -58,7 +57,7 @@ class ExpertLayer:
         Raises one error on every rank of the group if any rank's arguments do not fit or are not finite.
         """
         self._step += 1
-        with self.clock.stage("plan"):
+        with self.counter.stage("plan"):
             plan = self.dispatcher.plan(
                 self._routing(hidden_states, topk_ids, topk_weights),
                 tag=Tag("experts of layer", self.layer, self._step),
@@ -66,12 +65,12 @@ class ExpertLayer:
                 dtype=self.dtype,
                 exact=self.exact,
             )
-        with self.clock.stage("dispatch"):
+        with self.counter.stage("dispatch"):
             arrived = self.dispatcher.dispatch(hidden_states, plan).wait()
-        self.slots += int((arrived.topk_ids >= 0).sum())
-        with self.clock.stage("compute"):
+        self.counter.arrived(arrived.topk_ids)
+        with self.counter.stage("compute"):
             outputs = self._compute(arrived, plan)
-        with self.clock.stage("combine"):
+        with self.counter.stage("combine"):
             return finish(self.dispatcher.combine(outputs, plan).wait()).tensor
 
     def join(self) -> None:

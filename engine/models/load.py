@@ -45,7 +45,7 @@ class LoadedModel:
 
     def slots(self) -> int:
         """(token, expert) pairs that this rank's experts have computed."""
-        return sum(layer.slots for layer in self.layers)
+        return sum(layer.counter.slots for layer in self.layers)
 
     def join(self) -> None:
         """Take part in a forward of the other ranks without tokens of one's own."""

@@ -137,7 +137,7 @@ class TritonExperts:
         triton.set_allocator(_scratch)  # in this thread's context: descriptors made on the device need memory
         ids = x.topk_ids.contiguous()
         limits = self.limits(tokens, num_slots)
-        plan = make_plan(ids, self.spec.num_experts, self.table.gate_up, limits)
+        plan = make_plan(ids, self.spec.num_experts, self.table.gate_up, limits, self._tall)
         hidden = self._new(num_slots, self._width)
         for bucket in limits.launched:
             if bucket == MANY:
@@ -172,7 +172,7 @@ class TritonExperts:
             ordered, self._gate_up, self._gate_up_bias, hidden,
             plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, hidden.shape[0], plan.capacity,
             E=self.spec.num_experts, I=self._width, K=self._gate_up.shape[2], **self._activation(),
-            **self._launch(tile, MANY), HALF=tile.half,
+            **self._launch(tile, MANY), TALL=self._tall,
         )  # fmt: skip
 
     def _gate_up_few(self, x: ExpertInput, hidden: Tensor, plan: Plan, bucket: int) -> None:
@@ -192,7 +192,7 @@ class TritonExperts:
         if bucket == MANY:
             down_large[self._grid(tile)](
                 hidden, *weights, out, *lists, hidden.shape[0], plan.capacity, **shape,
-                **self._launch(tile, bucket), HALF=tile.half,
+                **self._launch(tile, bucket), TALL=self._tall,
             )  # fmt: skip
         else:
             down_small[self._grid(tile)](
@@ -208,6 +208,10 @@ class TritonExperts:
             "PROGRAMS": self.machine.sms * tile.per_sm, "FLATTEN": tile.flatten,
             "num_warps": tile.warps, "num_stages": tile.stages,
         }  # fmt: skip
+
+    @property
+    def _tall(self) -> bool:
+        return self.table.tall and not self.spec.row_invariant
 
     def _activation(self) -> dict[str, Any]:
         a = self.spec.activation

@@ -24,8 +24,8 @@ class Plan:
     """Slots in expert order, and tiles of them.
 
     ``slots`` [M k] int32: slot of each sorted row; ``offsets`` [E + 1] int32: first sorted row of each expert, then
-    their number. ``tile_expert``, ``tile_row`` [3, capacity] int32: expert and first sorted row of each tile, a list
-    per bucket; ``tile_count`` [3] int32: how long the lists are. All on the device.
+    their number. ``tile_expert``, ``tile_row`` [4, capacity] int32: expert and first sorted row of each tile, a list
+    per bucket and one of tall tiles; ``tile_count`` [4] int32: how long the lists are. All on the device.
     """
 
     slots: Tensor
@@ -54,15 +54,25 @@ def write_list(count, first, tile_expert, tile_row, tile_count, ROWS: tl.constex
 @triton.jit
 def write_tiles(
     count, first, tile_expert, tile_row, tile_count, capacity, few, some,
-    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, WIDTH: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    """The three lists; see :class:`xpar.kernels.gpu.tiles.Limits`."""
+    """The lists; see :class:`xpar.kernels.gpu.tiles.Limits`.
+
+    TALL: a fourth list of tiles with ROWS_MANY rows and up to half as many on top, for the ends of experts with many.
+    """
     many = (count > few) & (count > some)
     in_some = (count > few) & (count <= some)
     write_list(tl.where(count <= few, count, 0), first, tile_expert, tile_row, tile_count, ROWS_FEW, WIDTH)
     write_list(tl.where(in_some, count, 0), first,
                tile_expert + capacity, tile_row + capacity, tile_count + 1, ROWS_SOME, WIDTH)  # fmt: skip
-    write_list(tl.where(many, count, 0), first,
+    in_many = tl.where(many, count, 0)
+    if TALL:
+        rest = in_many % ROWS_MANY
+        tall = (in_many > ROWS_MANY) & (rest > 0) & (rest <= ROWS_MANY // 2)
+        in_many = tl.where(tall, in_many - rest - ROWS_MANY, in_many)
+        write_list(tall.to(tl.int32), first + in_many,
+                   tile_expert + 3 * capacity, tile_row + 3 * capacity, tile_count + 3, ROWS_MANY, WIDTH)  # fmt: skip
+    write_list(in_many, first,
                tile_expert + 2 * capacity, tile_row + 2 * capacity, tile_count + 2, ROWS_MANY, WIDTH)  # fmt: skip
 
 
@@ -86,7 +96,7 @@ def histogram(ids, begin, end, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 def sort_kernel(
     ids, slots, offsets, tile_expert, tile_row, tile_count, num_slots, capacity, few, some,
     E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr,
+    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
     """All of it in one program, for up to BLOCK slots."""
     expert = tl.arange(0, WIDTH)
@@ -95,7 +105,7 @@ def sort_kernel(
     tl.store(offsets + expert, first, mask=expert < E)
     tl.store(offsets + E, tl.sum(count, 0))
     write_tiles(count, first, tile_expert, tile_row, tile_count, capacity, few, some,
-                ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH)  # fmt: skip
+                ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH, TALL)  # fmt: skip
     its, slot = sorted_block(ids, 0, num_slots, E, BLOCK)
     tl.store(slots + tl.arange(0, BLOCK), slot, mask=its < E)
 
@@ -112,7 +122,7 @@ def count_kernel(ids, counts, num_slots, BLOCK: tl.constexpr, WIDTH: tl.constexp
 def scan_kernel(
     counts, offsets, tile_expert, tile_row, tile_count, blocks, capacity, few, some,
     E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr,
+    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
     """One program: offsets, tiles, and in place of each count how far the block's run moves when it is placed."""
     expert = tl.arange(0, WIDTH)
@@ -125,7 +135,7 @@ def scan_kernel(
     tl.store(offsets + expert, first, mask=expert < E)
     tl.store(offsets + E, tl.sum(total, 0))
     write_tiles(total, first, tile_expert, tile_row, tile_count, capacity, few, some,
-                ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH)  # fmt: skip
+                ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH, TALL)  # fmt: skip
     before = first
     for block in range(0, blocks, ROWS):
         at = counts + (block + row)[:, None] * WIDTH + expert[None, :]
@@ -147,19 +157,23 @@ def place_kernel(ids, moves, slots, num_slots, E: tl.constexpr, WIDTH: tl.conste
     tl.store(slots + to, slot, mask=live)
 
 
-def make_plan(topk_ids: Tensor, experts: int, tiles: tuple[Tile, Tile, Tile], limits: Limits) -> Plan:
+def make_plan(
+    topk_ids: Tensor, experts: int, tiles: tuple[Tile, Tile, Tile], limits: Limits, tall: bool = False
+) -> Plan:
     """Sort the slots of ``topk_ids`` [M, k] int32 (ids in [-1, experts)) and cut them into tiles; M k >= 1.
 
-    ``tiles`` gives the rows of a tile in each bucket.
+    ``tiles`` gives the rows of a tile in each bucket. ``tall``: the last tile of an expert with many rows takes up to half
+    as many on top.
     """
     num_slots = topk_ids.numel()
     rows = [tile.rows for tile in tiles]
     capacity = experts + triton.cdiv(num_slots, min(rows))
     new = topk_ids.new_empty
-    plan = Plan(new(num_slots), new(experts + 1), new(3, capacity), new(3, capacity), new(3))
+    plan = Plan(new(num_slots), new(experts + 1), new(4, capacity), new(4, capacity), new(4))
     lists = (plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count)
     width = max(16, triton.next_power_of_2(experts))
-    shape = {"E": experts, "WIDTH": width, "ROWS_FEW": rows[0], "ROWS_SOME": rows[1], "ROWS_MANY": rows[2]}
+    shape = {"E": experts, "WIDTH": width, "ROWS_FEW": rows[0], "ROWS_SOME": rows[1], "ROWS_MANY": rows[2],
+             "TALL": tall}  # fmt: skip
     if num_slots <= _BLOCK:
         block = next(size for size in _SIZES if num_slots <= size)
         sort_kernel[(1,)](

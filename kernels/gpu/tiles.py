@@ -41,7 +41,7 @@ class Tile:
     ``rows`` token rows by ``columns`` weight rows (of the gate and again of the up half in a gated gate-up), ``depth``
     of the sum at a time. ``stages``: copies in flight. ``per_sm``: programs per multiprocessor. ``group``: tiles of
     token rows that are walked together for each block of columns. ``flatten``: the next tile's copies start
-    before this one's result is stored. ``half`` (MANY only): a tile with at most half its rows is computed as half.
+    before this one's result is stored.
     """
 
     rows: int
@@ -52,7 +52,6 @@ class Tile:
     per_sm: int
     group: int = 1
     flatten: bool = False
-    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ class Table:
     """All launch parameters of a layer. ``gate_up`` and ``down``: a tile per bucket, with equal ``rows``.
 
     ``vector_tokens``: batches of up to this many tokens go through ``gate_up_vector`` and ``down_vector``. ``limits``:
-    see :class:`Limits`, of which :func:`limits_of` leaves out what a batch does not need.
+    see :class:`Limits`, of which :func:`limits_of` leaves out what a batch does not need. ``tall``: the last tile of an
+    expert with many rows takes up to half a tile on top, where the expert has no more than those.
     """
 
     gate_up: tuple[Tile, Tile, Tile]
@@ -79,6 +79,7 @@ class Table:
     down_vector: Vector
     vector_tokens: int = 4
     limits: tuple[int, int] = (16, 64)
+    tall: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.limits[0] <= self.limits[1]:
@@ -104,6 +105,7 @@ class Table:
             down_vector=Vector(**values["down_vector"]),
             vector_tokens=int(values.get("vector_tokens", 4)),
             limits=_two(values.get("limits", (16, 64))),
+            tall=bool(values.get("tall", False)),
         )
 
 
@@ -140,7 +142,7 @@ TABLES: dict[tuple[str, int], Table] = {
         gate_up=(
             Tile(16, 64, 128, stages=3, warps=4, per_sm=2),
             Tile(64, 64, 64, stages=4, warps=4, per_sm=2),
-            Tile(128, 128, 64, stages=4, warps=8, per_sm=1, group=8),
+            Tile(128, 128, 64, stages=3, warps=8, per_sm=1, group=8),
         ),
         down=(
             Tile(16, 128, 128, stages=3, warps=4, per_sm=2),
@@ -149,6 +151,7 @@ TABLES: dict[tuple[str, int], Table] = {
         ),
         gate_up_vector=_HOPPER,
         down_vector=_HOPPER_DOWN,
+        tall=True,
     ),
     ("blackwell", 2): Table(
         gate_up=(

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.auto import DISPATCHERS, choose_dispatcher
 from xpar.comm.gpu import binding
 from xpar.comm.gpu.binding import Gpu, driver_version, find_gpu, gpu_index, shared_gpus
-from xpar.comm.gpu.transport import DeviceFacts, choose_transport
+from xpar.comm.gpu.transport import DeviceFacts, choose_transport, posed_host
 from xpar.comm.gpu.watch import Watch
 from xpar.comm.nccl.library import IN_PROGRESS, SUCCESS, NcclError, load, version_text
 from xpar.comm.nccl.link import give_up, settle
@@ -77,10 +78,26 @@ def test_a_transport_asked_for_by_name() -> None:
     assert choose_transport(both, "mpi").name == "mpi"
     with pytest.raises(ValueError, match=r"transport='mpi': .*rank 0\); choose auto or one of nccl, staged"):
         choose_transport(APART, "mpi")
-    with pytest.raises(ValueError, match=r"transport='nccl': ranks 0, 1 share GPU a.*one of staged$"):
-        choose_transport([facts(), facts()], "nccl")
+    with pytest.raises(
+        ValueError, match=r"transport='nccl': rank 1: no bindings; choose auto or one of staged$"
+    ):
+        choose_transport([facts(), facts("b", None, "no bindings")], "nccl")
+    assert "pose as hosts" in choose_transport([facts(), facts()], "nccl").reason
+    assert "pose as hosts" not in choose_transport(NEW_SHARED, "nccl").reason
     with pytest.raises(ValueError, match="transport='gloo': there is none of that name; choose auto, nccl"):
         choose_transport(APART, "gloo")
+
+
+def test_ranks_of_one_gpu_pose_as_hosts_and_others_stay_together() -> None:
+    """Two nodes of two GPUs; GPU a has three ranks, c two. Every pair on one GPU differs, no two nodes are mixed up."""
+    ranks = [replace(facts(uuid), host=host) for uuid, host in zip("abaacdc", "xxxxyyy", strict=True)]
+    hosts = [posed_host(ranks, r) for r in range(len(ranks))]
+    assert hosts == ["x/0", "x/0", "x/1", "x/2", "y/0", "y/0", "y/1"]
+    assert (
+        [posed_host(APART, r) for r in range(2)]
+        == [posed_host(NEW_SHARED, r) for r in range(2)]
+        == [None, None]
+    )
 
 
 def test_nccl_that_does_not_connect_is_passed_over_with_its_reason() -> None:

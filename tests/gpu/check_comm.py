@@ -3,8 +3,8 @@
     mpirun -n 2 python -m mpi4py tests/gpu/check_comm.py --json comm.json
     mpirun -n 2 python -m mpi4py tests/gpu/check_comm.py --hang      # must end the job by itself within 20 s, with a report
 
-xpar need not be installed: the rooms are taken from this checkout. Every rank of the job takes part; with several
-ranks on one GPU only the staged transport is checked, unless NCCL accepts that. ``--device cpu`` plays everything
+xpar need not be installed: the rooms are taken from this checkout. Every rank of the job takes part; several
+ranks on one GPU pose as hosts of their own to NCCL. ``--device cpu`` plays everything
 through host memory, to see that the script itself works.
 """
 
@@ -12,6 +12,7 @@ import argparse
 import faulthandler
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ import torch
 
 from xpar.comm import ProcessGrid, World, run
 from xpar.comm.gpu.binding import bind_gpu, driver_version
-from xpar.comm.gpu.transport import DeviceFacts, choose_transport, facts_of, nccl_transport
+from xpar.comm.gpu.transport import DeviceFacts, choose_transport, facts_of, nccl_transport, posed_host
 from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.nccl.library import load
 
@@ -99,8 +100,8 @@ def environment(world: World, device: str) -> dict[str, Any]:
         and torch.cuda.can_device_access_peer(0, 1),
         "NCCL_variables": {k: v for k, v in os.environ.items() if k.startswith("NCCL_")},
     }
-    usable = [] if world.size == 1 else [choose_transport(everyone).name]
-    return facts | {"transports": list(dict.fromkeys([*usable, "staged"]))}
+    nccl = world.size > 1 and mine.nccl is not None
+    return facts | {"transports": ["nccl", "staged"] if nccl else ["staged"]}
 
 
 def grid_of(world: World, device: str, transport: str) -> ProcessGrid:
@@ -132,6 +133,7 @@ def hang(world: World, device: str) -> int:
     facts = world.comm.all_gather_object(facts_of(bind_gpu(world.local_rank)))
     choice = choose_transport(facts, "nccl")
     where = torch.device("cuda", torch.cuda.current_device())
+    os.environ.setdefault("NCCL_HOSTID", posed_host(facts, world.rank) or socket.gethostname())
     group = nccl_transport(world.comm, where, choice, deadlines, load()).wrap(world.comm)
     if world.rank == 0:
         counts = [1] * world.size

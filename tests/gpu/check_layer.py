@@ -1,7 +1,7 @@
 """Check whole layers on GPUs and what recording them brings; not part of the test run, which needs none.
 
     python -m mpi4py tests/gpu/check_layer.py --json layer.json
-    mpirun -n 2 python -m mpi4py tests/gpu/check_layer.py --json layer.json
+    mpirun -n 2 python -m mpi4py tests/gpu/check_layer.py --transport nccl --json layer.json
 
 xpar need not be installed: the rooms are taken from this checkout.
 """
@@ -41,10 +41,13 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seed", type=int, default=int(time.time()) % 10**6)
+    parser.add_argument(
+        "--transport", default="auto", help="nccl also lets ranks that share a GPU be recorded"
+    )
     args = parser.parse_args()
     world = World.attach(allow_singleton=True)
     seed = world.comm.all_gather_object(args.seed)[0]
-    grid = ProcessGrid.create(world, device="cuda")
+    grid = ProcessGrid.create(world, device="cuda", transport=args.transport)
     rows = []
     for name, scale in CASES:
         for row in check_shape(grid, name, scale, seed):

@@ -39,17 +39,12 @@ CASES = {
 }
 
 
-def launches(arch, dtype, tokens, activation, bias, half=False):
+def launches(arch, dtype, tokens, activation, bias, tall=False):
     """What a layer of 16 experts, 4 a token, compiles to; each expert gets about tokens / 4 rows."""
     machine = Machine(sms=132, capability=divmod(arch, 10))
     spec = ExpertSpec(16, 256, 320, dtype, activation, bias=bias)
     kernel = TritonExperts(spec, machine=machine)
-    if half:
-        gate_up, down = (
-            (*tiles[:2], replace(tiles[2], half=True, flatten=False))
-            for tiles in (kernel.table.gate_up, kernel.table.down)
-        )
-        kernel.table = replace(kernel.table, gate_up=gate_up, down=down)
+    kernel.table = replace(kernel.table, tall=tall)
     for e in range(16):
         biases = [torch.zeros(n) for n in (activation.packed(320), 256) if bias]
         kernel.load_expert(e, torch.zeros(activation.packed(320), 256), torch.zeros(256, 320), *biases)
@@ -60,16 +55,22 @@ def launches(arch, dtype, tokens, activation, bias, half=False):
     return kernel.table, found
 
 
+TALL_SPILL = 16
+"""Bytes a thread of the tallest tile's registers, in and out once a tile, that a long activation may cost."""
+
+
 @pytest.mark.parametrize(
-    ("name", "half"),
-    [*((name, False) for name in CASES), *((name, True) for name in CASES if CASES[name][-1] >= LARGE)],
+    ("name", "tall"),
+    [*((name, False) for name in CASES), *((name, True) for name in ("many", "fp16", "blackwell"))],
 )
-def test_compiles_without_spilling(name, half):
+def test_compiles_without_spilling(name, tall):
     arch, dtype, tokens, activation, bias, needed = CASES[name]
-    table, found = launches(arch, dtype, tokens, activation, bias, half)
+    table, found = launches(arch, dtype, tokens, activation, bias, tall)
     assert {kernel.name for kernel in found} == needed
     for kernel in found:
-        assert kernel.spilt == 0, f"{kernel.name}: {kernel.spilt} bytes a thread"
+        assert kernel.spilt <= (TALL_SPILL if tall and kernel.name in LARGE else 0), (
+            f"{kernel.name}: {kernel.spilt} bytes a thread"
+        )
         assert kernel.shared <= SHARED[arch][0], f"{kernel.name}: {kernel.shared} bytes of shared memory"
     for stage in ("gate_up", "down"):
         its = [kernel for kernel in found if kernel.name in (f"{stage}_small", f"{stage}_large")]

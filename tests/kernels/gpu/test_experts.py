@@ -130,22 +130,18 @@ def test_equals_reference(case, g):
     layer.check(layer.kernel())
 
 
-def halved(tiles):
-    return *tiles[:2], replace(tiles[2], half=True)
-
-
 VARIANTS = {
-    "half": {"gate_up": halved(TABLE.gate_up), "down": halved(TABLE.down), "limits": (0, 0)},
+    "tall": {"tall": True, "limits": (0, 0)},
     "few and some in several tiles": {"limits": (50, 84)},
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tables_compute_the_same(name, g):
-    """Last tiles of 20, 50 and 30 of 64 rows, under tables that share them out in other ways."""
-    layer = Layer(Case(164, 1, experts=4, hidden=40, width=24), torch.float16, FORMS[0], True, g)
-    ids = torch.arange(3, dtype=torch.int32).repeat_interleave(torch.tensor([84, 50, 30]))
-    layer.x.topk_ids[:, 0] = ids[torch.randperm(164, generator=g)]
+    """Last tiles of 20, 33, 32 and 30 of 64 rows after none, one and two whole ones, shared out in other ways."""
+    layer = Layer(Case(371, 1, experts=5, hidden=40, width=72), torch.float16, FORMS[0], True, g)
+    ids = torch.arange(4, dtype=torch.int32).repeat_interleave(torch.tensor([84, 97, 160, 30]))
+    layer.x.topk_ids[:, 0] = ids[torch.randperm(371, generator=g)]
     layer.table = replace(layer.table, **VARIANTS[name])
     layer.check(layer.kernel())
 

@@ -1,0 +1,50 @@
+"""Launch each GPU kernel on small shapes, for compute-sanitizer; not part of the test run, which needs no GPU.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+
+Run it once without the sanitizer first: compiling under it takes minutes. Without torch's cache every tensor has its own
+allocation, so that a step past one is seen.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / ".typing")]
+
+import torch
+
+from xpar.engine.kernel_bench import checks
+from xpar.engine.kernel_bench.cases import load, random_input, random_weights
+from xpar.kernels.contracts import Activation, ExpertSpec
+from xpar.kernels.gpu.available import build
+
+
+def main() -> None:
+    g = torch.Generator("cuda").manual_seed(torch.seed() % 2**31)
+    say("rows", checks.check_rows(g))
+    say("router", checks.check_router(g))
+    for tall in (False, True):
+        # Two experts for 1200 tokens of two: hundreds of rows each, beside some with few and one with none.
+        spec = ExpertSpec(6, 200, 136, torch.bfloat16, Activation("silu"), "cuda", bias=True)
+        weights, kernel = random_weights(spec, g), build(spec)
+        kernel.table = replace(kernel.table, tall=tall)
+        load(kernel, weights)
+        for tokens in (1, 33, 300, 1200):
+            x = random_input(spec, tokens, 2, 8, g, skewed=True)
+            expected = checks.expected_rows(spec, weights, x, torch.arange(tokens, device="cuda"))
+            say(
+                f"{tokens} tokens, tall {tall}",
+                checks.require_near(kernel.compute(x), expected, spec.dtype, "output"),
+            )
+    torch.cuda.synchronize()
+
+
+def say(what: str, error: str) -> None:
+    sys.stdout.write(f"{what}: {error}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
