@@ -50,6 +50,12 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"min_ms": min(values), "median_ms": statistics.median(values), "max_ms": max(values)}
 
 
+def program_name(path: str) -> str:
+    """``xpar`` however it was started, else the script's name: where it lies is nobody's business."""
+    name = Path(path).name
+    return "xpar" if name == "__main__.py" else name
+
+
 def manifest(
     grid: ProcessGrid, dtype: torch.dtype, dispatcher: str, kernel: str, seed: int
 ) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def surroundings(world: World) -> dict[str, Any]:
             for r, (n, h) in enumerate(zip(world.node_of, world.hosts, strict=True))
         ],
         "threads": torch.get_num_threads(),
-        "command": sys.argv,
+        "command": [program_name(sys.argv[0]), *sys.argv[1:]],
     }
 
 

@@ -122,6 +122,31 @@ def test_bench_comm_moves_the_deduplicated_rows(tmp_path: Path, n: int) -> None:
 IN_PARTS = ["--scale", str(SMALL), "--micro-batches", "2"]
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_bench_overlap_compares_every_order(tmp_path: Path, n: int) -> None:
+    out = tmp_path / "overlap.json"
+    words = [
+        "deepseek-v2-lite",
+        "--experts",
+        "7",
+        "--scale",
+        str(SMALL),
+        "--tokens",
+        "1",
+        "5",
+        "--seconds",
+        "0.05",
+    ]
+    job = mpirun(n, [*XPAR, "bench", "overlap", *words, "--json", str(out)], timeout=120)
+    assert job.returncode == 0, job.stdout + job.stderr
+    document = json.loads(out.read_text())
+    assert document["manifest"]["command"][:3] == ["xpar", "bench", "overlap"]
+    for record, tokens in zip(document["results"], (1, 5), strict=True):
+        assert record["tokens"] == tokens and record["differ"] == [] and not record["recorded"]
+        assert list(record["ratio"]) == ["none", "before", "during_dispatch", "during_combine"]
+        assert record["ratio"]["none"] == 1.0 and record["chosen"] in record["ms"] and record["shared_ms"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -133,6 +158,11 @@ IN_PARTS = ["--scale", str(SMALL), "--micro-batches", "2"]
         (["comm", "--top-k", "65"], "--top-k 65: a token goes to at most every expert once"),
         (["comm", "--megabytes", "-1"], "--megabytes -1: must be positive"),
         (["comm", "--dispatchers", "pigeon"], "'pigeon'"),
+        (
+            ["overlap", "olmoe"],
+            "shape 'olmoe' has no shared experts to overlap; choose one of qwen2-57b-a14b",
+        ),
+        (["overlap", "deepseek-v3", "--experts", "5"], "top_k=8 with 5 experts"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
