@@ -114,7 +114,9 @@ class MoERunner(nn.Module):
         if torch.compiler.is_compiling():
             output: Tensor = moe_forward(self.handle, hidden_states, router_logits, input_ids)
             return output
-        return self.steps(hidden_states, router_logits, input_ids).sum()
+        parts = self.steps(hidden_states, router_logits, input_ids)
+        with self._idle.stage("finish"):
+            return parts.sum()
 
     def forward_separately(
         self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
