@@ -18,6 +18,8 @@ SPELLED = (
     "SystemExit, see above; where every rank is:",
     "Timeout (0:05:00)!",
     "Fatal Python error: Segmentation fault",
+    "SIGKILL",
+    "SIGSEGV",
     "srun",
     "SLURM_LOCALID",
 )
