@@ -1,13 +1,12 @@
 """One rank's failure ends the job everywhere within seconds, with a report of all ranks and a non-zero code."""
 
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from launch import mpirun
+from launch import ALONE, can_mount, mpirun
 
 LIBRARY = """
 import os, signal, sys, threading, time
@@ -30,8 +29,6 @@ def does_something_else():
     time.sleep(60)
 sys.exit(run(main))
 """
-ALONE = ["unshare", "--user", "--map-root-user", "--mount"]
-"""Runs a command with mounts that nobody else sees."""
 WHERE = "rank 1 on .*: "
 SIZES = r"all_gather_v #4 of group world \(3 rows of 20 B\), layer 4, step 2"
 LATE = rf"{SIZES}: not finished after 2 s; where every rank is:"
@@ -162,9 +159,7 @@ sys.exit(run(main))
     assert job.stderr.count(text) == 1 and "Traceback" not in job.stderr, job.stderr
 
 
-@pytest.mark.skipif(
-    bool(subprocess.run([*ALONE, "true"], check=False).returncode), reason="no mounts of one's own"
-)
+@pytest.mark.skipif(not can_mount(), reason="no mounts of one's own")
 def test_a_full_shared_memory_is_one_line_a_rank_and_no_crash() -> None:
     """MPI itself would be killed by a bus error, without a word, as soon as it is started."""
     full = f"mount -t tmpfs -o size=100k tmpfs /dev/shm; exec {sys.executable} -m xpar.engine doctor"
