@@ -3,9 +3,11 @@
 import argparse
 import os
 import platform
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,7 +15,9 @@ from rich.table import Table
 
 from xpar.comm.gpu.binding import driver_version, find_gpu, shared_gpus
 from xpar.comm.gpu.transport import DeviceFacts, choose_transport, facts_of
+from xpar.comm.leftovers import PREFIXES, Leftovers, find_leftovers
 from xpar.comm.nccl.library import load, version_text
+from xpar.comm.window import SHARED_FILES
 from xpar.comm.world import LaunchError, World, refuse_singletons
 from xpar.engine.terminal import make_console
 
@@ -36,6 +40,7 @@ class Place:
     shm_free: int
     cpu: str
     gpu: DeviceFacts | None
+    leftovers: Leftovers
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -53,6 +58,8 @@ def main(args: argparse.Namespace) -> int:
     _print_ranks(console, places)
     _print_transport(console, places)
     problems = _problems(world, places)
+    for note in _notes(places):
+        console.print(f"note: {note}", soft_wrap=True)
     for problem in problems:
         console.print(f"problem: {problem}", soft_wrap=True)
     if not problems:
@@ -61,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _place(world: World) -> Place:
-    stat = os.statvfs("/dev/shm")
+    stat = os.statvfs(SHARED_FILES)
     gpu = facts_of(find_gpu(world.local_rank)) if torch.cuda.is_available() else None
     return Place(
         host=world.hosts[world.rank],
@@ -71,6 +78,7 @@ def _place(world: World) -> Place:
         shm_free=stat.f_bavail * stat.f_frsize,
         cpu=torch.backends.cpu.get_cpu_capability(),
         gpu=gpu,
+        leftovers=find_leftovers(Path(SHARED_FILES)) if world.local_rank == 0 else Leftovers(0, 0),
     )
 
 
@@ -134,6 +142,24 @@ def _problems(world: World, places: list[Place]) -> list[str]:
     if len({p.cpu for p in places}) > 1:
         found.append(
             "ranks run on different kinds of processor; bits may differ between them: choose one kind"
+        )
+    return found
+
+
+def _notes(places: list[Place]) -> list[str]:
+    """What a job survives, and its user should know."""
+    found = [
+        f"{SHARED_FILES} on {p.host} has {p.leftovers.nbytes / 1e6:.1f} MB in {p.leftovers.files} files of MPI jobs that "
+        "were killed, and one can stop a later job's MPI_Init: while nothing of yours runs there, "
+        f"rm {SHARED_FILES}/{{{','.join(f'{prefix}*' for prefix in PREFIXES)}}}"
+        for p in places
+        if p.leftovers.files
+    ]
+    ranks = list(Counter(p.node for p in places).values())
+    if len(set(ranks)) > 1:
+        found.append(
+            f"the nodes have {', '.join(map(str, ranks))} ranks, and the fullest sets the pace: "
+            "say how many on each (srun --ntasks-per-node, mpirun -ppn)"
         )
     return found
 

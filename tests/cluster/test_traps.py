@@ -1,0 +1,37 @@
+"""What Slurm itself says in a trap that docs/troubleshooting.md names."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from slurm import Cluster, Job
+
+PMIX = next(iter(sorted(Path("/usr").glob("lib*/*/pmix2/lib/libpmix.so.?"))), None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or PMIX is None, reason="needs root and PMIx's library, to hide it")
+def test_pmix_without_its_library(cluster: Cluster) -> None:
+    """As Debian installs it: the plugin is listed, its library is in a package of its own."""
+    hidden = f'mount --bind /dev/null "$(realpath {PMIX})" && exec srun --mpi=pmix true'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hidden],
+        env=cluster.env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode != 0 and "can not load PMIx library" in done.stderr, done.stderr
+
+
+def test_a_step_inherits_the_ranks_of_its_allocation(cluster: Cluster, tmp_path: Path) -> None:
+    output = tmp_path / "job.out"
+    step = "srun --nodes=1 --ntasks-per-node=2"
+    options = ("--nodes=2", "--ntasks-per-node=2", f"--output={output}")
+    name = cluster.run("sbatch", "--parsable", *options, f"--wrap={step} true")
+    bad = Job(cluster, name.strip(), output)
+    assert bad.wait(30) == "FAILED" and "More processors requested than permitted" in bad.text(), bad.text()
+    name = cluster.run("sbatch", "--parsable", *options, f"--wrap={step} --ntasks=2 true")
+    good = Job(cluster, name.strip(), output)
+    assert good.wait(30) == "COMPLETED", good.text()
