@@ -94,7 +94,9 @@ def test_spack_recipe_holds_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs, its specs parse, every condition names a variant, and what it imports to test itself is there."""
     cls, called = recipe(monkeypatch)
     variants = {args[0] for name, args, _ in called if name == "variant"}
-    assert variants == {"cuda", "plot"} and all(w["description"] for n, _, w in called if n == "variant")
+    assert variants == {"cuda", "hf", "plot"} and all(
+        w["description"] for n, _, w in called if n == "variant"
+    )
     needed = [(args[0], words) for name, args, words in called if name == "depends_on"]
     for spec, words in needed:
         assert SPEC.fullmatch(spec), spec
@@ -105,6 +107,11 @@ def test_spack_recipe_holds_together(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     packages = set(config["options"]["packages"].split())
+    for extra, package in (("hf", "transformers"), ("plot", "matplotlib")):
+        least = config["options.extras_require"][extra].split(">=")[1]
+        assert (f"py-{package}@{least}:", f"+{extra}") in {
+            (spec, words.get("when")) for spec, words in needed
+        }
     assert set(cls.import_modules) <= packages  # type: ignore[attr-defined]
     assert "namespace: xpar" in (ROOT / "scripts" / "spack" / "repo.yaml").read_text()
 
@@ -129,7 +136,10 @@ def test_container_definition_holds_together(tmp_path: Path) -> None:
     assert set(re.findall(r"\{\{ (\w+) \}\}", found["post"])) == set(defaults)
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    assert set(defaults["EXTRAS"].split(",")) <= set(config["options.extras_require"])
+    extras = set(defaults["EXTRAS"].split(","))
+    assert (
+        {"mpich", "hf", "plot"} <= extras <= set(config["options.extras_require"])
+    )  # what the batch scripts use
     (source, target) = found["files"].split()
     assert source == "." and f"cd {target}" in found["post"] and (ROOT / "constraints.txt").is_file()
     for name in ("post", "test", "runscript"):
