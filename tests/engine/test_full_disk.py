@@ -1,4 +1,4 @@
-"""``xpar generate`` onto a file system that is really full: one error, and with room made the rest is answered."""
+"""``xpar generate`` onto a file system that is really full: one error, and with room made one rank answers the rest."""
 
 import json
 import os
@@ -12,11 +12,14 @@ from launch import ALONE, can_mount, clean_environment, find_mpirun
 from moe_families import Case
 from tiny_models import prompts, write_model
 
-LINES = 40
+LINES = 10
+NAME = "n" * 500
+"""Of a prompt, and so of its answer: ten fill the disk."""
 TWICE = """
-mount -t tmpfs -o size=4k tmpfs "$1" || exit 9
+mount -t tmpfs -o size=4k tmpfs answers || exit 9
+mpirun=$1
 shift
-"$@"; echo "ended with $?"
+"$mpirun" -n 2 "$@"; echo "ended with $?"
 tail -n 1 answers/out.jsonl | wc -l
 wc -c <answers/out.jsonl
 mount -o remount,size=1m answers
@@ -28,12 +31,13 @@ cat answers/out.jsonl
 @pytest.mark.skipif(not can_mount(), reason="no mounts of one's own")
 def test_a_full_disk_is_one_error_and_with_room_the_rest_is_answered(tmp_path: Path, fresh_seed: int) -> None:
     write_model(Case("olmoe", "olmoe"), tmp_path / "model", torch.bfloat16, 3, hidden=64)
-    (tmp_path / "p.txt").write_text("\n".join(prompts(fresh_seed, LINES)) + "\n")
+    asked = [{"id": f"{NAME}{n}", "prompt": text} for n, text in enumerate(prompts(fresh_seed, LINES))]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
     (tmp_path / "answers").mkdir()
-    command = [find_mpirun(), "-n", "2", sys.executable, "-m", "xpar.engine", "generate", "model"]
-    options = ["--prompts", "p.txt", "--out", "answers/out.jsonl", "--max-new-tokens", "2"]
+    command = [find_mpirun(), sys.executable, "-m", "xpar.engine", "generate", "model"]
+    options = ["--prompts", "p.jsonl", "--out", "answers/out.jsonl", "--max-new-tokens", "2"]
     done = subprocess.run(
-        [*ALONE, "sh", "-c", TWICE, "-", "answers", *command, *options],
+        [*ALONE, "sh", "-c", TWICE, "-", *command, *options],
         cwd=tmp_path,
         env=clean_environment(),
         capture_output=True,
