@@ -27,6 +27,7 @@ OPTIONAL = {
     "nccl4py": "NCCL between GPUs: pip install --no-deps nccl4py cuda-pathfinder",
 }
 LITTLE_SHM = 256 << 20
+WHOLE_CORE = 0.99
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Place:
     node: int
     local_rank: int
     threads: int
+    cores: float
     shm_free: int
     cpu: str
     gpu: DeviceFacts | None
@@ -75,6 +77,7 @@ def _place(world: World) -> Place:
         node=world.node,
         local_rank=world.local_rank,
         threads=world.threads(),
+        cores=world.cores,
         shm_free=stat.f_bavail * stat.f_frsize,
         cpu=torch.backends.cpu.get_cpu_capability(),
         gpu=gpu,
@@ -154,6 +157,12 @@ def _notes(places: list[Place]) -> list[str]:
         f"rm {SHARED_FILES}/{{{','.join(f'{prefix}*' for prefix in PREFIXES)}}}"
         for p in places
         if p.leftovers.files
+    ]
+    crowded = {p.host: p.cores for p in places if p.cores < WHOLE_CORE}
+    found += [
+        f"ranks on {host} have {cores:.2g} of a core each, and wait for one another: start fewer on a node, or give each "
+        "its own (srun --cpus-per-task, mpirun -bind-to core)"
+        for host, cores in crowded.items()
     ]
     ranks = list(Counter(p.node for p in places).values())
     if len(set(ranks)) > 1:

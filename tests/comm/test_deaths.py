@@ -12,6 +12,7 @@ import pytest
 from launch import mpirun
 
 from xpar.comm.guard import stacks
+from xpar.comm.guard.board import CALL, LOCK, REPORTED, ROW_BYTES, SELF, Board
 from xpar.comm.guard.tripwire import LOCK_BYTES, Tripwire
 
 TOLD = """
@@ -116,3 +117,13 @@ def test_a_death_is_felt_and_its_cause_known(tmp_path: Path, sent: signal.Signal
             os.kill(other.pid, sent)
         assert done.wait(20) and felt[0].text.startswith(text)
         assert felt[0].by_signal == (sent is not None)
+
+
+def test_a_row_has_room_for_its_lock_and_a_report_is_written_once() -> None:
+    assert CALL.size + SELF.size <= LOCK and LOCK % 8 == 0
+    assert ROW_BYTES - REPORTED.size >= LOCK + LOCK_BYTES
+    memory = mmap.mmap(-1, 2 * ROW_BYTES)
+    first, second = (Board(memory, local, 2, None, True) for local in range(2))
+    assert first.claim() and not first.reported()
+    first.set_reported()
+    assert second.reported() and not second.claim()

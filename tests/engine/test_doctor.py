@@ -33,15 +33,15 @@ def test_only_old_files_of_mpi_that_nobody_maps_are_left_over(tmp_path: Path) ->
 
 @pytest.mark.skipif(not can_mount(), reason="no mounts of one's own")
 def test_what_a_node_should_be_rid_of_is_a_note(tmp_path: Path) -> None:
-    """In a /dev/shm of its own, on two nodes of which one has two ranks."""
+    """In a /dev/shm of its own, on one core, and on two nodes of which one has two ranks."""
     (tmp_path / "hosts").write_text("a:2\nb:1\n")
     script = (
         "mount -t tmpfs -o size=1g tmpfs /dev/shm && dd if=/dev/zero of=/dev/shm/mpich_shm_0_0 bs=1M count=2 status=none"
-        ' && touch -d "1 hour ago" /dev/shm/mpich_shm_0_0 && exec "$@"'
+        ' && touch -d "1 hour ago" /dev/shm/mpich_shm_0_0 && exec taskset -c "$@"'
     )
     command = [find_mpirun(), "-n", "3", sys.executable, "-m", "xpar.engine", "doctor"]
     done = subprocess.run(
-        [*ALONE, "sh", "-c", script, "-", *command],
+        [*ALONE, "sh", "-c", script, "-", str(min(os.sched_getaffinity(0))), *command],
         env=clean_environment() | {"HYDRA_HOST_FILE": str(tmp_path / "hosts")},
         capture_output=True,
         text=True,
@@ -52,4 +52,5 @@ def test_what_a_node_should_be_rid_of_is_a_note(tmp_path: Path) -> None:
     assert done.returncode == 0 and "no problems found" in said, done.stdout + done.stderr
     assert "note: /dev/shm on" in said and "has 2.1 MB in 1 files of MPI jobs that were killed" in said
     assert "rm /dev/shm/{mpich_shm_*,sm_segment.*,vader_segment.*}" in said
+    assert "note: ranks on" in said and "have 0.5 of a core each, and wait for one another" in said
     assert "note: the nodes have 2, 1 ranks, and the fullest sets the pace" in said
