@@ -32,13 +32,14 @@ WHOLE_CORE = 0.99
 
 @dataclass(frozen=True)
 class Place:
-    """What one rank sees of itself."""
+    """What one rank sees of itself. ``asked``: OMP_NUM_THREADS, 0 where it is no number."""
 
     host: str
     node: int
     local_rank: int
     threads: int
     cores: float
+    asked: int
     shm_free: int
     cpu: str
     gpu: DeviceFacts | None
@@ -78,6 +79,7 @@ def _place(world: World) -> Place:
         local_rank=world.local_rank,
         threads=world.threads(),
         cores=world.cores,
+        asked=int(asked) if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdigit() else 0,
         shm_free=stat.f_bavail * stat.f_frsize,
         cpu=torch.backends.cpu.get_cpu_capability(),
         gpu=gpu,
@@ -163,6 +165,12 @@ def _notes(places: list[Place]) -> list[str]:
         f"ranks on {host} have {cores:.2g} of a core each, and wait for one another: start fewer on a node, or give each "
         "its own (srun --cpus-per-task, mpirun -bind-to core)"
         for host, cores in crowded.items()
+    ]
+    bound = {p.host: p for p in places if p.asked > p.threads}
+    found += [
+        f"ranks on {host} may use {p.threads} of their cores, and OMP_NUM_THREADS is {p.asked}: unset OMP_PROC_BIND, which "
+        "binds Python itself to one core, or let the launcher give a rank as many (srun --cpus-per-task)"
+        for host, p in bound.items()
     ]
     ranks = list(Counter(p.node for p in places).values())
     if len(set(ranks)) > 1:

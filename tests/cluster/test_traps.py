@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 from slurm import Cluster, Job
+from stand_in_commands import XPAR, stand_in
 
+DOCTOR_ALONE = f"""#!/bin/bash
+[ "$1" != doctor ] || exec {XPAR} "$@"
+"""
 PMIX = next(iter(sorted(Path("/usr").glob("lib*/*/pmix2/lib/libpmix.so.?"))), None)
 
 
@@ -35,3 +39,20 @@ def test_a_step_inherits_the_ranks_of_its_allocation(cluster: Cluster, tmp_path:
     name = cluster.run("sbatch", "--parsable", *options, f"--wrap={step} --ntasks=2 true")
     good = Job(cluster, name.strip(), output)
     assert good.wait(30) == "COMPLETED", good.text()
+
+
+def test_a_rank_computes_with_all_its_cores(bound: Cluster, tmp_path: Path) -> None:
+    """Also where the site's own settings would bind its main thread to one of them."""
+    cores = min(2, os.cpu_count() or 1)  # of the node
+    job = bound.submit(
+        "run.sbatch",
+        "made",
+        cwd=tmp_path,
+        options=("--nodes=1", "--ntasks-per-node=1", f"--cpus-per-task={cores}"),
+        PATH=stand_in(tmp_path, DOCTOR_ALONE),
+        OMP_PROC_BIND="close",
+        OMP_PLACES="cores",
+    )
+    assert job.wait(60) == "COMPLETED", job.text()
+    (row,) = (line.split("│") for line in job.text().splitlines() if line.startswith("│ 0 "))
+    assert int(row[5]) == cores and "OMP_NUM_THREADS is" not in job.text(), job.text()

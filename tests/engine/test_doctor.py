@@ -42,7 +42,7 @@ def test_what_a_node_should_be_rid_of_is_a_note(tmp_path: Path) -> None:
     command = [find_mpirun(), "-n", "3", sys.executable, "-m", "xpar.engine", "doctor"]
     done = subprocess.run(
         [*ALONE, "sh", "-c", script, "-", str(min(os.sched_getaffinity(0))), *command],
-        env=clean_environment() | {"HYDRA_HOST_FILE": str(tmp_path / "hosts")},
+        env=clean_environment() | {"HYDRA_HOST_FILE": str(tmp_path / "hosts"), "OMP_NUM_THREADS": "3"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -53,4 +53,5 @@ def test_what_a_node_should_be_rid_of_is_a_note(tmp_path: Path) -> None:
     assert "note: /dev/shm on" in said and "has 2.1 MB in 1 files of MPI jobs that were killed" in said
     assert "rm /dev/shm/{mpich_shm_*,sm_segment.*,vader_segment.*}" in said
     assert "note: ranks on" in said and "have 0.5 of a core each, and wait for one another" in said
+    assert "may use 1 of their cores, and OMP_NUM_THREADS is 3: unset OMP_PROC_BIND, which binds" in said
     assert "note: the nodes have 2, 1 ranks, and the fullest sets the pace" in said
