@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from slurm import Cluster, Job
-from stand_in_commands import XPAR, stand_in
+from stand_in_commands import ANSWERING, XPAR, stand_in
 
 DOCTOR_ALONE = f"""#!/bin/bash
 [ "$1" != doctor ] || exec {XPAR} "$@"
@@ -56,3 +56,21 @@ def test_a_rank_computes_with_all_its_cores(bound: Cluster, tmp_path: Path) -> N
     assert job.wait(60) == "COMPLETED", job.text()
     (row,) = (line.split("│") for line in job.text().splitlines() if line.startswith("│ 0 "))
     assert int(row[5]) == cores and "OMP_NUM_THREADS is" not in job.text(), job.text()
+
+
+def test_a_requeued_element_of_several_ranks_is_not_stopped_by_its_own_files(
+    cluster: Cluster, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Ranks that are ended by SIGTERM leave MPI's files in /dev/shm, and the next start has the same numbers."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "slow.txt").write_text("one\ntwo\n")
+    path = stand_in(tmp_path, ANSWERING.replace(f'|| exec {XPAR} "$@"', "|| exit 0"))  # without the doctor
+    options = ("--array=0", "--nodes=1", "--ntasks-per-node=2")
+    words = (str(checkpoint), "shards", "answers")
+    array = cluster.submit("generate.sbatch", *words, cwd=tmp_path, options=options, PATH=path)
+    element = Job(cluster, f"{array.name}_0", array.output)
+    element.wait_for("layer 0: experts")
+    cluster.run("scancel", "--signal=TERM", element.name)
+    assert element.wait(90) == "COMPLETED", element.text()
+    assert element.field("Restarts") == "1" and element.text().count("told to end by SIGTERM") == 1
+    assert (tmp_path / "answers" / "slow.jsonl").read_text() == "one\ntwo\n"
