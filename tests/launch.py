@@ -12,6 +12,8 @@ from pathlib import Path
 # What a launcher or a resource manager tells its own ranks: a job below must not take it for itself.
 INHERITED = ("PMI_", "PMIX_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPIEXEC_", "OMPI_", "PRTE_", "SLURM_")
 TAG = "XPAR_TEST_JOB"
+ALONE = ["unshare", "--user", "--map-root-user", "--mount"]
+"""Runs a command with mounts that nobody else sees, where :func:`can_mount`."""
 
 
 def mpirun(
@@ -75,6 +77,11 @@ def clean_environment() -> dict[str, str]:
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "PRTE_MCA_rmaps_default_binding_policy": "none",
     }
+
+
+def can_mount() -> bool:
+    """Whether this machine lets a process have mounts of its own."""
+    return shutil.which(ALONE[0]) is not None and not subprocess.run([*ALONE, "true"], check=False).returncode
 
 
 def kill_tagged(tag: str) -> None:

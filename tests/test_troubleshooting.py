@@ -18,6 +18,10 @@ SPELLED = (
     "SystemExit, see above; where every rank is:",
     "Timeout (0:05:00)!",
     "Fatal Python error: Segmentation fault",
+    "can not load PMIx library",
+    "More processors requested than permitted",
+    "SIGKILL",
+    "SIGSEGV",
     "srun",
     "SLURM_LOCALID",
 )

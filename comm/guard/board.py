@@ -23,6 +23,9 @@ OUTSIDE, INSIDE, FAILING, LEFT = range(4)
 STATE = struct.Struct("=qd")
 CALL = struct.Struct("=qdqqqqqqd64s32s")
 SELF = struct.Struct("=qq")
+LOCK = 192
+"""Where in a row the rank's lock is (:mod:`xpar.comm.guard.tripwire`)."""
+REPORTED = struct.Struct("=q")
 ROW_BYTES = 256
 
 
@@ -102,9 +105,16 @@ class Board:
         call = Call(_text(op), _text(group), seq, layer, step, rows_out, rows_in, row_bytes, seconds)
         return Entry(state, time.monotonic() - since, call if seq else None, pid, stack_fd)
 
+    def set_reported(self) -> None:
+        """The job's report is written: nobody of the node writes another, whoever dies of it."""
+        REPORTED.pack_into(self.memory, ROW_BYTES - REPORTED.size, 1)
+
+    def reported(self) -> bool:
+        return bool(REPORTED.unpack_from(self.memory, ROW_BYTES - REPORTED.size)[0])
+
     def claim(self) -> bool:
-        """Whether this process may report: the first of the node to ask, as long as it lives."""
-        if not self._once.acquire(blocking=False):
+        """Whether this process may report: the first of the node to ask, as long as it lives or until it has."""
+        if self.reported() or not self._once.acquire(blocking=False):
             return False
         if self.file is None:
             return True

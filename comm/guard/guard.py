@@ -16,20 +16,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from xpar.comm.guard import stacks
-from xpar.comm.guard.board import FAILING, INSIDE, LEFT, OUTSIDE, Board, Call
+from xpar.comm.guard.board import FAILING, INSIDE, LEFT, LOCK, OUTSIDE, ROW_BYTES, Board, Call
 from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.guard.journal import BoardJournal, Pace
-from xpar.comm.guard.report import Seen, describe
-from xpar.comm.guard.wire import Address, Ear, ask
+from xpar.comm.guard.places import Place, Question
+from xpar.comm.guard.report import Seen, begin, describe, finish
+from xpar.comm.guard.tripwire import Tripwire
+from xpar.comm.guard.wire import Ear, ask
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 CODE = 17
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a rank that was told to end, as a shell gives it."""
 LOOK_MS = 250
 """Between two looks at this rank's own row."""
 GRACE_S = 1.0
-"""A launcher that ends the job by itself when a rank dies has this long to do so."""
+"""Where a process has ended by itself, that rank, or a launcher that ends the job, has this long to say why."""
 LAST_RESORT_S = 3.0
 """So long after the report MPI_Abort may take; then a node ends its ranks by itself, those that are stopped, too.
 
@@ -51,27 +55,6 @@ class Watching:
 
 
 WATCHING = Watching()
-
-
-@dataclass(frozen=True)
-class Place:
-    """A rank of the job: its node, where on it, and where it listens if there are other nodes."""
-
-    host: str
-    node: int
-    local_rank: int
-    address: Address | None
-
-
-@dataclass(frozen=True)
-class Question:
-    """To another node: where are your ranks? With ``code`` the job ends after the answer; with ``reason``, too, the other
-    node is to report, and to end it."""
-
-    reason: str = ""
-    code: int | None = None
-    waiting: Call | None = None
-    group: tuple[int, ...] = ()
 
 
 class Guard:
@@ -97,6 +80,7 @@ class Guard:
         self._groups: dict[str, tuple[int, ...]] = {}
         self._key = b""
         board.introduce(stacks.offer())
+        self._wire = Tripwire(board.memory, board.mine * ROW_BYTES + LOCK)
 
     @classmethod
     def start(
@@ -114,9 +98,8 @@ class Guard:
         if max(node_of):
             with suppress(OSError):  # a node that cannot be asked is reported as one that does not answer
                 address = Ear(guard._key, guard._answer).address
-        guard.places = tuple(
-            world.allgather(Place(socket.gethostname(), node_of[world.rank], node.rank, address))
-        )
+        mine = Place(socket.gethostname(), node_of[world.rank], node.rank, address, guard._wire.hold())
+        guard.places = tuple(world.allgather(mine))
         atexit.register(board_left, guard.board)
         threading.Thread(target=guard._watch, name="xpar-guard", daemon=True).start()
         return guard
@@ -141,14 +124,36 @@ class Guard:
     def fail(self, reason: str, code: int = CODE, waiting: Call | None = None) -> NoReturn:
         """Have the job's report written, once, headed ``reason``, and end the job on every rank. From any thread."""
         group = self._groups.get(waiting.group, ()) if waiting is not None else ()
-        who = f"[rank {self.rank} on {self.places[self.rank].host}] {reason}"
-        if self._delegate(Question(who, code, waiting, group)):
-            time.sleep(LAST_RESORT_S)
+        self._fail(Question(self._headed(reason), code, waiting, group))
+
+    def told_to_end(self) -> NoReturn:
+        """SIGTERM has come, perhaps since another rank died: say where every rank is before a SIGKILL follows."""
+        if self.board.read(self.board.mine).state == LEFT:
+            os._exit(TERMINATED)
+        here = tuple(self._here(asking=False))
+        self._fail(Question(self._headed("told to end by SIGTERM"), TERMINATED, brought=here))
+
+    def _headed(self, reason: str) -> str:
+        return f"[rank {self.rank} on {self.places[self.rank].host}] {reason}"
+
+    def _fail(self, q: Question) -> NoReturn:
+        code = CODE if q.code is None else q.code
+        if self._delegate(q):
+            self._await_report(code, LAST_RESORT_S)
             self._end_node(code)
         if self.board.claim():
-            self._report(Question(who, code, waiting, group))
-        time.sleep(PATIENCE_S)  # another rank reports, and ends this one
+            self._report(q)
+        self._await_report(code, PATIENCE_S)  # another rank reports, and ends this one
         os._exit(code)
+
+    def _await_report(self, code: int, seconds: float) -> None:
+        """Sleep ``seconds``; a rank that was told to end goes as soon as it is not needed any more."""
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            time.sleep(0.2)
+            if code == TERMINATED and self.board.reported():
+                time.sleep(0.2)  # an answer may be on its way
+                os._exit(code)
 
     def survey(self) -> str:
         """Where every rank of the job is, in words, as the report has it; ends nothing. From any thread."""
@@ -161,7 +166,7 @@ class Guard:
     # -- the thread ------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        neighbour = self._neighbour()
+        neighbour = self._feel()
         poll = select.poll()
         if neighbour is not None:
             poll.register(neighbour[1], select.POLLIN)
@@ -174,39 +179,63 @@ class Guard:
             if mine.state == INSIDE and mine.call is not None and mine.age > mine.call.seconds:
                 self.fail(f"{mine.call}: not finished after {mine.call.seconds:g} s", waiting=mine.call)
 
-    def _neighbour(self) -> tuple[int, int] | None:
-        """(local rank, descriptor of its process) of the rank that this one looks after; None where there is none."""
+    def _feel(self) -> tuple[int, int] | None:
+        """Look after the next rank of the node: by its lock, or else by (local rank, descriptor of its process)."""
         if not self.board.shared or self.board.size == 1:
             return None
         local = (self.board.mine + 1) % self.board.size
+        if self.places[self.rank].armed and self.places[self._rank_at(local)].armed:
+            self._wire.watch(local * ROW_BYTES + LOCK, lambda: self._miss(local))
+            return None
         with suppress(OSError, AttributeError):  # an older kernel, or a Python made for one
             return local, os.pidfd_open(self.board.read(local).pid)
         return None
 
+    def _rank_at(self, local: int) -> int:
+        own = self._node_ranks(self.places[self.rank].node)
+        return next(r for r in own if self.places[r].local_rank == local)
+
     def _miss(self, local: int) -> None:
         """The process of a rank of this node has ended: in order, in a failure that it reports itself, or killed."""
-        if self.board.read(local).state == LEFT:
+        entry, rank = self.board.read(local), self._rank_at(local)
+        if entry.state == LEFT:
             return
-        time.sleep(GRACE_S)
-        rank = next(
-            r for r in self._node_ranks(self.places[self.rank].node) if self.places[r].local_rank == local
+        end = stacks.end_of(entry.pid)
+        reason = (
+            f"the process of rank {rank} on {self.places[rank].host} has ended without a word: {end.text}"
         )
-        self.fail(f"the process of rank {rank} has ended without a word: killed, out of memory, or crashed")
+        if not end.by_signal or entry.state == FAILING:
+            time.sleep(GRACE_S)
+            self.fail(reason)
+        self._fail(Question(self._headed(reason), CODE, brought=tuple(self._here(asking=False, dead=rank))))
 
     # -- the report ------------------------------------------------------------------------------------------
 
     def _report(self, q: Question) -> NoReturn:
         code = CODE if q.code is None else q.code
+        begun = list(q.brought)
+        if begun:  # the launcher may end this process any moment: what is known goes first
+            begun += [] if self.rank in {s.rank for s in begun} else self._here(asking=False)
+            self._write(f"{q.reason}; {begin(begun)}")
         seen, silent = self._survey(Question(code=code))
-        text = f"{q.reason}; {describe(seen, silent, q.waiting, q.group)}\nending the job on every rank\n"
-        sys.stdout.flush()
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        rest = (
+            finish(begun, seen, silent)
+            if begun
+            else f"{q.reason}; {describe(seen, silent, q.waiting, q.group)}"
+        )
+        self._write(f"{rest}\nending the job on every rank".lstrip("\n"))
+        self.board.set_reported()
         self._end_later(code)
         time.sleep(0.3)  # lets the launcher collect what was written
-        self.abort(code)
-        time.sleep(PATIENCE_S)
+        if code != TERMINATED:
+            self.abort(code)
+            time.sleep(PATIENCE_S)
         os._exit(code)
+
+    def _write(self, text: str) -> None:
+        sys.stdout.flush()
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
     def _end_later(self, code: int) -> None:
         last = threading.Timer(LAST_RESORT_S, self._end_node, (code,))
@@ -244,26 +273,20 @@ class Guard:
             if answers[node] is not None:
                 return
 
-    def _here(self) -> list[Seen]:
-        """The ranks of this node; where they share no board, this rank."""
+    def _here(self, asking: bool = True, dead: int = -1) -> list[Seen]:
+        """The ranks of this node; where they share no board, this rank. ``asking``: for their stacks, too, which takes a
+        moment. ``dead``: a rank whose process is known to be about to go."""
         ranks = self._node_ranks(self.places[self.rank].node) if self.board.shared else [self.rank]
-        locals_ = [self.places[r].local_rank for r in ranks]
-        entries = [self.board.read(local) for local in locals_]
-        wanted = [e.pid if e.state in (INSIDE, OUTSIDE) else 0 for e in entries]
+        entries = [self.board.read(self.places[r].local_rank) for r in ranks]
         texts = stacks.collect(
-            [(pid, e.stack_fd if pid else -1) for pid, e in zip(wanted, entries, strict=True)]
+            (e.pid, e.stack_fd if asking and e.state in (INSIDE, OUTSIDE) else -1) for e in entries
         )
+        states = [stacks.process_state(e.pid) if e.state != LEFT else "" for e in entries]
         return [
             Seen(
-                rank,
-                self.places[rank].host,
-                e.state,
-                e.age,
-                e.call,
-                stacks.process_state(e.pid) if e.state != LEFT else "",
-                text,
+                rank, self.places[rank].host, e.state, e.age, e.call, "gone" if rank == dead else state, text
             )
-            for rank, e, text in zip(ranks, entries, texts, strict=True)
+            for rank, e, state, text in zip(ranks, entries, states, texts, strict=True)
         ]
 
     # -- between nodes -----------------------------------------------------------------------------------------
@@ -288,6 +311,7 @@ class Guard:
         first = self.board.claim()
         if not q.reason:
             here = self._here()
+            self.board.set_reported()
             self._end_later(q.code)
             return here
         if first:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from xpar.comm.guard.board import FAILING, INSIDE, LEFT, Call
 
+WHERE = "where every rank is:"
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -33,9 +35,7 @@ def describe(
 
     ``waiting``: the collective that did not end, of the ranks ``group``.
     """
-    lines = {s.rank: f"  rank {s.rank} on {s.host}: {_where(s)}" for s in seen}
-    lines |= {rank: f"  rank {rank} on {host}: its node does not answer" for rank, host in silent}
-    text = ["where every rank is:", *(lines[rank] for rank in sorted(lines))]
+    text = [WHERE, *_lines(seen, silent)]
     if waiting is not None:
         absent = [s for s in seen if s.rank in group and not s.at(waiting)]
         names = [f"rank {s.rank} on {s.host}" for s in sorted(absent, key=lambda s: s.rank)]
@@ -44,6 +44,24 @@ def describe(
             f"never arrived in {waiting.op} #{waiting.seq}: {', '.join(names) or 'nobody is missing'}"
         )
     return "\n".join(text + _stacks(seen))
+
+
+def begin(seen: Sequence[Seen]) -> str:
+    """What is known at once, for a job that may be ended any moment; :func:`finish` adds the rest."""
+    return "\n".join([WHERE, *_lines(seen, [])])
+
+
+def finish(begun: Sequence[Seen], seen: Sequence[Seen], silent: Sequence[tuple[int, str]]) -> str:
+    """The ranks that :func:`begin` did not have, and the stacks of all."""
+    known = {s.rank for s in begun}
+    more = _lines([s for s in seen if s.rank not in known], [(r, h) for r, h in silent if r not in known])
+    return "\n".join([*more, *_stacks(seen)])
+
+
+def _lines(seen: Sequence[Seen], silent: Sequence[tuple[int, str]]) -> list[str]:
+    lines = {s.rank: f"  rank {s.rank} on {s.host}: {_where(s)}" for s in seen}
+    lines |= {rank: f"  rank {rank} on {host}: its node does not answer" for rank, host in silent}
+    return [lines[rank] for rank in sorted(lines)]
 
 
 def _where(s: Seen) -> str:

@@ -11,11 +11,26 @@ import signal
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 SIGNAL = signal.SIGRTMIN + 8
 """One that nobody else is likely to use; SIGUSR1 is for people, and shows the stacks on stderr."""
 WAIT_S = 1.0
+FLAGS, EXIT_CODE = 6, 49
+"""Of the fields of /proc/PID/stat behind the name; proc(5) counts from 1 and has three more in front."""
+EXITING = 0x4
+"""PF_EXITING in the kernel's include/linux/sched.h: what is left of the process does nothing any more."""
+CRASH = "a crash in compiled code; it has written its stack"
+CAUSES = {
+    "SIGKILL": "out of memory, or killed by hand or by the launcher",
+    "SIGTERM": "told to end, by hand or by the launcher",
+    "SIGSEGV": CRASH,
+    "SIGABRT": CRASH,
+    "SIGFPE": CRASH,
+    "SIGILL": "a crash in compiled code: not for this processor",
+    "SIGBUS": "/dev/shm is full, or a file was shortened while in use",
+}
 NOT_SHOWN = ("comm/guard/", "comm/gpu/watch.py", "<no Python frame>")
 """Threads that only watch, or have not begun."""
 
@@ -38,6 +53,8 @@ def collect(places: Iterable[tuple[int, int]]) -> list[str]:
     written = [len(_read(*place)) for place in places]  # when somebody asked before
     asked = [_ask(pid) if file >= 0 else False for pid, file in places]
     texts = [""] * len(places)
+    if not any(asked):
+        return texts
     limit = time.monotonic() + WAIT_S
     while time.monotonic() < limit:
         time.sleep(0.05)
@@ -50,11 +67,42 @@ def collect(places: Iterable[tuple[int, int]]) -> list[str]:
 
 def process_state(pid: int) -> str:
     """What the kernel says of a process: ``stopped``, ``gone``, or nothing special."""
-    try:
-        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
+    fields = _stat(pid)
+    if not fields or int(fields[FLAGS]) & EXITING:
         return "gone"
-    return {"T": "stopped", "t": "stopped", "Z": "gone", "X": "gone"}.get(letter, "")
+    return {"T": "stopped", "t": "stopped", "Z": "gone", "X": "gone"}.get(fields[0], "")
+
+
+@dataclass(frozen=True)
+class End:
+    """What ended a process, in words, and whether it was a signal."""
+
+    text: str
+    by_signal: bool
+
+
+def end_of(pid: int) -> End:
+    """Of a process that is about to go, or that nobody has waited for."""
+    fields = _stat(pid)
+    if len(fields) <= EXIT_CODE:
+        return End("killed, out of memory, or crashed", False)
+    status = int(fields[EXIT_CODE])
+    number = status & 0x7F
+    if not number:
+        return End(f"exit code {status >> 8}", False)
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    return End(f"{name} ({CAUSES[name]})" if name in CAUSES else name, True)
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat behind the name, from the state on; none of a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def shown(text: str) -> str:

@@ -3,9 +3,11 @@
 import argparse
 import os
 import platform
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,7 +15,9 @@ from rich.table import Table
 
 from xpar.comm.gpu.binding import driver_version, find_gpu, shared_gpus
 from xpar.comm.gpu.transport import DeviceFacts, choose_transport, facts_of
+from xpar.comm.leftovers import PREFIXES, Leftovers, find_leftovers
 from xpar.comm.nccl.library import load, version_text
+from xpar.comm.window import SHARED_FILES
 from xpar.comm.world import LaunchError, World, refuse_singletons
 from xpar.engine.terminal import make_console
 
@@ -23,19 +27,23 @@ OPTIONAL = {
     "nccl4py": "NCCL between GPUs: pip install --no-deps nccl4py cuda-pathfinder",
 }
 LITTLE_SHM = 256 << 20
+WHOLE_CORE = 0.99
 
 
 @dataclass(frozen=True)
 class Place:
-    """What one rank sees of itself."""
+    """What one rank sees of itself. ``asked``: OMP_NUM_THREADS, 0 where it is no number."""
 
     host: str
     node: int
     local_rank: int
     threads: int
+    cores: float
+    asked: int
     shm_free: int
     cpu: str
     gpu: DeviceFacts | None
+    leftovers: Leftovers
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -53,6 +61,8 @@ def main(args: argparse.Namespace) -> int:
     _print_ranks(console, places)
     _print_transport(console, places)
     problems = _problems(world, places)
+    for note in _notes(places):
+        console.print(f"note: {note}", soft_wrap=True)
     for problem in problems:
         console.print(f"problem: {problem}", soft_wrap=True)
     if not problems:
@@ -61,16 +71,19 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _place(world: World) -> Place:
-    stat = os.statvfs("/dev/shm")
+    stat = os.statvfs(SHARED_FILES)
     gpu = facts_of(find_gpu(world.local_rank)) if torch.cuda.is_available() else None
     return Place(
         host=world.hosts[world.rank],
         node=world.node,
         local_rank=world.local_rank,
         threads=world.threads(),
+        cores=world.cores,
+        asked=int(asked) if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdigit() else 0,
         shm_free=stat.f_bavail * stat.f_frsize,
         cpu=torch.backends.cpu.get_cpu_capability(),
         gpu=gpu,
+        leftovers=find_leftovers(Path(SHARED_FILES)) if world.local_rank == 0 else Leftovers(0, 0),
     )
 
 
@@ -134,6 +147,36 @@ def _problems(world: World, places: list[Place]) -> list[str]:
     if len({p.cpu for p in places}) > 1:
         found.append(
             "ranks run on different kinds of processor; bits may differ between them: choose one kind"
+        )
+    return found
+
+
+def _notes(places: list[Place]) -> list[str]:
+    """What a job survives, and its user should know."""
+    found = [
+        f"{SHARED_FILES} on {p.host} has {p.leftovers.nbytes / 1e6:.1f} MB in {p.leftovers.files} files of MPI jobs that "
+        "were killed, and one can stop a later job's MPI_Init: while nothing of yours runs there, "
+        f"rm {SHARED_FILES}/{{{','.join(f'{prefix}*' for prefix in PREFIXES)}}}"
+        for p in places
+        if p.leftovers.files
+    ]
+    crowded = {p.host: p.cores for p in places if p.cores < WHOLE_CORE}
+    found += [
+        f"ranks on {host} have {cores:.2g} of a core each, and wait for one another: start fewer on a node, or give each "
+        "its own (srun --cpus-per-task, mpirun -bind-to core)"
+        for host, cores in crowded.items()
+    ]
+    bound = {p.host: p for p in places if p.asked > p.threads}
+    found += [
+        f"ranks on {host} may use {p.threads} of their cores, and OMP_NUM_THREADS is {p.asked}: unset OMP_PROC_BIND, which "
+        "binds Python itself to one core, or let the launcher give a rank as many (srun --cpus-per-task)"
+        for host, p in bound.items()
+    ]
+    ranks = list(Counter(p.node for p in places).values())
+    if len(set(ranks)) > 1:
+        found.append(
+            f"the nodes have {', '.join(map(str, ranks))} ranks, and the fullest sets the pace: "
+            "say how many on each (srun --ntasks-per-node, mpirun -ppn)"
         )
     return found
 

@@ -21,7 +21,8 @@ nodes=$(flux resource list --states=free --no-header --format={nnodes})
 xpar=(xpar)
 if [ -n "${IMAGE:-}" ]; then xpar=(apptainer exec --nv --bind "$PWD" "$IMAGE" xpar); fi
 
-export OMP_NUM_THREADS=$cpus OMP_PLACES=cores OMP_PROC_BIND=close
+export OMP_NUM_THREADS=$cpus
+unset OMP_PROC_BIND OMP_PLACES  # they bind Python itself to the first core of its rank, and every thread but OpenMP's
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # scripts/slurm/run.sbatch explains the other NCCL variables
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -u)}
 launch=(flux run --nodes="$nodes" --tasks-per-node="$ranks" --exclusive

@@ -1,5 +1,5 @@
 -- Environment module (Lmod) of an xpar that was installed into a virtual environment:
---   python3 -m venv /apps/xpar/0.1.0 && /apps/xpar/0.1.0/bin/pip install 'xpar @ file:///path/to/checkout'
+--   python3 -m venv /apps/xpar/0.1.0 && /apps/xpar/0.1.0/bin/pip install 'xpar[hf,plot] @ file:///path/to/checkout'
 -- Copy to MODULEPATH/xpar/0.1.0.lua and change the two lines marked EDIT.
 help([[xpar runs the mixture-of-experts layers of Hugging Face checkpoints expert-parallel under MPI.
 Start with `xpar doctor`, inside an allocation and under the launcher of the site.]])

@@ -16,6 +16,7 @@
 set -euo pipefail
 
 packages="slurmctld slurmd slurm-client munge"
+pmix=libpmix-dev  # what `srun --mpi=pmix` opens, for Open MPI; a cluster starts without it
 commands="munged slurmctld slurmd srun sbatch scontrol sinfo"
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -26,21 +27,29 @@ missing() { # those of $commands that are not there
   for name in $commands; do command -v "$name" >/dev/null || printf '%s ' "$name"; done
 }
 
-install_packages() {
-  if [ -z "$(missing)" ]; then return; fi
-  command -v apt-get >/dev/null || fail "no apt-get here; install Slurm and munge by the machine's own means"
-  [ "$(id -u)" = 0 ] || fail "installing needs root: sudo apt-get install $packages"
+has_pmix() { compgen -G '/usr/lib*/*/pmix2/lib/libpmix.so' >/dev/null; }
+
+cannot_install() { # why not, in words
+  command -v apt-get >/dev/null || { echo "no apt-get here; install Slurm and munge by the machine's own means"; return; }
+  [ "$(id -u)" = 0 ] || { echo "installing needs root: sudo apt-get install $packages $pmix"; return; }
   # The packages start system-wide daemons where systemd runs; that is not for a test to decide.
-  [ ! -d /run/systemd/system ] || fail "install by hand, apt would start daemons: apt-get install $packages"
+  [ ! -d /run/systemd/system ] || echo "install by hand, apt would start daemons: apt-get install $packages $pmix"
+}
+
+install_packages() {
+  local reason
+  reason=$(cannot_install)
+  if [ -z "$(missing)" ] && { has_pmix || [ "$reason" ]; }; then return; fi
+  [ -z "$reason" ] || fail "$reason"
   local log patience=(-o Acquire::Retries=1 -o Acquire::http::Timeout=15 -o DPkg::Lock::Timeout=60)
   log=$(mktemp)
   export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
   # shellcheck disable=SC2086 # a list of words
-  add() { apt-get "${patience[@]}" install -y -q --no-install-recommends $packages >>"$log" 2>&1; }
+  add() { apt-get "${patience[@]}" install -y -q --no-install-recommends $packages $pmix >>"$log" 2>&1; }
   if add || { apt-get "${patience[@]}" update -q >>"$log" 2>&1 && add; }; then rm -f "$log"; return; fi
   tail -n 5 "$log" >&2
   rm -f "$log"
-  fail "apt-get could not install $packages"
+  [ -z "$(missing)" ] || fail "apt-get could not install $packages $pmix"
 }
 
 free_ports() { # the first of $1 consecutive ports below those that the kernel hands out
@@ -170,7 +179,7 @@ start() {
     cat "$dir/started"
     return
   fi
-  [ -z "$(missing)" ] || fail "not installed: $(missing)(Debian: apt-get install $packages, or $0 install)"
+  [ -z "$(missing)" ] || fail "not installed: $(missing)(Debian: apt-get install $packages $pmix, or $0 install)"
   if [ "$(id -u)" = 0 ] && unshare --uts --mount true 2>/dev/null; then own_names=yes; fi
   stop  # what a killed one left
   mkdir -p "$dir/log" "$dir/state"

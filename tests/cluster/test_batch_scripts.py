@@ -65,6 +65,8 @@ def test_a_rank_that_is_killed_ends_the_job_within_seconds(
     took = until(lambda: job.field("JobState") != "RUNNING", 30, job.text)
     assert job.wait(5) == "FAILED" and took < 10
     assert "Killed" in job.text()
+    # Nobody on its node saw it die; srun tells the other to end.
+    assert "told to end by SIGTERM; where every rank is:" in job.text() and "does not answer" in job.text()
     until(lambda: not processes_with(f"SLURM_JOB_ID={job.name}"), 10, job.record)
 
 

@@ -188,6 +188,32 @@ def test_dispatchers_for_a_gpu_are_told_apart_by_their_records() -> None:
     assert not any(cls.capabilities.needs_host_counts for cls in DISPATCHERS if cls.name in capturable)
 
 
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", "hierarchical"), ("cuda", "alltoall")])
+def test_auto_sends_a_row_a_node_from_host_memory_only(device: str, chosen: str) -> None:
+    """Eight ranks on two nodes, where it moves fewer bytes: on GPUs it is passed over, and refused when asked for."""
+    ranks = tuple(range(8))
+    world = SimpleNamespace(node_of=(0, 0, 0, 0, 1, 1, 1, 1), window_room=(1 << 40,) * 8, node=0)
+    moe = SimpleNamespace(size=8, rank=0, world_ranks=ranks)
+    grid: Any = SimpleNamespace(
+        device=torch.device(device),
+        world=world,
+        moe=moe,
+        moe_node=SimpleNamespace(size=4, rank=0, world_ranks=ranks[:4]),
+        tp=SimpleNamespace(size=1, world_ranks=(0,)),
+        shape=SimpleNamespace(tp=1, etp=1),
+    )
+    placement: Any = SimpleNamespace(to=lambda device: placement, device=torch.device(device), num_experts=64)
+    built: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xpar.comm.dispatch.auto._build", lambda name, *_: built.append(name))
+        rejected = dict(choose_dispatcher(grid, placement, top_k=8).rejected)
+    assert built == [chosen]
+    if device == "cuda":
+        assert rejected["hierarchical"] == "it moves cpu memory, and the job computes on cuda"
+        with pytest.raises(ValueError, match="'hierarchical': it moves cpu memory"):
+            choose_dispatcher(grid, placement, "hierarchical")
+
+
 def test_on_host_tables_dispatchers_count() -> None:
     placement = Placement.blocks(4, 2)
     assert not AllGatherDispatcher(None, placement).whole  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ class PyXpar(PythonPackage):
     version("0.1.0")
 
     variant("cuda", default=False, description="Kernels and NCCL transport for NVIDIA GPUs")
+    variant("hf", default=True, description="Tokenizers and configurations, for xpar generate")
     variant("plot", default=False, description="Plots of scaling sweeps")
 
     depends_on("python@3.11:", type=("build", "run"))
@@ -23,6 +24,7 @@ class PyXpar(PythonPackage):
     depends_on("py-torch+cuda", when="+cuda", type=("build", "run"))
     depends_on("py-triton@3.6:", when="+cuda", type=("build", "run"))
     depends_on("nccl@2.23:", when="+cuda", type="run")
+    depends_on("py-transformers@5.17:", when="+hf", type=("build", "run"))
     depends_on("py-matplotlib@3.8:", when="+plot", type=("build", "run"))
 
     import_modules = ("xpar.engine", "xpar.comm", "xpar.kernels")
