@@ -105,7 +105,7 @@ def test_bench_layer_prints_every_contender(tmp_path: Path, n: int) -> None:
     assert job.stdout.count("tokens/s") == 1
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("n", [2, 3])
 def test_bench_comm_moves_the_deduplicated_rows(tmp_path: Path, n: int) -> None:
     out = tmp_path / "comm.json"
     words = ["--megabytes", "0.01", "--hidden", "64", "--experts", "7", "--top-k", "3", "--json", str(out)]

@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 3])  # on two: test_run_verifies
 def test_run_verifies_and_writes_json(checkpoint: Path, tmp_path: Path, n: int) -> None:
     out = tmp_path / "figures.json"
     words = [
