@@ -97,9 +97,9 @@ fi
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check mypy mypy
-# Two at a time: most of these wait for processes of their own. A file's tests share what its fixtures make.
-tests serial python -m pytest --color=no --durations=5 -n 2 --dist loadfile --no-loadscope-reorder \
-  --ignore=tests/cluster
+# Two at a time: most of these wait for processes of their own. Of the ways to deal tests out, those by file wait for
+# ever once a test has ended its worker.
+tests serial python -m pytest --color=no --durations=5 -n 2 --dist worksteal --ignore=tests/cluster
 if [ -z "$quick" ]; then finish "mpi, n = 1"; fi
 for n in $sizes; do
   tests "mpi, n = $n" mpirun -n "$n" "${ranks[@]}"

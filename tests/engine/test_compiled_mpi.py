@@ -61,7 +61,10 @@ def inputs(grid: ProcessGrid, seed: int) -> list[Tensor]:
     return [torch.randn(counts[grid.world.rank], HIDDEN, generator=generator) for counts in TOKENS]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+# What inductor makes of the graph is its own affair, on any number of ranks.
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.mpi(max_size=2, deadline=180))]
+)
 @pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
 @torch.no_grad()
 def test_a_model_is_one_graph(grid: ProcessGrid, fresh_seed: int, apart: bool, backend: str) -> None:
