@@ -65,11 +65,13 @@ fi
 
 unset PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
-install() { "$venv/bin/python" -m pip install -qq --constraint constraints.txt "$@"; }
+install() { "$venv/bin/python" -m pip install -qq --no-compile --constraint constraints.txt "$@"; }
 echo "setup: installing xpar[$extras]; the first time this takes some minutes"
 install --editable ".[$extras]"
 if [ -n "$accelerator" ] && ! install "$accelerator"; then
   echo "setup: $accelerator cannot be installed here; experts run on oneDNN instead" >&2
 fi
+# On all cores, where pip would take one. A few packages hold files of other Pythons, which do not compile.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
 printf '%s\n' "$root" "$key" "$made_by" >"$stamp"
 echo "setup: done in $((SECONDS - start)) s"

@@ -13,20 +13,26 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-sizes="1 2 3 4" quick=
+sizes="2 3 4" quick=
 case "${1:-}" in
   "") ;;
   --quick) sizes=2 quick=yes ;;
   *) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit 2 ;;
 esac
 
+log=$(mktemp -d) beside='' slurm='' openmpi=''
+trap 'kill $beside $slurm $openmpi 2>/dev/null || true; rm -rf "$log"' EXIT
+# What other parts need comes while this one waits for the network, or keeps one core busy.
+if [ -z "$quick" ]; then
+  timeout 300 ./scripts/slurm/local_cluster.sh install </dev/null >"$log/slurm" 2>&1 & slurm=$!
+fi
 ./scripts/setup.sh
 . scripts/environment.sh
+# There are more ranks and threads than cores: one that waits sleeps, where it would keep the others from working.
+export MPIR_CVAR_ENABLE_HEAVY_YIELD=1 OMP_WAIT_POLICY=passive
 
 passed=0 failed=0 skipped=0 report=
 limit=$((SECONDS + ${TEST_SECONDS:-2400}))
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
 
 note() { # note NAME SECONDS STATUS RESULT
   report+=$(printf '%-15s %5d s  %-7s  %s' "$1" "$2" "$3" "$4")$'\n'
@@ -40,38 +46,67 @@ check() { # check NAME COMMAND...: one verdict from an exit status
   note "$name" $((SECONDS - start)) $status ""
 }
 
-count() { # count WORD: the number before WORD in pytest's last summary, 0 if it is not there; Open MPI's version ends in NUL
-  { grep -aE '^=+ .* in [0-9.]+s' "$log" | tail -n 1 | grep -Eo "[0-9]+ $1" || echo 0; } | cut -d' ' -f1
+count() { # count FILE WORD: the number before WORD in pytest's last summary, 0 if it is not there; Open MPI's version ends in NUL
+  { grep -aE '^=+ .* in [0-9.]+s' "$1" | tail -n 1 | grep -Eo "[0-9]+ $2" || echo 0; } | cut -d' ' -f1
 }
 
-tests() { # tests NAME COMMAND...: as many verdicts as pytest gives
-  local name=$1 start=$SECONDS status=ok code=0 good bad left_out
+limited() { # limited COMMAND...: as one process, so that a signal to it reaches the command's
+  exec timeout --kill-after=10 $((limit > SECONDS ? limit - SECONDS : 1)) "$@" </dev/null 2>&1
+}
+
+verdicts() { # verdicts NAME SECONDS CODE FILE: as many as pytest gave in FILE before it ended with CODE
+  local status=ok good bad left_out
+  good=$(count "$4" passed) bad=$(($(count "$4" failed) + $(count "$4" 'errors?'))) left_out=$(count "$4" skipped)
+  if [ "$3" -ne 0 ] && [ "$bad" -eq 0 ]; then bad=1; fi
+  if [ "$bad" -gt 0 ]; then status=FAILED; fi
+  if [ "$3" -eq 124 ] || [ "$3" -eq 137 ]; then status=LATE; fi
+  passed=$((passed + good)) failed=$((failed + bad)) skipped=$((skipped + left_out))
+  note "$1" "$2" $status "$good passed, $bad failed, $left_out skipped"
+}
+
+tests() { # tests NAME COMMAND...
+  local name=$1 start=$SECONDS code=0
   shift
   echo "== $name"
-  timeout --kill-after=10 $((limit > SECONDS ? limit - SECONDS : 1)) "$@" </dev/null 2>&1 | tee "$log" ||
-    code=${PIPESTATUS[0]}
-  good=$(count passed) bad=$(($(count failed) + $(count 'errors?'))) left_out=$(count skipped)
-  if [ "$code" -ne 0 ] && [ "$bad" -eq 0 ]; then bad=1; fi
-  if [ "$bad" -gt 0 ]; then status=FAILED; fi
-  if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then status=LATE; fi
-  passed=$((passed + good)) failed=$((failed + bad)) skipped=$((skipped + left_out))
-  note "$name" $((SECONDS - start)) $status "$good passed, $bad failed, $left_out skipped"
+  (limited "$@") | tee "$log/tests" || code=${PIPESTATUS[0]}
+  verdicts "$name" $((SECONDS - start)) "$code" "$log/tests"
 }
 
+begin() { # begin COMMAND...: tests beside what follows, until `finish`
+  begun=$EPOCHSECONDS
+  limited "$@" >"$log/beside" & beside=$!
+}
+
+finish() { # finish NAME: show what the tests begun had to say, and count their verdicts
+  local code=0
+  wait "$beside" || code=$?
+  beside=''
+  echo "== $1"
+  cat "$log/beside"
+  verdicts "$1" $(($(stat -c %Y "$log/beside") - begun)) "$code" "$log/beside"
+}
+
+# One thread a rank: four ranks on two cores are slow enough without eight threads.
+export OMP_NUM_THREADS=1
+ranks=(python -m mpi4py -m pytest --color=no --with-mpi -p no:cacheprovider)
+# A single rank leaves a core to the checks.
+if [ -z "$quick" ]; then
+  ./scripts/openmpi.sh </dev/null >"$log/openmpi" 2>&1 & openmpi=$!
+  begin mpirun -n 1 "${ranks[@]}"
+fi
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check mypy mypy
-# Two at a time: most of these wait for processes of their own. One thread each, as below.
-OMP_NUM_THREADS=1 tests serial python -m pytest --color=no --durations=5 -n 2 --dist worksteal --ignore=tests/cluster
+# Two at a time: most of these wait for processes of their own. Of the ways to deal tests out, those by file wait for
+# ever once a test has ended its worker.
+tests serial python -m pytest --color=no --durations=5 -n 2 --dist worksteal --ignore=tests/cluster
+if [ -z "$quick" ]; then finish "mpi, n = 1"; fi
 for n in $sizes; do
-  # One thread a rank: four ranks on two cores are slow enough without eight threads.
-  OMP_NUM_THREADS=1 tests "mpi, n = $n" \
-    mpirun -n "$n" python -m mpi4py -m pytest --color=no --with-mpi -p no:cacheprovider
+  tests "mpi, n = $n" mpirun -n "$n" "${ranks[@]}"
 done
 
 on_nodes() { # on_nodes NAME HOSTS RANKS FILES...: HOSTS as a:2,b:1, two ranks on a node and one on another
-  OMP_NUM_THREADS=1 tests "$1" \
-    mpirun -hosts "$2" -n "$3" python -m mpi4py -m pytest --color=no --with-mpi -p no:cacheprovider "${@:4}"
+  tests "$1" mpirun -hosts "$2" -n "$3" "${ranks[@]}" "${@:4}"
 }
 
 if [ -z "$quick" ]; then
@@ -80,26 +115,28 @@ if [ -z "$quick" ]; then
     tests/engine/test_any_layer_mpi.py
   # Ranks 0, 2 on one node and 1, 3 on the other.
   MPIR_CVAR_NUM_CLIQUES=2 on_nodes "2 + 2 in turn" a:4 4 tests/comm/test_nodes_mpi.py
-  if reason=$(./scripts/openmpi.sh 2>&1); then
+  if wait "$openmpi"; then
+    openmpi=''
     other=$PWD/.venv-openmpi
-    OMP_NUM_THREADS=1 MPI4PY_LIBMPI=$other/lib/libmpi.so.40 tests "Open MPI, faults" \
+    MPI4PY_LIBMPI=$other/lib/libmpi.so.40 tests "Open MPI, faults" \
       python -m pytest --color=no -n 2 tests/comm/test_failure.py tests/comm/test_deaths.py \
       tests/engine/test_full_disk.py tests/engine/test_generate_command.py \
       -k "exception or exit or thread or skips or stopped or killed or crash or shapes or told or sigterm or full_disk or vanishes"
     # As its own environment variables say it: on more ranks than cores, and in a container as root.
-    OMP_NUM_THREADS=1 MPI4PY_LIBMPI=$other/lib/libmpi.so.40 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+    MPI4PY_LIBMPI=$other/lib/libmpi.so.40 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
       PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe PRTE_MCA_rmaps_default_binding_policy=none \
-      tests "Open MPI, n = 3" "$other/bin/mpirun" -n 3 python -m mpi4py -m pytest --color=no --with-mpi \
-      -p no:cacheprovider tests/comm/test_guard_mpi.py tests/comm/test_communicator_mpi.py
+      tests "Open MPI, n = 3" "$other/bin/mpirun" -n 3 "${ranks[@]}" \
+      tests/comm/test_guard_mpi.py tests/comm/test_communicator_mpi.py
   else
     skipped=$((skipped + 1))
-    note "Open MPI" 0 "NOT RUN" "${reason##*$'\n'}"
+    note "Open MPI" 0 "NOT RUN" "$(tail -n 1 "$log/openmpi")"
   fi
-  if reason=$(timeout 300 ./scripts/slurm/local_cluster.sh install 2>&1); then
-    OMP_NUM_THREADS=1 tests cluster python -m pytest --color=no --durations=5 tests/cluster
+  if wait "$slurm"; then
+    slurm=''
+    tests cluster python -m pytest --color=no --durations=5 tests/cluster
   else
     skipped=$((skipped + 1))
-    note cluster 0 "NOT RUN" "${reason##*$'\n'}"
+    note cluster 0 "NOT RUN" "$(tail -n 1 "$log/slurm")"
   fi
 fi
 

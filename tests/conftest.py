@@ -2,12 +2,14 @@
 
 ``pytest`` runs the tests without the mark ``mpi``; ``mpirun -n N python -m mpi4py -m pytest --with-mpi`` runs those
 that have it, except where ``mpi(min_size=…, max_size=…)`` leaves N out, or ``mpi(min_nodes=…, max_nodes=…)`` the number
-of nodes that MPI sees (``mpirun -hosts a:2,b:1`` shows it two on one machine). Nothing here imports MPI in a serial run:
+of nodes that MPI sees (``mpirun -hosts a:2,b:1`` shows it two on one machine). Tests with the mark stand in files named
+``*_mpi.py``: ranks read no others, which would take each of them seconds. Nothing here imports MPI in a serial run:
 a process that has initialised MPI hands its environment to every ``mpirun`` below it.
 """
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -80,14 +82,29 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"run: {ranks}, --seed {config.stash[SEED]}"]
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out of a run of ranks what cannot hold tests for it; None lets pytest's own rules decide."""
+    others = collection_path.suffix == ".py" and not collection_path.stem.endswith("_mpi")
+    return True if others and config.stash[SIZE] else None
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.stash[SIZE] == 0:
+        refuse_unread(items)
     fits = [belongs(item, config.stash[SIZE], config.stash[NODES]) for item in items]
     kept = [item for item, fit in zip(items, fits, strict=True) if fit]
     left_out = [item for item, fit in zip(items, fits, strict=True) if not fit]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+def refuse_unread(items: list[pytest.Item]) -> None:
+    """A test that no run of ranks would read must not be lost in silence."""
+    for item in items:
+        if item.get_closest_marker("mpi") and not item.path.stem.endswith("_mpi"):
+            raise pytest.UsageError(f"{item.nodeid} has the mark mpi; move it to a file named *_mpi.py")
 
 
 def belongs(item: pytest.Item, size: int, nodes: int) -> bool:

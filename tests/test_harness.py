@@ -18,7 +18,7 @@ def run_session(tmp_path: Path, source: str, n: int = 2, *options: str) -> subpr
     """Run ``source`` as a test module on ``n`` ranks under a copy of this project's conftest."""
     for name in ("conftest.py", "mpi_session.py"):
         shutil.copy(HERE / name, tmp_path)
-    (tmp_path / "test_inner.py").write_text(HEAD + source)
+    (tmp_path / "test_inner_mpi.py").write_text(HEAD + source)
     (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\naddopts = -ra -p no:cacheprovider\n")
     return mpirun(n, [sys.executable, "-m", "mpi4py", "-m", "pytest", "--with-mpi", *options], cwd=tmp_path)
 
@@ -55,7 +55,7 @@ def test_same_failure_on_all_ranks_is_shown_once(tmp_path: Path) -> None:
     run = run_session(tmp_path, "def test_no():\n    print('said')\n    assert 1 == 2\n", 3)
     assert run.returncode == 1
     assert run.stdout.count("E       assert 1 == 2") == 1, run.stdout
-    assert "FAILED test_inner.py::test_no - rank 0, 1, 2: assert 1 == 2\n" in run.stdout
+    assert "FAILED test_inner_mpi.py::test_no - rank 0, 1, 2: assert 1 == 2\n" in run.stdout
 
 
 def test_failing_setup_of_one_rank_keeps_the_others_out_of_the_test(tmp_path: Path) -> None:
@@ -133,19 +133,33 @@ def test_two(): pass
     assert "1 passed, 2 deselected in" in run.stdout
 
 
-def test_serial_run_leaves_mpi_tests_out_and_mpi_alone(tmp_path: Path) -> None:
+def run_serial(tmp_path: Path, name: str) -> subprocess.CompletedProcess[str]:
+    """Run a file with a test of each kind without MPI."""
     shutil.copy(HERE / "conftest.py", tmp_path)
-    (tmp_path / "test_inner.py").write_text(
+    (tmp_path / name).write_text(
         "import sys, pytest\n"
         "@pytest.mark.mpi\ndef test_mpi(): pass\n"
         "def test_serial(): assert 'mpi4py' not in sys.modules\n"
     )
     words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    run = subprocess.run(
+    return subprocess.run(
         words, check=False, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True
     )
+
+
+def test_serial_run_leaves_mpi_tests_out_and_mpi_alone(tmp_path: Path) -> None:
+    run = run_serial(tmp_path, "test_inner_mpi.py")
     assert run.returncode == 0, run.stdout
     assert "1 passed, 1 deselected in" in run.stdout
+
+
+def test_a_test_that_ranks_would_not_read_is_refused(tmp_path: Path) -> None:
+    run = run_serial(tmp_path, "test_inner.py")
+    assert run.returncode != 0 and "test_inner.py::test_mpi has the mark mpi; move it to" in run.stderr, run
+    (tmp_path / "test_another.py").write_text("raise ImportError('read by ranks')\n")
+    source = "def test_sum(comm):\n    assert comm.allreduce(1) == 1\n"
+    run = run_session(tmp_path, source, 1)
+    assert run.returncode == 0 and "1 passed in" in run.stdout, run.stdout
 
 
 def test_mpirun_kills_ranks_that_ignore_signals() -> None:

@@ -13,6 +13,7 @@ from xpar.comm import AgreedError, World
 from xpar.comm.communicator import Communicator, SoloCommunicator
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
+from xpar.comm.gpu.direct import _mpi_libraries, claims_cuda
 from xpar.comm.gpu.transport import Transport, TransportChoice, open_transport
 from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.handshake import Tag
@@ -236,3 +237,9 @@ def test_equal_sizes_use_ncclalltoall_and_others_do_not(comm: "Intracomm", host:
         group.reduce_scatter_v(x, counts)
         used = {c[0] for c in library.calls}
         assert used <= expected and (used or group.size == 2 or not counts[group.rank])
+
+
+def test_mpi_claims_nothing_that_this_machine_has_not(comm: "Intracomm") -> None:
+    """Asking must work with this MPI library, and no CPU build of one reaches GPU memory."""
+    assert _mpi_libraries()
+    assert claims_cuda() is False

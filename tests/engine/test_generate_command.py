@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from in_turn import in_turn
 from launch import mpirun
 from moe_families import Case
 from tiny_models import prompts, write_model
@@ -89,22 +90,16 @@ def test_exact_text_is_the_same_on_any_number_of_ranks(model: Path, tmp_path: Pa
     assert not told
 
 
+def words_of(model: Path, file: Path, out: Path, *more: str) -> list[str]:
+    words = ["generate", str(model), "--prompts", str(file), "--out", str(out)]
+    return [*words, "--max-new-tokens", "30", "--batch", "2", *more]
+
+
 def start(
     model: Path, file: Path, out: Path, n: int, mark: str, *more: str
 ) -> "Future[subprocess.CompletedProcess[str]]":
-    words = [
-        *XPAR,
-        str(model),
-        "--prompts",
-        str(file),
-        "--out",
-        str(out),
-        "--max-new-tokens",
-        "30",
-        "--batch",
-        "2",
-    ]
-    return ThreadPoolExecutor(1).submit(mpirun, n, [*words, *more], env={MARK: mark})
+    words = [*XPAR[:-1], *words_of(model, file, out, *more)]
+    return ThreadPoolExecutor(1).submit(mpirun, n, words, env={MARK: mark})
 
 
 def ranks(mark: str) -> list[int]:
@@ -142,10 +137,16 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return file, (folder / "out.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+@pytest.mark.parametrize(("number", "n"), [(signal.SIGKILL, 3), (signal.SIGTERM, 1)], ids=["kill", "term"])
 def test_nothing_is_lost(
-    model: Path, tmp_path: Path, undisturbed: tuple[Path, bytes], fresh_seed: int, number: signal.Signals
+    model: Path,
+    tmp_path: Path,
+    undisturbed: tuple[Path, bytes],
+    fresh_seed: int,
+    number: signal.Signals,
+    n: int,
 ) -> None:
+    """Two ranks are ended, and ``n`` go on."""
     file, expected = undisturbed
     out, draw, mark = tmp_path / "out.jsonl", random.Random(fresh_seed), uuid.uuid4().hex
     running = start(model, file, out, 2, mark, "--exact", "--batch", "1")
@@ -162,7 +163,7 @@ def test_nothing_is_lost(
     assert len(before) < LINES
     with open(out, "ab") as file_of_answers:  # what a rank killed in the middle of a write leaves
         file_of_answers.write(b'{"line": 20, "te')
-    job = start(model, file, out, 3, uuid.uuid4().hex, "--exact", "--batch", "1", "--resume").result()
+    job = start(model, file, out, n, uuid.uuid4().hex, "--exact", "--batch", "1", "--resume").result()
     assert job.returncode == 0, job.stderr
     assert out.read_bytes() == expected
     if before:
@@ -175,9 +176,9 @@ def test_resume_with_nothing_left_or_other_options(
     file, expected = undisturbed
     out, alike = tmp_path / "out.jsonl", ["--exact", "--batch", "1", "--resume"]
     out.write_bytes(b"".join(sorted(expected.splitlines(keepends=True))))
-    again = start(model, file, out, 2, uuid.uuid4().hex, *alike).result()
-    assert again.returncode == 0 and "tokens/s" not in again.stdout and out.read_bytes() == expected
-    changed = start(model, file, out, 2, uuid.uuid4().hex, *alike, "--seed", "5").result()
+    commands = [words_of(model, file, out, *alike, *more) for more in ((), ("--seed", "5"))]
+    again, changed = in_turn(2, commands, tmp_path)
+    assert again.returncode == 0 and "tokens/s" not in again.stdout
     assert changed.returncode == 1 and changed.stderr.count("line 1 was answered with another model") == 1
     assert out.read_bytes() == expected
 

@@ -1,13 +1,14 @@
 """Answers of a job are those that plain transformers gives one prompt at a time, whoever answers which prompt when."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny_models import CLEAR, END, cases, greedy, plain_model, prompts, write_model
+from tiny_models import CLEAR, END, Plain, cases, greedy, plain_model, prompts, write_model
 
 from xpar.comm import AgreedError, ProcessGrid, World
 from xpar.engine.models.generate import Outcome, generate
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.mpi(deadline=120)
 CASES = cases()
-MOST = 8
+MOST, PROMPTS = 8, 14
 ENDS = frozenset({END, *range(0, END, 6)})
 """So many that answers end at all lengths: slots are refilled one by one, and ranks run out one by one."""
 
@@ -41,6 +42,18 @@ def root(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_model(case, path / case.name, torch.float32, number)
     comm.barrier()
     return path
+
+
+@pytest.fixture(scope="module")
+def expected_of(root: Path, fresh_seed: int) -> Callable[[str], list[Plain]]:
+    """What transformers answers to the prompts, for each family once; rank 0 asks."""
+
+    @cache
+    def expected(name: str) -> list[Plain]:
+        model, tokens = plain_model(root / name), Tokens(root / name)
+        return [greedy(model, tokens.encode(text), MOST, ENDS) for text in prompts(fresh_seed, PROMPTS)]
+
+    return expected
 
 
 @pytest.fixture
@@ -78,18 +91,22 @@ def answers(
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_greedy_text_is_that_of_transformers(
-    world: World, root: Path, folder: Path, fresh_seed: int, case: Any, exact: bool
+    world: World,
+    root: Path,
+    folder: Path,
+    fresh_seed: int,
+    expected_of: Callable[[str], list[Plain]],
+    case: Any,
+    exact: bool,
 ) -> None:
     """Prompts and answers of different lengths over up to four ranks."""
-    path, texts = root / case.name, prompts(fresh_seed, 14)
+    path, texts = root / case.name, prompts(fresh_seed, PROMPTS)
     loaded = load_model(path, ProcessGrid.create(world), options=SpreadOptions(exact=exact))
     found, outcome = answers(world, loaded, path, folder, texts, batch=1 if exact else 3, exact=exact)
     assert outcome.complete and outcome.answers == len(texts)
     if world.rank == 0:
-        model, tokens = plain_model(path), Tokens(path)
-        clear = 0
-        for place, text in enumerate(texts):
-            expected = greedy(model, tokens.encode(text), MOST, ENDS)
+        tokens, clear = Tokens(path), 0
+        for place, (text, expected) in enumerate(zip(texts, expected_of(case.name), strict=True)):
             if expected.gap > CLEAR:
                 clear += 1
                 assert found[place]["text"] == tokens.decode(expected.answer), text

@@ -1,13 +1,13 @@
 """The search for tile tables, without a GPU: what is tried, what is chosen, and what the commands say where none is."""
 
 import json
-import sys
 import time
 from dataclasses import replace
+from subprocess import CompletedProcess
 
 import pytest
 import torch
-from launch import mpirun
+from in_turn import in_turn
 
 from xpar.engine.kernel_bench import sweep
 from xpar.engine.kernel_bench.candidates import candidates, get, parts, put
@@ -16,7 +16,6 @@ from xpar.kernels.gpu.available import use_table
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tiles import Machine, Table, Vector, limits_of, read_table, write_table
 
-XPAR = [sys.executable, "-m", "xpar.engine"]
 HOPPER = Machine(sms=132, capability=(9, 0))
 
 
@@ -148,19 +147,26 @@ def test_written_table_is_read_and_others_stay(tmp_path) -> None:
         write_table(path, HOPPER, torch.bfloat16, table)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["bench", "kernels"], "the GPU kernels cannot run here: torch sees no GPU here"),
-        (["tune", "olmoe"], "the GPU kernels cannot run here: torch sees no GPU here"),
-        (["tune", "olmo"], "shape 'olmo' is not known"),
-        (["tune", "olmoe", "--ep", "7"], "--ep 7: must divide 64 experts"),
-        (["tune", "olmoe", "--layer", "1"], "olmoe is no checkpoint; leave --layer out"),
-        (["tune", "olmoe", "--tokens", "0"], "--tokens 0: must be at least 1"),
-    ],
-    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
-)
-def test_without_a_gpu_commands_say_so(words: list[str], message: str) -> None:
-    job = mpirun(1, [*XPAR, *words], env={"CUDA_VISIBLE_DEVICES": ""})
+WRONG = {
+    "bench kernels": "the GPU kernels cannot run here: torch sees no GPU here",
+    "tune olmoe": "the GPU kernels cannot run here: torch sees no GPU here",
+    "tune olmo": "shape 'olmo' is not known",
+    "tune olmoe --ep 7": "--ep 7: must divide 64 experts",
+    "tune olmoe --layer 1": "olmoe is no checkpoint; leave --layer out",
+    "tune olmoe --tokens 0": "--tokens 0: must be at least 1",
+}
+
+
+@pytest.fixture(scope="module")
+def said_without_a_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CompletedProcess[str]]:
+    folder, commands = tmp_path_factory.mktemp("wrong"), [words.split() for words in WRONG]
+    return dict(zip(WRONG, in_turn(1, commands, folder, env={"CUDA_VISIBLE_DEVICES": ""}), strict=True))
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_without_a_gpu_commands_say_so(
+    said_without_a_gpu: dict[str, CompletedProcess[str]], words: str
+) -> None:
+    job = said_without_a_gpu[words]
     assert job.returncode == 1
-    assert message in job.stderr and "Traceback" not in job.stderr
+    assert WRONG[words] in job.stderr and "Traceback" not in job.stderr
