@@ -4,7 +4,6 @@ M rows, K inputs, N outputs of a layer.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,22 +41,26 @@ def pack_dense(model: Any, record: DenseRecord) -> int:
     What routes tokens stays plain, bit by bit the model's own, and so does a head that is the embedding as well: rows of that are
     read, too, and a packed copy would be a second one.
     """
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    more = 0
-    for name, module in list(_packable(model)):
-        if uses[id(module.weight)] > 1:
-            continue
-        before = sum(p.nbytes for p in module.parameters())
-        linear = record.build(module.weight.detach(), None if module.bias is None else module.bias.detach())
-        packed = PackedDense(linear, module.out_features)
-        model.set_submodule(name, packed)
-        more += packed.nbytes - before
-    return more
+    # Names, not modules: a plain weight must be free before the next one is packed.
+    return sum(_pack(model, name, record) for name in _packable(model))
 
 
-def _packable(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+def _pack(model: Any, name: str, record: DenseRecord) -> int:
+    module = model.get_submodule(name)
+    before: int = sum(p.nbytes for p in module.parameters())
+    bias = None if module.bias is None else module.bias.detach()
+    packed = PackedDense(record.build(module.weight.detach(), bias), module.out_features)
+    model.set_submodule(name, packed)
+    return packed.nbytes - before
+
+
+def _packable(model: Any) -> list[str]:
     head = model.get_output_embeddings()
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    names = []
     for name, module in model.named_modules():
         parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        if type(module) is nn.Linear and (module is head or parent.endswith(("Attention", "MLP"))):
-            yield name, module
+        part = module is head or parent.endswith(("Attention", "MLP"))
+        if part and type(module) is nn.Linear and uses[id(module.weight)] == 1:
+            names.append(name)
+    return names

@@ -1,5 +1,7 @@
 """Which products of a loaded model are packed, and that its logits stay what they were."""
 
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,21 @@ def test_a_packed_layer_has_no_weight_to_read(tmp_path: Path) -> None:
     pack_dense(model, DENSE[1])
     with pytest.raises(AttributeError, match="weight"):
         _ = model.lm_head.weight
+
+
+def test_a_plain_weight_is_gone_before_the_next_is_packed(tmp_path: Path) -> None:
+    model = made(tmp_path, "qwen2_moe")
+    plain = [
+        weakref.ref(m.weight)
+        for n, m in model.named_modules()
+        if n.endswith("_proj") and hasattr(m, "weight")
+    ]
+    alive: list[int] = []
+
+    def build(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        alive.append(sum(ref() is not None for ref in plain))
+        return DENSE[1].build(weight, bias)
+
+    pack_dense(model, replace(DENSE[1], build=build))
+    # The head comes last, and is not among those counted.
+    assert len(plain) > 4 and alive == list(range(len(plain), -1, -1))
