@@ -4,7 +4,7 @@ B sequences, Q queries and S keys of each, D numbers of a head; Hq query heads, 
 
 What was seen of zentorch 2.13.0.2: its op takes Hk below Hq, and numbers to add of any shape that broadcasts. It raises
 for a mask of booleans and for values narrower than keys; where the innermost stride is not 1 it raises, or is wrong. For
-one query of a sequence it takes 0.2 to 0.5 of torch's time in bfloat16, for many 0.5 (1 thread of an EPYC, Zen 4).
+one query of a sequence it takes 0.3 to 0.4 of torch's time in bfloat16, for many 0.5 (1 thread of an EPYC, Zen 4).
 """
 
 from typing import Any, cast

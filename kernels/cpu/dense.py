@@ -37,16 +37,16 @@ class DenseRecord:
 
 PLAIN = "plain"
 """The model's own products."""
-_SHAPE = "F.linear at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of an EPYC (Zen 4)"
+_SHAPE = "torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of an EPYC (Zen 4), benchmarks/dense_layers.py"
 DENSE = (
     DenseRecord(
-        "zentorch", refused, ZenLinear, f"bf16 2.0 / 1.9 / 1.5 / 1.2, fp32 1.3 / 2.3 / 1.8 / 1.4 x {_SHAPE}"
+        "zentorch", refused, ZenLinear, f"bf16 1.8 / 1.9 / 1.5 / 1.2, fp32 1.1 / 2.3 / 1.9 / 1.5 x {_SHAPE}"
     ),
     DenseRecord(
         "onednn",
         packing_refused,
         PackedLinear,
-        f"bf16 1.2 / 1.3 / 1.3 / 1.1, fp32 0.9 / 1.6 / 1.6 / 1.3 x {_SHAPE}",
+        f"bf16 1.3 / 1.5 / 1.4 / 1.1, fp32 0.9 / 1.9 / 1.7 / 1.5 x {_SHAPE}",
     ),
 )
 

@@ -85,10 +85,11 @@ def test_what_is_not_covered_is_left_to_transformers(
         own(monkeypatch)(layer, *tensors, None, **OTHERS[what])
 
 
-def test_what_transformers_refuses_is_refused(fresh_seed: int) -> None:
+def test_soft_caps_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch, fresh_seed: int) -> None:
+    """Which refuses them from some version on."""
     layer, tensors = drawn(fresh_seed, 1, 41)
-    with pytest.raises(ValueError, match="does not support `softcap`"):
-        AttentionForward()(layer, *tensors, None, softcap=30.0)
+    with pytest.raises(AssertionError, match="left to transformers"):
+        own(monkeypatch)(layer, *tensors, None, softcap=30.0)
 
 
 def test_gradients_and_pieces_of_prompts_are_left_to_transformers(
