@@ -62,20 +62,27 @@ def peak_bytes(grid: ProcessGrid) -> list[int]:
     return grid.world.comm.all_gather_object(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def resident_bytes(grid: ProcessGrid) -> list[int]:
-    """What each rank has in memory now, the libraries that a model brings among it; collective.
+def resident_bytes(grid: ProcessGrid, path: Path) -> list[int]:
+    """What each rank has in memory now, all code that the model of ``path`` brings among it; collective.
 
     Where the system does not tell (outside of Linux), the most that it had.
     """
-    if find_spec("transformers"):
-        from transformers import AutoModelForCausalLM  # noqa: F401
-    if zen_library.refused() is None:
-        zen_library.load()
+    agreed(grid.world.comm, lambda: _bring_code(path))
     try:
         now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
         return peak_bytes(grid)
     return grid.world.comm.all_gather_object(now)
+
+
+def _bring_code(path: Path) -> None:
+    if find_spec("transformers"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    if zen_library.refused() is None:
+        zen_library.load()
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     dtype = agreed(world.comm, lambda: _check(args))
     console = make_console(world)
     grid = whole_model.make_grid(args, world, console)
-    before = resident_bytes(grid)
+    before = resident_bytes(grid, args.checkpoint)
     loaded = whole_model.load(args, grid, dtype, console)
     loading = loading_memory(grid, loaded, before)
     peer = start_peer(grid, args.checkpoint, dtype)

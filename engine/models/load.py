@@ -11,6 +11,7 @@ import torch
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
+from xpar.engine.allocator import give_back_freed_memory
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.config import LayerConfig
@@ -83,8 +84,10 @@ def load_model(
         total(_bytes_to_hold(model, plan, parts, grid, kind))
         # The ranks of a node fail together inside, so that none of them is missing from this agreement.
         dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, foreign, grid.node, kind, loaded))
-        # Before the experts come: one weight at a time is there twice.
-        dense += agreed(comm, lambda: ease(model, chosen.record) if chosen.record else 0)
+        if (record := chosen.record) is not None:
+            # Before the experts come: one weight at a time is there twice.
+            dense += agreed(comm, lambda: ease(model, record))
+            give_back_freed_memory()
         layers = agreed(
             comm, lambda: _load_layers(checkpoint, grid, kind, parts, options, loaded), patient=True
         )
