@@ -6,6 +6,7 @@ layer's buffers are a few MB and live for one step, so the kernel would clear th
 
 import ctypes
 import sys
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 TRIM_ABOVE = 2**30
@@ -18,9 +19,17 @@ def keep_freed_memory() -> bool:
 
     Changes no result. The command ``xpar`` does it; in a program of one's own it is one call at the start.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _of_c_library("mallopt")
     if mallopt is None:
         return False
     return bool(mallopt(M_TRIM_THRESHOLD, TRIM_ABOVE)) and bool(mallopt(M_MMAP_THRESHOLD, MAP_ABOVE))
+
+
+def give_back_freed_memory() -> bool:
+    """Return all that is free now to the kernel, between blocks in use as well; whether there was any (glibc)."""
+    trim = _of_c_library("malloc_trim")
+    return trim is not None and bool(trim(0))
+
+
+def _of_c_library(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

@@ -5,6 +5,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from xpar.engine.bench.decoding_peer import IMPLEMENTATIONS, DecodingPeer
 from xpar.engine.bench.timing import SETTLE_S
 from xpar.engine.models.load import LoadedModel
 from xpar.engine.reference import relative_error
+from xpar.kernels.cpu import zen_library
 
 LEAST_TOKENS = 3
 """That show a step that continues."""
@@ -58,6 +60,49 @@ def measure(grid: ProcessGrid, loaded: LoadedModel, peer: DecodingPeer | None, r
 def peak_bytes(grid: ProcessGrid) -> list[int]:
     """The most memory that each rank had at any time; collective."""
     return grid.world.comm.all_gather_object(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def resident_bytes(grid: ProcessGrid, path: Path) -> list[int]:
+    """What each rank has in memory now, all code that the model of ``path`` brings among it; collective.
+
+    Where the system does not tell (outside of Linux), the most that it had.
+    """
+    agreed(grid.world.comm, lambda: _bring_code(path))
+    try:
+        now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_bytes(grid)
+    return grid.world.comm.all_gather_object(now)
+
+
+def _bring_code(path: Path) -> None:
+    if find_spec("transformers"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    if zen_library.refused() is None:
+        zen_library.load()
+
+
+@dataclass(frozen=True)
+class LoadingMemory:
+    """Of one rank, in bytes: resident before it loads, its peak after, and the weights that it then holds."""
+
+    before: int
+    peak: int
+    weights: int
+
+    @property
+    def beyond(self) -> float:
+        """What loading took at its peak beyond the weights, as a fraction of them."""
+        return (self.peak - self.before) / self.weights - 1
+
+
+def loading_memory(grid: ProcessGrid, loaded: LoadedModel, before: list[int]) -> list[LoadingMemory]:
+    """Of every rank, right after loading; ``before``: of :func:`resident_bytes`. Collective."""
+    weights = grid.world.comm.all_gather_object(loaded.dense_bytes + loaded.expert_bytes)
+    return [LoadingMemory(*m) for m in zip(before, peak_bytes(grid), weights, strict=True)]
 
 
 def start_peer(grid: ProcessGrid, path: Path, dtype: torch.dtype) -> DecodingPeer | None:

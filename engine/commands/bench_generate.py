@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from rich.table import Table
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.decoding import PARTS
-from xpar.engine.bench.whole_model import Run, measure, peak_bytes, start_peer
+from xpar.engine.bench.whole_model import (
+    LoadingMemory,
+    Run,
+    loading_memory,
+    measure,
+    peak_bytes,
+    resident_bytes,
+    start_peer,
+)
 from xpar.engine.commands import whole_model
 from xpar.engine.logs import start_logging
 from xpar.engine.models.load import LoadedModel
@@ -48,23 +57,25 @@ def main(args: argparse.Namespace) -> int:
     dtype = agreed(world.comm, lambda: _check(args))
     console = make_console(world)
     grid = whole_model.make_grid(args, world, console)
+    before = resident_bytes(grid, args.checkpoint)
     loaded = whole_model.load(args, grid, dtype, console)
-    peaks = peak_bytes(grid)
+    loading = loading_memory(grid, loaded, before)
     peer = start_peer(grid, args.checkpoint, dtype)
     runs = [Run(b, args.prompt_tokens, args.new_tokens, args.rounds, args.seed) for b in args.batch]
     records = [measure(grid, loaded, peer, run) for run in progress(world, runs, "batches")]
-    memory = {"loaded": peaks, "at the end": peak_bytes(grid)}
+    memory = {"loaded": [m.peak for m in loading], "at the end": peak_bytes(grid)}
     if peer is not None:
         memory["transformers"] = [peer.peak_bytes]
         peer.close()
     console.print(_table(records))
     console.print(_parts_table(records))
+    console.print(_memory_table(loading))
     for name, values in memory.items():
         console.print(
             f"peak memory, {name}: {', '.join(f'{v / 1e6:.0f}' for v in values)} MB", soft_wrap=True
         )
     if args.json:
-        agreed(world.comm, lambda: _write(args, grid, loaded, records, memory))
+        agreed(world.comm, lambda: _write(args, grid, loaded, records, memory, loading))
     bad = [r for r in records if not r["logits_rel_error"] <= LOGITS_TOLERANCE[dtype]]
     for r in bad:
         console.print(
@@ -115,12 +126,25 @@ def _parts_table(records: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _memory_table(loading: list[LoadingMemory]) -> Table:
+    table = Table(
+        title="memory of each rank while loading, MB (libraries: what it had before)", title_justify="left"
+    )
+    for column in ("rank", "libraries", "peak", "peak - libraries", "weights held", "beyond them"):
+        table.add_column(column, justify="right")
+    for rank, m in enumerate(loading):
+        megabytes = (f"{n / 1e6:.0f}" for n in (m.before, m.peak, m.peak - m.before, m.weights))
+        table.add_row(str(rank), *megabytes, f"{m.beyond:.1%}")
+    return table
+
+
 def _write(
     args: argparse.Namespace,
     grid: ProcessGrid,
     loaded: LoadedModel,
     records: list[dict[str, Any]],
     memory: dict[str, list[int]],
+    loading: list[LoadingMemory],
 ) -> None:
     if grid.world.rank:
         return
@@ -130,6 +154,8 @@ def _write(
         "manifest": manifest(grid, loaded.dtype, layer.dispatcher.name, kernel, args.seed),
         "results": records,
         "peak_bytes": memory,
+        "loading_bytes": [asdict(m) | {"beyond": round(m.beyond, 4)} for m in loading],
+        "dense_products": loaded.dense,
         "dense_bytes": loaded.dense_bytes,
         "expert_bytes": loaded.expert_bytes,
     }

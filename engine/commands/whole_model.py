@@ -39,6 +39,9 @@ def add_grid_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dispatcher", default="auto", help="auto, or a dispatcher's name")
     p.add_argument("--kernel", default="auto", help="auto, or a kernel's name")
     p.add_argument(
+        "--dense", default="auto", help="dense products: auto, zentorch, onednn, or plain (transformers' own)"
+    )
+    p.add_argument(
         "--whole-block", action="store_true", help="xpar's router and shared experts too, not the model's own"
     )
     p.add_argument("--dtype", choices=sorted(FLOATS), help="default: the checkpoint's")
@@ -96,7 +99,7 @@ def make_grid(args: argparse.Namespace, world: World, console: Console) -> Proce
 
 def load(args: argparse.Namespace, grid: ProcessGrid, dtype: torch.dtype, console: Console) -> LoadedModel:
     """The model over the grid, behind a bar of bytes; says what rank 0 holds. Collective."""
-    options = SpreadOptions(args.dispatcher, args.kernel, args.exact, args.whole_block)
+    options = SpreadOptions(args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense)
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:
         loaded = load_model(args.checkpoint, grid, dtype, options, meter.advance, total=meter.set_total)
@@ -105,7 +108,8 @@ def load(args: argparse.Namespace, grid: ProcessGrid, dtype: torch.dtype, consol
     console.print(
         f"{type(loaded.model).__name__}: {loaded.dense_bytes / 1e6:.1f} MB dense, {loaded.expert_bytes / 1e6:.1f} MB of "
         f"experts on rank 0; all ranks read {read / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s | "
-        f"{layer.dispatcher.name} dispatch, {layer.kernel.name if layer.kernel else 'no'} kernel",
+        f"{layer.dispatcher.name} dispatch, {layer.kernel.name if layer.kernel else 'no'} kernel, "
+        f"{loaded.dense} dense products",
         soft_wrap=True,
     )
     return loaded

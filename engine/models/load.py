@@ -11,14 +11,17 @@ import torch
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
+from xpar.engine.allocator import give_back_freed_memory
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.config import LayerConfig
 from xpar.engine.models.blocks import build_block
 from xpar.engine.models.dense import load_dense, sources
 from xpar.engine.models.experts import IMPLEMENTATION, ExpertLayer, register
+from xpar.engine.models.packed import ease
 from xpar.engine.models.spread import Experts, Layer, Part, Read, SpreadOptions, build_layer, parts_of, put
 from xpar.engine.weights import stream_experts
+from xpar.kernels.cpu.dense import PLAIN, DenseChoice, choose_dense
 
 log = logging.getLogger("xpar.models")
 
@@ -28,7 +31,8 @@ class LoadedModel:
     """``model``: a transformers causal language model in eval mode; every rank of the grid calls it together.
 
     ``layers``: its expert layers, in the order in which a forward calls them. ``dense_bytes``, ``expert_bytes``:
-    weights held by this rank. ``bytes_read``: bytes that this rank took from the checkpoint's files.
+    weights held by this rank. ``bytes_read``: bytes that this rank took from the checkpoint's files. ``dense``: what
+    computes dense products, as :func:`~xpar.kernels.cpu.dense.choose_dense` names it.
     """
 
     model: Any
@@ -37,6 +41,7 @@ class LoadedModel:
     dense_bytes: int
     expert_bytes: int
     bytes_read: int
+    dense: str
 
     @property
     def device(self) -> torch.device:
@@ -72,12 +77,17 @@ def load_model(
     comm = grid.world.comm
     with agreed(comm, lambda: Checkpoint(Path(path))) as checkpoint:
         kind = agreed(comm, lambda: dtype or checkpoint.dtype)
+        chosen = agreed(comm, lambda: _choose_dense(kind, grid.device, options))
         model, parts = agreed(comm, lambda: _empty_model(checkpoint, kind, options.whole_block))
         foreign = tuple(f"{name}." for part in parts.values() for name in part.names)
         plan = agreed(comm, lambda: sources(model, checkpoint, foreign))
         total(_bytes_to_hold(model, plan, parts, grid, kind))
         # The ranks of a node fail together inside, so that none of them is missing from this agreement.
         dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, foreign, grid.node, kind, loaded))
+        if (record := chosen.record) is not None:
+            # Before the experts come: one weight at a time is there twice.
+            dense += agreed(comm, lambda: ease(model, record))
+            give_back_freed_memory()
         layers = agreed(
             comm, lambda: _load_layers(checkpoint, grid, kind, parts, options, loaded), patient=True
         )
@@ -89,13 +99,28 @@ def load_model(
         model.to(grid.device)
         held = sum(x.kernel.nbytes() for x in layers.values() if x.kernel is not None)
         log.info(
-            "%s: %.1f MB of dense weights, %.1f MB of experts, %.1f MB read",
+            "%s: %.1f MB of dense weights (%s products%s), %.1f MB of experts, %.1f MB read",
             type(model).__name__,
             dense / 1e6,
+            chosen.name,
+            "".join(f"; {name}: {why}" for name, why in chosen.rejected),
             held / 1e6,
             checkpoint.bytes_read / 1e6,
         )
-        return LoadedModel(model, tuple(layers.values()), kind, dense, held, checkpoint.bytes_read)
+        return LoadedModel(
+            model, tuple(layers.values()), kind, dense, held, checkpoint.bytes_read, chosen.name
+        )
+
+
+def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptions) -> DenseChoice:
+    """Plain products on a GPU, and in exact mode, where a row must not depend on its neighbours."""
+    if device.type == "cpu" and not options.exact:
+        return choose_dense(dtype, options.dense)
+    if options.dense not in ("auto", PLAIN):
+        raise ValueError(
+            f"dense={options.dense!r}: serves neither GPUs nor exact mode; choose auto or {PLAIN}"
+        )
+    return choose_dense(dtype, PLAIN)
 
 
 def _empty_model(

@@ -41,9 +41,13 @@ Read = Callable[[Sequence[int], slice], Experts]
 
 @dataclass(frozen=True)
 class SpreadOptions(ExpertOptions):
-    """How a model's layers are computed. ``whole_block``: xpar's router and shared experts, not the model's own."""
+    """How a model's layers are computed. ``whole_block``: xpar's router and shared experts, not the model's own.
+
+    ``dense``: of a model that is loaded: a name of :mod:`xpar.kernels.cpu.dense`, plain, or auto.
+    """
 
     whole_block: bool = False
+    dense: str = "auto"
 
     def of_layer(self) -> LayerOptions:
         """The same for a runner."""

@@ -10,13 +10,6 @@ What was seen of zentorch 2.13.0.2, and is relied on or guarded against here:
 - A row's bits depend on the batch when its slots are summed, so ``exact`` mode does not use it.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
-from importlib.util import find_spec
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,31 +18,18 @@ from xpar.kernels import rows
 from xpar.kernels.activations import activate
 from xpar.kernels.checks import check_expert, check_loaded
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, RouteSpec, Routing
+from xpar.kernels.cpu import zen_library
 from xpar.kernels.cpu.arena import Arena
 from xpar.kernels.cpu.select import select
 
-# Oldest release whose packing was checked; earlier ones also refuse a batch that meets only one expert.
-_OLDEST = (2, 13, 0, 2)
 # Tiles that its packed bfloat16 layout is made of; other widths take a path that was not checked.
 _TILE = 64
-# Read once, at zentorch's first call in the process: one packing, in place, and no warnings on stderr.
-_SETTINGS = {"ZENDNNL_GRP_MATMUL_ALGO": "3", "ZENDNNL_API_LOG_LEVEL": "1"}
 
 
 def unavailable(spec: ExpertSpec) -> str | None:
     """Why this kernel cannot serve ``spec`` here, or None. Does not import zentorch."""
-    if find_spec("zentorch") is None:
-        return "zentorch is not installed (pip install 'xpar[zen]')"
-    try:
-        version = metadata.version("zentorch")
-    except metadata.PackageNotFoundError:
-        return "zentorch comes from another distribution (zentorch-weekly), which was not checked"
-    if tuple(int(part) for part in version.split(".")[:4] if part.isdigit()) < _OLDEST:
-        return f"zentorch {version} is older than {'.'.join(map(str, _OLDEST))}"
-    if version.split(".")[:2] != torch.__version__.split(".")[:2]:
-        return f"zentorch {version} is built for another torch than {torch.__version__}"
-    if not torch.cpu._is_avx512_bf16_supported():
-        return "this processor has no avx512_bf16"
+    if reason := zen_library.refused():
+        return reason
     if spec.bias:
         return "biases were not checked with this kernel"
     if spec.hidden_size % _TILE or spec.intermediate_size % _TILE:
@@ -68,7 +48,7 @@ class ZenExperts:
 
     def __init__(self, spec: ExpertSpec) -> None:
         self.spec = spec
-        self._op = _import_op()
+        self._op = zen_library.load().zentorch_fused_moe
         e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
         self._arena = Arena(3 * e * h * i * spec.dtype.itemsize)
         self._gate_up = self._arena.take((e, 2 * i, h), spec.dtype)
@@ -136,7 +116,7 @@ class ZenExperts:
         x = torch.linspace(-1, 1, self.spec.hidden_size).expand(2, -1).to(self.spec.dtype).contiguous()
         ids = torch.tensor([[0], [last]], dtype=torch.int32)
         expected = torch.cat([self._plain(x[:1], expert) for expert in (0, last)]).float()
-        with _settings():
+        with zen_library.settings():
             got = self._run(x, ids, torch.ones(2, 1), None).float()
         if bool((got - expected).norm() > 0.05 * expected.norm()):
             raise RuntimeError(
@@ -152,22 +132,3 @@ def _read(x: ExpertInput) -> Tensor:
     if x.rows is not None:
         return x.hidden_states.index_select(0, x.rows)
     return x.hidden_states[: x.topk_ids.shape[0]].contiguous()
-
-
-def _import_op() -> Any:
-    with _settings():
-        import zentorch  # noqa: F401
-    return torch.ops.zentorch.zentorch_fused_moe
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    """Our settings in the environment while zentorch reads them; afterwards the environment is as it was."""
-    before = dict(os.environ)
-    os.environ.update(_SETTINGS)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)

@@ -23,3 +23,27 @@ def test_a_step_finds_the_memory_of_the_one_before() -> None:
         [sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True, timeout=120
     )
     assert int(job.stdout) < 1000
+
+
+GIVEN_BACK = """
+import re
+from pathlib import Path
+import torch
+from xpar.engine.allocator import give_back_freed_memory, keep_freed_memory
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+assert keep_freed_memory()
+blocks = [torch.ones(8 << 20, dtype=torch.uint8) for _ in range(20)]
+kept = blocks[1::2]  # what is free lies between what is not
+del blocks
+before = resident()
+assert give_back_freed_memory()
+print(before - resident())
+"""
+
+
+def test_what_lies_between_blocks_in_use_is_given_back() -> None:
+    job = subprocess.run(
+        [sys.executable, "-c", GIVEN_BACK], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert int(job.stdout) > 8 * (8 << 20)

@@ -36,6 +36,12 @@ def test_both_sides_answer_the_same(model: Path, tmp_path: Path) -> None:
         assert all(ms > 0 for part, ms in record["step_parts_ms"].items() if part != "rest")
         assert record["ratio"] > 0 and record["best"] in record["tokens_per_s"]
     assert [len(peaks) for peaks in document["peak_bytes"].values()] == [2, 2, 1]
+    for loading in document["loading_bytes"]:
+        assert 0 < loading["before"] < loading["peak"] and loading["weights"] > 0
+        assert loading["beyond"] == pytest.approx(
+            (loading["peak"] - loading["before"]) / loading["weights"] - 1, abs=1e-3
+        )
+    assert "memory of each rank while loading" in job.stdout
     assert "where a step's time goes" in job.stdout and "peak memory, transformers" in job.stdout
 
 

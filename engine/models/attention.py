@@ -1,0 +1,80 @@
+"""Attention of whole models on a host processor: ours where it is the same and faster, transformers' ``sdpa`` elsewhere.
+
+transformers lets a package provide the attention of its models as it does the experts
+(https://huggingface.co/docs/transformers/attention_interface): a function registered by name gets what ``sdpa`` gets.
+B sequences, Q queries and S keys of each, D numbers of a head; Hq query heads, Hk of keys.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xpar.kernels.cpu.attention import Attention
+
+IMPLEMENTATION = "xpar"
+"""The name to give as ``attn_implementation``."""
+NOT_OURS = ("softcap", "position_bias", "cache", "s_aux")
+"""Of the arguments that models may give besides: what changes the result, and is transformers' to do or to refuse."""
+
+
+def provide(model: Any) -> bool:
+    """Let ``model`` compute its attention here, if it would by ``sdpa``; whether it does."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    # A family with attention sinks or soft caps has ``eager``; one that does not ask by name cannot be told.
+    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        return False
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, AttentionForward())
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, sdpa_mask)
+    model.set_attn_implementation(IMPLEMENTATION)
+    return True
+
+
+class AttentionForward:
+    """What transformers calls. Keeps nothing of a model."""
+
+    def __init__(self) -> None:
+        self._attention = Attention()
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """[B, Hq, Q, D], [B, Hk, S, D], [B, Hk, S, D'] -> [B, Q, Hq, D'] contiguous."""
+        asked = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        causal = bool(asked) and query.shape[2] > 1 and attention_mask is None
+        if dropout or not self._serves(query, key, value, causal, others):
+            return _by_sdpa(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
+            )
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = self._attention(query, key, value, attention_mask, causal, scale)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _serves(
+        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, others: Mapping[str, Any]
+    ) -> bool:
+        return (
+            all(others.get(name) is None for name in NOT_OURS)
+            and not query.requires_grad
+            and not (causal and query.shape[2] != key.shape[2])
+            and self._attention.serves(query, key, value)
+        )
+
+
+def _by_sdpa(*arguments: Any, **others: Any) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    out: tuple[Tensor, None] = sdpa_attention_forward(*arguments, **others)
+    return out

@@ -1,0 +1,95 @@
+"""Which product serves a dense layer on this processor, and why not the others.
+
+For layers that may round differently when other rows come along; what may not keeps plain products.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xpar.kernels.cpu.linear import PackedLinear, packing_refused
+from xpar.kernels.cpu.zen_linear import ZenLinear, refused
+
+
+class DenseLinear(Protocol):
+    """``x @ weight.T + bias`` of a packed weight; ``x``: [M, K], contiguous, in the weight's dtype; M may be 0."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class DenseRecord:
+    """``refused(dtype)``: why it cannot serve here, or None. ``build(weight, bias)``: packs, and keeps no plain weight.
+
+    ``measured``: how fast it was, with shape and source.
+    """
+
+    name: str
+    refused: Callable[[torch.dtype], str | None]
+    build: Callable[[Tensor, Tensor | None], DenseLinear]
+    measured: str
+
+
+PLAIN = "plain"
+"""The model's own products."""
+_SHAPE = "torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of an EPYC (Zen 4), benchmarks/dense_layers.py"
+DENSE = (
+    DenseRecord(
+        "zentorch", refused, ZenLinear, f"bf16 1.8 / 1.9 / 1.5 / 1.2, fp32 1.1 / 2.3 / 1.9 / 1.5 x {_SHAPE}"
+    ),
+    DenseRecord(
+        "onednn",
+        packing_refused,
+        PackedLinear,
+        f"bf16 1.3 / 1.5 / 1.4 / 1.1, fp32 0.9 / 1.9 / 1.7 / 1.5 x {_SHAPE}",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class DenseChoice:
+    """``record``: what serves, None for plain products. ``rejected``: the others' names, and why."""
+
+    record: DenseRecord | None
+    rejected: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        return name_of(self.record)
+
+
+def choose_dense(
+    dtype: torch.dtype, name: str = "auto", records: tuple[DenseRecord, ...] = DENSE
+) -> DenseChoice:
+    """The fastest for weights of ``dtype``, or what ``name`` says; ValueError if that cannot serve here."""
+    reasons = {record.name: record.refused(dtype) for record in records}
+    chosen: DenseRecord | None
+    if name == "auto":
+        chosen = next((record for record in records if reasons[record.name] is None), None)
+        other = f"measured slower than {chosen.name}" if chosen else ""
+    else:
+        chosen = _named(name, reasons, records)
+        other = f"{name} was asked for by name"
+    return DenseChoice(chosen, tuple((n, why or other) for n, why in reasons.items() if n != name_of(chosen)))
+
+
+def name_of(record: DenseRecord | None) -> str:
+    """What options and reports call it."""
+    return PLAIN if record is None else record.name
+
+
+def _named(
+    name: str, reasons: Mapping[str, str | None], records: tuple[DenseRecord, ...]
+) -> DenseRecord | None:
+    if name == PLAIN:
+        return None
+    names = ", ".join([*reasons, PLAIN])
+    reason = reasons.get(name, "there is none of that name")
+    if reason is not None:
+        raise ValueError(f"dense={name!r}: {reason}; choose auto or one of {names}")
+    return next(record for record in records if record.name == name)

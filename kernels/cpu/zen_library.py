@@ -1,0 +1,54 @@
+"""zentorch itself: whether it can be used on this machine, and an import that leaves no trace."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+# Oldest release whose packing was checked; earlier ones also refuse a batch that meets only one expert.
+_OLDEST = (2, 13, 0, 2)
+# Read once, at zentorch's first call in the process: one packing, in place, and no warnings on stderr.
+_SETTINGS = {"ZENDNNL_GRP_MATMUL_ALGO": "3", "ZENDNNL_API_LOG_LEVEL": "1"}
+
+
+def refused() -> str | None:
+    """Why zentorch cannot be used here, or None. Does not import it."""
+    if find_spec("zentorch") is None:
+        return "zentorch is not installed (pip install 'xpar[zen]')"
+    try:
+        version = metadata.version("zentorch")
+    except metadata.PackageNotFoundError:
+        return "zentorch comes from another distribution (zentorch-weekly), which was not checked"
+    if tuple(int(part) for part in version.split(".")[:4] if part.isdigit()) < _OLDEST:
+        return f"zentorch {version} is older than {'.'.join(map(str, _OLDEST))}"
+    if version.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return f"zentorch {version} is built for another torch than {torch.__version__}"
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "this processor has no avx512_bf16"
+    return None
+
+
+@cache
+def load() -> Any:
+    """Its operators, ``torch.ops.zentorch``."""
+    with settings():
+        import zentorch  # noqa: F401
+    return torch.ops.zentorch
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """Our settings in the environment while zentorch reads them; afterwards the environment is as it was."""
+    before = dict(os.environ)
+    os.environ.update(_SETTINGS)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)

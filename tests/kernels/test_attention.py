@@ -1,0 +1,113 @@
+"""Attention is its definition in float64, over shapes, masks, heads that share keys, and layouts."""
+
+import pytest
+import torch
+
+from xpar.kernels.cpu import zen_library
+from xpar.kernels.cpu.attention import Attention
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+# B, Hq, Hk, Q, S, D
+SHAPES = {
+    "one query": (3, 4, 4, 1, 37, 64),
+    "one query, shared keys": (2, 8, 2, 1, 130, 32),
+    "one key head": (2, 6, 1, 1, 65, 128),
+    "one key": (2, 4, 2, 1, 1, 16),
+    "many keys": (1, 4, 2, 1, 1500, 80),
+    "prompt": (2, 4, 4, 33, 33, 64),
+    "prompt, shared keys": (2, 6, 2, 70, 70, 24),
+    "piece of a prompt": (1, 4, 2, 5, 40, 64),
+}
+MASKS = ("none", "padding", "additive", "of each head", "window", "one row for all")
+
+
+def definition(query, key, value, mask, causal, scale):
+    """One product, one softmax, one product, in float64."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(groups, 1) for x in (key, value))
+    scores = query.double() @ key.transpose(2, 3) * scale
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.double()
+        )
+    return scores.softmax(-1).nan_to_num(0.0) @ value  # a query that sees nothing gets nothing
+
+
+def mask_of(kind, shape, dtype, g):
+    b, heads, _, q, s, _ = shape
+    last = torch.arange(s - q, s)[:, None]
+    if kind == "none":
+        return None
+    if kind == "padding":
+        begin = torch.randint(0, s, (b, 1, 1, 1), generator=g)
+        return ((torch.arange(s) >= begin) & (torch.arange(s) <= last)).expand(b, 1, q, s)
+    if kind == "window":
+        return ((torch.arange(s) <= last) & (torch.arange(s) > last - 9)).expand(b, 1, q, s)
+    rows, per_head = (1 if kind == "one row for all" else b), (heads if kind == "of each head" else 1)
+    return torch.randn(rows, per_head, q, s, generator=g).to(dtype)
+
+
+def inputs(shape, dtype, g):
+    """Queries as a model leaves them, keys and values as a cache with room does: neither contiguous."""
+    b, hq, hk, q, s, d = shape
+    query = torch.randn(b, q, hq, d, generator=g).to(dtype).transpose(1, 2)
+    key, value = (torch.randn(b, hk, s + 9, d, generator=g).to(dtype)[:, :, :s] for _ in range(2))
+    return query, key, value
+
+
+@pytest.fixture(params=["zentorch", "torch"])
+def attention(request):
+    """With and without zentorch."""
+    made = Attention()
+    if request.param == "torch":
+        made._zen = None
+    elif reason := zen_library.refused():
+        pytest.skip(reason)
+    return made
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_is_its_definition(attention, name, kind, dtype, g):
+    shape = SHAPES[name]
+    query, key, value = inputs(shape, dtype, g)
+    mask = mask_of(kind, shape, dtype, g)
+    causal = mask is None and query.shape[2] == key.shape[2] > 1
+    if not attention.serves(query, key, value):
+        assert attention._zen is None or dtype == torch.float16
+        return
+    for scale in (shape[5] ** -0.5, 0.3):
+        found = attention(query, key, value, mask, causal, scale)
+        expected = definition(query, key, value, mask, causal, scale)
+        assert found.shape == expected.shape and found.dtype == dtype
+        assert float((found.double() - expected).norm() / expected.norm()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_a_query_that_sees_nothing_gets_zeros(attention, dtype, g):
+    query, key, value = inputs((2, 4, 2, 1, 20, 32), dtype, g)
+    mask = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    mask[1] = False
+    found = attention(query, key, value, mask, False, 0.2)
+    assert found[0].any() and not found[1].any()
+
+
+def test_values_narrower_than_keys(attention, g):
+    """Of one query, as in DeepSeek; of many, they are left to the caller."""
+    query, key, _ = inputs((2, 4, 4, 1, 20, 48), torch.float32, g)
+    value = torch.randn(2, 4, 20, 32, generator=g)
+    expected = definition(query, key, value, None, False, 0.2)
+    assert torch.allclose(attention(query, key, value, None, False, 0.2).double(), expected, atol=1e-5)
+    assert not attention.serves(query.expand(-1, -1, 20, -1), key, value)
+
+
+def test_numbers_of_a_head_that_lie_apart(attention, g):
+    query, key, value = inputs((2, 4, 2, 1, 20, 32), torch.float32, g)
+    apart = [torch.stack([x, x * 0], -1)[..., 0] for x in (query, key, value)]
+    assert all(x.stride(-1) == 2 for x in apart)
+    expected = definition(query, key, value, None, False, 0.2)
+    assert torch.allclose(attention(*apart, None, False, 0.2).double(), expected, atol=1e-5)
+    assert not attention.serves(*(x.expand(-1, -1, 20, -1) if x is apart[0] else x for x in apart))

@@ -1,0 +1,98 @@
+"""Products of packed weights are the plain ones, whatever the shape, and choosing says why."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from xpar.kernels.cpu import zen_library
+from xpar.kernels.cpu.dense import DENSE, choose_dense
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+SERVED = [
+    pytest.param(r, d, id=f"{r.name}-{str(d)[6:]}", marks=pytest.mark.skipif(bool(why), reason=str(why)))
+    for r, d in product(DENSE, TOLERANCE)
+    for why in [r.refused(d)]
+]
+SHAPES = ((2048, 64), (333, 200), (7, 5), (1, 96), (130, 1))
+
+
+def error(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("record", "dtype"), SERVED)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_products(record, dtype, shape, biased, g):
+    weight = torch.randn(*shape, generator=g).to(dtype)
+    bias = torch.randn(shape[0], generator=g).to(dtype) if biased else None
+    # The same memory with another weight: what is packed must not hang on the address.
+    place = torch.randn(*shape, generator=g).to(dtype)
+    other, linears = place.clone(), [record.build(place, None)]
+    linears.append(record.build(place.copy_(weight), bias))
+    place.zero_()
+    for rows in (1, 2, 3, 17, 70):
+        x = torch.randn(rows, shape[1], generator=g).to(dtype)
+        found = linears[1](x)
+        assert found.shape == (rows, shape[0]) and found.dtype == dtype and found.is_contiguous()
+        expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        assert error(found, expected) < TOLERANCE[dtype]
+        assert error(linears[0](x), x.double() @ other.double().T) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("record", "dtype"), SERVED)
+def test_no_rows(record, dtype, capfd):
+    linear = record.build(torch.ones(5, 3, dtype=dtype), None)
+    assert linear(torch.empty(0, 3, dtype=dtype)).shape == (0, 5)
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("record", "dtype"), SERVED)
+def test_threads_may_change_after_packing(record, dtype, g):
+    weight, before = torch.randn(515, 130, generator=g).to(dtype), torch.get_num_threads()
+    x = torch.randn(40, 130, generator=g).to(dtype)
+    try:
+        for packing, computing in ((1, 2), (2, 1), (2, 3)):
+            torch.set_num_threads(packing)
+            linear = record.build(weight, None)
+            torch.set_num_threads(computing)
+            for rows in (1, 9, 40):
+                expected = x[:rows].double() @ weight.double().T
+                assert error(linear(x[:rows]), expected) < TOLERANCE[dtype], (packing, computing, rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("record", "dtype"), SERVED)
+def test_a_packed_weight_takes_no_more_memory(record, dtype):
+    weight, bias = torch.ones(1024, 512, dtype=dtype), torch.ones(1024, dtype=dtype)
+    plain = weight.nbytes + bias.nbytes
+    assert plain <= record.build(weight, bias).nbytes() <= 1.01 * plain
+
+
+def test_the_fastest_that_serves_is_chosen(monkeypatch):
+    monkeypatch.setattr(zen_library, "refused", lambda: "not today")
+    monkeypatch.setattr("xpar.kernels.cpu.linear.torch._C._has_mkldnn", True)
+    chosen = choose_dense(torch.bfloat16)
+    assert dict(chosen.rejected)["zentorch"] == "not today"
+    monkeypatch.setattr(zen_library, "refused", lambda: None)
+    chosen = choose_dense(torch.bfloat16)
+    assert chosen.name == "zentorch" and dict(chosen.rejected)["onednn"] == "measured slower than zentorch"
+    assert dict(choose_dense(torch.float16).rejected)["zentorch"] == "float16 was not checked with zentorch"
+
+
+def test_a_name_decides():
+    plain = choose_dense(torch.bfloat16, "plain")
+    assert plain.record is None and plain.name == "plain"
+    assert set(dict(plain.rejected)) == {record.name for record in DENSE}
+    with pytest.raises(
+        ValueError, match="dense='blas': there is none of that name; choose auto or one of zentorch, o"
+    ):
+        choose_dense(torch.bfloat16, "blas")
+    with pytest.raises(ValueError, match="dense='zentorch': float16 was not checked with zentorch; choose"):
+        choose_dense(torch.float16, "zentorch")
+
+
+def test_nothing_serves():
+    assert choose_dense(torch.float32, records=()).record is None
