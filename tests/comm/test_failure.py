@@ -33,6 +33,8 @@ WHERE = "rank 1 on .*: "
 SIZES = r"all_gather_v #4 of group world \(3 rows of 20 B\), layer 4, step 2"
 LATE = rf"{SIZES}: not finished after 2 s; where every rank is:"
 MISSING = "never arrived in all_gather_v #4: rank 1 on "
+UNSEEN = "killed, out of memory, or crashed"
+"""Of a process whose launcher has taken note of its end before anybody could look."""
 ENDED = r"\[rank 0 on .*\] the process of rank 1 on .* has ended without a word: "
 GONE = WHERE + "its process is gone; in no collective, the last was plan #3"
 # What rank 1 does, on how many ranks, and what stderr must say.
@@ -58,21 +60,30 @@ FAULTS = {
     "crash": (
         2,
         "os.kill(os.getpid(), signal.SIGSEGV)",
-        ["Fatal Python error: Segmentation fault", "in main", ENDED + r"SIGSEGV \(a crash", GONE],
+        ["Fatal Python error: Segmentation fault", "in main", ENDED + rf"(SIGSEGV \(a crash|{UNSEEN})", GONE],
     ),
-    "killed": (2, "os.kill(os.getpid(), signal.SIGKILL)", [ENDED + r"SIGKILL \(out of memory", GONE]),
+    "killed": (
+        2,
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        [ENDED + rf"(SIGKILL \(out of memory|{UNSEEN})", GONE],
+    ),
 }
 AT_ONCE = ("crash", "killed")
-"""Launchers kill the others at once: what stands there is where they were when the rank died."""
+"""Launchers kill the others some tens of milliseconds later: what stands there is where they were when the rank died, and
+on a machine that is busy beyond that the launcher may be first."""
+TRIES = 3
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_failure_of_one_rank_ends_the_job(fault: str) -> None:
     n, source, expected = FAULTS[fault]
-    job = mpirun(n, [sys.executable, "-c", LIBRARY.format(fault=source)], timeout=100)
-    seconds = time.time() - float(job.stdout.split()[1])
-    assert seconds < 25, job.stderr  # 5 and the deadline of 2, on a machine that does nothing else
-    assert job.returncode != 0
+    for _ in range(TRIES if fault in AT_ONCE else 1):
+        job = mpirun(n, [sys.executable, "-c", LIBRARY.format(fault=source)], timeout=100)
+        seconds = time.time() - float(job.stdout.split()[1])
+        assert seconds < 25, job.stderr  # 5 and the deadline of 2, on a machine that does nothing else
+        assert job.returncode != 0
+        if "where every rank is:" in job.stderr:
+            break
     for text in expected:
         assert re.search(text, job.stderr), job.stderr
     assert job.stderr.count("where every rank is:") == 1, job.stderr
@@ -126,7 +137,7 @@ sys.exit(run(main))
 """
     job = mpirun(2, [sys.executable, "-c", source], timeout=60)
     assert job.returncode != 0
-    assert re.search(ENDED + "SIGKILL", job.stderr), job.stderr
+    assert re.search(ENDED + f"(SIGKILL|{UNSEEN})", job.stderr), job.stderr
     assert re.search(WHERE + "its process is gone; in no collective", job.stderr), job.stderr
 
 
