@@ -12,7 +12,6 @@ import argparse
 import faulthandler
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -30,9 +29,8 @@ import torch
 
 from xpar.comm import ProcessGrid, World, run
 from xpar.comm.gpu.binding import bind_gpu, driver_version
-from xpar.comm.gpu.transport import DeviceFacts, choose_transport, facts_of, nccl_transport, posed_host
+from xpar.comm.gpu.transport import DeviceFacts, choose_transport, facts_of, open_transport, posed_host
 from xpar.comm.guard.deadlines import Deadlines
-from xpar.comm.nccl.library import load
 
 
 def main() -> int:
@@ -133,8 +131,9 @@ def hang(world: World, device: str) -> int:
     facts = world.comm.all_gather_object(facts_of(bind_gpu(world.local_rank)))
     choice = choose_transport(facts, "nccl")
     where = torch.device("cuda", torch.cuda.current_device())
-    os.environ.setdefault("NCCL_HOSTID", posed_host(facts, world.rank) or socket.gethostname())
-    group = nccl_transport(world.comm, where, choice, deadlines, load()).wrap(world.comm)
+    host = posed_host(facts, world.rank)
+    opened = open_transport(world.comm, where, choice, deadlines, required=True, host=host)
+    group = opened.wrap(world.comm)
     if world.rank == 0:
         counts = [1] * world.size
         group.all_to_all_v(torch.ones(world.size, 1024, device=where), counts, counts)
