@@ -16,6 +16,7 @@ from xpar.engine.bench.layer import LayerBench
 from xpar.engine.bench.request import Request
 from xpar.engine.build import FLOATS
 from xpar.engine.commands import bench_generate, bench_overlap
+from xpar.engine.commands.limits import at_least
 from xpar.engine.kernel_bench import options
 from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.one_call import DEPTHS
@@ -168,7 +169,7 @@ def comm_main(args: argparse.Namespace) -> int:
 
 def _layer_request(args: argparse.Namespace) -> Request:
     shape = shape_of(args.shape)
-    _at_least(tokens=(min(args.tokens), 1), threads=(args.threads, 1), micro_batches=(args.micro_batches, 1))
+    at_least(tokens=(min(args.tokens), 1), threads=(args.threads, 1), micro_batches=(args.micro_batches, 1))
     if args.seconds <= 0:
         raise ValueError(f"--seconds {args.seconds:g}: must be positive")
     shape.layer(args.scale)
@@ -189,7 +190,7 @@ def _layer_request(args: argparse.Namespace) -> Request:
 
 
 def _traffic(args: argparse.Namespace) -> exchange.Traffic:
-    _at_least(
+    at_least(
         hidden=(args.hidden, 1), experts=(args.experts, 1), top_k=(args.top_k, 1), threads=(args.threads, 1)
     )
     if args.top_k > args.experts:
@@ -199,12 +200,6 @@ def _traffic(args: argparse.Namespace) -> exchange.Traffic:
     if min(args.megabytes) <= 0:
         raise ValueError(f"--megabytes {min(args.megabytes):g}: must be positive")
     return exchange.Traffic(0, args.hidden, args.experts, args.top_k, FLOATS[args.dtype], args.seed)
-
-
-def _at_least(**limits: tuple[int | None, int]) -> None:
-    for name, (value, least) in limits.items():
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
 def _grid(world: World, args: argparse.Namespace) -> ProcessGrid:

@@ -13,6 +13,7 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.overlap import OverlapBench, OverlapRequest
 from xpar.engine.build import FLOATS
+from xpar.engine.commands.limits import at_least
 from xpar.engine.commands.run import pick_device, where
 from xpar.engine.logs import add_verbose, start_logging
 from xpar.engine.report import manifest
@@ -66,9 +67,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace) -> OverlapRequest:
     shape = shape_of(args.shape)
-    for name, value in (("tokens", min(args.tokens)), ("experts", args.experts), ("threads", args.threads)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: must be at least 1")
+    at_least(tokens=(min(args.tokens), 1), experts=(args.experts, 1), threads=(args.threads, 1))
     if args.seconds <= 0:
         raise ValueError(f"--seconds {args.seconds:g}: must be positive")
     shape = shape if args.experts is None else replace(shape, experts=args.experts)
