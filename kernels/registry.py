@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from xpar.kernels.contracts import ActivationName, ExpertKernel, ExpertSpec, RouteSpec
-from xpar.kernels.cpu import onednn, zen
+from xpar.kernels.cpu import native, onednn, zen
+from xpar.kernels.cpu.native import NativeExperts
 from xpar.kernels.cpu.onednn import OneDnnExperts
 from xpar.kernels.cpu.zen import ZenExperts
 from xpar.kernels.gpu import available as gpu
@@ -43,6 +44,7 @@ class KernelRecord:
     ``devices``: torch device types. ``activations``: the plain gated ones it has; ``all_activations``: and every other
     form of :class:`~xpar.kernels.contracts.Activation`. ``row_invariant``: whether it can promise what ``ExpertSpec.row_invariant``
     asks. ``unavailable(spec)``: why this machine or this shape rules it out, or None; imports nothing heavy.
+    ``outdone(spec)``: why ``auto`` leaves ``spec`` to those after it although it could serve, or None.
     ``measured``: how fast it was, with shape and source. ``one_call``: what it covers besides computing, or None; its
     kernels then are :class:`~xpar.kernels.contracts.OneCallKernel`.
     """
@@ -57,6 +59,7 @@ class KernelRecord:
     measured: str
     all_activations: bool = False
     one_call: OneCall | None = None
+    outdone: Callable[[ExpertSpec], str | None] = lambda spec: None
 
     def refuses(self, spec: ExpertSpec) -> str | None:
         """Why this kernel cannot serve ``spec``, or None."""
@@ -111,6 +114,19 @@ KERNELS: tuple[KernelRecord, ...] = (
         measured=f"2.1 / 1.9 / 1.8 / 1.8 / 1.5 / 1.2 x {_OLMOE}",
     ),
     KernelRecord(
+        name="native",
+        devices=("cpu",),
+        dtypes=(torch.bfloat16,),
+        activations=_GATED,
+        row_invariant=True,
+        unavailable=native.unavailable,
+        build=NativeExperts,
+        all_activations=True,
+        one_call=OneCall(("softmax",), tokens=4, measured="TODO"),
+        measured="TODO",
+        outdone=native.outdone,
+    ),
+    KernelRecord(
         name="onednn",
         devices=("cpu",),
         dtypes=_FLOATS,
@@ -154,6 +170,7 @@ def choose(spec: ExpertSpec, name: str = "auto", kernels: tuple[KernelRecord, ..
     """
     reasons = [(record, record.refuses(spec)) for record in kernels]
     if name == "auto":
+        reasons = [(record, reason or record.outdone(spec)) for record, reason in reasons]
         chosen = next((record for record, reason in reasons if reason is None), None)
         if chosen is None:
             lines = "\n".join(f"  {record.name}: {reason}" for record, reason in reasons)

@@ -47,7 +47,7 @@ accelerator=
 if [ "$(uname -sm)" = "Linux x86_64" ] && grep -qw avx512f /proc/cpuinfo; then accelerator=zentorch; fi
 
 # The stamp says what .venv was made from; its path too, because the commands in .venv/bin hold it.
-key="$extras $accelerator $(cat setup.cfg pyproject.toml constraints.txt scripts/setup.sh | cksum)"
+key="$extras $accelerator $(cat setup.cfg setup.py pyproject.toml constraints.txt kernels/cpu/native* scripts/setup.sh | cksum)"
 made_at='' made_from='' made_by=''
 if [ -f "$stamp" ]; then { read -r made_at; read -r made_from; read -r made_by; } <"$stamp" || true; fi
 same_place=$([ "${made_at:-$root}" = "$root" ] && [ "${PYTHON:-$made_by}" = "$made_by" ] && echo yes || true)

@@ -10,8 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from xpar.kernels.cpu import native_library, zen_library, zen_linear
 from xpar.kernels.cpu.linear import PackedLinear, packing_refused
-from xpar.kernels.cpu.zen_linear import ZenLinear, refused
+from xpar.kernels.cpu.native_linear import NativeLinear
+from xpar.kernels.cpu.processor import multiplies_bfloat16
+from xpar.kernels.cpu.zen_linear import ZenLinear
 
 
 class DenseLinear(Protocol):
@@ -24,15 +27,30 @@ class DenseLinear(Protocol):
 
 @dataclass(frozen=True)
 class DenseRecord:
-    """``refused(dtype)``: why it cannot serve here, or None. ``build(weight, bias)``: packs, and keeps no plain weight.
-
-    ``measured``: how fast it was, with shape and source.
+    """``unavailable(dtype)``: why it cannot serve one of its ``dtypes`` here, or None. ``build(weight, bias)``: packs, and
+    keeps no plain weight. ``measured``: how fast it was, with shape and source. ``outdone()``: why ``auto`` leaves products
+    to those after it although it could serve, or None.
     """
 
     name: str
-    refused: Callable[[torch.dtype], str | None]
+    dtypes: tuple[torch.dtype, ...]
+    unavailable: Callable[[torch.dtype], str | None]
     build: Callable[[Tensor, Tensor | None], DenseLinear]
     measured: str
+    outdone: Callable[[], str | None] = lambda: None
+
+    def refused(self, dtype: torch.dtype) -> str | None:
+        """Why it cannot serve ``dtype`` here, or None. Imports nothing heavy."""
+        if dtype in self.dtypes:
+            return self.unavailable(dtype)
+        names = " and ".join(str(one)[6:] for one in self.dtypes)
+        return f"serves {names}, not {str(dtype)[6:]}"
+
+
+def _outdone() -> str | None:
+    if multiplies_bfloat16():
+        return "this processor multiplies bfloat16: faster there only for few rows"
+    return None
 
 
 PLAIN = "plain"
@@ -40,10 +58,23 @@ PLAIN = "plain"
 _SHAPE = "torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of an EPYC (Zen 4), benchmarks/dense_layers.py"
 DENSE = (
     DenseRecord(
-        "zentorch", refused, ZenLinear, f"bf16 1.8 / 1.9 / 1.5 / 1.2, fp32 1.1 / 2.3 / 1.9 / 1.5 x {_SHAPE}"
+        "zentorch",
+        zen_linear.DTYPES,
+        lambda dtype: zen_library.refused(),
+        ZenLinear,
+        f"bf16 1.8 / 1.9 / 1.5 / 1.2, fp32 1.1 / 2.3 / 1.9 / 1.5 x {_SHAPE}",
+    ),
+    DenseRecord(
+        "native",
+        (torch.bfloat16,),
+        lambda dtype: native_library.refused(),
+        NativeLinear,
+        "TODO",
+        _outdone,
     ),
     DenseRecord(
         "onednn",
+        (torch.bfloat16, torch.float16, torch.float32),
         packing_refused,
         PackedLinear,
         f"bf16 1.3 / 1.5 / 1.4 / 1.1, fp32 0.9 / 1.9 / 1.7 / 1.5 x {_SHAPE}",
@@ -70,6 +101,7 @@ def choose_dense(
     reasons = {record.name: record.refused(dtype) for record in records}
     chosen: DenseRecord | None
     if name == "auto":
+        reasons = {record.name: reasons[record.name] or record.outdone() for record in records}
         chosen = next((record for record in records if reasons[record.name] is None), None)
         other = f"measured slower than {chosen.name}" if chosen else ""
     else:

@@ -14,7 +14,9 @@ def packing_refused(dtype: torch.dtype) -> str | None:
     if not torch._C._has_mkldnn:
         return "this torch was built without oneDNN"
     try:
-        PackedLinear(torch.zeros(16, 16, dtype=dtype))(torch.zeros(1, 16, dtype=dtype))
+        PackedLinear(torch.zeros(16, 16, dtype=dtype, device="cpu"))(
+            torch.zeros(1, 16, dtype=dtype, device="cpu")
+        )
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return None

@@ -8,6 +8,7 @@ from xpar.kernels.activations import activate
 from xpar.kernels.checks import check_expert, check_loaded
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, RouteSpec, Routing
 from xpar.kernels.cpu.linear import Linear, make_linear, packing_refused
+from xpar.kernels.cpu.processor import multiplies_bfloat16
 from xpar.kernels.cpu.select import select
 
 # In float32 a product of very few rows may take another path through oneDNN, with other roundings.
@@ -16,6 +17,8 @@ _FP32_MIN_ROWS = 8
 
 def unavailable(spec: ExpertSpec) -> str | None:
     """Why this kernel cannot serve ``spec`` here, or None."""
+    if spec.row_invariant and spec.dtype == torch.bfloat16 and not multiplies_bfloat16():
+        return "bfloat16 rows depend on their neighbours on a processor that cannot multiply bfloat16"
     if spec.row_invariant and spec.dtype == torch.float32 and (reason := packing_refused(spec.dtype)):
         return f"float32 rows depend on their neighbours unless weights are packed: {reason}"
     return None

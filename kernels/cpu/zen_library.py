@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from xpar.kernels.cpu.processor import multiplies_bfloat16
+
 # Oldest release whose packing was checked; earlier ones also refuse a batch that meets only one expert.
 _OLDEST = (2, 13, 0, 2)
 # Read once, at zentorch's first call in the process: one packing, in place, and no warnings on stderr.
@@ -28,7 +30,7 @@ def refused() -> str | None:
         return f"zentorch {version} is older than {'.'.join(map(str, _OLDEST))}"
     if version.split(".")[:2] != torch.__version__.split(".")[:2]:
         return f"zentorch {version} is built for another torch than {torch.__version__}"
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not multiplies_bfloat16():
         return "this processor has no avx512_bf16"
     return None
 

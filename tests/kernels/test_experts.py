@@ -154,9 +154,10 @@ def test_equals_reference(record, dtype, form, case, fresh_seed):
     kernel = layer.kernel(record.build)
     assert_near(kernel.compute(layer.input()), layer.expected(layer.hidden), dtype)
     assert_near(kernel.compute_slots(layer.input()), layer.expected_slots(layer.hidden), dtype)
-    expected_bytes = sum(t.nbytes for t in (layer.gate_up, layer.down, *layer.biases))
+    beyond = kernel.nbytes() - layer.gate_up.nbytes - layer.down.nbytes
+    biases = sum(bias.nbytes for bias in layer.biases)
     if case.hidden % 64 == 0:  # packing rounds ragged widths up to whole tiles
-        assert kernel.nbytes() == expected_bytes
+        assert biases <= beyond <= 2 * biases  # which may be held in float32
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.4], ids="drop{}".format)
@@ -223,9 +224,14 @@ def test_refuses_wrong_weights(record):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(128, 192), (1024, 256), (100, 36)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "record", [r for r in KERNELS if r.row_invariant and "cpu" in r.devices], ids=lambda r: r.name
+    ("record", "dtype"),
+    [
+        pytest.param(r, dtype, id=f"{r.name}-{dtype}")
+        for r in KERNELS
+        if r.row_invariant and "cpu" in r.devices
+        for dtype in r.dtypes
+    ],
 )
 def test_rows_do_not_depend_on_the_batch(record, dtype, shape, threads, g):
     case = Case(tokens=300, k=2, experts=4, ids="skewed", hidden=shape[0], width=shape[1])

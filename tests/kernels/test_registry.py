@@ -9,7 +9,11 @@ from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.registry import KERNELS, choose
 
 SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"))
-ANYWHERE = tuple(replace(r, unavailable=lambda spec: None) for r in KERNELS if "cpu" in r.devices)
+ANYWHERE = tuple(
+    replace(r, unavailable=lambda spec: None, outdone=lambda spec: None)
+    for r in KERNELS
+    if "cpu" in r.devices
+)
 
 
 def test_every_kernel_is_chosen_or_explained():
@@ -26,7 +30,7 @@ def test_every_kernel_is_chosen_or_explained():
     [
         ({}, "zentorch", None),
         ({"dtype": torch.float32}, "onednn", "computes in bfloat16, not in float32"),
-        ({"row_invariant": True}, "onednn", "exact mode"),
+        ({"row_invariant": True}, "native", "exact mode"),
         ({"device": "cuda:1"}, "reference", "runs on cpu, not on cuda"),
     ],
     ids=["bf16", "fp32", "exact", "cuda"],
@@ -44,8 +48,17 @@ def test_what_the_machine_lacks_is_a_reason():
         *ANYWHERE[1:],
     )
     choice = choose(SPEC, kernels=lacking)
-    assert choice.record.name == "onednn"
+    assert choice.record.name == "native"
     assert choice.rejected[0] == ("zentorch", "this processor has no avx512_bf16")
+
+
+def test_what_is_outdone_serves_by_name_only():
+    slower = tuple(
+        replace(r, outdone=lambda spec: "slower here") if r.name == "native" else r for r in ANYWHERE[1:]
+    )
+    choice = choose(SPEC, kernels=slower)
+    assert choice.record.name == "onednn" and choice.rejected[0] == ("native", "slower here")
+    assert choose(SPEC, "native", kernels=slower).record.name == "native"
 
 
 def test_shapes_that_zentorch_was_not_checked_on():
@@ -57,12 +70,12 @@ def test_by_name():
     choice = choose(SPEC, "reference")
     assert choice.record.name == "reference"
     assert all(reason for _, reason in choice.rejected)
-    with pytest.raises(ValueError, match=r"zentorch.*float32.*one of zentorch, onednn"):
+    with pytest.raises(ValueError, match=r"zentorch.*float32.*one of zentorch, native, onednn"):
         choose(replace(SPEC, dtype=torch.float32), "zentorch")
     with pytest.raises(ValueError, match=r"'mkl': there is none of that name.*onednn"):
         choose(SPEC, "mkl")
 
 
 def test_none_fits():
-    with pytest.raises(ValueError, match=r"no kernel serves .*\n  zentorch: .*\n  onednn: "):
+    with pytest.raises(ValueError, match=r"no kernel serves .*\n  zentorch: .*\n  native: .*\n  onednn: "):
         choose(replace(SPEC, dtype=torch.float64))

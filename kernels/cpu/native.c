@@ -1,0 +1,181 @@
+/* Products of bfloat16 rows with bfloat16 weights in float32 arithmetic, for x86 processors that have no arithmetic in
+ * bfloat16: there the products of other libraries run at a fifth of float32's speed, and float32 weights would be twice
+ * the memory to read.
+ *
+ * Called through ctypes by native_library.py; the layout of weights is described in native_tile.h.
+ */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include <omp.h>
+
+#define LINE 64    /* bytes of a cache line */
+#define AHEAD 4096 /* how far a weight is asked for before it is used, in bytes; 512 to 16384 were tried */
+#define GROUP 4    /* panels that take turns with one block of rows, so that they and the block stay in a core's cache */
+
+/* Where a tile goes: `columns` of each row, rows `stride` numbers apart; `bias` may be NULL. */
+struct target {
+    uint16_t *out;
+    int64_t stride, columns;
+    const float *bias;
+};
+
+/* Rows of a tile: as many as leave registers for a pair of weights and a number of x. */
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#define SUFFIX avx512
+#define VBYTES 64
+#define ROWS 12
+#include "native_tile.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define SUFFIX avx2
+#define VBYTES 32
+#define ROWS 6
+#include "native_tile.h"
+#pragma GCC pop_options
+
+struct isa {
+    int rows, columns;
+    void (*tile)(int, const uint32_t *, const float *, int64_t, const struct target *);
+};
+
+static struct isa isa_of(int lanes)
+{
+    return lanes == 16 ? (struct isa){12, 32, tile_avx512} : (struct isa){6, 16, tile_avx2};
+}
+
+/* Rows first to end of one expert, at most as many as a tile has. */
+struct block {
+    int64_t span, first;
+    int rows;
+};
+
+static int64_t cut(const int64_t *spans, int64_t num_spans, int rows, struct block *blocks, int64_t *starts)
+{
+    int64_t count = 0;
+    for (int64_t s = 0; s < num_spans; s++) {
+        starts[s] = count;
+        for (int64_t first = spans[3 * s + 1], end = spans[3 * s + 2]; first < end; first += rows)
+            blocks[count++] = (struct block){s, first, end - first < rows ? (int)(end - first) : rows};
+    }
+    starts[num_spans] = count;
+    return count;
+}
+
+/* A block's rows as float32, the numbers of one input side by side; an odd last input gets a zero beside it. */
+static void widen(
+    const uint16_t *x, const int64_t *rows, int64_t inputs, const struct block *block, float *wide)
+{
+    for (int m = 0; m < block->rows; m++) {
+        const uint16_t *row = x + inputs * (rows ? rows[block->first + m] : block->first + m);
+        for (int64_t k = 0; k < inputs; k++) {
+            uint32_t bits = (uint32_t)row[k] << 16;
+            memcpy(wide + k * block->rows + m, &bits, sizeof bits);
+        }
+        if (inputs % 2)
+            wide[inputs * block->rows + m] = 0;
+    }
+}
+
+/* Numbers of float32 in the widest vectors of this processor that there is code for; 0: none. */
+int xpar_lanes(void)
+{
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return 16;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0;
+}
+
+/* One weight [outputs, inputs], row after row, into the layout of native_tile.h; zeros fill up what is not there. */
+void xpar_pack(const uint16_t *weight, int64_t outputs, int64_t inputs, uint32_t *packed, int lanes, int threads)
+{
+    const int columns = isa_of(lanes).columns;
+    const int64_t pairs = (inputs + 1) / 2, panels = (outputs + columns - 1) / columns;
+
+#pragma omp parallel for num_threads(threads)
+    for (int64_t panel = 0; panel < panels; panel++) {
+        uint32_t *to = packed + panel * pairs * columns;
+        const uint16_t *from = weight + panel * columns * inputs;
+        const int64_t filled = outputs - panel * columns < columns ? outputs - panel * columns : columns;
+        if (filled < columns)
+            memset(to, 0, pairs * columns * sizeof *to);
+        for (int64_t pair = 0; pair < pairs; pair++)
+            for (int64_t column = 0; column < filled; column++) {
+                const uint16_t *of = from + column * inputs + 2 * pair;
+                const uint32_t high = 2 * pair + 1 < inputs ? of[1] : 0;
+                to[pair * columns + column] = of[0] | high << 16;
+            }
+    }
+}
+
+/* out[r] = x[rows[r]] @ weight[expert].T + bias[expert] for the rows r of each span (expert, first, end).
+ *
+ * x [.., inputs], out [.., outputs]: bfloat16, row after row. rows: which row of x each r reads, NULL for row r.
+ * weights: [expert][panel][pair][column], lanes * 2 columns; bias: [expert][panel][column] float32, or NULL.
+ * wide: room for the rows of all spans as float32, inputs rounded up to even.
+ * Returns 0, or -1 if there is no memory for the table of blocks.
+ */
+int xpar_product(
+    const uint16_t *x, const int64_t *rows, int64_t inputs, const int64_t *spans, int64_t num_spans,
+    const uint32_t *weights, const float *bias, int64_t outputs, uint16_t *out, float *wide, int lanes, int threads)
+{
+    const struct isa isa = isa_of(lanes);
+    const int64_t pairs = (inputs + 1) / 2, panels = (outputs + isa.columns - 1) / isa.columns;
+    int64_t most = 0;
+    for (int64_t s = 0; s < num_spans; s++)
+        most += (spans[3 * s + 2] - spans[3 * s + 1] + isa.rows - 1) / isa.rows;
+    struct block *blocks = malloc(most * sizeof *blocks + 1);
+    int64_t *starts = malloc((num_spans + 1) * sizeof *starts);
+    if (!blocks || !starts) {
+        free(blocks);
+        free(starts);
+        return -1;
+    }
+    const int64_t count = cut(spans, num_spans, isa.rows, blocks, starts);
+    const int64_t base = num_spans ? spans[1] : 0;
+    int64_t group = GROUP;
+    while (group > 1 && num_spans * ((panels + group - 1) / group) < 4 * threads)
+        group /= 2;
+    const int64_t groups = (panels + group - 1) / group;
+
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t b = 0; b < count; b++)
+            widen(x, rows, inputs, &blocks[b], wide + (blocks[b].first - base) * 2 * pairs);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < num_spans * groups; task++) {
+            const int64_t s = task / groups, first = task % groups * group;
+            const int64_t end = first + group < panels ? first + group : panels;
+            for (int64_t b = starts[s]; b < starts[s + 1]; b++)
+                for (int64_t p = first; p < end; p++) {
+                    const int64_t panel = spans[3 * s] * panels + p, column = p * isa.columns;
+                    const struct target to = {
+                        out + blocks[b].first * outputs + column, outputs,
+                        outputs - column < isa.columns ? outputs - column : isa.columns,
+                        bias ? bias + panel * isa.columns : NULL,
+                    };
+                    isa.tile(
+                        blocks[b].rows, weights + panel * pairs * isa.columns,
+                        wide + (blocks[b].first - base) * 2 * pairs, pairs, &to);
+                }
+        }
+    }
+    free(blocks);
+    free(starts);
+    return 0;
+}
+
+#else
+
+int xpar_lanes(void) { return 0; }
+
+#endif

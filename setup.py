@@ -1,0 +1,18 @@
+"""The one compiled part; all else about the package is in setup.cfg."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        # No Python in it: loaded with ctypes. Its OpenMP is the one that torch brings, so that both share their threads:
+        # linking with -fopenmp would bring a second one.
+        Extension(
+            "xpar.kernels.cpu._native",
+            ["kernels/cpu/native.c"],
+            depends=["kernels/cpu/native_tile.h"],
+            extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=fast"],
+            # Without a compiler xpar installs all the same, and `xpar doctor` says what is missing.
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,112 @@
+"""The compiled products: the same bits from every instruction set, number of rows and of threads, and right ones."""
+
+import ctypes
+
+import pytest
+import torch
+
+from xpar.kernels.cpu import native_library
+from xpar.kernels.cpu.native_library import PackedWeights
+
+REASON = native_library.refused()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+WIDTHS = [w for w in (8, 16) if REASON is None and w <= native_library.lanes()]
+SHAPES = [(1, 1), (16, 2), (31, 7), (33, 64), (100, 129), (515, 96)]
+
+
+def packed(weights, biases, lanes):
+    experts, outputs, inputs = weights.shape
+    found = PackedWeights(experts, outputs, inputs, biases is not None, lanes)
+    for expert in range(experts):
+        found.load(expert, weights[expert], None if biases is None else biases[expert])
+    return found
+
+
+def uneven(experts, g):
+    """Spans of 1 to 40 rows for some of the experts, in any order."""
+    spans, first = [], 0
+    for expert in torch.randperm(experts, generator=g)[: experts // 2 + 1].tolist():
+        count = int(torch.randint(1, 41, (1,), generator=g))
+        spans.append((expert, first, first + count))
+        first += count
+    return spans
+
+
+@pytest.mark.parametrize("lanes", WIDTHS)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_products_of_spans(outputs, inputs, biased, lanes, g):
+    weights = torch.randn(5, outputs, inputs, generator=g).bfloat16()
+    biases = torch.randn(5, outputs, generator=g).bfloat16() if biased else None
+    spans = uneven(5, g)
+    total = spans[-1][2]
+    x = torch.randn(17, inputs, generator=g).bfloat16()
+    rows = torch.randint(17, (total,), generator=g)
+    found = packed(weights, biases, lanes).product(x, spans, rows)
+    assert found.shape == (total, outputs)
+    for expert, first, end in spans:
+        expected = x[rows[first:end]].double() @ weights[expert].double().T
+        expected += 0 if biases is None else biases[expert].double()
+        # Rounded to bfloat16 once (2^-8), after sums whose rounding is that of float32.
+        bound = expected.abs() * 2**-8 + 1e-6 * inputs
+        assert bool(((found[first:end].double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.skipif(
+    len(WIDTHS) < 2, reason="this processor has no AVX-512: there is one instruction set to run"
+)
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_instruction_sets_give_the_same_bits(outputs, inputs, g):
+    weights = torch.randn(3, outputs, inputs, generator=g).bfloat16()
+    x = torch.randn(60, inputs, generator=g).bfloat16()
+    spans = [(1, 0, 13), (0, 13, 60)]
+    narrow, wide = (packed(weights, None, lanes).product(x, spans) for lanes in (8, 16))
+    assert torch.equal(narrow, wide)
+
+
+@pytest.mark.parametrize("lanes", WIDTHS)
+def test_many_rows_go_by_several_calls(lanes, g, monkeypatch):
+    weights = torch.randn(4, 50, 30, generator=g).bfloat16()
+    x = torch.randn(300, 30, generator=g).bfloat16()
+    weights_of = packed(weights, None, lanes)
+    spans = [(2, 0, 7), (3, 7, 207), (0, 207, 300)]
+    rows = torch.randperm(300, generator=g)
+    whole = weights_of.product(x, spans, rows)
+    monkeypatch.setattr(native_library, "_WIDE_BYTES", 1)
+    assert torch.equal(weights_of.product(x, spans, rows), whole)
+
+
+@pytest.mark.parametrize("lanes", WIDTHS)
+def test_special_values_stay_in_their_rows(lanes):
+    """Infinity, NaN, overflow of bfloat16, ties and the sign of zero, as torch rounds them."""
+    weights_of = packed(torch.eye(40)[None].bfloat16(), None, lanes)
+    x = torch.zeros(4, 40)
+    x[1, 3], x[2, 5] = float("inf"), float("nan")
+    found = weights_of.product(x.bfloat16(), [(0, 0, 4)])
+    assert bool((found[[0, 3]] == 0).all())
+    assert found[1, 3] == float("inf") and bool(found[2].isnan().all())
+    ones = packed(torch.tensor([[[1.0, 1.0]]]).bfloat16(), None, lanes)
+    pairs = torch.tensor(
+        [[1.0, 2**-8], [1.0, 3 * 2**-8], [-1.0, -(2**-8)], [3.38e38, 3.38e38], [1.0, 2**-7.5]]
+    )
+    x = pairs.bfloat16()
+    assert torch.equal(ones.product(x, [(0, 0, 5)]), x.float().sum(1, keepdim=True).bfloat16())
+
+
+def test_threads_are_torchs_own():
+    """A second OpenMP runtime in the process would bring threads that wait beside torch's."""
+    library = ctypes.CDLL(None)
+    assert hasattr(library, "GOMP_parallel")
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}
+    assert len(runtimes) == 1, runtimes
+
+
+def test_wrong_rows_are_refused():
+    weights_of = packed(torch.ones(1, 8, 4), None, WIDTHS[0])
+    with pytest.raises(
+        ValueError, match=r"x is \(3, 5\) torch.bfloat16: expected contiguous bfloat16 rows of 4"
+    ):
+        weights_of.product(torch.ones(3, 5).bfloat16(), [(0, 0, 3)])
+    with pytest.raises(ValueError, match=r"float32: expected contiguous bfloat16"):
+        weights_of.product(torch.ones(3, 4), [(0, 0, 3)])
