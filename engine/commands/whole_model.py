@@ -99,7 +99,7 @@ def make_grid(args: argparse.Namespace, world: World, console: Console) -> Proce
 
 def load(args: argparse.Namespace, grid: ProcessGrid, dtype: torch.dtype, console: Console) -> LoadedModel:
     """The model over the grid, behind a bar of bytes; says what rank 0 holds. Collective."""
-    options = SpreadOptions(args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense)
+    options = SpreadOptions(args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense, True)
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:
         loaded = load_model(args.checkpoint, grid, dtype, options, meter.advance, total=meter.set_total)

@@ -1,7 +1,7 @@
 """A whole model on this rank: transformers' code, its dense weights, and this rank's experts, nothing else's."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from xpar.comm.columns import SharedColumns
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.allocator import give_back_freed_memory
@@ -18,8 +19,10 @@ from xpar.engine.config import LayerConfig
 from xpar.engine.models.blocks import build_block
 from xpar.engine.models.dense import load_dense, sources
 from xpar.engine.models.experts import IMPLEMENTATION, ExpertLayer, register
-from xpar.engine.models.packed import ease
+from xpar.engine.models.order import Joint, call_order
+from xpar.engine.models.packed import SlicedDense, ease
 from xpar.engine.models.spread import Experts, Layer, Part, Read, SpreadOptions, build_layer, parts_of, put
+from xpar.engine.stages import SlotCounter
 from xpar.engine.weights import stream_experts
 from xpar.kernels.cpu.dense import PLAIN, DenseChoice, choose_dense
 
@@ -30,13 +33,15 @@ log = logging.getLogger("xpar.models")
 class LoadedModel:
     """``model``: a transformers causal language model in eval mode; every rank of the grid calls it together.
 
-    ``layers``: its expert layers, in the order in which a forward calls them. ``dense_bytes``, ``expert_bytes``:
+    ``layers``: its expert layers. ``joints``: all that the ranks do together, these among it, in the order in which a
+    forward calls them. ``dense_bytes``, ``expert_bytes``:
     weights held by this rank. ``bytes_read``: bytes that this rank took from the checkpoint's files. ``dense``: what
     computes dense products, as :func:`~xpar.kernels.cpu.dense.choose_dense` names it.
     """
 
     model: Any
     layers: tuple[Layer, ...]
+    joints: tuple[Joint, ...]
     dtype: torch.dtype
     dense_bytes: int
     expert_bytes: int
@@ -54,8 +59,8 @@ class LoadedModel:
 
     def join(self) -> None:
         """Take part in a forward of the other ranks without tokens of one's own."""
-        for layer in self.layers:
-            layer.join()
+        for joint in self.joints:
+            joint.join()
 
 
 def load_model(
@@ -86,7 +91,8 @@ def load_model(
         dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, foreign, grid.node, kind, loaded))
         if (record := chosen.record) is not None:
             # Before the experts come: one weight at a time is there twice.
-            dense += agreed(comm, lambda: ease(model, record))
+            shared = SharedColumns(grid.node) if _slices(grid, options) else None
+            dense += agreed(comm, lambda: ease(model, record, shared))
             give_back_freed_memory()
         layers = agreed(
             comm, lambda: _load_layers(checkpoint, grid, kind, parts, options, loaded), patient=True
@@ -107,9 +113,28 @@ def load_model(
             held / 1e6,
             checkpoint.bytes_read / 1e6,
         )
-        return LoadedModel(
-            model, tuple(layers.values()), kind, dense, held, checkpoint.bytes_read, chosen.name
-        )
+        held_layers = tuple(layers.values())
+        joints = _joints(model, parts, layers)
+        return LoadedModel(model, held_layers, joints, kind, dense, held, checkpoint.bytes_read, chosen.name)
+
+
+def _slices(grid: ProcessGrid, options: SpreadOptions) -> bool:
+    """Whether the ranks of a node share out dense products: all nodes decide alike."""
+    return options.slice_dense and max(grid.world.comm.all_gather_object(grid.node.size)) > 1
+
+
+def _joints(model: Any, parts: Mapping[int, Part], layers: Mapping[int, Layer]) -> tuple[Joint, ...]:
+    """All that ranks do together, in order. Collective where that takes a forward to find out."""
+    sliced: dict[Any, Joint] = {
+        module: module for module in model.modules() if isinstance(module, SlicedDense)
+    }
+    if not sliced:
+        return tuple(layers.values())
+    modules: dict[Any, Joint] = {model.get_submodule(part.names[0]): layers[n] for n, part in parts.items()}
+    order = call_order(model, {**modules, **sliced})
+    for layer in layers.values():
+        layer.counter = SlotCounter(layer.grid.device)  # that forward was nobody's
+    return tuple(order)
 
 
 def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptions) -> DenseChoice:

@@ -43,11 +43,14 @@ Read = Callable[[Sequence[int], slice], Experts]
 class SpreadOptions(ExpertOptions):
     """How a model's layers are computed. ``whole_block``: xpar's router and shared experts, not the model's own.
 
-    ``dense``: of a model that is loaded: a name of :mod:`xpar.kernels.cpu.dense`, plain, or auto.
+    ``dense``: of a model that is loaded: a name of :mod:`xpar.kernels.cpu.dense`, plain, or auto. ``slice_dense``: the ranks
+    of a node share out its packed dense products (:class:`~xpar.comm.columns.SharedColumns`); then every rank must run
+    as many products as the others, which scoring does not.
     """
 
     whole_block: bool = False
     dense: str = "auto"
+    slice_dense: bool = False
 
     def of_layer(self) -> LayerOptions:
         """The same for a runner."""
