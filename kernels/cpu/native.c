@@ -24,6 +24,23 @@ struct target {
     const float *bias;
 };
 
+/* B sequences, one query of each head against `length` keys; strides in numbers. Of queries [B, heads, head_size] and
+ * keys and values [B, key_heads, length, head_size] a head's own numbers lie side by side; out is contiguous.
+ * `added`: to the scores of a sequence, NULL for nothing.
+ */
+struct attention {
+    const uint16_t *query, *key, *value;
+    const float *added;
+    uint16_t *out;
+    int64_t sequences, heads, key_heads, length, head_size;
+    int64_t query_strides[2], key_strides[3], value_strides[3], added_stride;
+    float scale;
+};
+
+#define HEADS 8  /* at most, of those that read the same keys, taken together */
+#define PIECES 2 /* vectors of a value that are summed at a time, in registers */
+typedef float quads __attribute__((vector_size(16)));
+
 /* Rows of a tile: as many as leave registers for a pair of weights and a number of x. */
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
@@ -31,6 +48,7 @@ struct target {
 #define VBYTES 64
 #define ROWS 12
 #include "native_tile.h"
+#include "native_attention.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -39,16 +57,19 @@ struct target {
 #define VBYTES 32
 #define ROWS 6
 #include "native_tile.h"
+#include "native_attention.h"
 #pragma GCC pop_options
 
 struct isa {
     int rows, columns;
     void (*tile)(int, const uint32_t *, const float *, int64_t, const struct target *);
+    void (*attend)(const struct attention *, int64_t, int64_t, float *);
 };
 
 static struct isa isa_of(int lanes)
 {
-    return lanes == 16 ? (struct isa){12, 32, tile_avx512} : (struct isa){6, 16, tile_avx2};
+    return lanes == 16 ? (struct isa){12, 32, tile_avx512, attend_avx512}
+                       : (struct isa){6, 16, tile_avx2, attend_avx2};
 }
 
 /* Rows first to end of one expert, at most as many as a tile has. */
@@ -171,6 +192,24 @@ int xpar_product(
     }
     free(blocks);
     free(starts);
+    return 0;
+}
+
+/* softmax(scale * query @ key.T + added) @ value for one query of each head; head_size: a multiple of `lanes`.
+ * Returns 0, or -1 if there is no memory for the scores.
+ */
+int xpar_attend(const struct attention *a, int lanes, int threads)
+{
+    const struct isa isa = isa_of(lanes);
+    const int64_t room = HEADS * ((a->length + lanes - 1) / lanes * lanes + a->head_size);
+    float *places = aligned_alloc(LINE, (room * sizeof *places * threads + LINE - 1) / LINE * LINE);
+    if (!places)
+        return -1;
+
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t task = 0; task < a->sequences * a->key_heads; task++)
+        isa.attend(a, task / a->key_heads, task % a->key_heads, places + room * omp_get_thread_num());
+    free(places);
     return 0;
 }
 

@@ -27,6 +27,13 @@ def refused() -> str | None:
     return None if lanes else "this processor has no AVX2 with FMA"
 
 
+def attend(call: ctypes.Structure) -> None:
+    """Compute what ``call``, a ``struct attention`` of ``native.c``, describes."""
+    if _load().xpar_attend(ctypes.byref(call), lanes(), torch.get_num_threads()):
+        raise MemoryError("no memory for the scores of attention")
+
+
+@cache
 def lanes() -> int:
     """Numbers of float32 in a vector of this processor: 16 or 8; the layout of weights follows from it."""
     return int(_load().xpar_lanes())
@@ -123,4 +130,6 @@ def _load() -> ctypes.CDLL:
         library.xpar_pack.restype = None
         library.xpar_product.argtypes = [*sizes, pointer, pointer, ctypes.c_int, ctypes.c_int]
         library.xpar_product.restype = ctypes.c_int
+        library.xpar_attend.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
+        library.xpar_attend.restype = ctypes.c_int
     return library

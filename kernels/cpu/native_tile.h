@@ -93,8 +93,4 @@ static void JOIN(tile, SUFFIX)(
 #undef floats
 #undef words
 #undef halves
-#undef rounded
 #undef tile_of
-#undef SUFFIX
-#undef VBYTES
-#undef ROWS
