@@ -47,6 +47,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--exact", action="store_true", help="as for xpar generate")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one JSON document")
     whole_model.add_grid_options(p)
+    whole_model.add_whole_dense(p)
     p.set_defaults(main=main)
 
 
@@ -58,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     console = make_console(world)
     grid = whole_model.make_grid(args, world, console)
     before = resident_bytes(grid, args.checkpoint)
-    loaded = whole_model.load(args, grid, dtype, console)
+    loaded = whole_model.load(args, grid, dtype, console, args.whole_dense)
     loading = loading_memory(grid, loaded, before)
     peer = start_peer(grid, args.checkpoint, dtype)
     runs = [Run(b, args.prompt_tokens, args.new_tokens, args.rounds, args.seed) for b in args.batch]

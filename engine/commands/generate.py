@@ -48,6 +48,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     p.add_argument("--exact", action="store_true", help="text that does not depend on the number of ranks")
     whole_model.add_grid_options(p)
+    whole_model.add_whole_dense(p)
     p.set_defaults(main=main)
 
 
@@ -70,7 +71,7 @@ def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
         finish_only(world.comm, request, work)
         console.print(whole_model.counts(request, work, 0, done), soft_wrap=True)
         return 0
-    loaded = whole_model.load(args, grid, request.dtype, console)
+    loaded = whole_model.load(args, grid, request.dtype, console, args.whole_dense)
     with whole_model.meter(world, "answering", work) as tell:
         outcome = generate(world.comm, request, work, tokens, loaded, told, tell)
     console.print(whole_model.counts(request, work, outcome.answers, done), soft_wrap=True)

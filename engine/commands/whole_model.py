@@ -39,7 +39,9 @@ def add_grid_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dispatcher", default="auto", help="auto, or a dispatcher's name")
     p.add_argument("--kernel", default="auto", help="auto, or a kernel's name")
     p.add_argument(
-        "--dense", default="auto", help="dense products: auto, zentorch, onednn, or plain (transformers' own)"
+        "--dense",
+        default="auto",
+        help="dense products: auto, zentorch, native, onednn, or plain (transformers' own)",
     )
     p.add_argument(
         "--whole-block", action="store_true", help="xpar's router and shared experts too, not the model's own"
@@ -97,9 +99,29 @@ def make_grid(args: argparse.Namespace, world: World, console: Console) -> Proce
     return grid
 
 
-def load(args: argparse.Namespace, grid: ProcessGrid, dtype: torch.dtype, console: Console) -> LoadedModel:
-    """The model over the grid, behind a bar of bytes; says what rank 0 holds. Collective."""
-    options = SpreadOptions(args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense, True)
+def add_whole_dense(p: argparse.ArgumentParser) -> None:
+    """For commands in which every rank runs as many dense products as the others."""
+    p.add_argument(
+        "--whole-dense",
+        action="store_true",
+        help="each rank keeps all dense weights, where the ranks of a node would share their products out",
+    )
+
+
+def load(
+    args: argparse.Namespace,
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+    console: Console,
+    whole_dense: bool = True,
+) -> LoadedModel:
+    """The model over the grid, behind a bar of bytes; says what rank 0 holds. Collective.
+
+    ``whole_dense``: every rank keeps all dense weights.
+    """
+    options = SpreadOptions(
+        args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense, not whole_dense
+    )
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:
         loaded = load_model(args.checkpoint, grid, dtype, options, meter.advance, total=meter.set_total)
@@ -109,7 +131,7 @@ def load(args: argparse.Namespace, grid: ProcessGrid, dtype: torch.dtype, consol
         f"{type(loaded.model).__name__}: {loaded.dense_bytes / 1e6:.1f} MB dense, {loaded.expert_bytes / 1e6:.1f} MB of "
         f"experts on rank 0; all ranks read {read / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s | "
         f"{layer.dispatcher.name} dispatch, {layer.kernel.name if layer.kernel else 'no'} kernel, "
-        f"{loaded.dense} dense products",
+        f"{loaded.dense} dense products{', shared out over each node' if loaded.slices_dense else ''}",
         soft_wrap=True,
     )
     return loaded

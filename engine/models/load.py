@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from xpar.comm.columns import SharedColumns
+from xpar.comm.columns import ROUND_BYTES, SharedColumns
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
+from xpar.comm.window import SHARED_FILES, free_bytes
 from xpar.engine.allocator import give_back_freed_memory
 from xpar.engine.architectures import find, layer_config
 from xpar.engine.checkpoint import Checkpoint
@@ -27,6 +28,8 @@ from xpar.engine.weights import stream_experts
 from xpar.kernels.cpu.dense import PLAIN, DenseChoice, choose_dense
 
 log = logging.getLogger("xpar.models")
+LEAST_FREE = 4 * ROUND_BYTES
+"""Of memory shared within a node, for its ranks to share out dense products: their window, and as much for others."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class LoadedModel:
     expert_bytes: int
     bytes_read: int
     dense: str
+
+    @property
+    def slices_dense(self) -> bool:
+        """Whether the ranks of a node share out its dense products."""
+        return len(self.joints) > len(self.layers)
 
     @property
     def device(self) -> torch.device:
@@ -119,8 +127,14 @@ def load_model(
 
 
 def _slices(grid: ProcessGrid, options: SpreadOptions) -> bool:
-    """Whether the ranks of a node share out dense products: all nodes decide alike."""
-    return options.slice_dense and max(grid.world.comm.all_gather_object(grid.node.size)) > 1
+    """Whether the ranks of a node share out dense products: all nodes decide alike. Collective where it is asked for."""
+    if not options.slice_dense:
+        return False
+    facts: list[tuple[int, int]] = grid.world.comm.all_gather_object((grid.node.size, free_bytes()))
+    if (free := min(room for _, room in facts)) < LEAST_FREE:
+        log.info("each rank keeps all dense weights: %s of a node has %.0f MB left", SHARED_FILES, free / 1e6)
+        return False
+    return max(size for size, _ in facts) > 1
 
 
 def _joints(model: Any, parts: Mapping[int, Part], layers: Mapping[int, Layer]) -> tuple[Joint, ...]:

@@ -50,7 +50,7 @@ class SlicedDense(nn.Module):
     ) -> None:
         super().__init__()
         self._shared, self._linear, self._columns = shared, linear, columns
-        self._tag = Tag("dense layer", number)
+        self._tag = Tag(f"dense product {number}")
         self._inputs, self._outputs, self._dtype = inputs, outputs, dtype
 
     @property
@@ -85,7 +85,7 @@ def pack_dense(model: Any, record: DenseRecord, shared: SharedColumns | None = N
 
     ``shared``: the ranks that share out the products, of which each keeps its columns of every weight; None: all keep all.
 
-    What routes tokens stays plain, bit by bit the model's own, and so does a head that is the embedding as well: rows of that are
+    What has no memory yet is not dense: an expert layer takes its place. What routes tokens stays plain, bit by bit the model's own, and so does a head that is the embedding as well: rows of that are
     read, too, and a packed copy would be a second one.
     """
     # Names, not modules: a plain weight must be free before the next one is packed.
@@ -118,6 +118,6 @@ def _packable(model: Any) -> list[str]:
     for name, module in model.named_modules():
         parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
         part = module is head or parent.endswith(("Attention", "MLP"))
-        if part and type(module) is nn.Linear and uses[id(module.weight)] == 1:
+        if part and type(module) is nn.Linear and uses[id(module.weight)] == 1 and not module.weight.is_meta:
             names.append(name)
     return names

@@ -112,7 +112,7 @@ def _answers(args: argparse.Namespace, world: World, axes: Axes, wanted: Plan) -
             )
 
     agreed(world.comm, enough)
-    options = SpreadOptions(args.dispatcher, args.kernel, args.exact)
+    options = SpreadOptions(args.dispatcher, args.kernel, args.exact, slice_dense=True)
     return AnswerStudy(axes, request, work, tokens, options, largest, args.seconds, AnswerCheck(args.exact))
 
 

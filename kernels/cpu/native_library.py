@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpar.kernels.cpu.pages import ask_for_huge_pages
+from xpar.kernels.cpu import pages
 
 # Room for rows as float32 in one call. More rows go by several calls: by then weights are read from cache anyway.
 _WIDE_BYTES = 32 * 2**20
@@ -45,8 +45,7 @@ class PackedWeights:
     def __init__(self, num_experts: int, outputs: int, inputs: int, biased: bool, lanes: int) -> None:
         self.outputs, self.inputs, self.lanes = outputs, inputs, lanes
         panels, self._columns = -(-outputs // (2 * lanes)), 2 * lanes
-        self._words = torch.empty(num_experts, panels, -(-inputs // 2), self._columns, dtype=torch.int32)
-        ask_for_huge_pages(self._words)
+        self._words = pages.empty((num_experts, panels, -(-inputs // 2), self._columns), torch.int32)
         self._bias = torch.zeros(num_experts, panels * self._columns) if biased else None
 
     def load(self, expert: int, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -101,7 +101,9 @@ def test_greedy_text_is_that_of_transformers(
 ) -> None:
     """Prompts and answers of different lengths over up to four ranks."""
     path, texts = root / case.name, prompts(fresh_seed, PROMPTS)
-    loaded = load_model(path, ProcessGrid.create(world), options=SpreadOptions(exact=exact))
+    options = SpreadOptions(exact=exact, slice_dense=True)
+    loaded = load_model(path, ProcessGrid.create(world), options=options)
+    assert not (exact and loaded.slices_dense)
     found, outcome = answers(world, loaded, path, folder, texts, batch=1 if exact else 3, exact=exact)
     assert outcome.complete and outcome.answers == len(texts)
     if world.rank == 0:
@@ -119,7 +121,7 @@ def test_greedy_text_is_that_of_transformers(
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_more_ranks_than_prompts(world: World, root: Path, folder: Path, fresh_seed: int, count: int) -> None:
     path = root / "mixtral"
-    loaded = load_model(path, ProcessGrid.create(world))
+    loaded = load_model(path, ProcessGrid.create(world), options=SpreadOptions(slice_dense=True))
     found, outcome = answers(world, loaded, path, folder, prompts(fresh_seed, count))
     assert outcome.complete and len(found) == count
 

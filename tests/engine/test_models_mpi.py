@@ -238,6 +238,39 @@ def test_every_dense_product(grid: ProcessGrid, root: Path, fresh_seed: int, nam
             assert error(logits, plain_model(root / name)(ids).logits) < 1e-5
 
 
+@pytest.mark.parametrize("whole_block", [False, True], ids=["", "whole block"])
+@pytest.mark.parametrize("name", [*(case.name for case in CASES), "tied"])
+def test_dense_products_shared_out_over_each_node(
+    grid: ProcessGrid, root: Path, fresh_seed: int, name: str, whole_block: bool
+) -> None:
+    """Ranks without tokens among them; memory is that of a rank's columns."""
+    kept = load_model(root / name, grid, options=SpreadOptions(dense="onednn", whole_block=whole_block))
+    options = SpreadOptions(dense="onednn", whole_block=whole_block, slice_dense=True)
+    loaded = load_model(root / name, grid, options=options)
+    several = max(grid.world.comm.all_gather_object(grid.node.size)) > 1
+    assert loaded.slices_dense == several and not kept.slices_dense
+    # Columns go by 64, which is more than some of these weights have: the first rank may hold all of them.
+    fewest = min(grid.world.comm.all_gather_object(loaded.dense_bytes))
+    assert not several or fewest < kept.dense_bytes
+    for turn in range(3):
+        ids = tokens_of((grid.world.rank + turn) % grid.world.size, fresh_seed)
+        logits = logits_of(loaded, ids)
+        if logits is not None:
+            with torch.inference_mode():
+                assert error(logits, plain_model(root / name)(ids).logits) < 1e-5
+    assert loaded.slots() == sum(layer.counter.slots for layer in loaded.layers)
+
+
+def test_dense_weights_stay_whole_where_ranks_have_no_memory_to_share(
+    grid: ProcessGrid, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank's node is enough: all decide alike."""
+    if grid.world.rank == grid.world.size - 1:
+        monkeypatch.setattr("xpar.engine.models.load.free_bytes", lambda: 2**20)
+    loaded = load_model(root / "olmoe", grid, options=SpreadOptions(slice_dense=True))
+    assert not loaded.slices_dense and loaded.joints == loaded.layers
+
+
 def test_exact_mode_keeps_plain_products(grid: ProcessGrid, root: Path) -> None:
     loaded = load_model(root / "olmoe", grid, options=SpreadOptions(exact=True))
     assert loaded.dense == "plain" and loaded.model.config._attn_implementation == "sdpa"
