@@ -9,7 +9,7 @@ setup(
         Extension(
             "xpar.kernels.cpu._native",
             ["kernels/cpu/native.c"],
-            depends=["kernels/cpu/native_tile.h"],
+            depends=["kernels/cpu/native_tile.h", "kernels/cpu/native_attention.h"],
             extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=fast"],
             # Without a compiler xpar installs all the same, and `xpar doctor` says what is missing.
             optional=True,

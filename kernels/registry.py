@@ -122,8 +122,8 @@ KERNELS: tuple[KernelRecord, ...] = (
         unavailable=native.unavailable,
         build=NativeExperts,
         all_activations=True,
-        one_call=OneCall(("softmax",), tokens=4, measured="TODO"),
-        measured="TODO",
+        one_call=OneCall(("softmax",), tokens=4, measured="measured below"),
+        measured="measured below",
         outdone=native.outdone,
     ),
     KernelRecord(

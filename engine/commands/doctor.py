@@ -20,6 +20,7 @@ from xpar.comm.nccl.library import load, version_text
 from xpar.comm.window import SHARED_FILES
 from xpar.comm.world import LaunchError, World, refuse_singletons
 from xpar.engine.terminal import make_console
+from xpar.kernels.cpu import native_library
 
 OPTIONAL = {
     "zentorch": "the fastest CPU kernel: pip install 'xpar[zen]'",
@@ -95,6 +96,8 @@ def _print_software(console: Console, world: World) -> None:
         console.print(
             f"{name}: {_installed(name) or f'not installed ({what})'}", soft_wrap=True, markup=False
         )
+    native = native_library.refused() or f"{32 * native_library.lanes()} bits wide"
+    console.print(f"native CPU kernel: {native}", soft_wrap=True, markup=False)
     console.print(
         f"NCCL: {_nccl()}, NVIDIA driver: {driver_version() or 'none'}", soft_wrap=True, markup=False
     )

@@ -71,7 +71,10 @@ def test_a_decoder_that_keeps_both_halves_agrees_with_one_in_float64(fresh_seed:
         decoder(
             full, x, weight, HalfScale(1.0)
         )  # the first layer overflows, the second refuses what came of it
-    assert (got.double() - expected.double()).norm() / expected.double().norm() < 2e-2
+    # A router that weighs two experts alike makes much of a rounding: as much as of those of its inputs alone.
+    rounded = decoder(lambda h: layer.reference(h.half())[0], x.float(), weight.float(), HalfScale(1.0))
+    allowed = 5e-3 + 12 * (rounded.double() - expected.double()).norm() / expected.double().norm()
+    assert (got.double() - expected.double()).norm() / expected.double().norm() < allowed
     one_half = decoder(runner, x, weight, HalfScale(1.0))  # a decoder that forgets its half
     assert not torch.allclose(one_half.float(), expected, rtol=2e-2, atol=1e-2)
 

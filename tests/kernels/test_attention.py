@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xpar.kernels.cpu import zen_library
+from xpar.kernels.cpu import native_attention, native_library, zen_library
 from xpar.kernels.cpu.attention import Attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -57,14 +57,16 @@ def inputs(shape, dtype, g):
     return query, key, value
 
 
-@pytest.fixture(params=["zentorch", "torch"])
+@pytest.fixture(params=["zentorch", "native", "torch"])
 def attention(request):
-    """With and without zentorch."""
+    """By each of those that may serve; torch serves what they do not."""
     made = Attention()
-    if request.param == "torch":
-        made._zen = None
-    elif reason := zen_library.refused():
+    reasons = {"zentorch": zen_library.refused(), "native": native_library.refused()}
+    if reason := reasons.get(request.param):
         pytest.skip(reason)
+    if request.param != "zentorch":
+        made._zen = None
+    made._native = request.param == "native"
     return made
 
 
@@ -111,3 +113,25 @@ def test_numbers_of_a_head_that_lie_apart(attention, g):
     expected = definition(query, key, value, None, False, 0.2)
     assert torch.allclose(attention(*apart, None, False, 0.2).double(), expected, atol=1e-5)
     assert not attention.serves(*(x.expand(-1, -1, 20, -1) if x is apart[0] else x for x in apart))
+
+
+def test_what_the_native_code_is_asked_for(g, monkeypatch):
+    """One bfloat16 query a sequence, few heads to one of keys, whole vectors, one mask for all heads."""
+    asked = []
+    monkeypatch.setattr(native_attention, "attend", lambda query, *rest: asked.append(query) or query)
+    monkeypatch.setattr(native_library, "refused", lambda: None)
+    monkeypatch.setattr(native_library, "lanes", lambda: 16)
+    attention = Attention()
+    attention._zen, attention._native = None, True
+    head_mask = torch.zeros(1, 4, 1, 20)
+    for shape, dtype, mask, expected in [
+        ((2, 4, 1, 1, 20, 32), torch.bfloat16, None, 1),
+        ((2, 5, 1, 1, 20, 32), torch.bfloat16, None, 0),
+        ((2, 4, 4, 1, 20, 32), torch.float32, None, 0),
+        ((2, 4, 4, 1, 20, 24), torch.bfloat16, None, 0),
+        ((2, 4, 4, 1, 20, 32), torch.bfloat16, head_mask.bfloat16(), 0),
+        ((2, 4, 4, 7, 20, 32), torch.bfloat16, None, 0),
+    ]:
+        attention(*inputs(shape, dtype, g), mask, False, 0.2)
+        assert len(asked) == expected, (shape, dtype)
+        asked.clear()
