@@ -1,4 +1,4 @@
-"""transformers' own model with all experts, in a process of its own with all threads of the node.
+"""transformers' own model with all experts, in a process of its own with all threads of the node, or on this rank's GPU.
 
 Why a process of its own: see :mod:`xpar.engine.bench.peer_process`. It sleeps while the ranks work.
 """
@@ -24,10 +24,12 @@ PREFILL = "grouped_mm"
 class DecodingPeer:
     """Starts the process, waits until it has its model, and asks it for runs."""
 
-    def __init__(self, path: Path, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, threads: int, device: torch.device) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, path, dtype, threads), daemon=True)
+        self._process = context.Process(
+            target=serve, args=(theirs, path, dtype, threads, device), daemon=True
+        )
         self._process.start()
         theirs.close()
         self.peak_bytes = int(self._answer(START_TIMEOUT_S))
@@ -59,7 +61,7 @@ class DecodingPeer:
         return answer
 
 
-def serve(pipe: Connection, path: Path, dtype: torch.dtype, threads: int) -> None:
+def serve(pipe: Connection, path: Path, dtype: torch.dtype, threads: int, device: torch.device) -> None:
     """The process: load, then answer until it is killed."""
     import resource
 
@@ -69,14 +71,14 @@ def serve(pipe: Connection, path: Path, dtype: torch.dtype, threads: int) -> Non
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
     except (ValueError, OSError) as error:
         pipe.send(ValueError(str(error)))
         return
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     while True:
         name, ids, new_tokens = pipe.recv()
-        pipe.send(decode(model, name, torch.tensor(ids), new_tokens))
+        pipe.send(decode(model, name, torch.tensor(ids, device=device), new_tokens))
 
 
 @torch.inference_mode()
@@ -89,11 +91,19 @@ def decode(
     model.set_experts_implementation(PREFILL)
     cache, begin = DynamicCache(config=model.config), time.perf_counter()
     logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-    first, times, tokens = logits, [time.perf_counter()], [logits.argmax(-1)]
+    first, tokens = logits, [logits.argmax(-1)]
+    times = [_now(ids.device)]
     model.set_experts_implementation(name)
     while len(tokens) < new_tokens:
         out = model(tokens[-1][:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         tokens.append(out.logits[:, -1].float().argmax(-1))
-        times.append(time.perf_counter())
+        times.append(_now(ids.device))
     steps = [after - before for before, after in pairwise(times)]
-    return times[0] - begin, steps, torch.stack(tokens, 1).tolist(), first.numpy()
+    return times[0] - begin, steps, torch.stack(tokens, 1).tolist(), first.cpu().numpy()
+
+
+def _now(device: torch.device) -> float:
+    """When all that was asked of ``device`` is done: whoever draws a token waits for it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

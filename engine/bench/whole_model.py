@@ -110,7 +110,9 @@ def start_peer(grid: ProcessGrid, path: Path, dtype: torch.dtype) -> DecodingPee
     world = grid.world
 
     def start() -> DecodingPeer | None:
-        return DecodingPeer(path, dtype, world.threads() * world.local_size) if world.rank == 0 else None
+        if world.rank:
+            return None
+        return DecodingPeer(path, dtype, world.threads() * world.local_size, grid.device)
 
     return agreed(world.comm, start, "bench generate", patient=True)
 

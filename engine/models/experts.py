@@ -27,6 +27,9 @@ ATTRIBUTE = "xpar_layer"
 """Where an experts module keeps its :class:`ExpertLayer`."""
 
 
+NOT_FINITE = "router weights are not finite; check the hidden states and the gate weight for NaN or overflow"
+
+
 class ExpertLayer:
     """The experts of one layer on this rank's grid; every rank of its ``moe`` group calls it together.
 
@@ -113,6 +116,9 @@ class ExpertLayer:
             raise ValueError(
                 f"routing of shapes {tuple(topk_ids.shape)} and {tuple(topk_weights.shape)}: expected two of {shape}"
             )
+        if topk_ids.is_cuda:
+            self._assert_on_gpu(topk_ids, topk_weights)
+            return
         if (
             topk_ids.numel()
             and not -1 <= int(topk_ids.min()) <= int(topk_ids.max()) < self.config.num_experts
@@ -122,9 +128,13 @@ class ExpertLayer:
                 f"{self.config.num_experts - 1}, or -1 for none"
             )
         if not math.isfinite(float(topk_weights.float().sum())):
-            raise ValueError(
-                "router weights are not finite; check the hidden states and the gate weight for NaN or overflow"
-            )
+            raise ValueError(NOT_FINITE)
+
+    def _assert_on_gpu(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        """The same of numbers on a GPU, without waiting for them: what is wrong ends the process at its next wait."""
+        known = ((topk_ids >= -1) & (topk_ids < self.config.num_experts)).all()
+        torch._assert_async(known, f"expert ids must be 0 to {self.config.num_experts - 1}, or -1 for none")
+        torch._assert_async(topk_weights.float().sum().isfinite(), NOT_FINITE)
 
 
 def experts_forward(

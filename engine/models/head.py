@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xpar.engine.models.attention import backends
+
 LOGITS_BYTES = 64 * 2**20
 """Of float32 logits at a time: those of a long text would be larger than the model."""
 
@@ -26,7 +28,8 @@ class Head:
 
     def hidden_states(self, **inputs: Any) -> Tensor:
         """[B, S, H] after the last layer; ``inputs`` are transformers'."""
-        out: Tensor = self._model.base_model(**inputs).last_hidden_state
+        with backends(next(self._model.parameters()).device):
+            out: Tensor = self._model.base_model(**inputs).last_hidden_state
         return out
 
     def logits(self, hidden_states: Tensor) -> Tensor:

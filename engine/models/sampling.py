@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NOT_FINITE = "the model's logits are not finite; check the checkpoint, or use another --dtype"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -43,13 +45,14 @@ class Sampling:
 
         Raises ValueError if a row is not finite.
         """
+        if self.temperature == 0.0:
+            tokens = _likeliest(logits).tolist()
+            if -1 in tokens:
+                raise ValueError(NOT_FINITE)
+            return [int(token) for token in tokens]
         logits = logits.float().cpu()
         if not bool(torch.isfinite(logits).all()):
-            raise ValueError(
-                "the model's logits are not finite; check the checkpoint, or use another --dtype"
-            )
-        if self.temperature == 0.0:
-            return [int(token) for token in logits.argmax(dim=-1)]
+            raise ValueError(NOT_FINITE)
         probabilities = self._warped(logits).softmax(dim=-1)
         return [
             int(torch.multinomial(row, 1, generator=generator))
@@ -63,3 +66,17 @@ class Sampling:
         if self.top_k:
             warped = TopKLogitsWarper(self.top_k)(None, warped)
         return TopPLogitsWarper(self.top_p)(None, warped) if self.top_p < 1.0 else warped
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """[B, V] -> [B] int64 where ``logits`` lie: the lowest id of the largest, -1 for a row that is not finite.
+
+    On a GPU only these numbers cross to the host; ``argmax`` there takes any of equals.
+    """
+    if not logits.is_cuda:
+        tokens = logits.argmax(dim=-1)
+    else:
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        largest = logits.amax(dim=-1, keepdim=True)
+        tokens = torch.where(logits == largest, ids, logits.shape[1]).amin(dim=-1)
+    return tokens.where(torch.isfinite(logits).all(dim=-1), -1)

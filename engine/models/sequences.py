@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from xpar.engine.models.attention import backends
 from xpar.engine.models.cache import KeyValues, mask
 from xpar.engine.models.growing import new_cache
 from xpar.engine.models.load import LoadedModel
@@ -121,13 +122,14 @@ class Sequences:
         seen = mask(lengths, columns)
         places = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         device = self._loaded.device
-        out: Any = self._loaded.model(
-            input_ids=ids.to(device),
-            # Without padding a causal model needs no mask, and its attention is faster.
-            attention_mask=seen.to(device) if min(lengths) < columns else None,
-            position_ids=places.to(device),
-            past_key_values=new_cache() if past is None else past.cache(),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with backends(device):
+            out: Any = self._loaded.model(
+                input_ids=ids.to(device),
+                # Without padding a causal model needs no mask, and its attention is faster.
+                attention_mask=seen.to(device) if min(lengths) < columns else None,
+                position_ids=places.to(device),
+                past_key_values=new_cache() if past is None else past.cache(),
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return out.logits[:, -1], KeyValues.of(out.past_key_values, lengths)

@@ -48,7 +48,7 @@ def test_run_verifies_and_writes_json(checkpoint: Path, tmp_path: Path, n: int) 
     steps = (
         "one by one: [23] ranks hold the experts"
         if n > 1
-        else "in one call for 1 to 4 tokens: (zentorch|onednn)"
+        else "in one call for 1 to 4 tokens: (zentorch|native|onednn)"
     )
     assert re.search(steps, job.stdout)
     document = json.loads(out.read_text())
