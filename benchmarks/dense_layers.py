@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch.nn import functional
 
-from xpar.kernels.cpu import zen_library
 from xpar.kernels.cpu.attention import Attention
 from xpar.kernels.cpu.dense import DENSE
 
@@ -69,14 +68,20 @@ def attention(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None
     b, hq, hk, s, d = shape
     query = torch.randn(b, 1, hq, d).to(dtype).transpose(1, 2)
     key, value = torch.randn(2, b, hk, s, d).to(dtype)
-    rows, zen = Attention(), Attention()
-    rows._zen = None
     calls: dict[str, Callable[[], object]] = {
-        "torch": lambda: functional.scaled_dot_product_attention(query, key, value, enable_gqa=hq > hk),
-        "rows of one product": lambda: rows(query, key, value, None, False, d**-0.5),
+        "torch": lambda: functional.scaled_dot_product_attention(query, key, value, enable_gqa=hq > hk)
     }
-    if zen_library.refused() is None:
-        calls["zentorch"] = lambda: zen(query, key, value, None, False, d**-0.5)
+    for name in ("rows of one product", "native", "zentorch"):
+        by = Attention()
+        by._native = name == "native"
+        if name != "zentorch":
+            by._zen = None
+        serves = {
+            "native": by._native_serves(query, key, value, None),
+            "zentorch": by._zen_serves(query, key, value),
+        }
+        if serves.get(name, True):
+            calls[name] = lambda by=by: by(query, key, value, None, False, d**-0.5)
     what = f"{str(dtype)[6:]}, one query of {b} sequences, {hq} heads, {hk} of keys, {s} columns, {d} wide"
     tell(what, milliseconds(calls))
 

@@ -15,7 +15,10 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Ceilings:
-    """``bytes_per_s`` of reading memory once, ``flop_per_s`` of a square product, with all threads of this process."""
+    """``bytes_per_s`` of reading memory once, ``flop_per_s`` of a square product, with all threads of this process.
+
+    Of products in the layer's dtype or in float32, whichever this processor is faster at.
+    """
 
     bytes_per_s: float
     flop_per_s: float
@@ -33,13 +36,15 @@ class Ceilings:
 def measure_ceilings(dtype: torch.dtype) -> Ceilings:
     """The best of a few tries."""
     data = torch.ones(STREAM_BYTES // 8, dtype=torch.int64)
-    a = torch.randn(MATRIX, MATRIX).to(dtype)
+    single = torch.randn(MATRIX, MATRIX)
+    factors = {kind: single.to(kind) for kind in (dtype, torch.float32)}
     read, product = [], []
     for _ in range(REPEATS):
         begin = time.perf_counter()
         data.sum()
-        middle = time.perf_counter()
-        a @ a
-        read.append(middle - begin)
-        product.append(time.perf_counter() - middle)
+        read.append(time.perf_counter() - begin)
+        for factor in factors.values():
+            begin = time.perf_counter()
+            factor @ factor
+            product.append(time.perf_counter() - begin)
     return Ceilings(STREAM_BYTES / min(read), 2 * MATRIX**3 / min(product))

@@ -69,7 +69,8 @@ DENSE = (
         (torch.bfloat16,),
         lambda dtype: native_library.refused(),
         NativeLinear,
-        "measured below",
+        "1.9 / 2.9 / 4.7 / 4.7 x torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of a Xeon without avx512_bf16; onednn there "
+        "1.4 / 0.9 / 1.0 / 1.0",
         _outdone,
     ),
     DenseRecord(
