@@ -69,7 +69,7 @@ install() { "$venv/bin/python" -m pip install -qq --no-compile --constraint cons
 echo "setup: installing xpar[$extras]; the first time this takes some minutes"
 install --editable ".[$extras]"
 if [ -n "$accelerator" ] && ! install "$accelerator"; then
-  echo "setup: $accelerator cannot be installed here; experts run on oneDNN instead" >&2
+  echo "setup: $accelerator cannot be installed here; other kernels serve instead" >&2
 fi
 # On all cores, where pip would take one. A few packages hold files of other Pythons, which do not compile.
 "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true

@@ -195,3 +195,11 @@ def test_editable_installation(tree: Path, tmp_path: Path) -> None:
         run(python, "-c", "from xpar.comm.added_later import X", cwd=tmp_path)
     finally:
         added.unlink()
+
+
+def test_without_a_compiler_the_package_is_built_all_the_same(tree: Path, tmp_path: Path) -> None:
+    words = ("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", tmp_path / "tree")
+    shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("build", "dist", "*.egg-info"))
+    run(sys.executable, *words, cwd=tmp_path, env={"CC": "/nonexistent/cc"})
+    (made,) = (tmp_path / "dist").glob("*.whl")
+    assert not [name for name in contents(made) if name.endswith(".so")]

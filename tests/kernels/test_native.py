@@ -1,15 +1,29 @@
 """The compiled products: the same bits from every instruction set, number of rows and of threads, and right ones."""
 
 import ctypes
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
 
 from xpar.kernels.cpu import native_library
+from xpar.kernels.cpu.dense import choose_dense
 from xpar.kernels.cpu.native_library import PackedWeights
 
 REASON = native_library.refused()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+@pytest.fixture
+def fresh():
+    """Nothing known of the library, before and after."""
+    for known in (native_library.refused, native_library.lanes, native_library._load):
+        known.cache_clear()
+    yield
+    for known in (native_library.refused, native_library.lanes, native_library._load):
+        known.cache_clear()
+
+
 WIDTHS = [w for w in (8, 16) if REASON is None and w <= native_library.lanes()]
 SHAPES = [(1, 1), (16, 2), (31, 7), (33, 64), (100, 129), (515, 96)]
 
@@ -110,3 +124,17 @@ def test_wrong_rows_are_refused():
         weights_of.product(torch.ones(3, 5).bfloat16(), [(0, 0, 3)])
     with pytest.raises(ValueError, match=r"float32: expected contiguous bfloat16"):
         weights_of.product(torch.ones(3, 4), [(0, 0, 3)])
+
+
+def test_a_library_that_is_not_there_is_a_reason(fresh, monkeypatch):
+    monkeypatch.setattr(native_library, "find_spec", lambda name: None)
+    assert "not compiled when xpar was installed" in str(native_library.refused())
+    choice = choose_dense(torch.bfloat16)
+    assert choice.name != "native" and "not compiled" in dict(choice.rejected)["native"]
+
+
+def test_a_library_that_cannot_be_loaded_is_a_reason(fresh, monkeypatch, tmp_path):
+    (tmp_path / "other.so").write_text("no library")
+    spec = ModuleSpec("other", None, origin=str(tmp_path / "other.so"))
+    monkeypatch.setattr(native_library, "find_spec", lambda name: spec)
+    assert "other.so" in str(native_library.refused())
