@@ -14,6 +14,7 @@ from xpar.kernels.cpu import native_library
 from xpar.kernels.cpu.native_library import PackedWeights, Span
 from xpar.kernels.cpu.processor import multiplies_bfloat16
 from xpar.kernels.cpu.select import select
+from xpar.kernels.cpu.slots import SortedSlots
 
 
 def unavailable(spec: ExpertSpec) -> str | None:
@@ -28,7 +29,7 @@ def outdone(spec: ExpertSpec) -> str | None:
     return None
 
 
-class NativeExperts:
+class NativeExperts(SortedSlots):
     """See :class:`xpar.kernels.contracts.ExpertKernel`. bfloat16 on x86 with AVX2 and FMA, or AVX-512."""
 
     name = "native"
@@ -53,14 +54,6 @@ class NativeExperts:
         self._down.load(index, down, down_bias)
         self._missing.discard(index)
 
-    def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
-        slot_rows, positions = self._sorted_slots(x)
-        return rows.weighted_sum(slot_rows, x.topk_weights, positions, out)
-
-    def compute_slots(self, x: ExpertInput) -> Tensor:
-        slot_rows, positions = self._sorted_slots(x)
-        return rows.active_rows(slot_rows, positions)
-
     def route_and_compute(
         self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
     ) -> tuple[Tensor, Routing]:
@@ -71,7 +64,6 @@ class NativeExperts:
         return self._gate_up.nbytes() + self._down.nbytes()
 
     def _sorted_slots(self, x: ExpertInput) -> tuple[Tensor, Tensor]:
-        """Slot outputs in expert order, and where each slot of [M, k] is among them."""
         if x.topk_ids.shape[0] == 1:
             return self._single(x)
         groups = rows.group_by_expert(x.topk_ids, self.spec.num_experts)

@@ -10,6 +10,7 @@ from xpar.kernels.contracts import ExpertInput, ExpertSpec, RouteSpec, Routing
 from xpar.kernels.cpu.linear import Linear, make_linear, packing_refused
 from xpar.kernels.cpu.processor import multiplies_bfloat16
 from xpar.kernels.cpu.select import select
+from xpar.kernels.cpu.slots import SortedSlots
 
 # In float32 a product of very few rows may take another path through oneDNN, with other roundings.
 _FP32_MIN_ROWS = 8
@@ -24,7 +25,7 @@ def unavailable(spec: ExpertSpec) -> str | None:
     return None
 
 
-class OneDnnExperts:
+class OneDnnExperts(SortedSlots):
     """See :class:`xpar.kernels.contracts.ExpertKernel`. Every dtype, any processor.
 
     Where oneDNN cannot pack the dtype (float16 without processor support) the products read row-major weights.
@@ -55,14 +56,6 @@ class OneDnnExperts:
             make_linear(down.to(dtype), down_bias),
         )
 
-    def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
-        slot_rows, positions = self._sorted_slots(x)
-        return rows.weighted_sum(slot_rows, x.topk_weights, positions, out)
-
-    def compute_slots(self, x: ExpertInput) -> Tensor:
-        slot_rows, positions = self._sorted_slots(x)
-        return rows.active_rows(slot_rows, positions)
-
     def route_and_compute(
         self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
     ) -> tuple[Tensor, Routing]:
@@ -79,7 +72,6 @@ class OneDnnExperts:
         return sum(linear.nbytes() for pair in self._experts if pair for linear in pair)
 
     def _sorted_slots(self, x: ExpertInput) -> tuple[Tensor, Tensor]:
-        """Slot outputs in expert order, and where each slot of [M, k] is among them."""
         if self._one_row_each(x):
             inputs = x.hidden_states if x.rows is None else x.hidden_states.index_select(0, x.rows)
             return self._expert(0, inputs[: x.topk_ids.shape[0]]), _identity(x.topk_ids)
