@@ -88,6 +88,7 @@ def test_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
     assert len(compiled) == bool(shutil.which("cc") or shutil.which("gcc"))
     assert all(re.fullmatch(r"xpar/kernels/cpu/_native\.[\w-]+\.so", name) for name in compiled)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert re.search(r"-cp\d+-cp\d+-linux_\w+\.whl$", wheel.name)
 
 
 def test_wheel_states_licence_python_and_extras(wheel: Path) -> None:

@@ -120,7 +120,7 @@ def load(
     ``whole_dense``: every rank keeps all dense weights.
     """
     options = SpreadOptions(
-        args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense, not whole_dense
+        args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense, slice_dense=not whole_dense
     )
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:

@@ -13,12 +13,11 @@ The package's own takes 0.15 to 0.3 of torch's time for heads with keys of their
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xpar.kernels.cpu import native_attention, zen_library
-from xpar.kernels.cpu.processor import multiplies_bfloat16
+from xpar.kernels.cpu import native_attention, native_library, zen_library
+from xpar.kernels.cpu.masks import to_add
 from xpar.kernels.cpu.zen_linear import DTYPES
 
 _MOST_SHARING = 4
@@ -33,7 +32,7 @@ class Attention:
 
     def __init__(self) -> None:
         self._zen: Any = None if zen_library.refused() else zen_library.load().zentorch_sdpa
-        self._native = self._zen is None and not multiplies_bfloat16()
+        self._native = self._zen is None and native_library.outdone() is None
 
     def serves(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether it can be called with these, and is no slower than torch by itself."""
@@ -54,7 +53,7 @@ class Attention:
             query = _as_rows(query, key.shape[1])
             mask = None if mask is None else _as_rows(mask, key.shape[1])
         if self._zen_serves(query, key, value):
-            added = _to_add(mask, query.dtype)
+            added = None if mask is None else to_add(mask, query.dtype)
             out = self._zen(query, key, value, 0.0, causal, attn_mask=added, scale=scale)[0]
         else:
             out = functional.scaled_dot_product_attention(
@@ -84,9 +83,3 @@ def _as_rows(x: Tensor, key_heads: int) -> Tensor:
     A mask for all heads, [B, 1, 1, S], stays as it is.
     """
     return x if x.shape[1] == 1 else x.reshape(x.shape[0], key_heads, -1, x.shape[3])
-
-
-def _to_add(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))

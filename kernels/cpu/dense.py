@@ -13,7 +13,6 @@ from torch import Tensor
 from xpar.kernels.cpu import native_library, zen_library, zen_linear
 from xpar.kernels.cpu.linear import PackedLinear, packing_refused
 from xpar.kernels.cpu.native_linear import NativeLinear
-from xpar.kernels.cpu.processor import multiplies_bfloat16
 from xpar.kernels.cpu.zen_linear import ZenLinear
 
 
@@ -47,12 +46,6 @@ class DenseRecord:
         return f"serves {names}, not {str(dtype)[6:]}"
 
 
-def _outdone() -> str | None:
-    if multiplies_bfloat16():
-        return "this processor multiplies bfloat16: faster there only for few rows"
-    return None
-
-
 PLAIN = "plain"
 """The model's own products."""
 _SHAPE = "torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of an EPYC (Zen 4), benchmarks/dense_layers.py"
@@ -71,7 +64,7 @@ DENSE = (
         NativeLinear,
         "1.9 / 2.9 / 4.7 / 4.7 x torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of a Xeon without avx512_bf16; onednn there "
         "1.4 / 0.9 / 1.0 / 1.0",
-        _outdone,
+        native_library.outdone,
     ),
     DenseRecord(
         "onednn",

@@ -41,6 +41,13 @@ struct attention {
 #define PIECES 2 /* vectors of a value that are summed at a time, in registers */
 typedef float quads __attribute__((vector_size(16)));
 
+/* What one instruction set has: rows and columns of a tile at most, and its functions. */
+struct isa {
+    int rows, columns;
+    void (*tile)(int, const uint32_t *, const float *, int64_t, const struct target *);
+    void (*attend)(const struct attention *, int64_t, int64_t, float *);
+};
+
 /* Rows of a tile: as many as leave registers for a pair of weights and a number of x. */
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
@@ -49,6 +56,10 @@ typedef float quads __attribute__((vector_size(16)));
 #define ROWS 12
 #include "native_tile.h"
 #include "native_attention.h"
+static const struct isa isa_avx512 = {ROWS, 2 * VBYTES / 4, tile_avx512, attend_avx512};
+#undef SUFFIX
+#undef VBYTES
+#undef ROWS
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -58,18 +69,15 @@ typedef float quads __attribute__((vector_size(16)));
 #define ROWS 6
 #include "native_tile.h"
 #include "native_attention.h"
+static const struct isa isa_avx2 = {ROWS, 2 * VBYTES / 4, tile_avx2, attend_avx2};
+#undef SUFFIX
+#undef VBYTES
+#undef ROWS
 #pragma GCC pop_options
-
-struct isa {
-    int rows, columns;
-    void (*tile)(int, const uint32_t *, const float *, int64_t, const struct target *);
-    void (*attend)(const struct attention *, int64_t, int64_t, float *);
-};
 
 static struct isa isa_of(int lanes)
 {
-    return lanes == 16 ? (struct isa){12, 32, tile_avx512, attend_avx512}
-                       : (struct isa){6, 16, tile_avx2, attend_avx2};
+    return lanes == 16 ? isa_avx512 : isa_avx2;
 }
 
 /* Rows first to end of one expert, at most as many as a tile has. */

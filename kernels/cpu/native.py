@@ -12,7 +12,6 @@ from xpar.kernels.checks import check_expert, check_loaded
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, RouteSpec, Routing
 from xpar.kernels.cpu import native_library
 from xpar.kernels.cpu.native_library import PackedWeights, Span
-from xpar.kernels.cpu.processor import multiplies_bfloat16
 from xpar.kernels.cpu.select import select
 from xpar.kernels.cpu.slots import SortedSlots
 
@@ -20,13 +19,6 @@ from xpar.kernels.cpu.slots import SortedSlots
 def unavailable(spec: ExpertSpec) -> str | None:
     """Why this kernel cannot serve ``spec`` here, or None."""
     return native_library.refused()
-
-
-def outdone(spec: ExpertSpec) -> str | None:
-    """Why ``auto`` leaves layers to other kernels on this processor, or None."""
-    if multiplies_bfloat16():
-        return "this processor multiplies bfloat16: faster there only for few rows an expert"
-    return None
 
 
 class NativeExperts(SortedSlots):

@@ -1,5 +1,5 @@
 /* Attention of one query for one instruction set, named by SUFFIX, in vectors of VBYTES bytes. Included once for each,
- * after a pragma that selects it. Arithmetic in float32; keys, values, queries and results in bfloat16.
+ * after native_tile.h, whose types and `rounded` it uses. Arithmetic in float32; keys, values, queries and results in bfloat16.
  */
 
 #define LANES (VBYTES / 4)
@@ -160,6 +160,3 @@ static void JOIN(attend, SUFFIX)(const struct attention *a, int64_t sequence, in
 #undef sum_of
 #undef attend_heads
 #undef rounded
-#undef SUFFIX
-#undef VBYTES
-#undef ROWS

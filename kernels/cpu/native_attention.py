@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xpar.kernels.cpu import native_library
+from xpar.kernels.cpu.masks import to_add
 
 
 class _Attention(ctypes.Structure):
@@ -41,7 +42,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     ``mask``: booleans (True takes part) or numbers to add, [1 or B, 1, 1, S]. A query that sees nothing gets zeros. Rounded
     once, at the end; a sequence's bits depend on nothing but the sequence.
     """
-    added = None if mask is None else _to_add(mask)
+    # [1 or B, S]
+    added = None if mask is None else to_add(mask[:, 0, 0], torch.float32).float().contiguous()
     out = torch.empty(query.shape, dtype=query.dtype)
     call = _Attention(
         query.data_ptr(),
@@ -62,11 +64,3 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     )
     native_library.attend(call)
     return out
-
-
-def _to_add(mask: Tensor) -> Tensor:
-    """[1 or B, S] float32, contiguous."""
-    mask = mask[:, 0, 0]
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
-    return mask.float().contiguous()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xpar.kernels.cpu import pages
+from xpar.kernels.cpu.processor import multiplies_bfloat16
 
 # Room for rows as float32 in one call. More rows go by several calls: by then weights are read from cache anyway.
 _WIDE_BYTES = 32 * 2**20
@@ -25,6 +26,13 @@ def refused() -> str | None:
     except OSError as error:
         return str(error)
     return None if lanes else "this processor has no AVX2 with FMA"
+
+
+def outdone() -> str | None:
+    """Why ``auto`` leaves bfloat16 to other code on this processor, or None."""
+    if multiplies_bfloat16():
+        return "this processor multiplies bfloat16: faster there only for few rows"
+    return None
 
 
 def attend(call: ctypes.Structure) -> None:

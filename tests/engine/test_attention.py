@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from xpar.engine.models.attention import IMPLEMENTATION, AttentionForward, provide
+from xpar.kernels.cpu.attention import Attention
 
 
 class Layer(torch.nn.Module):
@@ -112,7 +113,7 @@ def test_only_models_of_sdpa_are_given_it(tmp_path: Path, family: str, chosen: s
     assert model.config._attn_implementation == chosen
 
 
-def test_a_padded_batch_of_a_model(tmp_path: Path, fresh_seed: int) -> None:
+def test_a_padded_batch_of_a_model(tmp_path: Path, fresh_seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks are made for it as for ``sdpa``, of a prompt and of the token behind it; keys are shared by two heads."""
     write_model(Case("mixtral", "mixtral"), tmp_path / "model", torch.float32, 1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
@@ -125,9 +126,17 @@ def test_a_padded_batch_of_a_model(tmp_path: Path, fresh_seed: int) -> None:
         token = model(ids[:, 9:], attention_mask=seen, past_key_values=prompt.past_key_values)
         return torch.cat([prompt.logits, token.logits], 1)
 
+    used, whole = [], Attention.__call__
+
+    def watched(self: Attention, query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        used.append(query.shape[2])
+        return whole(self, query, *rest)
+
+    monkeypatch.setattr(Attention, "__call__", watched)
     with torch.inference_mode():
         expected = logits()
-        assert provide(model) and model.config._attn_implementation == IMPLEMENTATION
+        assert provide(model) and not used
         found = logits()
+    assert 1 in used  # of the prompt only where this processor has a faster way
     kept = seen.bool()
     assert torch.allclose(found[kept], expected[kept], atol=1e-5)
