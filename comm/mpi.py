@@ -43,7 +43,7 @@ class MpiCommunicator(Collectives):
         self.guard = guard
         self._journal: Journal = NoJournal() if guard is None else guard.journal(name, self.world_ranks)
         self._row_types: dict[int, MPI.Datatype] = {}
-        self.window: SharedWindow | None = None
+        self.windows: dict[str, SharedWindow] = {}
 
     # -- data plane -----------------------------------------------------------------------------------------
 
@@ -170,9 +170,9 @@ class MpiCommunicator(Collectives):
         self.mpi_comm.Abort(code)
 
     def close(self) -> None:
-        """Free the window, the datatypes and the MPI communicator; collective."""
-        if self.window is not None:
-            self.window.close()
+        """Free the windows, the datatypes and the MPI communicator; collective."""
+        for window in self.windows.values():
+            window.close()
         for row in self._row_types.values():
             row.Free()
         self._row_types.clear()

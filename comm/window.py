@@ -58,6 +58,11 @@ class SharedWindow:
         nbytes = shape[0] * shape[1] * dtype.itemsize
         return self._bytes[first_byte : first_byte + nbytes].view(dtype).view(shape)
 
+    def sync(self) -> None:
+        """Half of a fence, for ranks that wait for each other by another exchange: called before it and after it."""
+        if self._window is not None:
+            self._window.Sync()
+
     def fence(self) -> None:
         """Wait for every rank; what any of them wrote before is visible to all afterwards."""
         self.arrive().wait()
@@ -99,13 +104,13 @@ class SharedWindow:
             self._window = None
 
 
-def window_of(group: Communicator) -> SharedWindow:
-    """The window that everything on ``group`` shares: a model's layers run one after the other and need only one."""
+def window_of(group: Communicator, use: str = "tokens") -> SharedWindow:
+    """The window that everything on ``group`` shares for one ``use``: a model's layers run one after the other and need only one."""
     if not isinstance(group, MpiCommunicator):
         return SharedWindow(group)
-    if group.window is None:
-        group.window = SharedWindow(group)
-    return group.window
+    if use not in group.windows:
+        group.windows[use] = SharedWindow(group)
+    return group.windows[use]
 
 
 def free_bytes() -> int:

@@ -21,7 +21,7 @@ from xpar.engine.models.blocks import build_block
 from xpar.engine.models.dense import load_dense, sources
 from xpar.engine.models.experts import IMPLEMENTATION, ExpertLayer, register
 from xpar.engine.models.order import Joint, call_order
-from xpar.engine.models.packed import SlicedDense, ease
+from xpar.engine.models.packed import SlicedDense, ease, together
 from xpar.engine.models.spread import Experts, Layer, Part, Read, SpreadOptions, build_layer, parts_of, put
 from xpar.engine.stages import SlotCounter
 from xpar.engine.weights import stream_experts
@@ -139,16 +139,15 @@ def _slices(grid: ProcessGrid, options: SpreadOptions) -> bool:
 
 def _joints(model: Any, parts: Mapping[int, Part], layers: Mapping[int, Layer]) -> tuple[Joint, ...]:
     """All that ranks do together, in order. Collective where that takes a forward to find out."""
-    sliced: dict[Any, Joint] = {
-        module: module for module in model.modules() if isinstance(module, SlicedDense)
-    }
+    sliced = [module for module in model.modules() if isinstance(module, SlicedDense)]
     if not sliced:
         return tuple(layers.values())
-    modules: dict[Any, Joint] = {model.get_submodule(part.names[0]): layers[n] for n, part in parts.items()}
-    order = call_order(model, {**modules, **sliced})
+    joints: dict[Any, Joint] = {model.get_submodule(part.names[0]): layers[n] for n, part in parts.items()}
+    order = call_order(model, [*joints, *sliced])
+    joints |= together(order)
     for layer in layers.values():
         layer.counter = SlotCounter(layer.grid.device)  # that forward was nobody's
-    return tuple(order)
+    return tuple(joints[module] for module, _ in order if module in joints)
 
 
 def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptions) -> DenseChoice:

@@ -1,6 +1,6 @@
 """In which order a model's forward meets what all ranks do together: what a rank without tokens joins, one by one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -13,13 +13,17 @@ class Joint(Protocol):
         """Take part without tokens of one's own."""
 
 
-def call_order(model: Any, parts: Mapping[torch.nn.Module, Joint]) -> Sequence[Joint]:
-    """The values of ``parts`` in the order in which a forward calls their modules; collective: runs one, of a token a rank."""
-    order: list[Joint] = []
-    handles = [
-        module.register_forward_pre_hook(lambda *_, part=part: order.append(part))
-        for module, part in parts.items()
-    ]
+def call_order(model: Any, modules: Iterable[torch.nn.Module]) -> list[tuple[torch.nn.Module, Any]]:
+    """Each of ``modules`` and its first argument, in the order in which a forward calls them.
+
+    Collective: runs one, of a token a rank. The arguments are kept, so that two are the same only if they are one tensor.
+    """
+    order: list[tuple[torch.nn.Module, Any]] = []
+
+    def called(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        order.append((module, args[0] if args else None))
+
+    handles = [module.register_forward_pre_hook(called) for module in modules]
     try:
         with torch.inference_mode():
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False, logits_to_keep=1)

@@ -4,12 +4,13 @@ K inputs, N outputs of a layer.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xpar.comm.columns import SharedColumns, columns_of
+from xpar.comm.columns import Share, SharedColumns, columns_of
 from xpar.comm.handshake import Tag
 from xpar.engine.models.attention import provide
 from xpar.kernels.cpu.dense import DenseLinear, DenseRecord
@@ -36,6 +37,7 @@ class SlicedDense(nn.Module):
     """Takes the place of an ``nn.Linear``, of which this rank holds some columns; every rank of its node calls it together.
 
     ``linear``: the product with ``columns`` of the weight, None if there are none. ``number``: its place in the model.
+    ``siblings``: those whose products are made with this one, see :func:`together`.
     """
 
     def __init__(
@@ -49,29 +51,82 @@ class SlicedDense(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self._shared, self._linear, self._columns = shared, linear, columns
-        self._tag = Tag(f"dense product {number}")
-        self._inputs, self._outputs, self._dtype = inputs, outputs, dtype
+        self.shared, self.number, self.inputs, self.dtype = shared, number, inputs, dtype
+        self.siblings = Siblings([self])
+        self._linear, self._columns, self._outputs = linear, columns, outputs
 
     @property
     def nbytes(self) -> int:
         return 0 if self._linear is None else self._linear.nbytes()
 
+    def share(self) -> Share:
+        """Its product, as :class:`~xpar.comm.columns.SharedColumns` makes it."""
+        return Share(self._outputs, self._columns, self._compute)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        rows = x.reshape(-1, self._inputs)
-        return self._product(rows).view(*x.shape[:-1], self._outputs)
-
-    def join(self) -> None:
-        """Make this rank's columns of the other ranks' rows, without rows of one's own."""
-        self._product(torch.empty(0, self._inputs, dtype=self._dtype))
-
-    def _product(self, rows: Tensor) -> Tensor:
-        return self._shared.product(rows, self._outputs, self._columns, self._compute, self._tag)
+        return self.siblings.product(self, x)
 
     def _compute(self, rows: Tensor) -> Tensor:
         assert self._linear is not None
         return self._linear(rows)
+
+
+class Siblings:
+    """Products of one tensor that a forward asks for one after the other: the first makes all, in one exchange."""
+
+    def __init__(self, members: Sequence[SlicedDense]) -> None:
+        self._members = members
+        self._tag = Tag(f"dense product {members[0].number}")
+        self._x: Tensor | None = None
+        self._made: dict[int, Tensor] = {}
+
+    def product(self, member: SlicedDense, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] of ``member``."""
+        if member is self._members[0]:
+            made = self._products(x.reshape(-1, member.inputs))
+            self._x, self._made = x, {m.number: y for m, y in zip(self._members, made, strict=True)}
+        elif x is not self._x or member.number not in self._made:
+            # The other ranks do not know of it, and the guard ends what they wait for.
+            raise RuntimeError(
+                f"dense product {member.number}: its tensor is not the one of product {self._members[0].number}, as in the "
+                "forward when the model was loaded; load it with whole dense weights"
+            )
+        found = self._made.pop(member.number)
+        if not self._made:
+            self._x = None
+        return found.view(*x.shape[:-1], -1)
+
+    def join(self) -> None:
+        """Make this rank's columns of the other ranks' rows, without rows of one's own."""
+        first = self._members[0]
+        self._products(torch.empty(0, first.inputs, dtype=first.dtype))
+
+    def _products(self, rows: Tensor) -> list[Tensor]:
+        return self._members[0].shared.products(rows, [m.share() for m in self._members], self._tag)
+
+
+def together(calls: Sequence[tuple[nn.Module, Any]]) -> dict[SlicedDense, Siblings]:
+    """Have those of ``calls``, modules and their inputs in a forward's order, that share an input be made in one exchange.
+
+    Returns the first of each group and the group. All ranks see the same calls, and so form the same groups.
+    """
+    groups: list[list[SlicedDense]] = []
+    last: Any = None
+    for module, x in calls:
+        if not isinstance(module, SlicedDense):
+            last = None
+            continue
+        if x is not None and x is last:
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+        last = x
+    found = {group[0]: Siblings(group) for group in groups}
+    for group in groups:
+        for member in group:
+            member.siblings = found[group[0]]
+    return found
 
 
 def ease(model: Any, record: DenseRecord, shared: SharedColumns | None = None) -> int:

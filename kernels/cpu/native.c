@@ -14,10 +14,11 @@
 #include <omp.h>
 
 #define LINE 64    /* bytes of a cache line */
-#define AHEAD 4096 /* how far a weight is asked for before it is used, in bytes; 512 to 16384 were tried */
+#define AHEAD 8192 /* how far weights are asked for before they are used, in bytes of all panels; 512 to 16384 were tried */
+#define ABREAST 4  /* panels that a tile reads side by side, at most */
 #define GROUP 4    /* panels that take turns with one block of rows, so that they and the block stay in a core's cache */
 
-/* Where a tile goes: `columns` of each row, rows `stride` numbers apart; `bias` may be NULL. */
+/* Where a tile goes: rows `stride` numbers apart, `columns` of each from the last panel; `bias` may be NULL. */
 struct target {
     uint16_t *out;
     int64_t stride, columns;
@@ -41,10 +42,11 @@ struct attention {
 #define PIECES 2 /* vectors of a value that are summed at a time, in registers */
 typedef float quads __attribute__((vector_size(16)));
 
-/* What one instruction set has: rows and columns of a tile at most, and its functions. */
+/* What one instruction set has: rows of a tile at most, columns of a panel, and its functions. */
 struct isa {
     int rows, columns;
-    void (*tile)(int, const uint32_t *, const float *, int64_t, const struct target *);
+    int (*abreast)(int);
+    void (*tile)(int, int, const uint32_t *, const float *, int64_t, const struct target *);
     void (*attend)(const struct attention *, int64_t, int64_t, float *);
 };
 
@@ -56,7 +58,7 @@ struct isa {
 #define ROWS 12
 #include "native_tile.h"
 #include "native_attention.h"
-static const struct isa isa_avx512 = {ROWS, 2 * VBYTES / 4, tile_avx512, attend_avx512};
+static const struct isa isa_avx512 = {ROWS, 2 * VBYTES / 4, abreast_avx512, tile_avx512, attend_avx512};
 #undef SUFFIX
 #undef VBYTES
 #undef ROWS
@@ -69,7 +71,7 @@ static const struct isa isa_avx512 = {ROWS, 2 * VBYTES / 4, tile_avx512, attend_
 #define ROWS 6
 #include "native_tile.h"
 #include "native_attention.h"
-static const struct isa isa_avx2 = {ROWS, 2 * VBYTES / 4, tile_avx2, attend_avx2};
+static const struct isa isa_avx2 = {ROWS, 2 * VBYTES / 4, abreast_avx2, tile_avx2, attend_avx2};
 #undef SUFFIX
 #undef VBYTES
 #undef ROWS
@@ -185,16 +187,21 @@ int xpar_product(
             const int64_t s = task / groups, first = task % groups * group;
             const int64_t end = first + group < panels ? first + group : panels;
             for (int64_t b = starts[s]; b < starts[s + 1]; b++)
-                for (int64_t p = first; p < end; p++) {
+                for (int64_t p = first; p < end;) {
+                    int abreast = isa.abreast(blocks[b].rows);
+                    while (abreast > end - p)
+                        abreast /= 2;
                     const int64_t panel = spans[3 * s] * panels + p, column = p * isa.columns;
+                    const int64_t left = outputs - column - (abreast - 1) * isa.columns;
                     const struct target to = {
                         out + blocks[b].first * outputs + column, outputs,
-                        outputs - column < isa.columns ? outputs - column : isa.columns,
+                        left < isa.columns ? left : isa.columns,
                         bias ? bias + panel * isa.columns : NULL,
                     };
                     isa.tile(
-                        blocks[b].rows, weights + panel * pairs * isa.columns,
+                        blocks[b].rows, abreast, weights + panel * pairs * isa.columns,
                         wide + (blocks[b].first - base) * 2 * pairs, pairs, &to);
+                    p += abreast;
                 }
         }
     }

@@ -32,57 +32,79 @@ static inline __attribute__((always_inline)) halves rounded(floats value)
     return __builtin_convertvector((near & ~nan) | (((bits >> 16) | 0x40) & nan), halves);
 }
 
-/* `rows` is a constant wherever this is called, so that all sums stay in registers. */
+/* `rows` and `panels` are constants wherever this is called, so that all sums stay in registers. The panels lie one behind
+ * the other, and are read side by side.
+ */
 static inline __attribute__((always_inline)) void tile_of(
-    const int rows, const uint32_t *panel, const float *x, int64_t pairs, const struct target *to)
+    const int rows, const int panels, const uint32_t *first, const float *x, int64_t pairs, const struct target *to)
 {
-    floats sum[ROWS][2];
+    floats sum[ABREAST][ROWS][2];
 #pragma GCC unroll 16
-    for (int m = 0; m < rows; m++)
-        sum[m][0] = sum[m][1] = (floats){0};
-    for (int64_t pair = 0; pair < pairs; pair++, panel += COLUMNS, x += 2 * rows) {
-        /* One stream of a core does not keep its share of the memory busy; the hardware looks no further than a page. */
-        __builtin_prefetch((const char *)panel + AHEAD);
-        if (COLUMNS * sizeof(uint32_t) > LINE)
-            __builtin_prefetch((const char *)panel + AHEAD + LINE);
-        words left = ((const words *)panel)[0], right = ((const words *)panel)[1];
-        floats a = (floats)(left << 16), b = (floats)(right << 16);
+    for (int p = 0; p < panels; p++)
 #pragma GCC unroll 16
-        for (int m = 0; m < rows; m++) {
-            sum[m][0] += x[m] * a;
-            sum[m][1] += x[m] * b;
-        }
-        a = (floats)(left & 0xffff0000u);
-        b = (floats)(right & 0xffff0000u);
+        for (int m = 0; m < rows; m++)
+            sum[p][m][0] = sum[p][m][1] = (floats){0};
+    for (int64_t pair = 0; pair < pairs; pair++, first += COLUMNS, x += 2 * rows) {
 #pragma GCC unroll 16
-        for (int m = 0; m < rows; m++) {
-            sum[m][0] += x[rows + m] * a;
-            sum[m][1] += x[rows + m] * b;
+        for (int p = 0; p < panels; p++) {
+            const uint32_t *panel = first + p * pairs * COLUMNS;
+            /* What a core asks for by itself does not keep its share of the memory busy; the hardware looks no further than a page. */
+            __builtin_prefetch((const char *)panel + AHEAD / panels);
+            if (COLUMNS * sizeof(uint32_t) > LINE)
+                __builtin_prefetch((const char *)panel + AHEAD / panels + LINE);
+            words left = ((const words *)panel)[0], right = ((const words *)panel)[1];
+            floats a = (floats)(left << 16), b = (floats)(right << 16);
+#pragma GCC unroll 16
+            for (int m = 0; m < rows; m++) {
+                sum[p][m][0] += x[m] * a;
+                sum[p][m][1] += x[m] * b;
+            }
+            a = (floats)(left & 0xffff0000u);
+            b = (floats)(right & 0xffff0000u);
+#pragma GCC unroll 16
+            for (int m = 0; m < rows; m++) {
+                sum[p][m][0] += x[rows + m] * a;
+                sum[p][m][1] += x[rows + m] * b;
+            }
         }
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < rows; m++) {
-        if (to->bias) {
-            sum[m][0] += ((const floats *)to->bias)[0];
-            sum[m][1] += ((const floats *)to->bias)[1];
+    for (int p = 0; p < panels; p++)
+#pragma GCC unroll 16
+        for (int m = 0; m < rows; m++) {
+            if (to->bias) {
+                sum[p][m][0] += ((const floats *)(to->bias + p * COLUMNS))[0];
+                sum[p][m][1] += ((const floats *)(to->bias + p * COLUMNS))[1];
+            }
+            halves result[2] = {rounded(sum[p][m][0]), rounded(sum[p][m][1])};
+            uint16_t *out = to->out + m * to->stride + p * COLUMNS;
+            if (p < panels - 1 || to->columns == COLUMNS)
+                memcpy(out, result, sizeof result);
+            else
+                memcpy(out, result, to->columns * sizeof *out);
         }
-        halves result[2] = {rounded(sum[m][0]), rounded(sum[m][1])};
-        uint16_t *out = to->out + m * to->stride;
-        if (to->columns == COLUMNS)
-            memcpy(out, result, sizeof result);
-        else
-            memcpy(out, result, to->columns * sizeof *out);
-    }
+}
+
+/* Panels that a tile of `rows` rows reads side by side: with few rows a core waits for memory, less so where it reads in
+ * several places. Their sums take as many registers as those of more rows.
+ */
+static int JOIN(abreast, SUFFIX)(int rows)
+{
+    return rows <= ROWS / 6 ? ABREAST : rows <= ROWS / 3 ? 2 : 1;
 }
 
 static void JOIN(tile, SUFFIX)(
-    int rows, const uint32_t *panel, const float *x, int64_t pairs, const struct target *to)
+    int rows, int panels, const uint32_t *first, const float *x, int64_t pairs, const struct target *to)
 {
-    switch (rows) {
-#define CASE(n) case n: tile_of(n, panel, x, pairs, to); break
-    CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6);
+    switch (16 * panels + rows) {
+#define CASE(p, n) case 16 * p + n: tile_of(n, p, first, x, pairs, to); break
+    CASE(1, 1); CASE(1, 2); CASE(1, 3); CASE(1, 4); CASE(1, 5); CASE(1, 6);
+    CASE(2, 1); CASE(2, 2);
+    CASE(4, 1);
 #if ROWS > 6
-    CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12);
+    CASE(1, 7); CASE(1, 8); CASE(1, 9); CASE(1, 10); CASE(1, 11); CASE(1, 12);
+    CASE(2, 3); CASE(2, 4);
+    CASE(4, 2);
 #endif
 #undef CASE
     }

@@ -1,5 +1,7 @@
 """Products that the ranks of a node share out, on 1 to 4 ranks, some without rows and some without columns."""
 
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from xpar.comm import columns
-from xpar.comm.columns import SharedColumns, columns_of
+from xpar.comm.columns import Share, SharedColumns, columns_of
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import DesyncError, Tag
 from xpar.comm.world import World
@@ -32,20 +34,50 @@ def test_products_are_those_of_the_whole_weight(
     draw, own = np.random.default_rng(fresh_seed), torch.Generator().manual_seed(fresh_seed + grid.world.rank)
     shared = SharedColumns(grid.node)
     for number in range(12):
-        inputs, outputs = (int(n) for n in draw.integers(1, 200, 2))
+        inputs = int(draw.integers(1, 200))
+        widths = [int(n) for n in draw.integers(1, 200, draw.integers(1, 4))]
         counts = draw.integers(0, 9, grid.world.size) * draw.integers(0, 2, grid.world.size)
-        shape = (outputs, inputs)
-        weight = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(dtype)
-        part = columns_of(outputs, grid.node)
+        common = torch.Generator().manual_seed(number)
+        weights = [torch.randn(width, inputs, generator=common).to(dtype) for width in widths]
         x = torch.randn(int(counts[grid.world.rank]), inputs, generator=own).to(dtype)
+        shares = [share_of(weight, grid) for weight in weights]
+        found = shared.products(x, shares, Tag(f"dense product {number}"))
+        for y, weight in zip(found, weights, strict=True):
+            assert y.shape == (len(x), len(weight)) and y.dtype == dtype
+            torch.testing.assert_close(y, x @ weight.T, rtol=2e-2, atol=1e-3)
 
-        def compute(rows: torch.Tensor, weight: torch.Tensor = weight, part: slice = part) -> torch.Tensor:
-            assert rows.shape[0] and part.start < part.stop
-            return rows @ weight[part].T
 
-        found = shared.product(x, outputs, part, compute, Tag(f"dense product {number}"))
-        assert found.shape == (len(x), outputs) and found.dtype == dtype
-        torch.testing.assert_close(found, x @ weight.T, rtol=2e-2, atol=1e-3)
+def share_of(weight: torch.Tensor, grid: ProcessGrid) -> Share:
+    part = columns_of(len(weight), grid.node)
+
+    def compute(rows: torch.Tensor) -> torch.Tensor:
+        assert rows.shape[0] and part.start < part.stop
+        return rows @ weight[part].T
+
+    return Share(len(weight), part, compute)
+
+
+def slowly(share: Share, dawdles: tuple[bool, bool]) -> Share:
+    """Which sleeps before it computes, and after."""
+
+    def compute(rows: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01 * dawdles[0])
+        made = share.compute(rows)
+        time.sleep(0.01 * dawdles[1])
+        return made
+
+    return replace(share, compute=compute)
+
+
+def test_nobody_reads_what_a_faster_rank_writes_next(grid: ProcessGrid) -> None:
+    """Each rank in turn dawdles where it would be overtaken: before its product, and before it takes its results."""
+    shared, size, rank = SharedColumns(grid.node), grid.node.size, grid.node.rank
+    weight = torch.eye(64 * size)
+    for number in range(4 * size):
+        rows = torch.full((1 + (number + rank) % 3, 64 * size), float(number * size + rank))
+        share = slowly(share_of(weight, grid), (number % size == rank, (number + 1) % size == rank))
+        (found,) = shared.products(rows, [share], Tag(f"dense product {number}"))
+        assert torch.equal(found, rows)
 
 
 @pytest.mark.parametrize("outputs", [1, 63, 64, 65, 640, 1000])
@@ -61,6 +93,4 @@ def test_ranks_in_different_products_are_told_apart(grid: ProcessGrid) -> None:
         return
     shared, x = SharedColumns(grid.node), torch.ones(1, 4 + grid.node.rank % 2)
     with pytest.raises(DesyncError, match="dense product 3"):
-        shared.product(
-            x, 8, columns_of(8, grid.node), lambda rows: rows @ torch.ones(8, 4).T, Tag("dense product 3")
-        )
+        shared.products(x, [share_of(torch.ones(8, 4), grid)], Tag("dense product 3"))
