@@ -11,8 +11,10 @@ import torch
 from rich.console import Console
 
 from xpar.comm.communicator import Communicator
+from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
+from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.build import FLOATS
 from xpar.engine.checkpoint import Checkpoint
 from xpar.engine.commands.run import pick_device, where
@@ -22,6 +24,7 @@ from xpar.engine.models.load import LoadedModel, load_model
 from xpar.engine.models.lockstep import Progress
 from xpar.engine.models.request import Asked, Work
 from xpar.engine.models.results import errors_path
+from xpar.engine.models.slicing import slices
 from xpar.engine.models.spread import SpreadOptions
 from xpar.engine.terminal import Meter
 from xpar.engine.watching import add_watching
@@ -33,7 +36,9 @@ PREFILL_TOKENS = 4096
 def add_grid_options(p: argparse.ArgumentParser) -> None:
     """Where and how the model computes."""
     for axis, what in (("ep", "expert"), ("etp", "expert tensor")):
-        p.add_argument(f"--{axis}", type=int, help=f"{what}-parallel ranks")
+        p.add_argument(
+            f"--{axis}", type=int, help=f"{what}-parallel ranks (default: see docs/generate.md, How it runs)"
+        )
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as for xpar run")
     p.add_argument("--transport", default="auto", help="between GPUs: auto, nccl, staged or mpi")
     p.add_argument("--dispatcher", default="auto", help="auto, or a dispatcher's name")
@@ -89,14 +94,25 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype:
 
 def make_grid(args: argparse.Namespace, world: World, console: Console) -> ProcessGrid:
     """The grid of the options, and this rank's threads; says both. Collective."""
-    grid = ProcessGrid.create(
-        world, ep=args.ep, etp=args.etp, device=pick_device(world, args.device), transport=args.transport
-    )
+    device = pick_device(world, args.device)
+    etp = agreed(world.comm, lambda: _etp(args, world, device))
+    grid = ProcessGrid.create(world, ep=args.ep, etp=etp, device=device, transport=args.transport)
     torch.set_num_threads(args.threads or (1 if args.exact else world.threads()))
     console.print(
         f"{world.size} ranks on {world.num_nodes} nodes, {torch.get_num_threads()} threads each | {grid.shape} | {where(grid)}"
     )
     return grid
+
+
+def _etp(args: argparse.Namespace, world: World, device: str) -> int | None:
+    """``--etp``; where neither it nor ``--ep`` is given, as many as :func:`slices` finds for host ranks of one node."""
+    named = args.ep is not None or args.etp is not None
+    if named or args.exact or device != "cpu" or world.num_nodes > 1:
+        etp: int | None = args.etp
+        return etp
+    with Checkpoint(args.checkpoint) as checkpoint:
+        arch, config = find(checkpoint.config), checkpoint.config
+        return slices(world.size, [layer_config(arch, config, n) for n in moe_layers(arch, config)])
 
 
 def add_whole_dense(p: argparse.ArgumentParser) -> None:

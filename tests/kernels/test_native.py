@@ -80,6 +80,19 @@ def test_instruction_sets_give_the_same_bits(outputs, inputs, g):
 
 
 @pytest.mark.parametrize("lanes", WIDTHS)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_bits_are_those_of_a_row_alone(biased, lanes, g):
+    """Of 1 to 13 rows, and of as many panels as are read side by side and fewer, the last one filled in part."""
+    for outputs in (5, 3 * lanes, 5 * lanes + 1, 16 * lanes - 3):
+        weights = torch.randn(1, outputs, 70, generator=g).bfloat16()
+        biases = torch.randn(1, outputs, generator=g).bfloat16() if biased else None
+        x, weights_of = torch.randn(13, 70, generator=g).bfloat16(), packed(weights, biases, lanes)
+        single = torch.cat([weights_of.product(row[None], [(0, 0, 1)]) for row in x])
+        for rows in range(1, 14):
+            assert torch.equal(weights_of.product(x[:rows].contiguous(), [(0, 0, rows)]), single[:rows])
+
+
+@pytest.mark.parametrize("lanes", WIDTHS)
 def test_many_rows_go_by_several_calls(lanes, g, monkeypatch):
     weights = torch.randn(4, 50, 30, generator=g).bfloat16()
     x = torch.randn(300, 30, generator=g).bfloat16()
