@@ -4,10 +4,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch.nn import functional
 
+from xpar.kernels.cpu import native_library, zen_library
 from xpar.kernels.cpu.attention import Attention
 from xpar.kernels.cpu.dense import DENSE
 
@@ -68,20 +70,16 @@ def attention(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None
     b, hq, hk, s, d = shape
     query = torch.randn(b, 1, hq, d).to(dtype).transpose(1, 2)
     key, value = torch.randn(2, b, hk, s, d).to(dtype)
+    call = (query, key, value, None, False, d**-0.5)
     calls: dict[str, Callable[[], object]] = {
-        "torch": lambda: functional.scaled_dot_product_attention(query, key, value, enable_gqa=hq > hk)
+        "torch": lambda: functional.scaled_dot_product_attention(query, key, value, enable_gqa=hq > hk),
+        "rows of one product": partial(Attention("torch"), *call),
     }
-    for name in ("rows of one product", "native", "zentorch"):
-        by = Attention()
-        by._native = name == "native"
-        if name != "zentorch":
-            by._zen = None
-        serves = {
-            "native": by._native_serves(query, key, value, None),
-            "zentorch": by._zen_serves(query, key, value),
-        }
-        if serves.get(name, True):
-            calls[name] = lambda by=by: by(query, key, value, None, False, d**-0.5)
+    usable = {"native": native_library.refused(), "zentorch": zen_library.refused()}
+    for name in (n for n, why in usable.items() if why is None):
+        by = Attention(name)
+        if by.computed_by(query, key, value, None) == name:
+            calls[name] = partial(by, *call)
     what = f"{str(dtype)[6:]}, one query of {b} sequences, {hq} heads, {hk} of keys, {s} columns, {d} wide"
     tell(what, milliseconds(calls))
 

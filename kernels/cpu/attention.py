@@ -11,7 +11,7 @@ The package's own takes 0.15 to 0.3 of torch's time for heads with keys of their
 1.1 to 1.3 (1 and 2 threads of a Xeon that cannot multiply bfloat16; elsewhere it was not measured).
 """
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +20,7 @@ from xpar.kernels.cpu import native_attention, native_library, zen_library
 from xpar.kernels.cpu.masks import to_add
 from xpar.kernels.cpu.zen_linear import DTYPES
 
+By = Literal["zentorch", "native", "torch"]
 _MOST_SHARING = 4
 """Query heads to one head of keys, up to which the package's own attention is the faster one."""
 
@@ -27,16 +28,33 @@ _MOST_SHARING = 4
 class Attention:
     """softmax(scale * query @ key.T + mask) @ value, as torch's ``scaled_dot_product_attention`` defines it.
 
-    Made once for all layers: whether zentorch can be used is found out here.
+    ``by``: who computes what it can, torch the rest; auto is zentorch where it can be used, else ``native`` where that is
+    the faster. Made once for all layers. Raises ValueError, with the reason, for one that cannot be used here.
     """
 
-    def __init__(self) -> None:
-        self._zen: Any = None if zen_library.refused() else zen_library.load().zentorch_sdpa
-        self._native = self._zen is None and native_library.outdone() is None
+    def __init__(self, by: By | Literal["auto"] = "auto") -> None:
+        refusals = {"zentorch": zen_library.refused(), "native": native_library.refused()}
+        if by == "auto":
+            outdone = refusals["native"] or native_library.outdone()
+            by = "zentorch" if refusals["zentorch"] is None else "native" if outdone is None else "torch"
+        elif why := refusals.get(by):
+            raise ValueError(f"attention by {by}: {why}")
+        self._by = by
+        self._zen: Any = zen_library.load().zentorch_sdpa if by == "zentorch" else None
 
     def serves(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether it can be called with these, and is no slower than torch by itself."""
         return query.shape[2] == 1 or self._zen_serves(query, key, value)
+
+    def computed_by(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> By:
+        """Who computes a call with these."""
+        if (
+            self._by == "native"
+            and query.shape[1] <= _MOST_SHARING * key.shape[1]
+            and native_attention.serves(query, key, value, mask)
+        ):
+            return "native"
+        return "zentorch" if self._zen_serves(query, key, value) else "torch"
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
@@ -47,12 +65,13 @@ class Attention:
         q; only for Q = S and without a mask. A query that sees nothing gets zeros.
         """
         heads, queries = query.shape[1:3]
-        if self._native_serves(query, key, value, mask):
+        by = self.computed_by(query, key, value, mask)
+        if by == "native":
             return native_attention.attend(query, key, value, mask, scale)
         if queries == 1:
             query = _as_rows(query, key.shape[1])
             mask = None if mask is None else _as_rows(mask, key.shape[1])
-        if self._zen_serves(query, key, value):
+        if by == "zentorch":
             added = None if mask is None else to_add(mask, query.dtype)
             out = self._zen(query, key, value, 0.0, causal, attn_mask=added, scale=scale)[0]
         else:
@@ -61,16 +80,9 @@ class Attention:
             )
         return cast(Tensor, out).reshape(-1, heads, queries, value.shape[-1])
 
-    def _native_serves(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-        return (
-            self._native
-            and query.shape[1] <= _MOST_SHARING * key.shape[1]
-            and native_attention.serves(query, key, value, mask)
-        )
-
     def _zen_serves(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         return (
-            self._zen is not None
+            self._by == "zentorch"
             and query.dtype in DTYPES
             and query.shape[-1] == key.shape[-1] == value.shape[-1]
             and all(x.stride(-1) == 1 for x in (query, key, value))

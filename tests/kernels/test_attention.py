@@ -1,5 +1,7 @@
 """Attention is its definition in float64, over shapes, masks, heads that share keys, and layouts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -60,14 +62,10 @@ def inputs(shape, dtype, g):
 @pytest.fixture(params=["zentorch", "native", "torch"])
 def attention(request):
     """By each of those that may serve; torch serves what they do not."""
-    made = Attention()
     reasons = {"zentorch": zen_library.refused(), "native": native_library.refused()}
     if reason := reasons.get(request.param):
         pytest.skip(reason)
-    if request.param != "zentorch":
-        made._zen = None
-    made._native = request.param == "native"
-    return made
+    return Attention(request.param)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d)[6:])
@@ -79,7 +77,7 @@ def test_is_its_definition(attention, name, kind, dtype, g):
     mask = mask_of(kind, shape, dtype, g)
     causal = mask is None and query.shape[2] == key.shape[2] > 1
     if not attention.serves(query, key, value):
-        assert attention._zen is None or dtype == torch.float16
+        assert attention.computed_by(query, key, value, mask) == "torch"
         return
     for scale in (shape[5] ** -0.5, 0.3):
         found = attention(query, key, value, mask, causal, scale)
@@ -121,8 +119,7 @@ def test_what_the_native_code_is_asked_for(g, monkeypatch):
     monkeypatch.setattr(native_attention, "attend", lambda query, *rest: asked.append(query) or query)
     monkeypatch.setattr(native_library, "refused", lambda: None)
     monkeypatch.setattr(native_library, "lanes", lambda: 16)
-    attention = Attention()
-    attention._zen, attention._native = None, True
+    attention = Attention("native")
     head_mask = torch.zeros(1, 4, 1, 20)
     for shape, dtype, mask, expected in [
         ((2, 4, 1, 1, 20, 32), torch.bfloat16, None, 1),
@@ -135,3 +132,23 @@ def test_what_the_native_code_is_asked_for(g, monkeypatch):
         attention(*inputs(shape, dtype, g), mask, False, 0.2)
         assert len(asked) == expected, (shape, dtype)
         asked.clear()
+
+
+def test_who_computes(monkeypatch):
+    """auto takes zentorch, else the package's own where that is the faster, else torch; a name is taken at its word."""
+    monkeypatch.setattr(zen_library, "load", lambda: SimpleNamespace(zentorch_sdpa=None))
+    call = [torch.zeros(1, 2, 1, 32, dtype=torch.bfloat16) for _ in range(3)]
+    monkeypatch.setattr(native_attention, "serves", lambda *_: True)
+    for zen, native, outdone, expected in [
+        (None, None, None, "zentorch"),
+        ("absent", None, None, "native"),
+        ("absent", None, "slower", "torch"),
+        ("absent", "not compiled", None, "torch"),
+    ]:
+        monkeypatch.setattr(zen_library, "refused", lambda why=zen: why)
+        monkeypatch.setattr(native_library, "refused", lambda why=native: why)
+        monkeypatch.setattr(native_library, "outdone", lambda why=outdone: why)
+        assert Attention().computed_by(*call, None) == expected
+        assert Attention("torch").computed_by(*call, None) == "torch"
+    with pytest.raises(ValueError, match="attention by native: not compiled"):
+        Attention("native")
