@@ -84,8 +84,9 @@ def choose_transport(facts: Sequence[DeviceFacts], name: str = "auto") -> Transp
     Raises ValueError with the reason if the named one does not exist or cannot work here.
     """
     impossible = {"nccl": _no_nccl(facts), "staged": None, "mpi": _no_direct(facts)}
-    if impossible["nccl"] is None and name == "auto":
-        impossible["nccl"] = _not_asked(facts)
+    refused = _refused(facts)
+    if refused and impossible["nccl"] is None and name == "auto":
+        impossible["nccl"] = f"{refused}; asked for by name, {POSING}"
     if name not in ("auto", *TRANSPORTS):
         raise ValueError(
             f"transport={name!r}: there is none of that name; choose auto, {', '.join(TRANSPORTS)}"
@@ -95,8 +96,8 @@ def choose_transport(facts: Sequence[DeviceFacts], name: str = "auto") -> Transp
             fit = ", ".join(n for n in TRANSPORTS if not impossible[n])
             raise ValueError(f"transport={name!r}: {impossible[name]}; choose auto or one of {fit}")
         rest = tuple((n, impossible[n] or f"{name} was asked for") for n in TRANSPORTS if n != name)
-        posing = name == "nccl" and _refused(facts) is not None
-        return TransportChoice(name, f"it was asked for{f'; {POSING}' if posing else ''}", rest)
+        posing = f"; {POSING}" if refused and name == "nccl" else ""
+        return TransportChoice(name, f"it was asked for{posing}", rest)
     asked = impossible["mpi"] or "only used when asked for by name: if MPI's claim is wrong the job crashes"
     if impossible["nccl"] is None:
         rest = (("staged", "slower: rows go through host memory"), ("mpi", asked))
@@ -113,11 +114,6 @@ def _no_nccl(facts: Sequence[DeviceFacts]) -> str | None:
     if len(versions) > 1:
         return f"the ranks have different versions: {', '.join(map(version_text, versions))}"
     return None
-
-
-def _not_asked(facts: Sequence[DeviceFacts]) -> str | None:
-    refused = _refused(facts)
-    return None if refused is None else f"{refused}; asked for by name, {POSING}"
 
 
 def _refused(facts: Sequence[DeviceFacts]) -> str | None:
