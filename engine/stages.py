@@ -62,23 +62,23 @@ def idle_clock(device: torch.device) -> Clock:
 class SlotCounter:
     """Counts the (token, expert) pairs that this rank's experts compute, without waiting for a GPU.
 
-    ``clock`` hears of each stage.
+    ``clock`` hears of each stage. ``counted``: the number so far, where it is counted.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.clock = idle_clock(device)
-        self._counted = torch.zeros((), dtype=torch.int64, device=device)
+        self.counted = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
     def slots(self) -> int:
         """So far; waits for what is still computed."""
-        return int(self._counted)
+        return int(self.counted)
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         return self.clock.stage(name)
 
     def arrived(self, topk_ids: Tensor) -> None:
-        self._counted += (topk_ids >= 0).sum()
+        self.counted += (topk_ids >= 0).sum()
 
 
 class StageClock:

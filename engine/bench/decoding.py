@@ -17,6 +17,7 @@ from torch import Tensor
 from xpar.comm.communicator import Communicator
 from xpar.engine.models.load import LoadedModel
 from xpar.engine.models.lockstep import Job, Progress, Record, answer
+from xpar.engine.models.recorder import Recorder
 from xpar.engine.models.sampling import Sampling
 from xpar.engine.models.sequences import Limits, Running, Sequences
 from xpar.engine.stages import StageClock
@@ -61,8 +62,12 @@ def decode(
     ids: Tensor,
     new_tokens: int,
     agreeing: Callable[[float], None] = lambda seconds: None,
+    recorded: bool = True,
 ) -> Decoded:
-    """Answer prompts ``ids`` [B, P] with ``new_tokens`` tokens each; collective. ``agreeing`` hears each agreement's seconds."""
+    """Answer prompts ``ids`` [B, P] with ``new_tokens`` tokens each; collective. ``agreeing`` hears each agreement's seconds.
+
+    ``recorded``: replay steps as ``xpar generate`` does, where it does; else launch each part of each.
+    """
     sampling = Watched()
     told: list[float] = []
     asked = [0.0]
@@ -86,7 +91,9 @@ def decode(
         tell=tell,
     )
     comm.barrier()
-    answer(comm, Sequences(loaded, sampling, Limits(new_tokens)), -(-len(ids) // comm.size), job)
+    recorder = Recorder.of(loaded) if recorded else None
+    sequences = Sequences(loaded, sampling, Limits(new_tokens), recorder)
+    answer(comm, sequences, -(-len(ids) // comm.size), job)
     steps = [after - before for before, after in pairwise(told)]
     logits = [part for parts in comm.all_gather_object(sampling.seen) for part in parts]
     tokens = [r["tokens"] for r in sorted(records, key=lambda r: int(r["place"]))]
@@ -96,7 +103,10 @@ def decode(
 def where_time_goes(
     comm: Communicator, loaded: LoadedModel, ids: Tensor, new_tokens: int
 ) -> dict[str, float]:
-    """Milliseconds of each of ``PARTS`` in a step that continues sequences, on rank 0, mean over the steps."""
+    """Milliseconds of each of ``PARTS`` in a step that continues sequences, on rank 0, mean over the steps.
+
+    A replayed step has no parts: these are of steps that are launched.
+    """
     clock, agreement = StageClock(loaded.layers[0].grid.device), [0.0]
     with _timed(loaded, clock) as hooked:
 
@@ -108,7 +118,7 @@ def where_time_goes(
                 begin.append(time.perf_counter())
 
         begin: list[float] = []
-        decode(comm, loaded, ids, new_tokens, agreeing)
+        decode(comm, loaded, ids, new_tokens, agreeing, recorded=False)
         whole = time.perf_counter() - begin[0]
     spent = clock.read().seconds
     steps = new_tokens - 1

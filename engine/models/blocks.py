@@ -77,6 +77,10 @@ class BlockLayer(nn.Module):
     def kernel(self) -> ExpertKernel | None:
         return self.runner.kernel
 
+    @property
+    def exact(self) -> bool:
+        return self.runner.exact
+
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Any:
         """[..., H] -> [..., H]."""
         shape = hidden_states.shape

@@ -6,6 +6,7 @@ from xpar.comm.communicator import Communicator
 from xpar.engine.models.answering import Limits, Outcome, head_of, tail_of, work_through
 from xpar.engine.models.load import LoadedModel
 from xpar.engine.models.lockstep import Progress, Record
+from xpar.engine.models.recorder import Recorder
 from xpar.engine.models.request import Question, Request, Work
 from xpar.engine.models.sequences import Limits as Ends
 from xpar.engine.models.sequences import Running, Sequences
@@ -35,7 +36,7 @@ def generate(
         comm,
         request,
         work,
-        Sequences(loaded, request.sampling, ends),
+        Sequences(loaded, request.sampling, ends, Recorder.of(loaded)),
         Limits(request.batch, request.prefill_tokens),
         start,
         lambda r: _record(work, work.queue[r.place], r, tokens, request.stops),

@@ -14,6 +14,7 @@ from xpar.engine.models.attention import backends
 from xpar.engine.models.cache import KeyValues, mask
 from xpar.engine.models.growing import new_cache
 from xpar.engine.models.load import LoadedModel
+from xpar.engine.models.recorder import Recorder
 from xpar.engine.models.sampling import Sampling
 
 Finish = Literal["end", "stop", "length"]
@@ -56,11 +57,15 @@ class Limits:
 class Sequences:
     """The sequences of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
-    ``running``: those that are not complete. ``tokens``: how many have been drawn so far.
+    ``recorder``: replays steps that continue sequences, where there is one. ``running``: those that are not complete.
+    ``tokens``: how many have been drawn so far.
     """
 
-    def __init__(self, loaded: LoadedModel, sampling: Sampling, limits: Limits) -> None:
+    def __init__(
+        self, loaded: LoadedModel, sampling: Sampling, limits: Limits, recorder: Recorder | None = None
+    ) -> None:
         self._loaded, self._sampling, self._limits = loaded, sampling, limits
+        self._recorder = recorder
         self._past: KeyValues | None = None
         self.running: list[Running] = []
         self.tokens = 0
@@ -92,8 +97,7 @@ class Sequences:
         """Draw the next token of every running sequence; return those that it completes."""
         assert self._past is not None
         ids = torch.tensor([[r.answer[-1]] for r in self.running])
-        lengths = tuple(length + 1 for length in self._past.lengths)
-        logits, self._past = self._forward(ids, lengths, self._past)
+        logits, self._past = self._continue(ids, self._past)
         return self._advance(self.running, logits)
 
     @torch.inference_mode()
@@ -113,6 +117,14 @@ class Sequences:
             self._past = self._past.select(kept)
             self.running = [self.running[row] for row in kept]
         return complete
+
+    def _continue(self, ids: Tensor, past: KeyValues) -> tuple[Tensor, KeyValues]:
+        if self._recorder is not None and (replayed := self._recorder.step(ids, past)):
+            return replayed
+        logits, longer = self._forward(ids, tuple(length + 1 for length in past.lengths), past)
+        if self._recorder is not None:
+            self._recorder.went_on(longer)
+        return logits, longer
 
     def _forward(
         self, ids: Tensor, lengths: tuple[int, ...], past: KeyValues | None

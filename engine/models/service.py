@@ -11,6 +11,7 @@ from xpar.comm.communicator import Communicator
 from xpar.engine.models.generate import stop_test
 from xpar.engine.models.load import LoadedModel
 from xpar.engine.models.lockstep import Job, Record, answer
+from xpar.engine.models.recorder import Recorder
 from xpar.engine.models.sampling import Sampling
 from xpar.engine.models.scorer import Scored, Scorer
 from xpar.engine.models.sequences import Limits, Running, Sequences
@@ -92,7 +93,9 @@ class Service:
             text = self.tokens.decode(running.answer)
             return {"place": running.place, "value": text[: first_stop(text, stops)]}
 
-        return self._run(Sequences(self.loaded, sampling, limits), question.prompts, start, value)
+        return self._run(
+            Sequences(self.loaded, sampling, limits, Recorder.of(self.loaded)), question.prompts, start, value
+        )
 
     def _run(
         self,

@@ -1,0 +1,127 @@
+"""Check that recorded steps of whole models give what launched ones give, and what they save; needs one GPU, not part of the test run.
+
+    python -m mpi4py tests/gpu/check_generate.py CHECKPOINT [CHECKPOINT ...] --json generate.json
+
+Both sides are given the same tokens, so that they stay comparable: logits in float32, times in the checkpoint's dtype.
+xpar need not be installed: the rooms are taken from this checkout.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / ".typing")]
+
+import torch
+from torch import Tensor
+
+from xpar.comm import ProcessGrid, World, run
+from xpar.engine.models.load import LoadedModel, load_model
+from xpar.engine.models.recorder import PATIENCE, Recorder
+from xpar.engine.models.sampling import Sampling
+from xpar.engine.models.sequences import Limits, Running, Sequences
+from xpar.engine.models.spread import SpreadOptions
+
+STEPS = 150
+"""More than there is room for in one recording."""
+TOLERANCE = 1e-3
+"""Relative, float32, median over the steps; the worst may be off where a router ties."""
+
+
+@dataclass(frozen=True)
+class Forced(Sampling):
+    """Takes ``tokens`` [steps][B] in turn, whatever the logits say, and keeps those and the times."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)
+    at: list[float] = field(default_factory=list)
+
+    def choose(self, logits: Tensor, generators: Any) -> list[int]:
+        self.seen.append(logits.float().cpu())
+        self.at.append(time.perf_counter())
+        return self.tokens[len(self.seen) - 1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--whole-block", action="store_true", help="as for xpar generate")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    options = SpreadOptions(whole_block=args.whole_block)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    grid = ProcessGrid.create(World.attach(allow_singleton=True), device="cuda")
+    rows = []
+    for path in args.checkpoints:
+        for batch in args.batch:
+            rows.append(check(grid, path, batch, options))
+            sys.stdout.write(f"{rows[-1]}\n")
+            sys.stdout.flush()
+    right = [r["counted"] and r["logits_rel_error"] < TOLERANCE for r in rows]
+    if args.json:
+        document = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+        args.json.write_text(json.dumps(document, indent=2) + "\n")
+    recorded = sum(r["recorded"] for r in rows)
+    sys.stdout.write(f"{len(rows)} cases, {recorded} recorded, {right.count(False)} wrong\n")
+    return int(not recorded or not all(right))
+
+
+def check(grid: ProcessGrid, path: Path, batch: int, options: SpreadOptions) -> dict[str, Any]:
+    """Both ways of one checkpoint and number of sequences; prompts of 1 to 40 tokens."""
+    row: dict[str, Any] = {"checkpoint": path.name, "batch": batch, "whole_block": options.whole_block}
+    for dtype in (torch.float32, None):
+        loaded = load_model(path, grid, dtype, options)
+        launched, expected = decode(loaded, batch, None)
+        recorder = Recorder.of(loaded)
+        assert recorder is not None
+        replayed, slots = decode(loaded, batch, recorder)
+        if dtype is torch.float32:
+            errors = [
+                float((a - b).norm() / b.norm()) for a, b in zip(replayed.seen, launched.seen, strict=True)
+            ]
+            row |= {"logits_rel_error": statistics.median(errors), "worst_step": max(errors)}
+            row |= {
+                "recorded": recorder.replayed > 0,
+                "refused": recorder.refused,
+                "counted": slots == expected,
+            }
+        else:
+            times = {"launched": step_ms(launched), "replayed": step_ms(replayed)}
+            row |= {"step_ms": times, "ratio": round(times["launched"] / times["replayed"], 2)}
+        del loaded, recorder
+        torch.cuda.empty_cache()
+    return row
+
+
+def decode(loaded: LoadedModel, batch: int, recorder: Recorder | None) -> tuple[Forced, int]:
+    """One side; and how many (token, expert) pairs the layers counted, which a rehearsal must not add to."""
+    draw, vocab = torch.Generator().manual_seed(batch), loaded.model.config.vocab_size
+    tokens = torch.randint(vocab, (STEPS + 1, batch), generator=draw).tolist()
+    sampling = Forced(tokens=tokens)
+    sequences = Sequences(loaded, sampling, Limits(STEPS + 1), recorder)
+    before = loaded.slots()
+    prompts = [torch.randint(vocab, (1 + n * 7 % 40,), generator=draw).tolist() for n in range(batch)]
+    sequences.begin([Running(n, ids, torch.Generator()) for n, ids in enumerate(prompts)])
+    while sequences.running:
+        sequences.advance()
+    return sampling, loaded.slots() - before
+
+
+def step_ms(side: Forced) -> float:
+    """Median of the steps after a recording can have been made."""
+    late = side.at[2 * PATIENCE :]
+    return round(statistics.median(b - a for a, b in pairwise(late)) * 1e3, 3)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
