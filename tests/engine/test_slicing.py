@@ -3,6 +3,8 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from launch import mpirun
 from moe_families import Case
 from tiny_models import write_model
 
+from xpar.engine.cli import parser
+from xpar.engine.commands.whole_model import _etp
 from xpar.engine.config import LayerConfig, RouterConfig
 from xpar.engine.models.slicing import slices
 
@@ -43,28 +47,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("options", "shape"),
+    ("options", "nodes", "expected"),
     [
-        ((), "edp 1 x ep 1 x etp 2"),
-        (("--ep", "2"), "edp 1 x ep 2 x etp 1"),
-        (("--ep", "1"), "edp 2 x ep 1 x etp 1"),
-        (("--etp", "1"), "edp 1 x ep 2 x etp 1"),
-        (("--exact",), "edp 1 x ep 2 x etp 1"),
+        ((), 1, 2),
+        ((), 2, None),
+        (("--exact",), 1, None),
+        (("--ep", "2"), 1, None),
+        (("--ep", "1"), 1, None),
+        (("--etp", "1"), 1, 1),
+        (("--etp", "0"), 1, 0),  # the grid refuses it
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    ids=str,
 )
 def test_only_a_choice_left_open_is_made(
-    model: Path, tmp_path: Path, options: tuple[str, ...], shape: str
+    model: Path, options: tuple[str, ...], nodes: int, expected: int | None
 ) -> None:
+    world: Any = SimpleNamespace(size=2, num_nodes=nodes)
+    words = ["generate", str(model), "--prompts", "p.txt", *options]
+    assert _etp(parser().parse_args(words), world, "cpu") == expected
+    assert _etp(parser().parse_args(words), world, "cuda") == (expected if "--etp" in options else None)
+
+
+def test_ranks_of_a_node_slice_experts(model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("one\ntwo two\nthree\n")
     words = [sys.executable, "-m", "xpar.engine", "generate", str(model), "--max-new-tokens", "3"]
-    job = mpirun(2, [*words, "--prompts", str(tmp_path / "prompts.txt"), *options])
-    assert job.returncode == 0, job.stderr
-    assert shape in job.stdout and "3 of 3 prompts answered" in job.stdout
-
-
-def test_a_size_that_is_none_is_not_taken_for_left_open(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("one\n")
-    words = [sys.executable, "-m", "xpar.engine", "generate", str(model), "--etp", "0"]
     job = mpirun(2, [*words, "--prompts", str(tmp_path / "prompts.txt")])
-    assert job.returncode and "etp=0: a grid axis has at least 1 rank" in job.stderr
+    assert job.returncode == 0, job.stderr
+    assert "edp 1 x ep 1 x etp 2" in job.stdout and "3 of 3 prompts answered" in job.stdout
+    assert "load imbalance 1.00" in job.stdout
