@@ -64,3 +64,8 @@ class Meter:
     def show(self, done: int, note: str) -> None:
         """``done`` of all is done; ``note`` stands beside it."""
         self._bar.update(self._task, completed=done, note=note)
+
+
+def count(number: int, what: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -25,7 +25,7 @@ from xpar.engine.report import manifest
 from xpar.engine.scaling import command as scaling_command
 from xpar.engine.scaling import options as scaling_options
 from xpar.engine.shapes import SHAPES, shape_of
-from xpar.engine.terminal import make_console, progress
+from xpar.engine.terminal import count, make_console, progress
 from xpar.engine.watching import add_watching, attach
 
 COMPARE = ("transformers", "solo", "steps")
@@ -118,7 +118,7 @@ def layer_main(args: argparse.Namespace) -> int:
     kernel = runner.kernel.name if runner.kernel else "none"
     console.print(
         f"{args.shape}: H {c.hidden_size}, I {c.intermediate_size}, E {c.num_experts}, k {c.router.top_k}, {args.dtype} | "
-        f"{world.size} ranks x {torch.get_num_threads()} threads | {grid.shape} | {runner.dispatcher.name}, {kernel}",
+        f"{count(world.size, 'rank')} x {count(torch.get_num_threads(), 'thread')} | {grid.shape} | {runner.dispatcher.name}, {kernel}",
         soft_wrap=True,
     )
     records = [bench.measure(tokens) for tokens in progress(world, request.tokens, "tokens")]
@@ -153,7 +153,7 @@ def comm_main(args: argparse.Namespace) -> int:
         return 1
     records = exchange.run(traffic, grid, args.megabytes, args.dispatchers)
     console.print(
-        f"{world.size} ranks on {world.num_nodes} nodes | {grid.shape} | {world.library.splitlines()[0]}",
+        f"{count(world.size, 'rank')} on {count(world.num_nodes, 'node')} | {grid.shape} | {world.library.splitlines()[0]}",
         soft_wrap=True,
     )
     console.print(_comm_table(records))

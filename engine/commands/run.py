@@ -25,7 +25,7 @@ from xpar.engine.reference import TOLERANCE, layer_reference, relative_error
 from xpar.engine.report import layer_record, layer_table, manifest, summary
 from xpar.engine.runner import MoERunner
 from xpar.engine.stages import StageClock
-from xpar.engine.terminal import make_console, progress
+from xpar.engine.terminal import count, make_console, progress
 from xpar.engine.watching import add_watching, attach, lateness_table
 
 
@@ -72,9 +72,7 @@ def main(args: argparse.Namespace) -> int:
     grid = ProcessGrid.create(world, **axes, device=pick_device(world, args.device), transport=args.transport)
     torch.set_num_threads(args.threads or world.threads())
     console = make_console(world)
-    console.print(
-        f"{world.size} ranks on {world.num_nodes} nodes, {torch.get_num_threads()} threads each | {grid.shape} | {where(grid)}"
-    )
+    console.print(job_line(grid))
     if args.explain:
         _explain(console, args, grid, layers[0], dtype)
     records = []
@@ -100,6 +98,13 @@ def pick_device(world: World, name: str) -> str:
     if name == "auto":
         return "cuda" if all(seen) else "cpu"
     return name
+
+
+def job_line(grid: ProcessGrid) -> str:
+    """Ranks, nodes, threads, grid and device of a job."""
+    world, threads = grid.world, count(torch.get_num_threads(), "thread")
+    what = f"{count(world.size, 'rank')} on {count(world.num_nodes, 'node')}, {threads} each"
+    return f"{what} | {grid.shape} | {where(grid)}"
 
 
 def where(grid: ProcessGrid) -> str:

@@ -17,7 +17,7 @@ from xpar.comm.world import World
 from xpar.engine.architectures import find, layer_config, moe_layers
 from xpar.engine.build import FLOATS
 from xpar.engine.checkpoint import Checkpoint
-from xpar.engine.commands.run import pick_device, where
+from xpar.engine.commands.run import job_line, pick_device
 from xpar.engine.logs import add_verbose
 from xpar.engine.models.answering import Outcome
 from xpar.engine.models.load import LoadedModel, load_model
@@ -98,9 +98,7 @@ def make_grid(args: argparse.Namespace, world: World, console: Console) -> Proce
     etp = agreed(world.comm, lambda: _etp(args, world, device))
     grid = ProcessGrid.create(world, ep=args.ep, etp=etp, device=device, transport=args.transport)
     torch.set_num_threads(args.threads or (1 if args.exact else world.threads()))
-    console.print(
-        f"{world.size} ranks on {world.num_nodes} nodes, {torch.get_num_threads()} threads each | {grid.shape} | {where(grid)}"
-    )
+    console.print(job_line(grid))
     return grid
 
 

@@ -20,10 +20,10 @@ from xpar.engine.scaling.answers import AnswerCheck, AnswerStudy
 from xpar.engine.scaling.layer import LayerCheck
 from xpar.engine.scaling.layer_study import Axes, LayerStudy
 from xpar.engine.scaling.options import Plan, check_files, plan
-from xpar.engine.scaling.points import Point, baseline_name, count
+from xpar.engine.scaling.points import Point, baseline_name
 from xpar.engine.scaling.report import check_of, measured, wrong
 from xpar.engine.scaling.sweep import Study, sweep
-from xpar.engine.terminal import make_console
+from xpar.engine.terminal import count, make_console
 from xpar.engine.watching import attach
 
 

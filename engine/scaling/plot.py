@@ -5,9 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from xpar.engine.scaling.points import MODES, baseline_name, count
+from xpar.engine.scaling.points import MODES, baseline_name
 from xpar.engine.scaling.report import Record, measured
 from xpar.engine.stages import STAGES
+from xpar.engine.terminal import count
 
 # Okabe and Ito's colours, which colour-blind people tell apart (https://jfly.uni-koeln.de/color/).
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = [

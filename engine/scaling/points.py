@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xpar.engine.terminal import count
+
 MODES = ("strong", "weak")
 """The same work in all, or the same work a rank."""
 
@@ -17,11 +19,6 @@ class Point:
 
     def __str__(self) -> str:
         return f"{count(self.ranks, 'rank')} on {count(self.nodes, 'node')}"
-
-
-def count(number: int, what: str) -> str:
-    """``1 rank``, ``2 ranks``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def numbers(option: str, text: str | None) -> tuple[int, ...] | None:

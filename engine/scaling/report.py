@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xpar.engine.scaling.points import MODES, baseline_name, count
+from xpar.engine.scaling.points import MODES, baseline_name
 from xpar.engine.stages import STAGES
+from xpar.engine.terminal import count
 
 Record = Mapping[str, Any]
 WORK = {"strong": "the same {unit} in all", "weak": "the same {unit} a rank"}
