@@ -4,7 +4,7 @@ A CUDA graph replays what is called here; ``tests/gpu/check_generate.py`` compar
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,7 +68,7 @@ def prompts(seed: int, count: int) -> list[list[int]]:
 def answers(model: Any, seed: int, recording: Recorder | None) -> tuple[list[list[int]], list[Tensor]]:
     """Of eight prompts, four at a time, as long as their first tokens say, the next taking the place of one that ends."""
     sampling = Remembering()
-    limits = Limits(30, stopped=lambda answer: len(answer) >= 6 + 9 * (answer[0] % 3))
+    limits = Limits(30, stopped=lambda answer: len(answer) >= 5 + 6 * (answer[0] % 3))
     sequences = Sequences(loaded(model), sampling, limits, recording)
     waiting = [Running(n, ids, torch.Generator()) for n, ids in enumerate(prompts(seed, 8))]
     everyone = list(waiting)
@@ -79,22 +79,35 @@ def answers(model: Any, seed: int, recording: Recorder | None) -> tuple[list[lis
     return [r.answer for r in everyone], sampling.seen
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small products of several processes at a time would wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_and_logits_are_those_of_growing_caches(
     name: str, tmp_path: Path, fresh_seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So little room that a recording is renewed, and windows shorter than the answers."""
+    """So little room that a recording is renewed, and windows shorter than the answers.
+
+    In float64, so that neither a router nor a choice of tokens hangs on a rounding.
+    """
     monkeypatch.setattr(fixed, "UNIT", 1)
     monkeypatch.setattr(fixed, "LEAST_ROOM", 3)
-    monkeypatch.setattr(recorder, "PATIENCE", 2)
+    monkeypatch.setattr(recorder, "PATIENCE", 1)
     write_model(Case(name, name, WINDOWS.get(name, {})), tmp_path, torch.float32, fresh_seed % 1000)
-    model, replays = plain_model(tmp_path), Replays()
+    model, replays = plain_model(tmp_path, torch.float64), Replays()
+    model.set_experts_implementation("eager")  # grouped products have no float64
     texts, logits = answers(model, fresh_seed, None)
     found, seen = answers(model, fresh_seed, Recorder(loaded(model), replays))
-    assert replays.replayed > 10 and replays.recorded > 3
+    assert replays.replayed > 8 and replays.recorded > 3
     assert found == texts and len(seen) == len(logits)
     for a, b in zip(seen, logits, strict=True):
-        assert float((a - b).norm() / b.norm()) < 1e-5
+        assert float((a - b).norm() / b.norm()) < 1e-6
 
 
 def test_recordings_wait_until_they_pay(tmp_path: Path, fresh_seed: int) -> None:
@@ -116,8 +129,9 @@ def test_recordings_wait_until_they_pay(tmp_path: Path, fresh_seed: int) -> None
 
 
 def test_what_cannot_be_recorded_goes_on_as_before(
-    tmp_path: Path, fresh_seed: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, fresh_seed: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(recorder, "PATIENCE", 1)
     write_model(Case("olmoe", "olmoe"), tmp_path, torch.float32, 1)
     model, asked = plain_model(tmp_path), []
 
