@@ -41,7 +41,8 @@ def measure_ceilings(dtype: torch.dtype) -> Ceilings:
     """The best of a few tries, and of the ways to read that there are."""
     single = torch.randn(MATRIX, MATRIX)
     factors = [single.to(kind) for kind in (dtype, torch.float32)]
-    read = min(_least_s(reader()) for reader in READERS)
+    readers = [_summing] if native_library.refused() else [_summing, _multiplying]
+    read = min(_least_s(reader()) for reader in readers)
     product = min(_least_s(partial(torch.matmul, factor, factor)) for factor in factors)
     return Ceilings(STREAM_BYTES / read, 2 * MATRIX**3 / product)
 
@@ -61,9 +62,7 @@ def _summing() -> Callable[[], object]:
 
 
 def _multiplying() -> Callable[[], object]:
-    """A row by weights of that size, several streams a thread and asked for ahead; sums once more where it is not compiled."""
-    if native_library.refused():
-        return _summing()
+    """A row by weights of that size, several streams a thread and asked for ahead."""
     count = STREAM_BYTES // (2 * MATRIX**2)
     weights = PackedWeights(count, MATRIX, MATRIX, False, native_library.lanes())
     weight = torch.ones(MATRIX, MATRIX, dtype=torch.bfloat16)
@@ -71,6 +70,3 @@ def _multiplying() -> Callable[[], object]:
         weights.load(expert, weight)
     rows, spans = torch.zeros(count, dtype=torch.int64), [(e, e, e + 1) for e in range(count)]
     return partial(weights.product, weight[:1], spans, rows)
-
-
-READERS = (_summing, _multiplying)

@@ -26,7 +26,7 @@ from xpar.engine.models.request import Asked, Work
 from xpar.engine.models.results import errors_path
 from xpar.engine.models.slicing import slices
 from xpar.engine.models.spread import SpreadOptions
-from xpar.engine.terminal import Meter
+from xpar.engine.terminal import Meter, count
 from xpar.engine.watching import add_watching
 
 BATCH = 16
@@ -169,8 +169,7 @@ def counts(request: Asked, work: Work, new: int, what: str) -> str:
     before = work.answered
     text = f"{request.out}: {new + before} of {len(work.order)} {what}"
     text += f", {before} of them before" if before else ""
-    lines = "1 line" if work.refused == 1 else f"{work.refused} lines"
-    text += f"; {lines} refused, see {errors_path(request.out)}" if work.refused else ""
+    text += f"; {count(work.refused, 'line')} refused, see {errors_path(request.out)}" if work.refused else ""
     left = len(work.order) - new - before
     return text + (f"; stopped by SIGTERM, {left} are left: run again with --resume" if left else "")
 

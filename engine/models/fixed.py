@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from xpar.engine.models.attention import backends
-from xpar.engine.models.cache import KeyValues
+from xpar.engine.models.cache import KeyValues, mask
 
 UNIT = 64
 """Columns are a multiple of this many: kernels of attention with a mask want 8."""
@@ -41,8 +42,7 @@ class FixedStep:
             # Its own initialization imports torch's compiler, which takes seconds and is not used.
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, device, True
         self._cache = Cache(layers=self._layers)
-        padding = past.columns - torch.tensor(past.lengths)
-        self._seen = (torch.arange(columns) >= padding[:, None]).long().to(device)
+        self._seen = pad(mask(past.lengths, past.columns), (0, columns - past.columns), value=1).to(device)
         self._ids = torch.zeros(len(past.lengths), 1, dtype=torch.int64, device=device)
         self._places = torch.zeros_like(self._ids)
         self._lengths, self._columns, self.left = past.lengths, past.columns, columns - past.columns

@@ -122,10 +122,11 @@ def together(calls: Sequence[tuple[nn.Module, Any]]) -> dict[SlicedDense, Siblin
         else:
             groups.append([module])
         last = x
-    found = {group[0]: Siblings(group) for group in groups}
+    found = {}
     for group in groups:
+        found[group[0]] = siblings = Siblings(group)
         for member in group:
-            member.siblings = found[group[0]]
+            member.siblings = siblings
     return found
 
 
