@@ -1,5 +1,6 @@
 """A layer recorded as one CUDA graph: launching its kernels one by one costs more than few tokens' arithmetic."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,7 @@ class CapturedLayer:
         self.runner, self.tokens = runner, tokens
         shape = (tokens, runner.config.hidden_size)
         self._input = torch.zeros(shape, dtype=runner.dtype, device=runner.grid.device)
-        side = torch.cuda.Stream(runner.grid.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(runner.grid.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                runner(self._input)
-        torch.cuda.current_stream(runner.grid.device).wait_stream(side)
+        rehearse(lambda: runner(self._input), WARM_UP, runner.grid.device)
         torch.cuda.synchronize(runner.grid.device)
         self._graph = torch.cuda.CUDAGraph()
         with watch_paused(runner), torch.cuda.graph(self._graph):
@@ -49,6 +45,16 @@ class CapturedLayer:
         self._input[count:].zero_()
         self._graph.replay()
         return self._output[:count]
+
+
+def rehearse(forward: Callable[[], object], times: int, device: torch.device) -> None:
+    """Call ``forward`` before it is recorded, on a stream of its own, as recording wants it."""
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(times):
+            forward()
+    torch.cuda.current_stream(device).wait_stream(side)
 
 
 def refuse_what_cannot_be_captured(runner: "MoERunner", tokens: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from xpar.engine.capture import rehearse
 from xpar.engine.models.attention import backends
 from xpar.engine.models.cache import KeyValues, mask
 
@@ -98,12 +99,7 @@ def record(step: FixedStep, counted: list[Tensor], device: torch.device) -> Call
     Raises RuntimeError where the model waits for the GPU in between.
     """
     before = [number.clone() for number in counted]
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            step.forward()
-    torch.cuda.current_stream(device).wait_stream(side)
+    rehearse(step.forward, WARM_UP, device)
     step.rewind()
     for number, value in zip(counted, before, strict=True):
         number.copy_(value)
