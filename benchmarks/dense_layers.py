@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from xpar.kernels.cpu import native_library, zen_library
 from xpar.kernels.cpu.attention import Attention
-from xpar.kernels.cpu.dense import DENSE
+from xpar.kernels.cpu.linear import DENSE
 
 ROUNDS = 9
 CACHES = 2**27

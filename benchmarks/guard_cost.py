@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from mpi4py import MPI
 
-from xpar.comm.guard.deadlines import Deadlines
+from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.comm.world import World
 
 ROUNDS, CALLS = 40, 500

@@ -1,6 +1,6 @@
 """The one narrow interface through which tensors travel, and what a transfer in flight is.
 
-Two implementations share it: :class:`xpar.comm.mpi.MpiCommunicator` on host memory, and
+Two implementations share it: :class:`xpar.comm.mpi_communicator.MpiCommunicator` on host memory, and
 :class:`SoloCommunicator` for a group of one, which needs no MPI at all.
 """
 

@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import NoReturn, TypeVar
 
 from xpar.comm.communicator import Communicator
-from xpar.comm.guard.guard import Guard
-from xpar.comm.guard.told import hear_sigterm
 from xpar.comm.handshake import CollectiveError
+from xpar.comm.watchdog.sigterm import hear_sigterm
+from xpar.comm.watchdog.watchdog import Guard
 
 T = TypeVar("T")
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from xpar.comm.communicator import Communicator
+from xpar.comm.device.binding import Gpu, bind_gpu
+from xpar.comm.device.transport import Transport, choose_transport, facts_of, open_transport, posed_host
 from xpar.comm.failure import agreed
-from xpar.comm.gpu.binding import Gpu, bind_gpu
-from xpar.comm.gpu.transport import Transport, choose_transport, facts_of, open_transport, posed_host
-from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.handshake import Tag, handshake
+from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.comm.world import World
 
 HOST = torch.device("cpu")
@@ -110,7 +110,7 @@ class ProcessGrid:
         """Make every group, eagerly and in one fixed order; collective over ``world``, whose ``deadlines`` are the default.
 
         ``device``: "cpu" or "cuda"; the latter binds each rank to a GPU by its place on the node. ``transport``: how
-        device tensors travel, auto or one of :data:`~xpar.comm.gpu.transport.TRANSPORTS`.
+        device tensors travel, auto or one of :data:`~xpar.comm.device.transport.TRANSPORTS`.
 
         Raises the same error on every rank if the sizes do not fit or the ranks asked for different grids.
         """

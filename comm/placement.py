@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xpar.comm.shares import share, shares
+from xpar.comm.partition import share, shares
 
 
 @dataclass(frozen=True)

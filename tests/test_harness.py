@@ -16,7 +16,7 @@ HEAD = "import os, time, pytest\npytestmark = pytest.mark.mpi(deadline=2)\n"
 
 def run_session(tmp_path: Path, source: str, n: int = 2, *options: str) -> subprocess.CompletedProcess[str]:
     """Run ``source`` as a test module on ``n`` ranks under a copy of this project's conftest."""
-    for name in ("conftest.py", "mpi_session.py"):
+    for name in ("conftest.py", "support/mpi_session.py"):
         shutil.copy(HERE / name, tmp_path)
     (tmp_path / "test_inner_mpi.py").write_text(HEAD + source)
     (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\naddopts = -ra -p no:cacheprovider\n")

@@ -13,7 +13,7 @@ from torch import Tensor
 from xpar.comm.communicator import Communicator, Pending
 from xpar.comm.dispatch.alltoall import Detail, destinations, per_rank, return_rows, slots_back
 from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, every_entry, pack, unpack
-from xpar.comm.dispatch.leaving import ids_there
+from xpar.comm.dispatch.outgoing_rows import ids_there
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
 from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, goes_to, pack, unpack
-from xpar.comm.dispatch.leaving import Leaving, ids_there
+from xpar.comm.dispatch.outgoing_rows import Leaving, ids_there
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full

@@ -10,7 +10,7 @@ from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, 
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
-from xpar.comm.window import window_of
+from xpar.comm.shared_window import window_of
 from xpar.kernels.contracts import ExpertInput, Routing
 from xpar.kernels.rows import sum_runs, weighted_sum
 

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.shares import share
+from xpar.comm.partition import share
 from xpar.engine.bench.ceilings import Ceilings
 from xpar.engine.bench.peer_process import PeerProcess
 from xpar.engine.bench.peers import IMPLEMENTATIONS
 from xpar.engine.bench.request import BATCHES, Request
 from xpar.engine.bench.timing import Contender, Times, take_turns
-from xpar.engine.build import LayerOptions, assemble
-from xpar.engine.micro_batches import MicroBatches
-from xpar.engine.reference import relative_error
-from xpar.engine.runner import MoERunner
-from xpar.engine.stages import STAGES, StageClock
+from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.engine.layer.micro_batches import MicroBatches
+from xpar.engine.layer.reference import relative_error
+from xpar.engine.layer.runner import MoERunner
+from xpar.engine.layer.stage_timer import STAGES, StageClock
 
 CHECKED_TOKENS = 64
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from xpar.comm.grid import ProcessGrid
+from xpar.engine.bench.kernels.timing import graph_time
 from xpar.engine.bench.timing import Contender, take_turns
-from xpar.engine.build import assemble
-from xpar.engine.capture import refuse_what_cannot_be_captured
-from xpar.engine.kernel_bench.timing import graph_time
-from xpar.engine.overlap import Overlap, SharedOrder
-from xpar.engine.random_layer import RandomLayer
-from xpar.engine.shapes import Shape
+from xpar.engine.layer.build import assemble
+from xpar.engine.layer.cuda_graph import refuse_what_cannot_be_captured
+from xpar.engine.layer.shared_expert_overlap import Overlap, SharedOrder
+from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.shapes import Shape
 
 BATCHES = 4
 REPLAYS = 20

@@ -16,11 +16,11 @@ from torch import Tensor
 from xpar.comm.communicator import SoloCommunicator
 from xpar.comm.grid import GridShape, ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.allocator import keep_freed_memory
 from xpar.engine.bench.ceilings import Ceilings, measure_ceilings
 from xpar.engine.bench.peers import IMPLEMENTATIONS, caller, transformers_layer
 from xpar.engine.bench.request import Request
-from xpar.engine.build import LayerOptions, assemble
+from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.engine.models.malloc import keep_freed_memory
 
 START_TIMEOUT_S = 600.0
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xpar.engine.random_layer import RandomLayer
+from xpar.engine.synthetic.layer import RandomLayer
 
 IMPLEMENTATIONS = ("grouped_mm", "eager")
 """transformers' ways to compute experts on any device."""

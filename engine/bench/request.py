@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xpar.engine.one_call import Depth
-from xpar.engine.random_layer import RandomLayer
-from xpar.engine.shapes import Shape
+from xpar.engine.layer.route_and_compute import Depth
+from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.shapes import Shape
 
 BATCHES = 8
 """Different inputs that the rounds go through: at few tokens each meets other experts, not those in cache."""

@@ -11,22 +11,22 @@ from rich.table import Table
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.bench import exchange
+from xpar.engine.bench import comm
+from xpar.engine.bench.kernels import options
 from xpar.engine.bench.layer import LayerBench
 from xpar.engine.bench.request import Request
-from xpar.engine.build import FLOATS
+from xpar.engine.bench.scaling import command as scaling_command
+from xpar.engine.bench.scaling import options as scaling_options
 from xpar.engine.commands import bench_generate, bench_overlap
 from xpar.engine.commands.limits import at_least
-from xpar.engine.kernel_bench import options
-from xpar.engine.logs import add_verbose, start_logging
-from xpar.engine.one_call import DEPTHS
-from xpar.engine.reference import TOLERANCE
-from xpar.engine.report import manifest
-from xpar.engine.scaling import command as scaling_command
-from xpar.engine.scaling import options as scaling_options
-from xpar.engine.shapes import SHAPES, shape_of
-from xpar.engine.terminal import count, make_console, progress
-from xpar.engine.watching import add_watching, attach
+from xpar.engine.commands.watching import add_watching, attach
+from xpar.engine.console.logs import add_verbose, start_logging
+from xpar.engine.console.report import manifest
+from xpar.engine.console.terminal import count, make_console, progress
+from xpar.engine.layer.build import FLOATS
+from xpar.engine.layer.reference import TOLERANCE
+from xpar.engine.layer.route_and_compute import DEPTHS
+from xpar.engine.synthetic.shapes import SHAPES, shape_of
 
 COMPARE = ("transformers", "solo", "steps")
 
@@ -151,14 +151,14 @@ def comm_main(args: argparse.Namespace) -> int:
             "an expert group of one rank sends nothing: start more ranks (mpirun -n 2), or give --ep"
         )
         return 1
-    records = exchange.run(traffic, grid, args.megabytes, args.dispatchers)
+    records = comm.run(traffic, grid, args.megabytes, args.dispatchers)
     console.print(
         f"{count(world.size, 'rank')} on {count(world.num_nodes, 'node')} | {grid.shape} | {world.library.splitlines()[0]}",
         soft_wrap=True,
     )
     console.print(_comm_table(records))
     _write(args, grid, world, traffic.dtype, "all", "identity", records)
-    wrong = [r for r in records if not r["rel_error"] <= exchange.TOLERANCE[traffic.dtype]]
+    wrong = [r for r in records if not r["rel_error"] <= comm.TOLERANCE[traffic.dtype]]
     more = [r for r in records if r["dispatcher"] != "allgather" and r["rows"] != r["rows_deduplicated"]]
     for r in wrong + more:
         console.print(
@@ -189,7 +189,7 @@ def _layer_request(args: argparse.Namespace) -> Request:
     )
 
 
-def _traffic(args: argparse.Namespace) -> exchange.Traffic:
+def _traffic(args: argparse.Namespace) -> comm.Traffic:
     at_least(
         hidden=(args.hidden, 1), experts=(args.experts, 1), top_k=(args.top_k, 1), threads=(args.threads, 1)
     )
@@ -199,7 +199,7 @@ def _traffic(args: argparse.Namespace) -> exchange.Traffic:
         )
     if min(args.megabytes) <= 0:
         raise ValueError(f"--megabytes {min(args.megabytes):g}: must be positive")
-    return exchange.Traffic(0, args.hidden, args.experts, args.top_k, FLOATS[args.dtype], args.seed)
+    return comm.Traffic(0, args.hidden, args.experts, args.top_k, FLOATS[args.dtype], args.seed)
 
 
 def _grid(world: World, args: argparse.Namespace) -> ProcessGrid:

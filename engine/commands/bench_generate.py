@@ -11,8 +11,8 @@ from rich.table import Table
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.bench.decoding import PARTS
-from xpar.engine.bench.whole_model import (
+from xpar.engine.bench.decode_profile import PARTS
+from xpar.engine.bench.generate import (
     LoadingMemory,
     Run,
     loading_memory,
@@ -21,12 +21,12 @@ from xpar.engine.bench.whole_model import (
     resident_bytes,
     start_peer,
 )
-from xpar.engine.commands import whole_model
-from xpar.engine.logs import start_logging
-from xpar.engine.models.load import LoadedModel
-from xpar.engine.report import manifest
-from xpar.engine.terminal import make_console, progress
-from xpar.engine.watching import attach
+from xpar.engine.commands import model_session
+from xpar.engine.commands.watching import attach
+from xpar.engine.console.logs import start_logging
+from xpar.engine.console.report import manifest
+from xpar.engine.console.terminal import make_console, progress
+from xpar.engine.models.loader import LoadedModel
 
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 """Roundings add up over the layers, and turn near ties of the router; a model of wrong experts is off by 0.5 and more."""
@@ -46,8 +46,8 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0, help="of the prompts")
     p.add_argument("--exact", action="store_true", help="as for xpar generate")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one JSON document")
-    whole_model.add_grid_options(p)
-    whole_model.add_whole_dense(p)
+    model_session.add_grid_options(p)
+    model_session.add_whole_dense(p)
     p.set_defaults(main=main)
 
 
@@ -57,9 +57,9 @@ def main(args: argparse.Namespace) -> int:
     start_logging(world, args.verbose)
     dtype = agreed(world.comm, lambda: _check(args))
     console = make_console(world)
-    grid = whole_model.make_grid(args, world, console)
+    grid = model_session.make_grid(args, world, console)
     before = resident_bytes(grid, args.checkpoint)
-    loaded = whole_model.load(args, grid, dtype, console, args.whole_dense)
+    loaded = model_session.load(args, grid, dtype, console, args.whole_dense)
     loading = loading_memory(grid, loaded, before)
     peer = start_peer(grid, args.checkpoint, dtype)
     runs = [Run(b, args.prompt_tokens, args.new_tokens, args.rounds, args.seed) for b in args.batch]
@@ -86,12 +86,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> torch.dtype:
-    whole_model.check_at_least_one(args, "prompt-tokens", "rounds", "threads")
+    model_session.check_at_least_one(args, "prompt-tokens", "rounds", "threads")
     if min(args.batch) < 1 or args.new_tokens < 3:
         raise ValueError(
             f"--batch {min(args.batch)} --new-tokens {args.new_tokens}: at least 1, and 3 to see a step that continues"
         )
-    return whole_model.dtype_of(args)
+    return model_session.dtype_of(args)
 
 
 def _table(records: list[dict[str, Any]]) -> Table:

@@ -12,14 +12,14 @@ from rich.table import Table
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.overlap import OverlapBench, OverlapRequest
-from xpar.engine.build import FLOATS
 from xpar.engine.commands.limits import at_least
 from xpar.engine.commands.run import pick_device, where
-from xpar.engine.logs import add_verbose, start_logging
-from xpar.engine.report import manifest
-from xpar.engine.shapes import SHAPES, shape_of
-from xpar.engine.terminal import make_console, progress
-from xpar.engine.watching import add_watching, attach
+from xpar.engine.commands.watching import add_watching, attach
+from xpar.engine.console.logs import add_verbose, start_logging
+from xpar.engine.console.report import manifest
+from xpar.engine.console.terminal import make_console, progress
+from xpar.engine.layer.build import FLOATS
+from xpar.engine.synthetic.shapes import SHAPES, shape_of
 
 
 def add_options(p: argparse.ArgumentParser) -> None:

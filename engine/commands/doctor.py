@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from xpar.comm.gpu.binding import driver_version, find_gpu, shared_gpus
-from xpar.comm.gpu.transport import DeviceFacts, choose_transport, facts_of
-from xpar.comm.leftovers import PREFIXES, Leftovers, find_leftovers
-from xpar.comm.nccl.library import load, version_text
-from xpar.comm.window import SHARED_FILES
+from xpar.comm.device.binding import driver_version, find_gpu, shared_gpus
+from xpar.comm.device.nccl_library import load, version_text
+from xpar.comm.device.transport import DeviceFacts, choose_transport, facts_of
+from xpar.comm.shared_window import SHARED_FILES
+from xpar.comm.stale_shm import PREFIXES, Leftovers, find_leftovers
 from xpar.comm.world import LaunchError, World, refuse_singletons
-from xpar.engine.terminal import make_console
+from xpar.engine.console.terminal import make_console
 from xpar.kernels.cpu import native_library
 
 OPTIONAL = {

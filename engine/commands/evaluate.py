@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from xpar.comm.failure import agreed
-from xpar.engine.commands import whole_model
-from xpar.engine.commands.whole_model import BATCH, PREFILL_TOKENS
-from xpar.engine.logs import start_logging
-from xpar.engine.models.service import Service
-from xpar.engine.models.tokens import Tokens
-from xpar.engine.terminal import make_console
-from xpar.engine.watching import attach
+from xpar.engine.commands import model_session
+from xpar.engine.commands.model_session import BATCH, PREFILL_TOKENS
+from xpar.engine.commands.watching import attach
+from xpar.engine.console.logs import start_logging
+from xpar.engine.console.terminal import make_console
+from xpar.engine.generation.service import Service
+from xpar.engine.generation.tokenizer import Tokens
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,7 +34,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--prefill-tokens", type=int, default=PREFILL_TOKENS, help=f"as for score (default {PREFILL_TOKENS})"
     )
     p.add_argument("--exact", action="store_true", help="numbers that do not depend on the number of ranks")
-    whole_model.add_grid_options(p)
+    model_session.add_grid_options(p)
     p.set_defaults(main=main)
 
 
@@ -45,15 +45,15 @@ def main(args: argparse.Namespace) -> int:
     dtype = agreed(world.comm, lambda: _check(args))
     harness = agreed(world.comm, lambda: _harness(args.harness) if world.rank == 0 else None, patient=True)
     console = make_console(world)
-    grid = whole_model.make_grid(args, world, console)
+    grid = model_session.make_grid(args, world, console)
     tokens = agreed(world.comm, lambda: Tokens(args.checkpoint))
-    loaded = whole_model.load(args, grid, dtype, console)
-    service = Service(world.comm, loaded, tokens, whole_model.batch_of(args), args.prefill_tokens)
+    loaded = model_session.load(args, grid, dtype, console)
+    service = Service(world.comm, loaded, tokens, model_session.batch_of(args), args.prefill_tokens)
     if harness is None:
         service.serve()
     else:
         _evaluate(harness, service, args)
-    console.print(whole_model.memory(world.comm), soft_wrap=True)
+    console.print(model_session.memory(world.comm), soft_wrap=True)
     return 0
 
 
@@ -61,9 +61,9 @@ def _check(args: argparse.Namespace) -> torch.dtype:
     """The dtype; raises ValueError for words that do not fit."""
     if find_spec("lm_eval") is None:
         raise ValueError("xpar evaluate needs lm-evaluation-harness (pip install 'xpar[eval]')")
-    whole_model.check_at_least_one(args, "batch", "prefill-tokens", "threads")
-    whole_model.batch_of(args)
-    return whole_model.dtype_of(args)
+    model_session.check_at_least_one(args, "batch", "prefill-tokens", "threads")
+    model_session.batch_of(args)
+    return model_session.dtype_of(args)
 
 
 def _harness(words: Sequence[str]) -> tuple[Any, argparse.Namespace]:
@@ -83,7 +83,7 @@ def _harness(words: Sequence[str]) -> tuple[Any, argparse.Namespace]:
 def _evaluate(harness: tuple[Any, argparse.Namespace], service: Service, args: argparse.Namespace) -> None:
     from lm_eval.utils import setup_logging
 
-    from xpar.engine.models.harness import register_service
+    from xpar.engine.generation.lm_eval import register_service
 
     setup_logging()
     register_service(service, str(args.checkpoint))

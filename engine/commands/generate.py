@@ -5,16 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xpar.comm.failure import agreed
-from xpar.engine.commands import whole_model
-from xpar.engine.commands.whole_model import BATCH, PREFILL_TOKENS
-from xpar.engine.logs import start_logging
-from xpar.engine.models.answering import finish_only, listen_for_stop
-from xpar.engine.models.generate import generate
-from xpar.engine.models.request import Request, prepare
-from xpar.engine.models.sampling import Sampling
-from xpar.engine.models.tokens import Tokens
-from xpar.engine.terminal import make_console
-from xpar.engine.watching import attach
+from xpar.engine.commands import model_session
+from xpar.engine.commands.model_session import BATCH, PREFILL_TOKENS
+from xpar.engine.commands.watching import attach
+from xpar.engine.console.logs import start_logging
+from xpar.engine.console.terminal import make_console
+from xpar.engine.generation.generate import generate
+from xpar.engine.generation.request import Request, prepare
+from xpar.engine.generation.run_file import finish_only, listen_for_stop
+from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.tokenizer import Tokens
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,8 +47,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"of prompts that a rank reads in one step (default {PREFILL_TOKENS}; a longer prompt goes alone)",
     )
     p.add_argument("--exact", action="store_true", help="text that does not depend on the number of ranks")
-    whole_model.add_grid_options(p)
-    whole_model.add_whole_dense(p)
+    model_session.add_grid_options(p)
+    model_session.add_whole_dense(p)
     p.set_defaults(main=main)
 
 
@@ -63,21 +63,21 @@ def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
     start_logging(world, args.verbose)
     request = agreed(world.comm, lambda: _request(args, world.rank == 0))
     console = make_console(world)
-    grid = whole_model.make_grid(args, world, console)
+    grid = model_session.make_grid(args, world, console)
     tokens = agreed(world.comm, lambda: Tokens(request.checkpoint, request.chat))
     work = prepare(world.comm, request, tokens, args.resume)
     done = "prompts answered"
     if not work.queue:
         finish_only(world.comm, request, work)
-        console.print(whole_model.counts(request, work, 0, done), soft_wrap=True)
+        console.print(model_session.counts(request, work, 0, done), soft_wrap=True)
         return 0
-    loaded = whole_model.load(args, grid, request.dtype, console, args.whole_dense)
-    with whole_model.meter(world, "answering", work) as tell:
+    loaded = model_session.load(args, grid, request.dtype, console, args.whole_dense)
+    with model_session.meter(world, "answering", work) as tell:
         outcome = generate(world.comm, request, work, tokens, loaded, told, tell)
-    console.print(whole_model.counts(request, work, outcome.answers, done), soft_wrap=True)
+    console.print(model_session.counts(request, work, outcome.answers, done), soft_wrap=True)
     if outcome.tokens:
-        console.print(whole_model.speed(outcome), soft_wrap=True)
-    console.print(whole_model.memory(world.comm), soft_wrap=True)
+        console.print(model_session.speed(outcome), soft_wrap=True)
+    console.print(model_session.memory(world.comm), soft_wrap=True)
     return 0
 
 
@@ -86,13 +86,13 @@ def _request(args: argparse.Namespace, first: bool) -> Request:
 
     ``first``: whether this is the rank that reads prompts and writes answers; the others need not see those files.
     """
-    whole_model.check_at_least_one(args, "max-new-tokens", "batch", "prefill-tokens", "threads")
-    batch = whole_model.batch_of(args)
+    model_session.check_at_least_one(args, "max-new-tokens", "batch", "prefill-tokens", "threads")
+    batch = model_session.batch_of(args)
     if "" in args.stop:
         raise ValueError("--stop '': an empty text would end every answer; give at least one character")
     out = args.out or args.prompts.with_suffix(".answers.jsonl")
     if first:
-        whole_model.check_files(args.prompts, out, args.resume, "--prompts")
+        model_session.check_files(args.prompts, out, args.resume, "--prompts")
     return Request(
         checkpoint=args.checkpoint,
         prompts=args.prompts,
@@ -103,6 +103,6 @@ def _request(args: argparse.Namespace, first: bool) -> Request:
         chat=args.chat,
         batch=batch,
         prefill_tokens=args.prefill_tokens,
-        dtype=whole_model.dtype_of(args),
+        dtype=model_session.dtype_of(args),
         exact=args.exact,
     )

@@ -7,11 +7,11 @@ from pathlib import Path
 from rich.console import Console
 
 from xpar.comm.failure import AgreedError
-from xpar.engine.build import FLOATS
-from xpar.engine.byte_tokenizer import BYTES, write_byte_tokenizer
-from xpar.engine.dense_schema import DENSE
-from xpar.engine.make_checkpoint import make_checkpoint
-from xpar.engine.make_config import usual_top_k
+from xpar.engine.architectures.dense_schema import DENSE
+from xpar.engine.layer.build import FLOATS
+from xpar.engine.synthetic.byte_tokenizer import BYTES, write_byte_tokenizer
+from xpar.engine.synthetic.checkpoint import make_checkpoint
+from xpar.engine.synthetic.config import usual_top_k
 
 SIZES = {
     "layers": (2, "decoder layers"),

@@ -11,22 +11,22 @@ from torch import Tensor
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.guard.arrivals import gather_lateness
-from xpar.comm.shares import share
+from xpar.comm.partition import share
+from xpar.comm.stragglers import gather_lateness
 from xpar.comm.world import World
-from xpar.engine.architectures import find, moe_layers
-from xpar.engine.build import FLOATS, config_of
-from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.architectures.layer_config import find, moe_layers
+from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.commands.watching import add_watching, attach, lateness_table
 from xpar.engine.config import LayerConfig
-from xpar.engine.held import pick_dispatcher, pick_kernel
-from xpar.engine.logs import add_verbose, start_logging
-from xpar.engine.one_call import DEPTHS, explain_depth
-from xpar.engine.reference import TOLERANCE, layer_reference, relative_error
-from xpar.engine.report import layer_record, layer_table, manifest, summary
-from xpar.engine.runner import MoERunner
-from xpar.engine.stages import StageClock
-from xpar.engine.terminal import count, make_console, progress
-from xpar.engine.watching import add_watching, attach, lateness_table
+from xpar.engine.console.logs import add_verbose, start_logging
+from xpar.engine.console.report import layer_record, layer_table, manifest, summary
+from xpar.engine.console.terminal import count, make_console, progress
+from xpar.engine.layer.build import FLOATS, config_of
+from xpar.engine.layer.expert_shard import pick_dispatcher, pick_kernel
+from xpar.engine.layer.reference import TOLERANCE, layer_reference, relative_error
+from xpar.engine.layer.route_and_compute import DEPTHS, explain_depth
+from xpar.engine.layer.runner import MoERunner
+from xpar.engine.layer.stage_timer import StageClock
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
-from xpar.engine.commands import whole_model
-from xpar.engine.commands.whole_model import BATCH, PREFILL_TOKENS
-from xpar.engine.logs import start_logging
-from xpar.engine.models.answering import finish_only, listen_for_stop
-from xpar.engine.models.request import ScoreRequest, prepare
-from xpar.engine.models.score import read_total, score
-from xpar.engine.models.tokens import Tokens
-from xpar.engine.terminal import make_console
-from xpar.engine.watching import attach
+from xpar.engine.commands import model_session
+from xpar.engine.commands.model_session import BATCH, PREFILL_TOKENS
+from xpar.engine.commands.watching import attach
+from xpar.engine.console.logs import start_logging
+from xpar.engine.console.terminal import make_console
+from xpar.engine.generation.request import ScoreRequest, prepare
+from xpar.engine.generation.run_file import finish_only, listen_for_stop
+from xpar.engine.generation.score import read_total, score
+from xpar.engine.generation.tokenizer import Tokens
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -44,7 +44,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"that a rank reads in one step (default {PREFILL_TOKENS}; a longer text goes alone, in pieces)",
     )
     p.add_argument("--exact", action="store_true", help="numbers that do not depend on the number of ranks")
-    whole_model.add_grid_options(p)
+    model_session.add_grid_options(p)
     p.set_defaults(main=main)
 
 
@@ -59,22 +59,22 @@ def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
     start_logging(world, args.verbose)
     request = agreed(world.comm, lambda: _request(args, world.rank == 0))
     console = make_console(world)
-    grid = whole_model.make_grid(args, world, console)
+    grid = model_session.make_grid(args, world, console)
     tokens = agreed(world.comm, lambda: Tokens(request.checkpoint))
     work = prepare(world.comm, request, tokens, args.resume)
     done = "texts scored"
     if not work.queue:
         finish_only(world.comm, request, work)
-        console.print(whole_model.counts(request, work, 0, done), soft_wrap=True)
+        console.print(model_session.counts(request, work, 0, done), soft_wrap=True)
         console.print(_total(world.comm, request), soft_wrap=True)
         return 0
-    loaded = whole_model.load(args, grid, request.dtype, console)
-    with whole_model.meter(world, "scoring", work) as tell:
+    loaded = model_session.load(args, grid, request.dtype, console)
+    with model_session.meter(world, "scoring", work) as tell:
         outcome = score(world.comm, request, work, loaded, told, tell)
-    console.print(whole_model.counts(request, work, outcome.answers, done), soft_wrap=True)
+    console.print(model_session.counts(request, work, outcome.answers, done), soft_wrap=True)
     console.print(_total(world.comm, request), soft_wrap=True)
-    console.print(whole_model.speed(outcome), soft_wrap=True)
-    console.print(whole_model.memory(world.comm), soft_wrap=True)
+    console.print(model_session.speed(outcome), soft_wrap=True)
+    console.print(model_session.memory(world.comm), soft_wrap=True)
     return 0
 
 
@@ -83,18 +83,18 @@ def _request(args: argparse.Namespace, first: bool) -> ScoreRequest:
 
     ``first``: whether this is the rank that reads texts and writes scores; the others need not see those files.
     """
-    whole_model.check_at_least_one(args, "batch", "prefill-tokens", "threads")
-    batch = whole_model.batch_of(args)
+    model_session.check_at_least_one(args, "batch", "prefill-tokens", "threads")
+    batch = model_session.batch_of(args)
     out = args.out or args.texts.with_suffix(".scores.jsonl")
     if first:
-        whole_model.check_files(args.texts, out, args.resume, "--texts")
+        model_session.check_files(args.texts, out, args.resume, "--texts")
     return ScoreRequest(
         checkpoint=args.checkpoint,
         prompts=args.texts,
         out=out,
         batch=batch,
         prefill_tokens=args.prefill_tokens,
-        dtype=whole_model.dtype_of(args),
+        dtype=model_session.dtype_of(args),
         exact=args.exact,
     )
 

@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 
 from xpar.comm.failure import AgreedError
-from xpar.engine.architectures import find, moe_layers
-from xpar.engine.build import FLOATS, config_of
-from xpar.engine.checkpoint import Checkpoint
+from xpar.engine.architectures.layer_config import find, moe_layers
+from xpar.engine.bench.kernels.cases import Layer
+from xpar.engine.bench.kernels.options import require_gpu
+from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
-from xpar.engine.kernel_bench.cases import Layer
-from xpar.engine.kernel_bench.options import require_gpu
-from xpar.engine.shapes import SHAPES, shape_of
+from xpar.engine.layer.build import FLOATS, config_of
+from xpar.engine.synthetic.shapes import SHAPES, shape_of
 
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 CONFIGS = 60
@@ -87,10 +87,10 @@ def _config(args: argparse.Namespace) -> LayerConfig:
 def _tune(
     args: argparse.Namespace, layer: Layer, dtype: torch.dtype, console: Console, deadline: float
 ) -> None:
-    from xpar.engine.kernel_bench.cases import load, random_inputs, random_weights
-    from xpar.engine.kernel_bench.sweep import Cell, parts_of, search
+    from xpar.engine.bench.kernels.cases import load, random_inputs, random_weights
+    from xpar.engine.bench.kernels.tile_search import Cell, parts_of, search
     from xpar.kernels.gpu.experts import TritonExperts
-    from xpar.kernels.gpu.tiles import Machine, Table, write_table
+    from xpar.kernels.gpu.tile_tables import Machine, Table, write_table
 
     g = torch.Generator("cuda").manual_seed(args.seed)
     kernel = TritonExperts(layer.spec(dtype))

@@ -16,9 +16,9 @@ from typing import Any, Literal, cast
 from torch import Tensor
 from torch.nn import functional
 
-from xpar.kernels.cpu import native_attention, native_library, zen_library
+from xpar.kernels.cpu import attention_native, native_library, zen_library
+from xpar.kernels.cpu.linear_zen import DTYPES
 from xpar.kernels.cpu.masks import to_add
-from xpar.kernels.cpu.zen_linear import DTYPES
 
 By = Literal["zentorch", "native", "torch"]
 _MOST_SHARING = 4
@@ -51,7 +51,7 @@ class Attention:
         if (
             self._by == "native"
             and query.shape[1] <= _MOST_SHARING * key.shape[1]
-            and native_attention.serves(query, key, value, mask)
+            and attention_native.serves(query, key, value, mask)
         ):
             return "native"
         return "zentorch" if self._zen_serves(query, key, value) else "torch"
@@ -67,7 +67,7 @@ class Attention:
         heads, queries = query.shape[1:3]
         by = self.computed_by(query, key, value, mask)
         if by == "native":
-            return native_attention.attend(query, key, value, mask, scale)
+            return attention_native.attend(query, key, value, mask, scale)
         if queries == 1:
             query = _as_rows(query, key.shape[1])
             mask = None if mask is None else _as_rows(mask, key.shape[1])

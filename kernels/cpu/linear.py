@@ -1,68 +1,121 @@
-"""A dense layer's weight in the blocked layout that oneDNN multiplies from, where this processor has one."""
+"""Which product serves a dense layer on this processor, and why not the others.
 
-from functools import cache
-from typing import cast
+For layers that may round differently when other rows come along; what may not keeps plain products.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from xpar.kernels.cpu import linear_zen, native_library, zen_library
+from xpar.kernels.cpu.linear_native import NativeLinear
+from xpar.kernels.cpu.linear_onednn import PackedLinear, packing_refused
+from xpar.kernels.cpu.linear_zen import ZenLinear
 
 
-@cache
-def packing_refused(dtype: torch.dtype) -> str | None:
-    """Why weights of ``dtype`` cannot be packed on this processor, or None. Found by packing a small one."""
-    if not torch._C._has_mkldnn:
-        return "this torch was built without oneDNN"
-    try:
-        PackedLinear(torch.zeros(16, 16, dtype=dtype, device="cpu"))(
-            torch.zeros(1, 16, dtype=dtype, device="cpu")
-        )
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return None
+class DenseLinear(Protocol):
+    """``x @ weight.T + bias`` of a packed weight; ``x``: [M, K], contiguous, in the weight's dtype; M may be 0."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def nbytes(self) -> int: ...
 
 
-class PackedLinear:
-    """``x @ weight.T + bias`` with ``weight`` [N, K] packed once; the plain copy is not kept.
-
-    ``x``: [M, K], contiguous, in the weight's dtype; M may be 0. The product of a row has the same bits whatever
-    the other rows are, except that in float32 one row alone may differ from the same row among several.
+@dataclass(frozen=True)
+class DenseRecord:
+    """``unavailable(dtype)``: why it cannot serve one of its ``dtypes`` here, or None. ``build(weight, bias)``: packs, and
+    keeps no plain weight. ``measured``: how fast it was, with shape and source. ``outdone()``: why ``auto`` leaves products
+    to those after it although it could serve, or None.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.shape = weight.shape
-        self._bias = None if bias is None else bias.to(weight.dtype, copy=True)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    unavailable: Callable[[torch.dtype], str | None]
+    build: Callable[[Tensor, Tensor | None], DenseLinear]
+    measured: str
+    outdone: Callable[[], str | None] = lambda: None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], ""))
-
-    def nbytes(self) -> int:
-        return int(torch.ops.mkldnn._nbytes(self._packed)) + _nbytes(self._bias)
-
-
-class PlainLinear:
-    """The same product from a row-major copy, for dtypes that oneDNN does not pack here."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.shape = weight.shape
-        self._bias = None if bias is None else bias.to(weight.dtype, copy=True)
-        self._weight = weight.clone(memory_format=torch.contiguous_format)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self._weight, self._bias)
-
-    def nbytes(self) -> int:
-        return self._weight.nbytes + _nbytes(self._bias)
+    def refused(self, dtype: torch.dtype) -> str | None:
+        """Why it cannot serve ``dtype`` here, or None. Imports nothing heavy."""
+        if dtype in self.dtypes:
+            return self.unavailable(dtype)
+        names = " and ".join(str(one)[6:] for one in self.dtypes)
+        return f"serves {names}, not {str(dtype)[6:]}"
 
 
-Linear = PackedLinear | PlainLinear
+PLAIN = "plain"
+"""The model's own products."""
+_SHAPE = "torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of an EPYC (Zen 4), benchmarks/dense_layers.py"
+DENSE = (
+    DenseRecord(
+        "zentorch",
+        linear_zen.DTYPES,
+        lambda dtype: zen_library.refused(),
+        ZenLinear,
+        f"bf16 1.8 / 1.9 / 1.5 / 1.2, fp32 1.1 / 2.3 / 1.9 / 1.5 x {_SHAPE}",
+    ),
+    DenseRecord(
+        "native",
+        (torch.bfloat16,),
+        lambda dtype: native_library.refused(),
+        NativeLinear,
+        "1.9 / 2.9 / 4.7 / 4.7 x torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of a Xeon without avx512_bf16; onednn there "
+        "1.4 / 0.9 / 1.0 / 1.0",
+        native_library.outdone,
+    ),
+    DenseRecord(
+        "onednn",
+        (torch.bfloat16, torch.float16, torch.float32),
+        packing_refused,
+        PackedLinear,
+        f"bf16 1.3 / 1.5 / 1.4 / 1.1, fp32 0.9 / 1.9 / 1.7 / 1.5 x {_SHAPE}",
+    ),
+)
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """``weight`` [N, K] packed where this processor can, else as it is; ``bias`` [N], taken in the weight's dtype."""
-    return PlainLinear(weight, bias) if packing_refused(weight.dtype) else PackedLinear(weight, bias)
+@dataclass(frozen=True)
+class DenseChoice:
+    """``record``: what serves, None for plain products. ``rejected``: the others' names, and why."""
+
+    record: DenseRecord | None
+    rejected: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        return name_of(self.record)
 
 
-def _nbytes(bias: Tensor | None) -> int:
-    return 0 if bias is None else bias.nbytes
+def choose_dense(
+    dtype: torch.dtype, name: str = "auto", records: tuple[DenseRecord, ...] = DENSE
+) -> DenseChoice:
+    """The fastest for weights of ``dtype``, or what ``name`` says; ValueError if that cannot serve here."""
+    reasons = {record.name: record.refused(dtype) for record in records}
+    chosen: DenseRecord | None
+    if name == "auto":
+        reasons = {record.name: reasons[record.name] or record.outdone() for record in records}
+        chosen = next((record for record in records if reasons[record.name] is None), None)
+        other = f"measured slower than {chosen.name}" if chosen else ""
+    else:
+        chosen = _named(name, reasons, records)
+        other = f"{name} was asked for by name"
+    return DenseChoice(chosen, tuple((n, why or other) for n, why in reasons.items() if n != name_of(chosen)))
+
+
+def name_of(record: DenseRecord | None) -> str:
+    """What options and reports call it."""
+    return PLAIN if record is None else record.name
+
+
+def _named(
+    name: str, reasons: Mapping[str, str | None], records: tuple[DenseRecord, ...]
+) -> DenseRecord | None:
+    if name == PLAIN:
+        return None
+    names = ", ".join([*reasons, PLAIN])
+    reason = reasons.get(name, "there is none of that name")
+    if reason is not None:
+        raise ValueError(f"dense={name!r}: {reason}; choose auto or one of {names}")
+    return next(record for record in records if record.name == name)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from xpar.kernels.contracts import RouteSpec, Routing
-from xpar.kernels.order import largest
+from xpar.kernels.stable_topk import largest
 
 
 def select(router_logits: Tensor, route: RouteSpec) -> Routing:

@@ -1,1 +1,1 @@
-"""Expert kernels and row moving on GPUs, in Triton. Only :mod:`~xpar.kernels.gpu.available` imports without Triton."""
+"""Expert kernels and row moving on GPUs, in Triton. Only :mod:`~xpar.kernels.gpu.availability` imports without Triton."""

@@ -10,10 +10,11 @@ from torch import Tensor
 from xpar.kernels.checks import check_expert, check_loaded
 from xpar.kernels.contracts import ExpertInput, ExpertSpec
 from xpar.kernels.gpu import rows as gpu_rows
-from xpar.kernels.gpu.large import down_large, gate_up_large, permute_kernel
-from xpar.kernels.gpu.small import down_small, gate_up_small
-from xpar.kernels.gpu.sort import Plan, make_plan
-from xpar.kernels.gpu.tiles import (
+from xpar.kernels.gpu.expert_sort import Plan, make_plan
+from xpar.kernels.gpu.grouped_mm_small import down_small, gate_up_small
+from xpar.kernels.gpu.grouped_mm_tiled import down_large, gate_up_large, permute_kernel
+from xpar.kernels.gpu.grouped_mm_vector import down_vector, gate_up_vector
+from xpar.kernels.gpu.tile_tables import (
     MANY,
     NO_LIMIT,
     Limits,
@@ -23,7 +24,6 @@ from xpar.kernels.gpu.tiles import (
     default_table,
     limits_of,
 )
-from xpar.kernels.gpu.vector import down_vector, gate_up_vector
 
 # Tensor descriptors want rows of a multiple of 16 bytes: widths are rounded up to this many elements, with zeros.
 _ALIGNED = 8

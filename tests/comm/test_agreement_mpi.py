@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from xpar.comm import DesyncError, RemoteRankError, World
-from xpar.comm.agreement import StepFacts, agree_step
 from xpar.comm.communicator import Communicator
+from xpar.comm.step_agreement import StepFacts, agree_step
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

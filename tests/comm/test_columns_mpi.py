@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from xpar.comm import columns
-from xpar.comm.columns import Share, SharedColumns, columns_of
+from xpar.comm import column_parallel
+from xpar.comm.column_parallel import Share, SharedColumns, columns_of
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import DesyncError, Tag
 from xpar.comm.world import World
@@ -25,12 +25,12 @@ def grid(comm: "Intracomm") -> ProcessGrid:
     return ProcessGrid.create(World.attach(comm))
 
 
-@pytest.mark.parametrize("round_bytes", [columns.ROUND_BYTES, 1, 3000], ids="rounds of {}".format)
+@pytest.mark.parametrize("round_bytes", [column_parallel.ROUND_BYTES, 1, 3000], ids="rounds of {}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_are_those_of_the_whole_weight(
     grid: ProcessGrid, fresh_seed: int, dtype: torch.dtype, round_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(columns, "ROUND_BYTES", round_bytes)
+    monkeypatch.setattr(column_parallel, "ROUND_BYTES", round_bytes)
     draw, own = np.random.default_rng(fresh_seed), torch.Generator().manual_seed(fresh_seed + grid.world.rank)
     shared = SharedColumns(grid.node)
     for number in range(12):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xpar.comm import ProcessGrid, World
-from xpar.comm.window import window_of
+from xpar.comm.shared_window import window_of
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from movers import fitting
+from all_dispatchers import fitting
 
 from xpar.comm import ProcessGrid, World
-from xpar.comm.dispatch.auto import choose_dispatcher
+from xpar.comm.dispatch.choose import choose_dispatcher
 from xpar.comm.placement import Placement
-from xpar.comm.window import SharedWindow, window_of
+from xpar.comm.shared_window import SharedWindow, window_of
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

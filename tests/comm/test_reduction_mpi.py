@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from counting import Counting
+from counting_communicator import Counting
 from torch import Tensor
 
 from xpar.comm import World
+from xpar.comm.partition import share, shares
 from xpar.comm.reduction import (
     Distributed,
     Full,
@@ -20,7 +21,6 @@ from xpar.comm.reduction import (
     finish,
     split_tokens,
 )
-from xpar.comm.shares import share, shares
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT / ".typing")]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "support"), str(ROOT / ".typing")]
 
 import comm_bench
 import comm_checks
 import torch
 
 from xpar.comm import ProcessGrid, World, run
-from xpar.comm.gpu.binding import bind_gpu, driver_version
-from xpar.comm.gpu.transport import DeviceFacts, choose_transport, facts_of, open_transport, posed_host
-from xpar.comm.guard.deadlines import Deadlines
+from xpar.comm.device.binding import bind_gpu, driver_version
+from xpar.comm.device.transport import DeviceFacts, choose_transport, facts_of, open_transport, posed_host
+from xpar.comm.watchdog.deadlines import Deadlines
 
 
 def main() -> int:

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World, run
-from xpar.engine.models.load import LoadedModel, load_model
-from xpar.engine.models.recorder import PATIENCE, Recorder
-from xpar.engine.models.sampling import Sampling
-from xpar.engine.models.sequences import Limits, Running, Sequences
-from xpar.engine.models.spread import SpreadOptions
+from xpar.engine.generation.decode_batch import Limits, Running, Sequences
+from xpar.engine.generation.recorder import PATIENCE, Recorder
+from xpar.engine.generation.sampling import Sampling
+from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.parallelize import SpreadOptions
 
 STEPS = 150
 """More than there is room for in one recording."""

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World, run
-from xpar.comm.shares import share
-from xpar.engine.build import LayerOptions, assemble
-from xpar.engine.overlap import Overlap, SharedOrder
-from xpar.engine.random_layer import RandomLayer
-from xpar.engine.runner import MoERunner
-from xpar.engine.shapes import SHAPES
+from xpar.comm.partition import share
+from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.engine.layer.runner import MoERunner
+from xpar.engine.layer.shared_expert_overlap import Overlap, SharedOrder
+from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.shapes import SHAPES
 
 CASES = (("olmoe", 0.25), ("qwen2-57b-a14b", 0.125), ("deepseek-v3", 0.0625))
 """Most of the time goes into compiling kernels for each shape."""

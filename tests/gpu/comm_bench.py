@@ -6,19 +6,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from stand_in import routing_of
+from exact_experts import routing_of
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
+from xpar.comm.device.backend import synchronize
+from xpar.comm.device.nccl_library import load
+from xpar.comm.device.transport import nccl_transport
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.base import Dispatcher
-from xpar.comm.gpu.mover import synchronize
-from xpar.comm.gpu.transport import nccl_transport
-from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.handshake import Tag
-from xpar.comm.nccl.library import load
 from xpar.comm.placement import Placement
+from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.kernels.contracts import Routing
 
 HIDDEN = 4096

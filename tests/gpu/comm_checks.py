@@ -5,23 +5,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from stand_in import experts_of, routing_of
+from exact_experts import experts_of, routing_of
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
 from xpar.comm.communicator import Communicator
+from xpar.comm.device.nccl_backend import NcclMover
+from xpar.comm.device.nccl_communicator import Link, give_up, settle
+from xpar.comm.device.nccl_library import NcclError, load
+from xpar.comm.device.transport import TransportChoice, open_transport
+from xpar.comm.device.watch import Watch
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.replicated import ReplicatedDispatcher
-from xpar.comm.gpu.transport import TransportChoice, open_transport
-from xpar.comm.gpu.watch import Watch
-from xpar.comm.guard.deadlines import Deadlines
 from xpar.comm.handshake import Tag
-from xpar.comm.nccl.library import NcclError, load
-from xpar.comm.nccl.link import Link, give_up, settle
-from xpar.comm.nccl.mover import NcclMover
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import finish
+from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.kernels.contracts import Routing
 
 Check = Callable[[], str | None]

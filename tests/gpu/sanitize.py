@@ -15,10 +15,10 @@ sys.path[:0] = [str(ROOT / ".typing")]
 
 import torch
 
-from xpar.engine.kernel_bench import checks
-from xpar.engine.kernel_bench.cases import load, random_input, random_weights
+from xpar.engine.bench.kernels import checks
+from xpar.engine.bench.kernels.cases import load, random_input, random_weights
 from xpar.kernels.contracts import Activation, ExpertSpec
-from xpar.kernels.gpu.available import build
+from xpar.kernels.gpu.availability import build
 
 
 def main() -> None:

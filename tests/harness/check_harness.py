@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 import torch
@@ -23,9 +23,9 @@ from tiny_models import prompts, write_model
 
 from xpar.comm import ProcessGrid, World, run
 from xpar.engine.cli import main as xpar
-from xpar.engine.models.load import load_model
-from xpar.engine.models.service import Service
-from xpar.engine.models.tokens import Tokens
+from xpar.engine.generation.service import Service
+from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.models.loader import load_model
 
 TASK = """
 task: tiny
@@ -62,7 +62,7 @@ def compare(service: Service, path: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from xpar.engine.models.harness import model_class
+    from xpar.engine.generation.lm_eval import model_class
 
     def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
         return [Instance(kind, {}, a, n) for n, a in enumerate(arguments)]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from xpar.kernels.cpu import native_attention, native_library, zen_library
+from xpar.kernels.cpu import attention_native, native_library, zen_library
 from xpar.kernels.cpu.attention import Attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -116,7 +116,7 @@ def test_numbers_of_a_head_that_lie_apart(attention, g):
 def test_what_the_native_code_is_asked_for(g, monkeypatch):
     """One bfloat16 query a sequence, few heads to one of keys, whole vectors, one mask for all heads."""
     asked = []
-    monkeypatch.setattr(native_attention, "attend", lambda query, *rest: asked.append(query) or query)
+    monkeypatch.setattr(attention_native, "attend", lambda query, *rest: asked.append(query) or query)
     monkeypatch.setattr(native_library, "refused", lambda: None)
     monkeypatch.setattr(native_library, "lanes", lambda: 16)
     attention = Attention("native")
@@ -138,7 +138,7 @@ def test_who_computes(monkeypatch):
     """auto takes zentorch, else the package's own where that is the faster, else torch; a name is taken at its word."""
     monkeypatch.setattr(zen_library, "load", lambda: SimpleNamespace(zentorch_sdpa=None))
     call = [torch.zeros(1, 2, 1, 32, dtype=torch.bfloat16) for _ in range(3)]
-    monkeypatch.setattr(native_attention, "serves", lambda *_: True)
+    monkeypatch.setattr(attention_native, "serves", lambda *_: True)
     for zen, native, outdone, expected in [
         (None, None, None, "zentorch"),
         ("absent", None, None, "native"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xpar.kernels.cpu import zen_library
-from xpar.kernels.cpu.dense import DENSE, choose_dense
+from xpar.kernels.cpu.linear import DENSE, choose_dense
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 SERVED = [
@@ -81,7 +81,7 @@ def test_a_packed_weight_takes_no_more_memory(record, dtype):
 
 def test_the_fastest_that_serves_is_chosen(monkeypatch):
     monkeypatch.setattr(zen_library, "refused", lambda: "not today")
-    monkeypatch.setattr("xpar.kernels.cpu.linear.torch._C._has_mkldnn", True)
+    monkeypatch.setattr("xpar.kernels.cpu.linear_onednn.torch._C._has_mkldnn", True)
     chosen = choose_dense(torch.bfloat16)
     assert dict(chosen.rejected)["zentorch"] == "not today"
     monkeypatch.setattr(zen_library, "refused", lambda: None)

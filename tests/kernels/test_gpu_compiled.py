@@ -9,7 +9,7 @@ from triton_compiler import compiling
 
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tiles import Machine
+from xpar.kernels.gpu.tile_tables import Machine
 
 # Bytes of shared memory that one program may have, and that a multiprocessor has for all of its programs, each of
 # which costs 1 KiB more (CUDA programming guide, table of technical specifications); registers of a multiprocessor.

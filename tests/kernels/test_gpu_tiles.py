@@ -11,14 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xpar.kernels.contracts import Activation, ExpertSpec
-from xpar.kernels.gpu import available
-from xpar.kernels.gpu.tiles import (
-    TABLES,
-    Machine,
-    default_table,
-    limits_of,
-    read_table,
-)
+from xpar.kernels.gpu import availability
+from xpar.kernels.gpu.tile_tables import TABLES, Machine, default_table, limits_of, read_table
 from xpar.kernels.registry import KERNELS, choose
 
 SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"), "cuda")
@@ -74,16 +68,16 @@ def test_measured_file(tmp_path):
 
 
 def test_reasons_against(monkeypatch):
-    monkeypatch.setattr(available, "find_spec", lambda name: None)
-    assert available.unavailable(SPEC) == "triton is not installed (pip install triton)"
-    monkeypatch.setattr(available, "find_spec", lambda name: object())
+    monkeypatch.setattr(availability, "find_spec", lambda name: None)
+    assert availability.unavailable(SPEC) == "triton is not installed (pip install triton)"
+    monkeypatch.setattr(availability, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert available.unavailable(SPEC) == "torch sees no GPU here"
+    assert availability.unavailable(SPEC) == "torch sees no GPU here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert available.unavailable(SPEC) == "compute capability 7.5 is below 8.0"
+    assert availability.unavailable(SPEC) == "compute capability 7.5 is below 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert available.unavailable(SPEC) is None
+    assert availability.unavailable(SPEC) is None
 
 
 def test_first_on_gpus(monkeypatch):
@@ -99,7 +93,7 @@ def test_first_on_gpus(monkeypatch):
 def test_import_without_triton():
     code = (
         "import sys\nsys.modules['triton'] = None\n"
-        "import xpar.kernels.registry, xpar.kernels.rows, xpar.kernels.gpu.available, xpar.kernels.gpu.tiles\n"
+        "import xpar.kernels.registry, xpar.kernels.rows, xpar.kernels.gpu.availability, xpar.kernels.gpu.tile_tables\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

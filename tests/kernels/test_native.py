@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xpar.kernels.cpu import native_library
-from xpar.kernels.cpu.dense import choose_dense
+from xpar.kernels.cpu.linear import choose_dense
 from xpar.kernels.cpu.native_library import PackedWeights
 
 REASON = native_library.refused()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xpar.kernels.order import FEW, _largest_of_many, largest
+from xpar.kernels.stable_topk import FEW, _largest_of_many, largest
 
 
 @pytest.mark.parametrize("rows, width", [(1, 8), (3, 64), (FEW // 64, 64), (FEW // 64 + 1, 64), (40, 256)])

@@ -8,11 +8,13 @@ import torch
 
 from xpar.kernels import reference
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
-from xpar.kernels.cpu import zen
+from xpar.kernels.cpu import experts_zen
 from xpar.kernels.cpu.arena import Arena
 
 SPEC = ExpertSpec(6, 128, 192, torch.bfloat16, Activation("silu"))
-needs_zen = pytest.mark.skipif(zen.unavailable(SPEC) is not None, reason=str(zen.unavailable(SPEC)))
+needs_zen = pytest.mark.skipif(
+    experts_zen.unavailable(SPEC) is not None, reason=str(experts_zen.unavailable(SPEC))
+)
 
 
 def run(program: str) -> str:
@@ -69,7 +71,7 @@ def test_thread_count_may_change_after_packing(g):
     try:
         for packed_with in (2, 1):
             torch.set_num_threads(packed_with)
-            kernel = zen.ZenExperts(SPEC)
+            kernel = experts_zen.ZenExperts(SPEC)
             for expert in range(6):
                 kernel.load_expert(expert, gate_up[expert], down[expert])
             for threads in (1, 2, 3):
@@ -84,7 +86,7 @@ def test_thread_count_may_change_after_packing(g):
 
 @needs_zen
 def test_packed_weights_cannot_be_replaced():
-    kernel = zen.ZenExperts(SPEC)
+    kernel = experts_zen.ZenExperts(SPEC)
     for expert in range(6):
         kernel.load_expert(expert, torch.ones(384, 128), torch.ones(128, 192))
     with pytest.raises(RuntimeError, match="packed already; build a new kernel"):

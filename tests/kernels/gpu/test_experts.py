@@ -9,7 +9,7 @@ from xpar.kernels import reference
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.gpu import experts
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tiles import Machine, Table, Tile, Vector
+from xpar.kernels.gpu.tile_tables import Machine, Table, Tile, Vector
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # Small, so that every size below needs several tiles, several steps of the sum, and more than one round of programs.

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from xpar.engine.config import RouterConfig
-from xpar.engine.routers import TopKRouter
-from xpar.kernels.gpu import route, rows, sort
-from xpar.kernels.gpu.sort import make_plan, plan_reference
-from xpar.kernels.gpu.tiles import NO_LIMIT, Limits, Tile
+from xpar.engine.routing import TopKRouter
+from xpar.kernels.gpu import expert_sort, route, rows
+from xpar.kernels.gpu.expert_sort import make_plan, plan_reference
+from xpar.kernels.gpu.tile_tables import NO_LIMIT, Limits, Tile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 1e-6}
@@ -45,7 +45,7 @@ LARGE = [(550, 2, 130, 0.1, 1024), (120, 20, 7, 0.2, 64)]  # the second: more bl
 )
 def test_plan(sizes, limits, g, monkeypatch):
     tokens, k, experts, drop, block = sizes
-    monkeypatch.setattr(sort, "_BLOCK", block)
+    monkeypatch.setattr(expert_sort, "_BLOCK", block)
     ids = (torch.rand(tokens, k, generator=g) ** 3 * experts).to(torch.int32)  # skewed to the first
     ids[torch.rand(tokens, k, generator=g) < drop] = -1
     plan = make_plan(ids, experts, TILES, limits)

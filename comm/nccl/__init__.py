@@ -1,1 +1,0 @@
-"""NCCL between the ranks of a group: the library, communicators started over MPI, and rows moved by them."""

@@ -1,0 +1,218 @@
+"""One MLP's tensors, read from whichever form a checkpoint stores them in; only the bytes of this rank's slice.
+
+H hidden size, I width of the MLP, I_r width of this rank's slice ``rows`` of it; packed rows are the gate rows, then the
+up rows, [2 I_r, H], or the up rows alone, [I_r, H], without a gate.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xpar.engine.architectures.schema import MlpNames
+from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
+
+ALL = slice(None)
+PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+INTEGERS = frozenset({"I64", "I32", "I16", "U8"})
+
+
+class MlpTensors(NamedTuple):
+    """``gate_up`` packed, ``down`` [H, I_r]; ``gate_up_bias`` packed [2 I_r] and ``down_bias`` [H], or None."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MlpPlace:
+    """Which MLP of a checkpoint, what part of it, and what its tensors must look like.
+
+    ``layer``, ``expert``: fill the names. ``experts``: how many a tensor that holds them all has.
+    """
+
+    names: MlpNames
+    layer: int
+    hidden: int
+    width: int
+    rows: slice
+    expert: int = 0
+    experts: int = 1
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First row of the slice, and the row after its last."""
+        start, stop, _ = self.rows.indices(self.width)
+        return start, max(start, stop)
+
+
+def mlp_buffers(place: MlpPlace, dtype: torch.dtype) -> MlpTensors:
+    """Uninitialised tensors for :func:`read_mlp` to fill."""
+    start, stop = place.bounds
+    width = stop - start
+    packed = 2 * width if place.names.gated else width
+    biased = place.names.down_bias is not None
+    return MlpTensors(
+        torch.empty(packed, place.hidden, dtype=dtype),
+        torch.empty(place.hidden, width, dtype=dtype),
+        torch.empty(packed, dtype=dtype) if biased else None,
+        torch.empty(place.hidden, dtype=dtype) if biased else None,
+    )
+
+
+def read_mlp(checkpoint: Checkpoint, place: MlpPlace, out: MlpTensors) -> None:
+    """Fill ``out`` with the MLP at ``place``.
+
+    Of the slices of one width, that which begins at row 0 brings the down bias and the others zeros: their outputs are
+    added up, and the bias must count once. Raises :class:`CheckpointError` for tensors that are missing, of another
+    shape, quantised, or not finite.
+    """
+    names = place.names
+    _read_packed(checkpoint, place, out.gate_up)
+    _read_matrix(
+        checkpoint,
+        place,
+        names.down,
+        (place.hidden, place.width),
+        ALL,
+        place.rows,
+        names.down_transposed,
+        out.down,
+    )
+    if out.gate_up_bias is not None and names.gate_up_bias is not None:
+        _read_packed_bias(checkpoint, place, names.gate_up_bias, out.gate_up_bias)
+    if out.down_bias is not None and names.down_bias is not None:
+        if place.bounds[0] == 0:
+            _read_vector(checkpoint, place, names.down_bias, place.hidden, ALL, out.down_bias)
+        else:
+            out.down_bias.zero_()
+
+
+def _read_packed(checkpoint: Checkpoint, place: MlpPlace, out: Tensor) -> None:
+    names, flipped = place.names, place.names.up_transposed
+    for name, size, rows, part in _parts(place, out):
+        _read_matrix(checkpoint, place, name, (size, place.hidden), rows, ALL, flipped, part)
+    if names.interleaved:
+        _deinterleave(out)
+
+
+def _read_packed_bias(checkpoint: Checkpoint, place: MlpPlace, name: str, out: Tensor) -> None:
+    for _, size, rows, part in _parts(place, out):
+        _read_vector(checkpoint, place, name, size, rows, part)
+    if place.names.interleaved:
+        _deinterleave(out)
+
+
+def _parts(place: MlpPlace, out: Tensor) -> list[tuple[str, int, slice, Tensor]]:
+    """What to read to fill the packed rows ``out``: (tensor, its stored rows, which of them, into which of ``out``)."""
+    names, width = place.names, place.width
+    start, stop = place.bounds
+    if names.gate_up is None:
+        parts = [name for name in (names.gate, names.up) if name is not None]
+        return [
+            (n, width, slice(start, stop), piece)
+            for n, piece in zip(parts, out.chunk(len(parts)), strict=True)
+        ]
+    fused, size = names.gate_up, 2 * width
+    if names.interleaved:
+        return [(fused, size, slice(2 * start, 2 * stop), out)]
+    if (start, stop) == (0, width):
+        return [(fused, size, slice(0, size), out)]
+    gate, up = out.chunk(2)
+    return [(fused, size, slice(start, stop), gate), (fused, size, slice(width + start, width + stop), up)]
+
+
+def _deinterleave(packed: Tensor) -> None:
+    """Gate and up rows in turn -> gate rows, then up rows; in place."""
+    packed.copy_(torch.cat([packed[0::2], packed[1::2]]))
+
+
+def _read_matrix(
+    checkpoint: Checkpoint,
+    place: MlpPlace,
+    name: str,
+    shape: tuple[int, int],
+    rows: slice,
+    cols: slice,
+    transposed: bool,
+    out: Tensor,
+) -> None:
+    """``out`` = rows ``rows`` and columns ``cols`` of a matrix that is ``shape`` before any transposition."""
+    if transposed:
+        shape, rows, cols = (shape[1], shape[0]), cols, rows
+    index = None
+    expect: tuple[int, ...] = shape
+    if place.names.storage == "stacked":
+        index, expect = place.expert, (place.experts, *shape)
+    elif place.names.storage == "rows":
+        start, stop, _ = rows.indices(shape[0])
+        above = place.expert * shape[0]
+        rows, expect = slice(above + start, above + stop), (place.experts * shape[0], shape[1])
+    full = name.format(layer=place.layer, expert=place.expert)
+    direct = None if transposed else out
+    read = load_tensor(checkpoint, full, expect, out.dtype, rows=rows, cols=cols, out=direct, index=index)
+    if transposed:
+        out.copy_(read.T)
+
+
+def _read_vector(
+    checkpoint: Checkpoint, place: MlpPlace, name: str, size: int, rows: slice, out: Tensor
+) -> None:
+    stacked = place.names.storage == "stacked"
+    full = name.format(layer=place.layer, expert=place.expert)
+    shape = (place.experts, size) if stacked else (size,)
+    index = place.expert if stacked else None
+    load_tensor(checkpoint, full, shape, out.dtype, rows=rows, out=out, index=index)
+
+
+def load_tensor(
+    checkpoint: Checkpoint,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    rows: slice | None = None,
+    cols: slice | None = None,
+    out: Tensor | None = None,
+    index: int | None = None,
+) -> Tensor:
+    """:meth:`Checkpoint.read` as ``dtype``, of a tensor that is neither quantised nor, where read, not finite."""
+    stored = checkpoint.entry(name).dtype
+    if stored not in PLAIN_DTYPES:
+        raise CheckpointError(
+            f"tensor {name} is stored as {stored}: quantised weights need scales that are not read; "
+            "convert the checkpoint to bfloat16 first"
+        )
+    tensor = checkpoint.read(name, rows=rows, cols=cols, expect_shape=shape, out=out, index=index).to(dtype)
+    _require_finite(tensor, name, stored)
+    return tensor
+
+
+def load_table(checkpoint: Checkpoint, name: str, shape: tuple[int, int], num_experts: int) -> Tensor:
+    """Tensor ``name`` of integer expert ids below ``num_experts``, as int64."""
+    stored = checkpoint.entry(name).dtype
+    if stored not in INTEGERS:
+        raise CheckpointError(f"tensor {name} is stored as {stored}: a table of expert ids holds integers")
+    table = checkpoint.read(name, expect_shape=shape).to(torch.int64)
+    low, high = (int(table.min()), int(table.max())) if table.numel() else (0, 0)
+    if low < 0 or high >= num_experts:
+        raise CheckpointError(
+            f"tensor {name} names experts {low} to {high}, the layer has 0 to {num_experts - 1}; restore the checkpoint"
+        )
+    return table
+
+
+def _require_finite(tensor: Tensor, name: str, stored: str) -> None:
+    # The sum runs at memory speed; it is finite only if every term is, and may overflow, hence the second look.
+    if math.isfinite(float(tensor.sum())):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise CheckpointError(
+            f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite as {str(tensor.dtype)[6:]} "
+            f"(stored as {stored}); restore the checkpoint, or choose a dtype of wider range"
+        )

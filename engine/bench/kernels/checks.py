@@ -1,0 +1,242 @@
+"""Is every kernel right? Against float64 on fresh random data, on poisoned memory, in a graph, bit for bit by row."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from xpar.engine.bench.kernels.cases import Layer, Weights, load, random_input, random_weights
+from xpar.engine.config import RouterConfig
+from xpar.engine.routing import TopKRouter
+from xpar.kernels import rows
+from xpar.kernels.activations import activate
+from xpar.kernels.contracts import Activation, ExpertInput, ExpertKernel, ExpertSpec
+from xpar.kernels.gpu.availability import build
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+Check = tuple[str, Callable[[], str]]
+FORMS = [
+    Activation("silu"),
+    Activation("silu", limit=7.0, alpha=1.702, beta=1.0),
+    Activation("gelu"),
+    Activation("gelu_tanh"),
+    Activation("swiglustep", limit=1.0),
+    Activation("situ", beta=2.0, limit=1.5),
+    Activation("silu", gated=False),
+    Activation("gelu", gated=False),
+    Activation("gelu_tanh", gated=False),
+    Activation("relu2", gated=False),
+]
+
+
+def poison(device: torch.device) -> None:
+    """Leave NaN in the memory that the allocator hands out next, so that what nobody wrote shows."""
+    held = [torch.full((n,), float("nan"), device=device) for n in (1 << 8, 1 << 16, 1 << 22, 1 << 28)]
+    del held
+
+
+def expected_rows(spec: ExpertSpec, weights: Weights, x: ExpertInput, tokens: Tensor) -> Tensor:
+    """float64 outputs [len(tokens), H] of some tokens, one expert at a time."""
+    hidden = (x.hidden_states if x.rows is None else x.hidden_states[x.rows])[tokens].double()
+    ids, router = x.topk_ids[tokens], x.topk_weights[tokens].double()
+    out = torch.zeros(len(tokens), spec.hidden_size, dtype=torch.float64, device=hidden.device)
+    for expert in torch.unique(ids[ids >= 0]).tolist():
+        row, slot = (ids == expert).nonzero(as_tuple=True)
+        packed = hidden[row] @ weights.gate_up[expert].double().T
+        if weights.biases:
+            packed += weights.biases[0][expert].double()
+        y = activate(packed, spec.activation).double() @ weights.down[expert].double().T
+        if weights.biases:
+            y += weights.biases[1][expert].double()
+        out.index_add_(0, row, y * router[row, slot, None])
+    return out
+
+
+def require_near(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> str:
+    """The relative error as text; raises AssertionError above the dtype's tolerance (NaN included)."""
+    error = float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+    if not error <= TOLERANCE[dtype]:
+        raise AssertionError(f"{what}: relative error {error:.2e} exceeds {TOLERANCE[dtype]:.0e}")
+    return f"{error:.1e}"
+
+
+def small_checks(g: torch.Generator) -> Iterator[Check]:
+    """Cheap ones first: rows, router, every activation and dtype, row invariance, a graph, offsets past 2^31."""
+    yield "rows", lambda: check_rows(g)
+    yield "router", lambda: check_router(g)
+    for dtype in TOLERANCE:
+        for form in FORMS:
+            if dtype == torch.bfloat16 or form in FORMS[:2]:
+                yield f"{_name(dtype)} {form}", lambda d=dtype, f=form: check_form(d, f, g)  # type: ignore[misc]
+    for dtype in TOLERANCE:
+        yield f"row invariance {_name(dtype)}", lambda d=dtype: check_row_invariance(d, g)  # type: ignore[misc]
+    yield "graph", lambda: check_graph(g)
+    yield "offsets past 2^31", lambda: check_long(g)
+
+
+def layer_checks(layer: Layer, spec: ExpertSpec, kernel: ExpertKernel, weights: Weights, g: torch.Generator,
+                 tokens: tuple[int, ...]) -> Iterator[Check]:  # fmt: skip
+    """The whole layer for each number of tokens, skewed, with an empty expert; 16 tokens of each in float64."""
+    for m in tokens:
+        yield f"{layer.name} M={m}", lambda m=m: check_tokens(layer, spec, kernel, weights, g, m)  # type: ignore[misc]
+
+
+def check_tokens(
+    layer: Layer, spec: ExpertSpec, kernel: ExpertKernel, weights: Weights, g: torch.Generator, tokens: int
+) -> str:
+    x = random_input(spec, tokens, layer.top_k, layer.of, g, skewed=True)
+    sample = torch.randperm(tokens, generator=g, device=g.device)[:16]
+    expected = expected_rows(spec, weights, x, sample)
+    poison(g.device)
+    got = kernel.compute(x)
+    if not bool(torch.isfinite(got).all()):
+        raise AssertionError(f"{int((~torch.isfinite(got)).any(1).sum())} of {tokens} rows are not finite")
+    return require_near(got[sample], expected, spec.dtype, "sampled tokens")
+
+
+def check_form(dtype: torch.dtype, form: Activation, g: torch.Generator) -> str:
+    """All buckets, ragged widths, rows by index, foreign slots; ``compute`` and ``compute_slots``."""
+    errors = []
+    shapes = [(200, 136, True), (500, 260, False)]
+    for hidden, width, bias in shapes if form == FORMS[0] and dtype == torch.bfloat16 else shapes[:1]:
+        spec = ExpertSpec(6, hidden, width, dtype, form, str(g.device), bias=bias)
+        weights = random_weights(spec, g)
+        kernel = build(spec)
+        load(kernel, weights)
+        for m in (1, 33, 300, 1200):
+            x = random_input(spec, m, 2, 8, g, skewed=True)
+            index = torch.randint(m, (m,), generator=g, device=g.device)
+            x = ExpertInput(x.hidden_states, x.topk_ids, x.topk_weights, index)
+            expected = expected_rows(spec, weights, x, torch.arange(m, device=g.device))
+            poison(g.device)
+            errors.append(require_near(kernel.compute(x), expected, dtype, f"H={hidden} M={m} compute"))
+            slots = kernel.compute_slots(x)
+            positions = (x.topk_ids.reshape(-1) >= 0).cumsum(0).view(x.topk_ids.shape) - 1
+            summed = torch.zeros_like(expected)
+            row, slot = (x.topk_ids >= 0).nonzero(as_tuple=True)
+            summed.index_add_(
+                0, row, slots[positions[row, slot]].double() * x.topk_weights[row, slot, None].double()
+            )
+            errors.append(require_near(summed, expected, dtype, f"H={hidden} M={m} compute_slots"))
+    return max(errors, key=float)
+
+
+def check_row_invariance(dtype: torch.dtype, g: torch.Generator) -> str:
+    spec = ExpertSpec(8, 512, 256, dtype, Activation("silu"), str(g.device), row_invariant=True)
+    weights = random_weights(spec, g)
+    kernel = build(spec)
+    load(kernel, weights)
+    x = random_input(spec, 700, 2, 8, g)
+    whole, summed = kernel.compute_slots(x).view(700, 2, -1), kernel.compute(x)
+    for m in (1, 2, 5, 16, 17, 64, 100, 513):
+        pick = torch.randperm(700, generator=g, device=g.device)[:m]
+        part = ExpertInput(x.hidden_states, x.topk_ids[pick], x.topk_weights[pick], pick)
+        if not torch.equal(kernel.compute_slots(part).view(m, 2, -1), whole[pick]):
+            raise AssertionError(f"slots of {m} rows alone have other bits")
+        if not torch.equal(kernel.compute(part), summed[pick]):
+            raise AssertionError(f"sums of {m} rows alone have other bits")
+    return "same bits"
+
+
+def check_graph(g: torch.Generator) -> str:
+    """A captured call computes with whatever its inputs hold when it is replayed, twice with the same bits."""
+    spec = ExpertSpec(16, 512, 256, torch.bfloat16, Activation("silu"), str(g.device))
+    weights = random_weights(spec, g)
+    kernel = build(spec)
+    load(kernel, weights)
+    for m in (2, 40, 500):
+        x = random_input(spec, m, 4, 16, g)
+        kernel.compute(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = kernel.compute(x)
+        kernel.compute(random_input(spec, 4 * m, 4, 16, g))  # a larger call in between takes no memory away
+        new = random_input(spec, m, 4, 16, g, skewed=True)
+        for held, fresh in ((x.hidden_states, new.hidden_states), (x.topk_ids, new.topk_ids),
+                            (x.topk_weights, new.topk_weights)):  # fmt: skip
+            held.copy_(fresh)
+        poison(g.device)
+        graph.replay()
+        first = out.clone()
+        graph.replay()
+        if not torch.equal(first, out):
+            raise AssertionError(f"two replays of M={m} differ")
+        expected = expected_rows(spec, weights, new, torch.arange(m, device=g.device))
+        require_near(out, expected, spec.dtype, f"replayed M={m}")
+    return "right"
+
+
+def check_long(g: torch.Generator) -> str:
+    """More slot elements than a 32-bit index counts."""
+    spec = ExpertSpec(4, 7168, 64, torch.bfloat16, Activation("silu"), str(g.device))
+    weights = random_weights(spec, g)
+    kernel = build(spec)
+    load(kernel, weights)
+    tokens = (1 << 31) // (4 * spec.hidden_size) + 5000
+    x = random_input(spec, tokens, 4, 4, g)
+    sample = torch.cat([torch.arange(8), torch.arange(tokens - 8, tokens)]).to(g.device)
+    return require_near(
+        kernel.compute(x)[sample], expected_rows(spec, weights, x, sample), spec.dtype, "ends"
+    )
+
+
+def check_rows(g: torch.Generator) -> str:
+    """Gathering and sums on the GPU against the same functions on the CPU, in float64 there."""
+    errors = []
+    for dtype in TOLERANCE:
+        source = torch.randn(600, 1300, generator=g, device=g.device).to(dtype)
+        index = torch.randint(600, (900,), generator=g, device=g.device)
+        if not torch.equal(rows.gather_rows(source, index), source[index]):
+            raise AssertionError(f"gather_rows {dtype}")
+        targets = torch.randint(100, (600,), generator=g, device=g.device)
+        exact = torch.zeros(100, 1300, dtype=torch.float64, device=g.device).index_add_(
+            0, targets, source.double()
+        )
+        errors.append(require_near(rows.sum_rows(source, targets, 100), exact, dtype, "sum_rows"))
+        order = torch.sort(targets, stable=True).indices
+        sizes = torch.bincount(targets, minlength=100)
+        errors.append(require_near(rows.sum_runs(source, order, sizes), exact, dtype, "sum_runs"))
+        positions = torch.randint(-1, 600, (200, 3), generator=g, device=g.device)
+        weights = torch.rand(200, 3, generator=g, device=g.device)
+        terms = source[positions.clamp(min=0)].double() * weights.double()[..., None]
+        exact = (terms * (positions >= 0)[..., None]).sum(1)
+        weights[positions < 0] = float("nan")
+        errors.append(
+            require_near(rows.weighted_sum(source, weights, positions), exact, dtype, "weighted_sum")
+        )
+    return max(errors, key=float)
+
+
+def check_router(g: torch.Generator) -> str:
+    """Ids equal to the CPU's, weights near them."""
+    from xpar.kernels.gpu import route
+
+    configs = {
+        8: RouterConfig(2), 64: RouterConfig(8, renormalize=False), 128: RouterConfig(8),
+        160: RouterConfig(6, renormalize=False, num_expert_group=8, topk_group=3, routed_scaling_factor=16.0),
+        256: RouterConfig(8, "sigmoid", num_expert_group=8, topk_group=4, group_score="top2_sum",
+                          correction_bias=True, routed_scaling_factor=2.5),
+    }  # fmt: skip
+    worst = 0.0
+    for experts, c in configs.items():
+        assert c.scoring != "sqrtsoftplus"
+        logits = torch.randn(1000, experts, generator=g, device=g.device)
+        bias = torch.randn(experts, generator=g, device=g.device) if c.correction_bias else None
+        expected = TopKRouter(c, None if bias is None else bias.cpu()).route(None, logits.cpu())
+        got = route.select_experts(
+            logits, c.top_k, scoring=c.scoring, renormalize=c.renormalize, num_expert_group=c.num_expert_group,
+            topk_group=c.topk_group, group_score=c.group_score, correction_bias=bias,
+            routed_scaling_factor=c.routed_scaling_factor,
+        )  # fmt: skip
+        same = (got.topk_ids.cpu() == expected.topk_ids).all(1)
+        if float(same.float().mean()) < 0.999:  # scores a rounding apart may change places
+            raise AssertionError(f"{experts} experts: {int((~same).sum())} of 1000 tokens choose others")
+        error = (got.topk_weights.cpu() - expected.topk_weights)[same].abs().max() / c.routed_scaling_factor
+        worst = max(worst, float(error))
+    if worst > 1e-5:
+        raise AssertionError(f"weights differ by {worst:.1e}")
+    return f"{worst:.1e}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,88 @@
+"""Other ways to compute the same layer on the same weights, with all that they need around their products."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from xpar.engine.bench.kernels.cases import Weights
+from xpar.kernels.activations import activate
+from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
+
+Contender = Callable[[ExpertInput], Tensor]
+
+
+def torch_grouped(spec: ExpertSpec, weights: Weights, foreign: bool) -> Contender:
+    """torch's grouped products between a sort, a gather, the activation and a sum over slots."""
+    product = getattr(functional, "grouped_mm", None) or torch._grouped_mm
+    gate_up, down = weights.gate_up.transpose(1, 2), weights.down.transpose(1, 2)
+    experts = spec.num_experts
+
+    def compute(x: ExpertInput) -> Tensor:
+        tokens, top_k = x.topk_ids.shape
+        flat = x.topk_ids.reshape(-1)
+        ids, order = torch.sort(flat.masked_fill(flat < 0, experts) if foreign else flat)
+        ends = torch.histc(ids, bins=experts, min=0, max=experts - 1).cumsum(0, dtype=torch.int32)
+        rows = x.hidden_states[order // top_k]
+        packed = product(rows, gate_up, offs=ends)
+        its = ids.clamp(max=experts - 1) if foreign else ids
+        if weights.biases:
+            packed = packed + weights.biases[0][its]
+        y = product(activate(packed, spec.activation), down, offs=ends)
+        if weights.biases:
+            y = y + weights.biases[1][its]
+        slots = torch.empty_like(y)
+        slots[order] = y
+        if foreign:
+            slots.masked_fill_((flat < 0)[:, None], 0.0)
+        return torch.einsum("mkh,mk->mh", slots.view(tokens, top_k, -1), x.topk_weights.to(y.dtype))
+
+    return compute
+
+
+def transformers_grouped(spec: ExpertSpec, weights: Weights, foreign: bool) -> Contender:
+    """transformers' own ``grouped_mm`` experts on these weights; raises ImportError where there are none."""
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    module = SimpleNamespace(
+        num_experts=spec.num_experts,
+        gate_up_proj=weights.gate_up,
+        down_proj=weights.down,
+        gate_up_proj_bias=weights.biases[0] if weights.biases else None,
+        down_proj_bias=weights.biases[1] if weights.biases else None,
+        has_gate=True,
+        has_bias=bool(weights.biases),
+        has_post_expert_norm=False,
+        is_transposed=False,
+        is_concatenated=True,
+        _is_expert_parallel=foreign,
+        _apply_gate=lambda packed: _apply_gate(packed, spec.activation),
+    )
+
+    def compute(x: ExpertInput) -> Tensor:
+        ids = x.topk_ids
+        if foreign:
+            ids = ids.masked_fill(ids < 0, spec.num_experts)
+        result: Tensor = grouped_mm_experts_forward(module, x.hidden_states, ids.long(), x.topk_weights)
+        return result
+
+    return compute
+
+
+def _apply_gate(packed: Tensor, activation: Activation) -> Tensor:
+    """In the model's dtype and as separate operations, as transformers' classes do it."""
+    gate, up = packed.chunk(2, dim=-1)
+    if activation.plain:
+        return functional.silu(gate) * up
+    limit = activation.limit
+    gate, up = gate.clamp(max=limit), up.clamp(-(limit or 0.0), limit)
+    return gate * torch.sigmoid(gate * activation.alpha) * (up + activation.beta)
+
+
+# ``foreign``: some slots are -1, which costs the others extra steps.
+CONTENDERS: dict[str, Callable[[ExpertSpec, Weights, bool], Contender]] = {
+    "torch": torch_grouped,
+    "transformers": transformers_grouped,
+}

@@ -1,0 +1,121 @@
+"""What may be tried in a tile table: neighbours of what it holds first, then random others that fit a multiprocessor."""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from xpar.kernels.contracts import ExpertInput
+from xpar.kernels.gpu.experts import TritonExperts
+from xpar.kernels.gpu.tile_tables import FEW, MANY, Table, Tile, Vector
+
+STAGES = ("gate_up", "down")
+Value = Tile | Vector | tuple[int, int] | bool
+_LIMITS = (
+    (16, 128), (0, 64), (16, 256), (32, 128), (0, 128), (32, 64), (0, 256), (16, 32), (0, 0), (16, 16), (64, 128),
+)  # fmt: skip
+_SHARED = 225 << 10  # bytes of a multiprocessor that its programs may use together
+_FIELDS: dict[str, tuple[Any, ...]] = {
+    "columns": (64, 128, 256),
+    "depth": (32, 64, 128, 256),
+    "stages": (2, 3, 4, 5, 6),
+    "warps": (4, 8),
+    "per_sm": (1, 2, 3, 4),
+    "group": (1, 4, 8, 16),
+    "flatten": (False, True),
+}
+_VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
+    "columns": (1, 2, 4, 8, 16),
+    "depth": (256, 512, 1024, 2048),
+    "stages": (1, 2, 3, 4),
+    "warps": (2, 4, 8),
+}
+
+
+def parts(kernel: TritonExperts, x: ExpertInput) -> tuple[str, ...]:
+    """The parts of the kernel's table that a batch like ``x`` is computed with."""
+    if kernel.is_tiny(x):
+        return tuple(f"{stage} vector" for stage in STAGES)
+    buckets = kernel.limits(x.topk_ids.shape[0], x.topk_ids.numel()).launched
+    tall = ("tall",) if MANY in buckets else ()
+    return ("limits", *tall, *(f"{stage} {bucket}" for bucket in buckets for stage in STAGES))
+
+
+def early(part: str) -> bool:
+    """Whether ``part`` is to be chosen before the tiles: it says where rows go."""
+    return part in ("limits", "tall")
+
+
+def get(table: Table, part: str) -> Value:
+    """What ``table`` holds in ``part``."""
+    if part == "limits":
+        return table.limits
+    if part == "tall":
+        return table.tall
+    stage, which = part.split()
+    held: Tile | Vector = (
+        getattr(table, f"{stage}_vector") if which == "vector" else getattr(table, stage)[int(which)]
+    )
+    return held
+
+
+def put(table: Table, part: str, value: Value) -> Table:
+    """``table`` with ``value`` in ``part``."""
+    if isinstance(value, tuple):
+        return replace(table, limits=value)
+    if isinstance(value, bool):
+        return replace(table, tall=value)
+    stage, which = part.split()
+    if which == "vector":
+        return replace(table, **{f"{stage}_vector": value})  # type: ignore[arg-type]
+    tiles = list(getattr(table, stage))
+    tiles[int(which)] = value
+    return replace(table, **{stage: tuple(tiles)})  # type: ignore[arg-type]
+
+
+def candidates(kernel: TritonExperts, part: str, limit: int) -> list[Value]:
+    """Up to ``limit`` values for ``part``, without the present one."""
+    held = get(kernel.table, part)
+    if isinstance(held, tuple):
+        others: list[Value] = [value for value in _LIMITS if value != held]
+        return others[:limit]
+    if isinstance(held, bool):
+        return [not held]
+    fields = _VECTOR_FIELDS if isinstance(held, Vector) else _FIELDS
+    near: list[Value] = [v for v in _neighbours(held, fields) if _fits(kernel, part, v)]
+    if len(near) >= limit:
+        return near[:limit]
+    far = [v for v in _all(held, fields) if v != held and v not in near and _fits(kernel, part, v)]
+    return near + random.Random(0).sample(far, min(limit - len(near), len(far)))
+
+
+def _neighbours(held: Tile | Vector, fields: dict[str, tuple[Any, ...]]) -> Iterator[Tile | Vector]:
+    """One field changed at a time, to the values next to the present one; the nearest of every field first."""
+    for step in (1, -1, 2, -2):
+        for name, values in fields.items():
+            at = values.index(getattr(held, name)) + step if getattr(held, name) in values else -1
+            if 0 <= at < len(values):
+                yield replace(held, **{name: values[at]})
+
+
+def _all(held: Tile | Vector, fields: dict[str, tuple[Any, ...]]) -> Iterator[Tile | Vector]:
+    for chosen in itertools.product(*fields.values()):
+        yield replace(held, **dict(zip(fields, chosen, strict=True)))
+
+
+def _fits(kernel: TritonExperts, part: str, value: Tile | Vector) -> bool:
+    """By rough counts of registers and shared memory, and with enough bytes in flight to be worth a trial."""
+    stage, which = part.split()
+    if isinstance(value, Vector):
+        return 8 <= value.columns * value.depth // (32 * value.warps) <= 64
+    bucket = int(which)
+    halves = 2 if stage == "gate_up" and kernel.spec.activation.gated else 1
+    wide = halves * value.columns
+    rows = value.rows * 3 // 2 if bucket == MANY and kernel.table.tall else value.rows
+    used = value.stages * (rows + wide) * value.depth * kernel.spec.dtype.itemsize * value.per_sm
+    if not _SHARED // 4 <= used <= _SHARED or value.rows * wide / (32 * value.warps) > 128:
+        return False
+    if bucket == FEW and value.group > 1:
+        return False  # its experts have one tile of rows
+    return value.depth <= 128 if bucket == MANY else value.columns <= 128

@@ -1,0 +1,98 @@
+"""What is measured: a layer of a published shape with random weights, or one of a checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xpar.comm.failure import agreed
+from xpar.comm.grid import ProcessGrid
+from xpar.engine.bench.layer import available_bytes
+from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.layer.build import LayerOptions, assemble, load_runner
+from xpar.engine.layer.reference import layer_reference
+from xpar.engine.layer.runner import MoERunner
+from xpar.engine.synthetic.layer import RandomLayer
+
+
+class Subject(Protocol):
+    """A layer that can be built on any grid, and its slow, readable reference. ``name``: for people."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def build(self, grid: ProcessGrid) -> MoERunner:
+        """Collective over ``grid``; AgreedError where the layer cannot be had on it."""
+
+    def reference(self, x: Tensor) -> Tensor:
+        """[T, H] float32 of ``x`` [T, H], on this rank alone."""
+
+
+@dataclass(frozen=True)
+class ShapeLayer:
+    """``weights``: drawn anew on every grid, the same on each."""
+
+    name: str
+    weights: RandomLayer
+    options: LayerOptions
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weights.config.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.dtype
+
+    def build(self, grid: ProcessGrid) -> MoERunner:
+        def attempt() -> MoERunner:
+            self._check_memory(grid)
+            return assemble(self.weights.config, grid, self.dtype, self.weights.read, self.options)
+
+        return agreed(grid.world.comm, attempt, patient=True)
+
+    def reference(self, x: Tensor) -> Tensor:
+        return self.weights.reference(x)[0]
+
+    def _check_memory(self, grid: ProcessGrid) -> None:
+        """Raise ValueError where this node's ranks would need more memory than it has left."""
+        if grid.device.type != "cpu":
+            return
+        world = grid.world
+        ranks = world.node_of.count(world.node)
+        needed, free = 1.1 * self.weights.nbytes() * ranks / grid.moe.size, available_bytes()
+        if needed > free:
+            raise ValueError(
+                f"the layer needs {needed / 1e9:.1f} GB on node {world.node} with {ranks} ranks, and "
+                f"{free / 1e9:.1f} GB are left; begin with more nodes, or use --scale"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointLayer:
+    """MoE layer ``layer`` of the checkpoint at ``path``."""
+
+    path: Path
+    layer: int
+    hidden_size: int
+    dtype: torch.dtype
+    options: LayerOptions
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.name}, layer {self.layer}"
+
+    def build(self, grid: ProcessGrid) -> MoERunner:
+        return load_runner(self.path, self.layer, grid, self.dtype, self.options)
+
+    def reference(self, x: Tensor) -> Tensor:
+        with Checkpoint(self.path) as checkpoint:
+            return layer_reference(checkpoint, self.layer, x)[0]

@@ -1,0 +1,194 @@
+"""A Hugging Face checkpoint directory: ``config.json`` and one or many safetensors files, read by byte range."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from xpar.engine.checkpoint.tensor_file import DTYPES, CheckpointError, TensorEntry, TensorFile
+
+__all__ = ["Checkpoint", "CheckpointError", "TensorEntry"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+CONFIG_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class Checkpoint:
+    """Opens a checkpoint directory; reads ``config.json`` and, of the weights, only what is asked for.
+
+    ``config``: the parsed ``config.json``. ``bytes_read``: bytes taken from the safetensors files so far, headers
+    included. Each file is opened, and its header read, when the first of its tensors is wanted, and once.
+    Raises :class:`CheckpointError` for a directory, file or tensor that is missing, truncated or corrupt.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: not a directory; give the folder that holds config.json")
+        self.config: Mapping[str, Any] = _read_json(self.path / "config.json")
+        self._files: dict[str, TensorFile] = {}
+        self._bytes_of_closed_files = 0
+        self._weight_map = self._read_index()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        self._bytes_of_closed_files = self.bytes_read
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_of_closed_files + sum(file.bytes_read for file in self._files.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that ``config.json`` declares for the model."""
+        name = str(self.config.get("dtype") or self.config.get("torch_dtype"))
+        if name not in CONFIG_DTYPES:
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: dtype={name!r} is not one of {', '.join(CONFIG_DTYPES)}; "
+                "set it, or choose a dtype explicitly"
+            )
+        return CONFIG_DTYPES[name]
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors; reads a header only where there is no index."""
+        if self._weight_map is not None:
+            return self._weight_map.keys()
+        file = self._files.get(SINGLE) or self._files.setdefault(SINGLE, TensorFile(self.path / SINGLE))
+        return file.entries.keys()
+
+    def entry(self, name: str) -> TensorEntry:
+        """Stored dtype, shape and place of tensor ``name``."""
+        return self._file_of(name).entries[name]
+
+    def read(
+        self,
+        name: str,
+        rows: slice | None = None,
+        cols: slice | None = None,
+        expect_shape: tuple[int, ...] | None = None,
+        out: Tensor | None = None,
+        index: int | None = None,
+    ) -> Tensor:
+        """Tensor ``name``, or rows ``rows`` and columns ``cols`` of it; bytes outside the slices are not read.
+
+        ``index``: read that entry of the first dimension alone, and slice what is left.
+
+        ``rows`` slices the first dimension, ``cols`` the second of a 2-D tensor; both with step 1 and within the
+        stored shape. ``expect_shape`` is what the *whole* stored tensor must look like. ``out``, contiguous and of
+        the sliced shape, receives the values, converted if its dtype is not the stored one.
+        """
+        file = self._file_of(name)
+        entry = file.entries[name]
+        if expect_shape is not None and entry.shape != tuple(expect_shape):
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has shape {list(entry.shape)}, config.json implies {list(expect_shape)}; "
+                "config and weights are not of the same model"
+            )
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has unknown dtype {entry.dtype}; known: {', '.join(DTYPES)}"
+            )
+        row_range, col_range, shape = _ranges(name, _indexed(name, entry.shape, index), rows, cols)
+        dtype = DTYPES[entry.dtype]
+        if out is not None and (tuple(out.shape) != shape or not out.is_contiguous()):
+            raise ValueError(f"tensor {name}: out is {list(out.shape)}, must be contiguous and {list(shape)}")
+        direct = out is not None and out.dtype == dtype and out.device.type == "cpu"
+        target = out if out is not None and direct else torch.empty(shape, dtype=dtype)
+        file.read_into(name, target, row_range, col_range, index)
+        return target if out is None or direct else out.copy_(target)
+
+    def _file_of(self, name: str) -> TensorFile:
+        filename = SINGLE if self._weight_map is None else self._weight_map.get(name)
+        where = self.path / (filename or INDEX)
+        if filename is not None:
+            file = self._files.get(filename) or self._files.setdefault(filename, TensorFile(where))
+            if name in file.entries:
+                return file
+        raise CheckpointError(
+            f"{where}: has no tensor {name}; the checkpoint is incomplete, or model_type="
+            f"{self.config.get('model_type')!r} in its config.json is not the family of its weights"
+        )
+
+    def _read_index(self) -> Mapping[str, str] | None:
+        if (self.path / SINGLE).exists():
+            return None
+        index = self.path / INDEX
+        if not index.exists():
+            raise CheckpointError(
+                f"{self.path}: holds neither {SINGLE} nor {INDEX}; weights in another format must first be "
+                "converted to safetensors (transformers: model.save_pretrained)"
+            )
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(f, str) and Path(f).name == f for f in weight_map.values()
+        ):
+            raise CheckpointError(
+                f"{index}: weight_map must map tensor names to file names in the same folder"
+            )
+        return weight_map
+
+
+def _indexed(name: str, shape: tuple[int, ...], index: int | None) -> tuple[int, ...]:
+    """The shape of entry ``index`` of the first dimension."""
+    if index is None:
+        return shape
+    if len(shape) < 2 or not 0 <= index < shape[0]:
+        raise ValueError(f"tensor {name} of shape {list(shape)} has no entry {index} of its first dimension")
+    return shape[1:]
+
+
+def _ranges(
+    name: str, shape: tuple[int, ...], rows: slice | None, cols: slice | None
+) -> tuple[slice, slice | None, tuple[int, ...]]:
+    if (rows is not None and not shape) or (cols is not None and len(shape) != 2):
+        raise ValueError(f"tensor {name} of shape {list(shape)} cannot be sliced by rows={rows}, cols={cols}")
+    row_range = _bounds(name, rows, shape[0] if shape else 1)
+    col_range = None if cols is None else _bounds(name, cols, shape[1])
+    sliced = (row_range.stop - row_range.start, *shape[1:]) if shape else ()
+    if col_range is not None:
+        sliced = (sliced[0], col_range.stop - col_range.start)
+    return row_range, col_range, sliced
+
+
+def _bounds(name: str, part: slice | None, size: int) -> slice:
+    """``part`` with explicit ends; unlike Python's slicing, out of range is an error."""
+    if part is None:
+        return slice(0, size)
+    start = 0 if part.start is None else part.start
+    stop = size if part.stop is None else part.stop
+    if part.step not in (None, 1) or not 0 <= start <= stop <= size:
+        raise ValueError(f"tensor {name}: {part} must have step 1 and lie within 0..{size}")
+    return slice(start, stop)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); a checkpoint folder in the Hugging Face format has it"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download the file again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, must hold an object")
+    return value

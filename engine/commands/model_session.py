@@ -1,0 +1,188 @@
+"""What the commands on whole models have in common: options, the grid, loading, and the lines that they print."""
+
+import argparse
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from xpar.comm.communicator import Communicator
+from xpar.comm.failure import agreed
+from xpar.comm.grid import ProcessGrid
+from xpar.comm.world import World
+from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
+from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.commands.run import job_line, pick_device
+from xpar.engine.commands.watching import add_watching
+from xpar.engine.console.logs import add_verbose
+from xpar.engine.console.terminal import Meter, count
+from xpar.engine.generation.answer_file import errors_path
+from xpar.engine.generation.lockstep import Progress
+from xpar.engine.generation.request import Asked, Work
+from xpar.engine.generation.run_file import Outcome
+from xpar.engine.layer.build import FLOATS
+from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.parallelize import SpreadOptions
+from xpar.engine.models.slicing import slices
+
+BATCH = 16
+PREFILL_TOKENS = 4096
+
+
+def add_grid_options(p: argparse.ArgumentParser) -> None:
+    """Where and how the model computes."""
+    for axis, what in (("ep", "expert"), ("etp", "expert tensor")):
+        p.add_argument(
+            f"--{axis}", type=int, help=f"{what}-parallel ranks (default: see docs/generate.md, How it runs)"
+        )
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as for xpar run")
+    p.add_argument("--transport", default="auto", help="between GPUs: auto, nccl, staged or mpi")
+    p.add_argument("--dispatcher", default="auto", help="auto, or a dispatcher's name")
+    p.add_argument("--kernel", default="auto", help="auto, or a kernel's name")
+    p.add_argument(
+        "--dense",
+        default="auto",
+        help="dense products: auto, zentorch, native, onednn, or plain (transformers' own)",
+    )
+    p.add_argument(
+        "--whole-block", action="store_true", help="xpar's router and shared experts too, not the model's own"
+    )
+    p.add_argument("--dtype", choices=sorted(FLOATS), help="default: the checkpoint's")
+    p.add_argument(
+        "--threads", type=int, help="threads a rank (default: its share of the cores; 1 with --exact)"
+    )
+    add_watching(p)
+    add_verbose(p)
+
+
+def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError for an option of ``names`` that is given and below 1."""
+    for name in names:
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+
+
+def batch_of(args: argparse.Namespace) -> int:
+    """``--batch``, which ``--exact`` leaves no choice; raises ValueError where they do not fit."""
+    if args.exact and (args.batch or 1) > 1:
+        raise ValueError(
+            f"--exact --batch {args.batch}: sequences of one batch change each other's rounding; leave --batch out"
+        )
+    return int(args.batch or (1 if args.exact else BATCH))
+
+
+def check_files(prompts: Path, out: Path, resume: bool, option: str) -> None:
+    """Raise ValueError unless ``prompts``, given as ``option``, can be read, and ``out`` written without loss."""
+    if not prompts.is_file():
+        raise ValueError(f"{prompts}: no such file; give a text file or a .jsonl as {option}")
+    if out.exists() and not resume:
+        raise ValueError(f"{out}: exists; give --resume to keep its answers, or another --out")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: its folder does not exist; make it, or give another --out")
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    """``--dtype``, or the checkpoint's."""
+    with Checkpoint(args.checkpoint) as checkpoint:
+        return FLOATS[args.dtype] if args.dtype else checkpoint.dtype
+
+
+def make_grid(args: argparse.Namespace, world: World, console: Console) -> ProcessGrid:
+    """The grid of the options, and this rank's threads; says both. Collective."""
+    device = pick_device(world, args.device)
+    etp = agreed(world.comm, lambda: _etp(args, world, device))
+    grid = ProcessGrid.create(world, ep=args.ep, etp=etp, device=device, transport=args.transport)
+    torch.set_num_threads(args.threads or (1 if args.exact else world.threads()))
+    console.print(job_line(grid))
+    return grid
+
+
+def _etp(args: argparse.Namespace, world: World, device: str) -> int | None:
+    """``--etp``; where neither it nor ``--ep`` is given, as many as :func:`slices` finds for host ranks of one node."""
+    named = args.ep is not None or args.etp is not None
+    if named or args.exact or device != "cpu" or world.num_nodes > 1:
+        etp: int | None = args.etp
+        return etp
+    with Checkpoint(args.checkpoint) as checkpoint:
+        arch, config = find(checkpoint.config), checkpoint.config
+        return slices(world.size, [layer_config(arch, config, n) for n in moe_layers(arch, config)])
+
+
+def add_whole_dense(p: argparse.ArgumentParser) -> None:
+    """For commands in which every rank runs as many dense products as the others."""
+    p.add_argument(
+        "--whole-dense",
+        action="store_true",
+        help="each rank keeps all dense weights, where the ranks of a node would share their products out",
+    )
+
+
+def load(
+    args: argparse.Namespace,
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+    console: Console,
+    whole_dense: bool = True,
+) -> LoadedModel:
+    """The model over the grid, behind a bar of bytes; says what rank 0 holds. Collective.
+
+    ``whole_dense``: every rank keeps all dense weights.
+    """
+    options = SpreadOptions(
+        args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense, slice_dense=not whole_dense
+    )
+    begin = time.monotonic()
+    with Meter(grid.world, "loading", 0, in_bytes=True) as meter:
+        loaded = load_model(args.checkpoint, grid, dtype, options, meter.advance, total=meter.set_total)
+    read = sum(grid.world.comm.all_gather_object(loaded.bytes_read))
+    layer = loaded.layers[0]
+    console.print(
+        f"{type(loaded.model).__name__}: {loaded.dense_bytes / 1e6:.1f} MB dense, {loaded.expert_bytes / 1e6:.1f} MB of "
+        f"experts on rank 0; all ranks read {read / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s | "
+        f"{layer.dispatcher.name} dispatch, {layer.kernel.name if layer.kernel else 'no'} kernel, "
+        f"{loaded.dense} dense products{', shared out over each node' if loaded.slices_dense else ''}",
+        soft_wrap=True,
+    )
+    return loaded
+
+
+@contextmanager
+def meter(world: World, doing: str, work: Work) -> Iterator[Callable[[Progress], None]]:
+    """A bar of prompts, tokens/s and the load of the busiest rank; the function moves it."""
+    begin = time.monotonic()
+    with Meter(world, doing, len(work.queue)) as bar:
+
+        def tell(progress: Progress) -> None:
+            rate = progress.tokens / max(1e-9, time.monotonic() - begin)
+            bar.show(progress.done, f"{rate:.0f} tokens/s, load {progress.imbalance:.2f}")
+
+        yield tell
+
+
+def counts(request: Asked, work: Work, new: int, what: str) -> str:
+    """What was done, in one line; what is left and what was refused, if anything. ``what``: as ``prompts answered``."""
+    before = work.answered
+    text = f"{request.out}: {new + before} of {len(work.order)} {what}"
+    text += f", {before} of them before" if before else ""
+    text += f"; {count(work.refused, 'line')} refused, see {errors_path(request.out)}" if work.refused else ""
+    left = len(work.order) - new - before
+    return text + (f"; stopped by SIGTERM, {left} are left: run again with --resume" if left else "")
+
+
+def speed(outcome: Outcome) -> str:
+    """Tokens and the balance of the experts' load, in one line."""
+    return (
+        f"{outcome.tokens} tokens in {outcome.seconds:.1f} s, {outcome.tokens / outcome.seconds:.0f} tokens/s, "
+        f"load imbalance {outcome.progress.imbalance:.2f} (max/mean)"
+    )
+
+
+def memory(comm: Communicator) -> str:
+    """The most memory that each rank had at any time, in one line; collective."""
+    peaks = comm.all_gather_object(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return f"peak memory a rank: {min(peaks) / 1e6:.0f} to {max(peaks) / 1e6:.0f} MB"

@@ -1,0 +1,1 @@
+"""What the commands print: tables, progress, logs, and the manifest that goes into every JSON result."""

@@ -1,0 +1,113 @@
+"""All ranks answering one queue of prompts, in steps that they take together.
+
+The experts of a layer are spread over the ranks, so every rank must take part in every forward of any other. A step
+is one small exchange and one forward on each rank: of new prompts, of its running ones, or of none. From what was
+exchanged each rank derives the same facts: who gets which prompts, whether anything is left, whether to stop.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic
+
+from xpar.comm.communicator import Communicator
+from xpar.comm.failure import agreed
+from xpar.comm.step_agreement import agree_step
+from xpar.engine.generation.steps import R, Steps
+
+FLUSH_S = 1.0
+"""Answers travel to the rank that writes them at least this often, if there are any."""
+
+Record = dict[str, Any]
+
+
+STOP, FLUSH = 1, 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Before a step, over all ranks: prompts answered, tokens drawn, and the (token, expert) pairs of each rank."""
+
+    done: int
+    tokens: int
+    slots: tuple[int, ...]
+
+    @property
+    def imbalance(self) -> float:
+        """The busiest rank's pairs over the mean."""
+        return max(self.slots) * len(self.slots) / max(1, sum(self.slots))
+
+
+@dataclass(frozen=True)
+class Job(Generic[R]):
+    """What the loop calls. All ranks have the same ``total``; only rank 0's ``write`` is called with answers of all.
+
+    ``start(place)``: the sequence of prompt ``place`` of the queue. ``at_once(place)``: how many prompts, this one the
+    longest, a rank may begin in one step. ``record``: what is written of a complete one.
+    ``write``: keeps records, on rank 0. ``stop``: whether this rank was told to. ``tell``: hears where all are.
+    """
+
+    total: int
+    start: Callable[[int], R]
+    at_once: Callable[[int], int]
+    record: Callable[[R], Record]
+    write: Callable[[list[Record]], None]
+    stop: Callable[[], bool]
+    tell: Callable[[Progress], None]
+
+
+def answer(comm: Communicator, sequences: Steps[R], batch: int, job: Job[R]) -> bool:
+    """Answer prompts 0 to ``job.total`` - 1, at most ``batch`` at a time on each rank; collective over ``comm``.
+
+    Returns False if a rank was told to stop before all were done; what was complete by then is written.
+    """
+    answers: list[Record] = []
+    given = written = step = 0
+    last = time.monotonic()
+    while True:
+        wishes = STOP * job.stop() + FLUSH * (comm.rank == 0 and time.monotonic() - last > FLUSH_S)
+        # Besides what every step says: answers kept back here, tokens drawn, (token, expert) pairs computed.
+        notes = (len(answers), sequences.tokens, sequences.slots())
+        facts = agree_step(comm, step, work=sequences.occupied, status=wishes, notes=notes)
+        kept, tokens, slots = zip(*facts.notes, strict=True)
+        stop = bool(facts.status & STOP)
+        most = job.at_once(given) if given < job.total else 0
+        parts = deal([min(most, batch - running) for running in facts.work], job.total - given)
+        over = stop or not (facts.any_work or any(parts))
+        job.tell(Progress(written + sum(kept), sum(tokens), slots))
+        if any(kept) and (over or facts.status & FLUSH):
+            _collect(comm, answers, job.write)
+            answers, written, last = [], written + sum(kept), time.monotonic()
+        if over:
+            return not stop
+        first = given + sum(parts[: comm.rank])
+        given += sum(parts)
+        complete = _forward(sequences, [job.start(place) for place in range(first, first + parts[comm.rank])])
+        answers += [job.record(r) for r in complete]
+        step += 1
+
+
+def deal(free: Sequence[int], left: int) -> list[int]:
+    """How many of the ``left`` next prompts each rank gets: one each in turn, to those that have a free slot."""
+    parts = [0] * len(free)
+    while left > 0 and any(part < slots for part, slots in zip(parts, free, strict=True)):
+        for rank, slots in enumerate(free):
+            if parts[rank] < slots and left > 0:
+                parts[rank] += 1
+                left -= 1
+    return parts
+
+
+def _forward(sequences: Steps[R], new: list[R]) -> list[R]:
+    if new:
+        return sequences.begin(new)
+    if sequences.occupied:
+        return sequences.advance()
+    sequences.join()
+    return []
+
+
+def _collect(comm: Communicator, answers: list[Record], write: Callable[[list[Record]], None]) -> None:
+    """Have rank 0 write every rank's answers; if it cannot, all ranks raise one error."""
+    everyones = [record for part in comm.all_gather_object(answers) for record in part]
+    agreed(comm, lambda: write(everyones) if comm.rank == 0 else None, "writing answers")

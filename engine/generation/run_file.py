@@ -1,0 +1,123 @@
+"""Working through a file on all ranks, into a file that loses nothing: what answering and scoring have in common."""
+
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from xpar.comm.communicator import Communicator
+from xpar.comm.failure import agreed
+from xpar.engine.generation.answer_file import AnswerFile
+from xpar.engine.generation.lockstep import Job, Progress, Record, answer
+from xpar.engine.generation.request import Asked, Question, Work
+from xpar.engine.generation.steps import R, Steps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``complete``: False if a signal ended it early. ``progress``: of this run, at its end."""
+
+    complete: bool
+    progress: Progress
+    seconds: float
+
+    @property
+    def answers(self) -> int:
+        return self.progress.done
+
+    @property
+    def tokens(self) -> int:
+        return self.progress.tokens
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``batch``: questions that a rank has in hand at a time. ``tokens``: of those that it begins in one step."""
+
+    batch: int
+    tokens: int
+
+
+def work_through(
+    comm: Communicator,
+    request: Asked,
+    work: Work,
+    steps: Steps[R],
+    limits: Limits,
+    start: Callable[[int, Question], R],
+    record: Callable[[R], Record],
+    told: Callable[[], bool],
+    tell: Callable[[Progress], None],
+) -> Outcome:
+    """Have ``steps`` work on all of ``work.queue``, and the records of it in ``request.out``; collective.
+
+    ``start(place, question)``: what ``steps`` begins for a question. ``record``: what is written of a complete one.
+    ``told``: whether this rank was told to stop; if any was, all end after the step they are in, with everything
+    written that was complete. ``tell`` hears where the job is before each step.
+    """
+    file = agreed(comm, lambda: AnswerFile(request.out) if comm.rank == 0 else None)
+    begin = time.monotonic()
+    latest = Progress(0, 0, (0,) * comm.size)
+
+    def note(progress: Progress) -> None:
+        nonlocal latest
+        latest = progress
+        tell(progress)
+
+    job = Job(
+        total=len(work.queue),
+        start=lambda place: start(place, work.queue[place]),
+        at_once=lambda place: max(1, limits.tokens // len(work.queue[place].ids)),
+        record=record,
+        write=lambda records: file.append(records) if file else None,
+        stop=told,
+        tell=note,
+    )
+    complete = answer(comm, steps, limits.batch, job)
+    agreed(comm, lambda: _close(file, complete, work.order), "writing answers")
+    return Outcome(complete, latest, time.monotonic() - begin)
+
+
+def finish_only(comm: Communicator, request: Asked, work: Work) -> None:
+    """Put a file that has every answer already into the order of the prompts; collective."""
+
+    def finish() -> None:
+        if comm.rank == 0:
+            AnswerFile(request.out).finish(work.order)
+
+    agreed(comm, finish, "writing answers")
+
+
+def head_of(question: Question) -> Record:
+    """How a record begins: which line it is about."""
+    name = question.prompt.id
+    return {"line": question.prompt.line, **({} if name is None else {"id": name})}
+
+
+def tail_of(question: Question, work: Work) -> Record:
+    """How a record ends: what a later run compares."""
+    return {"hash": question.hash, "settings": work.settings}
+
+
+def listen_for_stop() -> Callable[[], bool]:
+    """Whether this process has been sent SIGTERM, which from now on does nothing else.
+
+    To its very end: a job that is pre-empted while MPI shuts down has lost nothing, and must not look as if it had.
+    """
+    told = False
+
+    def remember(*_: object) -> None:
+        nonlocal told
+        told = True
+
+    signal.signal(signal.SIGTERM, remember)
+    return lambda: told
+
+
+def _close(file: AnswerFile | None, complete: bool, order: Mapping[str, int]) -> None:
+    if file is None:
+        return
+    if complete:
+        file.finish(order)
+    else:
+        file.close()

@@ -1,0 +1,92 @@
+"""Scoring a file of texts on all ranks: the log-probability of each token after those before it."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from xpar.comm.communicator import Communicator
+from xpar.comm.failure import agreed
+from xpar.engine.generation.lockstep import Progress, Record
+from xpar.engine.generation.request import Question, ScoreRequest, Work
+from xpar.engine.generation.run_file import Limits, Outcome, head_of, tail_of, work_through
+from xpar.engine.generation.score_batch import Scored, Scorer
+from xpar.engine.models.loader import LoadedModel
+
+DIGITS = 6
+"""After the point, of a log-probability in the file: what float32 can tell apart."""
+
+
+def score(
+    comm: Communicator,
+    request: ScoreRequest,
+    work: Work,
+    loaded: LoadedModel,
+    told: Callable[[], bool] = lambda: False,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> Outcome:
+    """Score ``work.queue`` into ``request.out``; collective. ``told`` and ``tell``: see :func:`work_through`."""
+
+    def start(place: int, question: Question) -> Scored:
+        return Scored(place, question.ids, question.first)
+
+    return work_through(
+        comm,
+        request,
+        work,
+        Scorer(loaded, request.batch, request.prefill_tokens),
+        Limits(request.batch, request.prefill_tokens),
+        start,
+        lambda s: _record(work.queue[s.place], s, work),
+        told,
+        tell,
+    )
+
+
+class Total(NamedTuple):
+    """Of the texts of a file: tokens scored, and the sum of their log-probabilities."""
+
+    tokens: int
+    logprob: float
+
+    @property
+    def perplexity(self) -> float | None:
+        return perplexity(self.tokens, self.logprob)
+
+
+def read_total(comm: Communicator, out: Path) -> Total:
+    """Of all texts that ``out`` holds scores of; rank 0 reads, all ranks know. Collective."""
+
+    def read() -> Total:
+        if comm.rank:
+            return Total(0, 0.0)
+        with open(out, encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+        return Total(sum(r["tokens"] for r in records), math.fsum(r["sum"] for r in records))
+
+    total: Total = comm.all_gather_object(agreed(comm, read))[0]
+    return total
+
+
+def perplexity(tokens: int, logprob: float) -> float | None:
+    """exp of the mean negative log-probability; None where there is no token, or no float as large."""
+    try:
+        return math.exp(-logprob / tokens)
+    except (ZeroDivisionError, OverflowError):
+        return None
+
+
+def _record(question: Question, scored: Scored, work: Work) -> Record:
+    logprobs = [round(logprob, DIGITS) for logprob in scored.logprobs]
+    total = math.fsum(logprobs)
+    return {
+        **head_of(question),
+        "tokens": len(logprobs),
+        "sum": round(total, DIGITS),
+        "perplexity": perplexity(len(logprobs), total),
+        "greedy": scored.greedy,
+        "token_ids": scored.ids[scored.first :],
+        "logprobs": logprobs,
+        **tail_of(question, work),
+    }

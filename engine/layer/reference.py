@@ -1,0 +1,113 @@
+"""A whole layer without any parallelism: the definition that every other way of computing it is checked against.
+
+Routing is decided as the engine decides it, in the dtypes of the model; all else is float32. Experts are read one at
+a time, and only those that some token chose, so that a layer of any size can be verified.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from xpar.engine.architectures.layer_config import find, layer_config
+from xpar.engine.architectures.layer_weights import (
+    LatentWeights,
+    NormWeights,
+    SharedWeights,
+    load_latent,
+    load_norm,
+    load_output_bias,
+    load_router,
+    load_shared,
+    make_router,
+    stream_experts,
+)
+from xpar.engine.architectures.mlp_weights import MlpTensors
+from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.config import LayerConfig
+from xpar.engine.routing import identity_output, weigh_input
+from xpar.kernels.activations import activate
+from xpar.kernels.contracts import Activation, Routing
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Relative error of a whole layer against the reference, at most, by the dtype it computes in."""
+
+
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    """||y - ref|| / ||ref||."""
+    return float((y.float() - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+def layer_reference(
+    checkpoint: Checkpoint,
+    layer: int,
+    hidden_states: Tensor,
+    dtype: torch.dtype | None = None,
+    input_ids: Tensor | None = None,
+) -> tuple[Tensor, Routing]:
+    """Output [T, H] float32 of MoE layer ``layer`` for ``hidden_states`` [T, H], and the routing behind it.
+
+    ``dtype``: the model's dtype, to which weights are rounded before use; default that of ``hidden_states``.
+    """
+    dtype = hidden_states.dtype if dtype is None else dtype
+    arch = find(checkpoint.config)
+    config = layer_config(arch, checkpoint.config, layer)
+    router = make_router(load_router(checkpoint, arch, layer, config, dtype), config)
+    routing = router.route(hidden_states.to(dtype), None, input_ids)
+
+    chosen = chosen_experts(routing)
+    experts = (
+        (chosen[index], expert)
+        for index, expert in stream_experts(checkpoint, arch, layer, config, chosen, dtype)
+    )
+    shared = load_shared(checkpoint, arch, layer, config, dtype)
+    bias = load_output_bias(checkpoint, arch, layer, config, dtype)
+    latent = load_latent(checkpoint, arch, layer, config, dtype)
+    x, norm = hidden_states.to(dtype), load_norm(checkpoint, arch, layer, config)
+    return sum_reference(x, routing, experts, shared, config, bias, latent, norm), routing
+
+
+def chosen_experts(routing: Routing) -> list[int]:
+    """The experts that some token goes to, ascending."""
+    return sorted(set(routing.topk_ids.flatten().tolist()) - {-1})
+
+
+def sum_reference(
+    hidden_states: Tensor,
+    routing: Routing,
+    experts: Iterable[tuple[int, MlpTensors]],
+    shared: SharedWeights | None,
+    config: LayerConfig,
+    output_bias: Tensor | None = None,
+    latent: LatentWeights | None = None,
+    norm: NormWeights | None = None,
+) -> Tensor:
+    """All that a layer adds up for ``hidden_states`` [T, H], in float32; ``experts``: (id, tensors)."""
+    x = hidden_states.float()
+    own = hidden_states if latent is None else x @ latent.enter.float().T
+    if norm is not None and config.router.norm_eps is not None:
+        own = x / (x.square().mean(-1, keepdim=True) + config.router.norm_eps).sqrt() * norm.scale
+    rows, weighted = weigh_input(own, routing)
+    rows = rows.float()
+    out = torch.zeros_like(rows)
+    for expert, tensors in experts:
+        tokens, slots = (routing.topk_ids == expert).nonzero(as_tuple=True)
+        y = mlp_reference(rows[tokens], tensors, config.activation)
+        out.index_add_(0, tokens, y * weighted.topk_weights[tokens, slots, None])
+    out = out if latent is None else out @ latent.leave.float().T
+    identity = identity_output(x, routing)
+    out += 0.0 if identity is None else identity
+    out += 0.0 if output_bias is None else output_bias.float()
+    if shared is not None and config.shared is not None:
+        y = mlp_reference(x, MlpTensors(shared.gate_up, shared.down), config.activation) * config.shared.scale
+        out += y if shared.gate is None else y * torch.sigmoid(x @ shared.gate.float().T)
+    return out
+
+
+def mlp_reference(x: Tensor, mlp: MlpTensors, activation: Activation) -> Tensor:
+    """``act(x @ gate_up.T + bias) @ down.T + bias`` in float32: [T, H] -> [T, H]."""
+    packed = x @ mlp.gate_up.float().T
+    if mlp.gate_up_bias is not None:
+        packed += mlp.gate_up_bias.float()
+    y = activate(packed, activation) @ mlp.down.float().T
+    return y if mlp.down_bias is None else y + mlp.down_bias.float()

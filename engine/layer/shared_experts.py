@@ -1,0 +1,41 @@
+"""Shared experts: one MLP that every token visits, as an expert kernel with a single expert."""
+
+import torch
+from torch import Tensor
+
+from xpar.comm.reduction import Distributed, State
+from xpar.engine.routing.router import gate_logits
+from xpar.kernels.contracts import ExpertInput, ExpertKernel
+from xpar.kernels.position_invariant import placeless
+
+
+class SharedExperts:
+    """``kernel`` holds this rank's part of the width; ``state`` says what that makes of the output.
+
+    ``gate``: [1, H], its sigmoid multiplies the output (Qwen2-MoE), or None. ``scale``: as does this constant.
+    """
+
+    def __init__(self, kernel: ExpertKernel, state: State, gate: Tensor | None, scale: float = 1.0) -> None:
+        self.kernel, self.state, self.gate, self.scale = kernel, state, gate, scale
+
+    def __call__(self, hidden_states: Tensor, shared_logits: Tensor | None = None) -> Distributed:
+        """[T, H] -> [T, H]. ``shared_logits``: [T, 1], where a fused product has made the gate's already."""
+        tokens, invariant = hidden_states.shape[0], self.kernel.spec.row_invariant
+        ids = torch.zeros(tokens, 1, dtype=torch.int32, device=hidden_states.device)
+        weights = shared_weights(hidden_states, self.gate, self.scale, invariant, shared_logits)
+        return Distributed(self.kernel.compute(ExpertInput(hidden_states, ids, weights)), self.state)
+
+
+def shared_weights(
+    hidden_states: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    row_invariant: bool,
+    logits: Tensor | None = None,
+) -> Tensor:
+    """[T, 1] float32: what multiplies the shared experts' output. ``logits``: [T, 1] of ``gate``, if already made."""
+    if gate is None:
+        return torch.full((hidden_states.shape[0], 1), scale, device=hidden_states.device)
+    if logits is None:
+        logits = gate_logits(hidden_states, gate, row_invariant)
+    return placeless(torch.sigmoid, logits.float()) * scale

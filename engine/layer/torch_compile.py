@@ -1,0 +1,68 @@
+"""The layer as opaque operators of torch, so that a model that contains it compiles as one graph.
+
+The compiler sees ``xpar::moe_forward`` and what it returns, never the routing, the messages or the kernels inside. A
+layer reaches its operator as an opaque object, an input of the graph: no table of layers is needed, graphs hold no
+layer alive, and the blocks of a model, alike but for their layers, share one compiled graph.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._library.effects import EffectType
+from torch._library.opaque_object import register_opaque_type
+from torch._opaque_base import OpaqueBase
+
+if TYPE_CHECKING:
+    from xpar.engine.layer.runner import MoERunner
+
+
+class Handle(OpaqueBase):
+    """What stands for a layer in a graph."""
+
+    def __init__(self, layer: "MoERunner") -> None:
+        self.layer = layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+        """torch 2.11 copies what it traces with; a copy would need weights and MPI groups of its own."""
+        return self
+
+
+register_opaque_type(Handle, typ="reference")
+
+
+@torch.library.custom_op("xpar::moe_forward", mutates_args=())
+def moe_forward(
+    handle: Handle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+) -> Tensor:
+    """:meth:`MoERunner.forward`: [T, H]."""
+    return handle.layer.forward(hidden_states, router_logits, input_ids)
+
+
+@torch.library.custom_op("xpar::moe_forward_separately", mutates_args=())
+def moe_forward_separately(
+    handle: Handle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:meth:`MoERunner.forward_separately` of a layer with shared experts: [T, H] and [T, H]."""
+    routed, shared = handle.layer.forward_separately(hidden_states, router_logits, input_ids)
+    assert shared is not None  # the caller has looked
+    return routed, shared
+
+
+@moe_forward.register_fake
+def _(
+    handle: Handle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@moe_forward_separately.register_fake
+def _(
+    handle: Handle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(hidden_states.shape)
+
+
+# Other ranks wait inside: the compiler may neither drop a call whose result nobody reads nor swap two of them.
+moe_forward.register_effect(EffectType.ORDERED)
+moe_forward_separately.register_effect(EffectType.ORDERED)

@@ -1,0 +1,138 @@
+"""Whole mixture-of-experts blocks of a model replaced by xpar's layer: router, experts, shared experts, scaling.
+
+For families whose block does not let its experts be provided it is the only way; for the others it is a choice.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xpar.comm.dispatch.base import Dispatcher
+from xpar.comm.grid import ProcessGrid
+from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
+from xpar.engine.architectures.layer_weights import load_layer
+from xpar.engine.checkpoint.in_memory import InMemory
+from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
+from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.engine.layer.runner import MoERunner
+from xpar.engine.layer.stage_timer import SlotCounter
+from xpar.kernels.contracts import ExpertKernel
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where transformers' model of a family has a layer's block, and whether its forward returns a second value too.
+
+    ``beside``: a module whose output the model adds to the block's, and which is a part of xpar's layer.
+    """
+
+    path: str = "model.layers.{layer}.mlp"
+    pair: bool = False
+    beside: str | None = None
+
+
+BLOCKS = {
+    "gpt_oss": Block(pair=True),
+    "granitemoe": Block("model.layers.{layer}.block_sparse_moe"),
+    "granitemoeshared": Block(
+        "model.layers.{layer}.block_sparse_moe", beside="model.layers.{layer}.shared_mlp"
+    ),
+    "llama4_text": Block("model.layers.{layer}.feed_forward", pair=True),
+    "jamba": Block("model.layers.{layer}.feed_forward"),
+    "nemotron_h": Block("model.layers.{layer}.mixer"),
+    "dbrx": Block("transformer.blocks.{layer}.ffn"),
+}
+"""Those that are not as in most families."""
+LAYERS_ALONE = {
+    "deepseek_v4": "its checkpoints name dense weights as transformers does not, and its blocks are not given token ids"
+}
+"""Families of which ``xpar run`` computes layers, but no whole model can be made yet, and why."""
+
+
+class BlockLayer(nn.Module):
+    """Takes the place of a block; every rank of the runner's grid calls it together.
+
+    ``pair``: whether the model expects a second value, which is None. ``counter``: as for
+    :class:`~xpar.engine.models.expert_layer.ExpertLayer`.
+    """
+
+    def __init__(self, runner: MoERunner, pair: bool) -> None:
+        super().__init__()
+        self.runner, self.pair = runner, pair
+        self.counter = SlotCounter(runner.grid.device)
+
+    @property
+    def grid(self) -> ProcessGrid:
+        return self.runner.grid
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        return self.runner.dispatcher
+
+    @property
+    def kernel(self) -> ExpertKernel | None:
+        return self.runner.kernel
+
+    @property
+    def exact(self) -> bool:
+        return self.runner.exact
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Any:
+        """[..., H] -> [..., H]."""
+        shape = hidden_states.shape
+        output = self.runner.run(hidden_states.reshape(-1, shape[-1]), None, self.counter)[0]
+        return (output.view(shape), None) if self.pair else output.view(shape)
+
+    def join(self) -> None:
+        """Take part in a step without tokens of one's own: the others' tokens may need this rank's experts."""
+        width, device = self.runner.config.hidden_size, self.grid.device
+        self.runner.run(torch.empty(0, width, dtype=self.runner.dtype, device=device), None, self.counter)
+
+
+class Nothing(nn.Module):
+    """Takes the place of a module whose output is in another's already: adds nothing."""
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return hidden_states.new_zeros(())
+
+
+def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tuple[str, ...]]:
+    """Layer -> name of its block and of what is beside it, ascending; raises :class:`CheckpointError` where the model has none."""
+    arch = find(hf_config)
+    block = BLOCKS.get(arch.model_type, Block())
+    there = {name for name, _ in model.named_modules()}
+    found: dict[int, tuple[str, ...]] = {}
+    for layer in moe_layers(arch, hf_config):
+        name = block.path.format(layer=layer)
+        if name not in there:
+            raise CheckpointError(
+                f"{type(model).__name__} has no module {name}, where its family has its experts; "
+                "use another version of transformers (tested: 5.17 and 5.23)"
+            )
+        beside = (block.beside or "").format(layer=layer)
+        found[layer] = (name, beside) if beside and beside in there else (name,)
+    return found
+
+
+def build_block(
+    checkpoint: Checkpoint, layer: int, grid: ProcessGrid, dtype: torch.dtype, options: LayerOptions
+) -> BlockLayer:
+    """This rank's part of a layer. Holds no collective; raises ValueError for what does not fit."""
+    arch = find(checkpoint.config)
+    config = layer_config(arch, checkpoint.config, layer)
+    read = partial(load_layer, checkpoint, arch, layer, config)
+    runner = assemble(config, grid, dtype, read, options, layer)
+    return BlockLayer(runner, BLOCKS.get(arch.model_type, Block()).pair)
+
+
+def weights_of(model: Any, hf_config: dict[str, Any], names: Iterable[str]) -> InMemory:
+    """The weights of ``model``'s modules ``names``, by their names in a checkpoint."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    prefixes = tuple(f"{name}." for name in names)
+    state = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
+    return InMemory(hf_config, revert_weight_conversion(model, state))

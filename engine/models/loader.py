@@ -1,0 +1,236 @@
+"""A whole model on this rank: transformers' code, its dense weights, and this rank's experts, nothing else's."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xpar.comm.column_parallel import ROUND_BYTES, SharedColumns
+from xpar.comm.failure import agreed
+from xpar.comm.grid import ProcessGrid
+from xpar.comm.shared_window import SHARED_FILES, free_bytes
+from xpar.engine.architectures.layer_config import find, layer_config
+from xpar.engine.architectures.layer_weights import stream_experts
+from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.config import LayerConfig
+from xpar.engine.layer.stage_timer import SlotCounter
+from xpar.engine.models.block_layer import build_block
+from xpar.engine.models.dense_weights import load_dense, sources
+from xpar.engine.models.expert_layer import IMPLEMENTATION, ExpertLayer, register
+from xpar.engine.models.malloc import give_back_freed_memory
+from xpar.engine.models.order import Joint, call_order
+from xpar.engine.models.packed_linear import SlicedDense, ease, together
+from xpar.engine.models.parallelize import (
+    Experts,
+    Layer,
+    Part,
+    Read,
+    SpreadOptions,
+    build_layer,
+    parts_of,
+    put,
+)
+from xpar.kernels.cpu.linear import PLAIN, DenseChoice, choose_dense
+
+log = logging.getLogger("xpar.models")
+LEAST_FREE = 4 * ROUND_BYTES
+"""Of memory shared within a node, for its ranks to share out dense products: their window, and as much for others."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """``model``: a transformers causal language model in eval mode; every rank of the grid calls it together.
+
+    ``layers``: its expert layers. ``joints``: all that the ranks do together, these among it, in the order in which a
+    forward calls them. ``dense_bytes``, ``expert_bytes``:
+    weights held by this rank. ``bytes_read``: bytes that this rank took from the checkpoint's files. ``dense``: what
+    computes dense products, as :func:`~xpar.kernels.cpu.linear.choose_dense` names it.
+    """
+
+    model: Any
+    layers: tuple[Layer, ...]
+    joints: tuple[Joint, ...]
+    dtype: torch.dtype
+    dense_bytes: int
+    expert_bytes: int
+    bytes_read: int
+    dense: str
+
+    @property
+    def slices_dense(self) -> bool:
+        """Whether the ranks of a node share out its dense products."""
+        return len(self.joints) > len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.layers[0].grid.device
+
+    def slots(self) -> int:
+        """(token, expert) pairs that this rank's experts have computed."""
+        return sum(layer.counter.slots for layer in self.layers)
+
+    def join(self) -> None:
+        """Take part in a forward of the other ranks without tokens of one's own."""
+        for joint in self.joints:
+            joint.join()
+
+
+def load_model(
+    path: str | Path,
+    grid: ProcessGrid,
+    dtype: torch.dtype | None = None,
+    options: SpreadOptions = SpreadOptions(),  # noqa: B008 - frozen
+    loaded: Callable[[int], None] = lambda nbytes: None,
+    total: Callable[[int], None] = lambda nbytes: None,
+) -> LoadedModel:
+    """Load a Hugging Face checkpoint of a known family over ``grid``; collective over it.
+
+    ``dtype``: that of the computation, by default the checkpoint's. ``total`` hears how many bytes of weights this rank
+    will hold, ``loaded`` those of each tensor as it arrives. Raises one :class:`~xpar.comm.failure.AgreedError` on every rank for a checkpoint, options or package
+    that does not fit.
+    """
+    if grid.shape.tp > 1:
+        raise ValueError(f"tp={grid.shape.tp}: dense layers of whole models are not sliced; use tp=1")
+    comm = grid.world.comm
+    with agreed(comm, lambda: Checkpoint(Path(path))) as checkpoint:
+        kind = agreed(comm, lambda: dtype or checkpoint.dtype)
+        chosen = agreed(comm, lambda: _choose_dense(kind, grid.device, options))
+        model, parts = agreed(comm, lambda: _empty_model(checkpoint, kind, options.whole_block))
+        foreign = tuple(f"{name}." for part in parts.values() for name in part.names)
+        plan = agreed(comm, lambda: sources(model, checkpoint, foreign))
+        total(_bytes_to_hold(model, plan, parts, grid, kind))
+        # The ranks of a node fail together inside, so that none of them is missing from this agreement.
+        dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, foreign, grid.node, kind, loaded))
+        if (record := chosen.record) is not None:
+            # Before the experts come: one weight at a time is there twice.
+            shared = SharedColumns(grid.node) if _slices(grid, options) else None
+            dense += agreed(comm, lambda: ease(model, record, shared))
+            give_back_freed_memory()
+        layers = agreed(
+            comm, lambda: _load_layers(checkpoint, grid, kind, parts, options, loaded), patient=True
+        )
+        for layer, part in parts.items():
+            put(model, part, layers[layer])
+        if any(isinstance(layer, ExpertLayer) for layer in layers.values()):
+            register()
+            model.set_experts_implementation(IMPLEMENTATION)
+        model.to(grid.device)
+        held = sum(x.kernel.nbytes() for x in layers.values() if x.kernel is not None)
+        log.info(
+            "%s: %.1f MB of dense weights (%s products%s), %.1f MB of experts, %.1f MB read",
+            type(model).__name__,
+            dense / 1e6,
+            chosen.name,
+            "".join(f"; {name}: {why}" for name, why in chosen.rejected),
+            held / 1e6,
+            checkpoint.bytes_read / 1e6,
+        )
+        held_layers = tuple(layers.values())
+        joints = _joints(model, parts, layers)
+        return LoadedModel(model, held_layers, joints, kind, dense, held, checkpoint.bytes_read, chosen.name)
+
+
+def _slices(grid: ProcessGrid, options: SpreadOptions) -> bool:
+    """Whether the ranks of a node share out dense products: all nodes decide alike. Collective where it is asked for."""
+    if not options.slice_dense:
+        return False
+    facts: list[tuple[int, int]] = grid.world.comm.all_gather_object((grid.node.size, free_bytes()))
+    if (free := min(room for _, room in facts)) < LEAST_FREE:
+        log.info("each rank keeps all dense weights: %s of a node has %.0f MB left", SHARED_FILES, free / 1e6)
+        return False
+    return max(size for size, _ in facts) > 1
+
+
+def _joints(model: Any, parts: Mapping[int, Part], layers: Mapping[int, Layer]) -> tuple[Joint, ...]:
+    """All that ranks do together, in order. Collective where that takes a forward to find out."""
+    sliced = [module for module in model.modules() if isinstance(module, SlicedDense)]
+    if not sliced:
+        return tuple(layers.values())
+    joints: dict[Any, Joint] = {model.get_submodule(part.names[0]): layers[n] for n, part in parts.items()}
+    order = call_order(model, [*joints, *sliced])
+    joints |= together(order)
+    for layer in layers.values():
+        layer.counter = SlotCounter(layer.grid.device)  # that forward was nobody's
+    return tuple(joints[module] for module, _ in order if module in joints)
+
+
+def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptions) -> DenseChoice:
+    """Plain products on a GPU, and in exact mode, where a row must not depend on its neighbours."""
+    if device.type == "cpu" and not options.exact:
+        return choose_dense(dtype, options.dense)
+    if options.dense not in ("auto", PLAIN):
+        raise ValueError(
+            f"dense={options.dense!r}: serves neither GPUs nor exact mode; choose auto or {PLAIN}"
+        )
+    return choose_dense(dtype, PLAIN)
+
+
+def _empty_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, whole_block: bool
+) -> tuple[Any, dict[int, Part]]:
+    """The model without memory, and what of each MoE layer makes way, in ascending order."""
+    if find_spec("transformers") is None:
+        raise ValueError("whole models need transformers (pip install 'xpar[hf]')")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hf_config = AutoConfig.from_pretrained(checkpoint.path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    model.eval()
+    model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
+    return model, parts_of(model, dict(checkpoint.config), whole_block)
+
+
+def _in_one_piece(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The last positions of several rows lie apart, and torch multiplies such by a copy of the weight for each row."""
+    return inputs[0].contiguous(), *inputs[1:]
+
+
+def _bytes_to_hold(
+    model: Any,
+    plan: Iterable[str],
+    parts: dict[int, Part],
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+) -> int:
+    """Dense weights, and this rank's share of the experts' (to the byte only if they divide evenly)."""
+    state = model.state_dict()
+    experts = sum(
+        p.numel() for part in parts.values() for module in part.modules for p in module.parameters()
+    )
+    dense = sum(int(state[key].numel()) for key in plan)
+    return dtype.itemsize * (dense + experts // grid.moe.size)
+
+
+def _load_layers(
+    checkpoint: Checkpoint,
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+    parts: dict[int, Part],
+    options: SpreadOptions,
+    loaded: Callable[[int], None],
+) -> dict[int, Layer]:
+    arch = find(checkpoint.config)
+    layers: dict[int, Layer] = {}
+    for n, part in parts.items():
+        if part.experts:
+            config = layer_config(arch, checkpoint.config, n)
+            read = _reader(checkpoint, n, config, dtype)
+            layers[n] = build_layer(config, grid, dtype, n, read, options, loaded)
+        else:
+            before = checkpoint.bytes_read
+            layers[n] = build_block(checkpoint, n, grid, dtype, options.of_layer())
+            loaded(checkpoint.bytes_read - before)
+    return layers
+
+
+def _reader(checkpoint: Checkpoint, layer: int, config: LayerConfig, dtype: torch.dtype) -> Read:
+    def read(experts: Sequence[int], rows: slice) -> Experts:
+        return stream_experts(checkpoint, find(checkpoint.config), layer, config, experts, dtype, rows)
+
+    return read

@@ -1,0 +1,179 @@
+"""The dense products of a model from packed weights, which host processors read faster; the plain weights go.
+
+K inputs, N outputs of a layer.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xpar.comm.column_parallel import Share, SharedColumns, columns_of
+from xpar.comm.handshake import Tag
+from xpar.engine.models.attention import provide
+from xpar.kernels.cpu.linear import DenseLinear, DenseRecord
+
+
+class PackedDense(nn.Module):
+    """Takes the place of an ``nn.Linear``; has no weight that could be read."""
+
+    def __init__(self, linear: DenseLinear, outputs: int) -> None:
+        super().__init__()
+        self._linear, self._outputs = linear, outputs
+
+    @property
+    def nbytes(self) -> int:
+        return self._linear.nbytes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return self._linear(rows).view(*x.shape[:-1], self._outputs)
+
+
+class SlicedDense(nn.Module):
+    """Takes the place of an ``nn.Linear``, of which this rank holds some columns; every rank of its node calls it together.
+
+    ``linear``: the product with ``columns`` of the weight, None if there are none. ``number``: its place in the model.
+    ``siblings``: those whose products are made with this one, see :func:`together`.
+    """
+
+    def __init__(
+        self,
+        shared: SharedColumns,
+        linear: DenseLinear | None,
+        columns: slice,
+        number: int,
+        inputs: int,
+        outputs: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.shared, self.number, self.inputs, self.dtype = shared, number, inputs, dtype
+        self.siblings = Siblings([self])
+        self._linear, self._columns, self._outputs = linear, columns, outputs
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._linear is None else self._linear.nbytes()
+
+    def share(self) -> Share:
+        """Its product, as :class:`~xpar.comm.column_parallel.SharedColumns` makes it."""
+        return Share(self._outputs, self._columns, self._compute)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        return self.siblings.product(self, x)
+
+    def _compute(self, rows: Tensor) -> Tensor:
+        assert self._linear is not None
+        return self._linear(rows)
+
+
+class Siblings:
+    """Products of one tensor that a forward asks for one after the other: the first makes all, in one exchange."""
+
+    def __init__(self, members: Sequence[SlicedDense]) -> None:
+        self._members = members
+        self._tag = Tag(f"dense product {members[0].number}")
+        self._x: Tensor | None = None
+        self._made: dict[int, Tensor] = {}
+
+    def product(self, member: SlicedDense, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] of ``member``."""
+        if member is self._members[0]:
+            made = self._products(x.reshape(-1, member.inputs))
+            self._x, self._made = x, {m.number: y for m, y in zip(self._members, made, strict=True)}
+        elif x is not self._x or member.number not in self._made:
+            # The other ranks do not know of it, and the guard ends what they wait for.
+            raise RuntimeError(
+                f"dense product {member.number}: its tensor is not the one of product {self._members[0].number}, as in the "
+                "forward when the model was loaded; load it with whole dense weights"
+            )
+        found = self._made.pop(member.number)
+        if not self._made:
+            self._x = None
+        return found.view(*x.shape[:-1], -1)
+
+    def join(self) -> None:
+        """Make this rank's columns of the other ranks' rows, without rows of one's own."""
+        first = self._members[0]
+        self._products(torch.empty(0, first.inputs, dtype=first.dtype))
+
+    def _products(self, rows: Tensor) -> list[Tensor]:
+        return self._members[0].shared.products(rows, [m.share() for m in self._members], self._tag)
+
+
+def together(calls: Sequence[tuple[nn.Module, Any]]) -> dict[SlicedDense, Siblings]:
+    """Have those of ``calls``, modules and their inputs in a forward's order, that share an input be made in one exchange.
+
+    Returns the first of each group and the group. All ranks see the same calls, and so form the same groups.
+    """
+    groups: list[list[SlicedDense]] = []
+    last: Any = None
+    for module, x in calls:
+        if not isinstance(module, SlicedDense):
+            last = None
+            continue
+        if x is not None and x is last:
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+        last = x
+    found = {}
+    for group in groups:
+        found[group[0]] = siblings = Siblings(group)
+        for member in group:
+            member.siblings = siblings
+    return found
+
+
+def ease(model: Any, record: DenseRecord, shared: SharedColumns | None = None) -> int:
+    """Everything dense of ``model`` as this processor does it fastest; return how many bytes more that takes."""
+    provide(model)
+    return pack_dense(model, record, shared)
+
+
+def pack_dense(model: Any, record: DenseRecord, shared: SharedColumns | None = None) -> int:
+    """Pack the weights of ``model``'s attention, dense layers and head, one by one; return how many bytes more they take.
+
+    ``shared``: the ranks that share out the products, of which each keeps its columns of every weight; None: all keep all.
+
+    What has no memory yet is not dense: an expert layer takes its place. What routes tokens stays plain, bit by bit the model's own, and so does a head that is the embedding as well: rows of that are
+    read, too, and a packed copy would be a second one.
+    """
+    # Names, not modules: a plain weight must be free before the next one is packed.
+    return sum(_pack(model, name, record, shared, number) for number, name in enumerate(_packable(model)))
+
+
+def _pack(model: Any, name: str, record: DenseRecord, shared: SharedColumns | None, number: int) -> int:
+    module = model.get_submodule(name)
+    before: int = sum(p.nbytes for p in module.parameters())
+    weight = module.weight.detach()
+    bias = None if module.bias is None else module.bias.detach()
+    outputs, inputs = weight.shape
+    packed: PackedDense | SlicedDense
+    if shared is None:
+        packed = PackedDense(record.build(weight, bias), outputs)
+    else:
+        part = columns_of(outputs, shared.group)
+        some = part.start < part.stop
+        # A copy, so that nothing keeps the whole bias.
+        linear = record.build(weight[part], None if bias is None else bias[part].clone()) if some else None
+        packed = SlicedDense(shared, linear, part, number, inputs, outputs, weight.dtype)
+    model.set_submodule(name, packed)
+    return packed.nbytes - before
+
+
+def _packable(model: Any) -> list[str]:
+    head = model.get_output_embeddings()
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    names = []
+    for name, module in model.named_modules():
+        parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        part = module is head or parent.endswith(("Attention", "MLP"))
+        if part and type(module) is nn.Linear and uses[id(module.weight)] == 1 and not module.weight.is_meta:
+            names.append(name)
+    return names

@@ -1,0 +1,47 @@
+"""From a router's configuration and tensors to the rule that routes."""
+
+from torch import Tensor
+
+from xpar.engine.config import RouterConfig
+from xpar.engine.routing.hash import HashRouter
+from xpar.engine.routing.identity_experts import ZeroExpertRouter
+from xpar.engine.routing.rule import RoutingRule
+from xpar.engine.routing.sparsemixer import SparseMixerRouter
+from xpar.engine.routing.topk import TopKLogitsRouter, TopKRouter
+
+
+def routing_rule(
+    config: RouterConfig,
+    correction_bias: Tensor | None = None,
+    expert_scale: Tensor | None = None,
+    hash_table: Tensor | None = None,
+) -> RoutingRule:
+    """The rule of ``config``. ``correction_bias`` and ``expert_scale`` [E], ``hash_table`` [vocab, k].
+
+    Raises ``ValueError`` for a tensor that the configuration wants and did not get, or got and does not want.
+    """
+    wanted = {
+        "correction_bias": (config.correction_bias, correction_bias),
+        "expert_scale": (config.expert_scale, expert_scale),
+        "hash_table": (config.choice == "hash", hash_table),
+    }
+    for name, (needed, tensor) in wanted.items():
+        if needed != (tensor is not None):
+            raise ValueError(
+                f"{name} is {'missing' if needed else 'given'}, but the router's configuration "
+                f"{'needs' if needed else 'has none of'} it: {config}"
+            )
+    rule = _choice(config, correction_bias, expert_scale, hash_table)
+    return ZeroExpertRouter(rule, config.zero_experts) if config.zero_experts else rule
+
+
+def _choice(
+    config: RouterConfig, bias: Tensor | None, scale: Tensor | None, table: Tensor | None
+) -> RoutingRule:
+    if config.choice == "logits":
+        return TopKLogitsRouter(config, scale)
+    if config.choice == "sparsemixer":
+        return SparseMixerRouter(config)
+    if config.choice == "hash" and table is not None:
+        return HashRouter(config, table)
+    return TopKRouter(config, None if bias is None else bias.float(), scale)

@@ -1,0 +1,127 @@
+"""A layer's router: its gate makes logits, its rule (:mod:`xpar.engine.routing`) makes (topk_ids, topk_weights) of them.
+
+T tokens, H hidden size, E experts (zero experts included), k experts per token.
+"""
+
+from torch import Tensor
+
+from xpar.engine.config import RouterConfig
+from xpar.engine.routing.choose_rule import routing_rule
+from xpar.engine.routing.gate import FusedGate, gate_logits, over_rms
+from xpar.engine.routing.rule import require_finite
+from xpar.kernels.contracts import Routing
+
+__all__ = ["FusedGateRouter", "Router", "gate_logits"]
+
+
+class Router:
+    """Routes tokens with one layer's gate; itself a :class:`~xpar.engine.routing.rule.RoutingRule`.
+
+    ``gate``: [E, H] in the model's dtype, or None if callers always bring logits. ``correction_bias``, ``gate_bias``,
+    ``expert_scale`` [E] and ``hash_table`` [vocab, k]: each given exactly if ``config`` says so, ``gate_bias`` only with
+    ``gate``. ``row_invariant``: a token's ids and weights do not depend, bit for bit, on which other tokens are in
+    the batch. ``check_finite``: refuse NaN and infinite logits (this reads one number back from the logits' device).
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        gate: Tensor | None = None,
+        correction_bias: Tensor | None = None,
+        *,
+        gate_bias: Tensor | None = None,
+        expert_scale: Tensor | None = None,
+        hash_table: Tensor | None = None,
+        row_invariant: bool = False,
+        check_finite: bool = True,
+    ) -> None:
+        if gate is not None and config.gate_bias != (gate_bias is not None):
+            raise ValueError(
+                f"gate_bias is {'missing' if config.gate_bias else 'given'}, but the router's configuration says "
+                f"gate_bias={config.gate_bias}"
+            )
+        self.config = config
+        self.row_invariant = row_invariant
+        self.check_finite = check_finite
+        self.rule = routing_rule(config, correction_bias, expert_scale, hash_table)
+        # Upcast once: for 256 experts of H = 7168 the copy would cost more than the product.
+        self.gate = gate.float() if gate is not None and config.logits_dtype == "float32" else gate
+        self.gate_bias = (
+            gate_bias if gate_bias is None or self.gate is None else gate_bias.to(self.gate.dtype)
+        )
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[T, E] router logits of ``hidden_states`` [T, H], in float32 or the model's dtype as configured."""
+        if self.gate is None:
+            raise ValueError("this router has no gate weight; pass router_logits")
+        if hidden_states.shape[-1] != self.gate.shape[1]:
+            raise ValueError(
+                f"hidden_states are {hidden_states.shape[-1]} wide, the gate takes {self.gate.shape[1]}"
+            )
+        if self.config.norm_eps is not None:
+            hidden_states = over_rms(hidden_states, self.config.norm_eps)
+        return gate_logits(hidden_states.to(self.gate.dtype), self.gate, self.row_invariant, self.gate_bias)
+
+    def route(
+        self,
+        hidden_states: Tensor | None,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> Routing:
+        """Choose experts for ``hidden_states`` [T, H], or for ``router_logits`` [T, E] if those are given.
+
+        Slots come in the order of the choice: falling score (with the correction bias), equal scores by expert id.
+        ``input_ids`` [T]: for routing by token id alone. Raises ``ValueError`` naming the first token whose logits are
+        NaN or infinite.
+        """
+        logits = self.checked_logits(hidden_states, router_logits)
+        return self.rule.route(hidden_states, logits, input_ids)
+
+    def checked_logits(self, hidden_states: Tensor | None, router_logits: Tensor | None = None) -> Tensor:
+        """[T, E]: ``router_logits``, or the gate's; ``ValueError`` as for :meth:`route`."""
+        if router_logits is None:
+            if hidden_states is None:
+                raise ValueError("route needs hidden_states or router_logits")
+            router_logits = self.logits(hidden_states)
+        elif self.gate is not None and router_logits.shape[-1] != self.gate.shape[0]:
+            raise ValueError(
+                f"router_logits are {router_logits.shape[-1]} wide, the layer has {self.gate.shape[0]} experts"
+            )
+        if self.check_finite:
+            require_finite(router_logits)
+        return router_logits
+
+
+class FusedGateRouter(Router):
+    """A router whose product makes the logits of the shared experts' gate as well.
+
+    ``gate`` [E, H] and ``shared_gate`` [S, H] in the dtype of the hidden states; the other arguments are those of
+    :class:`Router`.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        gate: Tensor,
+        shared_gate: Tensor,
+        correction_bias: Tensor | None = None,
+        *,
+        expert_scale: Tensor | None = None,
+        hash_table: Tensor | None = None,
+        row_invariant: bool = False,
+        check_finite: bool = True,
+    ) -> None:
+        self.both = FusedGate(gate, shared_gate)
+        super().__init__(
+            config,
+            self.both.weight[: gate.shape[0]],
+            correction_bias,
+            expert_scale=expert_scale,
+            hash_table=hash_table,
+            row_invariant=row_invariant,
+            check_finite=check_finite,
+        )
+
+    def logits_of_both(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """(router logits [T, E], shared logits [T, S]) of ``hidden_states`` [T, H]."""
+        return self.both.logits(hidden_states, self.row_invariant)

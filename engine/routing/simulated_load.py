@@ -1,0 +1,69 @@
+"""Routing drawn at random, for load tests: what a layer costs under a balance of one's choice, not what it computes."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xpar.engine.routing.rule import token_rows
+from xpar.kernels.contracts import Routing
+
+Load = Literal["uniform", "normal", "zipf", "all-to-one"]
+LOADS: tuple[Load, ...] = ("uniform", "normal", "zipf", "all-to-one")
+
+
+class SimulatedRouter:
+    """Each token gets ``top_k`` different experts, drawn with the probabilities of ``load``; random weights of sum one.
+
+    ``load``: ``uniform``; ``normal``: that of ``floor(E sigmoid(N(0, 1)))``, most tokens in the middle; ``zipf``:
+    expert e in proportion to ``1 / (e + 1)^exponent``; ``all-to-one``: every token to experts 0 to k - 1, and with
+    k = 1 to one. Every call draws afresh; routers with the same ``seed``, called with the same numbers of tokens, draw
+    the same: give ranks that hold the same tokens one seed, and the others seeds of their own.
+    """
+
+    def __init__(
+        self, load: Load, num_experts: int, top_k: int, seed: int = 0, exponent: float = 1.0
+    ) -> None:
+        if load not in LOADS:
+            raise ValueError(f"load={load!r}: choose one of {', '.join(LOADS)}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} of {num_experts} experts: choose 1 to {num_experts}")
+        self.load, self.top_k = load, top_k
+        self.probabilities = load_probabilities(load, num_experts, exponent)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def route(
+        self,
+        hidden_states: Tensor | None,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> Routing:
+        """Reads the number of tokens and their device, nothing else."""
+        given = token_rows(hidden_states, router_logits, input_ids)
+        tokens = given.shape[0]
+        weights = torch.rand(tokens, self.top_k, generator=self._generator) + 0.1
+        routing = Routing(self._ids(tokens), weights / weights.sum(dim=-1, keepdim=True))
+        return Routing(routing.topk_ids.to(given.device), routing.topk_weights.to(given.device))
+
+    def _ids(self, tokens: int) -> Tensor:
+        if self.load == "all-to-one":
+            return torch.arange(self.top_k, dtype=torch.int32).repeat(tokens, 1)
+        # The k largest of log p + Gumbel noise are k draws without replacement (arXiv:1903.06059).
+        noise = torch.rand(tokens, len(self.probabilities), generator=self._generator, dtype=torch.float64)
+        keys = self.probabilities.log() - (-noise.clamp_min(1e-300).log()).log()
+        return keys.topk(self.top_k, dim=-1).indices.to(torch.int32)
+
+
+def load_probabilities(load: Load, num_experts: int, exponent: float = 1.0) -> Tensor:
+    """[E] float64: how likely a token's first draw is each expert."""
+    if load == "uniform":
+        weights = torch.ones(num_experts, dtype=torch.float64)
+    elif load == "zipf":
+        weights = torch.arange(1, num_experts + 1, dtype=torch.float64) ** -exponent
+    elif load == "normal":
+        edges = torch.special.logit(torch.linspace(0, 1, num_experts + 1, dtype=torch.float64))
+        weights = (torch.erf(edges / math.sqrt(2)) / 2).diff()
+    else:
+        weights = (torch.arange(num_experts) == 0).double()
+    return weights / weights.sum()

@@ -1,0 +1,157 @@
+"""Random checkpoints in the real format of a model family, for demonstrations, tests and benchmarks."""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from xpar.engine.architectures.dense_schema import DENSE, NORMS, OUTER, dimensions
+from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
+from xpar.engine.architectures.schema import Architecture, MlpNames
+from xpar.engine.checkpoint.tensor_file import CheckpointError
+from xpar.engine.checkpoint.tensor_writer import TensorPlan, write_tensors
+from xpar.engine.config import LayerConfig
+from xpar.engine.synthetic.config import make_config
+from xpar.engine.synthetic.values import fill_random
+
+Writer = Literal["auto", "transformers", "own"]
+
+
+def make_checkpoint(
+    model_type: str,
+    path: Path,
+    *,
+    layers: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    top_k: int,
+    shared: int | None = None,
+    vocab: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    overrides: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    writer: Writer = "auto",
+) -> Mapping[str, Any]:
+    """Write a random checkpoint of family ``model_type`` into the new or empty directory ``path``; return its config.
+
+    ``shared``: number of shared experts, each ``intermediate`` wide; default one where the family has them.
+    ``overrides``: further ``config.json`` values, such as ``first_k_dense_replace``. ``writer``: ``transformers`` uses
+    that package's model classes, ``own`` this package's tables of names, ``auto`` the first if it is installed. The
+    same arguments give the same bytes. Raises ``ValueError`` for sizes that make no layer, before anything is written.
+    """
+    config = make_config(
+        model_type,
+        layers=layers,
+        experts=experts,
+        hidden=hidden,
+        intermediate=intermediate,
+        top_k=top_k,
+        shared=shared,
+        vocab=vocab,
+        dtype=dtype,
+        overrides=overrides,
+    )
+    if writer == "auto":
+        writer = "transformers" if importlib.util.find_spec("transformers") else "own"
+    if writer == "own" and DENSE[model_type].attention is None:
+        raise CheckpointError(
+            f"{model_type}: the tables of the own writer do not hold this family's attention; use the writer "
+            "transformers (pip install 'xpar[hf]')"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()):
+        raise CheckpointError(f"{path}: is not empty; give a new directory or empty this one")
+    generator = torch.Generator().manual_seed(seed)
+    if writer == "transformers":
+        from xpar.engine.synthetic.transformers_writer import write_with_transformers
+
+        write_with_transformers(path, config, dtype, generator, max_shard_bytes)
+    else:
+        plans = list(tensor_plans(find(config), config, dtype))
+        write_tensors(path, plans, lambda plan: _random(plan, generator), max_shard_bytes)
+        # Last, so that a directory whose writing was cut short is not taken for a checkpoint.
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return config
+
+
+def tensor_plans(arch: Architecture, config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[TensorPlan]:
+    """Every tensor of the checkpoint, in the order of the model."""
+    sizes = dimensions(config)
+    moe = set(moe_layers(arch, config))
+
+    def plans(prefix: str, table: Mapping[str, tuple[str, ...]]) -> Iterator[TensorPlan]:
+        for name, shape in table.items():
+            yield TensorPlan(prefix + name, tuple(sizes[d] for d in shape), dtype)
+
+    dense = DENSE[arch.model_type]
+    for layer in range(arch.layers.count.get(config, int)):
+        yield from plans(f"model.layers.{layer}.", {**(dense.attention or {}), **NORMS})
+        if layer in moe:
+            yield from _moe_plans(arch, layer, layer_config(arch, config, layer), dtype)
+        else:
+            yield from plans(f"model.layers.{layer}.", dense.mlp)
+    yield from plans("", {**OUTER, **dense.outer})
+
+
+def _random(plan: TensorPlan, generator: torch.Generator) -> Tensor:
+    tensor = torch.empty(plan.shape, dtype=plan.dtype)
+    fill_random(plan.name, tensor, generator)
+    return tensor
+
+
+def _moe_plans(
+    arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
+) -> Iterator[TensorPlan]:
+    hidden, logits = config.hidden_size, config.num_logits
+
+    def plan(name: str | None, *shape: int, dtype: torch.dtype = dtype) -> Iterator[TensorPlan]:
+        if name is not None:
+            yield TensorPlan(name.format(layer=layer), shape, dtype)
+
+    gate_dtype = torch.float32 if arch.gate_dtype == "float32" else dtype
+    yield from plan(arch.router, logits, hidden, dtype=gate_dtype)
+    yield from plan(arch.gate_bias, logits, dtype=gate_dtype)
+    yield from plan(arch.bias, *((1, logits) if arch.bias_is_row else (logits,)), dtype=torch.float32)
+    yield from plan(arch.output_bias, hidden)
+    if arch.latent is not None and config.latent_size is not None:
+        yield from plan(arch.latent.enter, config.latent_size, hidden)
+        yield from plan(arch.latent.leave, hidden, config.latent_size)
+    routed, width = config.routed_size, config.intermediate_size
+    yield from mlp_plans(arch.experts, layer, config.num_experts, width, routed, dtype)
+    if arch.shared is not None and config.shared is not None:
+        yield from mlp_plans(arch.shared.names, layer, 1, config.shared.intermediate_size, hidden, dtype)
+        yield from plan(arch.shared.gate, 1, hidden)
+
+
+def mlp_plans(
+    names: MlpNames, layer: int, experts: int, width: int, hidden: int, dtype: torch.dtype
+) -> Iterator[TensorPlan]:
+    """The tensors of ``experts`` MLPs of ``width`` in the form of ``names``."""
+
+    def matrix(
+        name: str | None, shape: tuple[int, int], transposed: bool
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if name is not None:
+            stored = (shape[1], shape[0]) if transposed else shape
+            if names.storage == "rows":
+                stored = (experts * stored[0], stored[1])
+            yield name, stored
+
+    tensors: list[tuple[str, tuple[int, ...]]] = [
+        *matrix(names.gate, (width, hidden), names.up_transposed),
+        *matrix(names.up, (width, hidden), names.up_transposed),
+        *matrix(names.gate_up, (2 * width, hidden), names.up_transposed),
+        *([(names.gate_up_bias, (2 * width,))] if names.gate_up_bias else []),
+        *matrix(names.down, (hidden, width), names.down_transposed),
+        *([(names.down_bias, (hidden,))] if names.down_bias else []),
+    ]
+    stack = (experts,) if names.storage == "stacked" else ()
+    for expert in range(experts if names.storage == "single" else 1):
+        for name, shape in tensors:
+            yield TensorPlan(name.format(layer=layer, expert=expert), (*stack, *shape), dtype)

@@ -1,0 +1,143 @@
+"""The ``config.json`` of a model of a known family in sizes of one's choice."""
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from xpar.engine.architectures.dense_schema import DENSE
+from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
+from xpar.engine.architectures.schema import Architecture
+from xpar.engine.checkpoint.reader import CONFIG_DTYPES
+from xpar.engine.checkpoint.tensor_file import CheckpointError
+
+
+def make_config(
+    model_type: str,
+    *,
+    layers: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    top_k: int,
+    shared: int | None = None,
+    vocab: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The ``config.json`` of such a checkpoint, checked. Arguments as for :func:`make_checkpoint`."""
+    arch = find({"model_type": model_type})
+    if model_type not in DENSE:
+        raise CheckpointError(f"{model_type}: can be read, not written; choose one of {', '.join(DENSE)}")
+    if hidden < 2 or hidden % 2:
+        raise CheckpointError(
+            f"hidden={hidden}: must be even and positive, rotary embeddings pair the dimensions"
+        )
+    if dtype not in CONFIG_DTYPES.values():
+        raise CheckpointError(f"dtype={dtype}: must be one of {', '.join(CONFIG_DTYPES)}")
+    heads = math.gcd(hidden // 2, 8)
+    config: dict[str, Any] = {
+        "architectures": [arch.model_class],
+        "model_type": model_type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": vocab,
+        **_dense_width(model_type, 2 * hidden),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **_head_dim(model_type, hidden // heads),
+        **deepcopy(dict(DENSE[model_type].config)),
+        **_dense_layers(arch),
+        **_shared_keys(arch, shared, intermediate),
+        **_group_keys(arch, experts, top_k),
+        **_layer_kinds(arch, layers),
+    }
+    sizes = (
+        (arch.layers.count, layers),
+        (arch.hidden_size, hidden),
+        (arch.num_experts, experts),
+        (arch.intermediate_size, intermediate),
+        (arch.top_k, top_k),
+    )
+    for key, value in sizes:
+        _set(config, key.names[0], value)
+    for name, value in (overrides or {}).items():
+        _set(config, name, value)
+    moe = moe_layers(arch, config)
+    if not moe:
+        raise CheckpointError(f"layers={layers}: none of them would be a mixture of experts")
+    layer_config(arch, config, moe[0])
+    return config
+
+
+def usual_top_k(model_type: str) -> int:
+    """Two experts a token, one where the family takes no more."""
+    return 1 if find({"model_type": model_type}).weight_on_input else 2
+
+
+def _set(config: dict[str, Any], name: str, value: Any) -> None:
+    """``config[name] = value``; ``a.b`` sets key b of the object a."""
+    *path, last = name.split(".")
+    for part in path:
+        config = config.setdefault(part, {})
+    config[last] = value
+
+
+def _head_dim(model_type: str, head: int) -> dict[str, int]:
+    """Only some families take the head size as a key of its own."""
+    return {"head_dim": head} if DENSE[model_type].head_dim else {}
+
+
+def _dense_width(model_type: str, width: int) -> dict[str, int]:
+    """Where no layer is dense, the key may be the experts' by another name."""
+    return {} if DENSE[model_type].dense_key is None else {"intermediate_size": width}
+
+
+def _dense_layers(arch: Architecture) -> dict[str, int]:
+    """Every layer MoE unless overridden."""
+    return dict.fromkeys(arch.layers.first_dense.names[:1], 0)
+
+
+def _layer_kinds(arch: Architecture, layers: int) -> dict[str, list[str]]:
+    return (
+        dict.fromkeys(arch.layers.kinds[:1], [arch.layers.moe_kinds[0]] * layers) if arch.layers.kinds else {}
+    )
+
+
+def _shared_keys(arch: Architecture, shared: int | None, intermediate: int) -> dict[str, int]:
+    if arch.shared is None:
+        if shared:
+            raise CheckpointError(f"shared={shared}: {arch.model_type} has no shared experts; leave it out")
+        return {}
+    count = 1 if shared is None else shared
+    if count < 1:
+        raise CheckpointError(
+            f"shared={shared}: {arch.model_type} always has shared experts; give at least 1"
+        )
+    if arch.shared.count.names:
+        return {arch.shared.count.names[0]: count}
+    if arch.shared.width == arch.intermediate_size:
+        if count != 1:
+            raise CheckpointError(f"shared={shared}: {arch.model_type} always has one; leave it out")
+        return {}
+    return {arch.shared.width.names[0]: count * intermediate}
+
+
+def _group_keys(arch: Architecture, experts: int, top_k: int) -> dict[str, Any]:
+    """Groups as the family uses them, if the experts divide: the better half of 8, 4 or 2 groups."""
+    if not arch.num_expert_group.names:
+        return {}
+    fitting = (g for g in (8, 4, 2) if experts % g == 0 and experts >= max(2 * g, 2 * top_k))
+    groups = next(fitting, 1)
+    keys: dict[str, Any] = {
+        arch.num_expert_group.names[0]: groups,
+        arch.topk_group.names[0]: max(1, groups // 2),
+    }
+    if arch.groups_if is not None and groups > 1:
+        keys[arch.groups_if[0]] = arch.groups_if[1]
+    return keys

@@ -1,0 +1,153 @@
+"""A layer with random weights that need not be stored: each expert's are drawn from the seed and its number.
+
+Every rank draws only the experts it holds, and a reference can draw any of them again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xpar.engine.architectures.layer_weights import (
+    LatentWeights,
+    LayerWeights,
+    NormWeights,
+    RouterWeights,
+    SharedWeights,
+    Sink,
+    make_router,
+)
+from xpar.engine.architectures.mlp_weights import ALL, MlpTensors
+from xpar.engine.config import LayerConfig
+from xpar.engine.layer.reference import chosen_experts, sum_reference
+from xpar.engine.routing.router import Router
+from xpar.engine.synthetic.values import fill_random
+from xpar.kernels.contracts import Routing
+
+
+class RandomLayer:
+    """Weights of one layer as ``dtype``; experts are [2I, H], gate rows first, or [I, H] without a gate, and [H, I].
+
+    Biases, correction bias, expert scale and table of token ids: where the configuration has them.
+    """
+
+    def __init__(self, config: LayerConfig, dtype: torch.dtype, seed: int) -> None:
+        self.config, self.dtype, self.seed = config, dtype, seed
+
+    def expert(self, expert: int) -> tuple[Tensor, Tensor]:
+        """``gate_up``, ``down`` of a global expert id; the same on every rank and at every call."""
+        return self._mlp(expert, self.config.intermediate_size, self.config.routed_size)
+
+    def biases(self, expert: int) -> tuple[Tensor, Tensor] | None:
+        """Those of the products of a global expert id, packed [2I] or [I] and [H], or None."""
+        c = self.config
+        if not c.bias:
+            return None
+        packed = self._draw("gate_up_bias", 2 * expert, 1, c.activation.packed(c.intermediate_size))
+        return packed[0], self._draw("down_bias", 2 * expert + 1, 1, c.routed_size)[0]
+
+    def shared(self) -> SharedWeights | None:
+        """The shared experts as one MLP, or None."""
+        shared = self.config.shared
+        if shared is None:
+            return None
+        gate = (
+            self._draw("shared_expert_gate.weight", -3, 1, self.config.hidden_size) if shared.gated else None
+        )
+        return SharedWeights(*self._mlp(-2, shared.intermediate_size, self.config.hidden_size), gate)
+
+    def latent(self) -> LatentWeights | None:
+        """The products around the routed experts, or None."""
+        hidden, latent = self.config.hidden_size, self.config.latent_size
+        if latent is None:
+            return None
+        return LatentWeights(
+            self._draw("fc1_latent_proj", -5, latent, hidden),
+            self._draw("fc2_latent_proj", -6, hidden, latent),
+        )
+
+    def norm(self) -> NormWeights | None:
+        """The scale of the routed experts' norm, or None."""
+        if self.config.router.norm_eps is None:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        return NormWeights(torch.rand(self.config.hidden_size, generator=generator) + 0.5)
+
+    def router(self) -> RouterWeights:
+        """The gate, and what else the router has."""
+        c, r = self.config, self.config.router
+        generator = torch.Generator().manual_seed(self.seed)
+        correction = torch.randn(c.num_logits, generator=generator) * 0.01
+        scale = torch.rand(c.num_logits, generator=generator) + 0.5
+        keys = torch.rand(r.vocabulary, c.num_logits, generator=generator)
+        return RouterWeights(
+            self._draw("mlp.gate.weight", -1, c.num_logits, c.hidden_size),
+            correction if r.correction_bias else None,
+            self._draw("gate_bias", -7, 1, c.num_logits)[0] if r.gate_bias else None,
+            scale if r.expert_scale else None,
+            keys.topk(r.top_k, dim=-1).indices if r.choice == "hash" else None,
+        )
+
+    def output_bias(self) -> Tensor | None:
+        """[H], or None."""
+        return (
+            self._draw("output_bias", -8, 1, self.config.hidden_size)[0] if self.config.output_bias else None
+        )
+
+    def make_router(self) -> Router:
+        """The router by itself, as a reference uses it."""
+        return make_router(self.router(), self.config)
+
+    def read(
+        self,
+        *,
+        experts: Sequence[int],
+        sink: Sink,
+        dtype: torch.dtype,
+        rows: slice = ALL,
+        shared_rows: slice = ALL,
+    ) -> LayerWeights:
+        """What :func:`xpar.engine.architectures.layer_weights.load_layer` reads from a checkpoint."""
+        for index, expert in enumerate(experts):
+            sink(index, *self._sliced(*self.expert(expert), rows), *self._sliced_biases(expert, rows))
+        shared = self.shared()
+        if shared is not None:
+            shared = SharedWeights(*self._sliced(shared.gate_up, shared.down, shared_rows), shared.gate)
+        return LayerWeights(self.router(), shared, self.output_bias(), self.latent(), self.norm())
+
+    def reference(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """The layer in float32 from the same rounded weights: [T, H], and the routing. One expert at a time."""
+        routing = self.make_router().route(hidden_states, None, input_ids)
+        experts = ((e, MlpTensors(*self.expert(e), *(self.biases(e) or ()))) for e in chosen_experts(routing))
+        weights = (self.shared(), self.config, self.output_bias(), self.latent(), self.norm())
+        return sum_reference(hidden_states, routing, experts, *weights), routing
+
+    def nbytes(self) -> int:
+        """Bytes of all experts together, shared ones included."""
+        c = self.config
+        routed = 3 * c.num_experts * c.intermediate_size * c.routed_size
+        shared = 3 * c.shared.intermediate_size * c.hidden_size if c.shared else 0
+        return (routed + shared + 2 * c.hidden_size * (c.latent_size or 0)) * self.dtype.itemsize
+
+    def _mlp(self, number: int, width: int, hidden: int) -> tuple[Tensor, Tensor]:
+        gate_up = self._draw("gate_up_proj", 2 * number, self.config.activation.packed(width), hidden)
+        return gate_up, self._draw("down_proj", 2 * number + 1, hidden, width)
+
+    def _draw(self, name: str, number: int, rows: int, columns: int) -> Tensor:
+        tensor = torch.empty(rows, columns, dtype=self.dtype)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        fill_random(name, tensor, generator)
+        return tensor
+
+    def _sliced(self, gate_up: Tensor, down: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        halves = gate_up.chunk(2 if self.config.activation.gated else 1)
+        return torch.cat([half[rows] for half in halves]), down[:, rows]
+
+    def _sliced_biases(self, expert: int, rows: slice) -> tuple[Tensor, ...]:
+        """The down bias comes with the first slice alone: it counts once."""
+        biases = self.biases(expert)
+        if biases is None:
+            return ()
+        packed, down = biases
+        halves = packed.chunk(2 if self.config.activation.gated else 1)
+        return torch.cat([half[rows] for half in halves]), down if rows.start in (None, 0) else down * 0

@@ -1,0 +1,80 @@
+"""The two products for batches of very few tokens: one slot per program, on scalar units, nothing sorted.
+
+A program holds its slot's expert id and reads a few weight rows of it once, wide and in order. The second product sums
+a token's slots itself, weighted, in float32, so that two launches are the whole layer.
+"""
+
+import triton
+import triton.language as tl
+
+from xpar.kernels.gpu.activation import activate, curve
+from xpar.kernels.gpu.grouped_mm_small import source_rows
+
+
+@triton.jit
+def gate_up_vector(
+    x, weight, bias, hidden, rows, ids,
+    I: tl.constexpr, H: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
+    GATED: tl.constexpr, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``hidden[slot] = act(weight[expert] @ x[row of slot])``; grid (blocks of columns, slots)."""
+    WIDE: tl.constexpr = 2 * I if GATED else I
+    slot = tl.program_id(1)
+    expert = tl.load(ids + slot)
+    if expert >= 0:
+        rn = tl.program_id(0) * BN + tl.arange(0, BN)
+        rk = tl.arange(0, BK)
+        inside = rn < I
+        source = x + source_rows(slot, rows, TOP_K, expert >= 0) * H
+        first = weight + expert.to(tl.int64) * (WIDE * K)
+        at = rn[:, None] * K + rk[None, :]
+        gate = tl.zeros((BN, BK), tl.float32)
+        up = tl.zeros((BN, BK), tl.float32)
+        for k in tl.range(0, H, BK, num_stages=STAGES):
+            live = inside[:, None] & (k + rk < H)[None, :]
+            a = tl.load(source + k + rk, mask=k + rk < H, other=0.0).to(tl.float32)[None, :]
+            gate += tl.load(first + at + k, mask=live, other=0.0).to(tl.float32) * a
+            if GATED:
+                up += tl.load(first + I * K + at + k, mask=live, other=0.0).to(tl.float32) * a
+        g = tl.sum(gate, 1)
+        u = tl.sum(up, 1)
+        if bias is not None:
+            g += tl.load(bias + expert * WIDE + rn, mask=inside, other=0.0).to(tl.float32)
+            if GATED:
+                u += tl.load(bias + expert * WIDE + I + rn, mask=inside, other=0.0).to(tl.float32)
+        y = activate(g, u, NAME, LIMIT, ALPHA, BETA) if GATED else curve(g, NAME)
+        tl.store(hidden + slot * I + rn, y.to(hidden.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def down_vector(
+    hidden, weight, bias, out, ids, router_weights,
+    I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``out[token] = sum over its slots of router weight * (weight[expert] @ hidden[slot])``; grid (columns, tokens)."""
+    token = tl.program_id(1)
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
+    inside = rn < H
+    at = rn[:, None] * I + rk[None, :]
+    STEPS: tl.constexpr = (I + BK - 1) // BK
+    acc = tl.zeros((BN, BK), tl.float32)
+    biases = tl.zeros((BN,), tl.float32)
+    # One loop over slots and columns, so that copies of the next slot's weights start before this slot is done.
+    for step in tl.range(0, TOP_K * STEPS, num_stages=STAGES):
+        slot = token * TOP_K + step // STEPS
+        k = step % STEPS * BK
+        expert = tl.load(ids + slot)
+        live = (k + rk < I) & (expert >= 0)
+        factor = tl.load(router_weights + slot, mask=expert >= 0, other=0.0)
+        a = tl.load(hidden + slot * I + k + rk, mask=live, other=0.0).to(tl.float32) * factor
+        first = weight + expert.to(tl.int64) * (H * I) + k
+        w = tl.load(first + at, mask=inside[:, None] & live[None, :], other=0.0).to(tl.float32)
+        acc += w * a[None, :]
+        if bias is not None:
+            b = tl.load(bias + expert * H + rn, mask=inside & (expert >= 0) & (k == 0), other=0.0)
+            biases += b.to(tl.float32) * factor
+    total = tl.sum(acc, 1) + biases
+    tl.store(out + token * H + rn, total.to(out.dtype.element_ty), mask=inside)

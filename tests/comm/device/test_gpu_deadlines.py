@@ -1,0 +1,129 @@
+"""The watch over a GPU's operations, settling and giving up, without a GPU."""
+
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+from launch import mpirun
+
+from xpar.comm.device.nccl_communicator import give_up, settle
+from xpar.comm.device.nccl_library import IN_PROGRESS, SUCCESS, NcclError
+from xpar.comm.device.watch import Watch
+
+
+class Scripted:
+    """A library whose communicator goes through the given states; aborting waits for ``hold``."""
+
+    def __init__(self, *states: int, hold: threading.Event | None = None) -> None:
+        self.states, self.hold, self.aborted = list(states), hold, 0
+
+    def state(self, comm: Any) -> int:
+        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
+
+    def last_error(self, comm: Any) -> str:
+        return "no route"
+
+    def abort(self, comm: Any) -> None:
+        if self.hold is not None:
+            self.hold.wait()
+        self.aborted += 1
+
+
+def test_settling() -> None:
+    settle(Scripted(IN_PROGRESS, IN_PROGRESS, SUCCESS), None, 5.0, "x")  # type: ignore[arg-type]
+    with pytest.raises(NcclError, match="gather: NCCL result 6: no route"):
+        settle(Scripted(IN_PROGRESS, 6), None, 5.0, "gather")  # type: ignore[arg-type]
+    begin = time.monotonic()
+    with pytest.raises(NcclError, match=r"gather: NCCL is still not ready after 0.2 s; a rank of the group"):
+        settle(Scripted(IN_PROGRESS), None, 0.2, "gather")  # type: ignore[arg-type]
+    assert 0.2 <= time.monotonic() - begin < 2
+
+
+def test_giving_up_never_waits_longer_than_allowed() -> None:
+    assert give_up(Scripted(SUCCESS), None, 5.0)  # type: ignore[arg-type]
+    hold = threading.Event()
+    stuck = Scripted(SUCCESS, hold=hold)
+    begin = time.monotonic()
+    assert not give_up(stuck, None, 0.2)  # type: ignore[arg-type]
+    assert time.monotonic() - begin < 2
+    hold.set()
+
+
+def fine() -> None:
+    return None
+
+
+def test_the_watch_forgets_what_has_ended_and_reports_what_is_late() -> None:
+    found: list[str] = []
+    reported = threading.Event()
+    watch = Watch(lambda wrong: (found.append(wrong), reported.set()), pause=0.01)
+    watch.add(lambda: True, "first", 0.0, fine)
+    watch.add(None, "only captured", 0.0, fine)
+    slow = [False, False, True]
+    watch.add(lambda: slow.pop(0), "slow", 30.0, fine)
+    watch.add(lambda: False, "all_to_all_v in group moe", 0.1, fine)
+    watch.add(lambda: False, "behind it", 0.0, fine)
+    assert reported.wait(5)
+    assert found == [found[0]] and found[0].startswith(
+        "all_to_all_v in group moe: not done on the GPU 0.1 s after"
+    )
+    watch.close()
+
+
+def test_the_watch_reports_a_failure_found_by_nccl_or_by_the_gpu() -> None:
+    watch = Watch(lambda wrong: None)
+    watch._waiting.append(_watched(lambda: False, lambda: "NCCL result 6: peer died"))
+    assert watch.look() == "gather: NCCL result 6: peer died"
+
+    def broken() -> bool:
+        raise RuntimeError("an illegal memory access")
+
+    found: list[str] = []
+    reported = threading.Event()
+    watch = Watch(lambda wrong: (found.append(wrong), reported.set()), pause=0.01)
+    watch.add(broken, "gather", 30.0, fine)
+    assert reported.wait(5) and found == ["the GPU reports an illegal memory access"]
+
+
+def _watched(done: Any, problem: Any) -> Any:
+    from xpar.comm.device.watch import Watched
+
+    return Watched(done, "gather", time.monotonic(), 30.0, problem)
+
+
+def test_the_watch_asks_nothing_while_paused_and_ends_when_closed() -> None:
+    asked: list[int] = []
+    watch = Watch(lambda wrong: None, pause=0.01)
+    with watch.paused():
+        watch.add(lambda: bool(asked.append(1)), "x", 30.0, fine)
+        time.sleep(0.1)
+        assert not asked
+    time.sleep(0.1)
+    assert asked
+    watch.close()
+    assert watch._thread is not None and not watch._thread.is_alive()
+
+
+LATE = """
+import time
+from xpar.comm import World, run
+from xpar.comm.gpu.transport import end_job
+from xpar.comm.gpu.watch import Watch
+def main():
+    world = World.attach()
+    if world.rank == 1:
+        Watch(lambda wrong: end_job(world.comm, wrong)).add(lambda: False, "all_to_all_v of 7 rows", 0.5, lambda: None)
+        time.sleep(50)
+    world.comm.barrier()
+run(main)
+"""
+
+
+def test_a_late_operation_ends_the_job_everywhere() -> None:
+    begin = time.monotonic()
+    job = mpirun(3, [sys.executable, "-c", LATE], timeout=40)
+    assert time.monotonic() - begin < 25 and job.returncode != 0
+    assert "[rank 1 on " in job.stderr and "all_to_all_v of 7 rows: not done on the GPU 0.5 s" in job.stderr
+    assert "in main" in job.stderr  # the stack of the thread that waits

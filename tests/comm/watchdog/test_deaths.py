@@ -1,0 +1,129 @@
+"""A rank that dies is noticed before its launcher ends the others, and SIGTERM is answered with where every rank is."""
+
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from launch import mpirun
+
+from xpar.comm.watchdog import stack_dump
+from xpar.comm.watchdog.death_lock import LOCK_BYTES, Tripwire
+from xpar.comm.watchdog.status_board import CALL, LOCK, REPORTED, ROW_BYTES, SELF, Board
+
+TOLD = """
+import os, signal, sys, time
+import torch
+from xpar.comm import World, run
+from xpar.comm.handshake import Tag, handshake
+def main():
+    world = World.attach()
+    handshake(world.comm, Tag("plan", 4, 7))
+    {source}
+def waits(world):
+    world.comm.all_gather_v(torch.ones(3, 5))
+sys.exit(run(main))
+"""
+ALL_AT_ONCE = TOLD.format(
+    source="""
+    if os.fork() == 0:  # outlives the rank's own patience, and tells it to end as a launcher does
+        time.sleep(1)
+        os.kill(os.getppid(), signal.SIGTERM)
+        os._exit(0)
+    if world.rank == 1:
+        time.sleep(60)
+    waits(world)"""
+)
+GOES_ON = TOLD.format(
+    source="""
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    os.kill(child, signal.SIGTERM)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"mine %d\\n" % world.rank))
+    os.kill(os.getpid(), signal.SIGTERM)
+    waits(world)
+    os.write(1, b"went on %d\\n" % world.rank)"""
+)
+
+
+@pytest.mark.parametrize("hosts", ["a:3", "a:1,b:2"])
+def test_a_job_that_is_told_to_end_says_once_where_it_is(tmp_path: Path, hosts: str) -> None:
+    """Also of ranks that are blocked inside MPI, where no Python handler runs."""
+    (tmp_path / "hosts").write_text(hosts.replace(",", "\n") + "\n")
+    job = mpirun(
+        3,
+        [sys.executable, "-c", ALL_AT_ONCE],
+        timeout=60,
+        env={"HYDRA_HOST_FILE": str(tmp_path / "hosts")},
+    )
+    assert job.returncode != 0
+    assert job.stderr.count("told to end by SIGTERM; where every rank is:") == 1, job.stderr
+    lines = {line.strip().partition(" on ")[0]: line for line in job.stderr.splitlines() if " on " in line}
+    assert "in no collective for" in lines["rank 1"] and "the last was plan #1" in lines["rank 1"]
+    for rank in ("rank 0", "rank 2"):
+        assert "in all_gather_v #2 of group world (3 rows of 20 B), layer 4, step 7, for" in lines[rank]
+
+
+def test_sigterm_of_a_child_or_with_a_handler_of_the_program_ends_nothing() -> None:
+    job = mpirun(2, [sys.executable, "-c", GOES_ON], timeout=60)
+    assert job.returncode == 0 and "where every rank is" not in job.stderr, job.stderr
+    assert sorted(job.stdout.splitlines()) == ["mine 0", "mine 1", "went on 0", "went on 1"]
+
+
+HOLDS = """
+import mmap, os, sys
+from xpar.comm.guard.tripwire import LOCK_BYTES, Tripwire
+with open(sys.argv[1], "r+b") as file:
+    memory = mmap.mmap(file.fileno(), 2 * LOCK_BYTES)
+print(Tripwire(memory, LOCK_BYTES).hold(), flush=True)
+sys.stdin.readline()
+os._exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "text"),
+    [(signal.SIGKILL, "SIGKILL (out of memory"), (signal.SIGSEGV, "SIGSEGV (a crash"), (None, "exit code 3")],
+    ids=["killed", "crashed", "exit"],
+)
+def test_a_death_is_felt_and_its_cause_known(tmp_path: Path, sent: signal.Signals | None, text: str) -> None:
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(2 * LOCK_BYTES))
+    felt: list[stack_dump.End] = []
+    done = threading.Event()
+    with path.open("r+b") as file:
+        wire = Tripwire(mmap.mmap(file.fileno(), 2 * LOCK_BYTES), 0)
+    assert wire.hold()
+    words = [sys.executable, "-c", HOLDS, str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None and other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+
+        def note() -> None:
+            felt.append(stack_dump.end_of(other.pid))
+            done.set()
+
+        wire.watch(LOCK_BYTES, note)
+        assert not done.wait(0.3) and stack_dump.process_state(other.pid) == ""
+        if sent is None:
+            other.stdin.close()
+        else:
+            os.kill(other.pid, sent)
+        assert done.wait(20) and felt[0].text.startswith(text)
+        assert felt[0].by_signal == (sent is not None)
+
+
+def test_a_row_has_room_for_its_lock_and_a_report_is_written_once() -> None:
+    assert CALL.size + SELF.size <= LOCK and LOCK % 8 == 0
+    assert ROW_BYTES - REPORTED.size >= LOCK + LOCK_BYTES
+    memory = mmap.mmap(-1, 2 * ROW_BYTES)
+    first, second = (Board(memory, local, 2, None, True) for local in range(2))
+    assert first.claim() and not first.reported()
+    first.set_reported()
+    assert second.reported() and not second.claim()

@@ -1,0 +1,212 @@
+"""The parts of the watch that need no other rank: the report's text, the rows of a node, comparisons, lateness."""
+
+import mmap
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from xpar.comm.stragglers import lateness
+from xpar.comm.watchdog import stack_dump, status_board
+from xpar.comm.watchdog.collective_check import Intent, difference
+from xpar.comm.watchdog.deadlines import Deadlines
+from xpar.comm.watchdog.journal import BoardJournal, Pace
+from xpar.comm.watchdog.report import Seen, describe, spans
+from xpar.comm.watchdog.status_board import FAILING, INSIDE, LEFT, OUTSIDE, Board, Call
+
+CALL = Call("all_to_all_v", "moe", 57, 3, 12, 41, 7, 256, 60.0)
+BEFORE = Call("dispatch alltoall", "moe", 56, 3, 12, 41, 0, 256, 60.0)
+
+
+def test_report_names_states_missing_ranks_and_alike_stacks_once() -> None:
+    seen = [
+        Seen(2, "n1", OUTSIDE, 60.1, BEFORE, "", "stack b"),
+        Seen(0, "n0", INSIDE, 60.2, CALL, "", "stack a\nof two lines"),
+        Seen(1, "n0", INSIDE, 60.3, CALL, "", "stack a\nof two lines"),
+        Seen(3, "n1", OUTSIDE, 9.0, BEFORE, "stopped"),
+        Seen(4, "n1", LEFT, 8.0, BEFORE),
+        Seen(5, "n1", FAILING, 0.0, None),
+        Seen(6, "n1", INSIDE, 1.0, BEFORE),
+        Seen(7, "n1", OUTSIDE, 0.1, CALL),
+    ]
+    sizes = "of group moe (41 rows of 256 B out, 7 in), layer 3, step 12"
+    before = "dispatch alltoall #56 of group moe (41 rows of 256 B), layer 3, step 12"
+    assert describe(seen, [(8, "n2")], CALL, [0, 1, 2, 3, 7, 8]).splitlines() == [
+        "where every rank is:",
+        f"  rank 0 on n0: in all_to_all_v #57 {sizes}, for 60.2 s",
+        f"  rank 1 on n0: in all_to_all_v #57 {sizes}, for 60.3 s",
+        f"  rank 2 on n1: in no collective for 60.1 s; the last was {before}",
+        f"  rank 3 on n1: its process is stopped; in no collective, the last was {before}",
+        f"  rank 4 on n1: its program has ended 8.0 s ago; the last was {before}",
+        "  rank 5 on n1: failed; no collective so far",
+        f"  rank 6 on n1: in {before}, for 1.0 s",
+        f"  rank 7 on n1: in no collective for 0.1 s; the last was all_to_all_v #57 {sizes}",
+        "  rank 8 on n2: its node does not answer",
+        "never arrived in all_to_all_v #57: rank 2 on n1, rank 3 on n1, rank 8 on n2 (not known)",
+        "stacks of rank 0-1:",
+        "  stack a",
+        "  of two lines",
+        "stacks of rank 2:",
+        "  stack b",
+    ]
+    assert spans([7, 3, 1, 2]) == "1-3, 7"
+
+
+def private_board() -> Board:
+    return Board(mmap.mmap(-1, status_board.ROW_BYTES), 0, 1, None, False)
+
+
+def test_a_row_says_what_the_journal_wrote() -> None:
+    own = private_board()
+    own.introduce(9)
+    assert (own.read(0).state, own.read(0).call, own.read(0).stack_fd) == (OUTSIDE, None, 9)
+    pace = Pace(Deadlines(start=5, step=2))
+    journal = BoardJournal(own, "a group whose name is longer than its field", pace, False, None)
+    journal.at(3, 12)
+    journal.enter(journal.begin(), "all_to_all_v", None, 41, 7, 256)
+    entry = own.read(0)
+    group = "a group whose name is longer tha"
+    assert entry.call == Call("all_to_all_v", group, 1, 3, 12, 41, 7, 256, 2.0)
+    assert (entry.state, entry.pid) == (INSIDE, os.getpid()) and 0 <= entry.age < 5
+    journal.leave()
+    assert (own.read(0).state, own.read(0).call) == (OUTSIDE, entry.call)
+
+
+@pytest.mark.parametrize(
+    ("layer", "step", "seconds"),
+    [(-1, -1, 300.0), (0, 0, 300.0), (0, 1, 300.0), (0, 2, 60.0), (7, 900, 60.0)],
+)
+def test_first_steps_have_the_deadline_of_the_start(layer: int, step: int, seconds: float) -> None:
+    pace = Pace(Deadlines())
+    pace.at(layer, step)
+    pace.at(-1, -1)  # a collective that says nothing of steps belongs to the one before
+    assert pace.seconds == seconds
+
+
+def test_one_option_scales_every_deadline() -> None:
+    assert Deadlines.of_step(60) == Deadlines()
+    twice = Deadlines.of_step(120)
+    assert (twice.start, twice.step, twice.finish, twice.abort) == (600, 120, 1200, Deadlines().abort)
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            Deadlines.of_step(wrong)
+
+
+def test_one_of_a_node_reports_and_another_after_it_died() -> None:
+    path = status_board._make_file(status_board.ROW_BYTES)
+    assert path is not None
+    try:
+        file = os.open(path, os.O_RDWR)
+        mine = Board(mmap.mmap(file, status_board.ROW_BYTES), 0, 1, file, True)
+        source = (
+            "import mmap, os, sys\nfrom xpar.comm.watchdog.status_board import Board\n"
+            f"file = os.open({path!r}, os.O_RDWR)\n"
+            "print(Board(mmap.mmap(file, 256), 0, 1, file, True).claim(), flush=True)\nsys.stdin.read()\n"
+        )
+        words = [sys.executable, "-c", source]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None and other.stdout.readline() == "True\n"
+            assert not mine.claim()
+            other.communicate()
+        assert mine.claim() and not mine.claim()
+    finally:
+        os.unlink(path)
+
+
+def test_without_room_for_a_file_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = set(os.listdir("/dev/shm"))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert status_board._make_file(256) is None
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("xpar-guard-")]
+
+
+def test_stacks_of_a_process_that_holds_the_interpreter_lock() -> None:
+    source = (
+        "import ctypes\nfrom xpar.comm.watchdog import stacks\n"
+        "def holds_the_lock():\n"
+        "    libc = ctypes.PyDLL(None)\n"
+        "    while True: libc.sleep(100)\n"
+        "print(stacks.offer(), flush=True)\nholds_the_lock()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        place = (other.pid, int(other.stdout.readline()))
+        (text,) = stack_dump.collect([place])
+        limit = time.monotonic() + 30
+        while "in holds_the_lock" not in text and time.monotonic() < limit:  # it may not have come there yet
+            (text,) = stack_dump.collect([place])
+        other.kill()
+    assert "in holds_the_lock" in text and not re.search("0x", text)
+    assert stack_dump.process_state(other.pid) == "gone"
+    assert stack_dump.collect([place, (os.getpid(), -1)]) == ["", ""]
+
+
+def intent(op: str, columns: int = 3, dtype: torch.dtype = torch.float32) -> Intent:
+    return Intent.of(op, torch.empty(2, columns, dtype=dtype), [columns])
+
+
+@pytest.mark.parametrize(
+    ("intents", "expected"),
+    [
+        ([intent("all_reduce")] * 3, None),
+        (
+            [intent("all_reduce"), intent("all_reduce", 4), intent("all_reduce")],
+            "rank 5 differs: all_reduce of float32 [4], where 2 of 3 ranks call all_reduce of float32 [3]",
+        ),
+        (
+            [intent("all_reduce", dtype=torch.bfloat16), intent("all_reduce"), intent("all_reduce")],
+            "rank 4 differs: all_reduce of bfloat16 [3], where 2 of 3 ranks call all_reduce of float32 [3]",
+        ),
+        (
+            [Intent("barrier"), Intent("all_gather_object")],
+            "rank 5 differs: all_gather_object, where 1 of 2 ranks call barrier",
+        ),
+        (
+            [Intent("x", send=(0, 2), recv=(0, 1)), Intent("x", send=(1, 0), recv=(3, 0))],
+            "rank 4 sends 2 rows to rank 5, which expects 3 in x",
+        ),
+        ([Intent("x", send=(4, 2), recv=(0, 1), skip=0), Intent("x", send=(1, 0), recv=(2, 0))], None),
+    ],
+    ids=["alike", "shape", "dtype", "operation", "counts", "skipped"],
+)
+def test_difference(intents: list[Intent], expected: str | None) -> None:
+    assert difference(intents, [4, 5, 6]) == expected
+
+
+def test_who_waits_least_came_last() -> None:
+    world, pair = ("world", (0, 1, 2)), ("moe", (0, 2))
+    rows = lateness(
+        [
+            {world: [0.5, 0.5, 0.5], pair: [0.1]},
+            {world: [0.5, 0.5, 0.1]},
+            {world: [0.2, 0.2, 0.5], pair: [0.3]},
+        ]
+    )
+    assert [r.rank for r in rows] == [0, 1, 2]
+    assert [r.collectives for r in rows] == [4, 3, 4]
+    assert [round(r.last, 2) for r in rows] == [0.25, 0.33, 0.5]
+    assert [round(r.p50, 3) for r in rows] == [0, 0, 0.15]
+    assert rows[2].p99 == pytest.approx(0.3) and rows[0].p99 == pytest.approx(0.194)
+    uneven = lateness([{world: [0.5], pair: []}, {world: []}, {world: [0.1], pair: []}])
+    assert [r.collectives for r in uneven] == [0, 0]
+
+
+def test_a_rank_that_waits_for_others_to_start_gives_up() -> None:
+    source = """
+import time
+from xpar.comm.world import _all_join_within
+def attach():
+    with _all_join_within(0.5):
+        time.sleep(60)
+attach()
+"""
+    words = [sys.executable, "-c", source]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0 and "Timeout (0:00:00.500000)!" in done.stderr and "in attach" in done.stderr

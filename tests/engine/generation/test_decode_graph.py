@@ -1,0 +1,157 @@
+"""Steps in fixed places give what growing ones give, whoever goes on and however long; recordings are called for when they pay.
+
+A CUDA graph replays what is called here; ``tests/gpu/check_generate.py`` compares those, on a GPU.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from moe_families import Case
+from tiny_models import BYTES, FAMILIES, plain_model, write_model
+from torch import Tensor
+
+from xpar.engine.generation import decode_graph, recorder
+from xpar.engine.generation.decode_batch import Limits, Running, Sequences
+from xpar.engine.generation.decode_graph import FixedStep
+from xpar.engine.generation.recorder import PATIENCE, Recorder
+from xpar.engine.generation.sampling import Sampling
+
+WINDOWS = {"gpt_oss": {"sliding_window": 4}, "mixtral": {"sliding_window": 4}}
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Remembering(Sampling):
+    """Greedy, and keeps all logits that it sees."""
+
+    seen: list[Tensor] = field(default_factory=list)
+
+    def choose(self, logits: Tensor, generators: Any) -> list[int]:
+        self.seen.append(logits.clone())
+        return super().choose(logits, generators)
+
+
+def loaded(model: Any) -> Any:
+    return SimpleNamespace(model=model, device=HOST, layers=(), slots=lambda: 0)
+
+
+class Replays:
+    """Stands for a graph: calls the forward, and counts."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, step: FixedStep) -> Callable[[], Tensor]:
+        self.recorded += 1
+        step.forward()  # a rehearsal leaves no trace
+        step.rewind()
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            return step.forward()
+
+        return replay
+
+
+def prompts(seed: int, count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    return [torch.randint(BYTES, (n,), generator=generator).tolist() for n in lengths]
+
+
+def answers(model: Any, seed: int, recording: Recorder | None) -> tuple[list[list[int]], list[Tensor]]:
+    """Of eight prompts, four at a time, as long as their first tokens say, the next taking the place of one that ends."""
+    sampling = Remembering()
+    limits = Limits(30, stopped=lambda answer: len(answer) >= 5 + 6 * (answer[0] % 3))
+    sequences = Sequences(loaded(model), sampling, limits, recording)
+    waiting = [Running(n, ids, torch.Generator()) for n, ids in enumerate(prompts(seed, 8))]
+    everyone = list(waiting)
+    sequences.begin([waiting.pop(0) for _ in range(4)])
+    while sequences.running:
+        if sequences.advance() and waiting:
+            sequences.begin([waiting.pop(0)])
+    return [r.answer for r in everyone], sampling.seen
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small products of several processes at a time would wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_and_logits_are_those_of_growing_caches(
+    name: str, tmp_path: Path, fresh_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So little room that a recording is renewed, and windows shorter than the answers.
+
+    In float64, so that neither a router nor a choice of tokens hangs on a rounding.
+    """
+    monkeypatch.setattr(decode_graph, "UNIT", 1)
+    monkeypatch.setattr(decode_graph, "LEAST_ROOM", 3)
+    monkeypatch.setattr(recorder, "PATIENCE", 1)
+    write_model(Case(name, name, WINDOWS.get(name, {})), tmp_path, torch.float32, fresh_seed % 1000)
+    model, replays = plain_model(tmp_path, torch.float64), Replays()
+    model.set_experts_implementation("eager")  # grouped products have no float64
+    texts, logits = answers(model, fresh_seed, None)
+    found, seen = answers(model, fresh_seed, Recorder(loaded(model), replays))
+    assert replays.replayed > 8 and replays.recorded > 3
+    assert found == texts and len(seen) == len(logits)
+    for a, b in zip(seen, logits, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-6
+
+
+def test_recordings_wait_until_they_pay(tmp_path: Path, fresh_seed: int) -> None:
+    write_model(Case("olmoe", "olmoe"), tmp_path, torch.float32, 1)
+    replays = Replays()
+    recording = Recorder(loaded(plain_model(tmp_path)), replays)
+    sequences = Sequences(recording._loaded, Sampling(), Limits(10**6), recording)
+    first, second = (Running(n, ids, torch.Generator()) for n, ids in enumerate(prompts(fresh_seed, 2)))
+    sequences.begin([first])
+    for step in range(PATIENCE + 3):
+        sequences.advance()
+        assert (replays.recorded, replays.replayed) == (step >= PATIENCE, max(0, step + 1 - PATIENCE))
+    sequences.begin([second])
+    for _ in range(PATIENCE):
+        sequences.advance()
+    assert (replays.recorded, replays.replayed) == (1, 3)
+    sequences.advance()
+    assert (replays.recorded, replays.replayed) == (2, 4)
+
+
+def test_what_cannot_be_recorded_goes_on_as_before(
+    tmp_path: Path, fresh_seed: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "PATIENCE", 1)
+    write_model(Case("olmoe", "olmoe"), tmp_path, torch.float32, 1)
+    model, asked = plain_model(tmp_path), []
+
+    def refuse(step: FixedStep) -> Callable[[], Tensor]:
+        asked.append(step)
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    with caplog.at_level(logging.INFO, "xpar.models"):
+        found, _ = answers(model, fresh_seed, Recorder(loaded(model), refuse))
+    assert found == answers(model, fresh_seed, None)[0] and len(asked) == 1
+    assert "steps are not recorded: operation not permitted when stream is capturing" in caplog.text
+
+
+def test_host_processors_several_ranks_and_exact_mode_are_not_recorded() -> None:
+    def of(device: str, exact: bool, size: int) -> Recorder | None:
+        grid = SimpleNamespace(world=SimpleNamespace(size=size))
+        counter = SimpleNamespace(counted=torch.zeros(()))
+        layer = SimpleNamespace(exact=exact, grid=grid, counter=counter)
+        model: Any = SimpleNamespace(device=torch.device(device), layers=(layer, layer))
+        return Recorder.of(model)
+
+    assert of("cuda", False, 1) is not None
+    assert of("cpu", False, 1) is of("cuda", True, 1) is of("cuda", False, 2) is None

@@ -1,0 +1,206 @@
+"""Answers of a job are those that plain transformers gives one prompt at a time, whoever answers which prompt when."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tiny_models import CLEAR, END, Plain, cases, greedy, plain_model, prompts, write_model
+
+from xpar.comm import AgreedError, ProcessGrid, World
+from xpar.engine.generation.decode_batch import Running, Sequences
+from xpar.engine.generation.generate import Outcome, generate
+from xpar.engine.generation.request import Request, prepare
+from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.parallelize import SpreadOptions
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+pytestmark = pytest.mark.mpi(deadline=120)
+CASES = cases()
+MOST, PROMPTS = 8, 14
+ENDS = frozenset({END, *range(0, END, 6)})
+"""So many that answers end at all lengths: slots are refilled one by one, and ranks run out one by one."""
+
+
+@pytest.fixture(scope="module")
+def world(comm: "Intracomm") -> World:
+    return World.attach(comm)
+
+
+@pytest.fixture(scope="module")
+def root(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = Path(comm.bcast(str(tmp_path_factory.mktemp("generate"))))
+    if comm.rank == 0:
+        for number, case in enumerate(CASES):
+            write_model(case, path / case.name, torch.float32, number)
+    comm.barrier()
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected_of(root: Path, fresh_seed: int) -> Callable[[str], list[Plain]]:
+    """What transformers answers to the prompts, for each family once; rank 0 asks."""
+
+    @cache
+    def expected(name: str) -> list[Plain]:
+        model, tokens = plain_model(root / name), Tokens(root / name)
+        return [greedy(model, tokens.encode(text), MOST, ENDS) for text in prompts(fresh_seed, PROMPTS)]
+
+    return expected
+
+
+@pytest.fixture
+def folder(comm: "Intracomm", tmp_path: Path) -> Path:
+    """One folder for all ranks."""
+    return Path(comm.bcast(str(tmp_path)))
+
+
+def answers(
+    world: World,
+    loaded: LoadedModel,
+    model: Path,
+    folder: Path,
+    texts: list[str],
+    ends: frozenset[int] = ENDS,
+    **wanted: Any,
+) -> tuple[Mapping[int, Any], Outcome]:
+    """Place in ``texts`` -> answer's record, as read from the file by every rank; and the outcome."""
+    file, out = folder / "prompts.txt", folder / "out.jsonl"
+    if world.rank == 0:
+        file.write_text("\n".join(texts) + "\n")
+        out.unlink(missing_ok=True)
+    settings = {"sampling": Sampling(), "max_new_tokens": MOST, "batch": 3} | wanted
+    request = Request(model, file, out, **settings)
+    tokens = Tokens(model, request.chat)
+    tokens.ends = ends
+    work = prepare(world.comm, request, tokens, resume=False)
+    outcome = generate(world.comm, request, work, tokens, loaded)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    world.comm.barrier()
+    assert [r["line"] for r in records] == list(range(1, len(texts) + 1))
+    return {r["line"] - 1: r for r in records}, outcome
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_greedy_text_is_that_of_transformers(
+    world: World,
+    root: Path,
+    folder: Path,
+    fresh_seed: int,
+    expected_of: Callable[[str], list[Plain]],
+    case: Any,
+    exact: bool,
+) -> None:
+    """Prompts and answers of different lengths over up to four ranks."""
+    path, texts = root / case.name, prompts(fresh_seed, PROMPTS)
+    options = SpreadOptions(exact=exact, slice_dense=True)
+    loaded = load_model(path, ProcessGrid.create(world), options=options)
+    assert not (exact and loaded.slices_dense)
+    found, outcome = answers(world, loaded, path, folder, texts, batch=1 if exact else 3, exact=exact)
+    assert outcome.complete and outcome.answers == len(texts)
+    if world.rank == 0:
+        tokens, clear = Tokens(path), 0
+        for place, (text, expected) in enumerate(zip(texts, expected_of(case.name), strict=True)):
+            if expected.gap > CLEAR:
+                clear += 1
+                assert found[place]["text"] == tokens.decode(expected.answer), text
+                assert found[place]["tokens"] == len(expected.answer)
+                assert found[place]["finish"] == ("length" if len(expected.answer) == MOST else "end")
+        assert clear > PROMPTS // 2
+        assert len({record["tokens"] for record in found.values()}) > 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_more_ranks_than_prompts(world: World, root: Path, folder: Path, fresh_seed: int, count: int) -> None:
+    path = root / "mixtral"
+    loaded = load_model(path, ProcessGrid.create(world), options=SpreadOptions(slice_dense=True))
+    found, outcome = answers(world, loaded, path, folder, prompts(fresh_seed, count))
+    assert outcome.complete and len(found) == count
+
+
+def test_draws_depend_on_the_prompt_and_the_seed_alone(
+    world: World, root: Path, folder: Path, fresh_seed: int
+) -> None:
+    path, texts = root / "olmoe", prompts(fresh_seed, 7)
+    loaded = load_model(path, ProcessGrid.create(world))
+    alone = load_model(path, ProcessGrid.create(world, ep=1))
+    sampling = Sampling(temperature=1.3, top_k=50, top_p=0.9, seed=fresh_seed)
+    together, _ = answers(world, loaded, path, folder, texts, sampling=sampling)
+    apart, _ = answers(world, alone, path, folder, texts, sampling=sampling, batch=1)
+    other, _ = answers(world, loaded, path, folder, texts, sampling=Sampling(1.3, 50, 0.9, fresh_seed + 1))
+    same = sum(together[place]["text"] == apart[place]["text"] for place in together)
+    assert same >= 6  # rounding may move one draw across the edge of a probability
+    assert any(together[place]["text"] != other[place]["text"] for place in together)
+
+
+@pytest.mark.parametrize("most", [1, 16, 40])
+def test_prompts_read_a_few_at_a_time_change_nothing(
+    world: World, root: Path, folder: Path, fresh_seed: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``most`` tokens of prompts in one forward, unless one prompt has more."""
+    path, texts = root / "qwen3_moe", prompts(fresh_seed, 12)
+    loaded, read = load_model(path, ProcessGrid.create(world)), []
+
+    def begin(self: Sequences, new: list[Running]) -> list[Running]:
+        read.append([len(r.ids) for r in new])
+        return whole(self, new)
+
+    together, _ = answers(world, loaded, path, folder, texts, prefill_tokens=10**6)
+    whole = Sequences.begin
+    monkeypatch.setattr(Sequences, "begin", begin)
+    apart, _ = answers(world, loaded, path, folder, texts, prefill_tokens=most)
+    assert all(len(lengths) == 1 or len(lengths) * max(lengths) <= most for lengths in read)
+    assert sum(together[place]["text"] == apart[place]["text"] for place in together) >= 11
+
+
+def test_stop_texts_end_answers_and_are_cut(world: World, root: Path, folder: Path, fresh_seed: int) -> None:
+    path, texts = root / "olmoe", prompts(fresh_seed, 5)
+    loaded = load_model(path, ProcessGrid.create(world))
+    options: dict[str, Any] = {"max_new_tokens": 20, "ends": frozenset({END})}
+    free, _ = answers(world, loaded, path, folder, texts, **options)
+    stop = next(letter for r in free.values() for letter in r["text"][3:] if letter.isascii())
+    stopped, _ = answers(world, loaded, path, folder, texts, stops=(stop, "\x00\x01\x02"), **options)
+    assert any(r["finish"] == "stop" for r in stopped.values())
+    for place, record in free.items():
+        cut = record["text"].find(stop)
+        if cut >= 0:
+            assert stopped[place]["text"] == record["text"][:cut] and stopped[place]["finish"] == "stop"
+            assert stopped[place]["tokens"] <= record["tokens"]
+        else:
+            assert stopped[place]["text"] == record["text"]
+
+
+def test_a_chat_prompt_goes_through_the_template(
+    world: World, root: Path, folder: Path, fresh_seed: int
+) -> None:
+    path, texts = root / "olmoe", prompts(fresh_seed, 3)
+    loaded = load_model(path, ProcessGrid.create(world))
+    plain, _ = answers(world, loaded, path, folder, [f"<s>user: {text}" for text in texts])
+    chat, _ = answers(world, loaded, path, folder, texts, chat=True)
+    tokens, by_hand = Tokens(path, chat=True), Tokens(path)
+    assert tokens.encode("x")[0] == END - 1 and tokens.encode("x") == by_hand.encode(
+        "<s>user: x\nassistant: "
+    )
+    assert [r["text"] for r in chat.values()] != [r["text"] for r in plain.values()]
+
+
+def test_a_disk_that_refuses_is_one_error(world: World, root: Path, folder: Path) -> None:
+    path = root / "mixtral"
+    loaded = load_model(path, ProcessGrid.create(world))
+    file = folder / "prompts.txt"
+    if world.rank == 0:
+        file.write_text("a\nb\n")
+    request = Request(path, file, folder / "no" / "out.jsonl", Sampling(), MOST)
+    tokens = Tokens(path)
+    with pytest.raises(AgreedError, match="No such file") as caught:
+        work = prepare(world.comm, request, tokens, resume=False)
+        generate(world.comm, request, work, tokens, loaded)
+    assert len(set(world.comm.all_gather_object(str(caught.value)))) == 1

@@ -1,0 +1,134 @@
+"""Routers other than a checkpoint's own, in a runner on several ranks: the same tokens get the same output anywhere."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from moe_families import Case
+
+from xpar.comm import ProcessGrid, RemoteRankError, World
+from xpar.engine import MoERunner
+from xpar.engine.config import RouterConfig
+from xpar.engine.layer.stage_timer import StageClock
+from xpar.engine.routing import FunctionRouter, ReplayRouter, RoutingRecorder, SimulatedRouter
+from xpar.engine.routing.router import Router
+from xpar.engine.routing.simulated_load import LOADS, Load
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+pytestmark = pytest.mark.mpi(deadline=60)
+EXPERTS, HIDDEN, COUNTS = 8, 64, (5, 0, 9, 2)
+
+
+@pytest.fixture(scope="module")
+def world(comm: "Intracomm") -> World:
+    return World.attach(comm)
+
+
+@pytest.fixture(scope="module")
+def root(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all ranks share, with a checkpoint of a family with an odd router for each oddity."""
+    root = Path(comm.bcast(str(tmp_path_factory.mktemp("routers"))))
+    if comm.rank == 0:
+        Case("mixtral", "mixtral").write(root / "mixtral", "own", torch.float32, 1)
+        Case("llama4", "llama4_text", top_k=1).write(root / "llama4", "own", torch.float32, 2)
+        Case("longcat", "longcat_flash").write(root / "longcat", "transformers", torch.float32, 3)
+    comm.barrier()
+    return root
+
+
+@pytest.fixture(scope="module")
+def runners(world: World, root: Path) -> dict[str, tuple[MoERunner, MoERunner]]:
+    """(spread over all ranks, alone on every rank), by family."""
+    spread, alone = ProcessGrid.create(world), ProcessGrid.create(world, ep=1)
+    return {
+        name: (
+            MoERunner.from_checkpoint(root / name, 1, spread, dispatcher="alltoall"),
+            MoERunner.from_checkpoint(root / name, 1, alone),
+        )
+        for name in ("mixtral", "llama4", "longcat")
+    }
+
+
+def ends(world: World) -> tuple[int, slice]:
+    """All tokens, and which of them are this rank's."""
+    counts = COUNTS[: world.size]
+    begin = sum(counts[: world.rank])
+    return sum(counts), slice(begin, begin + counts[world.rank])
+
+
+def tokens(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def test_hash_routing_by_token_id(
+    world: World, runners: dict[str, tuple[MoERunner, MoERunner]], fresh_seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(fresh_seed)
+    total, mine = ends(world)
+    table = torch.stack([torch.randperm(EXPERTS, generator=generator)[:3] for _ in range(20)])
+    ids = torch.randint(0, 20, (total,), generator=generator)
+    gate = torch.randn(EXPERTS, HIDDEN, generator=generator) / 8
+    config = RouterConfig(3, choice="hash", scoring="sqrtsoftplus")
+    spread, alone = runners["mixtral"]
+    spread.router = alone.router = Router(config, gate, hash_table=table)
+    x = tokens(total, fresh_seed)
+    torch.testing.assert_close(spread(x[mine], input_ids=ids[mine]), alone(x, input_ids=ids)[mine])
+    with pytest.raises(RemoteRankError, match="route needs input_ids"):
+        spread(x[mine])
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_simulated_load_moves_the_tokens_it_draws(
+    world: World, runners: dict[str, tuple[MoERunner, MoERunner]], fresh_seed: int, load: Load
+) -> None:
+    total, mine = ends(world)
+    x = tokens(total, fresh_seed)
+    spread, alone = runners["mixtral"]
+    spread.router = SimulatedRouter(load, EXPERTS, 2, seed=fresh_seed + world.rank)
+    output, routing, _ = spread.run(x[mine], None, StageClock())
+    alone.router = FunctionRouter(lambda *_: (routing.topk_ids, routing.topk_weights), EXPERTS, 2)
+    torch.testing.assert_close(output, alone(x[mine]))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4", "longcat"])
+def test_a_recorded_run_replays(
+    world: World,
+    root: Path,
+    runners: dict[str, tuple[MoERunner, MoERunner]],
+    fresh_seed: int,
+    family: str,
+) -> None:
+    """Also where the weight is on the input, and where identity experts add to the output."""
+    spread, alone = runners[family]
+    if family == "mixtral":
+        spread.router = SimulatedRouter("uniform", EXPERTS, 2, seed=world.rank)
+    recorder, outputs, inputs = RoutingRecorder(), [], []
+    for step in range(3):
+        x = tokens((step + world.rank) % 4, fresh_seed + step)
+        output, routing, _ = spread.run(x, None, StageClock())
+        recorder.record(1, routing)
+        inputs.append(x)
+        outputs.append(output)
+    path = root / f"{family}.rank{world.rank}.safetensors"
+    recorder.save(path)
+    own, spread.router, alone.router = spread.router, ReplayRouter(path, 1), ReplayRouter(path, 1)
+    for x, output in zip(inputs, outputs, strict=True):
+        assert torch.equal(spread(x), output)
+        torch.testing.assert_close(alone(x), output)
+    spread.router = own
+
+
+def test_a_bad_answer_of_a_user_s_function_is_one_error_everywhere(
+    world: World, runners: dict[str, tuple[MoERunner, MoERunner]]
+) -> None:
+    expert = EXPERTS if world.rank == world.size - 1 else 0
+    spread, _ = runners["mixtral"]
+    spread.router = FunctionRouter(
+        lambda *_: (torch.full((3, 1), expert), torch.ones(3, 1)), num_experts=EXPERTS, top_k=1
+    )
+    with pytest.raises(RemoteRankError, match="sent token 0 to expert 8; experts are 0 to 7") as caught:
+        spread(tokens(3, 0))
+    assert len(set(world.comm.all_gather_object(str(caught.value)))) == 1
