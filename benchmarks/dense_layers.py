@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from xpar.kernels.cpu import native_library, zen_library
 from xpar.kernels.cpu.attention import Attention
-from xpar.kernels.cpu.linear import DENSE
+from xpar.kernels.cpu.linear import LINEAR_KERNELS
 
 ROUNDS = 9
 CACHES = 2**27
@@ -50,7 +50,7 @@ def products(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     weights = [
         torch.randn(shape).to(dtype) for _ in range(max(2, CACHES // (dtype.itemsize * shape[0] * shape[1])))
     ]
-    packed = {r.name: [r.build(w, None) for w in weights] for r in DENSE if r.refused(dtype) is None}
+    packed = {r.name: [r.build(w, None) for w in weights] for r in LINEAR_KERNELS if r.refused(dtype) is None}
     for rows in ROWS:
         x = torch.randn(rows, shape[1]).to(dtype)
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from xpar.comm.communicator import Communicator, accumulation_dtype, check_counts
 from xpar.comm.handshake import Tag, handshake
-from xpar.comm.watchdog.collective_check import Intent
+from xpar.comm.watchdog.collective_check import CollectiveSignature
 
 SMALL_REDUCE_BYTES = 16384
 """Below this, gathering every addend is one latency; above, each rank sums its share and shares are gathered."""
 
 
-class Collectives(Communicator):
+class BaseCommunicator(Communicator):
     """What a communicator need not write itself once it can gather and exchange rows.
 
     Before each collective the ranks agree on operation, row size and dtype (one small all-gather), so that a
@@ -50,7 +50,7 @@ class Collectives(Communicator):
                 f"all_gather_v: counts {list(counts)} do not give rank {self.rank} its {x.shape[0]} rows"
             )
         elif self._compares():
-            self._compare(Intent.of(f"all_gather_v of {list(counts)} rows", x, x.shape[1:]))
+            self._compare(CollectiveSignature.of(f"all_gather_v of {list(counts)} rows", x, x.shape[1:]))
         return self._gather(x, counts)
 
     def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -80,19 +80,19 @@ class Collectives(Communicator):
         """Whether to call :meth:`_compare`."""
         return False
 
-    def _compare(self, intent: Intent) -> None:
+    def _compare(self, intent: CollectiveSignature) -> None:
         """Exchange what every rank is about to do; one DesyncError everywhere that names who differs. Collective."""
 
     def _compare_exchange(
         self, x: Tensor, send: Sequence[int], recv: Sequence[int], skip: int | None
     ) -> None:
         if self._compares():
-            what = Intent.of("all_to_all_v", x, x.shape[1:])
+            what = CollectiveSignature.of("all_to_all_v", x, x.shape[1:])
             self._compare(replace(what, send=tuple(send), recv=tuple(recv), skip=skip))
 
     def _agree(self, op: str, x: Tensor, row_shape: Sequence[int], same_rows: bool = False) -> list[int]:
         if self._compares():
-            self._compare(Intent.of(op, x, row_shape))
+            self._compare(CollectiveSignature.of(op, x, row_shape))
         facts = {
             "row_elements": int(np.prod(row_shape)),
             "itemsize": x.element_size(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.handshake import Tag, handshake
-from xpar.comm.partition import share
+from xpar.comm.partition import split_range
 from xpar.comm.shared_window import window_of
 
 ROUND_BYTES = 16 * 2**20
@@ -20,7 +20,7 @@ ROUND_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class Share:
+class ColumnSlice:
     """A product of N = ``outputs`` columns, of which this rank makes ``columns``.
 
     ``compute``: rows [T', K] of any ranks to [T', columns]; not called where ``columns`` is empty, or with no rows.
@@ -32,7 +32,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Places:
+class WindowLayout:
     """Where a round lies in the window: first ``rows`` rows for each rank, from byte ``results_at`` on what came of them.
 
     ``reserved``: it fits into what is always there, rows where no results ever lie: rows may then be written while
@@ -47,7 +47,7 @@ class Places:
     reserved: bool
 
     @classmethod
-    def of(cls, size: int, inputs: int, outputs: int, dtype: torch.dtype) -> "Places":
+    def of(cls, size: int, inputs: int, outputs: int, dtype: torch.dtype) -> "WindowLayout":
         """As many rows a round as the window has room for; one, if it has none."""
         room_of_rows, room_of_results = _rooms()
         all_inputs, all_outputs = (size * n * dtype.itemsize for n in (inputs, outputs))
@@ -63,7 +63,7 @@ class Places:
         return self.results_at + self.size * self.rows * self.outputs * self.dtype.itemsize
 
 
-class SharedColumns:
+class ColumnParallel:
     """Every rank of ``group``, whose ranks share memory, calls :meth:`products` together, those without rows too.
 
     Collective over the group; raises :class:`~xpar.comm.failure.AgreedError` if the node has no room for its window.
@@ -74,14 +74,14 @@ class SharedColumns:
         self._window = window_of(group, "columns")  # nobody else writes there between two products
         self._window.reserve(ROUND_BYTES)
 
-    def products(self, x: Tensor, shares: Sequence[Share], tag: Tag) -> list[Tensor]:
+    def products(self, x: Tensor, shares: Sequence[ColumnSlice], tag: Tag) -> list[Tensor]:
         """[T, N] of each of ``shares``: what the ranks' ``compute`` make of ``x`` [T, K], each its own columns of it.
 
         One agreement, and one fence a round. The agreement says how many rows each rank has, that they are there,
         and that everybody has read the last results, so that new ones may be written.
         """
         outputs = sum(s.outputs for s in shares)
-        places = Places.of(self.group.size, x.shape[1], outputs, x.dtype)
+        places = WindowLayout.of(self.group.size, x.shape[1], outputs, x.dtype)
         if places.reserved:
             self._put(x, places)
             self._window.sync()
@@ -100,19 +100,19 @@ class SharedColumns:
             self._round([o[here] for o in out], parts, shares, places)
         return out
 
-    def _put(self, x: Tensor, places: Places) -> None:
+    def _put(self, x: Tensor, places: WindowLayout) -> None:
         """This rank's rows of a round to where they belong."""
         if x.shape[0]:
             own = x[: places.rows]
             self._slots(places)[self.group.rank, : own.shape[0]] = own
 
-    def _slots(self, places: Places) -> Tensor:
+    def _slots(self, places: WindowLayout) -> Tensor:
         """[R, rows, K]: the places of all ranks' rows."""
         rows = self._window.view(0, (places.size * places.rows, places.inputs), places.dtype)
         return rows.view(places.size, places.rows, places.inputs)
 
     def _round(
-        self, out: Sequence[Tensor], parts: Sequence[int], shares: Sequence[Share], places: Places
+        self, out: Sequence[Tensor], parts: Sequence[int], shares: Sequence[ColumnSlice], places: WindowLayout
     ) -> None:
         """Of the rows of all ranks, ``parts`` of each, this rank's columns; and its rows of all columns to ``out``."""
         slots, rank = self._slots(places), self.group.rank
@@ -129,9 +129,9 @@ class SharedColumns:
             own.copy_(piece[first : first + parts[rank]])
 
 
-def columns_of(outputs: int, group: Communicator, unit: int = 64) -> slice:
+def build_column_parallel(outputs: int, group: Communicator, unit: int = 64) -> slice:
     """This rank's columns of ``outputs``: as many whole ``unit`` as the others' or one more; possibly none."""
-    units = share(-(-outputs // unit), group.size, group.rank)
+    units = split_range(-(-outputs // unit), group.size, group.rank)
     return slice(min(outputs, units.start * unit), min(outputs, units.stop * unit))
 
 

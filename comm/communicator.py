@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from xpar.comm.handshake import Tag
 
 T = TypeVar("T")
-Record = np.ndarray[Any, np.dtype[np.int64]]
+Header = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Pending(Generic[T]):
@@ -75,7 +75,7 @@ class Communicator(Protocol):
     def split(self, color: int, key: int, name: str) -> "Communicator":
         """The group of the ranks that gave the same ``color``, ordered by ``key``."""
 
-    def exchange(self, record: Record, tag: "Tag | None" = None) -> Record:
+    def exchange(self, record: Header, tag: "Tag | None" = None) -> Header:
         """[size, len(record)]: every rank's small int64 record. The metadata plane; always on the host.
 
         ``tag``: what the ranks are doing, for reports.
@@ -144,7 +144,7 @@ class SoloCommunicator:
     def split(self, color: int, key: int, name: str) -> Communicator:
         return SoloCommunicator(name, self.world_ranks[0], self._abort)
 
-    def exchange(self, record: Record, tag: "Tag | None" = None) -> Record:
+    def exchange(self, record: Header, tag: "Tag | None" = None) -> Header:
         return record[None]
 
     def all_gather_object(self, value: Any) -> list[Any]:

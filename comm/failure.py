@@ -19,8 +19,8 @@ from typing import NoReturn, TypeVar
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.handshake import CollectiveError
-from xpar.comm.watchdog.sigterm import hear_sigterm
-from xpar.comm.watchdog.watchdog import Guard
+from xpar.comm.watchdog.sigterm import on_sigterm
+from xpar.comm.watchdog.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -98,14 +98,14 @@ def abort_on_failure() -> None:
     )
 
 
-def report_failures(guard: Guard) -> None:
+def report_failures(guard: Watchdog) -> None:
     """Where :func:`abort_on_failure` is in force, let ``guard`` add to a failure where every rank is, and end the job.
 
     SIGTERM, too, is answered by that report, unless the program has a handler for it.
     """
     if sys.excepthook is _die:
         sys.excepthook = partial(_die, guard=guard)
-        hear_sigterm(guard.told_to_end)
+        on_sigterm(guard.told_to_end)
 
 
 def _exit_code(error: BaseException) -> int:
@@ -119,7 +119,7 @@ def _die(
     kind: type[BaseException],
     error: BaseException,
     trace: TracebackType | None,
-    guard: Guard | None = None,
+    guard: Watchdog | None = None,
 ) -> NoReturn:
     rank, code = _world_rank(), _exit_code(error)
     who = f"[rank {rank} on {socket.gethostname()}] " if rank is not None else ""

@@ -6,7 +6,7 @@ import torch
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.device.binding import Gpu, bind_gpu
-from xpar.comm.device.transport import Transport, choose_transport, facts_of, open_transport, posed_host
+from xpar.comm.device.transport import Transport, choose_transport, facts_of, host_override, open_transport
 from xpar.comm.failure import agreed
 from xpar.comm.handshake import Tag, handshake
 from xpar.comm.watchdog.deadlines import Deadlines
@@ -169,5 +169,5 @@ def _device_transport(world: World, name: str, deadlines: Deadlines) -> Transpor
     facts = world.comm.all_gather_object(agreed(world.comm, lambda: facts_of(gpu), "process grid"))
     choice = agreed(world.comm, lambda: choose_transport(facts, name), "process grid")
     device = torch.device("cuda", gpu.index)
-    host = posed_host(facts, world.rank)
+    host = host_override(facts, world.rank)
     return open_transport(world.comm, device, choice, deadlines, required=name != "auto", host=host)

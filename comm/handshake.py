@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xpar.comm.communicator import Communicator, Record
+from xpar.comm.communicator import Communicator, Header
 
 RECORD_WORDS = 12
 """Every handshake exchanges this many int64 words, so that two different ones can meet and be told apart."""
@@ -51,7 +51,7 @@ def handshake(
     same: dict[str, int] | None = None,
     values: tuple[int, ...] = (),
     failure: BaseException | None = None,
-) -> Record:
+) -> Header:
     """Exchange one record; return [size, len(values)] int64, the ``values`` of every rank.
 
     ``same``: named facts that must be equal on all ranks. ``failure``: what went wrong on this rank before it

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from xpar.comm.base_communicator import Collectives, arrival_buffer
-from xpar.comm.communicator import Communicator, Pending, Record, SoloCommunicator
+from xpar.comm.base_communicator import BaseCommunicator, arrival_buffer
+from xpar.comm.communicator import Communicator, Header, Pending, SoloCommunicator
 from xpar.comm.handshake import DesyncError, Tag
-from xpar.comm.watchdog.collective_check import Intent, difference
+from xpar.comm.watchdog.collective_check import CollectiveSignature, difference
 from xpar.comm.watchdog.journal import Journal, NoJournal
-from xpar.comm.watchdog.watchdog import Guard
+from xpar.comm.watchdog.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -29,11 +29,11 @@ PATIENCE_S = 0.002
 """Between two looks of a patient barrier."""
 
 
-class MpiCommunicator(Collectives):
+class MpiCommunicator(BaseCommunicator):
     """One group's collectives on host memory. ``guard``: who is told when this rank begins to wait for the others."""
 
     def __init__(
-        self, mpi_comm: "MPI.Comm", name: str, world_ranks: Sequence[int], guard: Guard | None = None
+        self, mpi_comm: "MPI.Comm", name: str, world_ranks: Sequence[int], guard: Watchdog | None = None
     ) -> None:
         from mpi4py import MPI
 
@@ -74,7 +74,7 @@ class MpiCommunicator(Collectives):
         journal = self._journal
         if not patient:
             if journal.compares:
-                self._compare(Intent("barrier"))
+                self._compare(CollectiveSignature("barrier"))
             journal.enter(journal.begin(), "barrier")
             self.mpi_comm.Barrier()
             journal.leave()
@@ -88,7 +88,7 @@ class MpiCommunicator(Collectives):
         """A barrier in two halves: this rank has come, and ``wait`` returns once every rank has."""
         journal = self._journal
         if journal.compares:
-            self._compare(Intent("barrier in two halves"))
+            self._compare(CollectiveSignature("barrier in two halves"))
         seq = journal.begin()
         journal.enter(seq, "barrier")
         request = self.mpi_comm.Ibarrier()
@@ -102,7 +102,7 @@ class MpiCommunicator(Collectives):
         return Pending(complete)
 
     def split(self, color: int, key: int, name: str) -> Communicator:
-        self._compare(Intent(f"split into {name}"))
+        self._compare(CollectiveSignature(f"split into {name}"))
         with self.waiting(f"split into {name}", self._patience()):
             sub = self.mpi_comm.Split(color, key)
             world_ranks = sub.allgather(self.world_ranks[self.rank])
@@ -149,11 +149,11 @@ class MpiCommunicator(Collectives):
 
     # -- metadata plane -------------------------------------------------------------------------------------
 
-    def exchange(self, record: Record, tag: Tag | None = None) -> Record:
+    def exchange(self, record: Header, tag: Tag | None = None) -> Header:
         tag, journal = tag or Tag("exchange"), self._journal
         journal.at(tag.layer, tag.step)
         if journal.compares:
-            self._compare(Intent(f"handshake {tag}"))
+            self._compare(CollectiveSignature(f"handshake {tag}"))
         table = np.empty((self.size, record.size), dtype=np.int64)
         op = tag.op.removesuffix(f" in group {self.name}")  # the report names the group itself
         journal.enter(journal.begin(), op, None, tag.rows, 0, tag.row_bytes)
@@ -162,7 +162,7 @@ class MpiCommunicator(Collectives):
         return table
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        self._compare(Intent("all_gather_object"))
+        self._compare(CollectiveSignature("all_gather_object"))
         with self.waiting("all_gather_object", self._patience()):
             return self.mpi_comm.allgather(value)
 
@@ -196,7 +196,7 @@ class MpiCommunicator(Collectives):
     def _compares(self) -> bool:
         return self._journal.compares
 
-    def _compare(self, intent: Intent) -> None:
+    def _compare(self, intent: CollectiveSignature) -> None:
         if not self._journal.compares:
             return
         with self.waiting(f"comparing {intent}", self._patience()):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xpar.comm.partition import share, shares
+from xpar.comm.partition import split_range, split_sizes
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Placement:
         ``copies``: experts that every ep rank holds besides its block; those of rank r have the ids
         ``E + r * copies`` and on, and the local indices after its block's.
         """
-        sizes = shares(num_experts, ep)
+        sizes = split_sizes(num_experts, ep)
         owner = torch.repeat_interleave(torch.arange(ep), torch.tensor(sizes))
         local = torch.cat([torch.arange(n) for n in sizes] + [torch.arange(n, n + copies) for n in sizes])
         owner = torch.cat([owner, torch.arange(ep).repeat_interleave(copies), torch.tensor([ep])])
@@ -56,7 +56,7 @@ class Placement:
 
     def experts_of(self, ep_rank: int) -> range:
         """Global ids of the experts held by ``ep_rank``, in local order."""
-        held = share(self.num_experts, self.ep, ep_rank)
+        held = split_range(self.num_experts, self.ep, ep_rank)
         return range(held.start, held.stop)
 
     def owners(self, topk_ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator
-from xpar.comm.partition import share, shares
+from xpar.comm.partition import split_range, split_sizes
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Transform:
     reduce_commutes: bool = False
 
 
-def finish(
+def sum_outputs(
     routed: Distributed,
     shared: Distributed | None = None,
     *,
@@ -66,13 +66,13 @@ def finish(
     """
     if transform is not None:
         if isinstance(routed.state, Partial) and not transform.reduce_commutes:
-            routed = complete(routed)
+            routed = to_full(routed)
         routed = Distributed(transform.function(routed.tensor), routed.state)
     result = routed if shared is None else add(routed, shared)
-    return result if deferred else complete(result)
+    return result if deferred else to_full(result)
 
 
-def complete(x: Distributed) -> Distributed:
+def to_full(x: Distributed) -> Distributed:
     """The ``Full`` form of ``x``: nothing, one all-reduce or one all-gather."""
     if isinstance(x.state, Partial):
         return Distributed(x.state.group.all_reduce(x.tensor), Full())
@@ -83,16 +83,16 @@ def complete(x: Distributed) -> Distributed:
 
 def add(a: Distributed, b: Distributed) -> Distributed:
     """The sum, in a state that neither loses nor repeats an addend."""
-    if alike(a.state, b.state):
+    if same_state(a.state, b.state):
         return Distributed(a.tensor + b.tensor, a.state)
     for sharded, partial in ((a, b), (b, a)):
-        if isinstance(sharded.state, Sharded) and alike(partial.state, Partial(sharded.state.group)):
+        if isinstance(sharded.state, Sharded) and same_state(partial.state, Partial(sharded.state.group)):
             mine = sharded.state.group.reduce_scatter_v(partial.tensor, sharded.state.counts)
             return Distributed(sharded.tensor + mine, sharded.state)
-    return Distributed(complete(a).tensor + complete(b).tensor, Full())
+    return Distributed(to_full(a).tensor + to_full(b).tensor, Full())
 
 
-def alike(a: State, b: State) -> bool:
+def same_state(a: State, b: State) -> bool:
     """Whether two states say the same: two groups of the same ranks in the same order are one for this."""
     if isinstance(a, Full) or isinstance(b, Full):
         return a == b
@@ -101,9 +101,9 @@ def alike(a: State, b: State) -> bool:
 
 
 def split_tokens(x: Tensor, group: Communicator) -> Distributed:
-    """This rank's share of tokens ``x`` [T, ...] that every rank of ``group`` holds; :func:`complete` gathers them again.
+    """This rank's share of tokens ``x`` [T, ...] that every rank of ``group`` holds; :func:`to_full` gathers them again.
 
     What a model does before a sequence-parallel layer. No rows move.
     """
-    counts = tuple(shares(x.shape[0], group.size))
-    return Distributed(x[share(x.shape[0], group.size, group.rank)], Sharded(group, counts))
+    counts = tuple(split_sizes(x.shape[0], group.size))
+    return Distributed(x[split_range(x.shape[0], group.size, group.rank)], Sharded(group, counts))

@@ -16,12 +16,12 @@ YOUNG_S = 60.0
 
 
 @dataclass(frozen=True)
-class Leftovers:
+class StaleFiles:
     files: int
     nbytes: int
 
 
-def find_leftovers(folder: Path) -> Leftovers:
+def find_stale_files(folder: Path) -> StaleFiles:
     """Of this user, in ``folder``: files of MPI that no process maps any more."""
     found = {}
     with suppress(OSError):
@@ -32,7 +32,7 @@ def find_leftovers(folder: Path) -> Leftovers:
     limit = time.time() - YOUNG_S
     old = {path: stat for path, stat in found.items() if stat.st_uid == os.getuid() and stat.st_mtime < limit}
     left = set(old) - _mapped(set(old)) if old else set()
-    return Leftovers(len(left), sum(old[path].st_blocks * 512 for path in left))
+    return StaleFiles(len(left), sum(old[path].st_blocks * 512 for path in left))
 
 
 def _mapped(paths: set[str]) -> set[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xpar.comm.communicator import Communicator
-from xpar.comm.watchdog.watchdog import Guard
+from xpar.comm.watchdog.watchdog import Watchdog
 
 Group = tuple[str, tuple[int, ...]]
 """A group's name and ranks."""
@@ -27,7 +27,7 @@ class Lateness:
     last: float
 
 
-def gather_lateness(comm: Communicator, guard: Guard) -> list[Lateness]:
+def gather_lateness(comm: Communicator, guard: Watchdog) -> list[Lateness]:
     """Of every rank of the job, in order; collective over ``comm``, the group of all ranks. Empties the journals."""
     return lateness(comm.all_gather_object(guard.take_waits()))
 

@@ -14,7 +14,7 @@ from xpar.comm.handshake import CollectiveError
 from xpar.comm.mpi_communicator import MpiCommunicator
 from xpar.comm.shared_window import free_bytes, refuse_full_memory
 from xpar.comm.watchdog.deadlines import Deadlines
-from xpar.comm.watchdog.watchdog import WATCHING, Guard, Watching
+from xpar.comm.watchdog.watchdog import WATCHING, Watchdog, Watching
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -49,7 +49,7 @@ class World:
     library: str
     window_room: tuple[int, ...]
     deadlines: Deadlines = DEADLINES
-    guard: Guard | None = None
+    guard: Watchdog | None = None
 
     @property
     def rank(self) -> int:
@@ -142,7 +142,7 @@ class World:
         room = tuple(ordered.allgather(free_bytes()))
         guard = None
         if ordered.size > 1 and watched is not None:
-            guard = Guard.start(ordered, shared, node_of, watched, watch)
+            guard = Watchdog.start(ordered, shared, node_of, watched, watch)
             report_failures(guard)
         shared.Free()
         comm: Communicator

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xpar.kernels.contracts import Activation
-from xpar.kernels.position_invariant import placeless
+from xpar.kernels.position_invariant import position_invariant
 
 
 def activate(packed: Tensor, activation: Activation, row_invariant: bool = False) -> Tensor:
@@ -26,7 +26,7 @@ def activate(packed: Tensor, activation: Activation, row_invariant: bool = False
         raise ValueError(f"packed rows have width {packed.shape[-1]}: gate and up halves need an even width")
     parts = packed.chunk(2, dim=-1) if activation.gated else (packed,)
     if row_invariant:
-        return placeless(lambda *pieces: _function(activation, *pieces), *parts)
+        return position_invariant(lambda *pieces: _function(activation, *pieces), *parts)
     return _function(activation, *parts)
 
 

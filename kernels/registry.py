@@ -15,7 +15,7 @@ from xpar.kernels.plain import ReferenceExperts
 
 
 @dataclass(frozen=True)
-class OneCall:
+class FusedRouting:
     """That a kernel covers the steps route, compute and combine in one call, where it holds every expert.
 
     ``scorings``: the ones it routes by, ungrouped and without a bias. ``tokens``: up to so many one call is the faster
@@ -38,7 +38,7 @@ class OneCall:
 
 
 @dataclass(frozen=True)
-class KernelRecord:
+class KernelEntry:
     """What one kernel can do.
 
     ``devices``: torch device types. ``activations``: the plain gated ones it has; ``all_activations``: and every other
@@ -58,7 +58,7 @@ class KernelRecord:
     build: Callable[[ExpertSpec], ExpertKernel]
     measured: str
     all_activations: bool = False
-    one_call: OneCall | None = None
+    one_call: FusedRouting | None = None
     outdone: Callable[[ExpertSpec], str | None] = lambda spec: None
 
     def refuses(self, spec: ExpertSpec) -> str | None:
@@ -80,7 +80,7 @@ class KernelRecord:
 class Choice:
     """The kernel chosen, and for each kernel passed over (name, reason)."""
 
-    record: KernelRecord
+    record: KernelEntry
     rejected: tuple[tuple[str, str], ...]
 
     def explain(self) -> str:
@@ -107,8 +107,8 @@ _ONE_CALL_XEON = (
 )
 
 # Fastest first: the first that serves a spec is chosen.
-KERNELS: tuple[KernelRecord, ...] = (
-    KernelRecord(
+KERNELS: tuple[KernelEntry, ...] = (
+    KernelEntry(
         name="zentorch",
         devices=("cpu",),
         dtypes=(torch.bfloat16,),
@@ -116,10 +116,10 @@ KERNELS: tuple[KernelRecord, ...] = (
         row_invariant=False,
         unavailable=experts_zen.unavailable,
         build=ZenExperts,
-        one_call=OneCall(("softmax",), tokens=4, measured=f"1.03 / 1.02 / 1.06 {_ONE_CALL}"),
+        one_call=FusedRouting(("softmax",), tokens=4, measured=f"1.03 / 1.02 / 1.06 {_ONE_CALL}"),
         measured=f"2.1 / 1.9 / 1.8 / 1.8 / 1.5 / 1.2 x {_OLMOE}",
     ),
-    KernelRecord(
+    KernelEntry(
         name="native",
         devices=("cpu",),
         dtypes=(torch.bfloat16,),
@@ -128,11 +128,11 @@ KERNELS: tuple[KernelRecord, ...] = (
         unavailable=experts_native.unavailable,
         build=NativeExperts,
         all_activations=True,
-        one_call=OneCall(("softmax",), tokens=4, measured=f"1.03 / 1.02 / 1.02 {_ONE_CALL_XEON}"),
+        one_call=FusedRouting(("softmax",), tokens=4, measured=f"1.03 / 1.02 / 1.02 {_ONE_CALL_XEON}"),
         measured=f"1.9 / 2.3 / 2.8 / 5.3 / 5.0 / 4.2 x {_OLMOE_XEON}; onednn there 1.2 / 1.1 / 1.0 / 1.1 / 1.0 / 1.0",
         outdone=lambda spec: native_library.outdone(),
     ),
-    KernelRecord(
+    KernelEntry(
         name="onednn",
         devices=("cpu",),
         dtypes=_FLOATS,
@@ -141,10 +141,10 @@ KERNELS: tuple[KernelRecord, ...] = (
         unavailable=experts_onednn.unavailable,
         build=OneDnnExperts,
         all_activations=True,
-        one_call=OneCall(("softmax",), tokens=4, measured=f"1.08 / 1.01 / 1.01 {_ONE_CALL}"),
+        one_call=FusedRouting(("softmax",), tokens=4, measured=f"1.08 / 1.01 / 1.01 {_ONE_CALL}"),
         measured=f"1.4 / 1.4 / 1.3 / 1.4 / 1.3 / 1.2 x {_OLMOE}",
     ),
-    KernelRecord(
+    KernelEntry(
         name="triton",
         devices=("cuda",),
         dtypes=_FLOATS,
@@ -155,7 +155,7 @@ KERNELS: tuple[KernelRecord, ...] = (
         all_activations=True,
         measured="measure with xpar bench kernels",
     ),
-    KernelRecord(
+    KernelEntry(
         name="reference",
         devices=("cpu", "cuda"),
         dtypes=_FLOATS,
@@ -169,7 +169,7 @@ KERNELS: tuple[KernelRecord, ...] = (
 )
 
 
-def choose(spec: ExpertSpec, name: str = "auto", kernels: tuple[KernelRecord, ...] = KERNELS) -> Choice:
+def choose(spec: ExpertSpec, name: str = "auto", kernels: tuple[KernelEntry, ...] = KERNELS) -> Choice:
     """The first of ``kernels`` that serves ``spec``, or the one called ``name``.
 
     Raises ValueError, with every kernel's reason, if none does or the named one does not.
@@ -188,7 +188,7 @@ def choose(spec: ExpertSpec, name: str = "auto", kernels: tuple[KernelRecord, ..
     return Choice(chosen, tuple((r.name, why or other) for r, why in reasons if r is not chosen))
 
 
-def _named(name: str, reasons: list[tuple[KernelRecord, str | None]]) -> KernelRecord:
+def _named(name: str, reasons: list[tuple[KernelEntry, str | None]]) -> KernelEntry:
     names = _names(record.name for record, _ in reasons)
     for record, reason in reasons:
         if record.name == name:

@@ -7,7 +7,7 @@ FEW = 1024
 """Numbers that one stable sort orders sooner than six operations make keys of them (5 against 24 us for 64 of them)."""
 
 
-def largest(values: Tensor, k: int) -> Tensor:
+def stable_topk(values: Tensor, k: int) -> Tensor:
     """[T, k] int64: positions of the k largest of ``values`` [T, N] float32, falling; equal values by position.
 
     ``topk`` alone leaves the order of equal values open. A stable sort does not. Beyond ``FEW`` numbers ``topk`` gets

@@ -9,7 +9,7 @@ from torch import Tensor
 from xpar.comm.communicator import Pending
 
 
-class Mover(Protocol):
+class DeviceBackend(Protocol):
     """Moves rows of contiguous tensors on one device. Sizes are agreed and checked before they come here.
 
     What a call returns is ordered after the work on torch's current stream, and later work there may read it.

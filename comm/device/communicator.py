@@ -6,25 +6,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from xpar.comm.base_communicator import Collectives, arrival_buffer
-from xpar.comm.communicator import Communicator, Pending, Record
-from xpar.comm.device.backend import Mover
+from xpar.comm.base_communicator import BaseCommunicator, arrival_buffer
+from xpar.comm.communicator import Communicator, Header, Pending
+from xpar.comm.device.backend import DeviceBackend
 from xpar.comm.handshake import Tag
 from xpar.comm.mpi_communicator import MpiCommunicator
-from xpar.comm.watchdog.collective_check import Intent
+from xpar.comm.watchdog.collective_check import CollectiveSignature
 
 if TYPE_CHECKING:
     from xpar.comm.device.transport import Transport
 
 
-class DeviceCommunicator(Collectives):
+class DeviceCommunicator(BaseCommunicator):
     """Tensors on ``device`` travel through ``mover``, host tensors and records over ``host``.
 
     ``transport`` made this communicator and makes those of its sub-groups.
     """
 
     def __init__(
-        self, host: MpiCommunicator, device: torch.device, mover: Mover, transport: "Transport"
+        self, host: MpiCommunicator, device: torch.device, mover: DeviceBackend, transport: "Transport"
     ) -> None:
         self.host, self.device, self.mover, self.transport = host, device, mover, transport
         self.name, self.rank, self.size, self.world_ranks = host.name, host.rank, host.size, host.world_ranks
@@ -75,7 +75,7 @@ class DeviceCommunicator(Collectives):
     def barrier(self, patient: bool = False) -> None:
         self.host.barrier(patient)
 
-    def exchange(self, record: Record, tag: Tag | None = None) -> Record:
+    def exchange(self, record: Header, tag: Tag | None = None) -> Header:
         return self.host.exchange(record, tag)
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -90,7 +90,7 @@ class DeviceCommunicator(Collectives):
 
     # -- the two movements ----------------------------------------------------------------------------------
 
-    def _compare(self, intent: Intent) -> None:
+    def _compare(self, intent: CollectiveSignature) -> None:
         self.host._compare(intent)
 
     def _compares(self) -> bool:

@@ -22,8 +22,8 @@ CUDA = 0
 """``MPIX_GPU_SUPPORT_CUDA``."""
 
 
-class DirectMover:
-    """See :class:`~xpar.comm.device.backend.Mover`. MPI knows no streams: each call waits for the GPU before it starts."""
+class MpiBackend:
+    """See :class:`~xpar.comm.device.backend.DeviceBackend`. MPI knows no streams: each call waits for the GPU before it starts."""
 
     def __init__(self, host: MpiCommunicator, device: torch.device) -> None:
         self.host, self.device = host, device

@@ -8,19 +8,19 @@ from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
 from xpar.comm.device.backend import current_stream, marker, synchronize
-from xpar.comm.device.nccl_communicator import Link, named
+from xpar.comm.device.nccl_communicator import NcclCommunicator, named
 from xpar.comm.device.nccl_library import ALL_TO_ALL_VERSION, NcclError
 from xpar.comm.device.schedule import Schedule, exchange_schedule, gather_schedule
 from xpar.comm.failure import agreed
 
 
-class NcclMover:
-    """See :class:`~xpar.comm.device.backend.Mover`. Everything runs on torch's current stream; no call waits for the GPU.
+class NcclBackend:
+    """See :class:`~xpar.comm.device.backend.DeviceBackend`. Everything runs on torch's current stream; no call waits for the GPU.
 
     Equal sizes go through NCCL's own all-gather and all-to-all, others through one group of sends and receives.
     """
 
-    def __init__(self, link: Link, device: torch.device) -> None:
+    def __init__(self, link: NcclCommunicator, device: torch.device) -> None:
         self.link, self.device = link, device
         self._has_all_to_all = link.library.version() >= ALL_TO_ALL_VERSION
 

@@ -16,7 +16,7 @@ SPIN_SECONDS = 1e-3
 """How long a state is polled without pause: most operations are launched within microseconds."""
 
 
-class Link:
+class NcclCommunicator:
     """A communicator that is ready. Not blocking: each call waits until NCCL has launched, never until it is done.
 
     Waiting for the launch keeps NCCL's kernel in its place on the stream: a group is launched from another thread.
@@ -32,7 +32,7 @@ class Link:
     @classmethod
     def connect(
         cls, library: Library, group: Communicator, deadlines: Deadlines, watch: Watch, blocking: bool = False
-    ) -> "Link":
+    ) -> "NcclCommunicator":
         """Collective over ``group``. Raises the same AgreedError on every rank if any of them cannot."""
         doing = f"NCCL for group {group.name}"
         ids = agreed(group, lambda: named(library.unique_id) if group.rank == 0 else b"", doing)
@@ -41,7 +41,7 @@ class Link:
         def join() -> Comm:
             comm = named(lambda: library.init(group.size, group.rank, unique_id, blocking))
             try:
-                settle(library, comm, deadlines.connect, f"joining group {group.name}")
+                poll_until_done(library, comm, deadlines.connect, f"joining group {group.name}")
             except NcclError as error:
                 give_up(library, comm, deadlines.abort)
                 raise OSError(f"{error} (NCCL {version_text(library.version())})") from None
@@ -64,7 +64,7 @@ class Link:
                 calls()
             finally:
                 self.library.group_end()
-            settle(self.library, self.comm, self.deadlines.launch, what)
+            poll_until_done(self.library, self.comm, self.deadlines.launch, what)
         except Exception as error:
             self.break_off(f"{what}: {error}")
             if isinstance(error, NcclError):
@@ -90,13 +90,13 @@ class Link:
         self.broken = "closed"
         try:
             self.library.finalize(self.comm)
-            settle(self.library, self.comm, self.deadlines.abort, "closing")
+            poll_until_done(self.library, self.comm, self.deadlines.abort, "closing")
             self.library.destroy(self.comm)
         except (NcclError, RuntimeError):
             give_up(self.library, self.comm, self.deadlines.abort)
 
 
-def settle(library: Library, comm: Comm, seconds: float, what: str) -> None:
+def poll_until_done(library: Library, comm: Comm, seconds: float, what: str) -> None:
     """Wait until ``comm`` is done with what it was asked. Raises NcclError if it failed or takes longer."""
     begin = time.monotonic()
     while (state := library.state(comm)) == IN_PROGRESS:

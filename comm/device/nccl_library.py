@@ -128,7 +128,7 @@ class Nccl4py:
         self.nccl.comm_destroy(comm)
 
 
-def load() -> Nccl4py:
+def open_library() -> Nccl4py:
     """The bindings with a library behind them. Raises ValueError that says what is missing and how to get it."""
     try:
         from nccl.bindings import nccl

@@ -14,8 +14,8 @@ from xpar.comm.device.schedule import starts
 from xpar.comm.mpi_communicator import MpiCommunicator
 
 
-class StagedMover:
-    """See :class:`~xpar.comm.device.backend.Mover`. Each call waits for the GPU's work on the rows that it sends.
+class StagedBackend:
+    """See :class:`~xpar.comm.device.backend.DeviceBackend`. Each call waits for the GPU's work on the rows that it sends.
 
     Buffers come from torch's cache of pinned memory, which keeps one until the copies that use it are done.
     """

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from xpar.comm.communicator import Communicator
-from xpar.comm.device.backend import Mover
+from xpar.comm.device.backend import DeviceBackend
 from xpar.comm.device.binding import Gpu, shared_gpus
 from xpar.comm.device.communicator import DeviceCommunicator
-from xpar.comm.device.mpi_backend import DirectMover, claims_cuda
-from xpar.comm.device.nccl_backend import NcclMover
-from xpar.comm.device.nccl_communicator import Link
-from xpar.comm.device.nccl_library import SHARED_GPU_VERSION, Library, load, version_text
-from xpar.comm.device.staged_backend import StagedMover
+from xpar.comm.device.mpi_backend import MpiBackend, claims_cuda
+from xpar.comm.device.nccl_backend import NcclBackend
+from xpar.comm.device.nccl_communicator import NcclCommunicator
+from xpar.comm.device.nccl_library import SHARED_GPU_VERSION, Library, open_library, version_text
+from xpar.comm.device.staged_backend import StagedBackend
 from xpar.comm.device.watch import Watch
 from xpar.comm.failure import AgreedError
 from xpar.comm.mpi_communicator import MpiCommunicator
@@ -71,7 +71,7 @@ def facts_of(gpu: Gpu) -> DeviceFacts:
     """This rank's part."""
     version, problem = None, None
     try:
-        version = load().version()
+        version = open_library().version()
     except ValueError as error:
         problem = str(error)
     multi_rank = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") == "1"
@@ -132,7 +132,7 @@ def _refused(facts: Sequence[DeviceFacts]) -> str | None:
     return None
 
 
-def posed_host(facts: Sequence[DeviceFacts], rank: int) -> str | None:
+def host_override(facts: Sequence[DeviceFacts], rank: int) -> str | None:
     """What ``rank`` gives NCCL as its host (``NCCL_HOSTID``); None where NCCL takes all ranks for what they are.
 
     NCCL refuses two ranks of one host on one GPU. Those get different hosts and connect by sockets; ranks of a node that
@@ -162,11 +162,11 @@ class Transport:
         self,
         choice: TransportChoice,
         device: torch.device,
-        connect: Callable[[MpiCommunicator], Mover],
+        connect: Callable[[MpiCommunicator], DeviceBackend],
         watch: Watch | None = None,
     ) -> None:
         self.choice, self.device, self.watch, self._connect = choice, device, watch, connect
-        self._movers: dict[tuple[int, ...], Mover] = {}
+        self._movers: dict[tuple[int, ...], DeviceBackend] = {}
         atexit.register(self.close)  # while CUDA and MPI are still there
 
     def wrap(self, host: Communicator) -> Communicator:
@@ -196,7 +196,7 @@ def open_transport(
     library: Library | None = None,
     host: str | None = None,
 ) -> Transport:
-    """Make ``choice`` work on the group of all ranks; collective. ``host``: see :func:`posed_host`.
+    """Make ``choice`` work on the group of all ranks; collective. ``host``: see :func:`host_override`.
 
     If NCCL turns out not to connect, rows are staged instead and the choice says why, unless it is ``required``:
     then the AgreedError is raised, the same on every rank.
@@ -204,7 +204,7 @@ def open_transport(
     if choice.name == "nccl":
         if host is not None:
             os.environ.setdefault("NCCL_HOSTID", host)  # read when NCCL first joins a communicator
-        nccl = nccl_transport(world, device, choice, deadlines, library or load())
+        nccl = nccl_transport(world, device, choice, deadlines, library or open_library())
         try:
             nccl.wrap(world)
             return nccl
@@ -214,10 +214,10 @@ def open_transport(
                 raise
             choice = choice.without("nccl", str(error).strip().splitlines()[0])
     if choice.name == "mpi":
-        direct = Transport(choice, device, lambda host: _checked(DirectMover(host, device)))
+        direct = Transport(choice, device, lambda host: _checked(MpiBackend(host, device)))
         direct.wrap(world)
         return direct
-    return Transport(choice, device, lambda host: StagedMover(host, device))
+    return Transport(choice, device, lambda host: StagedBackend(host, device))
 
 
 def nccl_transport(
@@ -231,16 +231,16 @@ def nccl_transport(
     """Connections by NCCL, each tested when it is made, and one thread that watches them all."""
     watch = Watch(lambda wrong: end_job(world, wrong))
 
-    def connect(host: MpiCommunicator) -> Mover:
-        link = Link.connect(library, host, deadlines, watch, blocking)
-        mover = NcclMover(link, device)
+    def connect(host: MpiCommunicator) -> DeviceBackend:
+        link = NcclCommunicator.connect(library, host, deadlines, watch, blocking)
+        mover = NcclBackend(link, device)
         mover.check(host)
         return mover
 
     return Transport(choice, device, connect, watch)
 
 
-def _checked(mover: DirectMover) -> Mover:
+def _checked(mover: MpiBackend) -> DeviceBackend:
     mover.check()
     return mover
 

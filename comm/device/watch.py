@@ -15,7 +15,7 @@ Problem = Callable[[], str | None]
 
 
 @dataclass(frozen=True)
-class Watched:
+class WatchedOperation:
     """``done`` turns true when the work has ended; ``problem`` names a failure found meanwhile."""
 
     done: Done
@@ -34,7 +34,7 @@ class Watch:
 
     def __init__(self, fail: Callable[[str], None], pause: float = 0.2) -> None:
         self._fail, self._pause = fail, pause
-        self._waiting: deque[Watched] = deque()
+        self._waiting: deque[WatchedOperation] = deque()
         self._asking = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -43,7 +43,7 @@ class Watch:
         """Follow one more operation; None is one that cannot be followed, because it is only being captured."""
         if done is None:
             return
-        self._waiting.append(Watched(done, what, time.monotonic(), seconds, problem))
+        self._waiting.append(WatchedOperation(done, what, time.monotonic(), seconds, problem))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="xpar-gpu-watch", daemon=True)
             self._thread.start()

@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
-from xpar.comm.dispatch.alltoall import Detail, destinations, per_rank, return_rows, slots_back
-from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, every_entry, pack, unpack
-from xpar.comm.dispatch.outgoing_rows import ids_there
+from xpar.comm.dispatch.alltoall import AllToAllPlan, destinations, per_rank, return_rows, slots_back
+from xpar.comm.dispatch.base import (
+    Capabilities,
+    DispatchPlan,
+    Traffic,
+    agree_on_plan,
+    decode_routing,
+    encode_routing,
+    every_entry,
+)
+from xpar.comm.dispatch.outgoing_rows import local_ids_at_destination
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
@@ -21,7 +29,7 @@ from xpar.kernels.contracts import ExpertInput, Routing
 
 
 @dataclass(frozen=True)
-class Whole:
+class GatheredTokens:
     """All tokens of all ranks are entries. ``arrived``: local ids and weights of each; ``counts``: tokens per rank."""
 
     arrived: Routing
@@ -50,20 +58,20 @@ class AllGatherDispatcher:
         dtype: torch.dtype,
         exact: bool = False,
     ) -> DispatchPlan:
-        own, counts = agree(self.group, self.name, routing, tag, hidden_size, dtype, exact)
-        everyone = unpack(self.group.all_gather_v(pack(own), counts))
+        own, counts = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
+        everyone = decode_routing(self.group.all_gather_v(encode_routing(own), counts))
         size, tokens = self.group.size, own.topk_ids.shape[0]
         sent = [tokens] * size
         if self.whole and not exact:
             local = self.placement.local_ids(everyone.topk_ids, self.group.rank // self.placement.etp)
-            whole = Whole(Routing(local, everyone.topk_weights), counts)
+            whole = GatheredTokens(Routing(local, everyone.topk_weights), counts)
             return DispatchPlan(own, exact, Traffic.of(self.group.rank, sent, tokens * size), whole)
         detail = gathered_detail(own, everyone, counts, self.placement, self.group.rank, exact)
         traffic = Traffic.of(self.group.rank, sent, sum(detail.back_recv))
         return DispatchPlan(own, exact, traffic, (detail, counts))
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        if isinstance(plan.detail, Whole):
+        if isinstance(plan.detail, GatheredTokens):
             return self._dispatch_whole(hidden_states, plan.detail)
         detail, counts = plan.detail
         everything = self.group.all_gather_v(hidden_states, counts)
@@ -74,20 +82,20 @@ class AllGatherDispatcher:
         return None
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
-        if isinstance(plan.detail, Whole):
+        if isinstance(plan.detail, GatheredTokens):
             counts = plan.detail.counts
             mine = self.group.reduce_scatter_v(every_entry(outputs, sum(counts)), counts)
             return Pending(lambda: Distributed(mine, Full()))
         return return_rows(self.group, outputs, plan.detail[0], plan.own)
 
-    def _dispatch_whole(self, hidden_states: Tensor, whole: Whole) -> Pending[ExpertInput]:
+    def _dispatch_whole(self, hidden_states: Tensor, whole: GatheredTokens) -> Pending[ExpertInput]:
         everything = self.group.all_gather_v(hidden_states, whole.counts)
         return Pending(lambda: ExpertInput(everything, whole.arrived.topk_ids, whole.arrived.topk_weights))
 
 
 def gathered_detail(
     own: Routing, everyone: Routing, counts: list[int], placement: Placement, rank: int, exact: bool
-) -> Detail:
+) -> AllToAllPlan:
     """What :class:`AllToAllDispatcher` learns by asking, derived from everyone's routing."""
     destination, tokens, send = destinations(own.topk_ids, placement)
     local = placement.local_ids(everyone.topk_ids, rank // placement.etp)
@@ -96,8 +104,8 @@ def gathered_detail(
     recv = torch.bincount(home[rows], minlength=len(counts)).tolist()
     arrived = Routing(local[rows], everyone.topk_weights[rows])
     if not exact:
-        return Detail(tokens, arrived, send, recv, recv, send, None, rows)
-    there = ids_there(own.topk_ids, destination, tokens, placement) >= 0
+        return AllToAllPlan(tokens, arrived, send, recv, recv, send, None, rows)
+    there = local_ids_at_destination(own.topk_ids, destination, tokens, placement) >= 0
     slots, back_recv = slots_back(there, tokens, send)
     back_send = per_rank((arrived.topk_ids >= 0).sum(1), recv)
-    return Detail(tokens, arrived, send, recv, back_send, back_recv, slots, rows)
+    return AllToAllPlan(tokens, arrived, send, recv, back_send, back_recv, slots, rows)

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
-from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, goes_to, pack, unpack
-from xpar.comm.dispatch.outgoing_rows import Leaving, ids_there
+from xpar.comm.dispatch.base import (
+    Capabilities,
+    DispatchPlan,
+    Traffic,
+    agree_on_plan,
+    decode_routing,
+    encode_routing,
+    goes_to,
+)
+from xpar.comm.dispatch.outgoing_rows import OutgoingRows, local_ids_at_destination
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
@@ -17,7 +25,7 @@ from xpar.kernels.rows import gather_rows, sum_rows, weighted_sum
 
 
 @dataclass(frozen=True)
-class Detail:
+class AllToAllPlan:
     """``tokens`` [S]: the token of each row sent, by destination; ``arrived``: local ids and weights of each row.
 
     ``send``, ``recv``: rows per rank. ``back_send``, ``back_recv``: rows per rank on the way back.
@@ -35,17 +43,17 @@ class Detail:
     rows: Tensor | None = None
 
 
-class Early:
-    """The plan of rows whose number is not known yet; :class:`Detail` once dispatch has learnt it."""
+class CountsInFlight:
+    """The plan of rows whose number is not known yet; :class:`AllToAllPlan` once dispatch has learnt it."""
 
-    def __init__(self, leaving: Leaving) -> None:
+    def __init__(self, leaving: OutgoingRows) -> None:
         self.leaving = leaving
-        self._detail: Detail | None = None
+        self._detail: AllToAllPlan | None = None
 
-    def settle(self, detail: Detail) -> None:
+    def settle(self, detail: AllToAllPlan) -> None:
         self._detail = detail
 
-    def settled(self) -> Detail:
+    def settled(self) -> AllToAllPlan:
         if self._detail is None:
             raise RuntimeError("combine before dispatch: the plan does not know yet how many rows there are")
         return self._detail
@@ -73,27 +81,27 @@ class AllToAllDispatcher:
         dtype: torch.dtype,
         exact: bool = False,
     ) -> DispatchPlan:
-        own, _ = agree(self.group, self.name, routing, tag, hidden_size, dtype, exact)
+        own, _ = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
         if self.early and not exact:
-            leaving = Leaving.start(own, self.placement)
+            leaving = OutgoingRows.start(own, self.placement)
             promised = Pending(lambda: self._traffic(leaving.counts.wait(), leaving.counts.wait()))
-            return DispatchPlan(own, exact, promised, Early(leaving))
+            return DispatchPlan(own, exact, promised, CountsInFlight(leaving))
         destination, tokens, send = destinations(own.topk_ids, self.placement)
         recv = exchange_counts(self.group, send)
-        ids = ids_there(own.topk_ids, destination, tokens, self.placement)
-        packed = pack(Routing(ids, own.topk_weights[tokens]))
-        arrived = unpack(self.group.all_to_all_v(packed, send, recv).wait())
+        ids = local_ids_at_destination(own.topk_ids, destination, tokens, self.placement)
+        packed = encode_routing(Routing(ids, own.topk_weights[tokens]))
+        arrived = decode_routing(self.group.all_to_all_v(packed, send, recv).wait())
         back_send, back_recv, slots = recv, send, None
         if exact:
             slots, back_recv = slots_back(ids >= 0, tokens, send)
             back_send = per_rank((arrived.topk_ids >= 0).sum(1), recv)
-        detail = Detail(tokens, arrived, send, recv, back_send, back_recv, slots)
+        detail = AllToAllPlan(tokens, arrived, send, recv, back_send, back_recv, slots)
         return DispatchPlan(own, exact, self._traffic(send, back_recv), detail)
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        if isinstance(plan.detail, Early):
+        if isinstance(plan.detail, CountsInFlight):
             return self._dispatch_early(hidden_states, plan.detail)
-        d: Detail = plan.detail
+        d: AllToAllPlan = plan.detail
         rows = hidden_states.new_empty(sum(d.recv), hidden_states.shape[1])
         first, own = sum(d.send[: self.group.rank]), d.send[self.group.rank]
         mine = slice(first, first + own)
@@ -109,13 +117,13 @@ class AllToAllDispatcher:
         return None
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
-        if isinstance(plan.detail, Early):
+        if isinstance(plan.detail, CountsInFlight):
             d, tokens = plan.detail.settled(), plan.own.topk_ids.shape[0]
             back = self.group.all_to_all_v(outputs, d.back_send, d.back_recv)
             return Pending(lambda: Distributed(sum_rows(back.wait(), d.tokens, tokens), Full()))
         return return_rows(self.group, outputs, plan.detail, plan.own)
 
-    def _dispatch_early(self, hidden_states: Tensor, early: "Early") -> Pending[ExpertInput]:
+    def _dispatch_early(self, hidden_states: Tensor, early: "CountsInFlight") -> Pending[ExpertInput]:
         """The GPU packs while the host waits for this rank's counts and exchanges them with the others'."""
         leaving = early.leaving
         rows = leaving.pack_early(hidden_states)
@@ -124,9 +132,9 @@ class AllToAllDispatcher:
         if rows is None:
             rows = gather_rows(hidden_states, tokens)
         recv = exchange_counts(self.group, send)
-        arrived = unpack(self.group.all_to_all_v(packed, send, recv).wait())
+        arrived = decode_routing(self.group.all_to_all_v(packed, send, recv).wait())
         pending = self.group.all_to_all_v(rows[: sum(send)], send, recv)
-        early.settle(Detail(tokens, arrived, send, recv, recv, send, None))
+        early.settle(AllToAllPlan(tokens, arrived, send, recv, recv, send, None))
         return Pending(lambda: ExpertInput(pending.wait(), arrived.topk_ids, arrived.topk_weights))
 
     def _traffic(self, send: list[int], back: list[int]) -> Traffic:
@@ -165,7 +173,7 @@ def slot_positions(slots: Tensor, shape: torch.Size) -> Tensor:
     return positions.view(shape)
 
 
-def return_rows(group: Communicator, outputs: Tensor, d: Detail, own: Routing) -> Pending[Distributed]:
+def return_rows(group: Communicator, outputs: Tensor, d: AllToAllPlan, own: Routing) -> Pending[Distributed]:
     """Send each row's output home and sum there: by source rank, or in exact mode in slot order with the weights."""
     back = outputs.new_empty(sum(d.back_recv), outputs.shape[1])
     r, send, recv = group.rank, d.back_send, d.back_recv
@@ -175,7 +183,7 @@ def return_rows(group: Communicator, outputs: Tensor, d: Detail, own: Routing) -
     return Pending(lambda: Distributed(_sum_at_home(pending.wait(), d, own), Full()))
 
 
-def _sum_at_home(back: Tensor, d: Detail, own: Routing) -> Tensor:
+def _sum_at_home(back: Tensor, d: AllToAllPlan, own: Routing) -> Tensor:
     if d.slots is None:
         return sum_rows(back, d.tokens, own.topk_ids.shape[0])
     return weighted_sum(back, own.topk_weights, slot_positions(d.slots, own.topk_ids.shape))

@@ -102,7 +102,7 @@ class Dispatcher(Protocol):
         """
 
 
-def agree(
+def agree_on_plan(
     group: Communicator,
     name: str,
     routing: Routing | BaseException,
@@ -124,15 +124,15 @@ def agree(
     return routing, [int(n) for n in table[:, 0]]
 
 
-def pack(routing: Routing) -> Tensor:
+def encode_routing(routing: Routing) -> Tensor:
     """[T, 2k] int32: ids, then the bits of the fp32 weights."""
     return torch.cat(
         [routing.topk_ids.to(torch.int32), routing.topk_weights.float().view(torch.int32)], dim=1
     )
 
 
-def unpack(packed: Tensor) -> Routing:
-    """The inverse of :func:`pack`."""
+def decode_routing(packed: Tensor) -> Routing:
+    """The inverse of :func:`encode_routing`."""
     ids, weights = packed.chunk(2, dim=1)
     return Routing(ids, weights.contiguous().view(torch.float32))
 

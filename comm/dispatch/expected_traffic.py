@@ -6,10 +6,10 @@ E experts, k of them a token, R ranks.
 import math
 from collections.abc import Sequence
 
-from xpar.comm.partition import shares
+from xpar.comm.partition import split_sizes
 
 
-def reach(num_experts: int, top_k: int, held: int) -> float:
+def expected_destinations(num_experts: int, top_k: int, held: int) -> float:
     """Probability that a token has one of ``held`` experts: ``1 - C(E - held, k) / C(E, k)``."""
     return 1 - math.comb(num_experts - held, top_k) / math.comb(num_experts, top_k)
 
@@ -19,7 +19,7 @@ def expected_rows(num_experts: int, top_k: int, ranks: int) -> float:
 
     ``R (1 - C(E - E/R, k) / C(E, k))`` where R divides E; here for shares that differ by one, too.
     """
-    return sum(reach(num_experts, top_k, held) for held in shares(num_experts, ranks))
+    return sum(expected_destinations(num_experts, top_k, held) for held in split_sizes(num_experts, ranks))
 
 
 def expected_crossings(
@@ -30,11 +30,11 @@ def expected_crossings(
     ``node_of``: the node of each rank of the group, ``etp`` consecutive ones of which slice the same experts.
     ``by_node``: one row for each node that holds any of its experts, rather than one for each rank.
     """
-    held = [n for n in shares(num_experts, len(node_of) // etp) for _ in range(etp)]
+    held = [n for n in split_sizes(num_experts, len(node_of) // etp) for _ in range(etp)]
     on_node = {node: [h for h, n in zip(held, node_of, strict=True) if n == node] for node in node_of}
 
     def rows(node: int) -> float:
         parts = [sum(on_node[node][::etp])] if by_node else on_node[node]
-        return sum(reach(num_experts, top_k, part) for part in parts)
+        return sum(expected_destinations(num_experts, top_k, part) for part in parts)
 
     return sum(rows(node) for home in node_of for node in on_node if node != home) / len(node_of)

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
 from xpar.comm.dispatch.alltoall import exchange_counts, per_rank, slot_positions, slots_back
-from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, pack, unpack
+from xpar.comm.dispatch.base import (
+    Capabilities,
+    DispatchPlan,
+    Traffic,
+    agree_on_plan,
+    decode_routing,
+    encode_routing,
+)
 from xpar.comm.dispatch.shared_memory import SharedMemoryDispatcher
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
@@ -23,7 +30,7 @@ from xpar.kernels.rows import active_rows, gather_rows, sum_rows, weighted_sum
 
 
 @dataclass(frozen=True)
-class Detail:
+class HierarchicalPlan:
     """``tokens`` [S]: the token of each row that crosses, by node; ``send``, ``recv``: such rows per rank of the group.
 
     ``inside``: the plan of the node, whose entries are this rank's tokens and then what arrives. ``back_send``,
@@ -69,7 +76,7 @@ class HierarchicalDispatcher:
         dtype: torch.dtype,
         exact: bool = False,
     ) -> DispatchPlan:
-        own, _ = agree(self.group, self.name, routing, tag, hidden_size, dtype, exact)
+        own, _ = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
         on_node = self._node_of_owner[self.placement.owners(own.topk_ids)]
         goes = crossings(on_node, len(self._peers))
         stays = int(goes[self._node].sum())
@@ -81,8 +88,10 @@ class HierarchicalDispatcher:
         for peer, rows in zip(self._peers, goes.sum(1).tolist(), strict=True):
             send[peer] += rows
         recv = exchange_counts(self.group, send)
-        leaving = pack(Routing(own.topk_ids[tokens].masked_fill(~there, -1), own.topk_weights[tokens]))
-        arrived = unpack(self.group.all_to_all_v(leaving, send, recv).wait())
+        leaving = encode_routing(
+            Routing(own.topk_ids[tokens].masked_fill(~there, -1), own.topk_weights[tokens])
+        )
+        arrived = decode_routing(self.group.all_to_all_v(leaving, send, recv).wait())
         entries = Routing(
             torch.cat([own.topk_ids.to(torch.int32), arrived.topk_ids]),
             torch.cat([own.topk_weights.float(), arrived.topk_weights]),
@@ -92,7 +101,7 @@ class HierarchicalDispatcher:
         if exact:
             slots, back_recv = slots_back(there, tokens, send)
             back_send = per_rank((arrived.topk_ids >= 0).sum(1), recv)
-        detail = Detail(tokens, send, recv, inside, back_send, back_recv, slots)
+        detail = HierarchicalPlan(tokens, send, recv, inside, back_send, back_recv, slots)
         send_all = tuple(stays if r == self.group.rank else n for r, n in enumerate(send))
         at_home = int((on_node == self._node).sum()) if exact else stays
         return DispatchPlan(
@@ -100,7 +109,7 @@ class HierarchicalDispatcher:
         )
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        d: Detail = plan.detail
+        d: HierarchicalPlan = plan.detail
         own = hidden_states.shape[0]
         entries = self._inside.place(hidden_states, d.inside)
         leaving = gather_rows(hidden_states, d.tokens)
@@ -117,14 +126,14 @@ class HierarchicalDispatcher:
         return self._inside.output(plan.detail.inside, rows, like)
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
-        d: Detail = plan.detail
+        d: HierarchicalPlan = plan.detail
         if d.slots is None:
             inside = self._inside.combine(outputs, d.inside)
             return Pending(lambda: self._sum_at_home(inside.wait().tensor, plan.own, d))
         settled = self._inside.settle(outputs, d.inside)
         return Pending(lambda: self._sum_slots(settled.wait(), plan.own, d))
 
-    def _sum_at_home(self, sums: Tensor, own: Routing, d: Detail) -> Distributed:
+    def _sum_at_home(self, sums: Tensor, own: Routing, d: HierarchicalPlan) -> Distributed:
         """``sums`` [entries, H]: what this node makes of each entry; the rest of a token's sum comes from other nodes."""
         tokens = own.topk_ids.shape[0]
         rows = sums.new_empty(tokens + len(d.tokens), sums.shape[1])
@@ -134,7 +143,7 @@ class HierarchicalDispatcher:
         home = torch.cat([torch.arange(tokens), d.tokens])
         return Distributed(sum_rows(rows, home, tokens), Full())
 
-    def _sum_slots(self, everyones: Tensor, own: Routing, d: Detail) -> Distributed:
+    def _sum_slots(self, everyones: Tensor, own: Routing, d: HierarchicalPlan) -> Distributed:
         """Every slot's output comes home as it is, to be added there in slot order."""
         positions = self._inside.positions(d.inside)
         tokens = own.topk_ids.shape[0]

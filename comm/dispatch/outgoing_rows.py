@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xpar.comm.dispatch.base import goes_to, pack
+from xpar.comm.dispatch.base import encode_routing, goes_to
 from xpar.comm.placement import Placement
 from xpar.kernels.contracts import Routing
 from xpar.kernels.rows import gather_rows
@@ -38,9 +38,9 @@ class HostCounts:
 
 
 @dataclass(frozen=True)
-class Leaving:
+class OutgoingRows:
     """``counts``: rows for each rank. ``tokens`` [B]: the token of each row, by rank and then token; ``packed`` [B, 2k]:
-    its slots, as :func:`~xpar.comm.dispatch.base.pack` writes them. Only the first ``sum(counts)`` of the B rows mean
+    its slots, as :func:`~xpar.comm.dispatch.base.encode_routing` writes them. Only the first ``sum(counts)`` of the B rows mean
     anything; the rest name token 0.
     """
 
@@ -49,15 +49,15 @@ class Leaving:
     packed: Tensor
 
     @classmethod
-    def start(cls, own: Routing, placement: Placement) -> "Leaving":
+    def start(cls, own: Routing, placement: Placement) -> "OutgoingRows":
         """Launch everything; the host waits for nothing."""
         by_rank = goes_to(own.topk_ids, placement)
         counts = HostCounts(by_rank.sum(1))
         pairs = first_true(by_rank.reshape(-1), row_bound(own.topk_ids, placement))
         num_tokens = max(1, own.topk_ids.shape[0])
         destination, tokens = torch.div(pairs, num_tokens, rounding_mode="floor"), pairs % num_tokens
-        ids = ids_there(own.topk_ids, destination, tokens, placement)
-        return cls(counts, tokens, pack(Routing(ids, own.topk_weights[tokens])))
+        ids = local_ids_at_destination(own.topk_ids, destination, tokens, placement)
+        return cls(counts, tokens, encode_routing(Routing(ids, own.topk_weights[tokens])))
 
     def pack_early(self, hidden_states: Tensor) -> Tensor | None:
         """[B, H]: the rows, packed at once; None where that would move too much for nothing."""
@@ -80,7 +80,9 @@ def first_true(flags: Tensor, bound: int) -> Tensor:
     return positions[:bound]
 
 
-def ids_there(topk_ids: Tensor, destination: Tensor, tokens: Tensor, placement: Placement) -> Tensor:
+def local_ids_at_destination(
+    topk_ids: Tensor, destination: Tensor, tokens: Tensor, placement: Placement
+) -> Tensor:
     """[S, k] int32: for each row sent, the local ids of its slots at its destination, -1 for slots elsewhere."""
     ids = topk_ids[tokens].long()
     there = placement.owner[ids] == (destination // placement.etp)[:, None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
-from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, every_entry
+from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree_on_plan, every_entry
 from xpar.comm.handshake import Tag, handshake
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full, Partial
@@ -32,7 +32,7 @@ class ReplicatedDispatcher:
         dtype: torch.dtype,
         exact: bool = False,
     ) -> DispatchPlan:
-        own, _ = agree(self.group, self.name, routing, tag, hidden_size, dtype, exact)
+        own, _ = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
         if self.group.size == 1:
             tokens = own.topk_ids.shape[0]
             return DispatchPlan(own, exact, Traffic.of(0, [tokens], tokens), None)

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
-from xpar.comm.dispatch.base import Capabilities, DispatchPlan, Traffic, agree, goes_to, pack, unpack
+from xpar.comm.dispatch.base import (
+    Capabilities,
+    DispatchPlan,
+    Traffic,
+    agree_on_plan,
+    decode_routing,
+    encode_routing,
+    goes_to,
+)
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
@@ -29,7 +37,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Detail:
+class SharedMemoryPlan:
     """``arrived``: local ids and weights of the rows for this rank's experts; ``rows``: which tokens they are.
 
     ``back`` and ``runs``: the outputs that make up each own token, as :func:`~xpar.kernels.rows.sum_runs` takes
@@ -67,8 +75,8 @@ class SharedMemoryDispatcher:
         dtype: torch.dtype,
         exact: bool = False,
     ) -> DispatchPlan:
-        own, counts = agree(self.group, self.name, routing, tag, hidden_size, dtype, exact)
-        everyone = unpack(self.group.all_gather_v(pack(own), counts))
+        own, counts = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
+        everyone = decode_routing(self.group.all_gather_v(encode_routing(own), counts))
         first = sum(counts[: self.group.rank])
         mine = slice(first, first + counts[self.group.rank])
         detail, rows = self._detail(everyone, mine, exact)
@@ -91,7 +99,7 @@ class SharedMemoryDispatcher:
         return Pending(lambda: self._sum(everyones.wait(), plan))
 
     def _sum(self, everyones: Tensor, plan: DispatchPlan) -> Distributed:
-        d: Detail = plan.detail
+        d: SharedMemoryPlan = plan.detail
         if d.positions is not None:
             return Distributed(weighted_sum(everyones, plan.own.topk_weights, d.positions), Full())
         assert d.back is not None and d.runs is not None
@@ -106,7 +114,7 @@ class SharedMemoryDispatcher:
 
     def arrive(self, like: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
         """This rank has written its tokens; its experts' input, once every other has."""
-        d: Detail = plan.detail
+        d: SharedMemoryPlan = plan.detail
         tokens, fence = self._tokens(d.layout, like), self._window.arrive()
 
         def arrived() -> ExpertInput:
@@ -132,7 +140,7 @@ class SharedMemoryDispatcher:
 
     def positions(self, plan: DispatchPlan) -> Tensor:
         """[T, k] int64: in exact mode, where each slot's output lies among all; -1 for a dropped one."""
-        d: Detail = plan.detail
+        d: SharedMemoryPlan = plan.detail
         assert d.positions is not None
         return d.positions
 
@@ -143,7 +151,7 @@ class SharedMemoryDispatcher:
         first_byte = layout.num_tokens * like.shape[1] * like.element_size()
         return self._window.view(first_byte, (layout.num_outputs, like.shape[1]), like.dtype)
 
-    def _detail(self, everyone: Routing, mine: slice, exact: bool) -> tuple[Detail, Tensor]:
+    def _detail(self, everyone: Routing, mine: slice, exact: bool) -> tuple[SharedMemoryPlan, Tensor]:
         """This rank's part of what everybody's routing says; and the rows that its tokens send to each rank."""
         goes = goes_to(everyone.topk_ids, self.placement)
         here = goes[self.group.rank]
@@ -154,12 +162,12 @@ class SharedMemoryDispatcher:
         if exact:
             positions, made = self.placement.slot_order(everyone.topk_ids)
             layout = self._layout(mine, goes.shape[1], made)
-            return Detail(layout, arrived, rows, positions=positions[mine]), sent.sum(1)
+            return SharedMemoryPlan(layout, arrived, rows, positions=positions[mine]), sent.sum(1)
         made = goes.sum(1).tolist()
         position = (goes.reshape(-1).cumsum(0) - 1).view(goes.shape)
         back = position[:, mine].t()[sent.t()]  # by token, then by rank
         layout = self._layout(mine, goes.shape[1], made)
-        return Detail(layout, arrived, rows, back, sent.sum(0)), sent.sum(1)
+        return SharedMemoryPlan(layout, arrived, rows, back, sent.sum(0)), sent.sum(1)
 
     def _layout(self, mine: slice, num_tokens: int, made: list[int]) -> Layout:
         first = sum(made[: self.group.rank])

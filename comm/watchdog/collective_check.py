@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Intent:
+class CollectiveSignature:
     """What a rank is about to do. ``op``, ``dtype`` and ``shape`` must be alike on all ranks; of ``shape`` only the part
     that must be.
 
@@ -24,14 +24,14 @@ class Intent:
     skip: int | None = None
 
     @classmethod
-    def of(cls, op: str, x: Tensor, shape: Sequence[int]) -> "Intent":
+    def of(cls, op: str, x: Tensor, shape: Sequence[int]) -> "CollectiveSignature":
         return cls(op, str(x.dtype).removeprefix("torch."), tuple(shape))
 
     def __str__(self) -> str:
         return self.op + (f" of {self.dtype} {list(self.shape)}" if self.dtype else "")
 
 
-def difference(intents: Sequence[Intent], world_ranks: Sequence[int]) -> str | None:
+def difference(intents: Sequence[CollectiveSignature], world_ranks: Sequence[int]) -> str | None:
     """Who differs and how, in the group whose ranks are ``world_ranks``; None if all fit.
 
     The one that most ranks do is taken for the right one, or the first rank's where no single one is.

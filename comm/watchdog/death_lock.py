@@ -18,7 +18,7 @@ SHARED, ROBUST = 1, 1
 """PTHREAD_PROCESS_SHARED, PTHREAD_MUTEX_ROBUST."""
 
 
-class Tripwire:
+class DeathLock:
     """This process's lock at ``mine``, a multiple of 8, in memory that other processes of the machine map, too.
 
     One thread holds it for as long as the process lives, and waits for another's.

@@ -5,7 +5,7 @@ from array import array
 from typing import Protocol
 
 from xpar.comm.watchdog.deadlines import Deadlines
-from xpar.comm.watchdog.status_board import CALL, INSIDE, OUTSIDE, ROW_BYTES, STATE, Board
+from xpar.comm.watchdog.status_board import CALL, INSIDE, OUTSIDE, ROW_BYTES, STATE, StatusBoard
 
 FIRST_STEPS = 2
 """Steps of a layer up to and with this number may compile, and have the deadline of the start."""
@@ -88,7 +88,7 @@ class BoardJournal:
     """
 
     def __init__(
-        self, board: Board, group: str, pace: Pace, compares: bool, waits: "array[float] | None"
+        self, board: StatusBoard, group: str, pace: Pace, compares: bool, waits: "array[float] | None"
     ) -> None:
         self._memory, self._first = board.memory, board.mine * ROW_BYTES
         self.group, self._name, self._pace, self._seq = group, group.encode()[:32], pace, 0

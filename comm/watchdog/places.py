@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from xpar.comm.watchdog.report import Seen
+from xpar.comm.watchdog.report import RankState
 from xpar.comm.watchdog.status_board import Call
 from xpar.comm.watchdog.wire import Address
 
 
 @dataclass(frozen=True)
-class Place:
+class RankAddress:
     """A rank of the job: its node, where on it, where it listens if there are other nodes, and whether its death is felt."""
 
     host: str
@@ -19,7 +19,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Question:
+class SurveyRequest:
     """To another node: where are your ranks? With ``code`` the job ends after the answer; with ``reason``, too, the other
     node is to report, and to end it. ``brought``: the ranks of a node that may not live to be asked, in a hurry."""
 
@@ -27,4 +27,4 @@ class Question:
     code: int | None = None
     waiting: Call | None = None
     group: tuple[int, ...] = ()
-    brought: tuple[Seen, ...] = ()
+    brought: tuple[RankState, ...] = ()

@@ -9,7 +9,7 @@ WHERE = "where every rank is:"
 
 
 @dataclass(frozen=True)
-class Seen:
+class RankState:
     """What was found out about one rank. ``process``: ``stopped``, ``gone`` or nothing special. ``stack``: its threads."""
 
     rank: int
@@ -25,8 +25,8 @@ class Seen:
         return self.call is not None and self.call.group == call.group and self.call.seq >= call.seq
 
 
-def describe(
-    seen: Sequence[Seen],
+def format_rank(
+    seen: Sequence[RankState],
     silent: Sequence[tuple[int, str]],
     waiting: Call | None = None,
     group: Sequence[int] = (),
@@ -46,25 +46,27 @@ def describe(
     return "\n".join(text + _stacks(seen))
 
 
-def begin(seen: Sequence[Seen]) -> str:
-    """What is known at once, for a job that may be ended any moment; :func:`finish` adds the rest."""
+def format_head(seen: Sequence[RankState]) -> str:
+    """What is known at once, for a job that may be ended any moment; :func:`format_body` adds the rest."""
     return "\n".join([WHERE, *_lines(seen, [])])
 
 
-def finish(begun: Sequence[Seen], seen: Sequence[Seen], silent: Sequence[tuple[int, str]]) -> str:
-    """The ranks that :func:`begin` did not have, and the stacks of all."""
+def format_body(
+    begun: Sequence[RankState], seen: Sequence[RankState], silent: Sequence[tuple[int, str]]
+) -> str:
+    """The ranks that :func:`format_head` did not have, and the stacks of all."""
     known = {s.rank for s in begun}
     more = _lines([s for s in seen if s.rank not in known], [(r, h) for r, h in silent if r not in known])
     return "\n".join([*more, *_stacks(seen)])
 
 
-def _lines(seen: Sequence[Seen], silent: Sequence[tuple[int, str]]) -> list[str]:
+def _lines(seen: Sequence[RankState], silent: Sequence[tuple[int, str]]) -> list[str]:
     lines = {s.rank: f"  rank {s.rank} on {s.host}: {_where(s)}" for s in seen}
     lines |= {rank: f"  rank {rank} on {host}: its node does not answer" for rank, host in silent}
     return [lines[rank] for rank in sorted(lines)]
 
 
-def _where(s: Seen) -> str:
+def _where(s: RankState) -> str:
     last = "no collective so far" if s.call is None else f"the last was {s.call}"
     if s.process:
         what = f"in {s.call}" if s.state == INSIDE else f"in no collective, {last}"
@@ -78,7 +80,7 @@ def _where(s: Seen) -> str:
     return f"in no collective for {s.age:.1f} s; {last}"
 
 
-def _stacks(seen: Sequence[Seen]) -> list[str]:
+def _stacks(seen: Sequence[RankState]) -> list[str]:
     alike: dict[str, list[int]] = {}
     for s in seen:
         if s.stack:

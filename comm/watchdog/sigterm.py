@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 
-def hear_sigterm(call: Callable[[], None]) -> None:
+def on_sigterm(call: Callable[[], None]) -> None:
     """Have ``call``, which ends the process, called in another thread when SIGTERM comes; from the main thread.
 
     A program that has a handler of its own, now or later, keeps it. Python's handlers only run once the main thread is

@@ -35,7 +35,7 @@ NOT_SHOWN = ("comm/guard/", "comm/device/watch.py", "<no Python frame>")
 """Threads that only watch, or have not begun."""
 
 
-def offer() -> int:
+def register_stack_dump() -> int:
     """Let other processes of this user ask for the stacks of this one; the descriptor of the file, -1 without."""
     if signal.getsignal(SIGNAL) is not signal.SIG_DFL:
         return -1
@@ -47,7 +47,7 @@ def offer() -> int:
     return file
 
 
-def collect(places: Iterable[tuple[int, int]]) -> list[str]:
+def collect_stacks(places: Iterable[tuple[int, int]]) -> list[str]:
     """For each (process, descriptor) its stacks, empty where it does not write any within a second."""
     places = list(places)
     written = [len(_read(*place)) for place in places]  # when somebody asked before
@@ -74,27 +74,27 @@ def process_state(pid: int) -> str:
 
 
 @dataclass(frozen=True)
-class End:
+class ExitCause:
     """What ended a process, in words, and whether it was a signal."""
 
     text: str
     by_signal: bool
 
 
-def end_of(pid: int) -> End:
+def exit_cause(pid: int) -> ExitCause:
     """Of a process that is about to go, or that nobody has waited for."""
     fields = _stat(pid)
     if len(fields) <= EXIT_CODE:
-        return End("killed, out of memory, or crashed", False)
+        return ExitCause("killed, out of memory, or crashed", False)
     status = int(fields[EXIT_CODE])
     number = status & 0x7F
     if not number:
-        return End(f"exit code {status >> 8}", False)
+        return ExitCause(f"exit code {status >> 8}", False)
     try:
         name = signal.Signals(number).name
     except ValueError:
         name = f"signal {number}"
-    return End(f"{name} ({CAUSES[name]})" if name in CAUSES else name, True)
+    return ExitCause(f"{name} ({CAUSES[name]})" if name in CAUSES else name, True)
 
 
 def _stat(pid: int) -> list[str]:

@@ -65,7 +65,7 @@ class Entry:
     stack_fd: int
 
 
-class Board:
+class StatusBoard:
     """Row ``mine`` is this rank's to write. ``shared``: whether the other rows are really those of the node's ranks."""
 
     def __init__(self, memory: mmap.mmap, mine: int, size: int, file: int | None, shared: bool) -> None:
@@ -73,7 +73,7 @@ class Board:
         self._once = threading.Lock()
 
     @classmethod
-    def open(cls, node: "MPI.Comm") -> "Board":
+    def open(cls, node: "MPI.Comm") -> "StatusBoard":
         """Collective over the ranks of a node. Where no file can be shared, each has a board of its own."""
         nbytes = node.size * ROW_BYTES
         path = node.bcast(_make_file(nbytes) if node.rank == 0 else None, root=0)

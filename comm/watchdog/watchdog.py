@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from xpar.comm.watchdog import stack_dump
 from xpar.comm.watchdog.deadlines import Deadlines
-from xpar.comm.watchdog.death_lock import Tripwire
+from xpar.comm.watchdog.death_lock import DeathLock
 from xpar.comm.watchdog.journal import BoardJournal, Pace
-from xpar.comm.watchdog.places import Place, Question
-from xpar.comm.watchdog.report import Seen, begin, describe, finish
-from xpar.comm.watchdog.status_board import FAILING, INSIDE, LEFT, LOCK, OUTSIDE, ROW_BYTES, Board, Call
-from xpar.comm.watchdog.wire import Ear, ask
+from xpar.comm.watchdog.places import RankAddress, SurveyRequest
+from xpar.comm.watchdog.report import RankState, format_body, format_head, format_rank
+from xpar.comm.watchdog.status_board import FAILING, INSIDE, LEFT, LOCK, OUTSIDE, ROW_BYTES, Call, StatusBoard
+from xpar.comm.watchdog.wire import NodeServer, ask_node
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -57,7 +57,7 @@ class Watching:
 WATCHING = Watching()
 
 
-class Guard:
+class Watchdog:
     """One for each rank of a job of several. ``abort``: ends the whole job with a code, from any thread.
 
     The report is written once: by the first rank of the first node that sees something wrong, or, where another node
@@ -65,7 +65,12 @@ class Guard:
     """
 
     def __init__(
-        self, board: Board, rank: int, deadlines: Deadlines, watching: Watching, abort: Callable[[int], None]
+        self,
+        board: StatusBoard,
+        rank: int,
+        deadlines: Deadlines,
+        watching: Watching,
+        abort: Callable[[int], None],
     ) -> None:
         self.board, self.rank, self.deadlines, self.watching, self.abort = (
             board,
@@ -76,11 +81,11 @@ class Guard:
         )
         self.pace = Pace(deadlines)
         self._journals: list[BoardJournal] = []
-        self.places: tuple[Place, ...] = ()
+        self.places: tuple[RankAddress, ...] = ()
         self._groups: dict[str, tuple[int, ...]] = {}
         self._key = b""
-        board.introduce(stack_dump.offer())
-        self._wire = Tripwire(board.memory, board.mine * ROW_BYTES + LOCK)
+        board.introduce(stack_dump.register_stack_dump())
+        self._wire = DeathLock(board.memory, board.mine * ROW_BYTES + LOCK)
 
     @classmethod
     def start(
@@ -90,15 +95,15 @@ class Guard:
         node_of: Sequence[int],
         deadlines: Deadlines,
         watching: Watching = WATCHING,
-    ) -> "Guard":
+    ) -> "Watchdog":
         """Collective over ``world``, the job's ranks; ``node``: those of this rank's node; ``node_of``: of each rank."""
-        guard = cls(Board.open(node), world.rank, deadlines, watching, world.Abort)
+        guard = cls(StatusBoard.open(node), world.rank, deadlines, watching, world.Abort)
         guard._key = world.bcast(secrets.token_bytes(16) if world.rank == 0 else None, root=0)
         address = None
         if max(node_of):
             with suppress(OSError):  # a node that cannot be asked is reported as one that does not answer
-                address = Ear(guard._key, guard._answer).address
-        mine = Place(socket.gethostname(), node_of[world.rank], node.rank, address, guard._wire.hold())
+                address = NodeServer(guard._key, guard._answer).address
+        mine = RankAddress(socket.gethostname(), node_of[world.rank], node.rank, address, guard._wire.hold())
         guard.places = tuple(world.allgather(mine))
         atexit.register(board_left, guard.board)
         threading.Thread(target=guard._watch, name="xpar-guard", daemon=True).start()
@@ -124,19 +129,19 @@ class Guard:
     def fail(self, reason: str, code: int = CODE, waiting: Call | None = None) -> NoReturn:
         """Have the job's report written, once, headed ``reason``, and end the job on every rank. From any thread."""
         group = self._groups.get(waiting.group, ()) if waiting is not None else ()
-        self._fail(Question(self._headed(reason), code, waiting, group))
+        self._fail(SurveyRequest(self._headed(reason), code, waiting, group))
 
     def told_to_end(self) -> NoReturn:
         """SIGTERM has come, perhaps since another rank died: say where every rank is before a SIGKILL follows."""
         if self.board.read(self.board.mine).state == LEFT:
             os._exit(TERMINATED)
         here = tuple(self._here(asking=False))
-        self._fail(Question(self._headed("told to end by SIGTERM"), TERMINATED, brought=here))
+        self._fail(SurveyRequest(self._headed("told to end by SIGTERM"), TERMINATED, brought=here))
 
     def _headed(self, reason: str) -> str:
         return f"[rank {self.rank} on {self.places[self.rank].host}] {reason}"
 
-    def _fail(self, q: Question) -> NoReturn:
+    def _fail(self, q: SurveyRequest) -> NoReturn:
         code = CODE if q.code is None else q.code
         if self._delegate(q):
             self._await_report(code, LAST_RESORT_S)
@@ -157,7 +162,7 @@ class Guard:
 
     def survey(self) -> str:
         """Where every rank of the job is, in words, as the report has it; ends nothing. From any thread."""
-        return describe(*self._survey(Question()))
+        return format_rank(*self._survey(SurveyRequest()))
 
     def failing(self) -> None:
         """This rank is about to end the job by itself: it is not taken for one that waits or has died."""
@@ -200,28 +205,30 @@ class Guard:
         entry, rank = self.board.read(local), self._rank_at(local)
         if entry.state == LEFT:
             return
-        end = stack_dump.end_of(entry.pid)
+        end = stack_dump.exit_cause(entry.pid)
         reason = (
             f"the process of rank {rank} on {self.places[rank].host} has ended without a word: {end.text}"
         )
         if not end.by_signal or entry.state == FAILING:
             time.sleep(GRACE_S)
             self.fail(reason)
-        self._fail(Question(self._headed(reason), CODE, brought=tuple(self._here(asking=False, dead=rank))))
+        self._fail(
+            SurveyRequest(self._headed(reason), CODE, brought=tuple(self._here(asking=False, dead=rank)))
+        )
 
     # -- the report ------------------------------------------------------------------------------------------
 
-    def _report(self, q: Question) -> NoReturn:
+    def _report(self, q: SurveyRequest) -> NoReturn:
         code = CODE if q.code is None else q.code
         begun = list(q.brought)
         if begun:  # the launcher may end this process any moment: what is known goes first
             begun += [] if self.rank in {s.rank for s in begun} else self._here(asking=False)
-            self._write(f"{q.reason}; {begin(begun)}")
-        seen, silent = self._survey(Question(code=code))
+            self._write(f"{q.reason}; {format_head(begun)}")
+        seen, silent = self._survey(SurveyRequest(code=code))
         rest = (
-            finish(begun, seen, silent)
+            format_body(begun, seen, silent)
             if begun
-            else f"{q.reason}; {describe(seen, silent, q.waiting, q.group)}"
+            else f"{q.reason}; {format_rank(seen, silent, q.waiting, q.group)}"
         )
         self._write(f"{rest}\nending the job on every rank".lstrip("\n"))
         self.board.set_reported()
@@ -251,11 +258,11 @@ class Guard:
                     os.kill(entry.pid, signal.SIGKILL)
         os._exit(code)
 
-    def _survey(self, q: Question) -> tuple[list[Seen], list[tuple[int, str]]]:
+    def _survey(self, q: SurveyRequest) -> tuple[list[RankState], list[tuple[int, str]]]:
         """What is known of the ranks of every node that answers, and (rank, host) of the others."""
         own = self.places[self.rank].node
         others = sorted({p.node for p in self.places} - {own})
-        answers: dict[int, list[Seen] | None] = dict.fromkeys(others)
+        answers: dict[int, list[RankState] | None] = dict.fromkeys(others)
         threads = [threading.Thread(target=self._ask_node, args=(n, q, answers), daemon=True) for n in others]
         for thread in threads:
             thread.start()
@@ -267,23 +274,23 @@ class Guard:
         known = {s.rank for s in seen}
         return seen, [(r, p.host) for r, p in enumerate(self.places) if r not in known]
 
-    def _ask_node(self, node: int, q: Question, answers: dict[int, list[Seen] | None]) -> None:
+    def _ask_node(self, node: int, q: SurveyRequest, answers: dict[int, list[RankState] | None]) -> None:
         for rank in self._node_ranks(node)[:2]:
             answers[node] = self._ask(rank, q)
             if answers[node] is not None:
                 return
 
-    def _here(self, asking: bool = True, dead: int = -1) -> list[Seen]:
+    def _here(self, asking: bool = True, dead: int = -1) -> list[RankState]:
         """The ranks of this node; where they share no board, this rank. ``asking``: for their stacks, too, which takes a
         moment. ``dead``: a rank whose process is known to be about to go."""
         ranks = self._node_ranks(self.places[self.rank].node) if self.board.shared else [self.rank]
         entries = [self.board.read(self.places[r].local_rank) for r in ranks]
-        texts = stack_dump.collect(
+        texts = stack_dump.collect_stacks(
             (e.pid, e.stack_fd if asking and e.state in (INSIDE, OUTSIDE) else -1) for e in entries
         )
         states = [stack_dump.process_state(e.pid) if e.state != LEFT else "" for e in entries]
         return [
-            Seen(
+            RankState(
                 rank, self.places[rank].host, e.state, e.age, e.call, "gone" if rank == dead else state, text
             )
             for rank, e, state, text in zip(ranks, entries, states, texts, strict=True)
@@ -291,20 +298,20 @@ class Guard:
 
     # -- between nodes -----------------------------------------------------------------------------------------
 
-    def _delegate(self, q: Question) -> bool:
+    def _delegate(self, q: SurveyRequest) -> bool:
         """Let the first node report; False on that node itself, or if it does not answer."""
         if self.places[self.rank].node == 0:
             return False
         return any(self._ask(rank, q) is not None for rank in self._node_ranks(0)[:2])
 
-    def _ask(self, rank: int, q: Question) -> list[Seen] | None:
+    def _ask(self, rank: int, q: SurveyRequest) -> list[RankState] | None:
         address = self.places[rank].address
         if address is None:
             return None
-        answer: list[Seen] | None = ask([address], self._key, q)[0]
+        answer: list[RankState] | None = ask_node([address], self._key, q)[0]
         return answer
 
-    def _answer(self, q: Question) -> list[Seen]:
+    def _answer(self, q: SurveyRequest) -> list[RankState]:
         """What this rank says to another node's ``q``; if the job is to end, nobody of this node reports by itself then."""
         if q.code is None:
             return self._here()
@@ -322,6 +329,6 @@ class Guard:
         return [r for r, p in enumerate(self.places) if p.node == node]
 
 
-def board_left(board: Board) -> None:
+def board_left(board: StatusBoard) -> None:
     """The program has come to its end on this rank: its process may go."""
     board.set_state(LEFT)

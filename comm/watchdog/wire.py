@@ -21,7 +21,7 @@ class Address:
     port: int
 
 
-class Ear:
+class NodeServer:
     """Answers questions of those that know ``key``, in a thread of its own that sleeps until one comes."""
 
     def __init__(self, key: bytes, answer: Callable[[Any], Any]) -> None:
@@ -37,7 +37,7 @@ class Ear:
                 line.send(self._answer(line.recv()))
 
 
-def ask(addresses: Sequence[Address], key: bytes, question: Any) -> list[Any]:
+def ask_node(addresses: Sequence[Address], key: bytes, question: Any) -> list[Any]:
     """The answer from each address, None where there was none in time; all are asked at once."""
     answers: list[Any] = [None] * len(addresses)
 

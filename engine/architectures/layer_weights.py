@@ -91,7 +91,7 @@ class LayerWeights:
         )
 
 
-def load_layer(
+def load_layer_weights(
     checkpoint: Checkpoint,
     arch: Architecture,
     layer: int,

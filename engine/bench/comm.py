@@ -26,7 +26,7 @@ ROUNDS = 30
 
 
 @dataclass(frozen=True)
-class Traffic:
+class TokenTraffic:
     """One size of message. ``tokens``: of this rank; every rank has as many."""
 
     tokens: int
@@ -43,11 +43,11 @@ def tokens_for(megabytes: float, hidden_size: int, dtype: torch.dtype, rows_a_to
 
 
 def measure(
-    traffic: Traffic, grid: ProcessGrid, names: list[str], rounds: int = ROUNDS
+    traffic: TokenTraffic, grid: ProcessGrid, names: list[str], rounds: int = ROUNDS
 ) -> list[dict[str, Any]]:
     """One record a dispatcher; collective. Dispatch and combine are timed, the experts' work between them is not."""
     placement = Placement.blocks(traffic.num_experts, grid.shape.ep, grid.shape.etp)
-    trials = [Trial(choose_dispatcher(grid, placement, name).dispatcher, traffic) for name in names]
+    trials = [DispatchTrial(choose_dispatcher(grid, placement, name).dispatcher, traffic) for name in names]
     node_of = [grid.world.node_of[r] for r in grid.moe.world_ranks]
     bare = BareExchange(grid.moe, trials[0].routing, placement, traffic)
     steps = [[trial.step() for trial in trials] + [bare.step()] for _ in range(rounds + 2)][2:]
@@ -83,10 +83,10 @@ def deduplicated(topk_ids: Tensor, placement: Placement, node_of: list[int] | No
     return sum(int(ranks[nodes == node].any(dim=0).sum()) for node in set(node_of))
 
 
-class Trial:
+class DispatchTrial:
     """One dispatcher with its input. The experts are the identity, so that the result is known: x times its weights."""
 
-    def __init__(self, dispatcher: Dispatcher, traffic: Traffic) -> None:
+    def __init__(self, dispatcher: Dispatcher, traffic: TokenTraffic) -> None:
         self.dispatcher, self.traffic = dispatcher, traffic
         generator = torch.Generator().manual_seed(traffic.seed + dispatcher.group.rank)
         self.x = torch.randn(traffic.tokens, traffic.hidden_size, generator=generator).to(traffic.dtype)
@@ -121,7 +121,9 @@ class Trial:
 class BareExchange:
     """The same rows through ``MPI_Alltoallv`` there and back, from and to memory that is ready: the bound to meet."""
 
-    def __init__(self, group: Communicator, routing: Routing, placement: Placement, traffic: Traffic) -> None:
+    def __init__(
+        self, group: Communicator, routing: Routing, placement: Placement, traffic: TokenTraffic
+    ) -> None:
         self.group = group
         self.send = goes_to(routing.topk_ids, placement).sum(1).tolist()
         mine = torch.tensor(self.send)
@@ -142,7 +144,7 @@ class BareExchange:
         return 0.0, there - begin, time.perf_counter() - back
 
 
-def random_routing(traffic: Traffic, generator: torch.Generator) -> Routing:
+def random_routing(traffic: TokenTraffic, generator: torch.Generator) -> Routing:
     """Uniform and distinct experts, weights that add up to one."""
     scores = torch.rand(traffic.tokens, traffic.num_experts, generator=generator)
     weights = torch.rand(traffic.tokens, traffic.top_k, generator=generator) + 0.1
@@ -159,7 +161,7 @@ def identity_experts(arrived: ExpertInput, out: Tensor | None) -> Tensor:
 
 def _record(
     group: Communicator,
-    trial: Trial,
+    trial: DispatchTrial,
     steps: list[tuple[tuple[float, ...], tuple[float, ...]]],
     node_of: list[int],
 ) -> dict[str, Any]:
@@ -212,7 +214,9 @@ def _record(
     }
 
 
-def run(base: Traffic, grid: ProcessGrid, megabytes: list[float], names: list[str]) -> list[dict[str, Any]]:
+def run(
+    base: TokenTraffic, grid: ProcessGrid, megabytes: list[float], names: list[str]
+) -> list[dict[str, Any]]:
     """All sizes, all dispatchers; collective."""
     rows = expected_rows(base.num_experts, base.top_k, grid.moe.size)
     names = agreed(grid.world.comm, lambda: usable(grid, base.num_experts, names), "bench comm")

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator
-from xpar.engine.generation.decode_batch import Limits, Running, Sequences
-from xpar.engine.generation.lockstep import Job, Progress, Record, answer
-from xpar.engine.generation.recorder import Recorder
+from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, Record, run_lockstep
+from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.layer.stage_timer import StageClock
+from xpar.engine.layer.stage_timer import MeasuringTimer
 from xpar.engine.models.loader import LoadedModel
 
 PARTS = ("attention", "router", "experts", "communication", "head", "agreement", "rest")
@@ -40,7 +40,7 @@ class Decoded:
 
 
 @dataclass(frozen=True)
-class Watched(Sampling):
+class RecordedSampling(Sampling):
     """Greedy, and remembers the first logits that it sees."""
 
     seen: list[Tensor] = field(default_factory=list)
@@ -68,7 +68,7 @@ def decode(
 
     ``recorded``: replay steps as ``xpar generate`` does, where it does; else launch each part of each.
     """
-    sampling = Watched()
+    sampling = RecordedSampling()
     told: list[float] = []
     asked = [0.0]
     records: list[Record] = []
@@ -81,9 +81,9 @@ def decode(
         told.append(time.perf_counter())
         agreeing(told[-1] - asked[0])
 
-    job = Job(
+    job = LockstepCallbacks(
         total=len(ids),
-        start=lambda place: Running(place, ids[place].tolist(), torch.Generator()),
+        start=lambda place: RunningSequence(place, ids[place].tolist(), torch.Generator()),
         at_once=lambda place: len(ids),
         record=lambda r: {"place": r.place, "tokens": r.answer},
         write=records.extend,
@@ -91,9 +91,9 @@ def decode(
         tell=tell,
     )
     comm.barrier()
-    recorder = Recorder.of(loaded) if recorded else None
-    sequences = Sequences(loaded, sampling, Limits(new_tokens), recorder)
-    answer(comm, sequences, -(-len(ids) // comm.size), job)
+    recorder = DecodeGraph.of(loaded) if recorded else None
+    sequences = DecodeBatch(loaded, sampling, StopConditions(new_tokens), recorder)
+    run_lockstep(comm, sequences, -(-len(ids) // comm.size), job)
     steps = [after - before for before, after in pairwise(told)]
     logits = [part for parts in comm.all_gather_object(sampling.seen) for part in parts]
     tokens = [r["tokens"] for r in sorted(records, key=lambda r: int(r["place"]))]
@@ -107,7 +107,7 @@ def where_time_goes(
 
     A replayed step has no parts: these are of steps that are launched.
     """
-    clock, agreement = StageClock(loaded.layers[0].grid.device), [0.0]
+    clock, agreement = MeasuringTimer(loaded.layers[0].grid.device), [0.0]
     with _timed(loaded, clock) as hooked:
 
         def agreeing(seconds: float) -> None:
@@ -135,7 +135,7 @@ def where_time_goes(
 
 
 @contextmanager
-def _timed(loaded: LoadedModel, clock: StageClock) -> Iterator[dict[str, float]]:
+def _timed(loaded: LoadedModel, clock: MeasuringTimer) -> Iterator[dict[str, float]]:
     """Seconds of attention, router and head, which the model's own modules compute; ``clock`` gets the layers' stages."""
     seconds = {"attention": 0.0, "router": 0.0, "head": 0.0}
     handles = []

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.partition import share
+from xpar.comm.partition import split_range
 from xpar.engine.bench.ceilings import Ceilings
 from xpar.engine.bench.peer_process import PeerProcess
 from xpar.engine.bench.peers import IMPLEMENTATIONS
 from xpar.engine.bench.request import BATCHES, Request
 from xpar.engine.bench.timing import Contender, Times, take_turns
-from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.engine.layer.build import LayerOptions, build_layer
 from xpar.engine.layer.micro_batches import MicroBatches
 from xpar.engine.layer.reference import relative_error
 from xpar.engine.layer.runner import MoERunner
-from xpar.engine.layer.stage_timer import STAGES, StageClock
+from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
 
 CHECKED_TOKENS = 64
 
@@ -70,7 +70,7 @@ class LayerBench:
     def _build(self) -> MoERunner:
         r = self.request
         options = LayerOptions(r.dispatcher, r.kernel, r.exact, depth=r.depth)
-        return assemble(self.config, self.grid, r.dtype, self.weights.read, options)
+        return build_layer(self.config, self.grid, r.dtype, self.weights.read, options)
 
     def _ways(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """This job's ways through the layer, by name; all on the same weights."""
@@ -103,7 +103,7 @@ class LayerBench:
         )
 
     def _mine(self, x: Tensor) -> Tensor:
-        return x[share(x.shape[0], self.grid.dp.size, self.grid.dp.rank)]
+        return x[split_range(x.shape[0], self.grid.dp.size, self.grid.dp.rank)]
 
     def _way(self, name: str, inputs: list[Tensor]) -> Contender:
         def timed(number: int) -> float:
@@ -141,7 +141,7 @@ class LayerBench:
 
     def _stages(self, inputs: list[Tensor]) -> dict[str, float]:
         """Median over steps, maximum over ranks, in ms."""
-        clocks = [StageClock(self.grid.device) for _ in inputs]
+        clocks = [MeasuringTimer(self.grid.device) for _ in inputs]
         for clock, x in zip(clocks, inputs, strict=True):
             self.comm.barrier()
             self.runner.run(self._mine(x), None, clock)

@@ -12,10 +12,10 @@ from torch import Tensor
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.kernels.timing import graph_time
 from xpar.engine.bench.timing import Contender, take_turns
-from xpar.engine.layer.build import assemble
-from xpar.engine.layer.cuda_graph import refuse_what_cannot_be_captured
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.cuda_graph import check_capturable
 from xpar.engine.layer.shared_expert_overlap import Overlap, SharedOrder
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
 
 BATCHES = 4
@@ -40,9 +40,9 @@ class OverlapBench:
 
     def __init__(self, request: OverlapRequest, grid: ProcessGrid) -> None:
         self.request, self.grid, self.comm = request, grid, grid.world.comm
-        layer = RandomLayer(request.shape.layer(request.scale), request.dtype, request.seed)
+        layer = SyntheticLayer(request.shape.layer(request.scale), request.dtype, request.seed)
         self.config = layer.config
-        self.runner = assemble(self.config, grid, request.dtype, layer.read)
+        self.runner = build_layer(self.config, grid, request.dtype, layer.read)
         on_gpu = grid.device.type == "cuda"
         self.orders = [
             order
@@ -71,7 +71,7 @@ class OverlapBench:
 
     def _can_record(self, tokens: int) -> bool:
         try:
-            refuse_what_cannot_be_captured(self.runner, tokens)
+            check_capturable(self.runner, tokens)
         except ValueError:
             return False
         return True

@@ -19,7 +19,7 @@ from xpar.comm.world import World
 from xpar.engine.bench.ceilings import Ceilings, measure_ceilings
 from xpar.engine.bench.peers import IMPLEMENTATIONS, caller, transformers_layer
 from xpar.engine.bench.request import Request
-from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.engine.layer.build import LayerOptions, build_layer
 from xpar.engine.models.malloc import keep_freed_memory
 
 START_TIMEOUT_S = 600.0
@@ -100,14 +100,16 @@ def contenders(request: Request, threads: int) -> dict[str, Callable[[Tensor], T
     calls: dict[str, Callable[[Tensor], Tensor]] = {}
     if "solo" in request.compare:
         options = LayerOptions(kernel=request.kernel, exact=request.exact)
-        calls["solo"] = assemble(weights.config, solo_grid(threads), request.dtype, weights.read, options)
+        calls["solo"] = build_layer(
+            weights.config, single_rank_grid(threads), request.dtype, weights.read, options
+        )
     if "transformers" in request.compare:
         block = transformers_layer(request.shape.hf_config(request.scale), weights)
         calls |= {name: caller(block, name) for name in IMPLEMENTATIONS}
     return calls
 
 
-def solo_grid(threads: int) -> ProcessGrid:
+def single_rank_grid(threads: int) -> ProcessGrid:
     """The grid of a process outside MPI."""
     alone = SoloCommunicator()
     world = World(alone, (0,), ("",), 0, 1, float(threads), "none", (0,))

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 IMPLEMENTATIONS = ("grouped_mm", "eager")
 """transformers' ways to compute experts on any device."""
 
 
-def transformers_layer(hf_config: Mapping[str, Any], layer: RandomLayer) -> nn.Module:
+def transformers_layer(hf_config: Mapping[str, Any], layer: SyntheticLayer) -> nn.Module:
     """The MoE block of the one-layer model that ``hf_config`` describes, holding ``layer``'s weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -39,7 +39,7 @@ def caller(block: nn.Module, implementation: str) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def _fill(block: nn.Module, layer: RandomLayer) -> None:
+def _fill(block: nn.Module, layer: SyntheticLayer) -> None:
     held = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     gate_up, down = held.pop("experts.gate_up_proj"), held.pop("experts.down_proj")
     for expert in range(layer.config.num_experts):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xpar.engine.layer.route_and_compute import Depth
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
 
 BATCHES = 8
@@ -39,9 +39,9 @@ class Request:
         """What of ``compare`` a process beside the job computes."""
         return tuple(name for name in self.compare if name != "steps")
 
-    def weights(self) -> RandomLayer:
+    def weights(self) -> SyntheticLayer:
         """The layer's weights, the same in every process."""
-        return RandomLayer(self.shape.layer(self.scale), self.dtype, self.seed)
+        return SyntheticLayer(self.shape.layer(self.scale), self.dtype, self.seed)
 
     def input(self, tokens: int, number: int) -> Tensor:
         """[tokens, H]: batch ``number`` of ``BATCHES``, the same in every process."""

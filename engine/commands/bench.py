@@ -189,7 +189,7 @@ def _layer_request(args: argparse.Namespace) -> Request:
     )
 
 
-def _traffic(args: argparse.Namespace) -> comm.Traffic:
+def _traffic(args: argparse.Namespace) -> comm.TokenTraffic:
     at_least(
         hidden=(args.hidden, 1), experts=(args.experts, 1), top_k=(args.top_k, 1), threads=(args.threads, 1)
     )
@@ -199,7 +199,7 @@ def _traffic(args: argparse.Namespace) -> comm.Traffic:
         )
     if min(args.megabytes) <= 0:
         raise ValueError(f"--megabytes {min(args.megabytes):g}: must be positive")
-    return comm.Traffic(0, args.hidden, args.experts, args.top_k, FLOATS[args.dtype], args.seed)
+    return comm.TokenTraffic(0, args.hidden, args.experts, args.top_k, FLOATS[args.dtype], args.seed)
 
 
 def _grid(world: World, args: argparse.Namespace) -> ProcessGrid:

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from xpar.comm.device.binding import driver_version, find_gpu, shared_gpus
-from xpar.comm.device.nccl_library import load, version_text
+from xpar.comm.device.nccl_library import open_library, version_text
 from xpar.comm.device.transport import DeviceFacts, choose_transport, facts_of
 from xpar.comm.shared_window import SHARED_FILES
-from xpar.comm.stale_shm import PREFIXES, Leftovers, find_leftovers
+from xpar.comm.stale_shm import PREFIXES, StaleFiles, find_stale_files
 from xpar.comm.world import LaunchError, World, refuse_singletons
 from xpar.engine.console.terminal import make_console
 from xpar.kernels.cpu import native_library
@@ -44,7 +44,7 @@ class Place:
     shm_free: int
     cpu: str
     gpu: DeviceFacts | None
-    leftovers: Leftovers
+    leftovers: StaleFiles
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -84,7 +84,7 @@ def _place(world: World) -> Place:
         shm_free=stat.f_bavail * stat.f_frsize,
         cpu=torch.backends.cpu.get_cpu_capability(),
         gpu=gpu,
-        leftovers=find_leftovers(Path(SHARED_FILES)) if world.local_rank == 0 else Leftovers(0, 0),
+        leftovers=find_stale_files(Path(SHARED_FILES)) if world.local_rank == 0 else StaleFiles(0, 0),
     )
 
 
@@ -105,7 +105,7 @@ def _print_software(console: Console, world: World) -> None:
 
 def _nccl() -> str:
     try:
-        library = load()
+        library = open_library()
     except ValueError as error:
         return str(error)
     return f"{version_text(library.version())} at {library.path()}"

@@ -17,7 +17,7 @@ from xpar.engine.commands.watching import attach
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.terminal import make_console
 from xpar.engine.generation.service import Service
-from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.generation.tokenizer import Tokenizer
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     harness = agreed(world.comm, lambda: _harness(args.harness) if world.rank == 0 else None, patient=True)
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)
-    tokens = agreed(world.comm, lambda: Tokens(args.checkpoint))
+    tokens = agreed(world.comm, lambda: Tokenizer(args.checkpoint))
     loaded = model_session.load(args, grid, dtype, console)
     service = Service(world.comm, loaded, tokens, model_session.batch_of(args), args.prefill_tokens)
     if harness is None:

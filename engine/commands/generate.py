@@ -11,10 +11,10 @@ from xpar.engine.commands.watching import attach
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.terminal import make_console
 from xpar.engine.generation.generate import generate
-from xpar.engine.generation.request import Request, prepare
-from xpar.engine.generation.run_file import finish_only, listen_for_stop
+from xpar.engine.generation.request import Request, read_request
+from xpar.engine.generation.run_file import finish_only, watch_for_stop
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.generation.tokenizer import Tokenizer
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -55,7 +55,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def main(args: argparse.Namespace) -> int:
     """Run the command on every rank; 0 also if a signal ended it with everything written."""
     # From the first moment: a job that is pre-empted while it loads has lost nothing either.
-    return _run(args, listen_for_stop())
+    return _run(args, watch_for_stop())
 
 
 def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
@@ -64,8 +64,8 @@ def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
     request = agreed(world.comm, lambda: _request(args, world.rank == 0))
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)
-    tokens = agreed(world.comm, lambda: Tokens(request.checkpoint, request.chat))
-    work = prepare(world.comm, request, tokens, args.resume)
+    tokens = agreed(world.comm, lambda: Tokenizer(request.checkpoint, request.chat))
+    work = read_request(world.comm, request, tokens, args.resume)
     done = "prompts answered"
     if not work.queue:
         finish_only(world.comm, request, work)

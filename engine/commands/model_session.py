@@ -22,8 +22,8 @@ from xpar.engine.console.logs import add_verbose
 from xpar.engine.console.terminal import Meter, count
 from xpar.engine.generation.answer_file import errors_path
 from xpar.engine.generation.lockstep import Progress
-from xpar.engine.generation.request import Asked, Work
-from xpar.engine.generation.run_file import Outcome
+from xpar.engine.generation.request import RequestBase, Workload
+from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.layer.build import FLOATS
 from xpar.engine.models.loader import LoadedModel, load_model
 from xpar.engine.models.parallelize import SpreadOptions
@@ -152,7 +152,7 @@ def load(
 
 
 @contextmanager
-def meter(world: World, doing: str, work: Work) -> Iterator[Callable[[Progress], None]]:
+def meter(world: World, doing: str, work: Workload) -> Iterator[Callable[[Progress], None]]:
     """A bar of prompts, tokens/s and the load of the busiest rank; the function moves it."""
     begin = time.monotonic()
     with Meter(world, doing, len(work.queue)) as bar:
@@ -164,7 +164,7 @@ def meter(world: World, doing: str, work: Work) -> Iterator[Callable[[Progress],
         yield tell
 
 
-def counts(request: Asked, work: Work, new: int, what: str) -> str:
+def counts(request: RequestBase, work: Workload, new: int, what: str) -> str:
     """What was done, in one line; what is left and what was refused, if anything. ``what``: as ``prompts answered``."""
     before = work.answered
     text = f"{request.out}: {new + before} of {len(work.order)} {what}"
@@ -174,7 +174,7 @@ def counts(request: Asked, work: Work, new: int, what: str) -> str:
     return text + (f"; stopped by SIGTERM, {left} are left: run again with --resume" if left else "")
 
 
-def speed(outcome: Outcome) -> str:
+def speed(outcome: RunSummary) -> str:
     """Tokens and the balance of the experts' load, in one line."""
     return (
         f"{outcome.tokens} tokens in {outcome.seconds:.1f} s, {outcome.tokens / outcome.seconds:.0f} tokens/s, "

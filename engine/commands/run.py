@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.partition import share
+from xpar.comm.partition import split_range
 from xpar.comm.stragglers import gather_lateness
 from xpar.comm.world import World
 from xpar.engine.architectures.layer_config import find, moe_layers
@@ -21,12 +21,12 @@ from xpar.engine.config import LayerConfig
 from xpar.engine.console.logs import add_verbose, start_logging
 from xpar.engine.console.report import layer_record, layer_table, manifest, summary
 from xpar.engine.console.terminal import count, make_console, progress
-from xpar.engine.layer.build import FLOATS, config_of
+from xpar.engine.layer.build import FLOATS, read_layer_config
 from xpar.engine.layer.expert_shard import pick_dispatcher, pick_kernel
 from xpar.engine.layer.reference import TOLERANCE, layer_reference, relative_error
 from xpar.engine.layer.route_and_compute import DEPTHS, explain_depth
 from xpar.engine.layer.runner import MoERunner
-from xpar.engine.layer.stage_timer import StageClock
+from xpar.engine.layer.stage_timer import MeasuringTimer
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -123,7 +123,7 @@ def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
     with Checkpoint(args.checkpoint) as checkpoint:
         layers = args.layers or list(moe_layers(find(checkpoint.config), checkpoint.config))
         for layer in layers:
-            config_of(checkpoint, layer)
+            read_layer_config(checkpoint, layer)
         dtype = FLOATS[args.dtype] if args.dtype else checkpoint.dtype
     if dtype not in TOLERANCE:
         raise ValueError(f"dtype {dtype}: choose --dtype {', '.join(sorted(FLOATS))}")
@@ -143,11 +143,11 @@ def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: t
         depth=args.depth,
     )
     everyone = random_tokens(args.tokens, runner.config.hidden_size, args.seed + layer).to(dtype)
-    part = share(args.tokens, grid.dp.size, grid.dp.rank)
+    part = split_range(args.tokens, grid.dp.size, grid.dp.rank)
     ids = random_ids(args.tokens, runner.config, args.seed + layer)
     mine, my_ids = everyone[part].to(grid.device), None if ids is None else ids[part].to(grid.device)
     runner(mine, None, my_ids)
-    clocks = [StageClock(grid.device) for _ in range(args.steps)]
+    clocks = [MeasuringTimer(grid.device) for _ in range(args.steps)]
     for clock in clocks:
         grid.world.comm.barrier()
         output, _, traffic = runner.run(mine, None, clock, my_ids)
@@ -208,7 +208,7 @@ def _explain(
     console: Console, args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype
 ) -> None:
     with Checkpoint(args.checkpoint) as checkpoint:
-        config = config_of(checkpoint, layer)
+        config = read_layer_config(checkpoint, layer)
 
     def reasons() -> str:
         placement, dispatcher = pick_dispatcher(grid, config, args.dispatcher)

@@ -13,7 +13,7 @@ from xpar.engine.bench.kernels.cases import Layer
 from xpar.engine.bench.kernels.options import require_gpu
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
-from xpar.engine.layer.build import FLOATS, config_of
+from xpar.engine.layer.build import FLOATS, read_layer_config
 from xpar.engine.synthetic.shapes import SHAPES, shape_of
 
 TOKENS = (1, 16, 64, 256, 1024, 4096)
@@ -81,7 +81,7 @@ def _config(args: argparse.Namespace) -> LayerConfig:
         return shape_of(args.layer).layer()
     with Checkpoint(Path(args.layer)) as checkpoint:
         first = moe_layers(find(checkpoint.config), checkpoint.config)[0]
-        return config_of(checkpoint, first if args.index is None else args.index)
+        return read_layer_config(checkpoint, first if args.index is None else args.index)
 
 
 def _tune(

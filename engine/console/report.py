@@ -16,11 +16,11 @@ from xpar.comm.dispatch.base import Traffic
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
 from xpar.engine.layer.runner import MoERunner
-from xpar.engine.layer.stage_timer import STAGES, StageClock
+from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
 
 
 def layer_record(
-    runner: MoERunner, clocks: list[StageClock], traffic: Traffic, tokens: int
+    runner: MoERunner, clocks: list[MeasuringTimer], traffic: Traffic, tokens: int
 ) -> dict[str, Any]:
     """One layer's figures over all ranks; collective. ``tokens``: of the whole job. Times in ms, medians over steps."""
     clocks = [clock.read() for clock in clocks]

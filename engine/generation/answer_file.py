@@ -61,13 +61,13 @@ def _record(raw: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and {"hash", "settings"} <= record.keys() else None
 
 
-def keep_answers(out: Path, answers: Iterable[Record]) -> None:
+def open_answer_file(out: Path, answers: Iterable[Record]) -> None:
     """Make ``out`` hold ``answers`` and nothing else."""
     _replace(out, [_line(record) for record in answers])
 
 
 class AnswerFile:
-    """Appends to ``out``, a file that :func:`keep_answers` has left."""
+    """Appends to ``out``, a file that :func:`open_answer_file` has left."""
 
     def __init__(self, out: Path) -> None:
         self.out = out

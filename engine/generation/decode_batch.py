@@ -10,18 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xpar.engine.generation.recorder import Recorder
+from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.models.attention import backends
 from xpar.engine.models.growing import new_cache
-from xpar.engine.models.kv_cache import KeyValues, mask
+from xpar.engine.models.kv_cache import KvCache, mask
 from xpar.engine.models.loader import LoadedModel
 
 Finish = Literal["end", "stop", "length"]
 
 
 @dataclass
-class Running:
+class RunningSequence:
     """A prompt being answered. ``place``: its number among the job's prompts. ``ids``: the prompt's tokens.
 
     ``answer``: tokens so far, an end token not among them. ``finish``: why it is complete, or None.
@@ -35,14 +35,14 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Limits:
+class StopConditions:
     """When an answer is complete: ``max_new_tokens``, one of ``ends``, or ``stopped`` says so of its tokens."""
 
     max_new_tokens: int
     ends: frozenset[int] = frozenset()
     stopped: Callable[[Sequence[int]], bool] = lambda answer: False
 
-    def take(self, running: Running, token: int) -> None:
+    def take(self, running: RunningSequence, token: int) -> None:
         """Add ``token`` to the answer, or complete it."""
         if token in self.ends:
             running.finish = "end"
@@ -54,7 +54,7 @@ class Limits:
             running.finish = "length"
 
 
-class Sequences:
+class DecodeBatch:
     """The sequences of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
     ``recorder``: replays steps that continue sequences, where there is one. ``running``: those that are not complete.
@@ -62,12 +62,16 @@ class Sequences:
     """
 
     def __init__(
-        self, loaded: LoadedModel, sampling: Sampling, limits: Limits, recorder: Recorder | None = None
+        self,
+        loaded: LoadedModel,
+        sampling: Sampling,
+        limits: StopConditions,
+        recorder: DecodeGraph | None = None,
     ) -> None:
         self._loaded, self._sampling, self._limits = loaded, sampling, limits
         self._recorder = recorder
-        self._past: KeyValues | None = None
-        self.running: list[Running] = []
+        self._past: KvCache | None = None
+        self.running: list[RunningSequence] = []
         self.tokens = 0
 
     @property
@@ -80,7 +84,7 @@ class Sequences:
         return self._loaded.slots()
 
     @torch.inference_mode()
-    def begin(self, new: list[Running]) -> list[Running]:
+    def begin(self, new: list[RunningSequence]) -> list[RunningSequence]:
         """Read the prompts of ``new`` and draw their first tokens; return those that are complete already."""
         lengths = tuple(len(r.ids) for r in new)
         columns = max(lengths)
@@ -93,7 +97,7 @@ class Sequences:
         return self._advance(new, logits)
 
     @torch.inference_mode()
-    def advance(self) -> list[Running]:
+    def advance(self) -> list[RunningSequence]:
         """Draw the next token of every running sequence; return those that it completes."""
         assert self._past is not None
         ids = torch.tensor([[r.answer[-1]] for r in self.running])
@@ -105,7 +109,7 @@ class Sequences:
         """Serve the other ranks' tokens."""
         self._loaded.join()
 
-    def _advance(self, drawn: list[Running], logits: Tensor) -> list[Running]:
+    def _advance(self, drawn: list[RunningSequence], logits: Tensor) -> list[RunningSequence]:
         tokens = self._sampling.choose(logits, [r.generator for r in drawn])
         self.tokens += len(tokens)
         for r, token in zip(drawn, tokens, strict=True):
@@ -118,7 +122,7 @@ class Sequences:
             self.running = [self.running[row] for row in kept]
         return complete
 
-    def _continue(self, ids: Tensor, past: KeyValues) -> tuple[Tensor, KeyValues]:
+    def _continue(self, ids: Tensor, past: KvCache) -> tuple[Tensor, KvCache]:
         if self._recorder is not None and (replayed := self._recorder.step(ids, past)):
             return replayed
         logits, longer = self._forward(ids, tuple(length + 1 for length in past.lengths), past)
@@ -126,9 +130,7 @@ class Sequences:
             self._recorder.went_on(longer)
         return logits, longer
 
-    def _forward(
-        self, ids: Tensor, lengths: tuple[int, ...], past: KeyValues | None
-    ) -> tuple[Tensor, KeyValues]:
+    def _forward(self, ids: Tensor, lengths: tuple[int, ...], past: KvCache | None) -> tuple[Tensor, KvCache]:
         """Logits [B, V] after the last of ``ids`` [B, S'], and the keys and values of ``past`` and ``ids``."""
         columns = ids.shape[1] + (0 if past is None else past.columns)
         seen = mask(lengths, columns)
@@ -144,4 +146,4 @@ class Sequences:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return out.logits[:, -1], KeyValues.of(out.past_key_values, lengths)
+        return out.logits[:, -1], KvCache.of(out.past_key_values, lengths)

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from xpar.engine.layer.cuda_graph import rehearse
 from xpar.engine.models.attention import backends
-from xpar.engine.models.kv_cache import KeyValues, mask
+from xpar.engine.models.kv_cache import KvCache, mask
 
 UNIT = 64
 """Columns are a multiple of this many: kernels of attention with a mask want 8."""
@@ -23,14 +23,14 @@ WARM_UP = 2
 """Forwards before a recording: they compile kernels and size workspaces."""
 
 
-class FixedStep:
+class PaddedDecodeStep:
     """Continues the sequences of ``past`` by one token a call, until ``left`` is 0.
 
     ``model``: transformers' causal language model, which writes and reads keys and values in place: its own static layers
     hold them, and say to its masks how far they are filled by a number on the device.
     """
 
-    def __init__(self, model: Any, device: torch.device, past: KeyValues) -> None:
+    def __init__(self, model: Any, device: torch.device, past: KvCache) -> None:
         from transformers.cache_utils import Cache, StaticLayer
 
         needed = past.columns + max(LEAST_ROOM, past.columns // 4)
@@ -49,7 +49,7 @@ class FixedStep:
         self._lengths, self._columns, self.left = past.lengths, past.columns, columns - past.columns
         self.rewind()
 
-    def __call__(self, ids: Tensor, forward: Callable[[], Tensor]) -> tuple[Tensor, KeyValues]:
+    def __call__(self, ids: Tensor, forward: Callable[[], Tensor]) -> tuple[Tensor, KvCache]:
         """Logits [B, V] after the tokens ``ids`` [B, 1], by ``forward``: :meth:`forward` itself, or a recording of it.
 
         With them the keys and values of all so far, as views, which the next call does not change.
@@ -62,7 +62,7 @@ class FixedStep:
         layers = tuple(
             (layer.keys[:, :, : self._columns], layer.values[:, :, : self._columns]) for layer in self._layers
         )
-        return logits, KeyValues(layers, self._lengths)
+        return logits, KvCache(layers, self._lengths)
 
     def forward(self) -> Tensor:
         """[B, V] of the ids that were put in place; what says where the next token goes is advanced on the device."""
@@ -93,7 +93,7 @@ def _longer(x: Tensor, columns: int) -> Tensor:
     return longer
 
 
-def record(step: FixedStep, counted: list[Tensor], device: torch.device) -> Callable[[], Tensor]:
+def record(step: PaddedDecodeStep, counted: list[Tensor], device: torch.device) -> Callable[[], Tensor]:
     """``step``'s forward as a CUDA graph. ``counted``: numbers that a forward adds to, and that a rehearsal must not change.
 
     Raises RuntimeError where the model waits for the GPU in between.

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 
 from xpar.comm.communicator import Communicator
-from xpar.engine.generation.decode_batch import Limits as Ends
-from xpar.engine.generation.decode_batch import Running, Sequences
+from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence
+from xpar.engine.generation.decode_batch import StopConditions as Ends
 from xpar.engine.generation.lockstep import Progress, Record
-from xpar.engine.generation.recorder import Recorder
-from xpar.engine.generation.request import Question, Request, Work
-from xpar.engine.generation.run_file import Limits, Outcome, head_of, tail_of, work_through
-from xpar.engine.generation.tokenizer import Tokens, first_stop
+from xpar.engine.generation.recorder import DecodeGraph
+from xpar.engine.generation.request import Request, WorkItem, Workload
+from xpar.engine.generation.run_file import BatchLimits, RunSummary, first_line, last_line, process_file
+from xpar.engine.generation.tokenizer import Tokenizer, first_stop
 from xpar.engine.models.loader import LoadedModel
 
 TOKENS_PER_CHARACTER = 4
@@ -19,25 +19,25 @@ TOKENS_PER_CHARACTER = 4
 def generate(
     comm: Communicator,
     request: Request,
-    work: Work,
-    tokens: Tokens,
+    work: Workload,
+    tokens: Tokenizer,
     loaded: LoadedModel,
     told: Callable[[], bool] = lambda: False,
     tell: Callable[[Progress], None] = lambda progress: None,
-) -> Outcome:
-    """Answer ``work.queue`` into ``request.out``; collective. ``told`` and ``tell``: see :func:`work_through`."""
+) -> RunSummary:
+    """Answer ``work.queue`` into ``request.out``; collective. ``told`` and ``tell``: see :func:`process_file`."""
     stopped = stop_test(request.stops, tokens)
     ends = Ends(request.max_new_tokens, tokens.ends, stopped)
 
-    def start(place: int, question: Question) -> Running:
-        return Running(place, question.ids, request.sampling.generator(question.hash))
+    def start(place: int, question: WorkItem) -> RunningSequence:
+        return RunningSequence(place, question.ids, request.sampling.generator(question.hash))
 
-    return work_through(
+    return process_file(
         comm,
         request,
         work,
-        Sequences(loaded, request.sampling, ends, Recorder.of(loaded)),
-        Limits(request.batch, request.prefill_tokens),
+        DecodeBatch(loaded, request.sampling, ends, DecodeGraph.of(loaded)),
+        BatchLimits(request.batch, request.prefill_tokens),
         start,
         lambda r: _record(work, work.queue[r.place], r, tokens, request.stops),
         told,
@@ -45,7 +45,7 @@ def generate(
     )
 
 
-def stop_test(stops: tuple[str, ...], tokens: Tokens) -> Callable[[Sequence[int]], bool]:
+def stop_test(stops: tuple[str, ...], tokens: Tokenizer) -> Callable[[Sequence[int]], bool]:
     """Whether an answer's tokens have just completed one of ``stops``."""
     tail = TOKENS_PER_CHARACTER * (max(map(len, stops), default=0) + 1)
 
@@ -59,13 +59,13 @@ def stop_test(stops: tuple[str, ...], tokens: Tokens) -> Callable[[Sequence[int]
 
 
 def _record(
-    work: Work, question: Question, running: Running, tokens: Tokens, stops: tuple[str, ...]
+    work: Workload, question: WorkItem, running: RunningSequence, tokens: Tokenizer, stops: tuple[str, ...]
 ) -> Record:
     text = tokens.decode(running.answer)
     return {
-        **head_of(question),
+        **first_line(question),
         "text": text[: first_stop(text, stops)],
         "tokens": len(running.answer),
         "finish": running.finish,
-        **tail_of(question, work),
+        **last_line(question, work),
     }

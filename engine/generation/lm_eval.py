@@ -15,11 +15,11 @@ POSITIONS = 2048
 MAX_NEW_TOKENS = 256
 
 
-def model_class() -> type["Answers"]:
+def model_class() -> type["LmEvalAdapter"]:
     """The class whose objects the harness can evaluate."""
     from lm_eval.api.model import TemplateLM
 
-    class XparLM(Answers, TemplateLM):  # type: ignore[misc] # the package need not be there
+    class XparLM(LmEvalAdapter, TemplateLM):  # type: ignore[misc] # the package need not be there
         pass
 
     return XparLM
@@ -35,7 +35,7 @@ def register_service(service: Service, path: str) -> None:
             super().__init__(service, path)
 
 
-class Answers:
+class LmEvalAdapter:
     """The methods of a model of the harness. ``service``: the model. ``path``: of its checkpoint."""
 
     def __init__(self, service: Service, path: str) -> None:

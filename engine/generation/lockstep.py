@@ -13,7 +13,7 @@ from typing import Any, Generic
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.step_agreement import agree_step
-from xpar.engine.generation.steps import R, Steps
+from xpar.engine.generation.steps import LocalBatch, R
 
 FLUSH_S = 1.0
 """Answers travel to the rank that writes them at least this often, if there are any."""
@@ -39,7 +39,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Job(Generic[R]):
+class LockstepCallbacks(Generic[R]):
     """What the loop calls. All ranks have the same ``total``; only rank 0's ``write`` is called with answers of all.
 
     ``start(place)``: the sequence of prompt ``place`` of the queue. ``at_once(place)``: how many prompts, this one the
@@ -56,7 +56,7 @@ class Job(Generic[R]):
     tell: Callable[[Progress], None]
 
 
-def answer(comm: Communicator, sequences: Steps[R], batch: int, job: Job[R]) -> bool:
+def run_lockstep(comm: Communicator, sequences: LocalBatch[R], batch: int, job: LockstepCallbacks[R]) -> bool:
     """Answer prompts 0 to ``job.total`` - 1, at most ``batch`` at a time on each rank; collective over ``comm``.
 
     Returns False if a rank was told to stop before all were done; what was complete by then is written.
@@ -72,7 +72,7 @@ def answer(comm: Communicator, sequences: Steps[R], batch: int, job: Job[R]) -> 
         kept, tokens, slots = zip(*facts.notes, strict=True)
         stop = bool(facts.status & STOP)
         most = job.at_once(given) if given < job.total else 0
-        parts = deal([min(most, batch - running) for running in facts.work], job.total - given)
+        parts = deal_prompts([min(most, batch - running) for running in facts.work], job.total - given)
         over = stop or not (facts.any_work or any(parts))
         job.tell(Progress(written + sum(kept), sum(tokens), slots))
         if any(kept) and (over or facts.status & FLUSH):
@@ -87,7 +87,7 @@ def answer(comm: Communicator, sequences: Steps[R], batch: int, job: Job[R]) -> 
         step += 1
 
 
-def deal(free: Sequence[int], left: int) -> list[int]:
+def deal_prompts(free: Sequence[int], left: int) -> list[int]:
     """How many of the ``left`` next prompts each rank gets: one each in turn, to those that have a free slot."""
     parts = [0] * len(free)
     while left > 0 and any(part < slots for part, slots in zip(parts, free, strict=True)):
@@ -98,7 +98,7 @@ def deal(free: Sequence[int], left: int) -> list[int]:
     return parts
 
 
-def _forward(sequences: Steps[R], new: list[R]) -> list[R]:
+def _forward(sequences: LocalBatch[R], new: list[R]) -> list[R]:
     if new:
         return sequences.begin(new)
     if sequences.occupied:

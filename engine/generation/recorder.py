@@ -5,17 +5,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from xpar.engine.generation.decode_graph import FixedStep, record
-from xpar.engine.models.kv_cache import KeyValues
+from xpar.engine.generation.decode_graph import PaddedDecodeStep, record
+from xpar.engine.models.kv_cache import KvCache
 from xpar.engine.models.loader import LoadedModel
 
 log = logging.getLogger("xpar.models")
 PATIENCE = 8
 """Steps with the same sequences before one is recorded, which takes as long as about five of them."""
-Record = Callable[[FixedStep], Callable[[], Tensor]]
+Record = Callable[[PaddedDecodeStep], Callable[[], Tensor]]
 
 
-class Recorder:
+class DecodeGraph:
     """Continues sequences by replaying a step, where the same ones have gone on for a while.
 
     ``recorded``: how a step is recorded. A model that cannot be is found out at the first attempt, and goes on as before.
@@ -26,21 +26,21 @@ class Recorder:
         counted = [layer.counter.counted for layer in loaded.layers]
         self._loaded = loaded
         self._record = recorded or (lambda step: record(step, counted, loaded.device))
-        self._recording: tuple[FixedStep, Callable[[], Tensor]] | None = None
-        self._past: KeyValues | None = None
+        self._recording: tuple[PaddedDecodeStep, Callable[[], Tensor]] | None = None
+        self._past: KvCache | None = None
         self._steady = 0
         self.refused: str | None = None
         self.replayed = 0
 
     @classmethod
-    def of(cls, loaded: LoadedModel) -> "Recorder | None":
+    def of(cls, loaded: LoadedModel) -> "DecodeGraph | None":
         """None where steps are not recorded: on host processors, in exact mode, and with several ranks, whose agreement
         before each layer's exchange a recording would leave out."""
         if loaded.device.type != "cuda" or any(x.exact or x.grid.world.size > 1 for x in loaded.layers):
             return None
         return cls(loaded)
 
-    def step(self, ids: Tensor, past: KeyValues) -> tuple[Tensor, KeyValues] | None:
+    def step(self, ids: Tensor, past: KvCache) -> tuple[Tensor, KvCache] | None:
         """Logits [B, V] after ``ids`` [B, 1], and what ``past`` becomes; None where the step is not to be replayed."""
         if past is not self._past:  # other sequences, or continued by somebody else
             self._recording, self._steady = None, 0
@@ -55,13 +55,13 @@ class Recorder:
         self.replayed += 1
         return logits, self._past
 
-    def went_on(self, past: KeyValues) -> None:
+    def went_on(self, past: KvCache) -> None:
         """The same sequences were continued by a forward that was not replayed, and ``past`` came of it."""
         self._past = past
         self._steady += 1
 
-    def _begin(self, past: KeyValues) -> None:
-        step = FixedStep(self._loaded.model, self._loaded.device, past)
+    def _begin(self, past: KvCache) -> None:
+        step = PaddedDecodeStep(self._loaded.model, self._loaded.device, past)
         try:
             self._recording = step, self._record(step)
         except RuntimeError as error:

@@ -11,16 +11,16 @@ import torch
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
-from xpar.comm.partition import share
+from xpar.comm.partition import split_range
 from xpar.engine.checkpoint.reader import Checkpoint
-from xpar.engine.generation.answer_file import keep_answers, read_answers, write_errors
+from xpar.engine.generation.answer_file import open_answer_file, read_answers, write_errors
 from xpar.engine.generation.prompts import BadLine, Form, Prompt, prompt_form, read_prompts, text_form
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.generation.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Question:
+class WorkItem:
     """A prompt as the model reads it. ``hash``: of its text and its key; names its answer.
 
     ``first``: of ``ids``, the first that is scored, where that is asked.
@@ -32,7 +32,7 @@ class Question:
     first: int = 1
 
 
-class Asked(Protocol):
+class RequestBase(Protocol):
     """A file of questions to a model, whatever is to be done with them."""
 
     @property
@@ -51,7 +51,7 @@ class Asked(Protocol):
     def settings(self, config: Mapping[str, Any]) -> str:
         """A digest of all that decides an answer besides its prompt."""
 
-    def question(self, prompt: Prompt, tokens: Tokens) -> Question:
+    def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
         """The prompt as tokens; ValueError if the model cannot take it."""
 
 
@@ -91,14 +91,14 @@ class Request:
         }
         return digest(decisive)
 
-    def question(self, prompt: Prompt, tokens: Tokens) -> Question:
+    def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
         ids = tokens.encode(prompt.text)
         limit = None if tokens.positions is None else tokens.positions - self.max_new_tokens
         if limit is not None and len(ids) > limit:
             raise ValueError(
                 f"{len(ids)} tokens, and the model has positions for {limit} besides --max-new-tokens; shorten it"
             )
-        return Question(prompt, ids, digest([prompt.key, prompt.text]))
+        return WorkItem(prompt, ids, digest([prompt.key, prompt.text]))
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class ScoreRequest:
         }
         return digest(decisive)
 
-    def question(self, prompt: Prompt, tokens: Tokens) -> Question:
+    def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
         ids, first = tokens.encode_pair(prompt.context, prompt.text)
         if len(ids) <= first:
             raise ValueError(
@@ -140,24 +140,24 @@ class ScoreRequest:
             raise ValueError(
                 f"{len(ids)} tokens, and the model has positions for {tokens.positions}; shorten it"
             )
-        return Question(prompt, ids, digest([prompt.key, prompt.context, prompt.text]), first)
+        return WorkItem(prompt, ids, digest([prompt.key, prompt.context, prompt.text]), first)
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """The same on every rank. ``queue``: what is to be answered, longest prompt first. ``order``: hash -> place of
     every question in the file. ``answered``: how many answers an earlier run left. ``refused``: lines that are no
     prompts. ``settings``: digest of what all answers have in common.
     """
 
-    queue: tuple[Question, ...]
+    queue: tuple[WorkItem, ...]
     order: Mapping[str, int]
     answered: int
     refused: int
     settings: str
 
 
-def prepare(comm: Communicator, request: Asked, tokens: Tokens, resume: bool) -> Work:
+def read_request(comm: Communicator, request: RequestBase, tokens: Tokenizer, resume: bool) -> Workload:
     """Read the prompts, and with ``resume`` the answers there are; write what cannot be a prompt. Collective.
 
     Rank 0 reads and writes; raises one error on every rank if it cannot.
@@ -167,10 +167,10 @@ def prepare(comm: Communicator, request: Asked, tokens: Tokens, resume: bool) ->
     read = agreed(comm, lambda: read_prompts(request.prompts, request.form) if first else ([], []))
     prompts, bad = comm.all_gather_object(read)[0]
     settings = request.settings(config)
-    part = share(len(prompts), comm.size, comm.rank)
+    part = split_range(len(prompts), comm.size, comm.rank)
     encoded = agreed(comm, lambda: [_question(request, p, tokens) for p in prompts[part]])
     everyones = [entry for entries in comm.all_gather_object(encoded) for entry in entries]
-    questions = [entry for entry in everyones if isinstance(entry, Question)]
+    questions = [entry for entry in everyones if isinstance(entry, WorkItem)]
     bad = sorted(bad + [e for e in everyones if isinstance(e, BadLine)], key=lambda e: e.line)
 
     def settle() -> set[str]:
@@ -178,17 +178,17 @@ def prepare(comm: Communicator, request: Asked, tokens: Tokens, resume: bool) ->
             return set()
         write_errors(request.out, bad)
         kept = read_answers(request.out, {q.hash for q in questions}, settings) if resume else {}
-        keep_answers(request.out, kept.values())
+        open_answer_file(request.out, kept.values())
         return set(kept)
 
     done = comm.all_gather_object(agreed(comm, settle))[0]
     queue = [q for q in questions if q.hash not in done]
     queue.sort(key=lambda q: (-len(q.ids), q.prompt.line))
     order = {q.hash: place for place, q in enumerate(questions)}
-    return Work(tuple(queue), order, len(done), len(bad), settings)
+    return Workload(tuple(queue), order, len(done), len(bad), settings)
 
 
-def _question(request: Asked, prompt: Prompt, tokens: Tokens) -> Question | BadLine:
+def _question(request: RequestBase, prompt: Prompt, tokens: Tokenizer) -> WorkItem | BadLine:
     try:
         return request.question(prompt, tokens)
     except ValueError as error:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.engine.generation.answer_file import AnswerFile
-from xpar.engine.generation.lockstep import Job, Progress, Record, answer
-from xpar.engine.generation.request import Asked, Question, Work
-from xpar.engine.generation.steps import R, Steps
+from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, Record, run_lockstep
+from xpar.engine.generation.request import RequestBase, WorkItem, Workload
+from xpar.engine.generation.steps import LocalBatch, R
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunSummary:
     """``complete``: False if a signal ended it early. ``progress``: of this run, at its end."""
 
     complete: bool
@@ -31,24 +31,24 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Limits:
+class BatchLimits:
     """``batch``: questions that a rank has in hand at a time. ``tokens``: of those that it begins in one step."""
 
     batch: int
     tokens: int
 
 
-def work_through(
+def process_file(
     comm: Communicator,
-    request: Asked,
-    work: Work,
-    steps: Steps[R],
-    limits: Limits,
-    start: Callable[[int, Question], R],
+    request: RequestBase,
+    work: Workload,
+    steps: LocalBatch[R],
+    limits: BatchLimits,
+    start: Callable[[int, WorkItem], R],
     record: Callable[[R], Record],
     told: Callable[[], bool],
     tell: Callable[[Progress], None],
-) -> Outcome:
+) -> RunSummary:
     """Have ``steps`` work on all of ``work.queue``, and the records of it in ``request.out``; collective.
 
     ``start(place, question)``: what ``steps`` begins for a question. ``record``: what is written of a complete one.
@@ -64,7 +64,7 @@ def work_through(
         latest = progress
         tell(progress)
 
-    job = Job(
+    job = LockstepCallbacks(
         total=len(work.queue),
         start=lambda place: start(place, work.queue[place]),
         at_once=lambda place: max(1, limits.tokens // len(work.queue[place].ids)),
@@ -73,12 +73,12 @@ def work_through(
         stop=told,
         tell=note,
     )
-    complete = answer(comm, steps, limits.batch, job)
+    complete = run_lockstep(comm, steps, limits.batch, job)
     agreed(comm, lambda: _close(file, complete, work.order), "writing answers")
-    return Outcome(complete, latest, time.monotonic() - begin)
+    return RunSummary(complete, latest, time.monotonic() - begin)
 
 
-def finish_only(comm: Communicator, request: Asked, work: Work) -> None:
+def finish_only(comm: Communicator, request: RequestBase, work: Workload) -> None:
     """Put a file that has every answer already into the order of the prompts; collective."""
 
     def finish() -> None:
@@ -88,18 +88,18 @@ def finish_only(comm: Communicator, request: Asked, work: Work) -> None:
     agreed(comm, finish, "writing answers")
 
 
-def head_of(question: Question) -> Record:
+def first_line(question: WorkItem) -> Record:
     """How a record begins: which line it is about."""
     name = question.prompt.id
     return {"line": question.prompt.line, **({} if name is None else {"id": name})}
 
 
-def tail_of(question: Question, work: Work) -> Record:
+def last_line(question: WorkItem, work: Workload) -> Record:
     """How a record ends: what a later run compares."""
     return {"hash": question.hash, "settings": work.settings}
 
 
-def listen_for_stop() -> Callable[[], bool]:
+def watch_for_stop() -> Callable[[], bool]:
     """Whether this process has been sent SIGTERM, which from now on does nothing else.
 
     To its very end: a job that is pre-empted while MPI shuts down has lost nothing, and must not look as if it had.

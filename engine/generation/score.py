@@ -9,9 +9,9 @@ from typing import NamedTuple
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.engine.generation.lockstep import Progress, Record
-from xpar.engine.generation.request import Question, ScoreRequest, Work
-from xpar.engine.generation.run_file import Limits, Outcome, head_of, tail_of, work_through
-from xpar.engine.generation.score_batch import Scored, Scorer
+from xpar.engine.generation.request import ScoreRequest, WorkItem, Workload
+from xpar.engine.generation.run_file import BatchLimits, RunSummary, first_line, last_line, process_file
+from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
 from xpar.engine.models.loader import LoadedModel
 
 DIGITS = 6
@@ -21,22 +21,22 @@ DIGITS = 6
 def score(
     comm: Communicator,
     request: ScoreRequest,
-    work: Work,
+    work: Workload,
     loaded: LoadedModel,
     told: Callable[[], bool] = lambda: False,
     tell: Callable[[Progress], None] = lambda progress: None,
-) -> Outcome:
-    """Score ``work.queue`` into ``request.out``; collective. ``told`` and ``tell``: see :func:`work_through`."""
+) -> RunSummary:
+    """Score ``work.queue`` into ``request.out``; collective. ``told`` and ``tell``: see :func:`process_file`."""
 
-    def start(place: int, question: Question) -> Scored:
-        return Scored(place, question.ids, question.first)
+    def start(place: int, question: WorkItem) -> ScoredText:
+        return ScoredText(place, question.ids, question.first)
 
-    return work_through(
+    return process_file(
         comm,
         request,
         work,
-        Scorer(loaded, request.batch, request.prefill_tokens),
-        Limits(request.batch, request.prefill_tokens),
+        ScoreBatch(loaded, request.batch, request.prefill_tokens),
+        BatchLimits(request.batch, request.prefill_tokens),
         start,
         lambda s: _record(work.queue[s.place], s, work),
         told,
@@ -77,16 +77,16 @@ def perplexity(tokens: int, logprob: float) -> float | None:
         return None
 
 
-def _record(question: Question, scored: Scored, work: Work) -> Record:
+def _record(question: WorkItem, scored: ScoredText, work: Workload) -> Record:
     logprobs = [round(logprob, DIGITS) for logprob in scored.logprobs]
     total = math.fsum(logprobs)
     return {
-        **head_of(question),
+        **first_line(question),
         "tokens": len(logprobs),
         "sum": round(total, DIGITS),
         "perplexity": perplexity(len(logprobs), total),
         "greedy": scored.greedy,
         "token_ids": scored.ids[scored.first :],
         "logprobs": logprobs,
-        **tail_of(question, work),
+        **last_line(question, work),
     }

@@ -15,7 +15,7 @@ from xpar.engine.models.loader import LoadedModel
 
 
 @dataclass
-class Scored:
+class ScoredText:
     """A text being scored. ``place``: its number among the job's. ``first``: of ``ids``, the first that is scored.
 
     ``logprobs``: of ids[first:], natural logarithms, so far. ``greedy``: whether each of them is the likeliest token.
@@ -33,7 +33,7 @@ class Scored:
         return self.ids[:-1]
 
 
-class Scorer:
+class ScoreBatch:
     """The texts of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
     ``batch``: texts read together at most. ``piece``: tokens of one text read in one forward; a longer one is read in
@@ -56,7 +56,7 @@ class Scorer:
         return self._loaded.slots()
 
     @torch.inference_mode()
-    def begin(self, new: list[Scored]) -> list[Scored]:
+    def begin(self, new: list[ScoredText]) -> list[ScoredText]:
         """Score ``new``, all of them unless it is one that is longer than a piece."""
         if len(new) == 1 and len(new[0].inputs) > self._piece:
             self._reading = _Reading(new[0], new_cache())
@@ -71,7 +71,7 @@ class Scorer:
         return new
 
     @torch.inference_mode()
-    def advance(self) -> list[Scored]:
+    def advance(self) -> list[ScoredText]:
         """Read the next piece of a long text; return it if that was the last."""
         assert self._reading is not None
         text, begin = self._reading.text, self._reading.read
@@ -94,7 +94,7 @@ class Scorer:
         """Serve the other ranks' tokens."""
         self._loaded.join()
 
-    def _take(self, text: Scored, hidden_states: Tensor, begin: int) -> None:
+    def _take(self, text: ScoredText, hidden_states: Tensor, begin: int) -> None:
         """Score what follows tokens ``begin`` on, whose [S, H] are ``hidden_states``."""
         first = max(text.first, begin + 1)
         rows = hidden_states[first - 1 - begin :]
@@ -109,6 +109,6 @@ class Scorer:
 class _Reading:
     """A text that is read in pieces. ``read``: its tokens so far; their keys and values are in ``cache``."""
 
-    text: Scored
+    text: ScoredText
     cache: Any
     read: int = 0

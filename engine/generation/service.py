@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xpar.comm.communicator import Communicator
-from xpar.engine.generation.decode_batch import Limits, Running, Sequences
+from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
 from xpar.engine.generation.generate import stop_test
-from xpar.engine.generation.lockstep import Job, Record, answer
-from xpar.engine.generation.recorder import Recorder
+from xpar.engine.generation.lockstep import LockstepCallbacks, Record, run_lockstep
+from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.generation.score_batch import Scored, Scorer
-from xpar.engine.generation.steps import R, Steps
-from xpar.engine.generation.tokenizer import Tokens, first_stop
+from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
+from xpar.engine.generation.steps import LocalBatch, R
+from xpar.engine.generation.tokenizer import Tokenizer, first_stop
 from xpar.engine.models.loader import LoadedModel
 
 
@@ -43,7 +43,7 @@ class Service:
     """
 
     def __init__(
-        self, comm: Communicator, loaded: LoadedModel, tokens: Tokens, batch: int, prefill_tokens: int
+        self, comm: Communicator, loaded: LoadedModel, tokens: Tokenizer, batch: int, prefill_tokens: int
     ) -> None:
         self.comm, self.loaded, self.tokens = comm, loaded, tokens
         self.batch, self.prefill_tokens = batch, prefill_tokens
@@ -71,35 +71,38 @@ class Service:
         return self._score(question) if isinstance(question, Continuations) else self._answer(question)
 
     def _score(self, question: Continuations) -> list[Any]:
-        def start(place: int) -> Scored:
+        def start(place: int) -> ScoredText:
             ids, first = question.texts[place]
-            return Scored(place, ids, first)
+            return ScoredText(place, ids, first)
 
-        def value(scored: Scored) -> Record:
+        def value(scored: ScoredText) -> Record:
             return {"place": scored.place, "value": (sum(scored.logprobs), scored.greedy)}
 
-        steps = Scorer(self.loaded, self.batch, self.prefill_tokens)
+        steps = ScoreBatch(self.loaded, self.batch, self.prefill_tokens)
         return self._run(steps, [ids for ids, _ in question.texts], start, value)
 
     def _answer(self, question: Prompts) -> list[Any]:
         stops, sampling = question.stops, question.sampling
-        limits = Limits(question.max_new_tokens, self.tokens.ends, stop_test(stops, self.tokens))
+        limits = StopConditions(question.max_new_tokens, self.tokens.ends, stop_test(stops, self.tokens))
 
-        def start(place: int) -> Running:
+        def start(place: int) -> RunningSequence:
             ids = question.prompts[place]
-            return Running(place, ids, sampling.generator(str(ids)))
+            return RunningSequence(place, ids, sampling.generator(str(ids)))
 
-        def value(running: Running) -> Record:
+        def value(running: RunningSequence) -> Record:
             text = self.tokens.decode(running.answer)
             return {"place": running.place, "value": text[: first_stop(text, stops)]}
 
         return self._run(
-            Sequences(self.loaded, sampling, limits, Recorder.of(self.loaded)), question.prompts, start, value
+            DecodeBatch(self.loaded, sampling, limits, DecodeGraph.of(self.loaded)),
+            question.prompts,
+            start,
+            value,
         )
 
     def _run(
         self,
-        steps: Steps[R],
+        steps: LocalBatch[R],
         ids: Sequence[list[int]],
         start: Callable[[int], R],
         value: Callable[[R], Record],
@@ -111,7 +114,7 @@ class Service:
         def write(records: list[Record]) -> None:
             values.update((r["place"], r["value"]) for r in records)
 
-        job = Job(
+        job = LockstepCallbacks(
             total=len(ids),
             start=lambda turn: start(order[turn]),
             at_once=lambda turn: max(1, self.prefill_tokens // max(1, len(ids[order[turn]]))),
@@ -120,5 +123,5 @@ class Service:
             stop=lambda: False,
             tell=lambda progress: None,
         )
-        answer(self.comm, steps, self.batch, job)
+        run_lockstep(self.comm, steps, self.batch, job)
         return [values[place] for place in sorted(values)]

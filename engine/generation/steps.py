@@ -6,7 +6,7 @@ R = TypeVar("R")
 """A prompt or text that is being worked on."""
 
 
-class Steps(Protocol[R]):
+class LocalBatch(Protocol[R]):
     """A rank's part of the job; in each step every rank calls one of ``begin``, ``advance`` and ``join``."""
 
     @property

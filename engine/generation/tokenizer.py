@@ -9,7 +9,7 @@ from xpar.engine.checkpoint.tensor_file import CheckpointError
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-class Tokens:
+class Tokenizer:
     """``chat``: a prompt is what a user says, and goes through the checkpoint's chat template.
 
     ``ends``: ids that end an answer: the generation config's, the model config's and the tokenizer's.

@@ -8,7 +8,7 @@ from xpar.engine.routing import identity_output
 from xpar.kernels.contracts import Routing
 
 
-def with_addends(
+def add_identity_and_bias(
     routed: Distributed, hidden_states: Tensor, routing: Routing, output_bias: Tensor | None
 ) -> Distributed:
     """``routed`` and what its tokens get beside it, in the same state, added in float32 and rounded once.

@@ -14,23 +14,40 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.reduction import Full, Partial, State
 from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
-from xpar.engine.architectures.layer_weights import LayerWeights, SharedWeights, load_layer, make_router
+from xpar.engine.architectures.layer_weights import (
+    LayerWeights,
+    SharedWeights,
+    load_layer_weights,
+    make_router,
+)
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
-from xpar.engine.layer.expert_shard import ExpertOptions, Held, hold_experts, slice_of, spec_of
+from xpar.engine.layer.expert_shard import (
+    ExpertOptions,
+    ExpertShard,
+    build_expert_shard,
+    expert_spec,
+    width_slice,
+)
 from xpar.engine.layer.fused_shared_experts import (
     SharedSlots,
-    check_travel,
+    build_shared_slots,
+    check_fusable,
     experts_of_shared,
-    home_of,
-    slots_of,
+    home_rank,
 )
-from xpar.engine.layer.latent import InputSpace, LatentSpace, Normed
-from xpar.engine.layer.route_and_compute import DEPTHS, Depth, OneCall, one_call, why_steps
+from xpar.engine.layer.latent import ExpertInputProjection, LatentProjection, NormProjection
+from xpar.engine.layer.route_and_compute import (
+    DEPTHS,
+    Depth,
+    RouteAndCompute,
+    build_route_and_compute,
+    why_not_fused,
+)
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.shared_expert_overlap import SharedOrder
 from xpar.engine.layer.shared_experts import SharedExperts
-from xpar.engine.layer.token_split import AllTokens, tokens_of
+from xpar.engine.layer.token_split import KeepAllTokens, choose_token_split
 from xpar.engine.routing.router import Router
 from xpar.kernels.contracts import ExpertKernel
 from xpar.kernels.gpu.availability import use_table
@@ -58,7 +75,7 @@ class LayerOptions(ExpertOptions):
 DEFAULT = LayerOptions()
 
 
-def load_runner(
+def load_layer(
     path: str | Path,
     layer: int,
     grid: ProcessGrid,
@@ -73,10 +90,10 @@ def _load(
     path: str | Path, layer: int, grid: ProcessGrid, dtype: torch.dtype | None, options: LayerOptions
 ) -> MoERunner:
     with Checkpoint(Path(path)) as checkpoint:
-        config = config_of(checkpoint, layer)
-        read = partial(load_layer, checkpoint, find(checkpoint.config), layer, config)
+        config = read_layer_config(checkpoint, layer)
+        read = partial(load_layer_weights, checkpoint, find(checkpoint.config), layer, config)
         begin = time.perf_counter()
-        runner = assemble(config, grid, dtype or checkpoint.dtype, read, options, layer)
+        runner = build_layer(config, grid, dtype or checkpoint.dtype, read, options, layer)
         log.info(
             "layer %d: experts %s in %s, %.1f MB read in %.2f s",
             layer,
@@ -88,7 +105,7 @@ def _load(
         return runner
 
 
-def assemble(
+def build_layer(
     config: LayerConfig,
     grid: ProcessGrid,
     dtype: torch.dtype,
@@ -96,10 +113,10 @@ def assemble(
     options: LayerOptions = DEFAULT,
     layer: int = 0,
 ) -> MoERunner:
-    """A runner whose weights come from ``read``, which takes the keyword arguments of :func:`load_layer`."""
+    """A runner whose weights come from ``read``, which takes the keyword arguments of :func:`load_layer_weights`."""
     exact, sequence_parallel = options.exact, options.sequence_parallel
     slots = _shared_slots(config, options)
-    held = hold_experts(config, grid, dtype, options, sequence_parallel, slots)
+    held = build_expert_shard(config, grid, dtype, options, sequence_parallel, slots)
     if held.kernel is not None and options.tiles is not None:
         use_table(held.kernel, options.tiles)
     # Under sequence parallel each rank has tokens of its own, and with them a whole copy of the shared experts.
@@ -145,7 +162,7 @@ def assemble(
     )
 
 
-def _input_space(config: LayerConfig, weights: LayerWeights, exact: bool) -> InputSpace | None:
+def _input_space(config: LayerConfig, weights: LayerWeights, exact: bool) -> ExpertInputProjection | None:
     """Where the routed experts compute, if not on the layer's tokens."""
     if weights.norm is not None and config.router.norm_eps is not None:
         if exact:
@@ -153,11 +170,15 @@ def _input_space(config: LayerConfig, weights: LayerWeights, exact: bool) -> Inp
                 "exact mode with norms inside the layer: a row's sum of squares may depend on the rest of the batch; "
                 "leave exact out"
             )
-        return Normed(weights.norm.scale, config.router.norm_eps)
-    return None if weights.latent is None else LatentSpace(weights.latent.enter, weights.latent.leave, exact)
+        return NormProjection(weights.norm.scale, config.router.norm_eps)
+    return (
+        None
+        if weights.latent is None
+        else LatentProjection(weights.latent.enter, weights.latent.leave, exact)
+    )
 
 
-def config_of(checkpoint: Checkpoint, layer: int) -> LayerConfig:
+def read_layer_config(checkpoint: Checkpoint, layer: int) -> LayerConfig:
     """The configuration of MoE layer ``layer``; raises CheckpointError if that layer is not one."""
     arch = find(checkpoint.config)
     layers = moe_layers(arch, checkpoint.config)
@@ -171,7 +192,7 @@ def config_of(checkpoint: Checkpoint, layer: int) -> LayerConfig:
 def _shared_rows(config: LayerConfig, grid: ProcessGrid, slices: int) -> slice:
     if config.shared is None or slices == 1:
         return slice(None)
-    return slice_of("shared expert width", config.shared.intermediate_size, slices, grid.tp.rank)
+    return width_slice("shared expert width", config.shared.intermediate_size, slices, grid.tp.rank)
 
 
 def _shared(
@@ -182,7 +203,7 @@ def _shared(
     exact: bool,
     slices: int,
 ) -> SharedExperts:
-    routed = spec_of(config, grid.device, 1, weights.down.shape[1], dtype, exact)
+    routed = expert_spec(config, grid.device, 1, weights.down.shape[1], dtype, exact)
     spec = replace(routed, hidden_size=config.hidden_size, bias=False)
     kernel: ExpertKernel = choose(spec).record.build(spec)
     kernel.load_expert(0, weights.gate_up, weights.down)
@@ -200,36 +221,40 @@ def _shared_slots(config: LayerConfig, options: LayerOptions) -> int:
             f"fuse_shared_experts with shared_order={options.shared_order.value!r}: fused ones have no order of their "
             "own, they compute with the routed experts; leave it at auto"
         )
-    return slots_of(config)
+    return build_shared_slots(config)
 
 
-def _fused(config: LayerConfig, held: Held, weights: SharedWeights, count: int, exact: bool) -> SharedSlots:
+def _fused(
+    config: LayerConfig, held: ExpertShard, weights: SharedWeights, count: int, exact: bool
+) -> SharedSlots:
     """Gives the kernel its copies of the shared experts, each as wide as a routed one."""
     assert config.shared is not None and held.kernel is not None  # there are slots to compute
     placement = held.dispatcher.placement
-    check_travel(held.dispatcher, placement.etp)
+    check_fusable(held.dispatcher, placement.etp)
     parts = experts_of_shared(weights, config.activation.gated, config.intermediate_size, held.rows)
     for index, (gate_up, down) in enumerate(parts):
         held.kernel.load_expert(len(held.experts) + index, gate_up, down)
-    home, scale = home_of(held.dispatcher), config.shared.scale
+    home, scale = home_rank(held.dispatcher), config.shared.scale
     return SharedSlots(placement.num_experts, count, placement.ep, home, weights.gate, scale, exact)
 
 
-def _one_call(config: LayerConfig, held: Held, router: Router, options: LayerOptions) -> OneCall | None:
+def _one_call(
+    config: LayerConfig, held: ExpertShard, router: Router, options: LayerOptions
+) -> RouteAndCompute | None:
     if options.depth not in DEPTHS:
         raise ValueError(f"depth={options.depth!r}: choose one of {', '.join(DEPTHS)}")
-    why = why_steps(
+    why = why_not_fused(
         config, held.record, held.dispatcher, exact=options.exact, fused=options.fuse_shared_experts
     )
     if options.depth == "one-call" and why is not None:
         raise ValueError(f"depth='one-call': {why}; choose auto")
     if options.depth == "steps" or why is not None or held.kernel is None or held.record is None:
         return None
-    return one_call(held.kernel, router, held.record, options.depth)
+    return build_route_and_compute(held.kernel, router, held.record, options.depth)
 
 
 def _gate_beside_router(
-    grid: ProcessGrid, held: Held, shared: SharedWeights | None, options: LayerOptions
+    grid: ProcessGrid, held: ExpertShard, shared: SharedWeights | None, options: LayerOptions
 ) -> Tensor | None:
     """The shared experts' gate, if one product with the router's serves the same tokens; None where it cannot.
 
@@ -237,8 +262,8 @@ def _gate_beside_router(
     """
     if shared is None or options.exact:
         return None
-    tokens = tokens_of(grid, held.dispatcher, options.sequence_parallel)
-    return shared.gate if options.fuse_shared_experts or isinstance(tokens, AllTokens) else None
+    tokens = choose_token_split(grid, held.dispatcher, options.sequence_parallel)
+    return shared.gate if options.fuse_shared_experts or isinstance(tokens, KeepAllTokens) else None
 
 
 def _no_expert(index: int, *tensors: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ class CapturedLayer:
     """
 
     def __init__(self, runner: "MoERunner", tokens: int) -> None:
-        refuse_what_cannot_be_captured(runner, tokens)
+        check_capturable(runner, tokens)
         self.runner, self.tokens = runner, tokens
         shape = (tokens, runner.config.hidden_size)
         self._input = torch.zeros(shape, dtype=runner.dtype, device=runner.grid.device)
@@ -57,7 +57,7 @@ def rehearse(forward: Callable[[], object], times: int, device: torch.device) ->
     torch.cuda.current_stream(device).wait_stream(side)
 
 
-def refuse_what_cannot_be_captured(runner: "MoERunner", tokens: int) -> None:
+def check_capturable(runner: "MoERunner", tokens: int) -> None:
     """Raise ValueError with the reason, from facts that every rank shares."""
     mover = runner.dispatcher
     alone = mover.group.size == 1

@@ -12,7 +12,7 @@ from xpar.kernels.contracts import Routing
 
 
 @dataclass(frozen=True)
-class Load:
+class ExpertLoad:
     """Of ``steps`` steps of all ranks. ``per_expert``: (token, expert) pairs of each expert; ``per_rank``: of each ep rank.
 
     ``rows``, ``remote_rows``, ``combined_rows``: as in :class:`~xpar.comm.dispatch.base.Traffic`.
@@ -58,7 +58,7 @@ class LoadCounter:
         self._rows += torch.tensor([traffic.rows, traffic.remote_rows, traffic.combined_rows])
         self._steps += 1
 
-    def read(self) -> Load:
+    def read(self) -> ExpertLoad:
         """What all ranks counted since the start or the last reading; collective."""
         mine = torch.cat([self._slots[:-1].cpu(), self._rows])
         steps, self._steps = self._steps, 0
@@ -69,7 +69,7 @@ class LoadCounter:
         owners = self.placement.owner[: self.placement.num_experts].cpu()
         ranks = torch.zeros(self.placement.ep, dtype=torch.int64).scatter_add_(0, owners, slots)
         rows, remote, combined = (int(n) for n in total[-3:])
-        return Load(steps, tuple(slots.tolist()), tuple(ranks.tolist()), rows, remote, combined)
+        return ExpertLoad(steps, tuple(slots.tolist()), tuple(ranks.tolist()), rows, remote, combined)
 
     def _sum(self, mine: Tensor) -> Tensor:
         return torch.from_numpy(self.group.exchange(mine.numpy()).sum(axis=0))

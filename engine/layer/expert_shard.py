@@ -7,11 +7,11 @@ import torch
 from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.dispatch.choose import DispatcherChoice, choose_dispatcher
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.partition import share
+from xpar.comm.partition import split_range
 from xpar.comm.placement import Placement
 from xpar.engine.config import LayerConfig
 from xpar.kernels.contracts import ExpertKernel, ExpertSpec
-from xpar.kernels.registry import Choice, KernelRecord, choose
+from xpar.kernels.registry import Choice, KernelEntry, choose
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ExpertOptions:
 
 
 @dataclass(frozen=True)
-class Held:
+class ExpertShard:
     """This rank's part of a layer: ``kernel`` for global ids ``experts``, ``rows`` of their width; None without any.
 
     Copies that every ep rank holds come after ``experts`` in the kernel.
@@ -34,17 +34,17 @@ class Held:
     experts: range
     rows: slice
     kernel: ExpertKernel | None
-    record: KernelRecord | None
+    record: KernelEntry | None
 
 
-def hold_experts(
+def build_expert_shard(
     config: LayerConfig,
     grid: ProcessGrid,
     dtype: torch.dtype,
     options: ExpertOptions,
     sequence_parallel: bool = False,
     copies: int = 0,
-) -> Held:
+) -> ExpertShard:
     """The dispatcher, and a kernel that has not been given its experts yet. Holds no collective.
 
     ``copies``: experts of the same width that every ep rank holds besides its own. Raises ValueError for options that do not fit the grid, the layer or this machine.
@@ -52,13 +52,13 @@ def hold_experts(
     check_exact(options.exact, grid)
     placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel, copies)
     experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
-    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
+    rows = width_slice("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
     kernel = record = None
     if count := len(experts) + copies:
-        spec = spec_of(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
+        spec = expert_spec(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
         record = choose(spec, options.kernel).record
         kernel = record.build(spec)
-    return Held(chosen.dispatcher, experts, rows, kernel, record)
+    return ExpertShard(chosen.dispatcher, experts, rows, kernel, record)
 
 
 def pick_dispatcher(
@@ -75,12 +75,12 @@ def pick_kernel(
     config: LayerConfig, grid: ProcessGrid, experts: int, dtype: torch.dtype, name: str, exact: bool
 ) -> Choice:
     """The kernel for ``experts`` of this rank's slices, with the reasons against the others."""
-    rows = slice_of("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
+    rows = width_slice("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
     width = rows.stop - rows.start
-    return choose(spec_of(config, grid.device, experts, width, dtype, exact), name)
+    return choose(expert_spec(config, grid.device, experts, width, dtype, exact), name)
 
 
-def spec_of(
+def expert_spec(
     config: LayerConfig,
     device: torch.device,
     experts: int,
@@ -109,8 +109,8 @@ def check_exact(exact: bool, grid: ProcessGrid) -> None:
         )
 
 
-def slice_of(what: str, width: int, parts: int, part: int) -> slice:
+def width_slice(what: str, width: int, parts: int, part: int) -> slice:
     """This rank's part of ``width``; parts may differ by one."""
     if width < parts:
         raise ValueError(f"{what} {width} cannot be sliced over {parts} ranks; use at most {width}")
-    return share(width, parts, part)
+    return split_range(width, parts, part)

@@ -57,7 +57,7 @@ class SharedSlots:
         )
 
 
-def slots_of(config: LayerConfig) -> int:
+def build_shared_slots(config: LayerConfig) -> int:
     """How many experts of the routed ones' width the shared experts are; ValueError where they are none such."""
     shared, width = config.shared, config.intermediate_size
     if shared is None:
@@ -75,7 +75,7 @@ def slots_of(config: LayerConfig) -> int:
     return shared.intermediate_size // width
 
 
-def check_travel(dispatcher: Dispatcher, etp: int) -> None:
+def check_fusable(dispatcher: Dispatcher, etp: int) -> None:
     """Slices of a shared expert lie on ``etp`` ranks; ValueError where tokens would have to travel there."""
     if etp > 1 and dispatcher.name != "replicated" and dispatcher.group.size > 1:
         raise ValueError(
@@ -84,7 +84,7 @@ def check_travel(dispatcher: Dispatcher, etp: int) -> None:
         )
 
 
-def home_of(dispatcher: Dispatcher) -> int | None:
+def home_rank(dispatcher: Dispatcher) -> int | None:
     """The ep rank whose copy serves this rank's tokens; None where the ranks have the same tokens and share them out."""
     if dispatcher.name == "replicated" and dispatcher.placement.ep > 1:
         return None

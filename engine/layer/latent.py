@@ -8,10 +8,10 @@ from typing import Protocol
 from torch import Tensor
 
 from xpar.comm.reduction import Transform
-from xpar.engine.routing.gate import gate_logits, over_rms
+from xpar.engine.routing.gate import gate_logits, rms_norm
 
 
-class InputSpace(Protocol):
+class ExpertInputProjection(Protocol):
     """Where the routed experts compute."""
 
     def enter(self, hidden_states: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ class InputSpace(Protocol):
         """[T, L] -> [T, H]; None where the experts' outputs are the layer's."""
 
 
-class Normed:
+class NormProjection:
     """Tokens over their root mean square, times ``scale`` [H]; summed in float32 and rounded once (Gemma-4)."""
 
     leave = None
@@ -32,10 +32,10 @@ class Normed:
 
     def enter(self, hidden_states: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
-        return (over_rms(hidden_states, self._epsilon) * self._scale).to(hidden_states.dtype)
+        return (rms_norm(hidden_states, self._epsilon) * self._scale).to(hidden_states.dtype)
 
 
-class LatentSpace:
+class LatentProjection:
     """A space of another width, which tokens enter and leave by two products.
 
     ``enter`` [L, H] and ``leave`` [H, L] are weights of the model's dtype.

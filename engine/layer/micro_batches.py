@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from xpar.comm.handshake import CollectiveError
-from xpar.comm.partition import share
-from xpar.engine.layer.output import Parts, rest_of
+from xpar.comm.partition import split_range
+from xpar.engine.layer.output import LayerOutput, rest_of
 from xpar.engine.layer.runner import MoERunner
 
 
@@ -32,7 +32,7 @@ class MicroBatches(nn.Module):
         self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
     ) -> Tensor:
         """[T, H] -> [T, H], as :meth:`MoERunner.forward`."""
-        cuts = [share(hidden_states.shape[0], self.count, part) for part in range(self.count)]
+        cuts = [split_range(hidden_states.shape[0], self.count, part) for part in range(self.count)]
         parts = [
             self.runner.stepwise(
                 hidden_states[cut],
@@ -49,7 +49,9 @@ class MicroBatches(nn.Module):
             outputs.append(rest_of(part).sum())
         return torch.cat(outputs)
 
-    def _start(self, following: Generator[None, None, Parts], part: Generator[None, None, Parts]) -> None:
+    def _start(
+        self, following: Generator[None, None, LayerOutput], part: Generator[None, None, LayerOutput]
+    ) -> None:
         """Send ``following`` on its way; where it cannot go, on all ranks alike, ``part`` still arrives before the error.
 
         Its rows are in flight, and their memory must outlive that.

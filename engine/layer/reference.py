@@ -64,7 +64,7 @@ def layer_reference(
     bias = load_output_bias(checkpoint, arch, layer, config, dtype)
     latent = load_latent(checkpoint, arch, layer, config, dtype)
     x, norm = hidden_states.to(dtype), load_norm(checkpoint, arch, layer, config)
-    return sum_reference(x, routing, experts, shared, config, bias, latent, norm), routing
+    return slot_order_sum_reference(x, routing, experts, shared, config, bias, latent, norm), routing
 
 
 def chosen_experts(routing: Routing) -> list[int]:
@@ -72,7 +72,7 @@ def chosen_experts(routing: Routing) -> list[int]:
     return sorted(set(routing.topk_ids.flatten().tolist()) - {-1})
 
 
-def sum_reference(
+def slot_order_sum_reference(
     hidden_states: Tensor,
     routing: Routing,
     experts: Iterable[tuple[int, MlpTensors]],

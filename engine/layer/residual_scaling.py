@@ -14,7 +14,7 @@ from xpar.engine.config import LayerConfig
 
 
 @dataclass(frozen=True)
-class HalfScale:
+class ResidualScale:
     """The decoder's half of the contract: its residual is what it would be, over ``factor``."""
 
     factor: float
@@ -28,7 +28,7 @@ class HalfScale:
         return eps / self.factor**2
 
 
-def scaled_down(config: LayerConfig) -> tuple[LayerConfig, HalfScale]:
+def scale_layer_output(config: LayerConfig) -> tuple[LayerConfig, ResidualScale]:
     """The layer's half: a layer that returns its output over the routed scaling factor, and what the decoder owes.
 
     Both halves or neither: a decoder that ignores the scale adds a wrong sum. Raises ValueError for a layer in which
@@ -42,7 +42,7 @@ def scaled_down(config: LayerConfig) -> tuple[LayerConfig, HalfScale]:
         raise ValueError(f"routed_scaling_factor={factor}: must be positive to be divided by; use bfloat16")
     shared = None if config.shared is None else replace(config.shared, scale=config.shared.scale / factor)
     router = replace(config.router, routed_scaling_factor=1.0)
-    return replace(config, router=router, shared=shared), HalfScale(factor)
+    return replace(config, router=router, shared=shared), ResidualScale(factor)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

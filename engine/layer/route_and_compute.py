@@ -14,13 +14,13 @@ from xpar.engine.config import LayerConfig, RouterConfig
 from xpar.engine.routing import RoutingRule
 from xpar.engine.routing.router import Router
 from xpar.kernels.contracts import ExpertKernel, OneCallKernel, RouteSpec, Routing
-from xpar.kernels.registry import KernelRecord
+from xpar.kernels.registry import KernelEntry
 
 Depth = Literal["auto", "steps", "one-call"]
 DEPTHS: tuple[Depth, ...] = ("auto", "steps", "one-call")
 
 
-class OneCall:
+class RouteAndCompute:
     """``kernel`` with the ``router`` whose rule it covers, for steps of 1 to ``tokens`` tokens; None for any number."""
 
     def __init__(self, kernel: OneCallKernel, router: Router, tokens: int | None) -> None:
@@ -60,8 +60,8 @@ def route_spec(config: RouterConfig) -> RouteSpec:
     )
 
 
-def why_steps(
-    config: LayerConfig, record: KernelRecord | None, dispatcher: Dispatcher, *, exact: bool, fused: bool
+def why_not_fused(
+    config: LayerConfig, record: KernelEntry | None, dispatcher: Dispatcher, *, exact: bool, fused: bool
 ) -> str | None:
     """Why every step of such a layer is taken one by one, or None."""
     if dispatcher.group.size > 1:
@@ -81,10 +81,10 @@ def why_steps(
 
 
 def explain_depth(
-    config: LayerConfig, record: KernelRecord, dispatcher: Dispatcher, exact: bool, depth: Depth
+    config: LayerConfig, record: KernelEntry, dispatcher: Dispatcher, exact: bool, depth: Depth
 ) -> str:
     """One line: which steps of the layer are one call, or why none is."""
-    why = why_steps(config, record, dispatcher, exact=exact, fused=False)
+    why = why_not_fused(config, record, dispatcher, exact=exact, fused=False)
     if depth == "steps":
         why = "that was asked for"
     if why is not None or record.one_call is None:
@@ -95,8 +95,10 @@ def explain_depth(
     )
 
 
-def one_call(kernel: ExpertKernel, router: Router, record: KernelRecord, depth: Depth) -> OneCall:
-    """For a layer of which :func:`why_steps` says nothing. ``depth``: ``one-call`` takes steps of any number of tokens."""
+def build_route_and_compute(
+    kernel: ExpertKernel, router: Router, record: KernelEntry, depth: Depth
+) -> RouteAndCompute:
+    """For a layer of which :func:`why_not_fused` says nothing. ``depth``: ``one-call`` takes steps of any number of tokens."""
     assert record.one_call is not None
     tokens = record.one_call.tokens if depth == "auto" else None
-    return OneCall(cast(OneCallKernel, kernel), router, tokens)
+    return RouteAndCompute(cast(OneCallKernel, kernel), router, tokens)

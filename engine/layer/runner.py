@@ -11,18 +11,18 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import Tag
 from xpar.comm.reduction import Distributed
 from xpar.engine.config import LayerConfig
-from xpar.engine.layer.addends import with_addends
+from xpar.engine.layer.addends import add_identity_and_bias
 from xpar.engine.layer.cuda_graph import CapturedLayer
 from xpar.engine.layer.expert_load import LoadCounter
 from xpar.engine.layer.fused_shared_experts import SharedSlots
-from xpar.engine.layer.latent import InputSpace
-from xpar.engine.layer.output import Parts, rest_of
-from xpar.engine.layer.route_and_compute import Depth, OneCall
-from xpar.engine.layer.shared_expert_overlap import Overlap, SharedOrder, Work
+from xpar.engine.layer.latent import ExpertInputProjection
+from xpar.engine.layer.output import LayerOutput, rest_of
+from xpar.engine.layer.route_and_compute import Depth, RouteAndCompute
+from xpar.engine.layer.shared_expert_overlap import Overlap, SharedExpertsCall, SharedOrder
 from xpar.engine.layer.shared_experts import SharedExperts
-from xpar.engine.layer.stage_timer import Clock, idle_clock
-from xpar.engine.layer.token_split import tokens_of
-from xpar.engine.layer.torch_compile import Handle, moe_forward, moe_forward_separately
+from xpar.engine.layer.stage_timer import StageTimer, default_stage_timer
+from xpar.engine.layer.token_split import choose_token_split
+from xpar.engine.layer.torch_compile import RunnerHandle, moe_forward, moe_forward_separately
 from xpar.engine.routing import RoutingRule, weigh_input
 from xpar.engine.routing.router import FusedGateRouter
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
@@ -47,7 +47,7 @@ class MoERunner(nn.Module):
         kernel: ExpertKernel | None,
         shared: SharedExperts | None = None,
         fused: SharedSlots | None = None,
-        one_call: OneCall | None = None,
+        one_call: RouteAndCompute | None = None,
         *,
         dtype: torch.dtype,
         exact: bool = False,
@@ -55,7 +55,7 @@ class MoERunner(nn.Module):
         shared_order: SharedOrder = SharedOrder.AUTO,
         layer: int = 0,
         output_bias: Tensor | None = None,
-        latent: InputSpace | None = None,
+        latent: ExpertInputProjection | None = None,
     ) -> None:
         super().__init__()
         self.config, self.grid, self.layer = config, grid, layer
@@ -63,11 +63,11 @@ class MoERunner(nn.Module):
         self.shared, self.fused, self.one_call = shared, fused, one_call
         self.dtype, self.exact = dtype, exact
         self.output_bias, self.latent = output_bias, latent
-        self.tokens = tokens_of(grid, dispatcher, sequence_parallel)
+        self.tokens = choose_token_split(grid, dispatcher, sequence_parallel)
         self.overlap = Overlap(SharedOrder.NONE if shared is None else shared_order, grid.device)
         self.load: LoadCounter | None = None
-        self.handle = Handle(self)
-        self._idle = idle_clock(grid.device)
+        self.handle = RunnerHandle(self)
+        self._idle = default_stage_timer(grid.device)
         self._step = 0
 
     @classmethod
@@ -94,12 +94,12 @@ class MoERunner(nn.Module):
         that where it is faster. Raises one error, the same on every
         rank, for a checkpoint, layer, dispatcher, kernel or file of ``tiles`` (from ``xpar tune``) that does not fit.
         """
-        from xpar.engine.layer.build import LayerOptions, load_runner
+        from xpar.engine.layer.build import LayerOptions, load_layer
 
         options = LayerOptions(
             dispatcher, kernel, exact, sequence_parallel, shared_order, tiles, fuse_shared_experts, depth
         )
-        return load_runner(path, layer, grid, dtype, options)
+        return load_layer(path, layer, grid, dtype, options)
 
     # -- ways to call it: alike up to the sum ---------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class MoERunner(nn.Module):
     ) -> Distributed:
         """The forward without its last collective, for a caller who fuses it with one of his own.
 
-        The state of the result says what is missing, and :func:`~xpar.comm.reduction.complete` supplies it.
+        The state of the result says what is missing, and :func:`~xpar.comm.reduction.to_full` supplies it.
         """
         return self.steps(hidden_states, router_logits, input_ids).deferred()
 
@@ -159,7 +159,7 @@ class MoERunner(nn.Module):
         self,
         hidden_states: Tensor,
         router_logits: Tensor | None,
-        clock: Clock,
+        clock: StageTimer,
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Routing, Traffic]:
         """The forward, with the routing and the traffic of the tokens that this rank dispatched, and its times."""
@@ -174,8 +174,8 @@ class MoERunner(nn.Module):
         hidden_states: Tensor,
         router_logits: Tensor | None = None,
         input_ids: Tensor | None = None,
-        clock: Clock | None = None,
-    ) -> Parts:
+        clock: StageTimer | None = None,
+    ) -> LayerOutput:
         """The first five steps; the parts then know the sixth, ``finish``."""
         return rest_of(self.stepwise(hidden_states, router_logits, input_ids, clock))
 
@@ -184,8 +184,8 @@ class MoERunner(nn.Module):
         hidden_states: Tensor,
         router_logits: Tensor | None = None,
         input_ids: Tensor | None = None,
-        clock: Clock | None = None,
-    ) -> Generator[None, None, Parts]:
+        clock: StageTimer | None = None,
+    ) -> Generator[None, None, LayerOutput]:
         """:meth:`steps`, which pauses once, when rows are on their way: a caller may start another step meanwhile.
 
         Where a kernel covers route, compute and combine, they are one call, and nothing travels.
@@ -216,12 +216,14 @@ class MoERunner(nn.Module):
             returning = self.dispatcher.combine(outputs, plan)
         shared.meanwhile(SharedOrder.DURING_COMBINE)
         with clock.stage("combine"):
-            routed = with_addends(returning.wait(), hidden_states[mine], routing, self.output_bias)
+            routed = add_identity_and_bias(returning.wait(), hidden_states[mine], routing, self.output_bias)
         clock.arrived(arrived.topk_ids)
         if self.load is not None:
             self.load.add(routing, plan.traffic)
         leave = None if self.latent is None else self.latent.leave
-        return Parts(self.tokens.claim(routed, tokens), shared.output.wait(), leave, routing, plan.traffic)
+        return LayerOutput(
+            self.tokens.claim(routed, tokens), shared.output.wait(), leave, routing, plan.traffic
+        )
 
     def capture(self, tokens: int) -> CapturedLayer:
         """The forward as one CUDA graph for up to ``tokens`` tokens a rank; collective. ValueError where it cannot be."""
@@ -262,12 +264,12 @@ class MoERunner(nn.Module):
 
     def _in_one_call(
         self,
-        one_call: OneCall,
+        one_call: RouteAndCompute,
         hidden_states: Tensor,
         mine: slice,
         router_logits: Tensor | None,
-        clock: Clock,
-    ) -> Parts:
+        clock: StageTimer,
+    ) -> LayerOutput:
         """Route, compute and combine at once."""
         own = hidden_states[mine]
         with clock.stage("route"):
@@ -285,7 +287,7 @@ class MoERunner(nn.Module):
             self.load.add(routing, traffic)
         shared = self.overlap.begin(self._shared_work(hidden_states, routing, gate, clock), hidden_states)
         claimed = self.tokens.claim(routed, hidden_states.shape[0])
-        return Parts(claimed, shared.output.wait(), None, routing, traffic)
+        return LayerOutput(claimed, shared.output.wait(), None, routing, traffic)
 
     def _rows(
         self, own: Tensor, routing: Routing | Exception, gate: Tensor | None
@@ -298,8 +300,8 @@ class MoERunner(nn.Module):
         return weigh_input(own if self.latent is None else self.latent.enter(own), routing)
 
     def _shared_work(
-        self, hidden_states: Tensor, routing: Routing | Exception, gate: Tensor | None, clock: Clock
-    ) -> Work:
+        self, hidden_states: Tensor, routing: Routing | Exception, gate: Tensor | None, clock: StageTimer
+    ) -> SharedExpertsCall:
         """The shared experts' part of this step; nothing where there are none, or where the step fails in ``plan``."""
 
         def work() -> Distributed | None:

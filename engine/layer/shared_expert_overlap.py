@@ -13,7 +13,7 @@ from xpar.comm.reduction import Distributed
 SIDE_STREAM_TOKENS = 1024
 """Up to this many tokens a stream of their own was measured to be the best order on an H200 (``xpar bench overlap``)."""
 
-Work = Callable[[], Distributed | None]
+SharedExpertsCall = Callable[[], Distributed | None]
 
 
 class SharedOrder(Enum):
@@ -32,7 +32,7 @@ class SharedOrder(Enum):
 
 
 @dataclass(frozen=True)
-class Begun:
+class RunningSharedExperts:
     """The shared experts' output, or the promise of it; ``moment``: when it is made."""
 
     output: Pending[Distributed | None]
@@ -62,17 +62,17 @@ class Overlap:
         few_on_gpu = self.device.type == "cuda" and tokens <= SIDE_STREAM_TOKENS
         return SharedOrder.SIDE_STREAM if few_on_gpu else SharedOrder.DURING_DISPATCH
 
-    def begin(self, work: Work, hidden_states: Tensor) -> Begun:
+    def begin(self, work: SharedExpertsCall, hidden_states: Tensor) -> RunningSharedExperts:
         """Take on ``work``, which reads ``hidden_states`` [T, H]. Its output must be waited for."""
         order = self.order_of(hidden_states.shape[0])
         if order is SharedOrder.SIDE_STREAM:
-            return Begun(self._on_side_stream(work, hidden_states), order)
+            return RunningSharedExperts(self._on_side_stream(work, hidden_states), order)
         output = Pending(work)
         if order is SharedOrder.BEFORE:
             output.wait()
-        return Begun(output, order)
+        return RunningSharedExperts(output, order)
 
-    def _on_side_stream(self, work: Work, hidden_states: Tensor) -> Pending[Distributed | None]:
+    def _on_side_stream(self, work: SharedExpertsCall, hidden_states: Tensor) -> Pending[Distributed | None]:
         """Fork here, join in ``wait``: within a CUDA graph's recording both become edges of the graph."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]

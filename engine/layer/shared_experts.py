@@ -6,7 +6,7 @@ from torch import Tensor
 from xpar.comm.reduction import Distributed, State
 from xpar.engine.routing.router import gate_logits
 from xpar.kernels.contracts import ExpertInput, ExpertKernel
-from xpar.kernels.position_invariant import placeless
+from xpar.kernels.position_invariant import position_invariant
 
 
 class SharedExperts:
@@ -38,4 +38,4 @@ def shared_weights(
         return torch.full((hidden_states.shape[0], 1), scale, device=hidden_states.device)
     if logits is None:
         logits = gate_logits(hidden_states, gate, row_invariant)
-    return placeless(torch.sigmoid, logits.float()) * scale
+    return position_invariant(torch.sigmoid, logits.float()) * scale

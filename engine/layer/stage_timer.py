@@ -11,7 +11,7 @@ from torch import Tensor
 STAGES = ("route", "plan", "dispatch", "compute", "combine", "shared", "finish")
 
 
-class Clock(Protocol):
+class StageTimer(Protocol):
     """What the forward tells as it goes."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
@@ -21,7 +21,7 @@ class Clock(Protocol):
         """[M, k] local ids of the slots that this rank's experts got, -1 for those of other ranks."""
 
 
-class NoClock:
+class NoStageTimer:
     """Measures nothing."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
@@ -31,10 +31,10 @@ class NoClock:
         return None
 
 
-NO_CLOCK = NoClock()
+NO_STAGE_TIMER = NoStageTimer()
 
 
-class RangeClock(NoClock):
+class NvtxTimer(NoStageTimer):
     """Marks each stage as an NVTX range, which profilers of NVIDIA GPUs show beside the kernels; microseconds a layer."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
@@ -54,9 +54,9 @@ class nvtx_range:
         torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
 
-def idle_clock(device: torch.device) -> Clock:
+def default_stage_timer(device: torch.device) -> StageTimer:
     """That of a layer whose times nobody asked for: it names the stages where a profiler may look on."""
-    return RangeClock() if device.type == "cuda" else NO_CLOCK
+    return NvtxTimer() if device.type == "cuda" else NO_STAGE_TIMER
 
 
 class SlotCounter:
@@ -66,7 +66,7 @@ class SlotCounter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.clock = idle_clock(device)
+        self.clock = default_stage_timer(device)
         self.counted = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
@@ -81,7 +81,7 @@ class SlotCounter:
         self.counted += (topk_ids >= 0).sum()
 
 
-class StageClock:
+class MeasuringTimer:
     """Seconds of each stage of one forward, by the host's clock or, on a GPU, by events on torch's current stream.
 
     ``seconds`` and ``slots``, the (token, expert) pairs computed on this rank, are there after :meth:`read`.
@@ -112,7 +112,7 @@ class StageClock:
     def arrived(self, topk_ids: Tensor) -> None:
         self._ids = topk_ids
 
-    def read(self) -> "StageClock":
+    def read(self) -> "MeasuringTimer":
         """Wait for what was measured; once, after the forward."""
         if self._device is not None:
             torch.cuda.synchronize(self._device)

@@ -8,12 +8,12 @@ from torch import Tensor
 from xpar.comm.communicator import Communicator
 from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.partition import share, shares
-from xpar.comm.reduction import Distributed, Full, Sharded, complete
+from xpar.comm.partition import split_range, split_sizes
+from xpar.comm.reduction import Distributed, Full, Sharded, to_full
 from xpar.kernels.contracts import Routing
 
 
-class Tokens(Protocol):
+class TokenSplit(Protocol):
     """One way to dispatch T given tokens. ``everyone``: ranks that together dispatch each token of the job once."""
 
     everyone: Communicator
@@ -28,7 +28,7 @@ class Tokens(Protocol):
         """The routing of all T, on every rank that was given them, of that of ``mine``."""
 
 
-class AllTokens:
+class KeepAllTokens:
     """All of them: no other rank is given the same tokens, or the dispatcher wants its ranks to have copies."""
 
     def __init__(self, everyone: Communicator) -> None:
@@ -44,21 +44,21 @@ class AllTokens:
         return own
 
 
-class SharedOut:
+class SplitOverTensorParallel:
     """The ranks of ``group`` are given the same tokens, and each dispatches its share of them."""
 
     def __init__(self, group: Communicator, everyone: Communicator) -> None:
         self.group, self.everyone = group, everyone
 
     def mine(self, tokens: int) -> slice:
-        return share(tokens, self.group.size, self.group.rank)
+        return split_range(tokens, self.group.size, self.group.rank)
 
     def claim(self, routed: Distributed, tokens: int) -> Distributed:
         return Distributed(routed.tensor, self._sharded(tokens)) if routed.state == Full() else routed
 
     def whole_routing(self, own: Routing, tokens: int) -> Routing:
         def whole(x: Tensor) -> Tensor:
-            return complete(Distributed(x, self._sharded(tokens))).tensor
+            return to_full(Distributed(x, self._sharded(tokens))).tensor
 
         identity = None if own.identity_weights is None else whole(own.identity_weights)
         return replace(
@@ -69,13 +69,13 @@ class SharedOut:
         )
 
     def _sharded(self, tokens: int) -> Sharded:
-        return Sharded(self.group, tuple(shares(tokens, self.group.size)))
+        return Sharded(self.group, tuple(split_sizes(tokens, self.group.size)))
 
 
-def tokens_of(grid: ProcessGrid, dispatcher: Dispatcher, sequence_parallel: bool) -> Tokens:
+def choose_token_split(grid: ProcessGrid, dispatcher: Dispatcher, sequence_parallel: bool) -> TokenSplit:
     """``sequence_parallel``: the ranks of a tp group are given different tokens."""
     if sequence_parallel or grid.tp.size == 1:
-        return AllTokens(grid.world.comm)
+        return KeepAllTokens(grid.world.comm)
     if dispatcher.name == "replicated":
-        return AllTokens(grid.dp)
-    return SharedOut(grid.tp, grid.world.comm)
+        return KeepAllTokens(grid.dp)
+    return SplitOverTensorParallel(grid.tp, grid.world.comm)

@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from xpar.engine.layer.runner import MoERunner
 
 
-class Handle(OpaqueBase):
+class RunnerHandle(OpaqueBase):
     """What stands for a layer in a graph."""
 
     def __init__(self, layer: "MoERunner") -> None:
         self.layer = layer
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RunnerHandle":
         """torch 2.11 copies what it traces with; a copy would need weights and MPI groups of its own."""
         return self
 
 
-register_opaque_type(Handle, typ="reference")
+register_opaque_type(RunnerHandle, typ="reference")
 
 
 @torch.library.custom_op("xpar::moe_forward", mutates_args=())
 def moe_forward(
-    handle: Handle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+    handle: RunnerHandle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
 ) -> Tensor:
     """:meth:`MoERunner.forward`: [T, H]."""
     return handle.layer.forward(hidden_states, router_logits, input_ids)
@@ -41,7 +41,7 @@ def moe_forward(
 
 @torch.library.custom_op("xpar::moe_forward_separately", mutates_args=())
 def moe_forward_separately(
-    handle: Handle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+    handle: RunnerHandle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """:meth:`MoERunner.forward_separately` of a layer with shared experts: [T, H] and [T, H]."""
     routed, shared = handle.layer.forward_separately(hidden_states, router_logits, input_ids)
@@ -51,14 +51,14 @@ def moe_forward_separately(
 
 @moe_forward.register_fake
 def _(
-    handle: Handle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+    handle: RunnerHandle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
 ) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape)
 
 
 @moe_forward_separately.register_fake
 def _(
-    handle: Handle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+    handle: RunnerHandle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(hidden_states.shape)
 

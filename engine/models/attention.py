@@ -17,11 +17,11 @@ from xpar.kernels.cpu.attention import Attention
 
 IMPLEMENTATION = "xpar"
 """The name to give as ``attn_implementation``."""
-NOT_OURS = ("softcap", "position_bias", "cache", "s_aux")
+UNSUPPORTED_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
 """Of the arguments that models may give besides: what changes the result, and is transformers' to do or to refuse."""
 
 
-def provide(model: Any) -> bool:
+def use_xpar_attention(model: Any) -> bool:
     """Let ``model`` compute its attention here, if it would by ``sdpa``; whether it does."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -79,7 +79,7 @@ class AttentionForward:
         self, query: Tensor, key: Tensor, value: Tensor, causal: bool, others: Mapping[str, Any]
     ) -> bool:
         return (
-            all(others.get(name) is None for name in NOT_OURS)
+            all(others.get(name) is None for name in UNSUPPORTED_ARGUMENTS)
             and not query.requires_grad
             and not (causal and query.shape[2] != key.shape[2])
             and self._attention.serves(query, key, value)

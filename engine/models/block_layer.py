@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
-from xpar.engine.architectures.layer_weights import load_layer
+from xpar.engine.architectures.layer_weights import load_layer_weights
 from xpar.engine.checkpoint.in_memory import InMemory
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
-from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.engine.layer.build import LayerOptions, build_layer
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.stage_timer import SlotCounter
 from xpar.kernels.contracts import ExpertKernel
@@ -93,7 +93,7 @@ class BlockLayer(nn.Module):
         self.runner.run(torch.empty(0, width, dtype=self.runner.dtype, device=device), None, self.counter)
 
 
-class Nothing(nn.Module):
+class NoModule(nn.Module):
     """Takes the place of a module whose output is in another's already: adds nothing."""
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
@@ -124,8 +124,8 @@ def build_block(
     """This rank's part of a layer. Holds no collective; raises ValueError for what does not fit."""
     arch = find(checkpoint.config)
     config = layer_config(arch, checkpoint.config, layer)
-    read = partial(load_layer, checkpoint, arch, layer, config)
-    runner = assemble(config, grid, dtype, read, options, layer)
+    read = partial(load_layer_weights, checkpoint, arch, layer, config)
+    runner = build_layer(config, grid, dtype, read, options, layer)
     return BlockLayer(runner, BLOCKS.get(arch.model_type, Block()).pair)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from xpar.comm.dispatch.base import Dispatcher, DispatchPlan
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import Tag
-from xpar.comm.reduction import finish
+from xpar.comm.reduction import sum_outputs
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.stage_timer import SlotCounter
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
@@ -74,7 +74,7 @@ class ExpertLayer:
         with self.counter.stage("compute"):
             outputs = self._compute(arrived, plan)
         with self.counter.stage("combine"):
-            return finish(self.dispatcher.combine(outputs, plan).wait()).tensor
+            return sum_outputs(self.dispatcher.combine(outputs, plan).wait()).tensor
 
     def join(self) -> None:
         """Take part in a step without tokens of one's own: the others' tokens may need this rank's experts."""

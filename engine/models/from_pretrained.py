@@ -15,7 +15,7 @@ from xpar.engine.architectures.layer_config import find, layer_config, moe_layer
 from xpar.engine.config import LayerConfig
 from xpar.engine.models import expert_layer
 from xpar.engine.models.expert_layer import ATTRIBUTE, ExpertLayer, attach
-from xpar.engine.models.parallelize import SpreadOptions, build_layer, rows_of
+from xpar.engine.models.parallelize import SpreadOptions, build_moe_modules, rows_of
 
 
 def register(
@@ -25,14 +25,14 @@ def register(
 
     ``grid``: by default all ranks of the job, which is this process alone where no launcher started it. Collective. A
     model's first forward spreads it: each rank keeps its own experts and drops the others. So every rank takes part in
-    it with tokens of its own; :func:`~xpar.engine.join` is for later ones. A second call is for models made after it,
+    it with tokens of its own; :func:`~xpar.engine.serve_other_ranks` is for later ones. A second call is for models made after it,
     and for those that have not computed yet.
     """
     chosen = ProcessGrid.create(World.attach()) if grid is None else grid
-    expert_layer.register(OnFirstCall(chosen, SpreadOptions(dispatcher, kernel, exact)), replace=True)
+    expert_layer.register(LazyExpertLayer(chosen, SpreadOptions(dispatcher, kernel, exact)), replace=True)
 
 
-class OnFirstCall:
+class LazyExpertLayer:
     """What transformers calls; every rank of ``grid`` calls it together."""
 
     def __init__(self, grid: ProcessGrid, options: SpreadOptions) -> None:
@@ -53,7 +53,7 @@ class OnFirstCall:
         config, number = _config_of(module), self._spread
         self._spread += 1  # names the layer in messages; all ranks spread in the same order
         dtype = next(module.parameters()).dtype
-        return build_layer(config, self.grid, dtype, number, rows_of(module, config), self.options)
+        return build_moe_modules(config, self.grid, dtype, number, rows_of(module, config), self.options)
 
 
 def _config_of(module: Any) -> LayerConfig:

@@ -12,7 +12,7 @@ LEAST_ROOM = 64
 """Columns more than are needed, when room is made; a quarter more where that is more."""
 
 
-class Room:
+class GrowingCacheLayer:
     """Keys or values [B, heads, S, D] at the front of memory for more columns."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ def growing_layer() -> Any:
             super().__init__()
             self.keys: Tensor | None = None
             self.values: Tensor | None = None
-            self._room = Room(), Room()
+            self._room = GrowingCacheLayer(), GrowingCacheLayer()
 
         def update(
             self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any

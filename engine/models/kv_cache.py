@@ -15,7 +15,7 @@ from xpar.engine.models.growing import new_cache
 
 
 @dataclass(frozen=True)
-class KeyValues:
+class KvCache:
     """``layers``: keys and values of each layer. ``lengths``: columns of each row that are not padding.
 
     ``origin``: the cache that holds these very tensors, if it still does.
@@ -26,7 +26,7 @@ class KeyValues:
     origin: Any = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of(cls, cache: Any, lengths: tuple[int, ...]) -> "KeyValues":
+    def of(cls, cache: Any, lengths: tuple[int, ...]) -> "KvCache":
         """What a forward left in ``cache``; raises ValueError for a model that keeps another kind of state."""
         layers: list[tuple[Tensor, Tensor]] = []
         for layer in cache.layers:
@@ -51,7 +51,7 @@ class KeyValues:
             cache.update(keys, values, number)
         return cache
 
-    def select(self, rows: list[int]) -> "KeyValues | None":
+    def select(self, rows: list[int]) -> "KvCache | None":
         """These rows only, without columns that are padding in all of them; None if there are none."""
         if not rows:
             return None
@@ -60,16 +60,16 @@ class KeyValues:
         if rows == list(range(len(self.lengths))) and begin == 0:
             return self
         layers = tuple((keys[rows, :, begin:], values[rows, :, begin:]) for keys, values in self.layers)
-        return KeyValues(layers, lengths)
+        return KvCache(layers, lengths)
 
-    def join(self, other: "KeyValues") -> "KeyValues":
+    def join(self, other: "KvCache") -> "KvCache":
         """The rows of both, these first."""
         columns = max(self.columns, other.columns)
         layers = tuple(
             (_stack(a, b, columns), _stack(c, d, columns))
             for (a, c), (b, d) in zip(self.layers, other.layers, strict=True)
         )
-        return KeyValues(layers, self.lengths + other.lengths)
+        return KvCache(layers, self.lengths + other.lengths)
 
 
 def mask(lengths: tuple[int, ...], columns: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from xpar.comm.column_parallel import ROUND_BYTES, SharedColumns
+from xpar.comm.column_parallel import ROUND_BYTES, ColumnParallel
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.shared_window import SHARED_FILES, free_bytes
@@ -22,19 +22,19 @@ from xpar.engine.models.block_layer import build_block
 from xpar.engine.models.dense_weights import load_dense, sources
 from xpar.engine.models.expert_layer import IMPLEMENTATION, ExpertLayer, register
 from xpar.engine.models.malloc import give_back_freed_memory
-from xpar.engine.models.order import Joint, call_order
-from xpar.engine.models.packed_linear import SlicedDense, ease, together
+from xpar.engine.models.order import CollectiveModule, forward_order
+from xpar.engine.models.packed_linear import ColumnParallelLinear, group_by_input, pack_model
 from xpar.engine.models.parallelize import (
     Experts,
     Layer,
-    Part,
-    Read,
+    MoeModules,
+    ReadLayer,
     SpreadOptions,
-    build_layer,
-    parts_of,
-    put,
+    build_moe_modules,
+    moe_modules,
+    replace_modules,
 )
-from xpar.kernels.cpu.linear import PLAIN, DenseChoice, choose_dense
+from xpar.kernels.cpu.linear import PLAIN, LinearChoice, choose_linear
 
 log = logging.getLogger("xpar.models")
 LEAST_FREE = 4 * ROUND_BYTES
@@ -48,12 +48,12 @@ class LoadedModel:
     ``layers``: its expert layers. ``joints``: all that the ranks do together, these among it, in the order in which a
     forward calls them. ``dense_bytes``, ``expert_bytes``:
     weights held by this rank. ``bytes_read``: bytes that this rank took from the checkpoint's files. ``dense``: what
-    computes dense products, as :func:`~xpar.kernels.cpu.linear.choose_dense` names it.
+    computes dense products, as :func:`~xpar.kernels.cpu.linear.choose_linear` names it.
     """
 
     model: Any
     layers: tuple[Layer, ...]
-    joints: tuple[Joint, ...]
+    joints: tuple[CollectiveModule, ...]
     dtype: torch.dtype
     dense_bytes: int
     expert_bytes: int
@@ -108,14 +108,14 @@ def load_model(
         dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, foreign, grid.node, kind, loaded))
         if (record := chosen.record) is not None:
             # Before the experts come: one weight at a time is there twice.
-            shared = SharedColumns(grid.node) if _slices(grid, options) else None
-            dense += agreed(comm, lambda: ease(model, record, shared))
+            shared = ColumnParallel(grid.node) if _slices(grid, options) else None
+            dense += agreed(comm, lambda: pack_model(model, record, shared))
             give_back_freed_memory()
         layers = agreed(
             comm, lambda: _load_layers(checkpoint, grid, kind, parts, options, loaded), patient=True
         )
         for layer, part in parts.items():
-            put(model, part, layers[layer])
+            replace_modules(model, part, layers[layer])
         if any(isinstance(layer, ExpertLayer) for layer in layers.values()):
             register()
             model.set_experts_implementation(IMPLEMENTATION)
@@ -146,33 +146,37 @@ def _slices(grid: ProcessGrid, options: SpreadOptions) -> bool:
     return max(size for size, _ in facts) > 1
 
 
-def _joints(model: Any, parts: Mapping[int, Part], layers: Mapping[int, Layer]) -> tuple[Joint, ...]:
+def _joints(
+    model: Any, parts: Mapping[int, MoeModules], layers: Mapping[int, Layer]
+) -> tuple[CollectiveModule, ...]:
     """All that ranks do together, in order. Collective where that takes a forward to find out."""
-    sliced = [module for module in model.modules() if isinstance(module, SlicedDense)]
+    sliced = [module for module in model.modules() if isinstance(module, ColumnParallelLinear)]
     if not sliced:
         return tuple(layers.values())
-    joints: dict[Any, Joint] = {model.get_submodule(part.names[0]): layers[n] for n, part in parts.items()}
-    order = call_order(model, [*joints, *sliced])
-    joints |= together(order)
+    joints: dict[Any, CollectiveModule] = {
+        model.get_submodule(part.names[0]): layers[n] for n, part in parts.items()
+    }
+    order = forward_order(model, [*joints, *sliced])
+    joints |= group_by_input(order)
     for layer in layers.values():
         layer.counter = SlotCounter(layer.grid.device)  # that forward was nobody's
     return tuple(joints[module] for module, _ in order if module in joints)
 
 
-def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptions) -> DenseChoice:
+def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptions) -> LinearChoice:
     """Plain products on a GPU, and in exact mode, where a row must not depend on its neighbours."""
     if device.type == "cpu" and not options.exact:
-        return choose_dense(dtype, options.dense)
+        return choose_linear(dtype, options.dense)
     if options.dense not in ("auto", PLAIN):
         raise ValueError(
             f"dense={options.dense!r}: serves neither GPUs nor exact mode; choose auto or {PLAIN}"
         )
-    return choose_dense(dtype, PLAIN)
+    return choose_linear(dtype, PLAIN)
 
 
 def _empty_model(
     checkpoint: Checkpoint, dtype: torch.dtype, whole_block: bool
-) -> tuple[Any, dict[int, Part]]:
+) -> tuple[Any, dict[int, MoeModules]]:
     """The model without memory, and what of each MoE layer makes way, in ascending order."""
     if find_spec("transformers") is None:
         raise ValueError("whole models need transformers (pip install 'xpar[hf]')")
@@ -183,7 +187,7 @@ def _empty_model(
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.eval()
     model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
-    return model, parts_of(model, dict(checkpoint.config), whole_block)
+    return model, moe_modules(model, dict(checkpoint.config), whole_block)
 
 
 def _in_one_piece(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -194,7 +198,7 @@ def _in_one_piece(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
 def _bytes_to_hold(
     model: Any,
     plan: Iterable[str],
-    parts: dict[int, Part],
+    parts: dict[int, MoeModules],
     grid: ProcessGrid,
     dtype: torch.dtype,
 ) -> int:
@@ -211,7 +215,7 @@ def _load_layers(
     checkpoint: Checkpoint,
     grid: ProcessGrid,
     dtype: torch.dtype,
-    parts: dict[int, Part],
+    parts: dict[int, MoeModules],
     options: SpreadOptions,
     loaded: Callable[[int], None],
 ) -> dict[int, Layer]:
@@ -221,7 +225,7 @@ def _load_layers(
         if part.experts:
             config = layer_config(arch, checkpoint.config, n)
             read = _reader(checkpoint, n, config, dtype)
-            layers[n] = build_layer(config, grid, dtype, n, read, options, loaded)
+            layers[n] = build_moe_modules(config, grid, dtype, n, read, options, loaded)
         else:
             before = checkpoint.bytes_read
             layers[n] = build_block(checkpoint, n, grid, dtype, options.of_layer())
@@ -229,7 +233,7 @@ def _load_layers(
     return layers
 
 
-def _reader(checkpoint: Checkpoint, layer: int, config: LayerConfig, dtype: torch.dtype) -> Read:
+def _reader(checkpoint: Checkpoint, layer: int, config: LayerConfig, dtype: torch.dtype) -> ReadLayer:
     def read(experts: Sequence[int], rows: slice) -> Experts:
         return stream_experts(checkpoint, find(checkpoint.config), layer, config, experts, dtype, rows)
 

@@ -6,14 +6,14 @@ from typing import Any, Protocol
 import torch
 
 
-class Joint(Protocol):
+class CollectiveModule(Protocol):
     """A part of a model that every rank of its group calls together."""
 
     def join(self) -> None:
         """Take part without tokens of one's own."""
 
 
-def call_order(model: Any, modules: Iterable[torch.nn.Module]) -> list[tuple[torch.nn.Module, Any]]:
+def forward_order(model: Any, modules: Iterable[torch.nn.Module]) -> list[tuple[torch.nn.Module, Any]]:
     """Each of ``modules`` and its first argument, in the order in which a forward calls them.
 
     Collective: runs one, of a token a rank. The arguments are kept, so that two are the same only if they are one tensor.

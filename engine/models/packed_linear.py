@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xpar.comm.column_parallel import Share, SharedColumns, columns_of
+from xpar.comm.column_parallel import ColumnParallel, ColumnSlice, build_column_parallel
 from xpar.comm.handshake import Tag
-from xpar.engine.models.attention import provide
-from xpar.kernels.cpu.linear import DenseLinear, DenseRecord
+from xpar.engine.models.attention import use_xpar_attention
+from xpar.kernels.cpu.linear import LinearEntry, LinearKernel
 
 
-class PackedDense(nn.Module):
+class PackedLinearModule(nn.Module):
     """Takes the place of an ``nn.Linear``; has no weight that could be read."""
 
-    def __init__(self, linear: DenseLinear, outputs: int) -> None:
+    def __init__(self, linear: LinearKernel, outputs: int) -> None:
         super().__init__()
         self._linear, self._outputs = linear, outputs
 
@@ -33,17 +33,17 @@ class PackedDense(nn.Module):
         return self._linear(rows).view(*x.shape[:-1], self._outputs)
 
 
-class SlicedDense(nn.Module):
+class ColumnParallelLinear(nn.Module):
     """Takes the place of an ``nn.Linear``, of which this rank holds some columns; every rank of its node calls it together.
 
     ``linear``: the product with ``columns`` of the weight, None if there are none. ``number``: its place in the model.
-    ``siblings``: those whose products are made with this one, see :func:`together`.
+    ``siblings``: those whose products are made with this one, see :func:`group_by_input`.
     """
 
     def __init__(
         self,
-        shared: SharedColumns,
-        linear: DenseLinear | None,
+        shared: ColumnParallel,
+        linear: LinearKernel | None,
         columns: slice,
         number: int,
         inputs: int,
@@ -52,16 +52,16 @@ class SlicedDense(nn.Module):
     ) -> None:
         super().__init__()
         self.shared, self.number, self.inputs, self.dtype = shared, number, inputs, dtype
-        self.siblings = Siblings([self])
+        self.siblings = SameInputGroup([self])
         self._linear, self._columns, self._outputs = linear, columns, outputs
 
     @property
     def nbytes(self) -> int:
         return 0 if self._linear is None else self._linear.nbytes()
 
-    def share(self) -> Share:
-        """Its product, as :class:`~xpar.comm.column_parallel.SharedColumns` makes it."""
-        return Share(self._outputs, self._columns, self._compute)
+    def share(self) -> ColumnSlice:
+        """Its product, as :class:`~xpar.comm.column_parallel.ColumnParallel` makes it."""
+        return ColumnSlice(self._outputs, self._columns, self._compute)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -72,16 +72,16 @@ class SlicedDense(nn.Module):
         return self._linear(rows)
 
 
-class Siblings:
+class SameInputGroup:
     """Products of one tensor that a forward asks for one after the other: the first makes all, in one exchange."""
 
-    def __init__(self, members: Sequence[SlicedDense]) -> None:
+    def __init__(self, members: Sequence[ColumnParallelLinear]) -> None:
         self._members = members
         self._tag = Tag(f"dense product {members[0].number}")
         self._x: Tensor | None = None
         self._made: dict[int, Tensor] = {}
 
-    def product(self, member: SlicedDense, x: Tensor) -> Tensor:
+    def product(self, member: ColumnParallelLinear, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] of ``member``."""
         if member is self._members[0]:
             made = self._products(x.reshape(-1, member.inputs))
@@ -106,15 +106,15 @@ class Siblings:
         return self._members[0].shared.products(rows, [m.share() for m in self._members], self._tag)
 
 
-def together(calls: Sequence[tuple[nn.Module, Any]]) -> dict[SlicedDense, Siblings]:
+def group_by_input(calls: Sequence[tuple[nn.Module, Any]]) -> dict[ColumnParallelLinear, SameInputGroup]:
     """Have those of ``calls``, modules and their inputs in a forward's order, that share an input be made in one exchange.
 
     Returns the first of each group and the group. All ranks see the same calls, and so form the same groups.
     """
-    groups: list[list[SlicedDense]] = []
+    groups: list[list[ColumnParallelLinear]] = []
     last: Any = None
     for module, x in calls:
-        if not isinstance(module, SlicedDense):
+        if not isinstance(module, ColumnParallelLinear):
             last = None
             continue
         if x is not None and x is last:
@@ -124,19 +124,19 @@ def together(calls: Sequence[tuple[nn.Module, Any]]) -> dict[SlicedDense, Siblin
         last = x
     found = {}
     for group in groups:
-        found[group[0]] = siblings = Siblings(group)
+        found[group[0]] = siblings = SameInputGroup(group)
         for member in group:
             member.siblings = siblings
     return found
 
 
-def ease(model: Any, record: DenseRecord, shared: SharedColumns | None = None) -> int:
+def pack_model(model: Any, record: LinearEntry, shared: ColumnParallel | None = None) -> int:
     """Everything dense of ``model`` as this processor does it fastest; return how many bytes more that takes."""
-    provide(model)
+    use_xpar_attention(model)
     return pack_dense(model, record, shared)
 
 
-def pack_dense(model: Any, record: DenseRecord, shared: SharedColumns | None = None) -> int:
+def pack_dense(model: Any, record: LinearEntry, shared: ColumnParallel | None = None) -> int:
     """Pack the weights of ``model``'s attention, dense layers and head, one by one; return how many bytes more they take.
 
     ``shared``: the ranks that share out the products, of which each keeps its columns of every weight; None: all keep all.
@@ -148,21 +148,21 @@ def pack_dense(model: Any, record: DenseRecord, shared: SharedColumns | None = N
     return sum(_pack(model, name, record, shared, number) for number, name in enumerate(_packable(model)))
 
 
-def _pack(model: Any, name: str, record: DenseRecord, shared: SharedColumns | None, number: int) -> int:
+def _pack(model: Any, name: str, record: LinearEntry, shared: ColumnParallel | None, number: int) -> int:
     module = model.get_submodule(name)
     before: int = sum(p.nbytes for p in module.parameters())
     weight = module.weight.detach()
     bias = None if module.bias is None else module.bias.detach()
     outputs, inputs = weight.shape
-    packed: PackedDense | SlicedDense
+    packed: PackedLinearModule | ColumnParallelLinear
     if shared is None:
-        packed = PackedDense(record.build(weight, bias), outputs)
+        packed = PackedLinearModule(record.build(weight, bias), outputs)
     else:
-        part = columns_of(outputs, shared.group)
+        part = build_column_parallel(outputs, shared.group)
         some = part.start < part.stop
         # A copy, so that nothing keeps the whole bias.
         linear = record.build(weight[part], None if bias is None else bias[part].clone()) if some else None
-        packed = SlicedDense(shared, linear, part, number, inputs, outputs, weight.dtype)
+        packed = ColumnParallelLinear(shared, linear, part, number, inputs, outputs, weight.dtype)
     model.set_submodule(name, packed)
     return packed.nbytes - before
 

@@ -15,11 +15,11 @@ from xpar.engine.checkpoint.in_memory import InMemory
 from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.build import LayerOptions
-from xpar.engine.layer.expert_shard import ExpertOptions, hold_experts
+from xpar.engine.layer.expert_shard import ExpertOptions, build_expert_shard
 from xpar.engine.models.block_layer import (
     LAYERS_ALONE,
     BlockLayer,
-    Nothing,
+    NoModule,
     block_modules,
     build_block,
     weights_of,
@@ -35,7 +35,7 @@ from xpar.engine.models.expert_layer import (
 
 Layer = ExpertLayer | BlockLayer
 Experts = Iterator[tuple[int, MlpTensors]]
-Read = Callable[[Sequence[int], slice], Experts]
+ReadLayer = Callable[[Sequence[int], slice], Experts]
 """(global expert ids, rows of the expert width) -> (position, tensors) of each, as ``load_expert`` takes them."""
 
 
@@ -44,7 +44,7 @@ class SpreadOptions(ExpertOptions):
     """How a model's layers are computed. ``whole_block``: xpar's router and shared experts, not the model's own.
 
     ``dense``: of a model that is loaded: a name of :mod:`xpar.kernels.cpu.linear`, plain, or auto. ``slice_dense``: the ranks
-    of a node share out its packed dense products (:class:`~xpar.comm.column_parallel.SharedColumns`); then every rank must run
+    of a node share out its packed dense products (:class:`~xpar.comm.column_parallel.ColumnParallel`); then every rank must run
     as many products as the others, which scoring does not.
     """
 
@@ -57,12 +57,12 @@ class SpreadOptions(ExpertOptions):
         return LayerOptions(self.dispatcher, self.kernel, self.exact)
 
 
-def build_layer(
+def build_moe_modules(
     config: LayerConfig,
     grid: ProcessGrid,
     dtype: torch.dtype,
     layer: int,
-    read: Read,
+    read: ReadLayer,
     options: SpreadOptions,
     loaded: Callable[[int], None] = lambda nbytes: None,
 ) -> ExpertLayer:
@@ -70,7 +70,7 @@ def build_layer(
 
     Holds no collective. Raises ValueError for options that do not fit the grid, the layer or this machine.
     """
-    held = hold_experts(config, grid, dtype, options)
+    held = build_expert_shard(config, grid, dtype, options)
     if held.kernel is not None:
         for index, tensors in read(held.experts, held.rows):
             held.kernel.load_expert(index, *tensors)
@@ -94,16 +94,16 @@ def parallelize(
     Each rank keeps its own experts and drops the others; everything else stays as it is. ``whole_block``: the router,
     the shared experts and all else of a block are xpar's too, as they are anyway in families whose block does not let
     its experts be provided. Returns ``model``, whose forward every rank must call from now on, with tokens of its own,
-    or :func:`join` without. Collective over the grid; raises one error on every rank for a model of no known family.
+    or :func:`serve_other_ranks` without. Collective over the grid; raises one error on every rank for a model of no known family.
     """
     options = SpreadOptions(dispatcher, kernel, exact, whole_block)
     hf_config = model.config.to_dict()
-    parts = agreed(grid.world.comm, lambda: parts_of(model, hf_config, whole_block), "parallelize")
+    parts = agreed(grid.world.comm, lambda: moe_modules(model, hf_config, whole_block), "parallelize")
     layers = agreed(
         grid.world.comm, lambda: _from_memory(model, hf_config, parts, grid, options), "parallelize"
     )
     for layer, part in parts.items():
-        put(model, part, layers[layer])
+        replace_modules(model, part, layers[layer])
     if any(isinstance(layer, ExpertLayer) for layer in layers.values()):
         register()
         model.set_experts_implementation(IMPLEMENTATION)
@@ -120,7 +120,7 @@ def expert_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
     return tuple(found)
 
 
-def join(model: torch.nn.Module) -> None:
+def serve_other_ranks(model: torch.nn.Module) -> None:
     """Take part in a forward of the other ranks without tokens of one's own; ValueError for a model not yet spread."""
     layers = expert_layers(model)
     if not layers:
@@ -132,7 +132,7 @@ def join(model: torch.nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class MoeModules:
     """What of a model makes way for a layer: modules, by name. ``experts``: only the experts of a block.
 
     The layer takes the place of the first; what it holds of the others is in its output.
@@ -143,7 +143,9 @@ class Part:
     experts: bool
 
 
-def parts_of(model: torch.nn.Module, hf_config: dict[str, Any], whole_block: bool) -> dict[int, Part]:
+def moe_modules(
+    model: torch.nn.Module, hf_config: dict[str, Any], whole_block: bool
+) -> dict[int, MoeModules]:
     """Of each MoE layer, ascending: its experts, or where they cannot be provided or ``whole_block`` is asked, its block."""
     arch = find(hf_config)
     if why := LAYERS_ALONE.get(arch.model_type):
@@ -151,39 +153,45 @@ def parts_of(model: torch.nn.Module, hf_config: dict[str, Any], whole_block: boo
     experts = experts_modules(model)
     if not whole_block and sorted(experts) == sorted(moe_layers(arch, hf_config)):
         names = {id(module): name for name, module in model.named_modules()}
-        return {n: Part((names[id(module)],), (module,), True) for n, module in sorted(experts.items())}
+        return {n: MoeModules((names[id(module)],), (module,), True) for n, module in sorted(experts.items())}
     return {
-        n: Part(names, tuple(map(model.get_submodule, names)), False)
+        n: MoeModules(names, tuple(map(model.get_submodule, names)), False)
         for n, names in block_modules(model, hf_config).items()
     }
 
 
-def put(model: torch.nn.Module, part: Part, layer: Layer) -> None:
+def replace_modules(model: torch.nn.Module, part: MoeModules, layer: Layer) -> None:
     """Let ``layer`` take the place of ``part``."""
     if isinstance(layer, BlockLayer):
         model.set_submodule(part.names[0], layer)
         for name in part.names[1:]:
-            model.set_submodule(name, Nothing())
+            model.set_submodule(name, NoModule())
     else:
         attach(part.modules[0], layer)
 
 
 def _from_memory(
-    model: Any, hf_config: dict[str, Any], parts: dict[int, Part], grid: ProcessGrid, options: SpreadOptions
+    model: Any,
+    hf_config: dict[str, Any],
+    parts: dict[int, MoeModules],
+    grid: ProcessGrid,
+    options: SpreadOptions,
 ) -> dict[int, Layer]:
     arch = find(hf_config)
     layers: dict[int, Layer] = {}
     for n, part in parts.items():
         if part.experts:
             config = layer_config(arch, hf_config, n)
-            layers[n] = build_layer(config, grid, model.dtype, n, rows_of(part.modules[0], config), options)
+            layers[n] = build_moe_modules(
+                config, grid, model.dtype, n, rows_of(part.modules[0], config), options
+            )
         else:
             weights = weights_of(model, hf_config, part.names)
             layers[n] = build_block(weights, n, grid, model.dtype, options.of_layer())
     return layers
 
 
-def rows_of(module: Any, config: LayerConfig) -> Read:
+def rows_of(module: Any, config: LayerConfig) -> ReadLayer:
     """The experts of a module that holds them stacked, in whichever of transformers' layouts."""
     if getattr(module, "has_post_expert_norm", False):
         raise ValueError(

@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from xpar.engine.config import RouterConfig
-from xpar.engine.routing.hash import HashRouter
-from xpar.engine.routing.identity_experts import ZeroExpertRouter
+from xpar.engine.routing.hash import HashRule
+from xpar.engine.routing.identity_experts import IdentityExpertRule
 from xpar.engine.routing.rule import RoutingRule
-from xpar.engine.routing.sparsemixer import SparseMixerRouter
-from xpar.engine.routing.topk import TopKLogitsRouter, TopKRouter
+from xpar.engine.routing.sparsemixer import SparseMixerRule
+from xpar.engine.routing.topk import TopKLogitsRule, TopKRule
 
 
-def routing_rule(
+def choose_rule(
     config: RouterConfig,
     correction_bias: Tensor | None = None,
     expert_scale: Tensor | None = None,
@@ -32,16 +32,16 @@ def routing_rule(
                 f"{'needs' if needed else 'has none of'} it: {config}"
             )
     rule = _choice(config, correction_bias, expert_scale, hash_table)
-    return ZeroExpertRouter(rule, config.zero_experts) if config.zero_experts else rule
+    return IdentityExpertRule(rule, config.zero_experts) if config.zero_experts else rule
 
 
 def _choice(
     config: RouterConfig, bias: Tensor | None, scale: Tensor | None, table: Tensor | None
 ) -> RoutingRule:
     if config.choice == "logits":
-        return TopKLogitsRouter(config, scale)
+        return TopKLogitsRule(config, scale)
     if config.choice == "sparsemixer":
-        return SparseMixerRouter(config)
+        return SparseMixerRule(config)
     if config.choice == "hash" and table is not None:
-        return HashRouter(config, table)
-    return TopKRouter(config, None if bias is None else bias.float(), scale)
+        return HashRule(config, table)
+    return TopKRule(config, None if bias is None else bias.float(), scale)

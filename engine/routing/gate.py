@@ -24,7 +24,7 @@ def gate_logits(
     return torch.cat([functional.linear(block, gate, bias) for block in blocks])[:tokens]
 
 
-def over_rms(x: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, epsilon: float) -> Tensor:
     """``x`` [T, H] over the root of each row's mean square plus ``epsilon``, float32 (RMSNorm, arXiv:1910.07467)."""
     wide = x.float()
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)

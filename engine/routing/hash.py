@@ -9,7 +9,7 @@ from xpar.engine.routing.topk import NEEDS_LOGITS
 from xpar.kernels.contracts import Routing
 
 
-class HashRouter:
+class HashRule:
     """``table``: [vocab, k] integer expert ids, one row a token id."""
 
     def __init__(self, config: RouterConfig, table: Tensor) -> None:

@@ -7,7 +7,7 @@ from xpar.engine.routing.topk import NEEDS_LOGITS
 from xpar.kernels.contracts import Routing
 
 
-class ZeroExpertRouter:
+class IdentityExpertRule:
     """``rule`` chooses among E real and ``zero_experts`` identity experts, whose ids follow the real ones.
 
     A slot of an identity expert becomes -1: it is neither sent nor counted. What those slots are worth is the

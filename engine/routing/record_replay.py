@@ -57,7 +57,7 @@ class RoutingRecorder:
         unfinished.replace(target)
 
 
-class ReplayRouter:
+class ReplayRule:
     """Answers call n with step n of a recorded layer; after the last step it starts again if ``repeat``."""
 
     def __init__(self, path: str | os.PathLike[str], layer: int, *, repeat: bool = False) -> None:

@@ -6,8 +6,8 @@ T tokens, H hidden size, E experts (zero experts included), k experts per token.
 from torch import Tensor
 
 from xpar.engine.config import RouterConfig
-from xpar.engine.routing.choose_rule import routing_rule
-from xpar.engine.routing.gate import FusedGate, gate_logits, over_rms
+from xpar.engine.routing.choose_rule import choose_rule
+from xpar.engine.routing.gate import FusedGate, gate_logits, rms_norm
 from xpar.engine.routing.rule import require_finite
 from xpar.kernels.contracts import Routing
 
@@ -43,7 +43,7 @@ class Router:
         self.config = config
         self.row_invariant = row_invariant
         self.check_finite = check_finite
-        self.rule = routing_rule(config, correction_bias, expert_scale, hash_table)
+        self.rule = choose_rule(config, correction_bias, expert_scale, hash_table)
         # Upcast once: for 256 experts of H = 7168 the copy would cost more than the product.
         self.gate = gate.float() if gate is not None and config.logits_dtype == "float32" else gate
         self.gate_bias = (
@@ -59,7 +59,7 @@ class Router:
                 f"hidden_states are {hidden_states.shape[-1]} wide, the gate takes {self.gate.shape[1]}"
             )
         if self.config.norm_eps is not None:
-            hidden_states = over_rms(hidden_states, self.config.norm_eps)
+            hidden_states = rms_norm(hidden_states, self.config.norm_eps)
         return gate_logits(hidden_states.to(self.gate.dtype), self.gate, self.row_invariant, self.gate_bias)
 
     def route(

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from xpar.engine.config import RouterConfig, Scoring
 from xpar.kernels.contracts import Routing
-from xpar.kernels.position_invariant import placeless
+from xpar.kernels.position_invariant import position_invariant
 
 
 class RoutingRule(Protocol):
@@ -55,8 +55,8 @@ def scores_of(router_logits: Tensor, scoring: Scoring) -> Tensor:
     if scoring == "softmax":
         return router_logits.softmax(dim=-1, dtype=torch.float32)
     if scoring == "sigmoid":
-        return placeless(torch.sigmoid, router_logits.float())
-    return placeless(lambda x: functional.softplus(x).sqrt(), router_logits.float())
+        return position_invariant(torch.sigmoid, router_logits.float())
+    return position_invariant(lambda x: functional.softplus(x).sqrt(), router_logits.float())
 
 
 def finish_weights(

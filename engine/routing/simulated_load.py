@@ -9,11 +9,11 @@ from torch import Tensor
 from xpar.engine.routing.rule import token_rows
 from xpar.kernels.contracts import Routing
 
-Load = Literal["uniform", "normal", "zipf", "all-to-one"]
-LOADS: tuple[Load, ...] = ("uniform", "normal", "zipf", "all-to-one")
+LoadShape = Literal["uniform", "normal", "zipf", "all-to-one"]
+LOAD_SHAPES: tuple[LoadShape, ...] = ("uniform", "normal", "zipf", "all-to-one")
 
 
-class SimulatedRouter:
+class SimulatedLoadRule:
     """Each token gets ``top_k`` different experts, drawn with the probabilities of ``load``; random weights of sum one.
 
     ``load``: ``uniform``; ``normal``: that of ``floor(E sigmoid(N(0, 1)))``, most tokens in the middle; ``zipf``:
@@ -23,10 +23,10 @@ class SimulatedRouter:
     """
 
     def __init__(
-        self, load: Load, num_experts: int, top_k: int, seed: int = 0, exponent: float = 1.0
+        self, load: LoadShape, num_experts: int, top_k: int, seed: int = 0, exponent: float = 1.0
     ) -> None:
-        if load not in LOADS:
-            raise ValueError(f"load={load!r}: choose one of {', '.join(LOADS)}")
+        if load not in LOAD_SHAPES:
+            raise ValueError(f"load={load!r}: choose one of {', '.join(LOAD_SHAPES)}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} of {num_experts} experts: choose 1 to {num_experts}")
         self.load, self.top_k = load, top_k
@@ -55,7 +55,7 @@ class SimulatedRouter:
         return keys.topk(self.top_k, dim=-1).indices.to(torch.int32)
 
 
-def load_probabilities(load: Load, num_experts: int, exponent: float = 1.0) -> Tensor:
+def load_probabilities(load: LoadShape, num_experts: int, exponent: float = 1.0) -> Tensor:
     """[E] float64: how likely a token's first draw is each expert."""
     if load == "uniform":
         weights = torch.ones(num_experts, dtype=torch.float64)

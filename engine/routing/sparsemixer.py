@@ -9,10 +9,10 @@ from xpar.engine.config import RouterConfig
 from xpar.engine.routing.rule import finish_weights, required
 from xpar.engine.routing.topk import NEEDS_LOGITS
 from xpar.kernels.contracts import Routing
-from xpar.kernels.stable_topk import largest
+from xpar.kernels.stable_topk import stable_topk
 
 
-class SparseMixerRouter:
+class SparseMixerRule:
     """Two experts a token; their weights come from two softmaxes and do not add up to one.
 
     With s the logits and m a round's best, experts with ``(m - s) / max(|s|, m) > 2 jitter_eps`` are left out of that
@@ -37,7 +37,7 @@ class SparseMixerRouter:
 
     def _round(self, logits: Tensor, standing: Tensor) -> tuple[Tensor, Tensor]:
         """The best of ``standing`` and its weight, both [T, 1]; the distance is taken relative to ``logits``."""
-        best = largest(standing, 1)
+        best = stable_topk(standing, 1)
         top = standing.gather(-1, best)
         distance = (top - logits) / torch.maximum(logits.abs(), top)
         near = standing.masked_fill(distance > 2 * self.config.jitter_eps, -math.inf)

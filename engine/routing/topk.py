@@ -9,12 +9,12 @@ from torch import Tensor
 from xpar.engine.config import TINY, RouterConfig, check_groups
 from xpar.engine.routing.rule import finish_weights, required, scores_of
 from xpar.kernels.contracts import Routing
-from xpar.kernels.stable_topk import largest
+from xpar.kernels.stable_topk import stable_topk
 
 NEEDS_LOGITS = "this rule scores them; let a gate compute them"
 
 
-class TopKRouter:
+class TopKRule:
     """The k best of all experts' scores; the weights are those scores.
 
     ``correction_bias`` [E] float32 takes part in the choice but not in the weights (DeepSeek-V3, arXiv:2412.19437,
@@ -41,7 +41,7 @@ class TopKRouter:
         choice = scores if self.correction_bias is None else scores + self.correction_bias
         if self.config.topk_group < self.config.num_expert_group:
             choice = keep_best_groups(choice, self.config)
-        topk_ids = largest(choice, self.config.top_k)
+        topk_ids = stable_topk(choice, self.config.top_k)
         topk_weights = finish_weights(scores.gather(-1, topk_ids), topk_ids, self.config, self.expert_scale)
         return Routing(topk_ids.to(torch.int32), topk_weights, self.config.weight_on_input)
 
@@ -70,7 +70,7 @@ class TopKRouter:
         return replace(chosen, weight_on_input=c.weight_on_input)
 
 
-class TopKLogitsRouter:
+class TopKLogitsRule:
     """The k best logits, scored among themselves.
 
     Softmax: gpt-oss and Granite; the same as softmax over all and renormalisation, without its underflow. Sigmoid:
@@ -85,7 +85,7 @@ class TopKLogitsRouter:
     ) -> Routing:
         """Reads ``router_logits`` alone."""
         logits = required(router_logits, "router_logits", NEEDS_LOGITS).float()
-        topk_ids = largest(logits, self.config.top_k)
+        topk_ids = stable_topk(logits, self.config.top_k)
         chosen = scores_of(logits.gather(-1, topk_ids), self.config.scoring)
         topk_weights = finish_weights(chosen, topk_ids, self.config, self.expert_scale)
         return Routing(topk_ids.to(torch.int32), topk_weights, self.config.weight_on_input)
@@ -101,5 +101,5 @@ def keep_best_groups(choice: Tensor, config: RouterConfig) -> Tensor:
     else:
         group_scores = groups.topk(2, dim=-1).values.sum(dim=-1)
     dropped = torch.ones_like(group_scores, dtype=torch.bool)
-    dropped.scatter_(-1, largest(group_scores, config.topk_group), False)
+    dropped.scatter_(-1, stable_topk(group_scores, config.topk_group), False)
     return groups.masked_fill(dropped.unsqueeze(-1), -math.inf).view(tokens, experts)

@@ -11,7 +11,7 @@ from xpar.kernels.contracts import Routing
 RoutingFunction = Callable[[Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
 
-class FunctionRouter:
+class FunctionRule:
     """``function(hidden_states, router_logits, input_ids)`` returns (topk_ids [T, k] integer, topk_weights [T, k]).
 
     Ids lie in 0 to ``num_experts`` - 1, or are -1 for a slot that is not to be used.

@@ -19,13 +19,13 @@ from xpar.engine.architectures.layer_weights import (
 )
 from xpar.engine.architectures.mlp_weights import ALL, MlpTensors
 from xpar.engine.config import LayerConfig
-from xpar.engine.layer.reference import chosen_experts, sum_reference
+from xpar.engine.layer.reference import chosen_experts, slot_order_sum_reference
 from xpar.engine.routing.router import Router
 from xpar.engine.synthetic.values import fill_random
 from xpar.kernels.contracts import Routing
 
 
-class RandomLayer:
+class SyntheticLayer:
     """Weights of one layer as ``dtype``; experts are [2I, H], gate rows first, or [I, H] without a gate, and [H, I].
 
     Biases, correction bias, expert scale and table of token ids: where the configuration has them.
@@ -107,7 +107,7 @@ class RandomLayer:
         rows: slice = ALL,
         shared_rows: slice = ALL,
     ) -> LayerWeights:
-        """What :func:`xpar.engine.architectures.layer_weights.load_layer` reads from a checkpoint."""
+        """What :func:`xpar.engine.architectures.layer_weights.load_layer_weights` reads from a checkpoint."""
         for index, expert in enumerate(experts):
             sink(index, *self._sliced(*self.expert(expert), rows), *self._sliced_biases(expert, rows))
         shared = self.shared()
@@ -120,7 +120,7 @@ class RandomLayer:
         routing = self.make_router().route(hidden_states, None, input_ids)
         experts = ((e, MlpTensors(*self.expert(e), *(self.biases(e) or ()))) for e in chosen_experts(routing))
         weights = (self.shared(), self.config, self.output_bias(), self.latent(), self.norm())
-        return sum_reference(hidden_states, routing, experts, *weights), routing
+        return slot_order_sum_reference(hidden_states, routing, experts, *weights), routing
 
     def nbytes(self) -> int:
         """Bytes of all experts together, shared ones included."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from xpar.kernels.cpu import attention_native, native_library, zen_library
 from xpar.kernels.cpu.linear_zen import DTYPES
-from xpar.kernels.cpu.masks import to_add
+from xpar.kernels.cpu.masks import additive_mask
 
 By = Literal["zentorch", "native", "torch"]
 _MOST_SHARING = 4
@@ -72,7 +72,7 @@ class Attention:
             query = _as_rows(query, key.shape[1])
             mask = None if mask is None else _as_rows(mask, key.shape[1])
         if by == "zentorch":
-            added = None if mask is None else to_add(mask, query.dtype)
+            added = None if mask is None else additive_mask(mask, query.dtype)
             out = self._zen(query, key, value, 0.0, causal, attn_mask=added, scale=scale)[0]
         else:
             out = functional.scaled_dot_product_attention(

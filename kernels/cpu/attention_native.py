@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xpar.kernels.cpu import native_library
-from xpar.kernels.cpu.masks import to_add
+from xpar.kernels.cpu.masks import additive_mask
 
 
 class _Attention(ctypes.Structure):
@@ -43,7 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     once, at the end; a sequence's bits depend on nothing but the sequence.
     """
     # [1 or B, S]
-    added = None if mask is None else to_add(mask[:, 0, 0], torch.float32).float().contiguous()
+    added = None if mask is None else additive_mask(mask[:, 0, 0], torch.float32).float().contiguous()
     out = torch.empty(query.shape, dtype=query.dtype)
     call = _Attention(
         query.data_ptr(),

@@ -12,7 +12,7 @@ from xpar.kernels.checks import check_expert, check_loaded
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, RouteSpec, Routing
 from xpar.kernels.cpu import native_library
 from xpar.kernels.cpu.native_library import PackedWeights, Span
-from xpar.kernels.cpu.select import select
+from xpar.kernels.cpu.select import route_few_tokens
 from xpar.kernels.cpu.sorted_slots import SortedSlots
 
 
@@ -49,7 +49,7 @@ class NativeExperts(SortedSlots):
     def route_and_compute(
         self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
     ) -> tuple[Tensor, Routing]:
-        routing = select(router_logits, route)
+        routing = route_few_tokens(router_logits, route)
         return self.compute(ExpertInput(hidden_states, routing.topk_ids, routing.topk_weights)), routing
 
     def nbytes(self) -> int:

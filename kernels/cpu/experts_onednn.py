@@ -9,7 +9,7 @@ from xpar.kernels.checks import check_expert, check_loaded
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, RouteSpec, Routing
 from xpar.kernels.cpu.linear_onednn import Linear, make_linear, packing_refused
 from xpar.kernels.cpu.processor import multiplies_bfloat16
-from xpar.kernels.cpu.select import select
+from xpar.kernels.cpu.select import route_few_tokens
 from xpar.kernels.cpu.sorted_slots import SortedSlots
 
 # In float32 a product of very few rows may take another path through oneDNN, with other roundings.
@@ -59,7 +59,7 @@ class OneDnnExperts(SortedSlots):
     def route_and_compute(
         self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
     ) -> tuple[Tensor, Routing]:
-        routing = select(router_logits, route)
+        routing = route_few_tokens(router_logits, route)
         if hidden_states.shape[0] != 1:
             return self.compute(ExpertInput(hidden_states, routing.topk_ids, routing.topk_weights)), routing
         slot_rows = self._slot_rows(route.top_k)

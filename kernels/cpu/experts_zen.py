@@ -20,7 +20,7 @@ from xpar.kernels.checks import check_expert, check_loaded
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, RouteSpec, Routing
 from xpar.kernels.cpu import zen_library
 from xpar.kernels.cpu.arena import Arena
-from xpar.kernels.cpu.select import select
+from xpar.kernels.cpu.select import route_few_tokens
 
 # Tiles that its packed bfloat16 layout is made of; other widths take a path that was not checked.
 _TILE = 64
@@ -86,7 +86,7 @@ class ZenExperts:
     def route_and_compute(
         self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
     ) -> tuple[Tensor, Routing]:
-        routing = select(router_logits, route)
+        routing = route_few_tokens(router_logits, route)
         return self._run(hidden_states, routing.topk_ids, routing.topk_weights, None), routing
 
     def nbytes(self) -> int:

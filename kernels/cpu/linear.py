@@ -16,7 +16,7 @@ from xpar.kernels.cpu.linear_onednn import PackedLinear, packing_refused
 from xpar.kernels.cpu.linear_zen import ZenLinear
 
 
-class DenseLinear(Protocol):
+class LinearKernel(Protocol):
     """``x @ weight.T + bias`` of a packed weight; ``x``: [M, K], contiguous, in the weight's dtype; M may be 0."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -25,7 +25,7 @@ class DenseLinear(Protocol):
 
 
 @dataclass(frozen=True)
-class DenseRecord:
+class LinearEntry:
     """``unavailable(dtype)``: why it cannot serve one of its ``dtypes`` here, or None. ``build(weight, bias)``: packs, and
     keeps no plain weight. ``measured``: how fast it was, with shape and source. ``outdone()``: why ``auto`` leaves products
     to those after it although it could serve, or None.
@@ -34,7 +34,7 @@ class DenseRecord:
     name: str
     dtypes: tuple[torch.dtype, ...]
     unavailable: Callable[[torch.dtype], str | None]
-    build: Callable[[Tensor, Tensor | None], DenseLinear]
+    build: Callable[[Tensor, Tensor | None], LinearKernel]
     measured: str
     outdone: Callable[[], str | None] = lambda: None
 
@@ -49,15 +49,15 @@ class DenseRecord:
 PLAIN = "plain"
 """The model's own products."""
 _SHAPE = "torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of an EPYC (Zen 4), benchmarks/dense_layers.py"
-DENSE = (
-    DenseRecord(
+LINEAR_KERNELS = (
+    LinearEntry(
         "zentorch",
         linear_zen.DTYPES,
         lambda dtype: zen_library.refused(),
         ZenLinear,
         f"bf16 1.8 / 1.9 / 1.5 / 1.2, fp32 1.1 / 2.3 / 1.9 / 1.5 x {_SHAPE}",
     ),
-    DenseRecord(
+    LinearEntry(
         "native",
         (torch.bfloat16,),
         lambda dtype: native_library.refused(),
@@ -66,7 +66,7 @@ DENSE = (
         "1.4 / 0.9 / 1.0 / 1.0",
         native_library.outdone,
     ),
-    DenseRecord(
+    LinearEntry(
         "onednn",
         (torch.bfloat16, torch.float16, torch.float32),
         packing_refused,
@@ -77,10 +77,10 @@ DENSE = (
 
 
 @dataclass(frozen=True)
-class DenseChoice:
+class LinearChoice:
     """``record``: what serves, None for plain products. ``rejected``: the others' names, and why."""
 
-    record: DenseRecord | None
+    record: LinearEntry | None
     rejected: tuple[tuple[str, str], ...]
 
     @property
@@ -88,12 +88,12 @@ class DenseChoice:
         return name_of(self.record)
 
 
-def choose_dense(
-    dtype: torch.dtype, name: str = "auto", records: tuple[DenseRecord, ...] = DENSE
-) -> DenseChoice:
+def choose_linear(
+    dtype: torch.dtype, name: str = "auto", records: tuple[LinearEntry, ...] = LINEAR_KERNELS
+) -> LinearChoice:
     """The fastest for weights of ``dtype``, or what ``name`` says; ValueError if that cannot serve here."""
     reasons = {record.name: record.refused(dtype) for record in records}
-    chosen: DenseRecord | None
+    chosen: LinearEntry | None
     if name == "auto":
         reasons = {record.name: reasons[record.name] or record.outdone() for record in records}
         chosen = next((record for record in records if reasons[record.name] is None), None)
@@ -101,17 +101,19 @@ def choose_dense(
     else:
         chosen = _named(name, reasons, records)
         other = f"{name} was asked for by name"
-    return DenseChoice(chosen, tuple((n, why or other) for n, why in reasons.items() if n != name_of(chosen)))
+    return LinearChoice(
+        chosen, tuple((n, why or other) for n, why in reasons.items() if n != name_of(chosen))
+    )
 
 
-def name_of(record: DenseRecord | None) -> str:
+def name_of(record: LinearEntry | None) -> str:
     """What options and reports call it."""
     return PLAIN if record is None else record.name
 
 
 def _named(
-    name: str, reasons: Mapping[str, str | None], records: tuple[DenseRecord, ...]
-) -> DenseRecord | None:
+    name: str, reasons: Mapping[str, str | None], records: tuple[LinearEntry, ...]
+) -> LinearEntry | None:
     if name == PLAIN:
         return None
     names = ", ".join([*reasons, PLAIN])

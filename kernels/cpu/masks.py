@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def to_add(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a mask of booleans lets a key take part, -inf elsewhere, in ``dtype``; numbers as they are."""
     if mask.dtype != torch.bool:
         return mask

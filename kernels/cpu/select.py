@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from xpar.kernels.contracts import RouteSpec, Routing
-from xpar.kernels.stable_topk import largest
+from xpar.kernels.stable_topk import stable_topk
 
 
-def select(router_logits: Tensor, route: RouteSpec) -> Routing:
+def route_few_tokens(router_logits: Tensor, route: RouteSpec) -> Routing:
     """The routing of finite ``router_logits`` [T, E]: softmax, ungrouped, without a bias; equal scores by expert id."""
     scored = router_logits.float() if route.among_chosen else router_logits.softmax(-1, dtype=torch.float32)
-    ids = largest(scored, route.top_k)
+    ids = stable_topk(scored, route.top_k)
     chosen = scored.gather(-1, ids)
     weights = chosen.softmax(-1) if route.among_chosen else chosen
     if route.renormalize:

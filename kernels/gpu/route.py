@@ -94,7 +94,7 @@ def select_experts(
     correction_bias: Tensor | None = None,
     routed_scaling_factor: float = 1.0,
 ) -> Routing:
-    """The choice of :class:`xpar.engine.routing.TopKRouter`, whose configuration has these fields, in one kernel.
+    """The choice of :class:`xpar.engine.routing.TopKRule`, whose configuration has these fields, in one kernel.
 
     ``router_logits`` [T, E] of any float dtype, finite; ``correction_bias`` [E] float32. Slots come in falling order
     of the choice, equal scores by expert id.

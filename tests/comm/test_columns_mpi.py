@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xpar.comm import column_parallel
-from xpar.comm.column_parallel import Share, SharedColumns, columns_of
+from xpar.comm.column_parallel import ColumnParallel, ColumnSlice, build_column_parallel
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import DesyncError, Tag
 from xpar.comm.world import World
@@ -32,7 +32,7 @@ def test_products_are_those_of_the_whole_weight(
 ) -> None:
     monkeypatch.setattr(column_parallel, "ROUND_BYTES", round_bytes)
     draw, own = np.random.default_rng(fresh_seed), torch.Generator().manual_seed(fresh_seed + grid.world.rank)
-    shared = SharedColumns(grid.node)
+    shared = ColumnParallel(grid.node)
     for number in range(12):
         inputs = int(draw.integers(1, 200))
         widths = [int(n) for n in draw.integers(1, 200, draw.integers(1, 4))]
@@ -47,17 +47,17 @@ def test_products_are_those_of_the_whole_weight(
             torch.testing.assert_close(y, x @ weight.T, rtol=2e-2, atol=1e-3)
 
 
-def share_of(weight: torch.Tensor, grid: ProcessGrid) -> Share:
-    part = columns_of(len(weight), grid.node)
+def share_of(weight: torch.Tensor, grid: ProcessGrid) -> ColumnSlice:
+    part = build_column_parallel(len(weight), grid.node)
 
     def compute(rows: torch.Tensor) -> torch.Tensor:
         assert rows.shape[0] and part.start < part.stop
         return rows @ weight[part].T
 
-    return Share(len(weight), part, compute)
+    return ColumnSlice(len(weight), part, compute)
 
 
-def slowly(share: Share, dawdles: tuple[bool, bool]) -> Share:
+def slowly(share: ColumnSlice, dawdles: tuple[bool, bool]) -> ColumnSlice:
     """Which sleeps before it computes, and after."""
 
     def compute(rows: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def slowly(share: Share, dawdles: tuple[bool, bool]) -> Share:
 
 def test_nobody_reads_what_a_faster_rank_writes_next(grid: ProcessGrid) -> None:
     """Each rank in turn dawdles where it would be overtaken: before its product, and before it takes its results."""
-    shared, size, rank = SharedColumns(grid.node), grid.node.size, grid.node.rank
+    shared, size, rank = ColumnParallel(grid.node), grid.node.size, grid.node.rank
     weight = torch.eye(64 * size)
     for number in range(4 * size):
         rows = torch.full((1 + (number + rank) % 3, 64 * size), float(number * size + rank))
@@ -82,7 +82,7 @@ def test_nobody_reads_what_a_faster_rank_writes_next(grid: ProcessGrid) -> None:
 
 @pytest.mark.parametrize("outputs", [1, 63, 64, 65, 640, 1000])
 def test_columns_cover_everything_once(grid: ProcessGrid, outputs: int) -> None:
-    parts = grid.node.all_gather_object(columns_of(outputs, grid.node))
+    parts = grid.node.all_gather_object(build_column_parallel(outputs, grid.node))
     covered = [column for part in parts for column in range(part.start, part.stop)]
     assert covered == list(range(outputs))
     assert all(part.start % 64 == 0 for part in parts if part.start < part.stop)
@@ -91,6 +91,6 @@ def test_columns_cover_everything_once(grid: ProcessGrid, outputs: int) -> None:
 def test_ranks_in_different_products_are_told_apart(grid: ProcessGrid) -> None:
     if grid.node.size == 1:
         return
-    shared, x = SharedColumns(grid.node), torch.ones(1, 4 + grid.node.rank % 2)
+    shared, x = ColumnParallel(grid.node), torch.ones(1, 4 + grid.node.rank % 2)
     with pytest.raises(DesyncError, match="dense product 3"):
         shared.products(x, [share_of(torch.ones(8, 4), grid)], Tag("dense product 3"))

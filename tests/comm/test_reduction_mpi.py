@@ -8,7 +8,7 @@ from counting_communicator import Counting
 from torch import Tensor
 
 from xpar.comm import World
-from xpar.comm.partition import share, shares
+from xpar.comm.partition import split_range, split_sizes
 from xpar.comm.reduction import (
     Distributed,
     Full,
@@ -17,9 +17,9 @@ from xpar.comm.reduction import (
     State,
     Transform,
     add,
-    complete,
-    finish,
     split_tokens,
+    sum_outputs,
+    to_full,
 )
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def spread(value: Tensor, kind: str, group: Counting) -> Distributed:
         state = Partial(group)
         return Distributed(mine, state)
     if kind == "sharded":
-        state = Sharded(group, tuple(shares(TOKENS, group.size)))
-        return Distributed(value[share(TOKENS, group.size, group.rank)], state)
+        state = Sharded(group, tuple(split_sizes(TOKENS, group.size)))
+        return Distributed(value[split_range(TOKENS, group.size, group.rank)], state)
     return Distributed(value, Full())
 
 
@@ -80,7 +80,7 @@ def test_full_result_and_its_collectives(group: Counting, fresh_seed: int, case:
     generator = torch.Generator().manual_seed(fresh_seed)
     routed, shared = torch.randn(2, TOKENS, 3, generator=generator)
     expected = (transform.function(routed) if transform else routed) + (shared if shared_kind else 0)
-    result = finish(
+    result = sum_outputs(
         spread(routed, kind, group),
         spread(shared, shared_kind, group) if shared_kind else None,
         transform=transform,
@@ -96,22 +96,22 @@ def test_deferred_partial_costs_nothing_and_says_what_is_missing(
 ) -> None:
     value = torch.ones(TOKENS, 3)
     shared = spread(value, shared_kind, group) if shared_kind else None
-    result = finish(spread(value, "partial", group), shared, deferred=True)
+    result = sum_outputs(spread(value, "partial", group), shared, deferred=True)
     assert isinstance(result.state, Partial)
     assert not group.calls
-    assert (finish(result).tensor - (2 if shared_kind else 1)).abs().max() < 1e-5
+    assert (sum_outputs(result).tensor - (2 if shared_kind else 1)).abs().max() < 1e-5
 
 
 def test_deferred_after_a_nonlinear_transform_is_full_and_not_reduced_twice(group: Counting) -> None:
-    result = finish(spread(torch.ones(TOKENS, 3), "partial", group), transform=NORM, deferred=True)
+    result = sum_outputs(spread(torch.ones(TOKENS, 3), "partial", group), transform=NORM, deferred=True)
     assert result.state == Full()
-    assert (finish(result).tensor - 0.5).abs().max() < 1e-5
+    assert (sum_outputs(result).tensor - 0.5).abs().max() < 1e-5
     assert group.calls == {"all_reduce": 1}
 
 
 def test_sequence_parallel_needs_no_collective_here(group: Counting) -> None:
     value = torch.ones(TOKENS, 3)
-    result = finish(spread(value, "sharded", group), spread(value, "sharded", group), deferred=True)
+    result = sum_outputs(spread(value, "sharded", group), spread(value, "sharded", group), deferred=True)
     assert isinstance(result.state, Sharded)
     assert not group.calls
 
@@ -122,7 +122,7 @@ def test_two_groups_of_the_same_ranks_are_one(group: Counting, kind: str) -> Non
     twin = Counting(group.inner.split(0, group.rank, "twin"))
     result = add(spread(value, kind, group), spread(value, "partial", twin))
     assert type(result.state) is (Partial if kind == "partial" else Sharded)
-    assert (complete(result).tensor - 2).abs().max() < 1e-5
+    assert (to_full(result).tensor - 2).abs().max() < 1e-5
     assert (group.calls + twin.calls).total() == (1 if kind == "partial" else 2)
 
 
@@ -132,4 +132,4 @@ def test_tokens_are_split_and_gathered_again(group: Counting, tokens: int, fresh
     mine = split_tokens(x, group)
     assert not group.calls
     assert isinstance(mine.state, Sharded) and mine.tensor.shape[0] == mine.state.counts[group.rank]
-    assert torch.equal(complete(mine).tensor, x)
+    assert torch.equal(to_full(mine).tensor, x)

@@ -29,7 +29,7 @@ import torch
 
 from xpar.comm import ProcessGrid, World, run
 from xpar.comm.device.binding import bind_gpu, driver_version
-from xpar.comm.device.transport import DeviceFacts, choose_transport, facts_of, open_transport, posed_host
+from xpar.comm.device.transport import DeviceFacts, choose_transport, facts_of, host_override, open_transport
 from xpar.comm.watchdog.deadlines import Deadlines
 
 
@@ -131,7 +131,7 @@ def hang(world: World, device: str) -> int:
     facts = world.comm.all_gather_object(facts_of(bind_gpu(world.local_rank)))
     choice = choose_transport(facts, "nccl")
     where = torch.device("cuda", torch.cuda.current_device())
-    host = posed_host(facts, world.rank)
+    host = host_override(facts, world.rank)
     opened = open_transport(world.comm, where, choice, deadlines, required=True, host=host)
     group = opened.wrap(world.comm)
     if world.rank == 0:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World, run
-from xpar.engine.generation.decode_batch import Limits, Running, Sequences
-from xpar.engine.generation.recorder import PATIENCE, Recorder
+from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.recorder import PATIENCE, DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.models.loader import LoadedModel, load_model
 from xpar.engine.models.parallelize import SpreadOptions
@@ -82,7 +82,7 @@ def check(grid: ProcessGrid, path: Path, batch: int, options: SpreadOptions) -> 
     for dtype in (torch.float32, None):
         loaded = load_model(path, grid, dtype, options)
         launched, expected = decode(loaded, batch, None)
-        recorder = Recorder.of(loaded)
+        recorder = DecodeGraph.of(loaded)
         assert recorder is not None
         replayed, slots = decode(loaded, batch, recorder)
         if dtype is torch.float32:
@@ -103,15 +103,15 @@ def check(grid: ProcessGrid, path: Path, batch: int, options: SpreadOptions) -> 
     return row
 
 
-def decode(loaded: LoadedModel, batch: int, recorder: Recorder | None) -> tuple[Forced, int]:
+def decode(loaded: LoadedModel, batch: int, recorder: DecodeGraph | None) -> tuple[Forced, int]:
     """One side; and how many (token, expert) pairs the layers counted, which a rehearsal must not add to."""
     draw, vocab = torch.Generator().manual_seed(batch), loaded.model.config.vocab_size
     tokens = torch.randint(vocab, (STEPS + 1, batch), generator=draw).tolist()
     sampling = Forced(tokens=tokens)
-    sequences = Sequences(loaded, sampling, Limits(STEPS + 1), recorder)
+    sequences = DecodeBatch(loaded, sampling, StopConditions(STEPS + 1), recorder)
     before = loaded.slots()
     prompts = [torch.randint(vocab, (1 + n * 7 % 40,), generator=draw).tolist() for n in range(batch)]
-    sequences.begin([Running(n, ids, torch.Generator()) for n, ids in enumerate(prompts)])
+    sequences.begin([RunningSequence(n, ids, torch.Generator()) for n, ids in enumerate(prompts)])
     while sequences.running:
         sequences.advance()
     return sampling, loaded.slots() - before

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World, run
-from xpar.comm.partition import share
-from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.comm.partition import split_range
+from xpar.engine.layer.build import LayerOptions, build_layer
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.shared_expert_overlap import Overlap, SharedOrder
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import SHAPES
 
 CASES = (("olmoe", 0.25), ("qwen2-57b-a14b", 0.125), ("deepseek-v3", 0.0625))
@@ -77,16 +77,16 @@ def is_wrong(r: dict[str, Any]) -> bool:
 
 def check_shape(grid: ProcessGrid, name: str, scale: float, seed: int) -> Iterator[dict[str, Any]]:
     """Every number of tokens a rank: eager and recorded against the fp32 reference, no hidden wait, and both times."""
-    layer = RandomLayer(SHAPES[name].layer(scale), torch.bfloat16, seed)
-    runner = assemble(layer.config, grid, torch.bfloat16, layer.read)
+    layer = SyntheticLayer(SHAPES[name].layer(scale), torch.bfloat16, seed)
+    runner = build_layer(layer.config, grid, torch.bfloat16, layer.read)
     fused = None
     if layer.config.shared is not None:
         options = LayerOptions(fuse_shared_experts=True)
-        fused = assemble(layer.config, grid, torch.bfloat16, layer.read, options)
+        fused = build_layer(layer.config, grid, torch.bfloat16, layer.read, options)
     for tokens in TOKENS:
         size = grid.world.size
         everyone = torch.randn(tokens * size, layer.config.hidden_size, generator=generator(seed)).bfloat16()
-        mine = everyone[share(tokens * size, size, grid.world.rank)].to(grid.device)
+        mine = everyone[split_range(tokens * size, size, grid.world.rank)].to(grid.device)
         eager = runner(mine).clone()
         waits = hidden_waits(runner, mine)
         graph = runner.capture(tokens + 2)  # two rows of padding

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
 from xpar.comm.device.backend import synchronize
-from xpar.comm.device.nccl_library import load
+from xpar.comm.device.nccl_library import open_library
 from xpar.comm.device.transport import nccl_transport
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
@@ -101,7 +101,7 @@ def launch_modes(world: World, grid: ProcessGrid, link_gbs: float) -> Iterator[d
     ones = [1] * world.size
     x = torch.ones(world.size, 64, device=grid.device)
     blocking = nccl_transport(
-        world.comm, grid.device, grid.transport.choice, Deadlines(), load(), blocking=True
+        world.comm, grid.device, grid.transport.choice, Deadlines(), open_library(), blocking=True
     )
     for name, group in (("tiny, non-blocking", grid.moe), ("tiny, blocking", blocking.wrap(world.comm))):
         yield record(

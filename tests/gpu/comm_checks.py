@@ -10,9 +10,9 @@ from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
 from xpar.comm.communicator import Communicator
-from xpar.comm.device.nccl_backend import NcclMover
-from xpar.comm.device.nccl_communicator import Link, give_up, settle
-from xpar.comm.device.nccl_library import NcclError, load
+from xpar.comm.device.nccl_backend import NcclBackend
+from xpar.comm.device.nccl_communicator import NcclCommunicator, give_up, poll_until_done
+from xpar.comm.device.nccl_library import NcclError, open_library
 from xpar.comm.device.transport import TransportChoice, open_transport
 from xpar.comm.device.watch import Watch
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
@@ -20,7 +20,7 @@ from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.replicated import ReplicatedDispatcher
 from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
-from xpar.comm.reduction import finish
+from xpar.comm.reduction import sum_outputs
 from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.kernels.contracts import Routing
 
@@ -166,7 +166,7 @@ def through(mover, x: Tensor, routing: Routing, exact: bool, rank: int) -> Tenso
     arrived = mover.dispatch(x, plan).wait()
     held = mover.placement.experts_of(rank)
     made = experts_of(arrived, held, exact) if held else x.new_empty(0, x.shape[1])
-    return finish(mover.combine(made, plan).wait()).tensor
+    return sum_outputs(mover.combine(made, plan).wait()).tensor
 
 
 def no_sync(grid: ProcessGrid, seed: int) -> None:
@@ -228,11 +228,11 @@ def joins_alone(world: World) -> str:
     """Only one rank of two joins; it must come back, and the job go on."""
     if world.rank:
         return ""
-    library = load()
+    library = open_library()
     begin = time.monotonic()
     comm = library.init(2, 0, library.unique_id(), False)
     try:
-        settle(library, comm, 3.0, "joining alone")
+        poll_until_done(library, comm, 3.0, "joining alone")
     except NcclError as error:
         waited = time.monotonic() - begin
         ended = give_up(library, comm, 5.0)
@@ -244,8 +244,10 @@ def joins_alone(world: World) -> str:
 def given_up(world: World, grid: ProcessGrid) -> str:
     """Rank 0 alone starts an exchange on a communicator of its own; afterwards the other communicators work."""
     watch = Watch(lambda wrong: None)
-    link = Link.connect(load(), world.comm, Deadlines(connect=60, launch=20, finish=1e6, abort=5), watch)
-    mover = NcclMover(link, grid.device)
+    link = NcclCommunicator.connect(
+        open_library(), world.comm, Deadlines(connect=60, launch=20, finish=1e6, abort=5), watch
+    )
+    mover = NcclBackend(link, grid.device)
     mover.check(world.comm)
     remark = ""
     if world.rank == 0:

@@ -24,7 +24,7 @@ from tiny_models import prompts, write_model
 from xpar.comm import ProcessGrid, World, run
 from xpar.engine.cli import main as xpar
 from xpar.engine.generation.service import Service
-from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.loader import load_model
 
 TASK = """
@@ -48,7 +48,11 @@ def main() -> None:
         write_model(case, folder / "model", torch.float32, 1)
     world.comm.barrier()
     service = Service(
-        world.comm, load_model(folder / "model", ProcessGrid.create(world)), Tokens(folder / "model"), 3, 40
+        world.comm,
+        load_model(folder / "model", ProcessGrid.create(world)),
+        Tokenizer(folder / "model"),
+        3,
+        40,
     )
     if world.rank:
         service.serve()

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from xpar.kernels.cpu import zen_library
-from xpar.kernels.cpu.linear import DENSE, choose_dense
+from xpar.kernels.cpu.linear import LINEAR_KERNELS, choose_linear
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 SERVED = [
     pytest.param(r, d, id=f"{r.name}-{str(d)[6:]}", marks=pytest.mark.skipif(bool(why), reason=str(why)))
-    for r, d in product(DENSE, TOLERANCE)
+    for r, d in product(LINEAR_KERNELS, TOLERANCE)
     if d in r.dtypes
     for why in [r.refused(d)]
 ]
@@ -82,29 +82,29 @@ def test_a_packed_weight_takes_no_more_memory(record, dtype):
 def test_the_fastest_that_serves_is_chosen(monkeypatch):
     monkeypatch.setattr(zen_library, "refused", lambda: "not today")
     monkeypatch.setattr("xpar.kernels.cpu.linear_onednn.torch._C._has_mkldnn", True)
-    chosen = choose_dense(torch.bfloat16)
+    chosen = choose_linear(torch.bfloat16)
     assert dict(chosen.rejected)["zentorch"] == "not today"
     monkeypatch.setattr(zen_library, "refused", lambda: None)
-    chosen = choose_dense(torch.bfloat16)
+    chosen = choose_linear(torch.bfloat16)
     assert chosen.name == "zentorch" and dict(chosen.rejected)["onednn"] == "measured slower than zentorch"
     assert (
-        dict(choose_dense(torch.float16).rejected)["zentorch"] == "serves bfloat16 and float32, not float16"
+        dict(choose_linear(torch.float16).rejected)["zentorch"] == "serves bfloat16 and float32, not float16"
     )
 
 
 def test_a_name_decides():
-    plain = choose_dense(torch.bfloat16, "plain")
+    plain = choose_linear(torch.bfloat16, "plain")
     assert plain.record is None and plain.name == "plain"
-    assert set(dict(plain.rejected)) == {record.name for record in DENSE}
+    assert set(dict(plain.rejected)) == {record.name for record in LINEAR_KERNELS}
     with pytest.raises(
         ValueError, match="dense='blas': there is none of that name; choose auto or one of zentorch, na"
     ):
-        choose_dense(torch.bfloat16, "blas")
+        choose_linear(torch.bfloat16, "blas")
     with pytest.raises(
         ValueError, match="dense='zentorch': serves bfloat16 and float32, not float16; choose"
     ):
-        choose_dense(torch.float16, "zentorch")
+        choose_linear(torch.float16, "zentorch")
 
 
 def test_nothing_serves():
-    assert choose_dense(torch.float32, records=()).record is None
+    assert choose_linear(torch.float32, records=()).record is None

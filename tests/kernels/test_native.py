@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xpar.kernels.cpu import native_library
-from xpar.kernels.cpu.linear import choose_dense
+from xpar.kernels.cpu.linear import choose_linear
 from xpar.kernels.cpu.native_library import PackedWeights
 
 REASON = native_library.refused()
@@ -150,7 +150,7 @@ def test_wrong_rows_are_refused():
 def test_a_library_that_is_not_there_is_a_reason(fresh, monkeypatch):
     monkeypatch.setattr(native_library, "find_spec", lambda name: None)
     assert "not compiled when xpar was installed" in str(native_library.refused())
-    choice = choose_dense(torch.bfloat16)
+    choice = choose_linear(torch.bfloat16)
     assert choice.name != "native" and "not compiled" in dict(choice.rejected)["native"]
 
 

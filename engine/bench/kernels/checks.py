@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xpar.engine.bench.kernels.cases import Layer, Weights, load, random_input, random_weights
 from xpar.engine.config import RouterConfig
-from xpar.engine.routing import TopKRouter
+from xpar.engine.routing import TopKRule
 from xpar.kernels import rows
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertKernel, ExpertSpec
@@ -222,7 +222,7 @@ def check_router(g: torch.Generator) -> str:
         assert c.scoring != "sqrtsoftplus"
         logits = torch.randn(1000, experts, generator=g, device=g.device)
         bias = torch.randn(experts, generator=g, device=g.device) if c.correction_bias else None
-        expected = TopKRouter(c, None if bias is None else bias.cpu()).route(None, logits.cpu())
+        expected = TopKRule(c, None if bias is None else bias.cpu()).route(None, logits.cpu())
         got = route.select_experts(
             logits, c.top_k, scoring=c.scoring, renormalize=c.renormalize, num_expert_group=c.num_expert_group,
             topk_group=c.topk_group, group_score=c.group_score, correction_bias=bias,

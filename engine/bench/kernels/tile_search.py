@@ -38,7 +38,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TileTrial:
     """A table with another value in ``part``, and the cells that this concerns."""
 
     part: str
@@ -51,7 +51,7 @@ class Trial:
 class Result:
     """``ratios``: time relative to the table searched from, by the cell's name; ``mean``: their geometric mean."""
 
-    trial: Trial
+    trial: TileTrial
     ratios: dict[str, float]
 
     @property
@@ -68,16 +68,16 @@ def parts_of(cells: list[Cell]) -> dict[str, tuple[Cell, ...]]:
     return {part: tuple(its) for part, its in sorted(users.items())}
 
 
-def trials(cells: list[Cell], limit: int, first: bool) -> list[Trial]:
+def trials(cells: list[Cell], limit: int, first: bool) -> list[TileTrial]:
     """Up to ``limit`` values for every part that some cell uses, of those to be chosen first or of the others.
 
     In rounds over the parts, so that a deadline takes the least likely values of each.
     """
-    rounds: list[tuple[int, Trial]] = []
+    rounds: list[tuple[int, TileTrial]] = []
     for part, its in parts_of(cells).items():
         if early(part) == first:
             for place, value in enumerate(candidates(its[0].kernel, part, limit)):
-                rounds.append((place, Trial(part, value, put(its[0].kernel.table, part, value), its)))
+                rounds.append((place, TileTrial(part, value, put(its[0].kernel.table, part, value), its)))
     return [trial for _, trial in sorted(rounds, key=lambda pair: pair[0])]
 
 
@@ -134,14 +134,14 @@ def with_table(kernel: TritonExperts, table: Table) -> TritonExperts:
 
 
 def _sound(
-    found: list[Trial], expected: dict[str, Tensor], note: Callable[[str], None], deadline: float
-) -> list[Trial]:
+    found: list[TileTrial], expected: dict[str, Tensor], note: Callable[[str], None], deadline: float
+) -> list[TileTrial]:
     """The trials that compile and compute the same for all their cells.
 
     Compiling is most of a search, and most of it happens outside the interpreter lock.
     """
 
-    def reason(unit: tuple[Trial, list[Cell]]) -> str | None:
+    def reason(unit: tuple[TileTrial, list[Cell]]) -> str | None:
         trial, same_code = unit
         try:
             for cell in same_code:
@@ -168,7 +168,7 @@ def _sound(
 
 
 def _measure(
-    sound: list[Trial], base: dict[str, float], note: Callable[[str], None], deadline: float
+    sound: list[TileTrial], base: dict[str, float], note: Callable[[str], None], deadline: float
 ) -> list[Result]:
     results: list[Result] = []
     for trial in sound:

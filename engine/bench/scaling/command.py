@@ -11,7 +11,7 @@ from rich.console import Console
 from xpar.comm.failure import AgreedError, agreed
 from xpar.comm.world import World
 from xpar.engine.bench.scaling import result_folder
-from xpar.engine.bench.scaling.generate_study import AnswerCheck, AnswerStudy
+from xpar.engine.bench.scaling.generate_study import AnswerCheck, GenerateStudy
 from xpar.engine.bench.scaling.layer import LayerCheck
 from xpar.engine.bench.scaling.layer_study import Axes, LayerStudy
 from xpar.engine.bench.scaling.markdown_report import check_of, measured, wrong
@@ -22,8 +22,8 @@ from xpar.engine.commands.run import pick_device
 from xpar.engine.commands.watching import attach
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.terminal import count, make_console
-from xpar.engine.generation.request import prepare
-from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.generation.request import read_request
+from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.parallelize import SpreadOptions
 
 
@@ -97,9 +97,9 @@ def _layer(args: argparse.Namespace, world: World, axes: Axes, wanted: Plan) -> 
 def _answers(args: argparse.Namespace, world: World, axes: Axes, wanted: Plan) -> Study:
     request = wanted.answers
     assert request is not None
-    tokens = agreed(world.comm, lambda: Tokens(request.checkpoint))
+    tokens = agreed(world.comm, lambda: Tokenizer(request.checkpoint))
     listed = replace(request, out=request.out / "prompts.jsonl")
-    work = prepare(world.comm, listed, tokens, resume=False)
+    work = read_request(world.comm, listed, tokens, resume=False)
     largest = wanted.points[-1].ranks
 
     def enough() -> None:
@@ -114,7 +114,7 @@ def _answers(args: argparse.Namespace, world: World, axes: Axes, wanted: Plan) -
 
     agreed(world.comm, enough)
     options = SpreadOptions(args.dispatcher, args.kernel, args.exact, slice_dense=True)
-    return AnswerStudy(axes, request, work, tokens, options, largest, args.seconds, AnswerCheck(args.exact))
+    return GenerateStudy(axes, request, work, tokens, options, largest, args.seconds, AnswerCheck(args.exact))
 
 
 def _line(record: Mapping[str, Any]) -> str:

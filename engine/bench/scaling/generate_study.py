@@ -15,9 +15,9 @@ from xpar.comm.world import World
 from xpar.engine.bench.scaling.layer_study import Axes
 from xpar.engine.console.report import manifest
 from xpar.engine.generation.generate import generate
-from xpar.engine.generation.request import Request, Work
-from xpar.engine.generation.run_file import Outcome
-from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.generation.request import Request, Workload
+from xpar.engine.generation.run_file import RunSummary
+from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.loader import LoadedModel, load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
@@ -42,7 +42,7 @@ class AnswerCheck:
 
 
 @dataclass(frozen=True)
-class AnswerStudy:
+class GenerateStudy:
     """``work``: every prompt of the file; a weak point of n ranks answers the first n parts of ``largest``.
 
     ``request.out``: a folder for the answers. ``seconds``: rounds are repeated so long, up to 5.
@@ -50,21 +50,21 @@ class AnswerStudy:
 
     axes: Axes
     request: Request
-    work: Work
-    tokens: Tokens
+    work: Workload
+    tokens: Tokenizer
     options: SpreadOptions
     largest: int
     seconds: float
     check: AnswerCheck
 
-    def __call__(self, world: World) -> "AnswerStation":
+    def __call__(self, world: World) -> "GenerateStudyStep":
         grid = self.axes.grid(world)
         try:
             loaded = load_model(self.request.checkpoint, grid, self.request.dtype, self.options)
         except AgreedError:
             grid.close()
             raise
-        return AnswerStation(self, grid, loaded)
+        return GenerateStudyStep(self, grid, loaded)
 
     def prompts(self, mode: str, ranks: int) -> int:
         """How many of the file's prompts a point answers."""
@@ -72,10 +72,10 @@ class AnswerStudy:
         return every if mode == "strong" else every // self.largest * ranks
 
 
-class AnswerStation:
-    """See :class:`~xpar.engine.bench.scaling.study.Station`."""
+class GenerateStudyStep:
+    """See :class:`~xpar.engine.bench.scaling.study.StudyStep`."""
 
-    def __init__(self, study: AnswerStudy, grid: ProcessGrid, loaded: LoadedModel) -> None:
+    def __init__(self, study: GenerateStudy, grid: ProcessGrid, loaded: LoadedModel) -> None:
         self.study, self.grid, self.loaded = study, grid, loaded
         self._seen: dict[int, dict[str, Any]] = {}
         self._answer(min(grid.world.size * study.request.batch, len(study.work.queue)))  # warms up
@@ -89,7 +89,7 @@ class AnswerStation:
 
     def _measured(self, prompts: int) -> dict[str, Any]:
         s, comm = self.study, self.grid.world.comm
-        rounds: list[Outcome] = []
+        rounds: list[RunSummary] = []
         before = self.loaded.slots()
         while not rounds or (len(rounds) < MOST_ROUNDS and sum(r.seconds for r in rounds) < s.seconds):
             # Rank 0's clock decides for all whether another round follows.
@@ -118,7 +118,7 @@ class AnswerStation:
     def close(self) -> None:
         self.grid.close()
 
-    def _answer(self, prompts: int) -> Outcome:
+    def _answer(self, prompts: int) -> RunSummary:
         """Answer the first ``prompts`` prompts of the file."""
         s, comm, out = self.study, self.grid.world.comm, self._file(prompts)
         agreed(comm, lambda: out.unlink(missing_ok=True) if comm.rank == 0 else None)

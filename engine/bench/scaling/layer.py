@@ -10,14 +10,14 @@ from torch import Tensor
 
 from xpar.comm.dispatch.base import Traffic
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.partition import share
+from xpar.comm.partition import split_range
 from xpar.engine.bench.scaling.inputs import batch, batches, checked_places, checked_tokens
-from xpar.engine.bench.scaling.layer_source import Subject
+from xpar.engine.bench.scaling.layer_source import LayerSource
 from xpar.engine.bench.timing import Contender, take_turns
 from xpar.engine.console.report import manifest
 from xpar.engine.layer.reference import TOLERANCE, relative_error
 from xpar.engine.layer.runner import MoERunner
-from xpar.engine.layer.stage_timer import STAGES, StageClock
+from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
 
 WARM_UP = 2
 """Rounds that ``take_turns`` runs before those that it counts."""
@@ -26,19 +26,19 @@ WARM_UP = 2
 class LayerPoint:
     """A subject on one grid. ``measure`` is collective over it."""
 
-    def __init__(self, subject: Subject, grid: ProcessGrid, seconds: float, seed: int) -> None:
+    def __init__(self, subject: LayerSource, grid: ProcessGrid, seconds: float, seed: int) -> None:
         self.subject, self.grid, self.seconds, self.seed = subject, grid, seconds, seed
         self.runner: MoERunner = subject.build(grid)
 
     def measure(self, tokens: int) -> tuple[dict[str, Any], Tensor]:
         """Figures with ``tokens`` tokens in the whole job; and on every rank [C, H], the output of the checked ones."""
-        mine = share(tokens, self.grid.dp.size, self.grid.dp.rank)
+        mine = split_range(tokens, self.grid.dp.size, self.grid.dp.rank)
         inputs = [self._input(tokens, mine, number) for number in range(batches(tokens))]
-        clocks: list[StageClock] = []
+        clocks: list[MeasuringTimer] = []
         traffic: list[Traffic] = []
 
         def step(number: int) -> float:
-            clock = StageClock(self.grid.device)
+            clock = MeasuringTimer(self.grid.device)
             begin = time.perf_counter()
             _, _, moved = self.runner.run(inputs[number], None, clock)
             if self.grid.device.type == "cuda":
@@ -77,7 +77,7 @@ class LayerPoint:
         drawn = batch(tokens, mine, self.subject.hidden_size, self.seed, number)
         return drawn.to(self.subject.dtype).to(self.grid.device)
 
-    def _stages(self, clocks: Sequence[StageClock]) -> dict[str, dict[str, float]]:
+    def _stages(self, clocks: Sequence[MeasuringTimer]) -> dict[str, dict[str, float]]:
         """Medians over steps, in ms: the mean over ranks, which add up to a step, and the slowest rank's."""
         mine = {s: statistics.median(c.seconds[s] for c in clocks) * 1e3 for s in STAGES}
         everyone = self.grid.world.comm.all_gather_object(mine)
@@ -86,7 +86,7 @@ class LayerPoint:
             for s in STAGES
         }
 
-    def _loads(self, traffic: Sequence[Traffic], clocks: Sequence[StageClock]) -> dict[str, Any]:
+    def _loads(self, traffic: Sequence[Traffic], clocks: Sequence[MeasuringTimer]) -> dict[str, Any]:
         """Bytes of a dispatch and the (token, expert) pairs of ranks, of all ranks, means over all steps."""
         node_of = [self.grid.world.node_of[r] for r in self.grid.moe.world_ranks]
         here = node_of[self.grid.moe.rank]
@@ -118,7 +118,7 @@ class LayerCheck:
     ``exact``: outputs must also have the bits of the first that was seen.
     """
 
-    def __init__(self, subject: Subject, seed: int, exact: bool) -> None:
+    def __init__(self, subject: LayerSource, seed: int, exact: bool) -> None:
         self.limit, self.exact = TOLERANCE[subject.dtype], exact
         self.reference = subject.reference(checked_tokens(subject.hidden_size, seed).to(subject.dtype))
         self.first: Tensor | None = None

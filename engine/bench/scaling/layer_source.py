@@ -11,13 +11,13 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.layer import available_bytes
 from xpar.engine.checkpoint.reader import Checkpoint
-from xpar.engine.layer.build import LayerOptions, assemble, load_runner
+from xpar.engine.layer.build import LayerOptions, build_layer, load_layer
 from xpar.engine.layer.reference import layer_reference
 from xpar.engine.layer.runner import MoERunner
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 
-class Subject(Protocol):
+class LayerSource(Protocol):
     """A layer that can be built on any grid, and its slow, readable reference. ``name``: for people."""
 
     @property
@@ -41,7 +41,7 @@ class ShapeLayer:
     """``weights``: drawn anew on every grid, the same on each."""
 
     name: str
-    weights: RandomLayer
+    weights: SyntheticLayer
     options: LayerOptions
 
     @property
@@ -55,7 +55,7 @@ class ShapeLayer:
     def build(self, grid: ProcessGrid) -> MoERunner:
         def attempt() -> MoERunner:
             self._check_memory(grid)
-            return assemble(self.weights.config, grid, self.dtype, self.weights.read, self.options)
+            return build_layer(self.weights.config, grid, self.dtype, self.weights.read, self.options)
 
         return agreed(grid.world.comm, attempt, patient=True)
 
@@ -91,7 +91,7 @@ class CheckpointLayer:
         return f"{self.path.name}, layer {self.layer}"
 
     def build(self, grid: ProcessGrid) -> MoERunner:
-        return load_runner(self.path, self.layer, grid, self.dtype, self.options)
+        return load_layer(self.path, self.layer, grid, self.dtype, self.options)
 
     def reference(self, x: Tensor) -> Tensor:
         with Checkpoint(self.path) as checkpoint:

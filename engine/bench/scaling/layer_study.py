@@ -10,7 +10,7 @@ from xpar.comm.failure import AgreedError
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
 from xpar.engine.bench.scaling.layer import LayerCheck, LayerPoint
-from xpar.engine.bench.scaling.layer_source import Subject
+from xpar.engine.bench.scaling.layer_source import LayerSource
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Axes:
 class LayerStudy:
     """``tokens``: of the whole point in strong mode. ``per_rank``: of each rank in weak mode. ``check``: on rank 0 of the job."""
 
-    subject: Subject
+    subject: LayerSource
     axes: Axes
     tokens: int
     per_rank: int
@@ -42,17 +42,17 @@ class LayerStudy:
     seed: int
     check: LayerCheck | None
 
-    def __call__(self, world: World) -> "LayerStation":
+    def __call__(self, world: World) -> "LayerStudyStep":
         grid = self.axes.grid(world)
         try:
-            return LayerStation(self, LayerPoint(self.subject, grid, self.seconds, self.seed))
+            return LayerStudyStep(self, LayerPoint(self.subject, grid, self.seconds, self.seed))
         except AgreedError:
             grid.close()
             raise
 
 
-class LayerStation:
-    """See :class:`~xpar.engine.bench.scaling.study.Station`."""
+class LayerStudyStep:
+    """See :class:`~xpar.engine.bench.scaling.study.StudyStep`."""
 
     def __init__(self, study: LayerStudy, point: LayerPoint) -> None:
         self.study, self.point = study, point

@@ -8,16 +8,16 @@ import torch
 
 from xpar.engine.architectures.layer_config import find, moe_layers
 from xpar.engine.bench.scaling import result_folder
-from xpar.engine.bench.scaling.layer_source import CheckpointLayer, ShapeLayer, Subject
+from xpar.engine.bench.scaling.layer_source import CheckpointLayer, LayerSource, ShapeLayer
 from xpar.engine.bench.scaling.points import MODES, Point, numbers, points_of
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.watching import add_watching
 from xpar.engine.console.logs import add_verbose
 from xpar.engine.generation.request import Request
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.layer.build import FLOATS, LayerOptions, config_of
+from xpar.engine.layer.build import FLOATS, LayerOptions, read_layer_config
 from xpar.engine.layer.reference import TOLERANCE
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import SHAPES
 
 BATCH = 16
@@ -87,7 +87,7 @@ class Plan:
     name: str
     points: tuple[Point, ...]
     modes: tuple[str, ...]
-    subject: Subject | None
+    subject: LayerSource | None
     answers: Request | None
     per_rank: int
 
@@ -119,18 +119,18 @@ def plan(args: argparse.Namespace, node_of: tuple[int, ...]) -> Plan:
     )
 
 
-def subject_of(args: argparse.Namespace) -> Subject:
+def subject_of(args: argparse.Namespace) -> LayerSource:
     """The layer to measure."""
     options = LayerOptions(args.dispatcher, args.kernel, args.exact)
     if args.what in SHAPES:
         config = SHAPES[args.what].layer(args.scale)
         dtype = FLOATS[args.dtype or "bfloat16"]
         scaled = "" if args.scale == 1 else f" x {args.scale:g}"
-        return ShapeLayer(f"{args.what}{scaled}", RandomLayer(config, dtype, args.seed), options)
+        return ShapeLayer(f"{args.what}{scaled}", SyntheticLayer(config, dtype, args.seed), options)
     with _checkpoint(args.what) as checkpoint:
         layers = moe_layers(find(checkpoint.config), checkpoint.config)
         layer = layers[0] if args.layer is None else args.layer
-        config = config_of(checkpoint, layer)
+        config = read_layer_config(checkpoint, layer)
         return CheckpointLayer(Path(args.what), layer, config.hidden_size, _dtype(args, checkpoint), options)
 
 

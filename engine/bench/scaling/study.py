@@ -15,7 +15,7 @@ from xpar.engine.console.report import surroundings
 Record = dict[str, Any]
 
 
-class Station(Protocol):
+class StudyStep(Protocol):
     """What is measured, ready on the ranks of one point."""
 
     def measure(self, mode: str) -> Record:
@@ -28,7 +28,7 @@ class Station(Protocol):
         """Give everything back; collective."""
 
 
-Study = Callable[[World], Station]
+Study = Callable[[World], StudyStep]
 """Makes it ready on a world, collective over it; AgreedError, with the reason, where that cannot be."""
 
 

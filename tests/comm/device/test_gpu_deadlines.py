@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from launch import mpirun
 
-from xpar.comm.device.nccl_communicator import give_up, settle
+from xpar.comm.device.nccl_communicator import give_up, poll_until_done
 from xpar.comm.device.nccl_library import IN_PROGRESS, SUCCESS, NcclError
 from xpar.comm.device.watch import Watch
 
@@ -32,12 +32,12 @@ class Scripted:
 
 
 def test_settling() -> None:
-    settle(Scripted(IN_PROGRESS, IN_PROGRESS, SUCCESS), None, 5.0, "x")  # type: ignore[arg-type]
+    poll_until_done(Scripted(IN_PROGRESS, IN_PROGRESS, SUCCESS), None, 5.0, "x")  # type: ignore[arg-type]
     with pytest.raises(NcclError, match="gather: NCCL result 6: no route"):
-        settle(Scripted(IN_PROGRESS, 6), None, 5.0, "gather")  # type: ignore[arg-type]
+        poll_until_done(Scripted(IN_PROGRESS, 6), None, 5.0, "gather")  # type: ignore[arg-type]
     begin = time.monotonic()
     with pytest.raises(NcclError, match=r"gather: NCCL is still not ready after 0.2 s; a rank of the group"):
-        settle(Scripted(IN_PROGRESS), None, 0.2, "gather")  # type: ignore[arg-type]
+        poll_until_done(Scripted(IN_PROGRESS), None, 0.2, "gather")  # type: ignore[arg-type]
     assert 0.2 <= time.monotonic() - begin < 2
 
 
@@ -88,9 +88,9 @@ def test_the_watch_reports_a_failure_found_by_nccl_or_by_the_gpu() -> None:
 
 
 def _watched(done: Any, problem: Any) -> Any:
-    from xpar.comm.device.watch import Watched
+    from xpar.comm.device.watch import WatchedOperation
 
-    return Watched(done, "gather", time.monotonic(), 30.0, problem)
+    return WatchedOperation(done, "gather", time.monotonic(), 30.0, problem)
 
 
 def test_the_watch_asks_nothing_while_paused_and_ends_when_closed() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from xpar.comm.device.nccl_library import SUCCESS, load, version_text
+from xpar.comm.device.nccl_library import SUCCESS, open_library, version_text
 
 
 class Recorder(ModuleType):
@@ -42,7 +42,7 @@ def bindings(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def test_calls_reach_the_bindings_with_bytes_and_addresses(bindings: Recorder) -> None:
-    library = load()
+    library = open_library()
     bindings.calls.clear()
     assert library.unique_id() == b"u" * 128
     library.init(4, 3, b"u" * 128, False)
@@ -65,13 +65,13 @@ def test_what_is_missing_of_nccl_is_said_with_its_remedy(
 ) -> None:
     bindings.answers["get_version"] = 22212
     with pytest.raises(ValueError, match=r"NCCL 2.22.12 at .* is too old; 2.23.0 or newer is needed"):
-        load()
+        open_library()
     bindings.answers["get_version"] = RuntimeError("No such file: libnccl.so.2\nmore")
     with pytest.raises(ValueError, match=r"there is no NCCL library: No such file: libnccl.so.2$"):
-        load()
+        open_library()
     monkeypatch.setitem(sys.modules, "nccl.bindings", None)
     with pytest.raises(ValueError, match="pip install --no-deps nccl4py cuda-pathfinder"):
-        load()
+        open_library()
 
 
 def test_versions_are_readable() -> None:

@@ -11,7 +11,7 @@ from launch import mpirun
 
 from xpar.comm.device import binding
 from xpar.comm.device.binding import Gpu, driver_version, find_gpu, gpu_index, shared_gpus
-from xpar.comm.device.transport import DeviceFacts, choose_transport, posed_host
+from xpar.comm.device.transport import DeviceFacts, choose_transport, host_override
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.choose import DISPATCHERS, choose_dispatcher
@@ -86,11 +86,11 @@ def test_a_transport_asked_for_by_name() -> None:
 def test_ranks_of_one_gpu_pose_as_hosts_and_others_stay_together() -> None:
     """Two nodes of two GPUs; GPU a has three ranks, c two. Every pair on one GPU differs, no two nodes are mixed up."""
     ranks = [replace(facts(uuid), host=host) for uuid, host in zip("abaacdc", "xxxxyyy", strict=True)]
-    hosts = [posed_host(ranks, r) for r in range(len(ranks))]
+    hosts = [host_override(ranks, r) for r in range(len(ranks))]
     assert hosts == ["x/0", "x/0", "x/1", "x/2", "y/0", "y/0", "y/1"]
     assert (
-        [posed_host(APART, r) for r in range(2)]
-        == [posed_host(NEW_SHARED, r) for r in range(2)]
+        [host_override(APART, r) for r in range(2)]
+        == [host_override(NEW_SHARED, r) for r in range(2)]
         == [None, None]
     )
 

@@ -12,8 +12,8 @@ import pytest
 from launch import mpirun
 
 from xpar.comm.watchdog import stack_dump
-from xpar.comm.watchdog.death_lock import LOCK_BYTES, Tripwire
-from xpar.comm.watchdog.status_board import CALL, LOCK, REPORTED, ROW_BYTES, SELF, Board
+from xpar.comm.watchdog.death_lock import LOCK_BYTES, DeathLock
+from xpar.comm.watchdog.status_board import CALL, LOCK, REPORTED, ROW_BYTES, SELF, StatusBoard
 
 TOLD = """
 import os, signal, sys, time
@@ -95,10 +95,10 @@ os._exit(3)
 def test_a_death_is_felt_and_its_cause_known(tmp_path: Path, sent: signal.Signals | None, text: str) -> None:
     path = tmp_path / "memory"
     path.write_bytes(bytes(2 * LOCK_BYTES))
-    felt: list[stack_dump.End] = []
+    felt: list[stack_dump.ExitCause] = []
     done = threading.Event()
     with path.open("r+b") as file:
-        wire = Tripwire(mmap.mmap(file.fileno(), 2 * LOCK_BYTES), 0)
+        wire = DeathLock(mmap.mmap(file.fileno(), 2 * LOCK_BYTES), 0)
     assert wire.hold()
     words = [sys.executable, "-c", HOLDS, str(path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -106,7 +106,7 @@ def test_a_death_is_felt_and_its_cause_known(tmp_path: Path, sent: signal.Signal
         assert other.stdout.readline() == "True\n"
 
         def note() -> None:
-            felt.append(stack_dump.end_of(other.pid))
+            felt.append(stack_dump.exit_cause(other.pid))
             done.set()
 
         wire.watch(LOCK_BYTES, note)
@@ -123,7 +123,7 @@ def test_a_row_has_room_for_its_lock_and_a_report_is_written_once() -> None:
     assert CALL.size + SELF.size <= LOCK and LOCK % 8 == 0
     assert ROW_BYTES - REPORTED.size >= LOCK + LOCK_BYTES
     memory = mmap.mmap(-1, 2 * ROW_BYTES)
-    first, second = (Board(memory, local, 2, None, True) for local in range(2))
+    first, second = (StatusBoard(memory, local, 2, None, True) for local in range(2))
     assert first.claim() and not first.reported()
     first.set_reported()
     assert second.reported() and not second.claim()

@@ -12,11 +12,11 @@ import torch
 
 from xpar.comm.stragglers import lateness
 from xpar.comm.watchdog import stack_dump, status_board
-from xpar.comm.watchdog.collective_check import Intent, difference
+from xpar.comm.watchdog.collective_check import CollectiveSignature, difference
 from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.comm.watchdog.journal import BoardJournal, Pace
-from xpar.comm.watchdog.report import Seen, describe, spans
-from xpar.comm.watchdog.status_board import FAILING, INSIDE, LEFT, OUTSIDE, Board, Call
+from xpar.comm.watchdog.report import RankState, format_rank, spans
+from xpar.comm.watchdog.status_board import FAILING, INSIDE, LEFT, OUTSIDE, Call, StatusBoard
 
 CALL = Call("all_to_all_v", "moe", 57, 3, 12, 41, 7, 256, 60.0)
 BEFORE = Call("dispatch alltoall", "moe", 56, 3, 12, 41, 0, 256, 60.0)
@@ -24,18 +24,18 @@ BEFORE = Call("dispatch alltoall", "moe", 56, 3, 12, 41, 0, 256, 60.0)
 
 def test_report_names_states_missing_ranks_and_alike_stacks_once() -> None:
     seen = [
-        Seen(2, "n1", OUTSIDE, 60.1, BEFORE, "", "stack b"),
-        Seen(0, "n0", INSIDE, 60.2, CALL, "", "stack a\nof two lines"),
-        Seen(1, "n0", INSIDE, 60.3, CALL, "", "stack a\nof two lines"),
-        Seen(3, "n1", OUTSIDE, 9.0, BEFORE, "stopped"),
-        Seen(4, "n1", LEFT, 8.0, BEFORE),
-        Seen(5, "n1", FAILING, 0.0, None),
-        Seen(6, "n1", INSIDE, 1.0, BEFORE),
-        Seen(7, "n1", OUTSIDE, 0.1, CALL),
+        RankState(2, "n1", OUTSIDE, 60.1, BEFORE, "", "stack b"),
+        RankState(0, "n0", INSIDE, 60.2, CALL, "", "stack a\nof two lines"),
+        RankState(1, "n0", INSIDE, 60.3, CALL, "", "stack a\nof two lines"),
+        RankState(3, "n1", OUTSIDE, 9.0, BEFORE, "stopped"),
+        RankState(4, "n1", LEFT, 8.0, BEFORE),
+        RankState(5, "n1", FAILING, 0.0, None),
+        RankState(6, "n1", INSIDE, 1.0, BEFORE),
+        RankState(7, "n1", OUTSIDE, 0.1, CALL),
     ]
     sizes = "of group moe (41 rows of 256 B out, 7 in), layer 3, step 12"
     before = "dispatch alltoall #56 of group moe (41 rows of 256 B), layer 3, step 12"
-    assert describe(seen, [(8, "n2")], CALL, [0, 1, 2, 3, 7, 8]).splitlines() == [
+    assert format_rank(seen, [(8, "n2")], CALL, [0, 1, 2, 3, 7, 8]).splitlines() == [
         "where every rank is:",
         f"  rank 0 on n0: in all_to_all_v #57 {sizes}, for 60.2 s",
         f"  rank 1 on n0: in all_to_all_v #57 {sizes}, for 60.3 s",
@@ -56,8 +56,8 @@ def test_report_names_states_missing_ranks_and_alike_stacks_once() -> None:
     assert spans([7, 3, 1, 2]) == "1-3, 7"
 
 
-def private_board() -> Board:
-    return Board(mmap.mmap(-1, status_board.ROW_BYTES), 0, 1, None, False)
+def private_board() -> StatusBoard:
+    return StatusBoard(mmap.mmap(-1, status_board.ROW_BYTES), 0, 1, None, False)
 
 
 def test_a_row_says_what_the_journal_wrote() -> None:
@@ -101,7 +101,7 @@ def test_one_of_a_node_reports_and_another_after_it_died() -> None:
     assert path is not None
     try:
         file = os.open(path, os.O_RDWR)
-        mine = Board(mmap.mmap(file, status_board.ROW_BYTES), 0, 1, file, True)
+        mine = StatusBoard(mmap.mmap(file, status_board.ROW_BYTES), 0, 1, file, True)
         source = (
             "import mmap, os, sys\nfrom xpar.comm.watchdog.status_board import Board\n"
             f"file = os.open({path!r}, os.O_RDWR)\n"
@@ -138,18 +138,18 @@ def test_stacks_of_a_process_that_holds_the_interpreter_lock() -> None:
     with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         place = (other.pid, int(other.stdout.readline()))
-        (text,) = stack_dump.collect([place])
+        (text,) = stack_dump.collect_stacks([place])
         limit = time.monotonic() + 30
         while "in holds_the_lock" not in text and time.monotonic() < limit:  # it may not have come there yet
-            (text,) = stack_dump.collect([place])
+            (text,) = stack_dump.collect_stacks([place])
         other.kill()
     assert "in holds_the_lock" in text and not re.search("0x", text)
     assert stack_dump.process_state(other.pid) == "gone"
-    assert stack_dump.collect([place, (os.getpid(), -1)]) == ["", ""]
+    assert stack_dump.collect_stacks([place, (os.getpid(), -1)]) == ["", ""]
 
 
-def intent(op: str, columns: int = 3, dtype: torch.dtype = torch.float32) -> Intent:
-    return Intent.of(op, torch.empty(2, columns, dtype=dtype), [columns])
+def intent(op: str, columns: int = 3, dtype: torch.dtype = torch.float32) -> CollectiveSignature:
+    return CollectiveSignature.of(op, torch.empty(2, columns, dtype=dtype), [columns])
 
 
 @pytest.mark.parametrize(
@@ -165,18 +165,27 @@ def intent(op: str, columns: int = 3, dtype: torch.dtype = torch.float32) -> Int
             "rank 4 differs: all_reduce of bfloat16 [3], where 2 of 3 ranks call all_reduce of float32 [3]",
         ),
         (
-            [Intent("barrier"), Intent("all_gather_object")],
+            [CollectiveSignature("barrier"), CollectiveSignature("all_gather_object")],
             "rank 5 differs: all_gather_object, where 1 of 2 ranks call barrier",
         ),
         (
-            [Intent("x", send=(0, 2), recv=(0, 1)), Intent("x", send=(1, 0), recv=(3, 0))],
+            [
+                CollectiveSignature("x", send=(0, 2), recv=(0, 1)),
+                CollectiveSignature("x", send=(1, 0), recv=(3, 0)),
+            ],
             "rank 4 sends 2 rows to rank 5, which expects 3 in x",
         ),
-        ([Intent("x", send=(4, 2), recv=(0, 1), skip=0), Intent("x", send=(1, 0), recv=(2, 0))], None),
+        (
+            [
+                CollectiveSignature("x", send=(4, 2), recv=(0, 1), skip=0),
+                CollectiveSignature("x", send=(1, 0), recv=(2, 0)),
+            ],
+            None,
+        ),
     ],
     ids=["alike", "shape", "dtype", "operation", "counts", "skipped"],
 )
-def test_difference(intents: list[Intent], expected: str | None) -> None:
+def test_difference(intents: list[CollectiveSignature], expected: str | None) -> None:
     assert difference(intents, [4, 5, 6]) == expected
 
 

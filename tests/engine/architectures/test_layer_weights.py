@@ -10,7 +10,7 @@ from moe_families import ONE_PER_FAMILY, SIZES, Case
 from safetensors.torch import load_file, save_file
 
 from xpar.engine.architectures.layer_config import find, layer_config
-from xpar.engine.architectures.layer_weights import LayerWeights, load_layer, stream_experts
+from xpar.engine.architectures.layer_weights import LayerWeights, load_layer_weights, stream_experts
 from xpar.engine.architectures.schema import MlpNames
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 
@@ -51,7 +51,7 @@ def load(
     loaded: dict[int, tuple[torch.Tensor, ...]] = {}
     with Checkpoint(path) as checkpoint:
         arch = find(checkpoint.config)
-        weights = load_layer(
+        weights = load_layer_weights(
             checkpoint,
             arch,
             layer,
@@ -199,7 +199,7 @@ def test_a_dtype_the_caller_wants(case: Case, path: Path) -> None:
         arch = find(checkpoint.config)
         config = layer_config(arch, checkpoint.config, case.layer)
         seen = []
-        weights = load_layer(
+        weights = load_layer_weights(
             checkpoint,
             arch,
             case.layer,

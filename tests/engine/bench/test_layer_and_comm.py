@@ -15,7 +15,7 @@ from xpar.comm.dispatch.expected_traffic import expected_rows
 from xpar.engine.bench.ceilings import Ceilings
 from xpar.engine.bench.peers import IMPLEMENTATIONS, caller, transformers_layer
 from xpar.engine.bench.timing import Times
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import SHAPES, shape_of
 from xpar.kernels.contracts import Routing
 
@@ -44,7 +44,7 @@ def test_wrong_names_and_scales_say_what_is_right() -> None:
 def test_transformers_computes_the_same_layer(name: str, fresh_seed: int) -> None:
     """In fp32, so that the peer's time is for the same work: its weights are ours, in the right places."""
     shape = shape_of(name)
-    layer = RandomLayer(shape.layer(SMALL), torch.float32, fresh_seed)
+    layer = SyntheticLayer(shape.layer(SMALL), torch.float32, fresh_seed)
     block = transformers_layer(shape.hf_config(SMALL), layer)
     x = torch.randn(9, layer.config.hidden_size, generator=torch.Generator().manual_seed(fresh_seed))
     expected, _ = layer.reference(x)

@@ -12,7 +12,7 @@ from launch import mpirun
 from tiny_models import write_tokenizer
 
 from xpar.comm.failure import AgreedError
-from xpar.comm.partition import share
+from xpar.comm.partition import split_range
 from xpar.engine.bench.scaling import result_folder
 from xpar.engine.bench.scaling.generate_study import AnswerCheck
 from xpar.engine.bench.scaling.inputs import CHECKED, batch, checked_places, checked_tokens
@@ -26,7 +26,7 @@ from xpar.engine.cli import parser
 from xpar.engine.layer.build import LayerOptions
 from xpar.engine.layer.stage_timer import STAGES
 from xpar.engine.synthetic.checkpoint import make_checkpoint
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
 
 XPAR = [sys.executable, "-m", "xpar.engine"]
@@ -84,7 +84,7 @@ def test_both_modes_begin_with_the_same_tokens() -> None:
 def test_tokens_depend_on_their_place_alone(tokens: int, fresh_seed: int) -> None:
     whole = batch(tokens, slice(0, tokens), 8, fresh_seed, 2)
     for ranks in (2, 3, 7):
-        parts = [batch(tokens, share(tokens, ranks, r), 8, fresh_seed, 2) for r in range(ranks)]
+        parts = [batch(tokens, split_range(tokens, ranks, r), 8, fresh_seed, 2) for r in range(ranks)]
         assert torch.equal(torch.cat(parts), whole)
     assert len(torch.unique(whole, dim=0)) == tokens
     places = checked_places(tokens)
@@ -95,7 +95,7 @@ def test_tokens_depend_on_their_place_alone(tokens: int, fresh_seed: int) -> Non
 
 
 def test_a_wrong_layer_is_found() -> None:
-    weights = RandomLayer(Shape("olmoe", 64, 64, 4, 2).layer(), torch.bfloat16, 0)
+    weights = SyntheticLayer(Shape("olmoe", 64, 64, 4, 2).layer(), torch.bfloat16, 0)
     check = LayerCheck(ShapeLayer("small", weights, LayerOptions()), 1, exact=True)
     right = check.reference.to(torch.bfloat16)
     assert check.judge(right) == {**check.judge(right), "correct": True, "same_bits": True}

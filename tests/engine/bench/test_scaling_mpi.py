@@ -17,7 +17,7 @@ from xpar.engine.bench.scaling.layer_study import Axes, LayerStudy
 from xpar.engine.bench.scaling.points import points_of
 from xpar.engine.bench.scaling.study import sweep
 from xpar.engine.layer.build import LayerOptions
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def world(comm: "Intracomm") -> World:
 
 
 def small(dispatcher: str, exact: bool) -> ShapeLayer:
-    weights = RandomLayer(SMALL.layer(), torch.float32, 3)
+    weights = SyntheticLayer(SMALL.layer(), torch.float32, 3)
     return ShapeLayer("small", weights, LayerOptions(dispatcher=dispatcher, exact=exact))
 
 

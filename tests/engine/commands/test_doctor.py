@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launch import ALONE, can_mount, clean_environment, find_mpirun
 
-from xpar.comm.stale_shm import Leftovers, find_leftovers
+from xpar.comm.stale_shm import StaleFiles, find_stale_files
 
 OLD = 3600
 
@@ -21,14 +21,14 @@ def make(path: Path, age: float) -> None:
 
 
 def test_only_old_files_of_mpi_that_nobody_maps_are_left_over(tmp_path: Path) -> None:
-    assert find_leftovers(tmp_path) == find_leftovers(tmp_path / "missing") == Leftovers(0, 0)
+    assert find_stale_files(tmp_path) == find_stale_files(tmp_path / "missing") == StaleFiles(0, 0)
     for name in ("mpich_shm_1_0", "sm_segment.n1.0.1.0", "mpich_shm_used", "thesis.tex"):
         make(tmp_path / name, OLD)
     make(tmp_path / "mpich_shm_starting", 0)
     with (tmp_path / "mpich_shm_used").open("r+b") as file, mmap.mmap(file.fileno(), 8192):
         os.utime(tmp_path / "mpich_shm_used", (0, 0))
-        assert find_leftovers(tmp_path).files == 2
-    assert find_leftovers(tmp_path).files == 3
+        assert find_stale_files(tmp_path).files == 2
+    assert find_stale_files(tmp_path).files == 3
 
 
 @pytest.mark.skipif(not can_mount(), reason="no mounts of one's own")

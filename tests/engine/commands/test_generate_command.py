@@ -25,7 +25,7 @@ from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.cli import parser
 from xpar.engine.commands.generate import _request
 from xpar.engine.generation.answer_file import read_answers
-from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.generation.tokenizer import Tokenizer
 
 XPAR = [sys.executable, "-m", "xpar.engine", "generate"]
 MARK = "XPAR_TEST_RANKS"
@@ -228,11 +228,11 @@ def test_a_mistake_found_late_is_one_line(model: Path, tmp_path: Path) -> None:
 
 def test_what_a_folder_lacks_is_named(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
-        Tokens(tmp_path)
+        Tokenizer(tmp_path)
     shutil.copytree(model, tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     with pytest.raises(CheckpointError, match="has no chat template; leave --chat out"):
-        Tokens(tmp_path / "plain", chat=True)
+        Tokenizer(tmp_path / "plain", chat=True)
 
 
 SPOILED = """

@@ -17,7 +17,7 @@ from xpar.engine.cli import parser
 from xpar.engine.commands.score import _request
 from xpar.engine.generation.prompts import read_prompts, text_form
 from xpar.engine.generation.score import perplexity
-from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.generation.tokenizer import Tokenizer
 
 XPAR = [sys.executable, "-m", "xpar.engine", "score"]
 
@@ -56,7 +56,7 @@ def test_exact_scores_are_the_same_on_any_number_of_ranks(
     assert written[0] == written[1]
     found = records(tmp_path / "1.jsonl")
     tokens, total = sum(r["tokens"] for r in found), sum(r["sum"] for r in found)
-    assert found[-1]["token_ids"] == Tokens(model).encode(" this?")
+    assert found[-1]["token_ids"] == Tokenizer(model).encode(" this?")
     assert (
         f"all scores of the file: {tokens} tokens, perplexity {math.exp(-total / tokens):.4f}" in job.stdout
     )
@@ -99,7 +99,7 @@ def test_a_text_is_whole_or_in_two_parts(tmp_path: Path) -> None:
 
 
 def test_a_context_is_cut_before_its_last_spaces(model: Path) -> None:
-    tokens = Tokens(model)
+    tokens = Tokenizer(model)
     for context, text, first in (
         ("ab ", "cd", 2),
         (None, "cd", 1),

@@ -17,9 +17,9 @@ from tiny_models import BYTES, FAMILIES, plain_model, write_model
 from torch import Tensor
 
 from xpar.engine.generation import decode_graph, recorder
-from xpar.engine.generation.decode_batch import Limits, Running, Sequences
-from xpar.engine.generation.decode_graph import FixedStep
-from xpar.engine.generation.recorder import PATIENCE, Recorder
+from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.decode_graph import PaddedDecodeStep
+from xpar.engine.generation.recorder import PATIENCE, DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 
 WINDOWS = {"gpt_oss": {"sliding_window": 4}, "mixtral": {"sliding_window": 4}}
@@ -47,7 +47,7 @@ class Replays:
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
-    def __call__(self, step: FixedStep) -> Callable[[], Tensor]:
+    def __call__(self, step: PaddedDecodeStep) -> Callable[[], Tensor]:
         self.recorded += 1
         step.forward()  # a rehearsal leaves no trace
         step.rewind()
@@ -65,12 +65,12 @@ def prompts(seed: int, count: int) -> list[list[int]]:
     return [torch.randint(BYTES, (n,), generator=generator).tolist() for n in lengths]
 
 
-def answers(model: Any, seed: int, recording: Recorder | None) -> tuple[list[list[int]], list[Tensor]]:
+def answers(model: Any, seed: int, recording: DecodeGraph | None) -> tuple[list[list[int]], list[Tensor]]:
     """Of eight prompts, four at a time, as long as their first tokens say, the next taking the place of one that ends."""
     sampling = Remembering()
-    limits = Limits(30, stopped=lambda answer: len(answer) >= 5 + 6 * (answer[0] % 3))
-    sequences = Sequences(loaded(model), sampling, limits, recording)
-    waiting = [Running(n, ids, torch.Generator()) for n, ids in enumerate(prompts(seed, 8))]
+    limits = StopConditions(30, stopped=lambda answer: len(answer) >= 5 + 6 * (answer[0] % 3))
+    sequences = DecodeBatch(loaded(model), sampling, limits, recording)
+    waiting = [RunningSequence(n, ids, torch.Generator()) for n, ids in enumerate(prompts(seed, 8))]
     everyone = list(waiting)
     sequences.begin([waiting.pop(0) for _ in range(4)])
     while sequences.running:
@@ -103,7 +103,7 @@ def test_answers_and_logits_are_those_of_growing_caches(
     model, replays = plain_model(tmp_path, torch.float64), Replays()
     model.set_experts_implementation("eager")  # grouped products have no float64
     texts, logits = answers(model, fresh_seed, None)
-    found, seen = answers(model, fresh_seed, Recorder(loaded(model), replays))
+    found, seen = answers(model, fresh_seed, DecodeGraph(loaded(model), replays))
     assert replays.replayed > 8 and replays.recorded > 3
     assert found == texts and len(seen) == len(logits)
     for a, b in zip(seen, logits, strict=True):
@@ -113,9 +113,11 @@ def test_answers_and_logits_are_those_of_growing_caches(
 def test_recordings_wait_until_they_pay(tmp_path: Path, fresh_seed: int) -> None:
     write_model(Case("olmoe", "olmoe"), tmp_path, torch.float32, 1)
     replays = Replays()
-    recording = Recorder(loaded(plain_model(tmp_path)), replays)
-    sequences = Sequences(recording._loaded, Sampling(), Limits(10**6), recording)
-    first, second = (Running(n, ids, torch.Generator()) for n, ids in enumerate(prompts(fresh_seed, 2)))
+    recording = DecodeGraph(loaded(plain_model(tmp_path)), replays)
+    sequences = DecodeBatch(recording._loaded, Sampling(), StopConditions(10**6), recording)
+    first, second = (
+        RunningSequence(n, ids, torch.Generator()) for n, ids in enumerate(prompts(fresh_seed, 2))
+    )
     sequences.begin([first])
     for step in range(PATIENCE + 3):
         sequences.advance()
@@ -135,23 +137,23 @@ def test_what_cannot_be_recorded_goes_on_as_before(
     write_model(Case("olmoe", "olmoe"), tmp_path, torch.float32, 1)
     model, asked = plain_model(tmp_path), []
 
-    def refuse(step: FixedStep) -> Callable[[], Tensor]:
+    def refuse(step: PaddedDecodeStep) -> Callable[[], Tensor]:
         asked.append(step)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     with caplog.at_level(logging.INFO, "xpar.models"):
-        found, _ = answers(model, fresh_seed, Recorder(loaded(model), refuse))
+        found, _ = answers(model, fresh_seed, DecodeGraph(loaded(model), refuse))
     assert found == answers(model, fresh_seed, None)[0] and len(asked) == 1
     assert "steps are not recorded: operation not permitted when stream is capturing" in caplog.text
 
 
 def test_host_processors_several_ranks_and_exact_mode_are_not_recorded() -> None:
-    def of(device: str, exact: bool, size: int) -> Recorder | None:
+    def of(device: str, exact: bool, size: int) -> DecodeGraph | None:
         grid = SimpleNamespace(world=SimpleNamespace(size=size))
         counter = SimpleNamespace(counted=torch.zeros(()))
         layer = SimpleNamespace(exact=exact, grid=grid, counter=counter)
         model: Any = SimpleNamespace(device=torch.device(device), layers=(layer, layer))
-        return Recorder.of(model)
+        return DecodeGraph.of(model)
 
     assert of("cuda", False, 1) is not None
     assert of("cpu", False, 1) is of("cuda", True, 1) is of("cuda", False, 2) is None

@@ -11,11 +11,11 @@ import torch
 from tiny_models import CLEAR, END, Plain, cases, greedy, plain_model, prompts, write_model
 
 from xpar.comm import AgreedError, ProcessGrid, World
-from xpar.engine.generation.decode_batch import Running, Sequences
+from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence
 from xpar.engine.generation.generate import Outcome, generate
-from xpar.engine.generation.request import Request, prepare
+from xpar.engine.generation.request import Request, read_request
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.loader import LoadedModel, load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
@@ -50,7 +50,7 @@ def expected_of(root: Path, fresh_seed: int) -> Callable[[str], list[Plain]]:
 
     @cache
     def expected(name: str) -> list[Plain]:
-        model, tokens = plain_model(root / name), Tokens(root / name)
+        model, tokens = plain_model(root / name), Tokenizer(root / name)
         return [greedy(model, tokens.encode(text), MOST, ENDS) for text in prompts(fresh_seed, PROMPTS)]
 
     return expected
@@ -78,9 +78,9 @@ def answers(
         out.unlink(missing_ok=True)
     settings = {"sampling": Sampling(), "max_new_tokens": MOST, "batch": 3} | wanted
     request = Request(model, file, out, **settings)
-    tokens = Tokens(model, request.chat)
+    tokens = Tokenizer(model, request.chat)
     tokens.ends = ends
-    work = prepare(world.comm, request, tokens, resume=False)
+    work = read_request(world.comm, request, tokens, resume=False)
     outcome = generate(world.comm, request, work, tokens, loaded)
     records = [json.loads(line) for line in out.read_text().splitlines()]
     world.comm.barrier()
@@ -107,7 +107,7 @@ def test_greedy_text_is_that_of_transformers(
     found, outcome = answers(world, loaded, path, folder, texts, batch=1 if exact else 3, exact=exact)
     assert outcome.complete and outcome.answers == len(texts)
     if world.rank == 0:
-        tokens, clear = Tokens(path), 0
+        tokens, clear = Tokenizer(path), 0
         for place, (text, expected) in enumerate(zip(texts, expected_of(case.name), strict=True)):
             if expected.gap > CLEAR:
                 clear += 1
@@ -149,13 +149,13 @@ def test_prompts_read_a_few_at_a_time_change_nothing(
     path, texts = root / "qwen3_moe", prompts(fresh_seed, 12)
     loaded, read = load_model(path, ProcessGrid.create(world)), []
 
-    def begin(self: Sequences, new: list[Running]) -> list[Running]:
+    def begin(self: DecodeBatch, new: list[RunningSequence]) -> list[RunningSequence]:
         read.append([len(r.ids) for r in new])
         return whole(self, new)
 
     together, _ = answers(world, loaded, path, folder, texts, prefill_tokens=10**6)
-    whole = Sequences.begin
-    monkeypatch.setattr(Sequences, "begin", begin)
+    whole = DecodeBatch.begin
+    monkeypatch.setattr(DecodeBatch, "begin", begin)
     apart, _ = answers(world, loaded, path, folder, texts, prefill_tokens=most)
     assert all(len(lengths) == 1 or len(lengths) * max(lengths) <= most for lengths in read)
     assert sum(together[place]["text"] == apart[place]["text"] for place in together) >= 11
@@ -185,7 +185,7 @@ def test_a_chat_prompt_goes_through_the_template(
     loaded = load_model(path, ProcessGrid.create(world))
     plain, _ = answers(world, loaded, path, folder, [f"<s>user: {text}" for text in texts])
     chat, _ = answers(world, loaded, path, folder, texts, chat=True)
-    tokens, by_hand = Tokens(path, chat=True), Tokens(path)
+    tokens, by_hand = Tokenizer(path, chat=True), Tokenizer(path)
     assert tokens.encode("x")[0] == END - 1 and tokens.encode("x") == by_hand.encode(
         "<s>user: x\nassistant: "
     )
@@ -199,8 +199,8 @@ def test_a_disk_that_refuses_is_one_error(world: World, root: Path, folder: Path
     if world.rank == 0:
         file.write_text("a\nb\n")
     request = Request(path, file, folder / "no" / "out.jsonl", Sampling(), MOST)
-    tokens = Tokens(path)
+    tokens = Tokenizer(path)
     with pytest.raises(AgreedError, match="No such file") as caught:
-        work = prepare(world.comm, request, tokens, resume=False)
+        work = read_request(world.comm, request, tokens, resume=False)
         generate(world.comm, request, work, tokens, loaded)
     assert len(set(world.comm.all_gather_object(str(caught.value)))) == 1

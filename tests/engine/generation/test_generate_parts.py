@@ -11,22 +11,22 @@ from hypothesis import strategies as st
 from xpar.engine.generation.answer_file import (
     AnswerFile,
     errors_path,
-    keep_answers,
+    open_answer_file,
     read_answers,
     write_errors,
 )
-from xpar.engine.generation.decode_batch import Limits, Running
-from xpar.engine.generation.lockstep import deal
+from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
+from xpar.engine.generation.lockstep import deal_prompts
 from xpar.engine.generation.prompts import read_prompts
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.tokenizer import first_stop
-from xpar.engine.models.growing import Room
-from xpar.engine.models.kv_cache import KeyValues, mask
+from xpar.engine.models.growing import GrowingCacheLayer
+from xpar.engine.models.kv_cache import KvCache, mask
 
 
 @given(free=st.lists(st.integers(0, 5), min_size=1, max_size=6), left=st.integers(0, 30))
 def test_deal_gives_out_all_that_fits_and_evenly(free: list[int], left: int) -> None:
-    parts = deal(free, left)
+    parts = deal_prompts(free, left)
     assert sum(parts) == min(left, sum(free))
     assert all(0 <= part <= slots for part, slots in zip(parts, free, strict=True))
     for part, slots in zip(parts, free, strict=True):  # nobody with room is two behind anybody
@@ -38,16 +38,16 @@ def rows(lengths: list[int], seed: int) -> list[torch.Tensor]:
     return [torch.randn(2, length, 3, generator=generator) for length in lengths]
 
 
-def right_aligned(parts: list[torch.Tensor]) -> KeyValues:
+def right_aligned(parts: list[torch.Tensor]) -> KvCache:
     """The definition: zeros on the left up to the longest row."""
     columns = max(part.shape[1] for part in parts)
     keys = torch.zeros(len(parts), 2, columns, 3)
     for row, part in enumerate(parts):
         keys[row, :, columns - part.shape[1] :] = part
-    return KeyValues(((keys, 2 * keys),), tuple(part.shape[1] for part in parts))
+    return KvCache(((keys, 2 * keys),), tuple(part.shape[1] for part in parts))
 
 
-def same(a: KeyValues, b: KeyValues) -> bool:
+def same(a: KvCache, b: KvCache) -> bool:
     pairs = zip(a.layers, b.layers, strict=True)
     return a.lengths == b.lengths and all(
         torch.equal(x, y) for p, q in pairs for x, y in zip(p, q, strict=True)
@@ -76,7 +76,7 @@ def test_rows_of_a_cache_come_and_go(first: list[int], second: list[int], data: 
 
 def test_a_model_that_keeps_other_state_is_refused() -> None:
     with pytest.raises(ValueError, match="more than keys and values"):
-        KeyValues.of(type("Cache", (), {"layers": [object()]})(), (1,))
+        KvCache.of(type("Cache", (), {"layers": [object()]})(), (1,))
 
 
 def test_prompts_of_text(tmp_path: Path) -> None:
@@ -111,14 +111,14 @@ def record(name: str) -> dict[str, str]:
 
 def test_answers_survive_a_torn_line_and_come_in_order(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    keep_answers(out, [record("b")])
+    open_answer_file(out, [record("b")])
     file = AnswerFile(out)
     file.append([record("c"), record("stale")])
     file.close()
     out.write_bytes(out.read_bytes() + b'{"hash": "a", "te')
     kept = read_answers(out, {"a", "b", "c"}, "s")
     assert kept == {"b": record("b"), "c": record("c")}
-    keep_answers(out, kept.values())
+    open_answer_file(out, kept.values())
     file = AnswerFile(out)
     file.append([record("a")])
     file.finish({"a": 0, "b": 1, "c": 2})
@@ -161,14 +161,14 @@ def test_draws_follow_the_probabilities_that_are_left(fresh_seed: int) -> None:
 
 
 def test_limits() -> None:
-    def run(limits: Limits, tokens: list[int]) -> tuple[list[int], str | None]:
-        running = Running(0, [1], torch.Generator())
+    def run(limits: StopConditions, tokens: list[int]) -> tuple[list[int], str | None]:
+        running = RunningSequence(0, [1], torch.Generator())
         for token in tokens:
             if running.finish is None:
                 limits.take(running, token)
         return running.answer, running.finish
 
-    limits = Limits(3, frozenset({9}), lambda answer: list(answer[-2:]) == [4, 5])
+    limits = StopConditions(3, frozenset({9}), lambda answer: list(answer[-2:]) == [4, 5])
     assert run(limits, [1, 2, 3, 4]) == ([1, 2, 3], "length")
     assert run(limits, [1, 9, 3]) == ([1], "end")
     assert run(limits, [4, 5, 6]) == ([4, 5], "stop")
@@ -183,7 +183,7 @@ def test_first_stop(text: str, place: int | None) -> None:
 @given(parts=st.lists(st.integers(1, 90), min_size=1, max_size=8))
 def test_a_growing_layer_is_the_concatenation(parts: list[int]) -> None:
     """What was handed out before stays as it was."""
-    room, whole, old, seen = Room(), torch.zeros(2, 3, 0, 4), None, []
+    room, whole, old, seen = GrowingCacheLayer(), torch.zeros(2, 3, 0, 4), None, []
     for number, columns in enumerate(parts):
         new = torch.randn(2, 3, columns, 4, generator=torch.Generator().manual_seed(number))
         whole, old = torch.cat([whole, new], dim=2), room.append(old, new)

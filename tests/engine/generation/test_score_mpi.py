@@ -11,10 +11,10 @@ import torch
 from tiny_models import CLEAR, END, cases, greedy, plain_model, prompts, write_model
 
 from xpar.comm import ProcessGrid, World
-from xpar.engine.generation.request import ScoreRequest, prepare
+from xpar.engine.generation.request import ScoreRequest, read_request
 from xpar.engine.generation.score import read_total, score
 from xpar.engine.generation.service import Continuations, Prompts, Service
-from xpar.engine.generation.tokenizer import Tokens
+from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models import lm_head
 from xpar.engine.models.loader import LoadedModel, load_model
 from xpar.engine.models.parallelize import SpreadOptions
@@ -75,7 +75,7 @@ def scores(
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         out.unlink(missing_ok=True)
     request = ScoreRequest(model, file, out, **wanted)
-    work = prepare(world.comm, request, Tokens(model), resume=False)
+    work = read_request(world.comm, request, Tokenizer(model), resume=False)
     outcome = score(world.comm, request, work, loaded)
     records = [json.loads(line) for line in out.read_text().splitlines()]
     total = read_total(world.comm, out)
@@ -86,7 +86,9 @@ def scores(
     return records
 
 
-def compare(model: Any, tokens: Tokens, lines: list[dict[str, str]], records: list[dict[str, Any]]) -> None:
+def compare(
+    model: Any, tokens: Tokenizer, lines: list[dict[str, str]], records: list[dict[str, Any]]
+) -> None:
     for line, record in zip(lines, records, strict=True):
         context = line.get("context", "")
         ids = tokens.encode(context + line.get("text", line.get("continuation", "")))
@@ -108,7 +110,7 @@ def test_scores_are_those_of_transformers(
     loaded = load_model(path, ProcessGrid.create(world), options=SpreadOptions(exact=exact))
     records = scores(world, loaded, path, folder, lines, batch=1 if exact else 3, exact=exact)
     if world.rank == 0:
-        compare(plain_model(path), Tokens(path), lines, records)
+        compare(plain_model(path), Tokenizer(path), lines, records)
 
 
 @pytest.mark.parametrize("name", ["granitemoe", "gpt_oss", "deepseek_v3"])
@@ -130,7 +132,7 @@ def test_long_texts_are_read_in_pieces(
     records = scores(world, loaded, path, folder, lines, batch=2, prefill_tokens=7)
     assert max([s for part in world.comm.all_gather_object(shapes) for s in part]) == 5
     if world.rank == 0:
-        compare(plain_model(path), Tokens(path), lines, records)
+        compare(plain_model(path), Tokenizer(path), lines, records)
 
 
 def test_no_texts(world: World, root: Path, folder: Path) -> None:
@@ -139,7 +141,7 @@ def test_no_texts(world: World, root: Path, folder: Path) -> None:
 
 
 def test_one_program_asks_and_the_other_ranks_serve(world: World, root: Path, fresh_seed: int) -> None:
-    path, tokens = root / "qwen2_moe", Tokens(root / "qwen2_moe")
+    path, tokens = root / "qwen2_moe", Tokenizer(root / "qwen2_moe")
     service = Service(world.comm, load_model(path, ProcessGrid.create(world)), tokens, 2, 20)
     if world.rank:
         service.serve()

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from xpar.comm import ProcessGrid, World
 from xpar.comm.dispatch.choose import DISPATCHERS, choose_dispatcher
 from xpar.comm.placement import Placement
-from xpar.comm.reduction import complete
+from xpar.comm.reduction import to_full
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, assemble
-from xpar.engine.layer.fused_shared_experts import slots_of
+from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.fused_shared_experts import build_shared_slots
 from xpar.engine.layer.micro_batches import MicroBatches
 from xpar.engine.layer.shared_expert_overlap import SharedOrder
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.kernels.contracts import Activation
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def layer_of(draw: Any) -> LayerConfig:
 def fuses(config: LayerConfig, grid: ProcessGrid, dispatcher: str) -> bool:
     """Whether the shared experts can be slots of the routed product."""
     try:
-        slots_of(config)
+        build_shared_slots(config)
     except ValueError:
         return False
     replicated = grid.moe.size == 1 or (dispatcher == "replicated")
@@ -129,8 +129,8 @@ def test_equals_the_reference(grids: list[ProcessGrid], data: st.DataObject) -> 
         depth=draw(st.sampled_from(["auto", "steps"]), label="depth"),
     )
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    layer = RandomLayer(config, dtype, draw(st.integers(0, 10**6), label="seed"))
-    runner = assemble(config, grid, dtype, layer.read, options)
+    layer = SyntheticLayer(config, dtype, draw(st.integers(0, 10**6), label="seed"))
+    runner = build_layer(config, grid, dtype, layer.read, options)
     holders = grid.world.size if parallel else grid.dp.size
     counts = draw(st.lists(st.integers(0, 7), min_size=holders, max_size=holders), label="tokens")
     me = grid.world.rank if parallel else grid.dp.rank
@@ -138,7 +138,7 @@ def test_equals_the_reference(grids: list[ProcessGrid], data: st.DataObject) -> 
     x = torch.randn(counts[me], HIDDEN, generator=generator).to(dtype)
     ids = torch.randint(max(1, config.router.vocabulary), (counts[me],), generator=generator)
     expected, _ = layer.reference(x, ids)
-    ways = [runner, lambda *given: complete(runner.forward_deferred(*given)).tensor]
+    ways = [runner, lambda *given: to_full(runner.forward_deferred(*given)).tensor]
     pipelined = grid.world.comm.all_gather_object(runner.dispatcher.capabilities.pipelined)
     if draw(st.booleans(), label="in parts") and all(pipelined):  # expert groups may have other dispatchers
         ways.append(MicroBatches(runner, 2))

@@ -8,10 +8,10 @@ import torch
 
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
-from xpar.engine.bench.peer_process import solo_grid
-from xpar.engine.layer.build import assemble
-from xpar.engine.layer.cuda_graph import refuse_what_cannot_be_captured
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.bench.peer_process import single_rank_grid
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.cuda_graph import check_capturable
+from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import SHAPES
 
 
@@ -28,7 +28,7 @@ def layer_on(device: str, **changes: object) -> SimpleNamespace:
 
 
 def test_what_can_be_captured_is_not_refused() -> None:
-    refuse_what_cannot_be_captured(layer_on("cuda"), 1)  # type: ignore[arg-type]
+    check_capturable(layer_on("cuda"), 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_what_can_be_captured_is_not_refused() -> None:
 )
 def test_refuses(runner: SimpleNamespace, tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        refuse_what_cannot_be_captured(runner, tokens)  # type: ignore[arg-type]
+        check_capturable(runner, tokens)  # type: ignore[arg-type]
 
 
 def test_a_layer_on_the_host_says_so() -> None:
     shape = replace(SHAPES["olmoe"], hidden=64, intermediate=64, experts=4, top_k=2)
-    layer = RandomLayer(shape.layer(), torch.float32, 0)
-    runner = assemble(layer.config, solo_grid(1), torch.float32, layer.read)
+    layer = SyntheticLayer(shape.layer(), torch.float32, 0)
+    runner = build_layer(layer.config, single_rank_grid(1), torch.float32, layer.read)
     with pytest.raises(ValueError, match="only a GPU's work can be recorded"):
         runner.capture(4)

@@ -9,9 +9,9 @@ import torch
 from xpar.comm import ProcessGrid, World
 from xpar.comm.reduction import split_tokens
 from xpar.engine.config import LayerConfig, RouterConfig
-from xpar.engine.layer.build import LayerOptions, assemble
-from xpar.engine.routing import FunctionRouter
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.routing import FunctionRule
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -43,8 +43,8 @@ def test_routing_and_load_are_those_of_every_token_once(
     everyone = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(fresh_seed))
     if way in ("sequence parallel", "data parallel"):
         everyone = split_tokens(everyone, world.comm).tensor
-    layer = RandomLayer(config, torch.float32, fresh_seed)
-    runner = assemble(config, grid, torch.float32, layer.read, options)
+    layer = SyntheticLayer(config, torch.float32, fresh_seed)
+    runner = build_layer(config, grid, torch.float32, layer.read, options)
     runner(everyone)  # before anybody counts
     counter = runner.count_load()
     expected = layer.make_router().route(everyone)
@@ -67,11 +67,11 @@ def test_routing_and_load_are_those_of_every_token_once(
 
 
 def test_rows_and_imbalance_of_a_load_that_one_expert_has(world: World) -> None:
-    layer = RandomLayer(CONFIG, torch.float32, 0)
+    layer = SyntheticLayer(CONFIG, torch.float32, 0)
     options = LayerOptions("alltoall")
-    runner = assemble(CONFIG, ProcessGrid.create(world), torch.float32, layer.read, options)
+    runner = build_layer(CONFIG, ProcessGrid.create(world), torch.float32, layer.read, options)
     tokens = world.rank + 1
-    runner.router = FunctionRouter(
+    runner.router = FunctionRule(
         lambda *_: (torch.zeros(tokens, 1, dtype=torch.int32), torch.ones(tokens, 1)), EXPERTS, 1
     )
     counter = runner.count_load()
@@ -84,8 +84,8 @@ def test_rows_and_imbalance_of_a_load_that_one_expert_has(world: World) -> None:
 
 
 def test_nothing_at_all_is_even(world: World) -> None:
-    layer = RandomLayer(CONFIG, torch.float32, 0)
-    runner = assemble(CONFIG, ProcessGrid.create(world), torch.float32, layer.read)
+    layer = SyntheticLayer(CONFIG, torch.float32, 0)
+    runner = build_layer(CONFIG, ProcessGrid.create(world), torch.float32, layer.read)
     counter = runner.count_load()
     runner(torch.zeros(0, HIDDEN))
     load = counter.read()

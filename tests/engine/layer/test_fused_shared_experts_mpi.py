@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
-from xpar.comm.reduction import complete
+from xpar.comm.reduction import to_full
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.engine.layer import shared_experts
-from xpar.engine.layer.build import LayerOptions, assemble
-from xpar.engine.layer.residual_scaling import scaled_down
+from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.residual_scaling import scale_layer_output
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.shared_expert_overlap import SharedOrder
-from xpar.engine.layer.stage_timer import StageClock
+from xpar.engine.layer.stage_timer import MeasuringTimer
 from xpar.engine.routing.router import FusedGateRouter
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -29,7 +29,7 @@ PLAIN = LayerConfig(3, HIDDEN, WIDTH, RouterConfig(2), shared=SharedConfig(WIDTH
 LAYERS = {
     "one": PLAIN,
     "two, gated": replace(PLAIN, num_experts=6, shared=SharedConfig(2 * WIDTH, gated=True, scale=0.5)),
-    "over the scaling factor": scaled_down(
+    "over the scaling factor": scale_layer_output(
         replace(PLAIN, router=RouterConfig(2, routed_scaling_factor=4.0), shared=SharedConfig(3 * WIDTH))
     )[0],
     "identity experts": replace(PLAIN, router=RouterConfig(3, zero_experts=2, renormalize=False)),
@@ -74,16 +74,18 @@ def test_equals_the_reference_and_moves_no_row_more(
     grids: dict[str, ProcessGrid], fresh_seed: int, kind: str, way: str
 ) -> None:
     config, (_, given) = LAYERS[kind], WAYS[way]
-    layer = RandomLayer(config, torch.float32, fresh_seed)
+    layer = SyntheticLayer(config, torch.float32, fresh_seed)
     fused, beside = (
-        assemble(config, grids[way], torch.float32, layer.read, LayerOptions(**given, fuse_shared_experts=f))
+        build_layer(
+            config, grids[way], torch.float32, layer.read, LayerOptions(**given, fuse_shared_experts=f)
+        )
         for f in (True, False)
     )
     x = tokens(fused, fresh_seed, given.get("sequence_parallel", False))
     expected = layer.reference(x)[0]
     assert fused.shared is None
     counters = [runner.count_load() for runner in (fused, beside)]
-    for output in (fused(x), complete(fused.forward_deferred(x)).tensor, beside(x), beside(x)):
+    for output in (fused(x), to_full(fused.forward_deferred(x)).tensor, beside(x), beside(x)):
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     ours, theirs = (counter.read() for counter in counters)
     # The router's choices are counted, and its tokens travel; the shared slots are neither.
@@ -94,23 +96,23 @@ def test_equals_the_reference_and_moves_no_row_more(
 def test_exact_bits_do_not_depend_on_the_grid(
     grids: dict[str, ProcessGrid], fresh_seed: int, kind: str
 ) -> None:
-    layer = RandomLayer(LAYERS[kind], torch.bfloat16, fresh_seed)
+    layer = SyntheticLayer(LAYERS[kind], torch.bfloat16, fresh_seed)
     options = LayerOptions(exact=True, fuse_shared_experts=True)
     ways = ("alone", "alltoall", "replicated", "shared out")
     outputs = []
     for way in ways:
         named = replace(options, dispatcher=WAYS[way][1].get("dispatcher", "auto"))
-        runner = assemble(layer.config, grids[way], torch.bfloat16, layer.read, named)
+        runner = build_layer(layer.config, grids[way], torch.bfloat16, layer.read, named)
         x = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(fresh_seed)).bfloat16()
         outputs.append(runner(x))
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 def test_a_token_is_computed_where_it_is(grids: dict[str, ProcessGrid]) -> None:
-    layer = RandomLayer(PLAIN, torch.float32, 0)
+    layer = SyntheticLayer(PLAIN, torch.float32, 0)
     options = LayerOptions("alltoall", fuse_shared_experts=True)
-    runner = assemble(PLAIN, grids["alltoall"], torch.float32, layer.read, options)
-    x, clock = tokens(runner, 0), StageClock()
+    runner = build_layer(PLAIN, grids["alltoall"], torch.float32, layer.read, options)
+    x, clock = tokens(runner, 0), MeasuringTimer()
     _, routing, _ = runner.run(x, None, clock)
     assert routing.topk_ids.shape[1] == PLAIN.router.top_k
     computed = runner.grid.world.comm.all_gather_object(clock.read().slots)
@@ -123,9 +125,9 @@ def test_both_gates_are_one_product(
     grids: dict[str, ProcessGrid], fresh_seed: int, monkeypatch: pytest.MonkeyPatch, fuse: bool
 ) -> None:
     config = LAYERS["two, gated"]
-    layer = RandomLayer(config, torch.float32, fresh_seed)
+    layer = SyntheticLayer(config, torch.float32, fresh_seed)
     options = LayerOptions("alltoall", fuse_shared_experts=fuse)
-    runner = assemble(config, grids["alltoall"], torch.float32, layer.read, options)
+    runner = build_layer(config, grids["alltoall"], torch.float32, layer.read, options)
     assert isinstance(runner.router, FusedGateRouter)
     x = tokens(runner, fresh_seed)
     expected = layer.reference(x)[0]
@@ -141,9 +143,9 @@ def test_both_gates_are_one_product(
 
 def test_where_ranks_share_tokens_out_each_gate_has_tokens_of_its_own(grids: dict[str, ProcessGrid]) -> None:
     config = LAYERS["two, gated"]
-    layer = RandomLayer(config, torch.float32, 0)
+    layer = SyntheticLayer(config, torch.float32, 0)
     for way, options in (("shared out", LayerOptions("alltoall")), ("alone", LayerOptions(exact=True))):
-        runner = assemble(config, grids[way], torch.float32, layer.read, options)
+        runner = build_layer(config, grids[way], torch.float32, layer.read, options)
         one_rank = runner.grid.world.size == 1 and not options.exact
         assert isinstance(runner.router, FusedGateRouter) == one_rank
 
@@ -170,25 +172,27 @@ REFUSED: dict[str, tuple[LayerConfig, LayerOptions, str]] = {
 def test_what_cannot_be_fused(
     grids: dict[str, ProcessGrid], config: LayerConfig, options: LayerOptions, message: str
 ) -> None:
-    layer = RandomLayer(config, torch.float32, 0)
+    layer = SyntheticLayer(config, torch.float32, 0)
     fused = replace(options, fuse_shared_experts=True)
     with pytest.raises(ValueError, match=f"fuse_shared_experts.*{message}"):
-        assemble(config, grids["alone"], torch.float32, layer.read, fused)
+        build_layer(config, grids["alone"], torch.float32, layer.read, fused)
 
 
 @pytest.mark.mpi(min_size=2)
 def test_slices_on_other_ranks_are_refused_where_tokens_would_travel(world: World) -> None:
-    layer = RandomLayer(PLAIN, torch.float32, 0)
+    layer = SyntheticLayer(PLAIN, torch.float32, 0)
     grid = ProcessGrid.create(world, ep=1, etp=world.size)
     with pytest.raises(
         ValueError, match=f"with etp={world.size} and the dispatcher alltoall: every token would travel"
     ):
-        assemble(PLAIN, grid, torch.float32, layer.read, LayerOptions("alltoall", fuse_shared_experts=True))
+        build_layer(
+            PLAIN, grid, torch.float32, layer.read, LayerOptions("alltoall", fuse_shared_experts=True)
+        )
 
 
 def test_fused_outputs_are_one_sum(grids: dict[str, ProcessGrid]) -> None:
-    layer = RandomLayer(PLAIN, torch.float32, 0)
+    layer = SyntheticLayer(PLAIN, torch.float32, 0)
     options = LayerOptions(fuse_shared_experts=True)
-    runner = assemble(PLAIN, grids["alone"], torch.float32, layer.read, options)
+    runner = build_layer(PLAIN, grids["alone"], torch.float32, layer.read, options)
     with pytest.raises(ValueError, match="forward_separately with fused shared experts"):
         runner.forward_separately(torch.zeros(2, HIDDEN))

@@ -7,8 +7,8 @@ import torch
 
 from xpar.comm import ProcessGrid, World, agree_step
 from xpar.engine.config import LayerConfig, RouterConfig
-from xpar.engine.layer.build import LayerOptions, assemble
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -24,9 +24,9 @@ def world(comm: "Intracomm") -> World:
 def test_idle_ranks_join_until_nobody_has_work(world: World, fresh_seed: int) -> None:
     """Batches of uneven numbers of steps, through a layer whose experts are spread over all ranks."""
     config = LayerConfig(5, 16, 12, RouterConfig(2))
-    layer = RandomLayer(config, torch.float32, fresh_seed)
+    layer = SyntheticLayer(config, torch.float32, fresh_seed)
     grid = ProcessGrid.create(world)
-    runner = assemble(config, grid, torch.float32, layer.read, LayerOptions("alltoall"))
+    runner = build_layer(config, grid, torch.float32, layer.read, LayerOptions("alltoall"))
     generator = torch.Generator().manual_seed(fresh_seed + world.rank)
     batches = [torch.randn(n + 1, 16, generator=generator) for n in range(2 * world.rank)]
     steps = 0

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from xpar.engine.bench.peer_process import solo_grid
+from xpar.engine.bench.peer_process import single_rank_grid
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, assemble
-from xpar.engine.layer.latent import LatentSpace
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.latent import LatentProjection
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 LATENT = LayerConfig(6, 32, 24, RouterConfig(2), shared=SharedConfig(16, gated=True), latent_size=20)
 
@@ -18,15 +18,17 @@ LATENT = LayerConfig(6, 32, 24, RouterConfig(2), shared=SharedConfig(16, gated=T
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 def test_equals_the_reference(exact: bool, on_input: bool, fresh_seed: int) -> None:
     router = RouterConfig(1, weight_on_input=True, renormalize=False) if on_input else LATENT.router
-    layer = RandomLayer(replace(LATENT, router=router), torch.float32, fresh_seed)
-    runner = assemble(layer.config, solo_grid(1), torch.float32, layer.read, LayerOptions(exact=exact))
+    layer = SyntheticLayer(replace(LATENT, router=router), torch.float32, fresh_seed)
+    runner = build_layer(
+        layer.config, single_rank_grid(1), torch.float32, layer.read, LayerOptions(exact=exact)
+    )
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(fresh_seed))
     torch.testing.assert_close(runner(x), layer.reference(x)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_exact_mode_gives_a_token_the_same_bits_among_others(fresh_seed: int) -> None:
-    layer = RandomLayer(LATENT, torch.float32, fresh_seed)
-    runner = assemble(LATENT, solo_grid(1), torch.float32, layer.read, LayerOptions(exact=True))
+    layer = SyntheticLayer(LATENT, torch.float32, fresh_seed)
+    runner = build_layer(LATENT, single_rank_grid(1), torch.float32, layer.read, LayerOptions(exact=True))
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(fresh_seed))
     assert torch.equal(runner(x)[3:5], runner(x[3:5]))
 
@@ -47,4 +49,4 @@ def test_a_layer_that_cannot_be(changes: dict[str, object], message: str) -> Non
 
 def test_weights_that_do_not_lead_back() -> None:
     with pytest.raises(ValueError, match=r"\[20, 32\] and \[20, 32\]: must be \[L, H\] and \[H, L\]"):
-        LatentSpace(torch.zeros(20, 32), torch.zeros(20, 32))
+        LatentProjection(torch.zeros(20, 32), torch.zeros(20, 32))

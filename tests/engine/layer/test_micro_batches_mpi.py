@@ -7,9 +7,9 @@ import torch
 
 from xpar.comm import ProcessGrid, RemoteRankError, World
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.engine.layer.build import LayerOptions, build_layer
 from xpar.engine.layer.micro_batches import MicroBatches
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -31,10 +31,10 @@ def world(comm: "Intracomm") -> World:
 def test_equals_the_whole_step(
     world: World, fresh_seed: int, count: int, dispatcher: str, axis: str, exact: bool
 ) -> None:
-    layer = RandomLayer(CONFIG, torch.float32, fresh_seed)
+    layer = SyntheticLayer(CONFIG, torch.float32, fresh_seed)
     grid = ProcessGrid.create(world, **{axis: world.size})
     options = LayerOptions(dispatcher, exact=exact)
-    runner = assemble(CONFIG, grid, torch.float32, layer.read, options)
+    runner = build_layer(CONFIG, grid, torch.float32, layer.read, options)
     me = grid.dp.rank
     x = torch.randn(TOKENS[me], 32, generator=torch.Generator().manual_seed(fresh_seed + me))
     logits = torch.randn(TOKENS[me], 6, generator=torch.Generator().manual_seed(fresh_seed + me))
@@ -48,9 +48,9 @@ def test_equals_the_whole_step(
 
 
 def test_the_next_part_leaves_before_this_one_is_computed(world: World) -> None:
-    layer = RandomLayer(CONFIG, torch.float32, 0)
+    layer = SyntheticLayer(CONFIG, torch.float32, 0)
     grid = ProcessGrid.create(world)
-    runner = assemble(CONFIG, grid, torch.float32, layer.read, LayerOptions("alltoall"))
+    runner = build_layer(CONFIG, grid, torch.float32, layer.read, LayerOptions("alltoall"))
     events: list[str] = []
     dispatch, combine = runner.dispatcher.dispatch, runner.dispatcher.combine
     runner.dispatcher.dispatch = lambda *a: (events.append("dispatch"), dispatch(*a))[1]  # type: ignore
@@ -60,9 +60,9 @@ def test_the_next_part_leaves_before_this_one_is_computed(world: World) -> None:
 
 
 def test_a_failure_in_a_later_part_is_one_error_everywhere(world: World) -> None:
-    layer = RandomLayer(CONFIG, torch.float32, 0)
+    layer = SyntheticLayer(CONFIG, torch.float32, 0)
     grid = ProcessGrid.create(world)
-    runner = assemble(CONFIG, grid, torch.float32, layer.read, LayerOptions("alltoall"))
+    runner = build_layer(CONFIG, grid, torch.float32, layer.read, LayerOptions("alltoall"))
     logits = torch.zeros(4, 6)
     if world.rank == world.size - 1:
         logits[3] = float("nan")
@@ -77,9 +77,9 @@ def test_a_failure_in_a_later_part_is_one_error_everywhere(world: World) -> None
 
 
 def test_what_cannot_be_split(world: World) -> None:
-    layer = RandomLayer(CONFIG, torch.float32, 0)
+    layer = SyntheticLayer(CONFIG, torch.float32, 0)
     grid = ProcessGrid.create(world)
-    runner = assemble(CONFIG, grid, torch.float32, layer.read, LayerOptions("shared-memory"))
+    runner = build_layer(CONFIG, grid, torch.float32, layer.read, LayerOptions("shared-memory"))
     with pytest.raises(ValueError, match="shared-memory holds one step's rows at a time"):
         MicroBatches(runner, 2)
     with pytest.raises(ValueError, match="count=0: a step has at least 1 part"):

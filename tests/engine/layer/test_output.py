@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xpar.comm.reduction import Distributed, Full, Partial, Sharded
-from xpar.engine.layer.addends import with_addends
+from xpar.engine.layer.addends import add_identity_and_bias
 from xpar.kernels.contracts import Routing
 
 
@@ -39,7 +39,7 @@ def test_every_state(with_identity: bool, with_bias: bool, dtype: torch.dtype, f
         (Partial(members[0]), True),
         (Partial(members[2]), False),
     ):
-        got = with_addends(Distributed(out, state), x, routing(6, weights), bias)
+        got = add_identity_and_bias(Distributed(out, state), x, routing(6, weights), bias)
         assert got.state == state and got.tensor.dtype == dtype
         if adds:
             rtol = 1e-6 if dtype == torch.float32 else 2**-8
@@ -47,4 +47,4 @@ def test_every_state(with_identity: bool, with_bias: bool, dtype: torch.dtype, f
         else:
             assert got.tensor is out
     if weights is None and bias is None:
-        assert with_addends(Distributed(out, Full()), x, routing(6, None), None).tensor is out
+        assert add_identity_and_bias(Distributed(out, Full()), x, routing(6, None), None).tensor is out

@@ -11,11 +11,11 @@ from counting_communicator import Counting
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
-from xpar.comm.reduction import Full, Partial, Sharded, Transform, complete, split_tokens
+from xpar.comm.reduction import Full, Partial, Sharded, Transform, split_tokens, to_full
 from xpar.engine import MoERunner
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, assemble
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -84,14 +84,14 @@ class Trial:
             shared=SharedConfig(20) if row.shared else None,
             latent_size=16 if row.transform == "linear" else None,
         )
-        layer = RandomLayer(config, torch.float32, seed)
-        self.runner: MoERunner = assemble(config, self.grid, torch.float32, layer.read, options)
+        layer = SyntheticLayer(config, torch.float32, seed)
+        self.runner: MoERunner = build_layer(config, self.grid, torch.float32, layer.read, options)
         everyone = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed))
         self.expected, _ = layer.reference(everyone)
         if row.transform == "norm":
             latent: Any = SimpleNamespace(enter=lambda x: x, leave=NORM)
             self.runner.latent = latent
-            bare = RandomLayer(replace(config, shared=None), torch.float32, seed).reference(everyone)[0]
+            bare = SyntheticLayer(replace(config, shared=None), torch.float32, seed).reference(everyone)[0]
             self.expected = NORM.function(bare) + (self.expected - bare)
         self.x = everyone
         if row.combined == "sequence":
@@ -122,7 +122,7 @@ def test_truth_table(world: World, fresh_seed: int, row: Row) -> None:
     deferred = trial.runner.forward_deferred(trial.x)
     assert trial.calls() == (row.deferred if world.size > 1 else {})
     assert type(deferred.state) is (row.missing if world.size > 1 else Full)
-    close(complete(deferred).tensor, trial.expected)
+    close(to_full(deferred).tensor, trial.expected)
     routed, shared = trial.runner.forward_separately(trial.x)
     assert (shared is not None) == row.shared
     close(routed if shared is None else routed + shared, trial.expected)
@@ -134,10 +134,10 @@ def test_sequence_parallel_ranks_get_the_outputs_of_their_own_tokens(
     world: World, fresh_seed: int, tokens: list[int], dispatcher: str
 ) -> None:
     config = replace(PLAIN, shared=SharedConfig(20, gated=True))
-    layer = RandomLayer(config, torch.float32, fresh_seed)
+    layer = SyntheticLayer(config, torch.float32, fresh_seed)
     grid = ProcessGrid.create(world, tp=world.size)
     options = LayerOptions(dispatcher, sequence_parallel=True)
-    runner = assemble(config, grid, torch.float32, layer.read, options)
+    runner = build_layer(config, grid, torch.float32, layer.read, options)
     generator = torch.Generator().manual_seed(fresh_seed + world.rank)
     x = torch.randn(tokens[world.rank], HIDDEN, generator=generator)
     close(runner(x), layer.reference(x)[0])
@@ -145,8 +145,8 @@ def test_sequence_parallel_ranks_get_the_outputs_of_their_own_tokens(
 
 @pytest.mark.mpi(min_size=2)
 def test_sequence_parallel_refuses_copies(world: World) -> None:
-    layer = RandomLayer(PLAIN, torch.float32, 0)
+    layer = SyntheticLayer(PLAIN, torch.float32, 0)
     options = LayerOptions("replicated", sequence_parallel=True)
     grid = ProcessGrid.create(world, tp=world.size)
     with pytest.raises(ValueError, match=r"hold different tokens \(sequence parallel\)"):
-        assemble(PLAIN, grid, torch.float32, layer.read, options)
+        build_layer(PLAIN, grid, torch.float32, layer.read, options)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from xpar.comm import RemoteRankError
-from xpar.engine.bench.peer_process import solo_grid
+from xpar.engine.bench.peer_process import single_rank_grid
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import assemble
-from xpar.engine.layer.residual_scaling import HalfScale, rms_norm, scaled_down
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.residual_scaling import ResidualScale, rms_norm, scale_layer_output
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 HIDDEN, FACTOR, EPS = 32, 64.0, 1e-6
 CONFIG = LayerConfig(
@@ -33,14 +33,14 @@ def tokens(seed: int, size: float) -> Tensor:
 
 @pytest.mark.parametrize("config", PLAIN.values(), ids=PLAIN.keys())
 def test_an_output_beyond_float16_is_right_at_its_smaller_scale(config: LayerConfig, fresh_seed: int) -> None:
-    layer = RandomLayer(config, torch.float16, fresh_seed)
+    layer = SyntheticLayer(config, torch.float16, fresh_seed)
     x = tokens(fresh_seed, 60.0)
     reference, _ = layer.reference(x)
     assert reference.abs().max() > 65504  # this layer overflows
-    runner = assemble(config, solo_grid(1), torch.float16, layer.read)
+    runner = build_layer(config, single_rank_grid(1), torch.float16, layer.read)
     assert not torch.isfinite(runner(x)).all()
-    small, scale = scaled_down(config)
-    output = assemble(small, solo_grid(1), torch.float16, layer.read)(x)
+    small, scale = scale_layer_output(config)
+    output = build_layer(small, single_rank_grid(1), torch.float16, layer.read)(x)
     assert torch.isfinite(output).all() and scale.factor == FACTOR
     error = (output.double() * FACTOR - reference.double()).norm() / reference.double().norm()
     assert error < 5e-3
@@ -50,7 +50,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
-def worst_step(layer: Callable[[Tensor], Tensor], exact: RandomLayer, x: Tensor, scale: HalfScale) -> float:
+def worst_step(
+    layer: Callable[[Tensor], Tensor], exact: SyntheticLayer, x: Tensor, scale: ResidualScale
+) -> float:
     """The largest error of a step of a decoder in halves: two rounds of a dense block and expert layers, each on a norm.
 
     Every step is compared with the same step in float64 from the halves that it was given: a router makes
@@ -86,15 +88,17 @@ def test_each_step_of_a_decoder_that_keeps_both_halves_agrees_with_float64(fresh
     config = replace(
         CONFIG, router=replace(CONFIG.router, top_k=6)
     )  # all experts: no choice hangs on a rounding
-    layer = RandomLayer(config, torch.float16, fresh_seed)
-    small, scale = scaled_down(config)
-    runner = assemble(small, solo_grid(1), torch.float16, layer.read)
+    layer = SyntheticLayer(config, torch.float16, fresh_seed)
+    small, scale = scale_layer_output(config)
+    runner = build_layer(small, single_rank_grid(1), torch.float16, layer.read)
     x = tokens(fresh_seed, 1.0)
     assert worst_step(runner, layer, x, scale) < 5e-3
-    assert worst_step(runner, layer, x, HalfScale(1.0)) > 2e-2  # a decoder that forgets its half
-    full = assemble(config, solo_grid(1), torch.float16, layer.read)
+    assert worst_step(runner, layer, x, ResidualScale(1.0)) > 2e-2  # a decoder that forgets its half
+    full = build_layer(config, single_rank_grid(1), torch.float16, layer.read)
     with pytest.raises(RemoteRankError, match=r"router logits of token . are not finite"):
-        worst_step(full, layer, x, HalfScale(1.0))  # the first overflows, the second refuses what came of it
+        worst_step(
+            full, layer, x, ResidualScale(1.0)
+        )  # the first overflows, the second refuses what came of it
 
 
 @pytest.mark.parametrize(
@@ -114,4 +118,4 @@ def test_each_step_of_a_decoder_that_keeps_both_halves_agrees_with_float64(fresh
 )
 def test_a_layer_whose_factor_is_not_one_of_the_output(config: LayerConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        scaled_down(config)
+        scale_layer_output(config)

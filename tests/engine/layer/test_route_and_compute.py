@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from xpar.comm import RemoteRankError
-from xpar.engine.bench.peer_process import solo_grid
+from xpar.engine.bench.peer_process import single_rank_grid
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.engine.layer.build import LayerOptions, build_layer
 from xpar.engine.layer.micro_batches import MicroBatches
 from xpar.engine.layer.route_and_compute import Depth
 from xpar.engine.layer.runner import MoERunner
-from xpar.engine.layer.stage_timer import StageClock
-from xpar.engine.routing import SimulatedRouter
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.layer.stage_timer import MeasuringTimer
+from xpar.engine.routing import SimulatedLoadRule
+from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.cpu.processor import multiplies_bfloat16
-from xpar.kernels.registry import KERNELS, KernelRecord
+from xpar.kernels.registry import KERNELS, KernelEntry
 
 HIDDEN, WIDTH, EXPERTS, FEW = 64, 64, 9, 4
 PLAIN = LayerConfig(EXPERTS, HIDDEN, WIDTH, RouterConfig(3))
@@ -35,9 +35,9 @@ RECORDS = [record for record in KERNELS if record.one_call is not None and recor
 
 
 def layer_at(depth: Depth, config: LayerConfig, kernel: str = "onednn", seed: int = 0) -> MoERunner:
-    layer = RandomLayer(config, torch.bfloat16, seed)
+    layer = SyntheticLayer(config, torch.bfloat16, seed)
     options = LayerOptions(kernel=kernel, depth=depth)
-    return assemble(config, solo_grid(1), torch.bfloat16, layer.read, options)
+    return build_layer(config, single_rank_grid(1), torch.bfloat16, layer.read, options)
 
 
 def tokens(count: int, seed: int) -> Tensor:
@@ -60,7 +60,7 @@ def watch(runner: MoERunner, calls: list[int], monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
 @pytest.mark.parametrize("config", COVERED.values(), ids=COVERED.keys())
 def test_both_depths_give_the_same_bits(
-    config: LayerConfig, record: KernelRecord, fresh_seed: int, monkeypatch: pytest.MonkeyPatch
+    config: LayerConfig, record: KernelEntry, fresh_seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = layer_at("auto", config, record.name, fresh_seed)
     steps = layer_at("steps", config, record.name, fresh_seed)
@@ -104,7 +104,7 @@ def test_bad_input_is_the_same_error(depth: Depth) -> None:
 def test_another_router_routes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, calls = layer_at("auto", PLAIN), list[int]()
     watch(runner, calls, monkeypatch)
-    runner.router = SimulatedRouter("all-to-one", EXPERTS, 2)
+    runner.router = SimulatedLoadRule("all-to-one", EXPERTS, 2)
     _, routing = runner.forward_with_routing(tokens(2, 0))
     assert routing.topk_ids.tolist() == [[0, 1], [0, 1]] and not calls
 
@@ -113,9 +113,9 @@ def test_in_parts_and_with_a_clock(fresh_seed: int) -> None:
     deep, steps = (layer_at(depth, PLAIN, seed=fresh_seed) for depth in ("auto", "steps"))
     x = tokens(3, fresh_seed)
     assert torch.equal(MicroBatches(deep, 2)(x), MicroBatches(steps, 2)(x))
-    clock = StageClock()
+    clock = MeasuringTimer()
     traffic = deep.run(x, None, clock)[2]
-    assert traffic == steps.run(x, None, StageClock())[2]
+    assert traffic == steps.run(x, None, MeasuringTimer())[2]
     assert clock.read().slots == 9 and clock.seconds["compute"] > 0 == clock.seconds["plan"]
 
 
@@ -159,13 +159,13 @@ REFUSED: dict[str, tuple[LayerConfig, LayerOptions, str]] = {
 
 @pytest.mark.parametrize("config, options, message", REFUSED.values(), ids=REFUSED.keys())
 def test_what_goes_step_by_step(config: LayerConfig, options: LayerOptions, message: str) -> None:
-    layer = RandomLayer(config, torch.bfloat16, 0)
+    layer = SyntheticLayer(config, torch.bfloat16, 0)
     # Which kernel has rows that do not depend on each other hangs on the processor.
     kernel = "native" if options.exact and not multiplies_bfloat16() else "onednn"
     named = options if options.kernel != "auto" else replace(options, kernel=kernel)
-    assert assemble(config, solo_grid(1), torch.bfloat16, layer.read, named).one_call is None
+    assert build_layer(config, single_rank_grid(1), torch.bfloat16, layer.read, named).one_call is None
     with pytest.raises(ValueError, match=f"depth='one-call': .*{message}.*; choose auto"):
-        assemble(config, solo_grid(1), torch.bfloat16, layer.read, replace(named, depth="one-call"))
+        build_layer(config, single_rank_grid(1), torch.bfloat16, layer.read, replace(named, depth="one-call"))
 
 
 def test_an_unknown_depth() -> None:

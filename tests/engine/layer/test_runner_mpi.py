@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moe_families import ONE_PER_FAMILY, Case, transformers_block, transformers_output
 
 from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
-from xpar.comm.partition import share
+from xpar.comm.partition import split_range
 from xpar.engine import MoERunner
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.layer.reference import layer_reference
@@ -90,7 +90,7 @@ def whole(runner: MoERunner, everyone: torch.Tensor, ends: list[int]) -> torch.T
 
 
 def even_ends(tokens: int, parts: int) -> list[int]:
-    return [0] + [share(tokens, parts, p).stop for p in range(parts)]
+    return [0] + [split_range(tokens, parts, p).stop for p in range(parts)]
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:

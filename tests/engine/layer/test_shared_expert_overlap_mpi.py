@@ -8,12 +8,12 @@ import torch
 
 from xpar.comm import ProcessGrid, RemoteRankError, World
 from xpar.comm.communicator import Pending
-from xpar.comm.partition import share
+from xpar.comm.partition import split_range
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.engine.layer.build import LayerOptions, build_layer
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.shared_expert_overlap import SIDE_STREAM_TOKENS, Overlap, SharedOrder
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -53,14 +53,14 @@ def watched(runner: MoERunner, events: list[str]) -> MoERunner:
 
 @pytest.mark.parametrize("dispatcher", ["shared-memory", "allgather", "alltoall"])
 def test_every_order_gives_the_same_bits(world: World, fresh_seed: int, dispatcher: str) -> None:
-    layer = RandomLayer(CONFIG, torch.float32, fresh_seed)
+    layer = SyntheticLayer(CONFIG, torch.float32, fresh_seed)
     x = torch.randn(11, 32, generator=torch.Generator().manual_seed(fresh_seed))
-    x = x[share(11, world.size, world.rank)]
+    x = x[split_range(11, world.size, world.rank)]
     grid = ProcessGrid.create(world)
     outputs = []
     for order in ON_HOST:
         options = LayerOptions(dispatcher, shared_order=order)
-        outputs.append(assemble(CONFIG, grid, torch.float32, layer.read, options)(x))
+        outputs.append(build_layer(CONFIG, grid, torch.float32, layer.read, options)(x))
     torch.testing.assert_close(outputs[0], layer.reference(x)[0], rtol=1e-4, atol=1e-5)
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
@@ -77,10 +77,12 @@ def test_every_order_gives_the_same_bits(world: World, fresh_seed: int, dispatch
     ids=lambda value: getattr(value, "value", None),
 )
 def test_when_they_compute(world: World, order: SharedOrder, place: int) -> None:
-    layer = RandomLayer(CONFIG, torch.float32, 0)
+    layer = SyntheticLayer(CONFIG, torch.float32, 0)
     options = LayerOptions("alltoall", shared_order=order)
     events: list[str] = []
-    runner = watched(assemble(CONFIG, ProcessGrid.create(world), torch.float32, layer.read, options), events)
+    runner = watched(
+        build_layer(CONFIG, ProcessGrid.create(world), torch.float32, layer.read, options), events
+    )
     runner(torch.zeros(3, 32))
     assert events == [*MOVES[:place], "shared", *MOVES[place:]]
 
@@ -89,9 +91,9 @@ def test_when_they_compute(world: World, order: SharedOrder, place: int) -> None
 def test_a_failure_of_one_rank_is_one_error_before_the_shared_experts_see_the_tokens(
     world: World, order: SharedOrder
 ) -> None:
-    layer = RandomLayer(CONFIG, torch.float32, 0)
+    layer = SyntheticLayer(CONFIG, torch.float32, 0)
     options = LayerOptions("alltoall", shared_order=order)
-    runner = assemble(CONFIG, ProcessGrid.create(world), torch.float32, layer.read, options)
+    runner = build_layer(CONFIG, ProcessGrid.create(world), torch.float32, layer.read, options)
     width = 31 if world.rank == world.size - 1 else 32
     with pytest.raises(RemoteRankError, match=r"hidden_states of shape \(3, 31\): expected \[tokens, 32\]"):
         runner(torch.zeros(3, width))
@@ -109,8 +111,8 @@ def test_the_device_and_the_tokens_choose() -> None:
 
 def test_a_layer_without_shared_experts(world: World, fresh_seed: int) -> None:
     config = replace(CONFIG, shared=None)
-    layer = RandomLayer(config, torch.float32, fresh_seed)
+    layer = SyntheticLayer(config, torch.float32, fresh_seed)
     options = LayerOptions(shared_order=SharedOrder.BEFORE)
-    runner = assemble(config, ProcessGrid.create(world), torch.float32, layer.read, options)
+    runner = build_layer(config, ProcessGrid.create(world), torch.float32, layer.read, options)
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(fresh_seed + world.rank))
     torch.testing.assert_close(runner(x), layer.reference(x)[0], rtol=1e-4, atol=1e-5)

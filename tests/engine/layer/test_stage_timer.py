@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from xpar.comm import ProcessGrid, World
-from xpar.engine.layer.build import assemble
-from xpar.engine.layer.stage_timer import NO_CLOCK, STAGES, RangeClock, SlotCounter, idle_clock
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.stage_timer import NO_STAGE_TIMER, STAGES, NvtxTimer, SlotCounter, default_stage_timer
+from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import shape_of
 
 
@@ -22,19 +22,19 @@ def ranges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_only_gpu_layers_mark_ranges() -> None:
-    assert idle_clock(torch.device("cpu")) is NO_CLOCK
-    assert isinstance(idle_clock(torch.device("cuda", 1)), RangeClock)
+    assert default_stage_timer(torch.device("cpu")) is NO_STAGE_TIMER
+    assert isinstance(default_stage_timer(torch.device("cuda", 1)), NvtxTimer)
 
 
 def test_a_layer_marks_its_steps_in_order(ranges: list[str], fresh_seed: int) -> None:
-    layer = RandomLayer(shape_of("deepseek-v2-lite").layer(0.0625), torch.float32, fresh_seed)
-    runner = assemble(
+    layer = SyntheticLayer(shape_of("deepseek-v2-lite").layer(0.0625), torch.float32, fresh_seed)
+    runner = build_layer(
         layer.config, ProcessGrid.create(World.attach(allow_singleton=True)), torch.float32, layer.read
     )
     x = torch.randn(5, layer.config.hidden_size)
     quiet = runner(x)
     assert ranges == []
-    runner._idle = RangeClock()
+    runner._idle = NvtxTimer()
     assert torch.equal(runner(x), quiet)
     names = [name.removeprefix("xpar.") for name in ranges if name != "/"]
     assert set(names) == set(STAGES) and ranges.count("/") == len(names)
@@ -43,7 +43,7 @@ def test_a_layer_marks_its_steps_in_order(ranges: list[str], fresh_seed: int) ->
 
 
 def test_a_range_ends_where_its_step_fails(ranges: list[str]) -> None:
-    with pytest.raises(ValueError, match="planted"), RangeClock().stage("compute"):
+    with pytest.raises(ValueError, match="planted"), NvtxTimer().stage("compute"):
         raise ValueError("planted")
     assert ranges == ["xpar.compute", "/"]
 

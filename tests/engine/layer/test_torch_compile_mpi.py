@@ -10,9 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from xpar.comm import ProcessGrid, World
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, assemble
+from xpar.engine.layer.build import LayerOptions, build_layer
 from xpar.engine.layer.runner import MoERunner
-from xpar.engine.synthetic.layer import RandomLayer
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -44,8 +44,8 @@ class Block(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.dense = nn.Linear(HIDDEN, HIDDEN)
-        layer, options = RandomLayer(config, torch.float32, seed), LayerOptions("alltoall")
-        self.experts: MoERunner = assemble(config, grid, torch.float32, layer.read, options)
+        layer, options = SyntheticLayer(config, torch.float32, seed), LayerOptions("alltoall")
+        self.experts: MoERunner = build_layer(config, grid, torch.float32, layer.read, options)
         self.apart = apart
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from tiny_models import write_model
 from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from xpar.engine.models.attention import IMPLEMENTATION, AttentionForward, provide
+from xpar.engine.models.attention import IMPLEMENTATION, AttentionForward, use_xpar_attention
 from xpar.kernels.cpu.attention import Attention
 
 
@@ -109,7 +109,7 @@ def test_gradients_and_pieces_of_prompts_are_left_to_transformers(
 def test_only_models_of_sdpa_are_given_it(tmp_path: Path, family: str, chosen: str) -> None:
     write_model(Case(family, family), tmp_path / family, torch.float32, 1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / family)
-    assert provide(model) == (chosen == IMPLEMENTATION)
+    assert use_xpar_attention(model) == (chosen == IMPLEMENTATION)
     assert model.config._attn_implementation == chosen
 
 
@@ -135,7 +135,7 @@ def test_a_padded_batch_of_a_model(tmp_path: Path, fresh_seed: int, monkeypatch:
     monkeypatch.setattr(Attention, "__call__", watched)
     with torch.inference_mode():
         expected = logits()
-        assert provide(model) and not used
+        assert use_xpar_attention(model) and not used
         found = logits()
     assert 1 in used  # of the prompt only where this processor has a faster way
     kept = seen.bool()

@@ -15,7 +15,7 @@ from tiny_models import BYTES, cases, plain_model, write_model
 from transformers import AutoModelForCausalLM
 
 from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
-from xpar.engine import join, parallelize, register
+from xpar.engine import parallelize, register, serve_other_ranks
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.models import expert_layer
 from xpar.engine.models.block_layer import LAYERS_ALONE, BlockLayer
@@ -136,7 +136,7 @@ def test_a_model_in_memory_is_spread(
         whole = sum(p.numel() for p in model.parameters())
         assert parallelize(model, grid, whole_block=whole_block) is model
         if expected is None:
-            join(model)
+            serve_other_ranks(model)
         else:
             assert error(model(ids).logits, expected) < 1e-5
     layers = expert_layers(model)
@@ -198,14 +198,14 @@ def test_the_name_alone_spreads_a_model(grid: ProcessGrid, root: Path, fresh_see
         expert_layer = [p.numel() for key, p in model.named_parameters() if ".experts." in key]
         assert expert_layer == []
         if grid.world.rank % 2:
-            join(model)
+            serve_other_ranks(model)
         else:
             assert error(model(ids).logits, expected) < 1e-5
 
 
 def test_a_rank_without_tokens_cannot_join_what_is_not_spread(root: Path) -> None:
     with pytest.raises(ValueError, match=r"call parallelize\(model, grid\) before a rank joins"):
-        join(plain_model(root / "olmoe"))
+        serve_other_ranks(plain_model(root / "olmoe"))
 
 
 @pytest.mark.parametrize("dense", ["plain", "auto"])

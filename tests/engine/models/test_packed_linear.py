@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import BYTES, write_model
 from transformers import AutoModelForCausalLM
 
-from xpar.engine.models.packed_linear import PackedDense, pack_dense
-from xpar.kernels.cpu.linear import DENSE
+from xpar.engine.models.packed_linear import PackedLinearModule, pack_dense
+from xpar.kernels.cpu.linear import LINEAR_KERNELS
 
-ONEDNN = next(r for r in DENSE if r.name == "onednn")
+ONEDNN = next(r for r in LINEAR_KERNELS if r.name == "onednn")
 RECORDS = [
     pytest.param(r, id=r.name, marks=pytest.mark.skipif(bool(why), reason=str(why)))
-    for r in DENSE
+    for r in LINEAR_KERNELS
     if torch.float32 in r.dtypes
     for why in [r.refused(torch.float32)]
 ]
@@ -69,7 +69,7 @@ def test_logits_stay(tmp_path: Path, fresh_seed: int, name: str, record: Any) ->
         more = pack_dense(model, record)
         found = model(ids).logits
     assert float((found - expected).norm() / expected.norm()) < 1e-5
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedDense)}
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinearModule)}
     assert {n.rpartition(".")[2] for n in packed} == FAMILIES[name][1]
     held = sum(p.nbytes for p in model.parameters()) + sum(m.nbytes for m in packed.values())
     assert held == before + more

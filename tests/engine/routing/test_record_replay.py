@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from xpar.engine.routing import ReplayRouter, RoutingRecorder
+from xpar.engine.routing import ReplayRule, RoutingRecorder
 from xpar.kernels.contracts import Routing
 
 SIZES = (5, 0, 17, 1)
@@ -51,7 +51,7 @@ def same(a: Routing, b: Routing) -> bool:
 
 def test_round_trip(steps: dict[int, list[Routing]], path: Path) -> None:
     for layer, recorded in steps.items():
-        router = ReplayRouter(path, layer)
+        router = ReplayRule(path, layer)
         for routing in recorded:
             assert same(router.route(torch.empty(routing.topk_ids.shape[0], 8)), routing)
         with pytest.raises(ValueError, match="all 4 recorded steps have been replayed"):
@@ -60,7 +60,7 @@ def test_round_trip(steps: dict[int, list[Routing]], path: Path) -> None:
 
 
 def test_repeat_starts_again(steps: dict[int, list[Routing]], path: Path) -> None:
-    router = ReplayRouter(path, 2, repeat=True)
+    router = ReplayRule(path, 2, repeat=True)
     for routing in steps[2] * 2:
         assert same(router.route(None, torch.empty(routing.topk_ids.shape[0], 9)), routing)
 
@@ -70,13 +70,13 @@ def test_what_was_recorded_is_a_copy(tmp_path: Path) -> None:
     recorder.record(0, live)
     live.topk_ids.zero_()
     recorder.save(tmp_path / "r")
-    router = ReplayRouter(tmp_path / "r", 0, repeat=True)
+    router = ReplayRule(tmp_path / "r", 0, repeat=True)
     router.route(torch.empty(2, 1)).topk_ids.zero_()
     assert router.route(torch.empty(2, 1)).topk_ids.tolist() == [[1], [1]]
 
 
 def test_wrong_number_of_tokens_keeps_the_step(steps: dict[int, list[Routing]], path: Path) -> None:
-    router = ReplayRouter(path, 0)
+    router = ReplayRule(path, 0)
     with pytest.raises(ValueError, match="layer 0, step 0: recorded with 5 tokens, called with 6"):
         router.route(torch.empty(6, 8))
     assert same(router.route(torch.empty(5, 8)), steps[0][0])
@@ -84,20 +84,20 @@ def test_wrong_number_of_tokens_keeps_the_step(steps: dict[int, list[Routing]], 
 
 def test_what_is_no_recording_is_named(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layer 1 was not recorded; recorded layers: \[0, 2, 17\]"):
-        ReplayRouter(path, 1)
+        ReplayRule(path, 1)
     with pytest.raises(ValueError, match=r"nowhere: cannot be read"):
-        ReplayRouter(tmp_path / "nowhere", 0)
+        ReplayRule(tmp_path / "nowhere", 0)
     (tmp_path / "junk").write_bytes(b"\xff" * 100)
     with pytest.raises(ValueError, match=r"junk: cannot be read as safetensors"):
-        ReplayRouter(tmp_path / "junk", 0)
+        ReplayRule(tmp_path / "junk", 0)
     save_file({"x": torch.ones(2)}, tmp_path / "other")
     with pytest.raises(ValueError, match=r"other: not a recorded routing \(format None"):
-        ReplayRouter(tmp_path / "other", 0)
+        ReplayRule(tmp_path / "other", 0)
     tensors = load_file(path)
     tensors["layer.0.tokens"][1] += 1
     save_file(tensors, tmp_path / "cut", {"format": "xpar-routing-1"})
     with pytest.raises(ValueError, match=r"do not hold the 24 tokens of its steps"):
-        ReplayRouter(tmp_path / "cut", 0)
+        ReplayRule(tmp_path / "cut", 0)
 
 
 def test_steps_of_one_layer_are_of_one_kind() -> None:

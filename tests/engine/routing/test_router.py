@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xpar.engine.config import RouterConfig
-from xpar.engine.routing import routing_rule
+from xpar.engine.routing import choose_rule
 from xpar.engine.routing.router import Router, gate_logits
 
 CONFIGS = {
@@ -115,7 +115,7 @@ def test_router_is_its_definition(
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_equal_logits_go_to_the_lowest_ids(config: RouterConfig) -> None:
     bias = torch.zeros(12) if config.correction_bias else None
-    routing = routing_rule(config, bias).route(None, torch.zeros(2, 12))
+    routing = choose_rule(config, bias).route(None, torch.zeros(2, 12))
     assert routing.topk_ids.tolist() == [list(range(config.top_k))] * 2
 
 
@@ -140,7 +140,7 @@ def test_finite_logits_with_an_infinite_sum_are_accepted() -> None:
 
 
 def test_vanishing_sigmoid_scores_give_finite_weights() -> None:
-    routing = routing_rule(CONFIGS["sigmoid-renormalised"]).route(None, torch.full((1, 12), -200.0))
+    routing = choose_rule(CONFIGS["sigmoid-renormalised"]).route(None, torch.full((1, 12), -200.0))
     assert torch.isfinite(routing.topk_weights).all()
 
 

@@ -10,10 +10,10 @@ from moe_families import Case
 from xpar.comm import ProcessGrid, RemoteRankError, World
 from xpar.engine import MoERunner
 from xpar.engine.config import RouterConfig
-from xpar.engine.layer.stage_timer import StageClock
-from xpar.engine.routing import FunctionRouter, ReplayRouter, RoutingRecorder, SimulatedRouter
+from xpar.engine.layer.stage_timer import MeasuringTimer
+from xpar.engine.routing import FunctionRule, ReplayRule, RoutingRecorder, SimulatedLoadRule
 from xpar.engine.routing.router import Router
-from xpar.engine.routing.simulated_load import LOADS, Load
+from xpar.engine.routing.simulated_load import LOAD_SHAPES, LoadShape
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -80,16 +80,16 @@ def test_hash_routing_by_token_id(
         spread(x[mine])
 
 
-@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("load", LOAD_SHAPES)
 def test_simulated_load_moves_the_tokens_it_draws(
-    world: World, runners: dict[str, tuple[MoERunner, MoERunner]], fresh_seed: int, load: Load
+    world: World, runners: dict[str, tuple[MoERunner, MoERunner]], fresh_seed: int, load: LoadShape
 ) -> None:
     total, mine = ends(world)
     x = tokens(total, fresh_seed)
     spread, alone = runners["mixtral"]
-    spread.router = SimulatedRouter(load, EXPERTS, 2, seed=fresh_seed + world.rank)
-    output, routing, _ = spread.run(x[mine], None, StageClock())
-    alone.router = FunctionRouter(lambda *_: (routing.topk_ids, routing.topk_weights), EXPERTS, 2)
+    spread.router = SimulatedLoadRule(load, EXPERTS, 2, seed=fresh_seed + world.rank)
+    output, routing, _ = spread.run(x[mine], None, MeasuringTimer())
+    alone.router = FunctionRule(lambda *_: (routing.topk_ids, routing.topk_weights), EXPERTS, 2)
     torch.testing.assert_close(output, alone(x[mine]))
 
 
@@ -104,17 +104,17 @@ def test_a_recorded_run_replays(
     """Also where the weight is on the input, and where identity experts add to the output."""
     spread, alone = runners[family]
     if family == "mixtral":
-        spread.router = SimulatedRouter("uniform", EXPERTS, 2, seed=world.rank)
+        spread.router = SimulatedLoadRule("uniform", EXPERTS, 2, seed=world.rank)
     recorder, outputs, inputs = RoutingRecorder(), [], []
     for step in range(3):
         x = tokens((step + world.rank) % 4, fresh_seed + step)
-        output, routing, _ = spread.run(x, None, StageClock())
+        output, routing, _ = spread.run(x, None, MeasuringTimer())
         recorder.record(1, routing)
         inputs.append(x)
         outputs.append(output)
     path = root / f"{family}.rank{world.rank}.safetensors"
     recorder.save(path)
-    own, spread.router, alone.router = spread.router, ReplayRouter(path, 1), ReplayRouter(path, 1)
+    own, spread.router, alone.router = spread.router, ReplayRule(path, 1), ReplayRule(path, 1)
     for x, output in zip(inputs, outputs, strict=True):
         assert torch.equal(spread(x), output)
         torch.testing.assert_close(alone(x), output)
@@ -126,7 +126,7 @@ def test_a_bad_answer_of_a_user_s_function_is_one_error_everywhere(
 ) -> None:
     expert = EXPERTS if world.rank == world.size - 1 else 0
     spread, _ = runners["mixtral"]
-    spread.router = FunctionRouter(
+    spread.router = FunctionRule(
         lambda *_: (torch.full((3, 1), expert), torch.ones(3, 1)), num_experts=EXPERTS, top_k=1
     )
     with pytest.raises(RemoteRankError, match="sent token 0 to expert 8; experts are 0 to 7") as caught:

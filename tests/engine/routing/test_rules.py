@@ -9,14 +9,14 @@ import torch
 from xpar.engine.config import LayerConfig, RouterConfig
 from xpar.engine.routing import (
     FusedGate,
-    HashRouter,
-    SimulatedRouter,
-    SparseMixerRouter,
-    TopKLogitsRouter,
-    TopKRouter,
+    HashRule,
+    SimulatedLoadRule,
+    SparseMixerRule,
+    TopKLogitsRule,
+    TopKRule,
+    choose_rule,
     gate_logits,
     identity_output,
-    routing_rule,
     weigh_input,
 )
 from xpar.engine.routing.router import Router
@@ -179,10 +179,10 @@ def test_renormalisation_of_vanishing_weights_is_finite() -> None:
     logits = torch.tensor([[200.0] * 6 + [-200.0] * 6])  # the biased choice has scores that underflow to zero
     for scoring in ("softmax", "sigmoid", "sqrtsoftplus"):
         config = RouterConfig(3, scoring=scoring, correction_bias=True)
-        weights = routing_rule(config, bias).route(None, logits).topk_weights
+        weights = choose_rule(config, bias).route(None, logits).topk_weights
         assert (weights == 0).all(), scoring
     floored = RouterConfig(3, correction_bias=True, renormalize_min=1e-12)  # Ernie-4.5's own floor
-    small = routing_rule(floored, bias).route(None, torch.tensor([[40.0] * 6 + [0.0] * 6])).topk_weights
+    small = choose_rule(floored, bias).route(None, torch.tensor([[40.0] * 6 + [0.0] * 6])).topk_weights
     assert small[0, 0] == pytest.approx(math.exp(-40) / 6 / 1e-12, rel=1e-4)
 
 
@@ -213,34 +213,34 @@ def test_one_product_serves_both_gates(row_invariant: bool, fresh_seed: int) -> 
 HASH = RouterConfig(2, choice="hash")
 TABLE = torch.tensor([[0, 1], [2, 3]])
 MISUSE: dict[str, tuple[Callable[[], object], str]] = {
-    "no bias": (lambda: routing_rule(RouterConfig(2, correction_bias=True)), "correction_bias is missing"),
-    "bias": (lambda: routing_rule(RouterConfig(2), torch.zeros(4)), "correction_bias is given"),
-    "no table": (lambda: routing_rule(HASH), "hash_table is missing"),
-    "no scale": (lambda: routing_rule(RouterConfig(2, expert_scale=True)), "expert_scale is missing"),
+    "no bias": (lambda: choose_rule(RouterConfig(2, correction_bias=True)), "correction_bias is missing"),
+    "bias": (lambda: choose_rule(RouterConfig(2), torch.zeros(4)), "correction_bias is given"),
+    "no table": (lambda: choose_rule(HASH), "hash_table is missing"),
+    "no scale": (lambda: choose_rule(RouterConfig(2, expert_scale=True)), "expert_scale is missing"),
     "no gate bias": (
         lambda: Router(RouterConfig(2, gate_bias=True), torch.zeros(4, 4)),
         "gate_bias is missing",
     ),
     "table shape": (
-        lambda: HashRouter(HASH, TABLE[:, :1]),
+        lambda: HashRule(HASH, TABLE[:, :1]),
         r"shape \[2, 1\]: must be \[vocabulary, top_k=2\]",
     ),
-    "no ids": (lambda: HashRouter(HASH, TABLE).route(None, torch.zeros(1, 4)), "route needs input_ids"),
+    "no ids": (lambda: HashRule(HASH, TABLE).route(None, torch.zeros(1, 4)), "route needs input_ids"),
     "id out of table": (
-        lambda: HashRouter(HASH, TABLE).route(None, torch.zeros(2, 4), torch.tensor([0, 2])),
+        lambda: HashRule(HASH, TABLE).route(None, torch.zeros(2, 4), torch.tensor([0, 2])),
         "input_ids of token 1 is 2: the hash table has ids 0 to 1",
     ),
     "number of ids": (
-        lambda: HashRouter(HASH, TABLE).route(None, torch.zeros(2, 4), torch.tensor([0])),
+        lambda: HashRule(HASH, TABLE).route(None, torch.zeros(2, 4), torch.tensor([0])),
         r"input_ids of shape \[1\] for 2 tokens",
     ),
     "table of another model": (
-        lambda: HashRouter(HASH, TABLE).route(None, torch.zeros(1, 3), torch.tensor([0])),
+        lambda: HashRule(HASH, TABLE).route(None, torch.zeros(1, 3), torch.tensor([0])),
         "holds experts 0 to 3, the layer has 0 to 2",
     ),
-    "no logits": (lambda: TopKRouter(RouterConfig(2)).route(torch.zeros(1, 4), None), "needs router_logits"),
-    "logits rule": (lambda: TopKLogitsRouter(RouterConfig(2)).route(None, None), "needs router_logits"),
-    "mixer rule": (lambda: SparseMixerRouter(RouterConfig(2)).route(None, None), "needs router_logits"),
+    "no logits": (lambda: TopKRule(RouterConfig(2)).route(torch.zeros(1, 4), None), "needs router_logits"),
+    "logits rule": (lambda: TopKLogitsRule(RouterConfig(2)).route(None, None), "needs router_logits"),
+    "mixer rule": (lambda: SparseMixerRule(RouterConfig(2)).route(None, None), "needs router_logits"),
     "on input": (lambda: RouterConfig(2, weight_on_input=True), "weight_on_input with top_k=2.*use top_k=1"),
     "mixer of three": (lambda: RouterConfig(3, choice="sparsemixer"), "sparsemixer with top_k=3"),
     "groups of logits": (
@@ -249,13 +249,13 @@ MISUSE: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "negative zero experts": (lambda: RouterConfig(2, zero_experts=-1), "zero_experts=-1"),
     "groups that do not divide": (
-        lambda: TopKRouter(RouterConfig(2, num_expert_group=5, topk_group=2)).route(None, torch.zeros(1, 12)),
+        lambda: TopKRule(RouterConfig(2, num_expert_group=5, topk_group=2)).route(None, torch.zeros(1, 12)),
         "12 experts do not divide into num_expert_group=5",
     ),
     "k of E + Z": (lambda: LayerConfig(4, 8, 8, RouterConfig(7, zero_experts=2)), "top_k=7 with 6 experts"),
-    "load": (lambda: SimulatedRouter("heavy", 4, 2), "load='heavy': choose one of uniform, normal"),  # type: ignore[arg-type]
-    "k of load": (lambda: SimulatedRouter("zipf", 4, 5), "top_k=5 of 4 experts"),
-    "no tokens": (lambda: SimulatedRouter("zipf", 4, 2).route(None), "to count the tokens"),
+    "load": (lambda: SimulatedLoadRule("heavy", 4, 2), "load='heavy': choose one of uniform, normal"),  # type: ignore[arg-type]
+    "k of load": (lambda: SimulatedLoadRule("zipf", 4, 5), "top_k=5 of 4 experts"),
+    "no tokens": (lambda: SimulatedLoadRule("zipf", 4, 2).route(None), "to count the tokens"),
     "gates": (lambda: FusedGate(torch.zeros(4, 8), torch.zeros(1, 9)), "must agree in width and dtype"),
 }
 

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from xpar.engine.routing import FunctionRouter, SimulatedRouter
-from xpar.engine.routing.simulated_load import LOADS, Load, load_probabilities
+from xpar.engine.routing import FunctionRule, SimulatedLoadRule
+from xpar.engine.routing.simulated_load import LOAD_SHAPES, LoadShape, load_probabilities
 
 
-@pytest.mark.parametrize("load", LOADS)
-def test_simulated_load_has_its_distribution(load: Load, fresh_seed: int) -> None:
+@pytest.mark.parametrize("load", LOAD_SHAPES)
+def test_simulated_load_has_its_distribution(load: LoadShape, fresh_seed: int) -> None:
     tokens, experts, k = 20_000, 16, 3
-    router = SimulatedRouter(load, experts, k, fresh_seed, exponent=1.2)
+    router = SimulatedLoadRule(load, experts, k, fresh_seed, exponent=1.2)
     routing = router.route(torch.empty(tokens, 4))
     ids = routing.topk_ids
     assert (
@@ -48,13 +48,13 @@ def normal_share(expert: int, experts: int) -> float:
 
 def test_simulated_routing_is_repeatable_and_moves_on(fresh_seed: int) -> None:
     x = torch.empty(50, 4)
-    a, b = (SimulatedRouter("uniform", 16, 2, fresh_seed) for _ in range(2))
+    a, b = (SimulatedLoadRule("uniform", 16, 2, fresh_seed) for _ in range(2))
     first, second = a.route(x), a.route(x)
     assert torch.equal(first.topk_ids, b.route(x).topk_ids) and torch.equal(
         second.topk_ids, b.route(x).topk_ids
     )
     assert not torch.equal(first.topk_ids, second.topk_ids)
-    assert SimulatedRouter("zipf", 16, 2).route(x[:0]).topk_ids.shape == (0, 2)
+    assert SimulatedLoadRule("zipf", 16, 2).route(x[:0]).topk_ids.shape == (0, 2)
     assert float(load_probabilities("normal", 7).sum()) == pytest.approx(1.0)
 
 
@@ -66,13 +66,13 @@ def test_a_function_of_the_user_s_own_routes() -> None:
             len(hidden), 2
         ).double()
 
-    routing = FunctionRouter(by_position, 5, 2).route(torch.empty(7, 3))
+    routing = FunctionRule(by_position, 5, 2).route(torch.empty(7, 3))
     assert routing.topk_ids.tolist() == [[t % 5, -1] for t in range(7)]
     assert routing.topk_ids.dtype == torch.int32 and routing.topk_weights.dtype == torch.float32
 
 
-def answer(ids: torch.Tensor, weights: torch.Tensor) -> FunctionRouter:
-    return FunctionRouter(lambda *_: (ids, weights), 4, 2)
+def answer(ids: torch.Tensor, weights: torch.Tensor) -> FunctionRule:
+    return FunctionRule(lambda *_: (ids, weights), 4, 2)
 
 
 IDS, ONES = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
@@ -86,6 +86,6 @@ WRONG = {
 
 
 @pytest.mark.parametrize("router, message", WRONG.values(), ids=WRONG.keys())
-def test_a_function_that_returns_no_routing_is_named(router: FunctionRouter, message: str) -> None:
+def test_a_function_that_returns_no_routing_is_named(router: FunctionRule, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         router.route(torch.empty(3, 4))

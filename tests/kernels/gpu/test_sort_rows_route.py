@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from xpar.engine.config import RouterConfig
-from xpar.engine.routing import TopKRouter
+from xpar.engine.routing import TopKRule
 from xpar.kernels.gpu import expert_sort, route, rows
 from xpar.kernels.gpu.expert_sort import make_plan, plan_reference
 from xpar.kernels.gpu.tile_tables import NO_LIMIT, Limits, Tile
@@ -145,7 +145,7 @@ def test_router(name, tokens, g):
     experts, c = ROUTERS[name]
     logits = torch.randn(tokens, experts, generator=g)
     bias = torch.randn(experts, generator=g) if c.correction_bias else None
-    expected = TopKRouter(c, bias).route(None, logits)
+    expected = TopKRule(c, bias).route(None, logits)
     got = run(logits, c, bias)
     assert got.topk_ids.dtype == torch.int32 and torch.equal(got.topk_ids, expected.topk_ids)
     assert torch.allclose(got.topk_weights, expected.topk_weights, rtol=1e-5, atol=1e-6)
@@ -155,7 +155,7 @@ def test_router(name, tokens, g):
 def test_equal_scores_go_to_the_lowest_id(scoring, g):
     logits = torch.randint(-1, 2, (40, 24), generator=g).to(torch.bfloat16)
     c = RouterConfig(5, scoring, num_expert_group=4, topk_group=2)
-    assert torch.equal(run(logits, c, None).topk_ids, TopKRouter(c).route(None, logits).topk_ids)
+    assert torch.equal(run(logits, c, None).topk_ids, TopKRule(c).route(None, logits).topk_ids)
 
 
 def run(logits, c, bias):
