@@ -125,7 +125,7 @@ def test_threads_are_torchs_own():
     """A second OpenMP runtime in the process would bring threads that wait beside torch's."""
     code = """
 import torch
-from xpar.kernels.cpu.native_linear import NativeLinear
+from xpar.kernels.cpu.linear_native import NativeLinear
 torch.set_num_threads(2)
 NativeLinear(torch.ones(256, 64))(torch.ones(3, 64).bfloat16()), torch.ones(999, 999) @ torch.ones(999, 999)
 with open("/proc/self/maps") as maps:

@@ -109,8 +109,8 @@ def test_the_watch_asks_nothing_while_paused_and_ends_when_closed() -> None:
 LATE = """
 import time
 from xpar.comm import World, run
-from xpar.comm.gpu.transport import end_job
-from xpar.comm.gpu.watch import Watch
+from xpar.comm.device.transport import end_job
+from xpar.comm.device.watch import Watch
 def main():
     world = World.attach()
     if world.rank == 1:

@@ -78,10 +78,10 @@ def test_sigterm_of_a_child_or_with_a_handler_of_the_program_ends_nothing() -> N
 
 HOLDS = """
 import mmap, os, sys
-from xpar.comm.guard.tripwire import LOCK_BYTES, Tripwire
+from xpar.comm.watchdog.death_lock import LOCK_BYTES, DeathLock
 with open(sys.argv[1], "r+b") as file:
     memory = mmap.mmap(file.fileno(), 2 * LOCK_BYTES)
-print(Tripwire(memory, LOCK_BYTES).hold(), flush=True)
+print(DeathLock(memory, LOCK_BYTES).hold(), flush=True)
 sys.stdin.readline()
 os._exit(3)
 """

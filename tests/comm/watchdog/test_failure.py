@@ -12,7 +12,7 @@ LIBRARY = """
 import os, signal, sys, threading, time
 import torch
 from xpar.comm import ProcessGrid, World, run
-from xpar.comm.guard.deadlines import Deadlines
+from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.comm.handshake import Tag, handshake
 def main():
     world = World.attach(deadlines=Deadlines(start=30, step=2))
@@ -111,20 +111,20 @@ def test_a_rank_that_dies_unnoticed_is_missed_by_its_neighbour() -> None:
 import os, sys, time
 from mpi4py import MPI
 from xpar.comm import run
-from xpar.comm.guard import guard
-from xpar.comm.guard.board import Board
-from xpar.comm.guard.deadlines import Deadlines
-from xpar.comm.guard.tripwire import Tripwire
-Tripwire.hold = lambda self: False  # as on a machine without such locks
+from xpar.comm.watchdog import watchdog
+from xpar.comm.watchdog.status_board import StatusBoard
+from xpar.comm.watchdog.deadlines import Deadlines
+from xpar.comm.watchdog.death_lock import DeathLock
+DeathLock.hold = lambda self: False  # as on a machine without such locks
 def main():
     world = MPI.COMM_WORLD
     child = os.fork() if world.rank == 1 else 0
     if world.rank == 1 and not child:
         time.sleep(60)
-    introduce = Board.introduce
+    introduce = StatusBoard.introduce
     if child:  # this rank's row names its child
         getpid, os.getpid = os.getpid, lambda: child
-    watching = guard.Guard.start(world, world, [0] * world.size, Deadlines())
+    watching = watchdog.Watchdog.start(world, world, [0] * world.size, Deadlines())
     if child:
         os.getpid = getpid
         world.Barrier()
@@ -156,7 +156,7 @@ def test_other_shapes_and_other_collectives_are_named_in_debug_mode() -> None:
 import sys
 import torch
 from xpar.comm import World, run
-from xpar.comm.guard.guard import Watching
+from xpar.comm.watchdog.watchdog import Watching
 def main():
     comm = World.attach(watch=Watching(compares=True)).comm
     send = [1, 1] if comm.rank == 0 else [2, 0]

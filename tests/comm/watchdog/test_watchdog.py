@@ -103,9 +103,9 @@ def test_one_of_a_node_reports_and_another_after_it_died() -> None:
         file = os.open(path, os.O_RDWR)
         mine = StatusBoard(mmap.mmap(file, status_board.ROW_BYTES), 0, 1, file, True)
         source = (
-            "import mmap, os, sys\nfrom xpar.comm.watchdog.status_board import Board\n"
+            "import mmap, os, sys\nfrom xpar.comm.watchdog.status_board import StatusBoard\n"
             f"file = os.open({path!r}, os.O_RDWR)\n"
-            "print(Board(mmap.mmap(file, 256), 0, 1, file, True).claim(), flush=True)\nsys.stdin.read()\n"
+            "print(StatusBoard(mmap.mmap(file, 256), 0, 1, file, True).claim(), flush=True)\nsys.stdin.read()\n"
         )
         words = [sys.executable, "-c", source]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -129,11 +129,11 @@ def test_without_room_for_a_file_there_is_none(monkeypatch: pytest.MonkeyPatch) 
 
 def test_stacks_of_a_process_that_holds_the_interpreter_lock() -> None:
     source = (
-        "import ctypes\nfrom xpar.comm.watchdog import stacks\n"
+        "import ctypes\nfrom xpar.comm.watchdog import stack_dump\n"
         "def holds_the_lock():\n"
         "    libc = ctypes.PyDLL(None)\n"
         "    while True: libc.sleep(100)\n"
-        "print(stacks.offer(), flush=True)\nholds_the_lock()\n"
+        "print(stack_dump.register_stack_dump(), flush=True)\nholds_the_lock()\n"
     )
     with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None

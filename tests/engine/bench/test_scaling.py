@@ -318,8 +318,8 @@ def test_a_failure_inside_a_point_ends_the_ranks_outside_it() -> None:
         """
 from xpar.comm import World, run
 from xpar.comm.handshake import DesyncError
-from xpar.engine.scaling.points import points_of
-from xpar.engine.scaling.sweep import sweep
+from xpar.engine.bench.scaling.points import points_of
+from xpar.engine.bench.scaling.study import sweep
 
 class Failing:
     def measure(self, mode):

@@ -6,7 +6,7 @@ import sys
 FAULTS = """
 import resource
 import torch
-from xpar.engine.allocator import keep_freed_memory
+from xpar.engine.models.malloc import keep_freed_memory
 assert keep_freed_memory()
 def step():
     return [torch.ones(2 << 20, dtype=torch.uint8) for _ in range(8)]
@@ -29,7 +29,7 @@ GIVEN_BACK = """
 import re
 from pathlib import Path
 import torch
-from xpar.engine.allocator import give_back_freed_memory, keep_freed_memory
+from xpar.engine.models.malloc import give_back_freed_memory, keep_freed_memory
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 assert keep_freed_memory()

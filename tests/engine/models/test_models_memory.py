@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 from xpar.comm import ProcessGrid, World, run
-from xpar.engine.models.load import load_model
+from xpar.engine.models.loader import load_model
 
 def status(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
