@@ -21,6 +21,7 @@ from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.layer.stage_timer import MeasuringTimer
 from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.model_layer import timed
 
 PARTS = ("attention", "router", "experts", "communication", "head", "agreement", "rest")
 """Of a step. ``agreement``: the exchange before it. ``rest``: norms, caches, sampling, Python."""
@@ -107,7 +108,7 @@ def where_time_goes(
 
     A replayed step has no parts: these are of steps that are launched.
     """
-    clock, agreement = MeasuringTimer(loaded.layers[0].grid.device), [0.0]
+    clock, agreement = MeasuringTimer(loaded.layers[0].runner.grid.device), [0.0]
     with _timed(loaded, clock) as hooked:
 
         def agreeing(seconds: float) -> None:
@@ -149,16 +150,12 @@ def _timed(loaded: LoadedModel, clock: MeasuringTimer) -> Iterator[dict[str, flo
             seconds[part] += time.perf_counter() - begin[0]
 
         handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    idle = [layer.counter.clock for layer in loaded.layers]
-    for layer in loaded.layers:
-        layer.counter.clock = clock
     try:
-        yield seconds
+        with timed(loaded.layers, clock):
+            yield seconds
     finally:
         for handle in handles:
             handle.remove()
-        for layer, its in zip(loaded.layers, idle, strict=True):
-            layer.counter.clock = its
 
 
 def _modules(model: Any) -> Iterator[tuple[torch.nn.Module, str]]:

@@ -16,9 +16,12 @@ from xpar.engine.bench.peer_process import PeerProcess
 from xpar.engine.bench.peers import IMPLEMENTATIONS
 from xpar.engine.bench.request import BATCHES, Request
 from xpar.engine.bench.timing import Contender, Times, take_turns
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer, with_options
 from xpar.engine.layer.micro_batches import MicroBatches
+from xpar.engine.layer.observers import Observers
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import relative_error
+from xpar.engine.layer.route_and_compute import FusedRunner
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
 
@@ -76,22 +79,14 @@ class LayerBench:
         """This job's ways through the layer, by name; all on the same weights."""
         ways: dict[str, Callable[[Tensor], Tensor]] = {"xpar": self.runner}
         if "steps" in self.request.compare:
-            if self.runner.one_call is None:
+            if not isinstance(self.runner, FusedRunner):
                 raise ValueError(
                     "--compare steps: the layer takes its steps one by one already; leave it out"
                 )
-            ways["steps"] = self._one_by_one
+            ways["steps"] = with_options(self.runner, depth="steps")
         if (count := self.request.micro_batches) > 1:
             ways[f"{count} micro-batches"] = MicroBatches(self.runner, count)
         return ways
-
-    def _one_by_one(self, x: Tensor) -> Tensor:
-        one_call, self.runner.one_call = self.runner.one_call, None
-        try:
-            output: Tensor = self.runner(x)
-            return output
-        finally:
-            self.runner.one_call = one_call
 
     def _start_peers(self) -> PeerProcess | None:
         world = self.grid.world
@@ -144,7 +139,7 @@ class LayerBench:
         clocks = [MeasuringTimer(self.grid.device) for _ in inputs]
         for clock, x in zip(clocks, inputs, strict=True):
             self.comm.barrier()
-            self.runner.run(self._mine(x), None, clock)
+            self.runner(self._mine(x), observers=Observers(clock, clock))
         clocks = [clock.read() for clock in clocks]
         mine = {s: statistics.median(c.seconds[s] for c in clocks) * 1e3 for s in STAGES}
         everyone = self.comm.all_gather_object(mine)

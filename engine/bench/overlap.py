@@ -12,8 +12,8 @@ from torch import Tensor
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.kernels.timing import graph_time
 from xpar.engine.bench.timing import Contender, take_turns
-from xpar.engine.layer.build import build_layer
-from xpar.engine.layer.cuda_graph import check_capturable
+from xpar.engine.layer.build import build_layer, with_options
+from xpar.engine.layer.cuda_graph import CapturedLayer, check_capturable
 from xpar.engine.layer.shared_expert_overlap import Overlap, SharedOrder
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
@@ -77,17 +77,8 @@ class OverlapBench:
         return True
 
     def _way(self, order: SharedOrder, tokens: int, recorded: bool) -> Callable[[Tensor], Tensor]:
-        overlap = Overlap(order, self.grid.device)
-        if recorded:
-            self.runner.overlap = overlap
-            return self.runner.capture(tokens)
-
-        def call(x: Tensor) -> Tensor:
-            self.runner.overlap = overlap
-            output: Tensor = self.runner(x)
-            return output
-
-        return call
+        runner = with_options(self.runner, shared_order=order)
+        return CapturedLayer(runner, tokens) if recorded else runner
 
     def _shared_ms(self, inputs: list[Tensor]) -> float:
         """Of the shared experts by themselves, the slowest rank's: what the best order can save at most."""

@@ -19,7 +19,8 @@ from xpar.comm.world import World
 from xpar.engine.bench.ceilings import Ceilings, measure_ceilings
 from xpar.engine.bench.peers import IMPLEMENTATIONS, caller, transformers_layer
 from xpar.engine.bench.request import Request
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.models.malloc import keep_freed_memory
 
 START_TIMEOUT_S = 600.0

@@ -24,8 +24,8 @@ from xpar.engine.console.logs import add_verbose, start_logging
 from xpar.engine.console.report import manifest
 from xpar.engine.console.terminal import count, make_console, progress
 from xpar.engine.layer.build import FLOATS
+from xpar.engine.layer.options import DEPTHS
 from xpar.engine.layer.reference import TOLERANCE
-from xpar.engine.layer.route_and_compute import DEPTHS
 from xpar.engine.synthetic.shapes import SHAPES, shape_of
 
 COMPARE = ("transformers", "solo", "steps")

@@ -149,7 +149,7 @@ def _write(
 ) -> None:
     if grid.world.rank:
         return
-    layer = loaded.layers[0]
+    layer = loaded.layers[0].runner
     kernel = layer.kernel.name if layer.kernel else "none"
     document = {
         "manifest": manifest(grid, loaded.dtype, layer.dispatcher.name, kernel, args.seed),

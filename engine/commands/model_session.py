@@ -140,7 +140,7 @@ def load(
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:
         loaded = load_model(args.checkpoint, grid, dtype, options, meter.advance, total=meter.set_total)
     read = sum(grid.world.comm.all_gather_object(loaded.bytes_read))
-    layer = loaded.layers[0]
+    layer = loaded.layers[0].runner
     console.print(
         f"{type(loaded.model).__name__}: {loaded.dense_bytes / 1e6:.1f} MB dense, {loaded.expert_bytes / 1e6:.1f} MB of "
         f"experts on rank 0; all ranks read {read / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s | "

@@ -21,11 +21,12 @@ from xpar.engine.config import LayerConfig
 from xpar.engine.console.logs import add_verbose, start_logging
 from xpar.engine.console.report import layer_record, layer_table, manifest, summary
 from xpar.engine.console.terminal import count, make_console, progress
-from xpar.engine.layer.build import FLOATS, read_layer_config
+from xpar.engine.layer.build import FLOATS, load_layer, read_layer_config
 from xpar.engine.layer.expert_shard import pick_dispatcher, pick_kernel
+from xpar.engine.layer.observers import Observers
+from xpar.engine.layer.options import DEPTHS, LayerOptions
 from xpar.engine.layer.reference import TOLERANCE, layer_reference, relative_error
-from xpar.engine.layer.route_and_compute import DEPTHS, explain_depth
-from xpar.engine.layer.runner import MoERunner
+from xpar.engine.layer.route_and_compute import explain_depth
 from xpar.engine.layer.stage_timer import MeasuringTimer
 
 
@@ -131,17 +132,8 @@ def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
 
 
 def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype) -> dict[str, Any]:
-    runner = MoERunner.from_checkpoint(
-        args.checkpoint,
-        layer,
-        grid,
-        dtype,
-        dispatcher=args.dispatcher,
-        kernel=args.kernel,
-        exact=args.exact,
-        tiles=args.tiles,
-        depth=args.depth,
-    )
+    options = LayerOptions(args.dispatcher, args.kernel, args.exact, tiles=args.tiles, depth=args.depth)
+    runner = load_layer(args.checkpoint, layer, grid, dtype, options)
     everyone = random_tokens(args.tokens, runner.config.hidden_size, args.seed + layer).to(dtype)
     part = split_range(args.tokens, grid.dp.size, grid.dp.rank)
     ids = random_ids(args.tokens, runner.config, args.seed + layer)
@@ -150,8 +142,9 @@ def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: t
     clocks = [MeasuringTimer(grid.device) for _ in range(args.steps)]
     for clock in clocks:
         grid.world.comm.barrier()
-        output, _, traffic = runner.run(mine, None, clock, my_ids)
-    record = layer_record(runner, clocks, traffic, args.tokens)
+        step = runner.run(mine, None, my_ids, observers=Observers(clock, clock))
+        output = step.sum()
+    record = layer_record(runner, clocks, step.traffic, args.tokens)
     if args.verify:
         record["rel_error"] = _relative_error(args.checkpoint, grid, layer, everyone, ids, output)
     return record

@@ -23,7 +23,7 @@ class DecodeGraph:
     """
 
     def __init__(self, loaded: LoadedModel, recorded: Record | None = None) -> None:
-        counted = [layer.counter.counted for layer in loaded.layers]
+        counted = [layer.slot_counter.counted for layer in loaded.layers]
         self._loaded = loaded
         self._record = recorded or (lambda step: record(step, counted, loaded.device))
         self._recording: tuple[PaddedDecodeStep, Callable[[], Tensor]] | None = None
@@ -36,7 +36,9 @@ class DecodeGraph:
     def of(cls, loaded: LoadedModel) -> "DecodeGraph | None":
         """None where steps are not recorded: on host processors, in exact mode, and with several ranks, whose agreement
         before each layer's exchange a recording would leave out."""
-        if loaded.device.type != "cuda" or any(x.exact or x.grid.world.size > 1 for x in loaded.layers):
+        if loaded.device.type != "cuda" or any(
+            x.runner.options.exact or x.runner.grid.world.size > 1 for x in loaded.layers
+        ):
             return None
         return cls(loaded)
 

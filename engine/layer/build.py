@@ -1,11 +1,12 @@
-"""Building a layer's runner from a checkpoint: placement, kernel, weights; agreed by all ranks before any work."""
+"""Builds a layer from a checkpoint: placement, dispatcher, kernel, weights; all ranks agree before any work is done."""
 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,57 +23,27 @@ from xpar.engine.architectures.layer_weights import (
 )
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
-from xpar.engine.layer.expert_shard import (
-    ExpertOptions,
-    ExpertShard,
-    build_expert_shard,
-    expert_spec,
-    width_slice,
-)
+from xpar.engine.layer.expert_shard import ExpertShard, build_expert_shard, expert_spec, width_slice
 from xpar.engine.layer.fused_shared_experts import (
     SharedSlots,
-    build_shared_slots,
     check_fusable,
+    count_shared_slots,
     experts_of_shared,
     home_rank,
 )
 from xpar.engine.layer.latent import ExpertInputProjection, LatentProjection, NormProjection
-from xpar.engine.layer.route_and_compute import (
-    DEPTHS,
-    Depth,
-    RouteAndCompute,
-    build_route_and_compute,
-    why_not_fused,
-)
+from xpar.engine.layer.options import DEFAULT, LayerOptions
+from xpar.engine.layer.route_and_compute import choose_runner
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.shared_expert_overlap import SharedOrder
 from xpar.engine.layer.shared_experts import SharedExperts
 from xpar.engine.layer.token_split import KeepAllTokens, choose_token_split
-from xpar.engine.routing.router import Router
 from xpar.kernels.contracts import ExpertKernel
 from xpar.kernels.gpu.availability import use_table
 from xpar.kernels.registry import choose
 
 log = logging.getLogger("xpar.build")
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class LayerOptions(ExpertOptions):
-    """How a whole layer is computed: :class:`MoERunner`'s own options.
-
-    ``tiles``: a file that ``xpar tune`` wrote. ``fuse_shared_experts``: compute them as slots of the routed product.
-    ``depth``: whether a kernel may cover more steps than its own, see :mod:`xpar.engine.layer.route_and_compute`.
-    """
-
-    sequence_parallel: bool = False
-    shared_order: SharedOrder = SharedOrder.AUTO
-    tiles: Path | None = None
-    fuse_shared_experts: bool = False
-    depth: Depth = "auto"
-
-
-DEFAULT = LayerOptions()
 
 
 def load_layer(
@@ -82,7 +53,24 @@ def load_layer(
     dtype: torch.dtype | None = None,
     options: LayerOptions = DEFAULT,
 ) -> MoERunner:
-    """See :meth:`MoERunner.from_checkpoint`."""
+    """Load layer ``layer`` of a Hugging Face checkpoint, this rank's experts only; collective over the grid.
+
+    Args:
+        path: The checkpoint's directory.
+        layer: The layer's number in the model.
+        grid: The process grid.
+        dtype: The dtype that the layer computes in; by default the checkpoint's.
+        options: How the layer is computed.
+
+    Raises:
+        AgreedError: A checkpoint, layer, dispatcher, kernel or tile file that does not fit; the same on every rank.
+
+    Example:
+        >>> grid = ProcessGrid.create(World.attach(allow_singleton=True))
+        >>> layer = load_layer(checkpoint, 0, grid, torch.float32)
+        >>> layer(torch.zeros(3, layer.config.hidden_size)).shape[0]
+        3
+    """
     return agreed(grid.world.comm, lambda: _load(path, layer, grid, dtype, options))
 
 
@@ -97,8 +85,8 @@ def _load(
         log.info(
             "layer %d: experts %s in %s, %.1f MB read in %.2f s",
             layer,
-            runner.experts_here(),
-            runner.kernel.name if runner.kernel else "no kernel",
+            runner.experts.expert_ids,
+            runner.experts.kernel_name,
             checkpoint.bytes_read / 1e6,
             time.perf_counter() - begin,
         )
@@ -113,25 +101,37 @@ def build_layer(
     options: LayerOptions = DEFAULT,
     layer: int = 0,
 ) -> MoERunner:
-    """A runner whose weights come from ``read``, which takes the keyword arguments of :func:`load_layer_weights`."""
+    """Build a layer whose weights come from ``read``; makes no collective call.
+
+    Args:
+        config: The layer.
+        grid: The process grid.
+        dtype: The dtype that the layer computes in.
+        read: Returns the weights; it takes the keyword arguments of :func:`load_layer_weights`.
+        options: How the layer is computed.
+        layer: The layer's number, for messages.
+
+    Raises:
+        ValueError: The options do not fit the grid, the layer or this machine.
+    """
     exact, sequence_parallel = options.exact, options.sequence_parallel
     slots = _shared_slots(config, options)
-    held = build_expert_shard(config, grid, dtype, options, sequence_parallel, slots)
-    if held.kernel is not None and options.tiles is not None:
-        use_table(held.kernel, options.tiles)
-    # Under sequence parallel each rank has tokens of its own, and with them a whole copy of the shared experts.
+    experts = build_expert_shard(config, grid, dtype, options, sequence_parallel, slots)
+    if experts.kernel is not None and options.tiles is not None:
+        use_table(experts.kernel, options.tiles)
+    # Under sequence parallel each rank has other tokens, and with them a whole copy of the shared experts.
     slices = 1 if exact or sequence_parallel or slots else grid.tp.size
     weights = read(
-        experts=held.experts,
-        sink=_no_expert if held.kernel is None else held.kernel.load_expert,
+        experts=experts.experts,
+        sink=_no_expert if experts.kernel is None else experts.kernel.load_expert,
         dtype=dtype,
-        rows=held.rows,
+        rows=experts.rows,
         shared_rows=_shared_rows(config, grid, slices),
     )
     weights = weights.to(grid.device)
     shared = fused = None
     if weights.shared is not None and slots:
-        fused = _fused(config, held, weights.shared, slots, exact)
+        fused = _fused(config, experts, weights.shared, slots, exact)
     elif weights.shared is not None:
         shared = _shared(config, grid, weights.shared, dtype, exact, slices)
     on_host = grid.device.type == "cpu"
@@ -141,29 +141,51 @@ def build_layer(
         config,
         row_invariant=exact,
         check_finite=on_host,
-        shared_gate=_gate_beside_router(grid, held, weights.shared, options),
+        shared_gate=_gate_beside_router(grid, experts, weights.shared, options),
     )
-    return MoERunner(
+    return choose_runner(config, experts, options)(
         config,
         grid,
         router,
-        held.dispatcher,
-        held.kernel,
-        shared,
-        fused,
-        _one_call(config, held, router, options),
+        experts,
         dtype=dtype,
-        exact=exact,
-        sequence_parallel=sequence_parallel,
-        shared_order=options.shared_order,
-        layer=layer,
+        shared=shared,
+        fused=fused,
         output_bias=weights.output_bias,
-        latent=_input_space(config, weights, exact),
+        projection=_projection(config, weights, exact),
+        options=options,
+        layer=layer,
     )
 
 
-def _input_space(config: LayerConfig, weights: LayerWeights, exact: bool) -> ExpertInputProjection | None:
-    """Where the routed experts compute, if not on the layer's tokens."""
+def with_options(runner: MoERunner, **changes: Any) -> MoERunner:
+    """Return the same layer, with the same weights, under other ``shared_order`` or ``depth``.
+
+    Raises:
+        ValueError: Another option is named: it would need other weights, or another dispatcher.
+    """
+    if fixed := sorted(set(changes) - {"shared_order", "depth"}):
+        raise ValueError(
+            f"{', '.join(fixed)}: of a layer that is built only shared_order and depth can change"
+        )
+    options = replace(runner.options, **changes)
+    return choose_runner(runner.config, runner.experts, options)(
+        runner.config,
+        runner.grid,
+        runner.router,
+        runner.experts,
+        dtype=runner.dtype,
+        shared=runner.shared,
+        fused=runner.fused,
+        output_bias=runner.output_bias,
+        projection=runner.projection,
+        options=options,
+        layer=runner.layer,
+    )
+
+
+def _projection(config: LayerConfig, weights: LayerWeights, exact: bool) -> ExpertInputProjection | None:
+    """Build what makes the experts' input of the tokens; None where the experts read the tokens."""
     if weights.norm is not None and config.router.norm_eps is not None:
         if exact:
             raise ValueError(
@@ -179,7 +201,7 @@ def _input_space(config: LayerConfig, weights: LayerWeights, exact: bool) -> Exp
 
 
 def read_layer_config(checkpoint: Checkpoint, layer: int) -> LayerConfig:
-    """The configuration of MoE layer ``layer``; raises CheckpointError if that layer is not one."""
+    """Return the configuration of MoE layer ``layer``; raise CheckpointError if that layer has no experts."""
     arch = find(checkpoint.config)
     layers = moe_layers(arch, checkpoint.config)
     if layer not in layers:
@@ -213,7 +235,7 @@ def _shared(
 
 
 def _shared_slots(config: LayerConfig, options: LayerOptions) -> int:
-    """Slots that the shared experts take in the routed product: none unless asked for."""
+    """Count the slots that the shared experts take in the routed product: 0 unless that was asked for."""
     if not options.fuse_shared_experts:
         return 0
     if options.shared_order is not SharedOrder.AUTO:
@@ -221,48 +243,33 @@ def _shared_slots(config: LayerConfig, options: LayerOptions) -> int:
             f"fuse_shared_experts with shared_order={options.shared_order.value!r}: fused ones have no order of their "
             "own, they compute with the routed experts; leave it at auto"
         )
-    return build_shared_slots(config)
+    return count_shared_slots(config)
 
 
 def _fused(
-    config: LayerConfig, held: ExpertShard, weights: SharedWeights, count: int, exact: bool
+    config: LayerConfig, experts: ExpertShard, weights: SharedWeights, count: int, exact: bool
 ) -> SharedSlots:
-    """Gives the kernel its copies of the shared experts, each as wide as a routed one."""
-    assert config.shared is not None and held.kernel is not None  # there are slots to compute
-    placement = held.dispatcher.placement
-    check_fusable(held.dispatcher, placement.etp)
-    parts = experts_of_shared(weights, config.activation.gated, config.intermediate_size, held.rows)
+    """Load the copies of the shared experts into the kernel, each copy as wide as a routed expert."""
+    assert config.shared is not None and experts.kernel is not None  # there are slots to compute
+    placement = experts.dispatcher.placement
+    check_fusable(experts.dispatcher, placement.etp)
+    parts = experts_of_shared(weights, config.activation.gated, config.intermediate_size, experts.rows)
     for index, (gate_up, down) in enumerate(parts):
-        held.kernel.load_expert(len(held.experts) + index, gate_up, down)
-    home, scale = home_rank(held.dispatcher), config.shared.scale
+        experts.kernel.load_expert(len(experts.experts) + index, gate_up, down)
+    home, scale = home_rank(experts.dispatcher), config.shared.scale
     return SharedSlots(placement.num_experts, count, placement.ep, home, weights.gate, scale, exact)
 
 
-def _one_call(
-    config: LayerConfig, held: ExpertShard, router: Router, options: LayerOptions
-) -> RouteAndCompute | None:
-    if options.depth not in DEPTHS:
-        raise ValueError(f"depth={options.depth!r}: choose one of {', '.join(DEPTHS)}")
-    why = why_not_fused(
-        config, held.record, held.dispatcher, exact=options.exact, fused=options.fuse_shared_experts
-    )
-    if options.depth == "one-call" and why is not None:
-        raise ValueError(f"depth='one-call': {why}; choose auto")
-    if options.depth == "steps" or why is not None or held.kernel is None or held.record is None:
-        return None
-    return build_route_and_compute(held.kernel, router, held.record, options.depth)
-
-
 def _gate_beside_router(
-    grid: ProcessGrid, held: ExpertShard, shared: SharedWeights | None, options: LayerOptions
+    grid: ProcessGrid, experts: ExpertShard, shared: SharedWeights | None, options: LayerOptions
 ) -> Tensor | None:
-    """The shared experts' gate, if one product with the router's serves the same tokens; None where it cannot.
+    """Return the shared experts' gate if one product with the router's gate serves the same tokens, else None.
 
-    In exact mode the logits would depend on whether it can, and so on the grid.
+    In exact mode the logits would depend on the product's shape, and so on the grid: None.
     """
     if shared is None or options.exact:
         return None
-    tokens = choose_token_split(grid, held.dispatcher, options.sequence_parallel)
+    tokens = choose_token_split(grid, experts.dispatcher, options.sequence_parallel)
     return shared.gate if options.fuse_shared_experts or isinstance(tokens, KeepAllTokens) else None
 
 

@@ -1,28 +1,29 @@
-"""A layer recorded as one CUDA graph: launching its kernels one by one costs more than few tokens' arithmetic."""
+"""A layer captured as one CUDA graph: launching its kernels one by one costs more than the arithmetic of few tokens."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from xpar.engine.layer.runner import MoERunner
+from xpar.engine.layer.runner import MoERunner
 
 WARM_UP = 3
-"""Forwards before the recording: they compile kernels, open connections and size workspaces."""
+"""Forwards before the capture: they compile kernels, open connections and size workspaces."""
 
 
 class CapturedLayer:
-    """``runner``'s forward for up to ``tokens`` tokens a rank, replayed; collective, as the forward is.
+    """The forward of ``runner`` for up to ``tokens`` tokens a rank, captured once and replayed; collective.
 
     Fewer tokens are padded with zeros, which are routed and computed like others and cut off again. Every rank replays
-    in every step, one without tokens too. The ranks' agreement over MPI is made once, at the recording: a rank that
-    fails later is found by the transport's deadlines, not by the step's handshake.
+    in every step, a rank without tokens too. The ranks agree over MPI once, when the graph is captured: a rank that
+    fails later is found by the transport's deadlines, not by the handshake of a step.
+
+    Raises:
+        ValueError: The layer cannot be captured; the message says why.
     """
 
-    def __init__(self, runner: "MoERunner", tokens: int) -> None:
+    def __init__(self, runner: MoERunner, tokens: int) -> None:
         check_capturable(runner, tokens)
         self.runner, self.tokens = runner, tokens
         shape = (tokens, runner.config.hidden_size)
@@ -34,7 +35,7 @@ class CapturedLayer:
             self._output: Tensor = runner(self._input)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, H], T at most ``tokens``: a view of the graph's output, overwritten by the next call."""
+        """Replay for ``[T, H]``, T at most ``tokens``; the result is a view that the next call overwrites."""
         count = hidden_states.shape[0]
         if count > self.tokens or hidden_states.shape[1:] != self._input.shape[1:]:
             raise ValueError(
@@ -48,7 +49,7 @@ class CapturedLayer:
 
 
 def rehearse(forward: Callable[[], object], times: int, device: torch.device) -> None:
-    """Call ``forward`` before it is recorded, on a stream of its own, as recording wants it."""
+    """Call ``forward`` a few times on a side stream, as torch asks for before a capture."""
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -57,19 +58,19 @@ def rehearse(forward: Callable[[], object], times: int, device: torch.device) ->
     torch.cuda.current_stream(device).wait_stream(side)
 
 
-def check_capturable(runner: "MoERunner", tokens: int) -> None:
-    """Raise ValueError with the reason, from facts that every rank shares."""
-    mover = runner.dispatcher
-    alone = mover.group.size == 1
+def check_capturable(runner: MoERunner, tokens: int) -> None:
+    """Raise ValueError with the reason why ``runner`` cannot be captured, from facts that every rank shares."""
+    dispatcher = runner.experts.dispatcher
+    alone = dispatcher.group.size == 1
     if tokens < 1:
         raise ValueError(f"tokens={tokens}: a graph is recorded for at least 1 token")
     if runner.grid.device.type != "cuda":
         raise ValueError(f"the layer computes on {runner.grid.device}: only a GPU's work can be recorded")
-    if runner.exact:
+    if runner.options.exact:
         raise ValueError("exact mode waits for counts of the GPU, which a recorded graph cannot")
-    if not alone and not mover.capabilities.graph_capture:
+    if not alone and not dispatcher.capabilities.graph_capture:
         raise ValueError(
-            f"the dispatcher {mover.name} waits for counts of the GPU; use dispatcher='allgather', which does not"
+            f"the dispatcher {dispatcher.name} waits for counts of the GPU; use dispatcher='allgather', which does not"
         )
     transport = runner.grid.transport
     if not alone and transport is not None and transport.choice.name != "nccl":
@@ -78,7 +79,7 @@ def check_capturable(runner: "MoERunner", tokens: int) -> None:
         )
 
 
-def watch_paused(runner: "MoERunner") -> AbstractContextManager[object]:
-    """The transport's watching thread must not ask about events while this one records."""
+def watch_paused(runner: MoERunner) -> AbstractContextManager[object]:
+    """Pause the transport's watching thread, which must not ask about events during a capture."""
     transport = runner.grid.transport
     return nullcontext() if transport is None or transport.watch is None else transport.watch.paused()

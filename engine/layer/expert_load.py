@@ -1,5 +1,6 @@
-"""How a layer's load spreads: tokens of each expert, rows moved, imbalance; counted over steps where somebody asks."""
+"""How evenly a layer's tokens spread over experts and ranks, counted over steps where a caller asks for it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,15 @@ from xpar.kernels.contracts import Routing
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """Of ``steps`` steps of all ranks. ``per_expert``: (token, expert) pairs of each expert; ``per_rank``: of each ep rank.
+    """The load of a layer over ``steps`` steps of all ranks.
 
-    ``rows``, ``remote_rows``, ``combined_rows``: as in :class:`~xpar.comm.dispatch.base.Traffic`.
+    Attributes:
+        steps: Steps counted.
+        per_expert: (token, expert) pairs of each expert.
+        per_rank: (token, expert) pairs of each expert-parallel rank.
+        rows: Rows sent, as in :class:`~xpar.comm.dispatch.base.Traffic`; as are the next two.
+        remote_rows: Rows that left their rank.
+        combined_rows: Rows that came back.
     """
 
     steps: int
@@ -27,19 +34,23 @@ class ExpertLoad:
 
     @property
     def expert_imbalance(self) -> float:
-        """The busiest expert's pairs over the mean; 1 is even, and what no pair at all makes."""
-        return _imbalance(self.per_expert)
+        """The busiest expert's pairs over the mean: 1 is even."""
+        return imbalance(self.per_expert)
 
     @property
     def rank_imbalance(self) -> float:
         """The busiest rank's pairs over the mean: how much longer its experts compute."""
-        return _imbalance(self.per_rank)
+        return imbalance(self.per_rank)
 
 
 class LoadCounter:
-    """Adds up this rank's part. ``group``: ranks that together hold every token once.
+    """Adds up this rank's part of the load; one of the :class:`~xpar.engine.layer.observers.Observers` of a forward.
 
-    On a GPU the tokens of experts are counted there and nobody waits for them before :meth:`read`.
+    On a GPU the tokens of experts are counted there, and nobody waits for them before :meth:`read`.
+
+    Args:
+        placement: Where the layer's experts live.
+        group: The ranks that together hold every token of the job once.
     """
 
     def __init__(self, placement: Placement, group: Communicator) -> None:
@@ -49,7 +60,7 @@ class LoadCounter:
         self._steps = 0
 
     def add(self, routing: Routing, traffic: Traffic) -> None:
-        """Count a step. One that is being recorded as a CUDA graph is not counted, and neither are its replays."""
+        """Count a step; steps that are captured in a CUDA graph, and their replays, are not counted."""
         if routing.topk_ids.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         ids = routing.topk_ids.reshape(-1).long()
@@ -59,7 +70,7 @@ class LoadCounter:
         self._steps += 1
 
     def read(self) -> ExpertLoad:
-        """What all ranks counted since the start or the last reading; collective."""
+        """Return what all ranks counted since the start or the last reading; collective."""
         mine = torch.cat([self._slots[:-1].cpu(), self._rows])
         steps, self._steps = self._steps, 0
         self._slots.zero_()
@@ -75,5 +86,7 @@ class LoadCounter:
         return torch.from_numpy(self.group.exchange(mine.numpy()).sum(axis=0))
 
 
-def _imbalance(pairs: tuple[int, ...]) -> float:
-    return max(pairs) * len(pairs) / sum(pairs) if sum(pairs) else 1.0
+def imbalance(counts: Sequence[int]) -> float:
+    """Return the largest count over the mean: 1 is even, and the value without any counts."""
+    total = sum(counts)
+    return max(counts) * len(counts) / total if total else 1.0

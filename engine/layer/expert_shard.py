@@ -1,40 +1,65 @@
-"""What a rank holds of a layer's routed experts: the dispatcher that reaches them, and the kernel that computes them."""
+"""The routed experts that one rank holds: the dispatcher that brings tokens to them, and the kernel that computes them."""
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from xpar.comm.dispatch.base import Dispatcher
+from xpar.comm.dispatch.base import Dispatcher, DispatchPlan
 from xpar.comm.dispatch.choose import DispatcherChoice, choose_dispatcher
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.partition import split_range
 from xpar.comm.placement import Placement
 from xpar.engine.config import LayerConfig
-from xpar.kernels.contracts import ExpertKernel, ExpertSpec
+from xpar.engine.layer.options import ExpertOptions
+from xpar.kernels.contracts import ExpertInput, ExpertKernel, ExpertSpec
 from xpar.kernels.registry import Choice, KernelEntry, choose
 
 
 @dataclass(frozen=True)
-class ExpertOptions:
-    """How experts are computed: names of a dispatcher and of a kernel or auto, and ``exact`` as for :class:`MoERunner`."""
-
-    dispatcher: str = "auto"
-    kernel: str = "auto"
-    exact: bool = False
-
-
-@dataclass(frozen=True)
 class ExpertShard:
-    """This rank's part of a layer: ``kernel`` for global ids ``experts``, ``rows`` of their width; None without any.
+    """One rank's part of a layer's routed experts.
 
-    Copies that every ep rank holds come after ``experts`` in the kernel.
+    Attributes:
+        dispatcher: Moves tokens to the ranks of their experts, and outputs back.
+        experts: Global ids of the experts that this rank holds. Copies of shared experts come after them in the kernel.
+        rows: The part of every expert's width that this rank holds.
+        kernel: Computes the experts; None on a rank without any.
+        kernel_entry: The entry of the kernel registry that made ``kernel``; None without a kernel.
+        hidden_size: Width of the rows that the experts read and write.
+        exact: As in :class:`~xpar.engine.layer.options.ExpertOptions`.
     """
 
     dispatcher: Dispatcher
     experts: range
     rows: slice
     kernel: ExpertKernel | None
-    record: KernelEntry | None
+    kernel_entry: KernelEntry | None
+    hidden_size: int
+    exact: bool
+
+    @property
+    def kernel_name(self) -> str:
+        """The kernel's name, or ``no kernel`` on a rank without experts."""
+        return "no kernel" if self.kernel is None else self.kernel.name
+
+    @property
+    def expert_ids(self) -> str:
+        """The global ids as text: ``4-7``, or ``none``."""
+        return f"{self.experts.start}-{self.experts.stop - 1}" if self.experts else "none"
+
+    def compute(self, arrived: ExpertInput, plan: DispatchPlan) -> Tensor:
+        """Compute the experts of the rows that arrived.
+
+        Returns:
+            ``[M, H]``, one row per arrived row, summed over its slots; in exact mode one row per slot, unsummed.
+        """
+        if self.kernel is None:
+            return arrived.hidden_states.new_empty(0, self.hidden_size)
+        if self.exact:
+            return self.kernel.compute_slots(arrived)
+        out = self.dispatcher.output(plan, arrived.topk_ids.shape[0], arrived.hidden_states)
+        return self.kernel.compute(arrived, out)
 
 
 def build_expert_shard(
@@ -45,26 +70,45 @@ def build_expert_shard(
     sequence_parallel: bool = False,
     copies: int = 0,
 ) -> ExpertShard:
-    """The dispatcher, and a kernel that has not been given its experts yet. Holds no collective.
+    """Choose the dispatcher and the kernel of this rank's experts; the kernel has no weights yet.
 
-    ``copies``: experts of the same width that every ep rank holds besides its own. Raises ValueError for options that do not fit the grid, the layer or this machine.
+    Makes no collective call. The caller loads each expert of ``ExpertShard.experts`` into the kernel.
+
+    Args:
+        config: The layer.
+        grid: The process grid that the layer runs on.
+        dtype: The dtype that the experts compute in.
+        options: The caller's choices.
+        sequence_parallel: The ranks of a tensor-parallel group give different tokens.
+        copies: Experts of the same width that every expert-parallel rank holds beside its own.
+
+    Raises:
+        ValueError: The options do not fit the grid, the layer or this machine.
     """
     check_exact(options.exact, grid)
     placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel, copies)
-    experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
+    experts = placement.experts_of(grid.ep_rank)
     rows = width_slice("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
-    kernel = record = None
+    kernel = entry = None
     if count := len(experts) + copies:
         spec = expert_spec(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
-        record = choose(spec, options.kernel).record
-        kernel = record.build(spec)
-    return ExpertShard(chosen.dispatcher, experts, rows, kernel, record)
+        entry = choose(spec, options.kernel).record
+        kernel = entry.build(spec)
+    return ExpertShard(chosen.dispatcher, experts, rows, kernel, entry, config.routed_size, options.exact)
 
 
 def pick_dispatcher(
     grid: ProcessGrid, config: LayerConfig, name: str, sequence_parallel: bool = False, copies: int = 0
 ) -> tuple[Placement, DispatcherChoice]:
-    """Where the experts live, and how tokens get there. ``copies``: experts that every ep rank holds besides its own."""
+    """Place the experts on the ranks and choose how tokens reach them, with the reasons against the others.
+
+    Args:
+        grid: The process grid.
+        config: The layer.
+        name: Name of a dispatcher, or ``auto``.
+        sequence_parallel: The ranks of a tensor-parallel group give different tokens.
+        copies: Experts that every expert-parallel rank holds beside its own.
+    """
     placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp, copies).to(grid.device)
     return placement, choose_dispatcher(
         grid, placement, name, top_k=config.router.top_k, sequence_parallel=sequence_parallel
@@ -74,7 +118,7 @@ def pick_dispatcher(
 def pick_kernel(
     config: LayerConfig, grid: ProcessGrid, experts: int, dtype: torch.dtype, name: str, exact: bool
 ) -> Choice:
-    """The kernel for ``experts`` of this rank's slices, with the reasons against the others."""
+    """Choose the kernel for ``experts`` experts of this rank's width, with the reasons against the others."""
     rows = width_slice("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
     width = rows.stop - rows.start
     return choose(expert_spec(config, grid.device, experts, width, dtype, exact), name)
@@ -88,7 +132,7 @@ def expert_spec(
     dtype: torch.dtype,
     exact: bool,
 ) -> ExpertSpec:
-    """What a kernel must be able to do for ``experts`` routed experts that are ``width`` wide on this rank."""
+    """Describe what a kernel must be able to do for ``experts`` experts, ``width`` wide on this rank."""
     return ExpertSpec(
         num_experts=experts,
         hidden_size=config.routed_size,
@@ -102,7 +146,7 @@ def expert_spec(
 
 
 def check_exact(exact: bool, grid: ProcessGrid) -> None:
-    """Slicing an expert's width changes the order of its sums, which exact mode promises not to do."""
+    """Raise ValueError for exact mode with sliced experts: slicing changes the order of their sums."""
     if exact and grid.shape.etp > 1:
         raise ValueError(
             f"exact mode with etp={grid.shape.etp}: a sliced expert sums in another order; use etp=1"
@@ -110,7 +154,7 @@ def check_exact(exact: bool, grid: ProcessGrid) -> None:
 
 
 def width_slice(what: str, width: int, parts: int, part: int) -> slice:
-    """This rank's part of ``width``; parts may differ by one."""
+    """Return slice ``part`` of ``parts`` of an expert's width; slices differ by at most one."""
     if width < parts:
         raise ValueError(f"{what} {width} cannot be sliced over {parts} ranks; use at most {width}")
     return split_range(width, parts, part)

@@ -1,8 +1,8 @@
-"""Shared experts as slots of the routed product: every token has them, and one kernel computes all its experts.
+"""Shared experts as slots of the routed product: every token has them, and one kernel computes all experts of a token.
 
-Every ep rank holds a copy of the n shared experts beside its own. A token uses the copy of the rank that it is on, to
-which it need not travel; where ranks hold the same tokens, each rank's copy serves a part of them. Either way a token's
-shared slots are those of one rank: they count once, as any expert's do. T tokens, H hidden size.
+Every expert-parallel rank holds a copy of the n shared experts beside its own experts. A token uses the copy of the
+rank that it is on, so that it need not travel. Where ranks hold the same tokens, each rank's copy serves a part of them.
+Either way a token's shared slots are those of one rank: they count once, as the slots of any expert do.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,16 @@ from xpar.kernels.contracts import Routing
 
 
 class SharedSlots:
-    """``first``: the id of the first shared expert of ep rank 0's copy, ``count`` each copy has; ``gate`` and ``scale``
-    as for :class:`~xpar.engine.layer.shared_experts.SharedExperts`. ``home``: the ep rank whose copy serves all tokens given here, or
-    None for each of the ``ep`` ranks in turn.
+    """The slots of the shared experts, which are appended to every token's routing.
+
+    Args:
+        first: Id of the first shared expert in the copy of expert-parallel rank 0.
+        count: Number of shared experts in each copy.
+        ep: Number of copies.
+        home: The expert-parallel rank whose copy serves all tokens of this rank; None where the copies take turns.
+        gate: As for :class:`~xpar.engine.layer.shared_experts.SharedExperts`, as is ``scale``.
+        scale: See ``gate``.
+        row_invariant: A token's bits do not depend on the other tokens of the batch.
     """
 
     def __init__(
@@ -38,9 +45,9 @@ class SharedSlots:
         self.gate, self.scale, self.row_invariant = gate, scale, row_invariant
 
     def append(self, routing: Routing, hidden_states: Tensor, shared_logits: Tensor | None = None) -> Routing:
-        """``routing`` of ``hidden_states`` [T, H] with the shared slots last: [T, k + n], ids as the placement has them.
+        """Append the shared slots to ``routing`` of ``hidden_states`` [T, H]: ``[T, k + n]``, with the placement's ids.
 
-        ``shared_logits``: [T, 1], where a fused product has made the gate's already.
+        ``shared_logits`` [T, 1] are the shared gate's, where a product made them already.
         """
         tokens, device = hidden_states.shape[0], hidden_states.device
         if self.home is None:
@@ -57,8 +64,12 @@ class SharedSlots:
         )
 
 
-def build_shared_slots(config: LayerConfig) -> int:
-    """How many experts of the routed ones' width the shared experts are; ValueError where they are none such."""
+def count_shared_slots(config: LayerConfig) -> int:
+    """Count the experts of the routed experts' width that make up the shared experts.
+
+    Raises:
+        ValueError: The shared experts cannot be slots of the routed product.
+    """
     shared, width = config.shared, config.intermediate_size
     if shared is None:
         raise ValueError("fuse_shared_experts: the layer has no shared experts; leave it out")
@@ -76,7 +87,7 @@ def build_shared_slots(config: LayerConfig) -> int:
 
 
 def check_fusable(dispatcher: Dispatcher, etp: int) -> None:
-    """Slices of a shared expert lie on ``etp`` ranks; ValueError where tokens would have to travel there."""
+    """Raise ValueError where tokens would have to travel to the ``etp`` ranks that slice a shared expert."""
     if etp > 1 and dispatcher.name != "replicated" and dispatcher.group.size > 1:
         raise ValueError(
             f"fuse_shared_experts with etp={etp} and the dispatcher {dispatcher.name}: every token would travel to "
@@ -85,7 +96,7 @@ def check_fusable(dispatcher: Dispatcher, etp: int) -> None:
 
 
 def home_rank(dispatcher: Dispatcher) -> int | None:
-    """The ep rank whose copy serves this rank's tokens; None where the ranks have the same tokens and share them out."""
+    """Return the expert-parallel rank whose copy serves this rank's tokens; None where copies serve them in turn."""
     if dispatcher.name == "replicated" and dispatcher.placement.ep > 1:
         return None
     return dispatcher.group.rank // dispatcher.placement.etp
@@ -94,7 +105,17 @@ def home_rank(dispatcher: Dispatcher) -> int | None:
 def experts_of_shared(
     weights: SharedWeights, gated: bool, width: int, rows: slice
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(gate_up, down) of each routed-sized expert that makes up the whole shared one; ``rows`` of its width."""
+    """Cut the whole shared expert into experts of the routed size.
+
+    Args:
+        weights: The shared expert's weights.
+        gated: The activation multiplies two halves of the first product.
+        width: Width of a routed expert.
+        rows: The part of that width that this rank holds.
+
+    Yields:
+        (gate_up, down) of each expert.
+    """
     start, stop, _ = rows.indices(width)
     halves = weights.gate_up.chunk(2 if gated else 1)
     for first in range(0, weights.down.shape[1], width):

@@ -1,6 +1,6 @@
-"""Experts that do not read the layer's own tokens: what makes of them what those read, and perhaps back again.
+"""Projections of the tokens to what the routed experts read, and of their outputs back to the hidden size.
 
-T tokens, H hidden size, L latent size. The gate and the shared experts work on H.
+L is the latent size. The router's gate and the shared experts always read the tokens themselves.
 """
 
 from typing import Protocol
@@ -12,51 +12,52 @@ from xpar.engine.routing.gate import gate_logits, rms_norm
 
 
 class ExpertInputProjection(Protocol):
-    """Where the routed experts compute."""
+    """A map from tokens to the routed experts' input, and back from their output."""
 
-    def enter(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, L]: what the routed experts see."""
+    def down(self, hidden_states: Tensor) -> Tensor:
+        """Map tokens ``[T, H]`` to the experts' input ``[T, L]``."""
 
     @property
-    def leave(self) -> Transform | None:
-        """[T, L] -> [T, H]; None where the experts' outputs are the layer's."""
+    def up(self) -> Transform | None:
+        """The map from the experts' output ``[T, L]`` to ``[T, H]``; None where no map is needed."""
 
 
 class NormProjection:
-    """Tokens over their root mean square, times ``scale`` [H]; summed in float32 and rounded once (Gemma-4)."""
+    """Divides tokens by their root mean square, times ``scale`` [H]; float32, rounded once (Gemma-4)."""
 
-    leave = None
+    up = None
 
     def __init__(self, scale: Tensor, epsilon: float) -> None:
         self._scale, self._epsilon = scale.float(), epsilon
 
-    def enter(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, H]."""
+    def down(self, hidden_states: Tensor) -> Tensor:
+        """Norm the tokens ``[T, H]``."""
         return (rms_norm(hidden_states, self._epsilon) * self._scale).to(hidden_states.dtype)
 
 
 class LatentProjection:
-    """A space of another width, which tokens enter and leave by two products.
+    """A latent space of another width, which tokens enter and leave by two products without biases.
 
-    ``enter`` [L, H] and ``leave`` [H, L] are weights of the model's dtype.
-
-    ``row_invariant``: a token's bits do not depend on which other tokens are in the batch.
+    Args:
+        down: ``[L, H]`` in the model's dtype.
+        up: ``[H, L]`` in the model's dtype.
+        row_invariant: A token's bits do not depend on the other tokens of the batch.
     """
 
-    def __init__(self, enter: Tensor, leave: Tensor, row_invariant: bool = False) -> None:
-        if enter.shape != (leave.shape[1], leave.shape[0]):
+    def __init__(self, down: Tensor, up: Tensor, row_invariant: bool = False) -> None:
+        if down.shape != (up.shape[1], up.shape[0]):
             raise ValueError(
-                f"latent weights {list(enter.shape)} and {list(leave.shape)}: must be [L, H] and [H, L]"
+                f"latent weights {list(down.shape)} and {list(up.shape)}: must be [L, H] and [H, L]"
             )
-        self._enter, self._leave, self._row_invariant = enter, leave, row_invariant
+        self._down, self._up, self._row_invariant = down, up, row_invariant
 
-    def enter(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, L]: what the routed experts see."""
-        return gate_logits(hidden_states, self._enter, self._row_invariant)
+    def down(self, hidden_states: Tensor) -> Tensor:
+        """Map tokens ``[T, H]`` to the latent space ``[T, L]``."""
+        return gate_logits(hidden_states, self._down, self._row_invariant)
 
     @property
-    def leave(self) -> Transform:
-        """[T, L] -> [T, H]; without a bias, so that ranks may apply it to their addends."""
+    def up(self) -> Transform:
+        """The map from ``[T, L]`` to ``[T, H]``; it has no bias, so ranks may apply it to their addends."""
         return Transform(
-            lambda routed: gate_logits(routed, self._leave, self._row_invariant), reduce_commutes=True
+            lambda routed: gate_logits(routed, self._up, self._row_invariant), reduce_commutes=True
         )

@@ -1,19 +1,27 @@
-"""What a layer's first five steps make, and the sixth: adding it up."""
+"""The output of a layer's first five steps, and the sixth step: finish, which adds it up."""
 
-from collections.abc import Generator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from xpar.comm.dispatch.base import Traffic
-from xpar.comm.reduction import Distributed, Transform, sum_outputs
+from xpar.comm.reduction import Distributed, Partial, Transform, sum_outputs
+from xpar.engine.layer.observers import Observers
+from xpar.engine.routing import identity_output
 from xpar.kernels.contracts import Routing
 
 
 class LayerOutput(NamedTuple):
-    """``routed`` [T, H], or as wide as ``transform`` takes it; ``shared`` [T, H], or None where there are none.
+    """What a layer's ranks hold after combine, before it is summed over ranks and over routed and shared experts.
 
-    ``routing`` and ``traffic`` are of the tokens that this rank dispatched.
+    Attributes:
+        routed: Output of the routed experts, ``[T, H]``, or as wide as ``transform`` takes it.
+        shared: Output of the shared experts, ``[T, H]``; None in a layer without any.
+        transform: The product that brings ``routed`` to the hidden size; None where it has that size.
+        routing: Where the tokens went that this rank dispatched.
+        traffic: How many rows those tokens moved.
+        observers: Who measures the final sum.
     """
 
     routed: Distributed
@@ -21,26 +29,48 @@ class LayerOutput(NamedTuple):
     transform: Transform | None
     routing: Routing
     traffic: Traffic
+    observers: Observers
 
     def sum(self) -> Tensor:
-        """[T, H], final."""
-        return sum_outputs(self.routed, self.shared, transform=self.transform).tensor
+        """Add everything up, over the ranks too: ``[T, H]``, final."""
+        with self.observers.stage("finish"):
+            return sum_outputs(self.routed, self.shared, transform=self.transform).tensor
 
     def deferred(self) -> Distributed:
-        """[T, H] without the last collective; the state says what is missing."""
+        """Add up what this rank holds, ``[T, H]``, and leave out the last collective; the state says which it is."""
         return sum_outputs(self.routed, self.shared, transform=self.transform, deferred=True)
 
     def separately(self) -> tuple[Tensor, Tensor | None]:
-        """The final routed and shared outputs, each [T, H]: the addends of :meth:`sum`."""
+        """Return the final outputs of routed and of shared experts, ``[T, H]`` each: the addends of :meth:`sum`."""
         routed = sum_outputs(self.routed, transform=self.transform).tensor
         return routed, None if self.shared is None else sum_outputs(self.shared).tensor
 
 
-def rest_of(steps: Generator[None, None, LayerOutput]) -> LayerOutput:
-    """What ``steps`` returns in the end."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            parts: LayerOutput = end.value
-            return parts
+def add_identity_and_bias(
+    routed: Distributed, hidden_states: Tensor, routing: Routing, output_bias: Tensor | None
+) -> Distributed:
+    """Add the identity experts' output and the output bias to the routed output.
+
+    The sum is float32, rounded once. Where the ranks of a group hold addends, the first rank adds these: they count
+    once.
+
+    Args:
+        routed: Output of the routed experts, ``[T, H]``.
+        hidden_states: The tokens of ``routed``, ``[T, H]``.
+        routing: The routing of these tokens.
+        output_bias: ``[H]``, or None.
+
+    Returns:
+        The sum, in the dtype and the state of ``routed``.
+    """
+    identity = identity_output(hidden_states, routing)
+    if identity is None and output_bias is None:
+        return routed
+    if isinstance(routed.state, Partial) and routed.state.group.rank != 0:
+        return routed
+    total = routed.tensor.to(torch.float32)
+    if identity is not None:
+        total = total + identity
+    if output_bias is not None:
+        total = total + output_bias.float()
+    return Distributed(total.to(routed.tensor.dtype), routed.state)

@@ -1,46 +1,116 @@
-"""The pipeline at its other depth: route, compute and combine as one call of a kernel that covers all three.
+"""A layer whose kernel runs route, compute and combine as one call, where one rank holds every expert.
 
-Nothing travels where one rank holds every expert, so between those steps there is nothing left to do. Which steps of a
-layer go this way follows from the kernel's record; the result is that of the steps one by one.
+Nothing travels there, so between those three steps there is nothing to do. :class:`FusedRunner` is a second executor
+with the interface of :class:`~xpar.engine.layer.runner.MoERunner`. It is chosen once, when the layer is built, and its
+result is that of the steps one by one.
 """
 
-from typing import Literal, cast
+from functools import cached_property
+from typing import cast
 
 from torch import Tensor
 
 from xpar.comm.dispatch.base import Dispatcher, Traffic
 from xpar.comm.reduction import Distributed, Full
 from xpar.engine.config import LayerConfig, RouterConfig
+from xpar.engine.layer.expert_shard import ExpertShard
+from xpar.engine.layer.observers import Observers
+from xpar.engine.layer.options import DEPTHS, Depth, LayerOptions
+from xpar.engine.layer.output import LayerOutput
+from xpar.engine.layer.runner import FinishedStep, MoERunner, Step
 from xpar.engine.routing import RoutingRule
 from xpar.engine.routing.router import Router
-from xpar.kernels.contracts import ExpertKernel, OneCallKernel, RouteSpec, Routing
+from xpar.kernels.contracts import OneCallKernel, RouteSpec
 from xpar.kernels.registry import KernelEntry
 
-Depth = Literal["auto", "steps", "one-call"]
-DEPTHS: tuple[Depth, ...] = ("auto", "steps", "one-call")
+
+class FusedRunner(MoERunner):
+    """A layer that computes a step in one call of its kernel, up to a number of tokens, and other steps one by one.
+
+    The arguments are those of :class:`~xpar.engine.layer.runner.MoERunner`.
+    """
+
+    @cached_property
+    def max_tokens(self) -> int | None:
+        """The most tokens of a step that is one call; None for any number."""
+        entry = self.experts.kernel_entry
+        assert entry is not None and entry.one_call is not None  # why_not_fused has looked
+        return entry.one_call.tokens if self.options.depth == "auto" else None
+
+    @cached_property
+    def route_spec(self) -> RouteSpec:
+        """What the kernel does in the router's place."""
+        return route_spec(cast(Router, self.router).config)
+
+    def start(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        *,
+        router: RoutingRule | None = None,
+        observers: Observers | None = None,
+    ) -> Step:
+        """Compute the step in one call; where it does not fit one call, start it as a step of several."""
+        local = self.tokens.local_slice(hidden_states.shape[0])
+        if not self._fits(local.stop - local.start, router):
+            return super().start(hidden_states, router_logits, input_ids, router=router, observers=observers)
+        self._step += 1
+        observers = self._unobserved if observers is None else observers
+        return FinishedStep(self._compute(hidden_states, local, router_logits, observers))
+
+    def finish(self, step: Step) -> LayerOutput:
+        """Return the output of a step that is computed already, or finish one of several calls."""
+        return step.output if isinstance(step, FinishedStep) else super().finish(step)
+
+    def _fits(self, tokens: int, router: RoutingRule | None) -> bool:
+        """Tell whether a step is one call: it has tokens, not too many, and the layer's own router routes them."""
+        few = self.max_tokens is None or tokens <= self.max_tokens
+        return router is None and tokens > 0 and few
+
+    def _compute(
+        self, hidden_states: Tensor, local: slice, router_logits: Tensor | None, observers: Observers
+    ) -> LayerOutput:
+        x, router = hidden_states[local], cast(Router, self.router)
+        with observers.stage("route"):
+            try:
+                self._check(hidden_states)
+                logits, shared_logits = self._logits(x, router_logits, local, router)
+                logits = router.checked_logits(x, logits)
+            except Exception as error:
+                self._plan(error)
+                raise
+        with observers.stage("compute"):
+            kernel = cast(OneCallKernel, self.experts.kernel)
+            output, routing = kernel.route_and_compute(x, logits, self.route_spec)
+        traffic = Traffic.of(0, [x.shape[0]], x.shape[0])
+        observers.record(routing.topk_ids, routing, traffic)
+        shared = None
+        if self.shared is not None:
+            with observers.stage("shared"):
+                shared = self.shared(hidden_states, shared_logits)
+        routed = self.tokens.as_sharded(Distributed(output, Full()), hidden_states.shape[0])
+        return LayerOutput(routed, shared, None, routing, traffic, observers)
 
 
-class RouteAndCompute:
-    """``kernel`` with the ``router`` whose rule it covers, for steps of 1 to ``tokens`` tokens; None for any number."""
+def choose_runner(config: LayerConfig, experts: ExpertShard, options: LayerOptions) -> type[MoERunner]:
+    """Choose the executor of a layer.
 
-    def __init__(self, kernel: OneCallKernel, router: Router, tokens: int | None) -> None:
-        self.kernel, self.router, self.tokens = kernel, router, tokens
-        self.route = route_spec(router.config)
-
-    def covers(self, router: RoutingRule, tokens: int) -> bool:
-        """Whether a step of ``tokens`` tokens goes this way. One with a router that somebody put in place does not."""
-        return router is self.router and tokens > 0 and (self.tokens is None or tokens <= self.tokens)
-
-    def __call__(self, hidden_states: Tensor, router_logits: Tensor) -> tuple[Distributed, Routing, Traffic]:
-        """The combined output of ``hidden_states`` [T, H], where its tokens went, and what that moved."""
-        output, routing = self.kernel.route_and_compute(hidden_states, router_logits, self.route)
-        tokens = hidden_states.shape[0]
-        return Distributed(output, Full()), routing, Traffic.of(0, [tokens], tokens)
+    Raises:
+        ValueError: ``options.depth`` is no known word, or asks for one call where a layer cannot be one.
+    """
+    if options.depth not in DEPTHS:
+        raise ValueError(f"depth={options.depth!r}: choose one of {', '.join(DEPTHS)}")
+    fused = options.fuse_shared_experts
+    why = why_not_fused(config, experts.kernel_entry, experts.dispatcher, exact=options.exact, fused=fused)
+    if options.depth == "one-call" and why is not None:
+        raise ValueError(f"depth='one-call': {why}; choose auto")
+    return MoERunner if options.depth == "steps" or why is not None else FusedRunner
 
 
 def route_spec(config: RouterConfig) -> RouteSpec:
-    """What a kernel must do to route as ``config`` says."""
-    odd = {
+    """Describe what a kernel must do to route as ``config`` says."""
+    unusual = {
         "sparsemixer": config.choice == "sparsemixer",
         "a table of token ids": config.choice == "hash",
         "identity experts": config.zero_experts > 0,
@@ -56,49 +126,48 @@ def route_spec(config: RouterConfig) -> RouteSpec:
         scale=config.routed_scaling_factor,
         num_expert_group=config.num_expert_group,
         correction_bias=config.correction_bias,
-        other=next((what for what, there in odd.items() if there), None),
+        other=next((name for name, is_used in unusual.items() if is_used), None),
     )
 
 
 def why_not_fused(
-    config: LayerConfig, record: KernelEntry | None, dispatcher: Dispatcher, *, exact: bool, fused: bool
+    config: LayerConfig, entry: KernelEntry | None, dispatcher: Dispatcher, *, exact: bool, fused: bool
 ) -> str | None:
-    """Why every step of such a layer is taken one by one, or None."""
+    """Say why every step of a layer is taken one by one; None where one call can serve.
+
+    Args:
+        config: The layer.
+        entry: The registry's entry of the layer's kernel; None on a rank without experts.
+        dispatcher: The layer's dispatcher.
+        exact: The layer is in exact mode.
+        fused: The shared experts are slots of the routed product.
+    """
     if dispatcher.group.size > 1:
         return f"{dispatcher.group.size} ranks hold the experts"
     if dispatcher.name != "replicated":
         return f"{dispatcher.name} was asked for, which moves tokens even on one rank"
-    if record is None or record.one_call is None:
-        return f"{'no kernel' if record is None else record.name} covers more than computing"
+    if entry is None or entry.one_call is None:
+        return f"{'no kernel' if entry is None else entry.name} covers more than computing"
     if exact:
         return "exact mode adds a token's outputs where the token lives"
     if fused:
         return "the router does not choose the slots of fused shared experts"
     if config.latent_size is not None or config.output_bias or config.router.norm_eps is not None:
         return "a latent space, a norm or an output bias comes between its steps"
-    why = record.one_call.refuses(route_spec(config.router))
-    return None if why is None else f"{record.name} {why}"
+    why = entry.one_call.refuses(route_spec(config.router))
+    return None if why is None else f"{entry.name} {why}"
 
 
 def explain_depth(
-    config: LayerConfig, record: KernelEntry, dispatcher: Dispatcher, exact: bool, depth: Depth
+    config: LayerConfig, entry: KernelEntry, dispatcher: Dispatcher, exact: bool, depth: Depth
 ) -> str:
-    """One line: which steps of the layer are one call, or why none is."""
-    why = why_not_fused(config, record, dispatcher, exact=exact, fused=False)
+    """Explain in one line which steps of the layer are one call, or why none is."""
+    why = why_not_fused(config, entry, dispatcher, exact=exact, fused=False)
     if depth == "steps":
         why = "that was asked for"
-    if why is not None or record.one_call is None:
+    if why is not None or entry.one_call is None:
         return f"one by one: {why}"
-    few = "any number of" if depth == "one-call" else f"1 to {record.one_call.tokens}"
+    few = "any number of" if depth == "one-call" else f"1 to {entry.one_call.tokens}"
     return (
-        f"route, compute and combine in one call for {few} tokens: {record.name} ({record.one_call.measured})"
+        f"route, compute and combine in one call for {few} tokens: {entry.name} ({entry.one_call.measured})"
     )
-
-
-def build_route_and_compute(
-    kernel: ExpertKernel, router: Router, record: KernelEntry, depth: Depth
-) -> RouteAndCompute:
-    """For a layer of which :func:`why_not_fused` says nothing. ``depth``: ``one-call`` takes steps of any number of tokens."""
-    assert record.one_call is not None
-    tokens = record.one_call.tokens if depth == "auto" else None
-    return RouteAndCompute(cast(OneCallKernel, kernel), router, tokens)

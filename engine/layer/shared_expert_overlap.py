@@ -1,4 +1,4 @@
-"""When the shared experts compute: they read the layer's own tokens, so they can fill the time in which rows travel."""
+"""The moment at which shared experts compute: they read the rank's own tokens, so they can fill the time of transfers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +11,17 @@ from xpar.comm.communicator import Pending
 from xpar.comm.reduction import Distributed
 
 SIDE_STREAM_TOKENS = 1024
-"""Up to this many tokens a stream of their own was measured to be the best order on an H200 (``xpar bench overlap``)."""
+"""Tokens; up to here a CUDA stream of their own was the best order on an H200 (``xpar bench overlap``, 2026-11-28)."""
 
 SharedExpertsCall = Callable[[], Distributed | None]
 
 
 class SharedOrder(Enum):
-    """``NONE``: after everything else, for debugging. ``BEFORE``: after routing, before the ranks agree on the plan.
+    """A moment of the step at which the shared experts compute.
 
-    ``DURING_DISPATCH``, ``DURING_COMBINE``: between the start of that step and the wait for it. ``SIDE_STREAM``: from
-    routing to the final sum, on a CUDA stream of their own. ``AUTO``: what suits the device and the number of tokens.
+    ``NONE`` is after everything else, for debugging. ``BEFORE`` is after routing, before the ranks agree on the plan.
+    ``DURING_DISPATCH`` and ``DURING_COMBINE`` are between the start of that step and the wait for it. ``SIDE_STREAM`` is
+    from routing to the final sum, on a CUDA stream of their own. ``AUTO`` is what suits the device and the tokens.
     """
 
     AUTO = "auto"
@@ -33,19 +34,19 @@ class SharedOrder(Enum):
 
 @dataclass(frozen=True)
 class RunningSharedExperts:
-    """The shared experts' output, or the promise of it; ``moment``: when it is made."""
+    """The shared experts' part of one step: ``output`` is computed at ``moment``, or when somebody waits for it."""
 
     output: Pending[Distributed | None]
     moment: SharedOrder
 
-    def meanwhile(self, moment: SharedOrder) -> None:
-        """Rows are on their way, as they are ``DURING_`` a step: compute now, if this is the moment."""
+    def run_if(self, moment: SharedOrder) -> None:
+        """Compute now, if ``moment`` is the moment that was chosen."""
         if moment is self.moment:
             self.output.wait()
 
 
 class Overlap:
-    """Has the shared experts computed at the moment that ``order`` names. Every order gives the same values."""
+    """Schedules the shared experts of a layer at the moment that ``order`` names; every order gives the same values."""
 
     def __init__(self, order: SharedOrder, device: torch.device) -> None:
         if order is SharedOrder.SIDE_STREAM and device.type != "cuda":
@@ -56,14 +57,14 @@ class Overlap:
         self._stream: torch.cuda.Stream | None = None
 
     def order_of(self, tokens: int) -> SharedOrder:
-        """The order for a step of ``tokens`` tokens. Nothing in it is collective, so ranks may differ."""
+        """Choose the order for a step of ``tokens`` tokens; it needs no agreement, so ranks may differ."""
         if self.order is not SharedOrder.AUTO:
             return self.order
         few_on_gpu = self.device.type == "cuda" and tokens <= SIDE_STREAM_TOKENS
         return SharedOrder.SIDE_STREAM if few_on_gpu else SharedOrder.DURING_DISPATCH
 
     def begin(self, work: SharedExpertsCall, hidden_states: Tensor) -> RunningSharedExperts:
-        """Take on ``work``, which reads ``hidden_states`` [T, H]. Its output must be waited for."""
+        """Schedule ``work``, which reads ``hidden_states`` [T, H]; the caller waits for the output of the result."""
         order = self.order_of(hidden_states.shape[0])
         if order is SharedOrder.SIDE_STREAM:
             return RunningSharedExperts(self._on_side_stream(work, hidden_states), order)
@@ -73,7 +74,7 @@ class Overlap:
         return RunningSharedExperts(output, order)
 
     def _on_side_stream(self, work: SharedExpertsCall, hidden_states: Tensor) -> Pending[Distributed | None]:
-        """Fork here, join in ``wait``: within a CUDA graph's recording both become edges of the graph."""
+        """Run ``work`` on the side stream; fork and join become edges of a CUDA graph that is being captured."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side, main = self._stream, torch.cuda.current_stream(self.device)

@@ -10,16 +10,20 @@ from xpar.kernels.position_invariant import position_invariant
 
 
 class SharedExperts:
-    """``kernel`` holds this rank's part of the width; ``state`` says what that makes of the output.
+    """The shared experts of a layer on one rank.
 
-    ``gate``: [1, H], its sigmoid multiplies the output (Qwen2-MoE), or None. ``scale``: as does this constant.
+    Args:
+        kernel: Holds this rank's part of the width, as one expert.
+        state: Partial if the width is sliced over ranks, so that outputs must be summed; Full otherwise.
+        gate: ``[1, H]``, whose sigmoid multiplies the output (Qwen2-MoE), or None.
+        scale: A constant that multiplies the output as well.
     """
 
     def __init__(self, kernel: ExpertKernel, state: State, gate: Tensor | None, scale: float = 1.0) -> None:
         self.kernel, self.state, self.gate, self.scale = kernel, state, gate, scale
 
     def __call__(self, hidden_states: Tensor, shared_logits: Tensor | None = None) -> Distributed:
-        """[T, H] -> [T, H]. ``shared_logits``: [T, 1], where a fused product has made the gate's already."""
+        """Compute ``[T, H]`` for ``[T, H]``; ``shared_logits`` [T, 1] are the gate's, where a product made them already."""
         tokens, invariant = hidden_states.shape[0], self.kernel.spec.row_invariant
         ids = torch.zeros(tokens, 1, dtype=torch.int32, device=hidden_states.device)
         weights = shared_weights(hidden_states, self.gate, self.scale, invariant, shared_logits)
@@ -33,7 +37,18 @@ def shared_weights(
     row_invariant: bool,
     logits: Tensor | None = None,
 ) -> Tensor:
-    """[T, 1] float32: what multiplies the shared experts' output. ``logits``: [T, 1] of ``gate``, if already made."""
+    """Compute the factors on the shared experts' output.
+
+    Args:
+        hidden_states: ``[T, H]``.
+        gate: ``[1, H]``, or None for a constant factor.
+        scale: The constant factor.
+        row_invariant: A token's bits do not depend on the other tokens of the batch.
+        logits: ``[T, 1]`` of ``gate``, where they are computed already.
+
+    Returns:
+        ``[T, 1]`` float32.
+    """
     if gate is None:
         return torch.full((hidden_states.shape[0], 1), scale, device=hidden_states.device)
     if logits is None:

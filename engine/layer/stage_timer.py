@@ -1,4 +1,4 @@
-"""Time per pipeline stage, measured where a caller asks for it and free where nobody does."""
+"""The time of each stage of a layer, measured where a caller asks for it and free where nobody does."""
 
 import time
 from collections.abc import Iterator
@@ -12,13 +12,10 @@ STAGES = ("route", "plan", "dispatch", "compute", "combine", "shared", "finish")
 
 
 class StageTimer(Protocol):
-    """What the forward tells as it goes."""
+    """Measures the stages of a step."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """Around the work of stage ``name``."""
-
-    def arrived(self, topk_ids: Tensor) -> None:
-        """[M, k] local ids of the slots that this rank's experts got, -1 for those of other ranks."""
+        """Return the context that measures the work of the stage ``name``."""
 
 
 class NoStageTimer:
@@ -27,22 +24,19 @@ class NoStageTimer:
     def stage(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def arrived(self, topk_ids: Tensor) -> None:
-        return None
-
 
 NO_STAGE_TIMER = NoStageTimer()
 
 
 class NvtxTimer(NoStageTimer):
-    """Marks each stage as an NVTX range, which profilers of NVIDIA GPUs show beside the kernels; microseconds a layer."""
+    """Marks each stage as an NVTX range, which NVIDIA's profilers show beside the kernels; costs microseconds a layer."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         return nvtx_range(name)
 
 
 class nvtx_range:
-    """``with`` it: an NVTX range of the stage ``name``. A class, because a generator's would cost more than the marks."""
+    """A context that marks the stage ``name`` as an NVTX range; as a generator it would cost more than the marks."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -55,36 +49,18 @@ class nvtx_range:
 
 
 def default_stage_timer(device: torch.device) -> StageTimer:
-    """That of a layer whose times nobody asked for: it names the stages where a profiler may look on."""
+    """Return the timer of a layer that nobody measures: on NVIDIA GPUs it marks the stages for profilers."""
     return NvtxTimer() if device.type == "cuda" else NO_STAGE_TIMER
 
 
-class SlotCounter:
-    """Counts the (token, expert) pairs that this rank's experts compute, without waiting for a GPU.
-
-    ``clock`` hears of each stage. ``counted``: the number so far, where it is counted.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.clock = default_stage_timer(device)
-        self.counted = torch.zeros((), dtype=torch.int64, device=device)
-
-    @property
-    def slots(self) -> int:
-        """So far; waits for what is still computed."""
-        return int(self.counted)
-
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        return self.clock.stage(name)
-
-    def arrived(self, topk_ids: Tensor) -> None:
-        self.counted += (topk_ids >= 0).sum()
-
-
 class MeasuringTimer:
-    """Seconds of each stage of one forward, by the host's clock or, on a GPU, by events on torch's current stream.
+    """Measures each stage of one forward, by the host's clock or, on a GPU, by events on torch's current stream.
 
-    ``seconds`` and ``slots``, the (token, expert) pairs computed on this rank, are there after :meth:`read`.
+    It counts slots too, as a :class:`~xpar.engine.layer.observers.SlotObserver`.
+
+    Attributes:
+        seconds: Seconds of each stage, after :meth:`read`.
+        slots: The (token, expert) pairs computed on this rank, after :meth:`read`.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -109,11 +85,12 @@ class MeasuringTimer:
         end.record()
         self._events.append((name, start, end))
 
-    def arrived(self, topk_ids: Tensor) -> None:
+    def add(self, topk_ids: Tensor) -> None:
+        """Note the slots of the step: ``topk_ids`` [M, k] are local ids, -1 for slots of other ranks."""
         self._ids = topk_ids
 
     def read(self) -> "MeasuringTimer":
-        """Wait for what was measured; once, after the forward."""
+        """Wait for the measurements and return the timer; call it once, after the forward."""
         if self._device is not None:
             torch.cuda.synchronize(self._device)
         for name, start, end in self._events:

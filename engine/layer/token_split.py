@@ -1,4 +1,8 @@
-"""Which of the tokens that a rank is given it dispatches itself, and what that makes of the experts' output."""
+"""How tokens that several ranks hold as copies are split between them before dispatch.
+
+The ranks of a tensor-parallel group get the same T tokens. Either every rank dispatches all of them
+(:class:`KeepAllTokens`) or each rank dispatches a slice of them (:class:`SplitOverTensorParallel`).
+"""
 
 from dataclasses import replace
 from typing import Protocol
@@ -14,57 +18,61 @@ from xpar.kernels.contracts import Routing
 
 
 class TokenSplit(Protocol):
-    """One way to dispatch T given tokens. ``everyone``: ranks that together dispatch each token of the job once."""
+    """A way to split T given tokens between the ranks that hold them.
 
-    everyone: Communicator
+    Attributes:
+        job_group: The ranks that together dispatch each token of the job once.
+    """
 
-    def mine(self, tokens: int) -> slice:
-        """Those that this rank routes and dispatches."""
+    job_group: Communicator
 
-    def claim(self, routed: Distributed, tokens: int) -> Distributed:
-        """What the combined output of ``mine`` is among the ranks that were given the same tokens."""
+    def local_slice(self, tokens: int) -> slice:
+        """Return which of ``tokens`` given tokens this rank routes and dispatches."""
 
-    def whole_routing(self, own: Routing, tokens: int) -> Routing:
-        """The routing of all T, on every rank that was given them, of that of ``mine``."""
+    def as_sharded(self, routed: Distributed, tokens: int) -> Distributed:
+        """Name the state that the combined output of the local slice has among the ranks with the same tokens."""
+
+    def gather_routing(self, local: Routing, tokens: int) -> Routing:
+        """All-gather the routing of the local slices into the routing of all ``tokens`` tokens; collective."""
 
 
 class KeepAllTokens:
-    """All of them: no other rank is given the same tokens, or the dispatcher wants its ranks to have copies."""
+    """Every rank dispatches all its tokens: no other rank has them, or the dispatcher wants copies on its ranks."""
 
-    def __init__(self, everyone: Communicator) -> None:
-        self.everyone = everyone
+    def __init__(self, job_group: Communicator) -> None:
+        self.job_group = job_group
 
-    def mine(self, tokens: int) -> slice:
+    def local_slice(self, tokens: int) -> slice:
         return slice(0, tokens)
 
-    def claim(self, routed: Distributed, tokens: int) -> Distributed:
+    def as_sharded(self, routed: Distributed, tokens: int) -> Distributed:
         return routed
 
-    def whole_routing(self, own: Routing, tokens: int) -> Routing:
-        return own
+    def gather_routing(self, local: Routing, tokens: int) -> Routing:
+        return local
 
 
 class SplitOverTensorParallel:
-    """The ranks of ``group`` are given the same tokens, and each dispatches its share of them."""
+    """The ranks of ``group`` hold the same tokens, and each rank dispatches its slice of them."""
 
-    def __init__(self, group: Communicator, everyone: Communicator) -> None:
-        self.group, self.everyone = group, everyone
+    def __init__(self, group: Communicator, job_group: Communicator) -> None:
+        self.group, self.job_group = group, job_group
 
-    def mine(self, tokens: int) -> slice:
+    def local_slice(self, tokens: int) -> slice:
         return split_range(tokens, self.group.size, self.group.rank)
 
-    def claim(self, routed: Distributed, tokens: int) -> Distributed:
+    def as_sharded(self, routed: Distributed, tokens: int) -> Distributed:
         return Distributed(routed.tensor, self._sharded(tokens)) if routed.state == Full() else routed
 
-    def whole_routing(self, own: Routing, tokens: int) -> Routing:
-        def whole(x: Tensor) -> Tensor:
+    def gather_routing(self, local: Routing, tokens: int) -> Routing:
+        def gather(x: Tensor) -> Tensor:
             return to_full(Distributed(x, self._sharded(tokens))).tensor
 
-        identity = None if own.identity_weights is None else whole(own.identity_weights)
+        identity = None if local.identity_weights is None else gather(local.identity_weights)
         return replace(
-            own,
-            topk_ids=whole(own.topk_ids),
-            topk_weights=whole(own.topk_weights),
+            local,
+            topk_ids=gather(local.topk_ids),
+            topk_weights=gather(local.topk_weights),
             identity_weights=identity,
         )
 
@@ -73,7 +81,7 @@ class SplitOverTensorParallel:
 
 
 def choose_token_split(grid: ProcessGrid, dispatcher: Dispatcher, sequence_parallel: bool) -> TokenSplit:
-    """``sequence_parallel``: the ranks of a tp group are given different tokens."""
+    """Choose the split; with ``sequence_parallel`` the ranks of a tensor-parallel group hold different tokens."""
     if sequence_parallel or grid.tp.size == 1:
         return KeepAllTokens(grid.world.comm)
     if dispatcher.name == "replicated":

@@ -1,11 +1,11 @@
-"""The layer as opaque operators of torch, so that a model that contains it compiles as one graph.
+"""The layer as opaque operators of torch, so that a model that contains the layer compiles as one graph.
 
-The compiler sees ``xpar::moe_forward`` and what it returns, never the routing, the messages or the kernels inside. A
-layer reaches its operator as an opaque object, an input of the graph: no table of layers is needed, graphs hold no
-layer alive, and the blocks of a model, alike but for their layers, share one compiled graph.
+The compiler sees ``xpar::moe_forward`` and the tensor it returns, never the routing, the messages or the kernels
+inside. A layer reaches its operator as an opaque object, which is an input of the graph: no table of layers is needed,
+graphs keep no layer alive, and the blocks of a model, alike but for their layers, share one compiled graph.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,18 +13,27 @@ from torch._library.effects import EffectType
 from torch._library.opaque_object import register_opaque_type
 from torch._opaque_base import OpaqueBase
 
-if TYPE_CHECKING:
-    from xpar.engine.layer.runner import MoERunner
+
+class CompilableLayer(Protocol):
+    """What the operators call of a layer; see :class:`~xpar.engine.layer.runner.MoERunner`."""
+
+    def forward(
+        self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
+    ) -> Tensor: ...
+
+    def forward_separately(
+        self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class RunnerHandle(OpaqueBase):
-    """What stands for a layer in a graph."""
+    """An opaque object that stands for ``layer`` in a graph."""
 
-    def __init__(self, layer: "MoERunner") -> None:
+    def __init__(self, layer: CompilableLayer) -> None:
         self.layer = layer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RunnerHandle":
-        """torch 2.11 copies what it traces with; a copy would need weights and MPI groups of its own."""
+        """Return the handle itself: torch 2.11 copies its inputs, and a copy would need weights and MPI groups."""
         return self
 
 
@@ -35,7 +44,7 @@ register_opaque_type(RunnerHandle, typ="reference")
 def moe_forward(
     handle: RunnerHandle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
 ) -> Tensor:
-    """:meth:`MoERunner.forward`: [T, H]."""
+    """Call the layer's ``forward``: ``[T, H]``."""
     return handle.layer.forward(hidden_states, router_logits, input_ids)
 
 
@@ -43,7 +52,7 @@ def moe_forward(
 def moe_forward_separately(
     handle: RunnerHandle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """:meth:`MoERunner.forward_separately` of a layer with shared experts: [T, H] and [T, H]."""
+    """Call ``forward_separately`` of a layer with shared experts: ``[T, H]`` and ``[T, H]``."""
     routed, shared = handle.layer.forward_separately(hidden_states, router_logits, input_ids)
     assert shared is not None  # the caller has looked
     return routed, shared

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
 from xpar.engine.architectures.layer_weights import load_layer_weights
 from xpar.engine.checkpoint.in_memory import InMemory
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.runner import MoERunner
-from xpar.engine.layer.stage_timer import SlotCounter
-from xpar.kernels.contracts import ExpertKernel
+from xpar.engine.models.model_layer import ModelLayer
 
 
 @dataclass(frozen=True)
@@ -53,44 +52,22 @@ LAYERS_ALONE = {
 """Families of which ``xpar run`` computes layers, but no whole model can be made yet, and why."""
 
 
-class BlockLayer(nn.Module):
-    """Takes the place of a block; every rank of the runner's grid calls it together.
+class BlockLayer(nn.Module, ModelLayer):
+    """A layer that takes the place of a whole block; every rank of the runner's grid calls it together.
 
-    ``pair``: whether the model expects a second value, which is None. ``counter``: as for
-    :class:`~xpar.engine.models.expert_layer.ExpertLayer`.
+    ``pair`` says whether the model expects a second value from the block; that value is None.
     """
 
     def __init__(self, runner: MoERunner, pair: bool) -> None:
         super().__init__()
-        self.runner, self.pair = runner, pair
-        self.counter = SlotCounter(runner.grid.device)
-
-    @property
-    def grid(self) -> ProcessGrid:
-        return self.runner.grid
-
-    @property
-    def dispatcher(self) -> Dispatcher:
-        return self.runner.dispatcher
-
-    @property
-    def kernel(self) -> ExpertKernel | None:
-        return self.runner.kernel
-
-    @property
-    def exact(self) -> bool:
-        return self.runner.exact
+        self._observe(runner)
+        self.pair = pair
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Any:
-        """[..., H] -> [..., H]."""
+        """Compute ``[..., H]`` for ``[..., H]``."""
         shape = hidden_states.shape
-        output = self.runner.run(hidden_states.reshape(-1, shape[-1]), None, self.counter)[0]
+        output = self.runner(hidden_states.reshape(-1, shape[-1]), observers=self.observers)
         return (output.view(shape), None) if self.pair else output.view(shape)
-
-    def join(self) -> None:
-        """Take part in a step without tokens of one's own: the others' tokens may need this rank's experts."""
-        width, device = self.runner.config.hidden_size, self.grid.device
-        self.runner.run(torch.empty(0, width, dtype=self.runner.dtype, device=device), None, self.counter)
 
 
 class NoModule(nn.Module):

@@ -17,7 +17,6 @@ from xpar.engine.architectures.layer_config import find, layer_config
 from xpar.engine.architectures.layer_weights import stream_experts
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
-from xpar.engine.layer.stage_timer import SlotCounter
 from xpar.engine.models.block_layer import build_block
 from xpar.engine.models.dense_weights import load_dense, sources
 from xpar.engine.models.expert_layer import IMPLEMENTATION, ExpertLayer, register
@@ -68,11 +67,11 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.layers[0].grid.device
+        return self.layers[0].runner.grid.device
 
     def slots(self) -> int:
         """(token, expert) pairs that this rank's experts have computed."""
-        return sum(layer.counter.slots for layer in self.layers)
+        return sum(layer.slots for layer in self.layers)
 
     def join(self) -> None:
         """Take part in a forward of the other ranks without tokens of one's own."""
@@ -120,7 +119,7 @@ def load_model(
             register()
             model.set_experts_implementation(IMPLEMENTATION)
         model.to(grid.device)
-        held = sum(x.kernel.nbytes() for x in layers.values() if x.kernel is not None)
+        held = sum(k.nbytes() for k in (x.runner.kernel for x in layers.values()) if k is not None)
         log.info(
             "%s: %.1f MB of dense weights (%s products%s), %.1f MB of experts, %.1f MB read",
             type(model).__name__,
@@ -159,7 +158,7 @@ def _joints(
     order = forward_order(model, [*joints, *sliced])
     joints |= group_by_input(order)
     for layer in layers.values():
-        layer.counter = SlotCounter(layer.grid.device)  # that forward was nobody's
+        layer.reset_slots()  # that forward was nobody's
     return tuple(joints[module] for module, _ in order if module in joints)
 
 

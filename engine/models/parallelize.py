@@ -14,8 +14,9 @@ from xpar.engine.architectures.schema import MlpNames
 from xpar.engine.checkpoint.in_memory import InMemory
 from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.config import LayerConfig
-from xpar.engine.layer.build import LayerOptions
-from xpar.engine.layer.expert_shard import ExpertOptions, build_expert_shard
+from xpar.engine.layer.expert_shard import build_expert_shard
+from xpar.engine.layer.options import ExpertOptions, LayerOptions
+from xpar.engine.layer.runner import MoERunner
 from xpar.engine.models.block_layer import (
     LAYERS_ALONE,
     BlockLayer,
@@ -70,13 +71,13 @@ def build_moe_modules(
 
     Holds no collective. Raises ValueError for options that do not fit the grid, the layer or this machine.
     """
-    held = build_expert_shard(config, grid, dtype, options)
-    if held.kernel is not None:
-        for index, tensors in read(held.experts, held.rows):
-            held.kernel.load_expert(index, *tensors)
+    experts = build_expert_shard(config, grid, dtype, options)
+    if experts.kernel is not None:
+        for index, tensors in read(experts.experts, experts.rows):
+            experts.kernel.load_expert(index, *tensors)
             loaded(sum(t.nbytes for t in tensors if t is not None))
     return ExpertLayer(
-        config, grid, held.dispatcher, held.kernel, dtype=dtype, exact=options.exact, layer=layer
+        MoERunner(config, grid, None, experts, dtype=dtype, options=options.of_layer(), layer=layer)
     )
 
 

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from xpar.comm import ProcessGrid, World, run
 from xpar.comm.partition import split_range
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer, with_options
+from xpar.engine.layer.cuda_graph import CapturedLayer
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.runner import MoERunner
-from xpar.engine.layer.shared_expert_overlap import Overlap, SharedOrder
+from xpar.engine.layer.shared_expert_overlap import SharedOrder
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import SHAPES
 
@@ -89,7 +91,7 @@ def check_shape(grid: ProcessGrid, name: str, scale: float, seed: int) -> Iterat
         mine = everyone[split_range(tokens * size, size, grid.world.rank)].to(grid.device)
         eager = runner(mine).clone()
         waits = hidden_waits(runner, mine)
-        graph = runner.capture(tokens + 2)  # two rows of padding
+        graph = CapturedLayer(runner, tokens + 2)  # two rows of padding
         recorded = graph(mine).clone()
         reference = layer.reference(everyone)[0] if tokens <= REFERENCE_TOKENS else None
         wanted = eager if reference is None else reference
@@ -143,14 +145,13 @@ def orders_that_differ(runner: MoERunner, x: Tensor) -> list[str]:
     """Orders of the shared experts whose output, eager or recorded, has other bits than that of none at all."""
     if runner.shared is None:
         return []
-    chosen, found = runner.overlap, []
-    runner.overlap = Overlap(SharedOrder.NONE, runner.grid.device)
-    expected = runner(x).clone()
+    found = []
+    expected = with_options(runner, shared_order=SharedOrder.NONE)(x).clone()
     for order in SharedOrder:
-        runner.overlap = Overlap(order, runner.grid.device)
-        outputs = {f"{order.value} eager": runner(x), f"{order.value} graph": runner.capture(x.shape[0])(x)}
+        ordered = with_options(runner, shared_order=order)
+        graph = CapturedLayer(ordered, x.shape[0])
+        outputs = {f"{order.value} eager": ordered(x), f"{order.value} graph": graph(x)}
         found += [name for name, y in outputs.items() if not torch.equal(y, expected)]
-    runner.overlap = chosen
     return found
 
 

@@ -110,7 +110,7 @@ class GenerateStudyStep:
         }
 
     def manifest(self) -> dict[str, Any]:
-        layer = self.loaded.layers[0]
+        layer = self.loaded.layers[0].runner
         kernel = str(layer.kernel.name if layer.kernel else None)
         s = self.study.request
         return manifest(self.grid, s.dtype, layer.dispatcher.name, kernel, s.sampling.seed)

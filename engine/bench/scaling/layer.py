@@ -15,6 +15,7 @@ from xpar.engine.bench.scaling.inputs import batch, batches, checked_places, che
 from xpar.engine.bench.scaling.layer_source import LayerSource
 from xpar.engine.bench.timing import Contender, take_turns
 from xpar.engine.console.report import manifest
+from xpar.engine.layer.observers import Observers
 from xpar.engine.layer.reference import TOLERANCE, relative_error
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
@@ -40,12 +41,13 @@ class LayerPoint:
         def step(number: int) -> float:
             clock = MeasuringTimer(self.grid.device)
             begin = time.perf_counter()
-            _, _, moved = self.runner.run(inputs[number], None, clock)
+            output = self.runner.run(inputs[number], observers=Observers(clock, clock))
+            output.sum()
             if self.grid.device.type == "cuda":
                 torch.cuda.synchronize(self.grid.device)
             elapsed = time.perf_counter() - begin
             clocks.append(clock.read())
-            traffic.append(moved)
+            traffic.append(output.traffic)
             return elapsed
 
         comm = self.grid.world.comm

@@ -11,7 +11,8 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.layer import available_bytes
 from xpar.engine.checkpoint.reader import Checkpoint
-from xpar.engine.layer.build import LayerOptions, build_layer, load_layer
+from xpar.engine.layer.build import build_layer, load_layer
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import layer_reference
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.synthetic.layer import SyntheticLayer

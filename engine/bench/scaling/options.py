@@ -15,7 +15,8 @@ from xpar.engine.commands.watching import add_watching
 from xpar.engine.console.logs import add_verbose
 from xpar.engine.generation.request import Request
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.layer.build import FLOATS, LayerOptions, read_layer_config
+from xpar.engine.layer.build import FLOATS, read_layer_config
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import TOLERANCE
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import SHAPES

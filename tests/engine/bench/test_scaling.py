@@ -23,7 +23,7 @@ from xpar.engine.bench.scaling.options import plan
 from xpar.engine.bench.scaling.plot import figure_of
 from xpar.engine.bench.scaling.points import Point, points_of, relative
 from xpar.engine.cli import parser
-from xpar.engine.layer.build import LayerOptions
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.stage_timer import STAGES
 from xpar.engine.synthetic.checkpoint import make_checkpoint
 from xpar.engine.synthetic.layer import SyntheticLayer

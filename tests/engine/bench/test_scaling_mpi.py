@@ -16,7 +16,7 @@ from xpar.engine.bench.scaling.layer_source import ShapeLayer
 from xpar.engine.bench.scaling.layer_study import Axes, LayerStudy
 from xpar.engine.bench.scaling.points import points_of
 from xpar.engine.bench.scaling.study import sweep
-from xpar.engine.layer.build import LayerOptions
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
 

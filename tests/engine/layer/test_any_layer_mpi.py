@@ -12,9 +12,10 @@ from xpar.comm.dispatch.choose import DISPATCHERS, choose_dispatcher
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import to_full
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.fused_shared_experts import build_shared_slots
 from xpar.engine.layer.micro_batches import MicroBatches
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.shared_expert_overlap import SharedOrder
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.kernels.contracts import Activation

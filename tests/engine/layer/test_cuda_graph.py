@@ -10,7 +10,8 @@ from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.engine.bench.peer_process import single_rank_grid
 from xpar.engine.layer.build import build_layer
-from xpar.engine.layer.cuda_graph import check_capturable
+from xpar.engine.layer.cuda_graph import CapturedLayer, check_capturable
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import SHAPES
 
@@ -24,7 +25,12 @@ def layer_on(device: str, **changes: object) -> SimpleNamespace:
     grid = SimpleNamespace(
         device=torch.device(device), transport=SimpleNamespace(choice=SimpleNamespace(name="nccl"))
     )
-    return SimpleNamespace(**{"dispatcher": mover, "grid": grid, "exact": False, **changes})
+    chosen = {"dispatcher": mover, "grid": grid, "exact": False, **changes}
+    return SimpleNamespace(
+        experts=SimpleNamespace(dispatcher=chosen["dispatcher"]),
+        options=LayerOptions(exact=chosen["exact"]),
+        grid=chosen["grid"],
+    )
 
 
 def test_what_can_be_captured_is_not_refused() -> None:
@@ -73,4 +79,4 @@ def test_a_layer_on_the_host_says_so() -> None:
     layer = SyntheticLayer(shape.layer(), torch.float32, 0)
     runner = build_layer(layer.config, single_rank_grid(1), torch.float32, layer.read)
     with pytest.raises(ValueError, match="only a GPU's work can be recorded"):
-        runner.capture(4)
+        CapturedLayer(runner, 4)

@@ -9,7 +9,9 @@ import torch
 from xpar.comm import ProcessGrid, World
 from xpar.comm.reduction import split_tokens
 from xpar.engine.config import LayerConfig, RouterConfig
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.observers import Observers
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.routing import FunctionRule
 from xpar.engine.synthetic.layer import SyntheticLayer
 
@@ -46,10 +48,11 @@ def test_routing_and_load_are_those_of_every_token_once(
     layer = SyntheticLayer(config, torch.float32, fresh_seed)
     runner = build_layer(config, grid, torch.float32, layer.read, options)
     runner(everyone)  # before anybody counts
-    counter = runner.count_load()
+    counter = runner.make_load_counter()
+    counted = Observers(load=counter)
     expected = layer.make_router().route(everyone)
-    output, routing = runner.forward_with_routing(everyone)
-    assert torch.equal(output, runner(everyone))
+    output, routing = runner.forward_with_routing(everyone, observers=counted)
+    assert torch.equal(output, runner(everyone, observers=counted))
     assert torch.equal(routing.topk_ids, expected.topk_ids)
     torch.testing.assert_close(routing.topk_weights, expected.topk_weights)
     assert (routing.identity_weights is None) == (config.router.zero_experts == 0)
@@ -71,11 +74,11 @@ def test_rows_and_imbalance_of_a_load_that_one_expert_has(world: World) -> None:
     options = LayerOptions("alltoall")
     runner = build_layer(CONFIG, ProcessGrid.create(world), torch.float32, layer.read, options)
     tokens = world.rank + 1
-    runner.router = FunctionRule(
+    to_first = FunctionRule(
         lambda *_: (torch.zeros(tokens, 1, dtype=torch.int32), torch.ones(tokens, 1)), EXPERTS, 1
     )
-    counter = runner.count_load()
-    runner(torch.zeros(tokens, HIDDEN))
+    counter = runner.make_load_counter()
+    runner(torch.zeros(tokens, HIDDEN), router=to_first, observers=Observers(load=counter))
     load = counter.read()
     total = world.size * (world.size + 1) // 2
     assert load.per_rank == (total, *[0] * (world.size - 1))
@@ -86,7 +89,7 @@ def test_rows_and_imbalance_of_a_load_that_one_expert_has(world: World) -> None:
 def test_nothing_at_all_is_even(world: World) -> None:
     layer = SyntheticLayer(CONFIG, torch.float32, 0)
     runner = build_layer(CONFIG, ProcessGrid.create(world), torch.float32, layer.read)
-    counter = runner.count_load()
-    runner(torch.zeros(0, HIDDEN))
+    counter = runner.make_load_counter()
+    runner(torch.zeros(0, HIDDEN), observers=Observers(load=counter))
     load = counter.read()
     assert (load.expert_imbalance, load.rank_imbalance, load.rows) == (1.0, 1.0, 0)

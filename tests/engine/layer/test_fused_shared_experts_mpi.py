@@ -11,7 +11,9 @@ from xpar.comm import ProcessGrid, World
 from xpar.comm.reduction import to_full
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.engine.layer import shared_experts
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.observers import Observers
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.residual_scaling import scale_layer_output
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.shared_expert_overlap import SharedOrder
@@ -84,8 +86,12 @@ def test_equals_the_reference_and_moves_no_row_more(
     x = tokens(fused, fresh_seed, given.get("sequence_parallel", False))
     expected = layer.reference(x)[0]
     assert fused.shared is None
-    counters = [runner.count_load() for runner in (fused, beside)]
-    for output in (fused(x), to_full(fused.forward_deferred(x)).tensor, beside(x), beside(x)):
+    counters = [runner.make_load_counter() for runner in (fused, beside)]
+    outputs = [
+        runner(x, observers=Observers(load=counter))
+        for runner, counter in zip((fused, beside), counters, strict=True)
+    ]
+    for output in (*outputs, to_full(fused.forward_deferred(x)).tensor):
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     ours, theirs = (counter.read() for counter in counters)
     # The router's choices are counted, and its tokens travel; the shared slots are neither.
@@ -113,7 +119,7 @@ def test_a_token_is_computed_where_it_is(grids: dict[str, ProcessGrid]) -> None:
     options = LayerOptions("alltoall", fuse_shared_experts=True)
     runner = build_layer(PLAIN, grids["alltoall"], torch.float32, layer.read, options)
     x, clock = tokens(runner, 0), MeasuringTimer()
-    _, routing, _ = runner.run(x, None, clock)
+    routing = runner.run(x, observers=Observers(clock, clock)).routing
     assert routing.topk_ids.shape[1] == PLAIN.router.top_k
     computed = runner.grid.world.comm.all_gather_object(clock.read().slots)
     total = sum(TOKENS[: runner.grid.world.size])

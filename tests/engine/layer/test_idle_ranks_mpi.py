@@ -7,7 +7,8 @@ import torch
 
 from xpar.comm import ProcessGrid, World, agree_step
 from xpar.engine.config import LayerConfig, RouterConfig
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.synthetic.layer import SyntheticLayer
 
 if TYPE_CHECKING:

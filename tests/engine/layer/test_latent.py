@@ -7,8 +7,9 @@ import torch
 
 from xpar.engine.bench.peer_process import single_rank_grid
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.latent import LatentProjection
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.synthetic.layer import SyntheticLayer
 
 LATENT = LayerConfig(6, 32, 24, RouterConfig(2), shared=SharedConfig(16, gated=True), latent_size=20)

@@ -7,8 +7,9 @@ import torch
 
 from xpar.comm import ProcessGrid, RemoteRankError, World
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.micro_batches import MicroBatches
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.synthetic.layer import SyntheticLayer
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from xpar.comm import ProcessGrid, World
 from xpar.comm.reduction import Full, Partial, Sharded, Transform, split_tokens, to_full
 from xpar.engine import MoERunner
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.synthetic.layer import SyntheticLayer
 
 if TYPE_CHECKING:
@@ -71,6 +72,20 @@ WAYS: dict[str, tuple[dict[str, int], LayerOptions]] = {
 }
 
 
+def with_projection(runner: MoERunner, projection: Any) -> MoERunner:
+    """Return ``runner`` with another map of the tokens to the experts' input and back."""
+    return MoERunner(
+        runner.config,
+        runner.grid,
+        runner.router,
+        runner.experts,
+        dtype=runner.dtype,
+        shared=runner.shared,
+        projection=projection,
+        options=runner.options,
+    )
+
+
 class Trial:
     """A layer of ``row`` whose tp and moe groups count, and what it must return."""
 
@@ -89,8 +104,8 @@ class Trial:
         everyone = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed))
         self.expected, _ = layer.reference(everyone)
         if row.transform == "norm":
-            latent: Any = SimpleNamespace(enter=lambda x: x, leave=NORM)
-            self.runner.latent = latent
+            projection: Any = SimpleNamespace(down=lambda x: x, up=NORM)
+            self.runner = with_projection(self.runner, projection)
             bare = SyntheticLayer(replace(config, shared=None), torch.float32, seed).reference(everyone)[0]
             self.expected = NORM.function(bare) + (self.expected - bare)
         self.x = everyone

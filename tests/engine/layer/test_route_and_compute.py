@@ -1,6 +1,7 @@
 """Route, compute and combine in one call of a kernel: the bits of the steps one by one, and only where that is allowed."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 from xpar.comm import RemoteRankError
 from xpar.engine.bench.peer_process import single_rank_grid
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.micro_batches import MicroBatches
-from xpar.engine.layer.route_and_compute import Depth
+from xpar.engine.layer.observers import Observers
+from xpar.engine.layer.options import Depth, LayerOptions
+from xpar.engine.layer.route_and_compute import FusedRunner
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.stage_timer import MeasuringTimer
 from xpar.engine.routing import SimulatedLoadRule
@@ -46,8 +49,8 @@ def tokens(count: int, seed: int) -> Tensor:
 
 def watch(runner: MoERunner, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every call of the kernel's that covers several steps add its number of tokens to ``calls``."""
-    assert runner.one_call is not None
-    kernel = runner.one_call.kernel
+    assert isinstance(runner, FusedRunner)
+    kernel: Any = runner.kernel
     whole = kernel.route_and_compute
 
     def told(hidden_states: Tensor, *args: object) -> object:
@@ -64,17 +67,20 @@ def test_both_depths_give_the_same_bits(
 ) -> None:
     deep = layer_at("auto", config, record.name, fresh_seed)
     steps = layer_at("steps", config, record.name, fresh_seed)
-    assert steps.one_call is None
+    assert type(steps) is MoERunner
     calls: list[int] = []
     watch(deep, calls, monkeypatch)
-    counters = [runner.count_load() for runner in (deep, steps)]
+    counters = [runner.make_load_counter() for runner in (deep, steps)]
     generator = torch.Generator().manual_seed(fresh_seed)
     for count in (1, 0, 3, FEW, FEW + 1):
         x = tokens(count, fresh_seed + count)
         # Whole numbers, so that many logits are equal: the lowest id must win at either depth.
         equal = torch.randint(0, 3, (count, EXPERTS), generator=generator).bfloat16()
         for logits in (None, equal):
-            (y, routing), (expected, theirs) = (r.forward_with_routing(x, logits) for r in (deep, steps))
+            (y, routing), (expected, theirs) = (
+                runner.forward_with_routing(x, logits, observers=Observers(load=counter))
+                for runner, counter in zip((deep, steps), counters, strict=True)
+            )
             assert torch.equal(y, expected)
             assert torch.equal(routing.topk_ids, theirs.topk_ids)
             assert torch.equal(routing.topk_weights, theirs.topk_weights)
@@ -104,8 +110,7 @@ def test_bad_input_is_the_same_error(depth: Depth) -> None:
 def test_another_router_routes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, calls = layer_at("auto", PLAIN), list[int]()
     watch(runner, calls, monkeypatch)
-    runner.router = SimulatedLoadRule("all-to-one", EXPERTS, 2)
-    _, routing = runner.forward_with_routing(tokens(2, 0))
+    _, routing = runner.forward_with_routing(tokens(2, 0), router=SimulatedLoadRule("all-to-one", EXPERTS, 2))
     assert routing.topk_ids.tolist() == [[0, 1], [0, 1]] and not calls
 
 
@@ -114,8 +119,8 @@ def test_in_parts_and_with_a_clock(fresh_seed: int) -> None:
     x = tokens(3, fresh_seed)
     assert torch.equal(MicroBatches(deep, 2)(x), MicroBatches(steps, 2)(x))
     clock = MeasuringTimer()
-    traffic = deep.run(x, None, clock)[2]
-    assert traffic == steps.run(x, None, MeasuringTimer())[2]
+    traffic = deep.run(x, observers=Observers(clock, clock)).traffic
+    assert traffic == steps.run(x).traffic
     assert clock.read().slots == 9 and clock.seconds["compute"] > 0 == clock.seconds["plan"]
 
 
@@ -163,7 +168,8 @@ def test_what_goes_step_by_step(config: LayerConfig, options: LayerOptions, mess
     # Which kernel has rows that do not depend on each other hangs on the processor.
     kernel = "native" if options.exact and not multiplies_bfloat16() else "onednn"
     named = options if options.kernel != "auto" else replace(options, kernel=kernel)
-    assert build_layer(config, single_rank_grid(1), torch.bfloat16, layer.read, named).one_call is None
+    built = build_layer(config, single_rank_grid(1), torch.bfloat16, layer.read, named)
+    assert type(built) is MoERunner
     with pytest.raises(ValueError, match=f"depth='one-call': .*{message}.*; choose auto"):
         build_layer(config, single_rank_grid(1), torch.bfloat16, layer.read, replace(named, depth="one-call"))
 

@@ -15,6 +15,8 @@ from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
 from xpar.comm.partition import split_range
 from xpar.engine import MoERunner
 from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.layer.build import load_layer
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import layer_reference
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def test_family_equals_transformers(
     dtype: torch.dtype,
 ) -> None:
     path = checkpoints[case.name]
-    runner = MoERunner.from_checkpoint(path, case.layer, grid_of(), dtype)
+    runner = load_layer(path, case.layer, grid_of(), dtype)
     x = hidden(TOKENS, runner.config.hidden_size, fresh_seed, dtype)
     got = whole(runner, x, even_ends(TOKENS, world.size))
     expected = transformers_output(transformers_block(path, case, dtype), x)
@@ -140,7 +142,7 @@ def test_every_grid_equals_transformers(
         if exact and axes.get("etp", 1) > 1:
             continue
         grid = grid_of(**axes)
-        runner = MoERunner.from_checkpoint(path, case.layer, grid, dispatcher=dispatcher, exact=exact)
+        runner = load_layer(path, case.layer, grid, options=LayerOptions(dispatcher, exact=exact))
         x = hidden(TOKENS, runner.config.hidden_size, fresh_seed, torch.float32)
         got = whole(runner, x, even_ends(TOKENS, grid.dp.size))
         expected = transformers_output(blocks[case.name], x)
@@ -163,9 +165,8 @@ def test_exact_mode_gives_the_bits_of_one_rank(
     dtype: torch.dtype,
 ) -> None:
     path = checkpoints[case.name]
-    options: dict[str, Any] = {"exact": True}
-    alone = MoERunner.from_checkpoint(path, 1, grid_of(ep=1), dtype, **options)
-    spread = MoERunner.from_checkpoint(path, 1, grid_of(), dtype, dispatcher=dispatcher, **options)
+    alone = load_layer(path, 1, grid_of(ep=1), dtype, LayerOptions(exact=True))
+    spread = load_layer(path, 1, grid_of(), dtype, LayerOptions(dispatcher, exact=True))
     x = hidden(23, alone.config.hidden_size, fresh_seed, dtype)
     one = alone(x)  # ep = 1: every rank computes all tokens by itself
     assert torch.equal(whole(spread, x, even_ends(23, world.size)), one)
@@ -177,7 +178,7 @@ def test_uneven_and_empty_ranks(world: World, checkpoints: dict[str, Path], data
     path = next(iter(checkpoints.values()))
     dispatcher = data.draw(st.sampled_from(fitting(world.num_nodes)))
     counts = data.draw(st.lists(st.integers(0, 6), min_size=world.size, max_size=world.size))
-    runner = MoERunner.from_checkpoint(path, 1, ProcessGrid.create(world), dispatcher=dispatcher)
+    runner = load_layer(path, 1, ProcessGrid.create(world), options=LayerOptions(dispatcher))
     experts = runner.config.num_experts
     total = sum(counts)
     x = hidden(total, runner.config.hidden_size, data.draw(st.integers(0, 999)), torch.float32)
@@ -194,7 +195,7 @@ def test_uneven_and_empty_ranks(world: World, checkpoints: dict[str, Path], data
         logits[:, target] = 5.0
         mine = slice(ends[world.rank], ends[world.rank + 1])
         output = runner(x[mine], logits[mine])
-        alone = MoERunner.from_checkpoint(path, 1, ProcessGrid.create(world, ep=1))
+        alone = load_layer(path, 1, ProcessGrid.create(world, ep=1))
         assert torch.allclose(output, alone(x, logits)[mine], atol=1e-5)
 
 
@@ -202,9 +203,8 @@ def test_uneven_and_empty_ranks(world: World, checkpoints: dict[str, Path], data
 def test_nan_logits_on_one_rank_are_one_error_everywhere(
     world: World, checkpoints: dict[str, Path], dispatcher: str
 ) -> None:
-    runner = MoERunner.from_checkpoint(
-        next(iter(checkpoints.values())), 1, ProcessGrid.create(world), dispatcher=dispatcher
-    )
+    path = next(iter(checkpoints.values()))
+    runner = load_layer(path, 1, ProcessGrid.create(world), options=LayerOptions(dispatcher))
     logits = torch.zeros(3, runner.config.num_experts)
     if world.rank == world.size - 1:
         logits[2, 0] = float("nan")
@@ -219,11 +219,11 @@ def test_what_cannot_be_is_one_error_everywhere(
     path = next(iter(checkpoints.values()))
     grid = ProcessGrid.create(world)
     for wrong, message in (
-        ({"dispatcher": "pigeon"}, "pigeon"),
-        ({"kernel": "abacus"}, "abacus"),
+        ({"options": LayerOptions(dispatcher="pigeon")}, "pigeon"),
+        ({"options": LayerOptions(kernel="abacus")}, "abacus"),
         ({"layer": 99}, "layer 99 has no experts"),
         ({"path": tmp_path / "nowhere"}, "nowhere"),
     ):
         options: dict[str, Any] = {"path": path, "layer": 1, "grid": grid, **wrong}
         with pytest.raises(AgreedError, match=message):
-            MoERunner.from_checkpoint(**options)
+            load_layer(**options)

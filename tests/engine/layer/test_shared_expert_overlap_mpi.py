@@ -10,7 +10,8 @@ from xpar.comm import ProcessGrid, RemoteRankError, World
 from xpar.comm.communicator import Pending
 from xpar.comm.partition import split_range
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.shared_expert_overlap import SIDE_STREAM_TOKENS, Overlap, SharedOrder
 from xpar.engine.synthetic.layer import SyntheticLayer

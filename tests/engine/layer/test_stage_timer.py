@@ -7,7 +7,8 @@ import torch
 
 from xpar.comm import ProcessGrid, World
 from xpar.engine.layer.build import build_layer
-from xpar.engine.layer.stage_timer import NO_STAGE_TIMER, STAGES, NvtxTimer, SlotCounter, default_stage_timer
+from xpar.engine.layer.observers import Observers, SlotCounter
+from xpar.engine.layer.stage_timer import NO_STAGE_TIMER, STAGES, NvtxTimer, default_stage_timer
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import shape_of
 
@@ -34,8 +35,7 @@ def test_a_layer_marks_its_steps_in_order(ranges: list[str], fresh_seed: int) ->
     x = torch.randn(5, layer.config.hidden_size)
     quiet = runner(x)
     assert ranges == []
-    runner._idle = NvtxTimer()
-    assert torch.equal(runner(x), quiet)
+    assert torch.equal(runner(x, observers=Observers(NvtxTimer())), quiet)
     names = [name.removeprefix("xpar.") for name in ranges if name != "/"]
     assert set(names) == set(STAGES) and ranges.count("/") == len(names)
     first = [names.index(step) for step in ("route", "plan", "dispatch", "compute", "combine", "finish")]
@@ -53,6 +53,6 @@ def test_pairs_of_own_experts_are_counted(fresh_seed: int) -> None:
     generator = torch.Generator().manual_seed(fresh_seed)
     for _ in range(3):
         ids: Any = torch.randint(-1, 4, (7, 2), generator=generator)
-        counter.arrived(ids)
+        counter.add(ids)
         expected += sum(i >= 0 for row in ids.tolist() for i in row)
     assert counter.slots == expected > 0

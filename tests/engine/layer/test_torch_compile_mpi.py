@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from xpar.comm import ProcessGrid, World
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.synthetic.layer import SyntheticLayer
 

@@ -219,7 +219,7 @@ def test_dense_weights_are_read_once_per_node_and_experts_by_their_owner(
         header = checkpoint.bytes_read
         sizes = {n: checkpoint.entry(n).end - checkpoint.entry(n).begin for n in names}
     stored = sum(size for name, size in sizes.items() if ".experts." not in name)
-    held = loaded.layers[0].dispatcher.placement.experts_of(grid.moe.rank)
+    held = loaded.layers[0].runner.dispatcher.placement.experts_of(grid.moe.rank)
     own = sum(size for name, size in sizes.items() if any(f".experts.{expert}." in name for expert in held))
     # Packing fills up the last rows of a weight, which is much where weights are as small as these.
     assert loaded.dense_bytes == stored if dense == "plain" else stored <= loaded.dense_bytes < 2 * stored
@@ -258,7 +258,7 @@ def test_dense_products_shared_out_over_each_node(
         if logits is not None:
             with torch.inference_mode():
                 assert error(logits, plain_model(root / name)(ids).logits) < 1e-5
-    assert loaded.slots() == sum(layer.counter.slots for layer in loaded.layers)
+    assert loaded.slots() == sum(layer.slots for layer in loaded.layers)
 
 
 def test_dense_weights_stay_whole_where_ranks_have_no_memory_to_share(

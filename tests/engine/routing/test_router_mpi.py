@@ -10,7 +10,8 @@ from moe_families import Case
 from xpar.comm import ProcessGrid, RemoteRankError, World
 from xpar.engine import MoERunner
 from xpar.engine.config import RouterConfig
-from xpar.engine.layer.stage_timer import MeasuringTimer
+from xpar.engine.layer.build import load_layer
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.routing import FunctionRule, ReplayRule, RoutingRecorder, SimulatedLoadRule
 from xpar.engine.routing.router import Router
 from xpar.engine.routing.simulated_load import LOAD_SHAPES, LoadShape
@@ -45,8 +46,8 @@ def runners(world: World, root: Path) -> dict[str, tuple[MoERunner, MoERunner]]:
     spread, alone = ProcessGrid.create(world), ProcessGrid.create(world, ep=1)
     return {
         name: (
-            MoERunner.from_checkpoint(root / name, 1, spread, dispatcher="alltoall"),
-            MoERunner.from_checkpoint(root / name, 1, alone),
+            load_layer(root / name, 1, spread, options=LayerOptions("alltoall")),
+            load_layer(root / name, 1, alone),
         )
         for name in ("mixtral", "llama4", "longcat")
     }
@@ -73,11 +74,13 @@ def test_hash_routing_by_token_id(
     gate = torch.randn(EXPERTS, HIDDEN, generator=generator) / 8
     config = RouterConfig(3, choice="hash", scoring="sqrtsoftplus")
     spread, alone = runners["mixtral"]
-    spread.router = alone.router = Router(config, gate, hash_table=table)
+    router = Router(config, gate, hash_table=table)
     x = tokens(total, fresh_seed)
-    torch.testing.assert_close(spread(x[mine], input_ids=ids[mine]), alone(x, input_ids=ids)[mine])
+    torch.testing.assert_close(
+        spread(x[mine], input_ids=ids[mine], router=router), alone(x, input_ids=ids, router=router)[mine]
+    )
     with pytest.raises(RemoteRankError, match="route needs input_ids"):
-        spread(x[mine])
+        spread(x[mine], router=router)
 
 
 @pytest.mark.parametrize("load", LOAD_SHAPES)
@@ -87,10 +90,10 @@ def test_simulated_load_moves_the_tokens_it_draws(
     total, mine = ends(world)
     x = tokens(total, fresh_seed)
     spread, alone = runners["mixtral"]
-    spread.router = SimulatedLoadRule(load, EXPERTS, 2, seed=fresh_seed + world.rank)
-    output, routing, _ = spread.run(x[mine], None, MeasuringTimer())
-    alone.router = FunctionRule(lambda *_: (routing.topk_ids, routing.topk_weights), EXPERTS, 2)
-    torch.testing.assert_close(output, alone(x[mine]))
+    drawn = spread.run(x[mine], router=SimulatedLoadRule(load, EXPERTS, 2, seed=fresh_seed + world.rank))
+    ids, weights = drawn.routing.topk_ids, drawn.routing.topk_weights
+    again = FunctionRule(lambda *_: (ids, weights), EXPERTS, 2)
+    torch.testing.assert_close(drawn.sum(), alone(x[mine], router=again))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4", "longcat"])
@@ -103,22 +106,20 @@ def test_a_recorded_run_replays(
 ) -> None:
     """Also where the weight is on the input, and where identity experts add to the output."""
     spread, alone = runners[family]
-    if family == "mixtral":
-        spread.router = SimulatedLoadRule("uniform", EXPERTS, 2, seed=world.rank)
+    own = SimulatedLoadRule("uniform", EXPERTS, 2, seed=world.rank) if family == "mixtral" else None
     recorder, outputs, inputs = RoutingRecorder(), [], []
     for step in range(3):
         x = tokens((step + world.rank) % 4, fresh_seed + step)
-        output, routing, _ = spread.run(x, None, MeasuringTimer())
-        recorder.record(1, routing)
+        step_output = spread.run(x, router=own)
+        recorder.record(1, step_output.routing)
         inputs.append(x)
-        outputs.append(output)
+        outputs.append(step_output.sum())
     path = root / f"{family}.rank{world.rank}.safetensors"
     recorder.save(path)
-    own, spread.router, alone.router = spread.router, ReplayRule(path, 1), ReplayRule(path, 1)
+    replay, replay_alone = ReplayRule(path, 1), ReplayRule(path, 1)
     for x, output in zip(inputs, outputs, strict=True):
-        assert torch.equal(spread(x), output)
-        torch.testing.assert_close(alone(x), output)
-    spread.router = own
+        assert torch.equal(spread(x, router=replay), output)
+        torch.testing.assert_close(alone(x, router=replay_alone), output)
 
 
 def test_a_bad_answer_of_a_user_s_function_is_one_error_everywhere(
@@ -126,9 +127,9 @@ def test_a_bad_answer_of_a_user_s_function_is_one_error_everywhere(
 ) -> None:
     expert = EXPERTS if world.rank == world.size - 1 else 0
     spread, _ = runners["mixtral"]
-    spread.router = FunctionRule(
+    wrong = FunctionRule(
         lambda *_: (torch.full((3, 1), expert), torch.ones(3, 1)), num_experts=EXPERTS, top_k=1
     )
     with pytest.raises(RemoteRankError, match="sent token 0 to expert 8; experts are 0 to 7") as caught:
-        spread(tokens(3, 0))
+        spread(tokens(3, 0), router=wrong)
     assert len(set(world.comm.all_gather_object(str(caught.value)))) == 1

@@ -1,0 +1,73 @@
+"""Those who measure a step of a layer: timers, counters of slots, counters of the experts' load."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xpar.comm.dispatch.base import Traffic
+from xpar.engine.layer.expert_load import LoadCounter
+from xpar.engine.layer.stage_timer import NO_STAGE_TIMER, StageTimer, default_stage_timer
+from xpar.kernels.contracts import Routing
+
+
+class SlotObserver(Protocol):
+    """Is told the slots that this rank's experts compute."""
+
+    def add(self, topk_ids: Tensor) -> None:
+        """Take note of one step: ``topk_ids`` [M, k] are local ids, -1 for slots of other ranks."""
+
+
+class SlotCounter:
+    """Counts the (token, expert) pairs that this rank's experts compute, without waiting for a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counted = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def slots(self) -> int:
+        """The pairs so far; waits for the GPU that counts them."""
+        return int(self.counted)
+
+    def add(self, topk_ids: Tensor) -> None:
+        """Count the slots of one step: ``topk_ids`` [M, k] are local ids, -1 for slots of other ranks."""
+        self.counted += (topk_ids >= 0).sum()
+
+
+@dataclass(frozen=True)
+class Observers:
+    """Who is told what a step of a layer does; an argument of the forward.
+
+    Attributes:
+        timer: Measures each stage.
+        slots: Counts the slots that this rank's experts compute, or None.
+        load: Counts tokens per expert and rows moved, or None.
+    """
+
+    timer: StageTimer = NO_STAGE_TIMER
+    slots: SlotObserver | None = None
+    load: LoadCounter | None = None
+
+    @classmethod
+    def default(cls, device: torch.device) -> "Observers":
+        """Nobody but a profiler: on NVIDIA GPUs the stages are marked as NVTX ranges."""
+        return cls(default_stage_timer(device))
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Return the context that measures the stage ``name``."""
+        return self.timer.stage(name)
+
+    def record(self, arrived_ids: Tensor, routing: Routing, traffic: Traffic) -> None:
+        """Count one step.
+
+        Args:
+            arrived_ids: Local expert ids of the rows that arrived here, [M, k], -1 for slots of other ranks.
+            routing: Where the tokens went that this rank dispatched.
+            traffic: The rows that these tokens moved.
+        """
+        if self.slots is not None:
+            self.slots.add(arrived_ids)
+        if self.load is not None:
+            self.load.add(routing, traffic)

@@ -1,0 +1,63 @@
+"""What all layers have that stand inside a transformers model: a runner, and who measures it."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xpar.engine.layer.observers import Observers, SlotCounter
+from xpar.engine.layer.runner import MoERunner
+from xpar.engine.layer.stage_timer import StageTimer
+
+
+class ModelLayer(Protocol):
+    """A layer inside a model, whose forward transformers calls.
+
+    Attributes:
+        runner: The layer; every rank of its grid calls it together.
+        observers: Who measures the calls.
+        slot_counter: Counts the slots of all calls.
+    """
+
+    runner: MoERunner
+    observers: Observers
+    slot_counter: SlotCounter
+
+    @property
+    def slots(self) -> int:
+        """The (token, expert) pairs that this rank's experts have computed so far; waits for the GPU."""
+        return self.slot_counter.slots
+
+    def reset_slots(self) -> None:
+        """Count slots from 0 again."""
+        self.slot_counter = SlotCounter(self.runner.grid.device)
+        self.observers = replace(self.observers, slots=self.slot_counter)
+
+    def join(self) -> None:
+        """Take part in a step without tokens: the other ranks' tokens may need this rank's experts; collective."""
+        self.runner(self._no_tokens(), observers=self.observers)
+
+    def _observe(self, runner: MoERunner) -> None:
+        self.runner = runner
+        self.observers = Observers.default(runner.grid.device)
+        self.reset_slots()
+
+    def _no_tokens(self) -> Tensor:
+        runner = self.runner
+        return torch.empty(0, runner.config.hidden_size, dtype=runner.dtype, device=runner.grid.device)
+
+
+@contextmanager
+def timed(layers: Iterable[ModelLayer], timer: StageTimer) -> Iterator[None]:
+    """Let ``timer`` measure the stages of ``layers`` while the block runs."""
+    before = [(layer, layer.observers) for layer in layers]
+    for layer, observers in before:
+        layer.observers = replace(observers, timer=timer)
+    try:
+        yield
+    finally:
+        for layer, observers in before:
+            layer.observers = replace(layer.observers, timer=observers.timer)
