@@ -1,4 +1,7 @@
-"""Builds a layer from a checkpoint: placement, dispatcher, kernel, weights; all ranks agree before any work is done."""
+"""Builds a layer from a checkpoint: placement, dispatcher, kernel, weights.
+
+All ranks agree before any work is done.
+"""
 
 import logging
 import time
@@ -63,7 +66,8 @@ def load_layer(
         options: How the layer is computed.
 
     Raises:
-        AgreedError: A checkpoint, layer, dispatcher, kernel or tile file that does not fit; the same on every rank.
+        AgreedError: A checkpoint, layer, dispatcher, kernel or tile file that does not fit; the same on every
+            rank.
 
     Example:
         >>> grid = ProcessGrid.create(World.attach(allow_singleton=True))
@@ -189,7 +193,8 @@ def _projection(config: LayerConfig, weights: LayerWeights, exact: bool) -> Expe
     if weights.norm is not None and config.router.norm_eps is not None:
         if exact:
             raise ValueError(
-                "exact mode with norms inside the layer: a row's sum of squares may depend on the rest of the batch; "
+                "exact mode with norms inside the layer: a row's sum of squares may depend on the rest of "
+                "the batch; "
                 "leave exact out"
             )
         return NormProjection(weights.norm.scale, config.router.norm_eps)
@@ -240,7 +245,8 @@ def _shared_slots(config: LayerConfig, options: LayerOptions) -> int:
         return 0
     if options.shared_order is not SharedOrder.AUTO:
         raise ValueError(
-            f"fuse_shared_experts with shared_order={options.shared_order.value!r}: fused ones have no order of their "
+            f"fuse_shared_experts with shared_order={options.shared_order.value!r}: fused ones have no order "
+            "of their "
             "own, they compute with the routed experts; leave it at auto"
         )
     return count_shared_slots(config)
@@ -263,7 +269,7 @@ def _fused(
 def _gate_beside_router(
     grid: ProcessGrid, experts: ExpertShard, shared: SharedWeights | None, options: LayerOptions
 ) -> Tensor | None:
-    """Return the shared experts' gate if one product with the router's gate serves the same tokens, else None.
+    """Return the shared gate if one product with the router's gate serves the same tokens, else None.
 
     In exact mode the logits would depend on the product's shape, and so on the grid: None.
     """

@@ -1,4 +1,7 @@
-"""A layer captured as one CUDA graph: launching its kernels one by one costs more than the arithmetic of few tokens."""
+"""A layer captured as one CUDA graph.
+
+Launching its kernels one by one costs more than the arithmetic of few tokens.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,9 +18,9 @@ WARM_UP = 3
 class CapturedLayer:
     """The forward of ``runner`` for up to ``tokens`` tokens a rank, captured once and replayed; collective.
 
-    Fewer tokens are padded with zeros, which are routed and computed like others and cut off again. Every rank replays
-    in every step, a rank without tokens too. The ranks agree over MPI once, when the graph is captured: a rank that
-    fails later is found by the transport's deadlines, not by the handshake of a step.
+    Fewer tokens are padded with zeros, which are routed and computed like others and cut off again. Every
+    rank replays in every step, a rank without tokens too. The ranks agree over MPI once, when the graph is
+    captured: a rank that fails later is found by the transport's deadlines, not by the handshake of a step.
 
     Raises:
         ValueError: The layer cannot be captured; the message says why.
@@ -39,7 +42,8 @@ class CapturedLayer:
         count = hidden_states.shape[0]
         if count > self.tokens or hidden_states.shape[1:] != self._input.shape[1:]:
             raise ValueError(
-                f"hidden_states of shape {tuple(hidden_states.shape)}: recorded for at most {self.tokens} tokens of "
+                f"hidden_states of shape {tuple(hidden_states.shape)}: recorded for at most {self.tokens} "
+                "tokens of "
                 f"width {self._input.shape[1]}; record a larger graph"
             )
         self._input[:count].copy_(hidden_states)
@@ -59,7 +63,7 @@ def rehearse(forward: Callable[[], object], times: int, device: torch.device) ->
 
 
 def check_capturable(runner: MoERunner, tokens: int) -> None:
-    """Raise ValueError with the reason why ``runner`` cannot be captured, from facts that every rank shares."""
+    """Raise ValueError with the reason why ``runner`` cannot be captured; every rank finds the same."""
     dispatcher = runner.experts.dispatcher
     alone = dispatcher.group.size == 1
     if tokens < 1:
@@ -70,7 +74,8 @@ def check_capturable(runner: MoERunner, tokens: int) -> None:
         raise ValueError("exact mode waits for counts of the GPU, which a recorded graph cannot")
     if not alone and not dispatcher.capabilities.graph_capture:
         raise ValueError(
-            f"the dispatcher {dispatcher.name} waits for counts of the GPU; use dispatcher='allgather', which does not"
+            f"the dispatcher {dispatcher.name} waits for counts of the GPU; use dispatcher='allgather', "
+            "which does not"
         )
     transport = runner.grid.transport
     if not alone and transport is not None and transport.choice.name != "nccl":

@@ -1,4 +1,4 @@
-"""How evenly a layer's tokens spread over experts and ranks, counted over steps where a caller asks for it."""
+"""How evenly a layer's tokens spread over experts and ranks, counted where a caller asks for it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +44,9 @@ class ExpertLoad:
 
 
 class LoadCounter:
-    """Adds up this rank's part of the load; one of the :class:`~xpar.engine.layer.observers.Observers` of a forward.
+    """Adds up this rank's part of the load.
+
+    One of the :class:`~xpar.engine.layer.observers.Observers` of a forward.
 
     On a GPU the tokens of experts are counted there, and nobody waits for them before :meth:`read`.
 

@@ -1,4 +1,7 @@
-"""The routed experts that one rank holds: the dispatcher that brings tokens to them, and the kernel that computes them."""
+"""The routed experts that one rank holds.
+
+The dispatcher that brings tokens to them, and the kernel that computes them.
+"""
 
 from dataclasses import dataclass
 
@@ -22,7 +25,8 @@ class ExpertShard:
 
     Attributes:
         dispatcher: Moves tokens to the ranks of their experts, and outputs back.
-        experts: Global ids of the experts that this rank holds. Copies of shared experts come after them in the kernel.
+        experts: Global ids of the experts that this rank holds. Copies of shared experts come after them in
+            the kernel.
         rows: The part of every expert's width that this rank holds.
         kernel: Computes the experts; None on a rank without any.
         kernel_entry: The entry of the kernel registry that made ``kernel``; None without a kernel.
@@ -52,7 +56,8 @@ class ExpertShard:
         """Compute the experts of the rows that arrived.
 
         Returns:
-            ``[M, H]``, one row per arrived row, summed over its slots; in exact mode one row per slot, unsummed.
+            ``[M, H]``, one row per arrived row, summed over its slots; in exact mode one row per slot,
+            unsummed.
         """
         if self.kernel is None:
             return arrived.hidden_states.new_empty(0, self.hidden_size)

@@ -1,8 +1,11 @@
-"""Shared experts as slots of the routed product: every token has them, and one kernel computes all experts of a token.
+"""Shared experts as slots of the routed product.
 
-Every expert-parallel rank holds a copy of the n shared experts beside its own experts. A token uses the copy of the
-rank that it is on, so that it need not travel. Where ranks hold the same tokens, each rank's copy serves a part of them.
-Either way a token's shared slots are those of one rank: they count once, as the slots of any expert do.
+Every token has them, and one kernel computes all experts of a token.
+
+Every expert-parallel rank holds a copy of the n shared experts beside its own experts. A token uses the copy
+of the rank that it is on, so that it need not travel. Where ranks hold the same tokens, each rank's copy
+serves a part of them. Either way a token's shared slots are those of one rank: they count once, as the slots
+of any expert do.
 """
 
 from collections.abc import Iterator
@@ -25,7 +28,8 @@ class SharedSlots:
         first: Id of the first shared expert in the copy of expert-parallel rank 0.
         count: Number of shared experts in each copy.
         ep: Number of copies.
-        home: The expert-parallel rank whose copy serves all tokens of this rank; None where the copies take turns.
+        home: The expert-parallel rank whose copy serves all tokens of this rank; None where the copies take
+            turns.
         gate: As for :class:`~xpar.engine.layer.shared_experts.SharedExperts`, as is ``scale``.
         scale: See ``gate``.
         row_invariant: A token's bits do not depend on the other tokens of the batch.
@@ -45,7 +49,9 @@ class SharedSlots:
         self.gate, self.scale, self.row_invariant = gate, scale, row_invariant
 
     def append(self, routing: Routing, hidden_states: Tensor, shared_logits: Tensor | None = None) -> Routing:
-        """Append the shared slots to ``routing`` of ``hidden_states`` [T, H]: ``[T, k + n]``, with the placement's ids.
+        """Append the shared slots to ``routing`` of ``hidden_states`` [T, H].
+
+        ``[T, k + n]``, with the placement's ids.
 
         ``shared_logits`` [T, 1] are the shared gate's, where a product made them already.
         """
@@ -73,11 +79,12 @@ def count_shared_slots(config: LayerConfig) -> int:
     shared, width = config.shared, config.intermediate_size
     if shared is None:
         raise ValueError("fuse_shared_experts: the layer has no shared experts; leave it out")
+    width_of_shared = shared.intermediate_size
+    multiple = f"they are {width_of_shared} wide, no multiple of the routed experts' {width}"
     wrong = {
-        f"they are {shared.intermediate_size} wide, no multiple of the routed experts' {width}": shared.intermediate_size
-        % width,
+        multiple: width_of_shared % width,
         f"the routed experts work on a latent size of {config.latent_size}": config.latent_size is not None,
-        "the router's weight multiplies the tokens that the routed experts get": config.router.weight_on_input,
+        "the router's weight multiplies the tokens of routed experts": config.router.weight_on_input,
         "the routed experts have biases": config.bias,
     }
     for why, holds in wrong.items():
@@ -90,13 +97,17 @@ def check_fusable(dispatcher: Dispatcher, etp: int) -> None:
     """Raise ValueError where tokens would have to travel to the ``etp`` ranks that slice a shared expert."""
     if etp > 1 and dispatcher.name != "replicated" and dispatcher.group.size > 1:
         raise ValueError(
-            f"fuse_shared_experts with etp={etp} and the dispatcher {dispatcher.name}: every token would travel to "
+            f"fuse_shared_experts with etp={etp} and the dispatcher {dispatcher.name}: every token would "
+            "travel to "
             f"the {etp} ranks that slice the shared experts; use etp=1, or leave it out"
         )
 
 
 def home_rank(dispatcher: Dispatcher) -> int | None:
-    """Return the expert-parallel rank whose copy serves this rank's tokens; None where copies serve them in turn."""
+    """Return the expert-parallel rank whose copy serves this rank's tokens.
+
+    None where copies serve them in turn.
+    """
     if dispatcher.name == "replicated" and dispatcher.placement.ep > 1:
         return None
     return dispatcher.group.rank // dispatcher.placement.etp

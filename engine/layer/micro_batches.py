@@ -11,8 +11,8 @@ from xpar.engine.layer.runner import MoERunner, Step
 class MicroBatches(nn.Module):
     """A layer that runs each step in ``count`` parts of its tokens.
 
-    Every rank calls it together and gives the same ``count``. Part i + 1 is routed and on its way before part i is
-    computed. Ranks may have any number of tokens, and parts may be empty.
+    Every rank calls it together and gives the same ``count``. Part i + 1 is routed and on its way before part
+    i is computed. Ranks may have any number of tokens, and parts may be empty.
     """
 
     def __init__(self, runner: MoERunner, count: int) -> None:

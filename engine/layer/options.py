@@ -17,8 +17,9 @@ class ExpertOptions:
     Attributes:
         dispatcher: Name of a dispatcher of :mod:`xpar.comm.dispatch`, or ``auto``.
         kernel: Name of an expert kernel of :mod:`xpar.kernels.registry`, or ``auto``.
-        exact: Slot outputs travel unsummed and are added in slot order where their token lives, by kernels whose
-            rows do not depend on each other. The bits of the result then do not depend on the number of ranks.
+        exact: Slot outputs travel unsummed and are added in slot order where their token lives, by kernels
+            whose rows do not depend on each other. The bits of the result then do not depend on the number of
+            ranks.
     """
 
     dispatcher: str = "auto"
@@ -31,12 +32,14 @@ class LayerOptions(ExpertOptions):
     """How a whole layer is computed.
 
     Attributes:
-        sequence_parallel: The ranks of a tensor-parallel group give different tokens, and get the outputs of their own.
+        sequence_parallel: The ranks of a tensor-parallel group give different tokens, and get the outputs of
+            their own.
         shared_order: The moment at which the shared experts compute.
         tiles: A file of tile shapes that ``xpar tune`` wrote, for kernels on GPUs.
         fuse_shared_experts: Compute the shared experts as slots of the routed product.
-        depth: ``steps`` runs the steps of the layer one by one; ``one-call`` runs route, compute and combine in one
-            call of the kernel; ``auto`` does that for the numbers of tokens at which it was measured to be faster.
+        depth: ``steps`` runs the steps of the layer one by one; ``one-call`` runs route, compute and combine
+            in one call of the kernel; ``auto`` does that for the numbers of tokens at which it was measured
+            to be faster.
     """
 
     sequence_parallel: bool = False

@@ -13,7 +13,7 @@ from xpar.kernels.contracts import Routing
 
 
 class LayerOutput(NamedTuple):
-    """What a layer's ranks hold after combine, before it is summed over ranks and over routed and shared experts.
+    """A layer's output after combine, before it is summed over ranks, routed and shared experts.
 
     Attributes:
         routed: Output of the routed experts, ``[T, H]``, or as wide as ``transform`` takes it.
@@ -37,11 +37,17 @@ class LayerOutput(NamedTuple):
             return sum_outputs(self.routed, self.shared, transform=self.transform).tensor
 
     def deferred(self) -> Distributed:
-        """Add up what this rank holds, ``[T, H]``, and leave out the last collective; the state says which it is."""
+        """Add up what this rank holds, ``[T, H]``, and leave out the last collective.
+
+        The state says which it is.
+        """
         return sum_outputs(self.routed, self.shared, transform=self.transform, deferred=True)
 
     def separately(self) -> tuple[Tensor, Tensor | None]:
-        """Return the final outputs of routed and of shared experts, ``[T, H]`` each: the addends of :meth:`sum`."""
+        """Return the final outputs of routed and of shared experts, ``[T, H]`` each.
+
+        The addends of :meth:`sum`.
+        """
         routed = sum_outputs(self.routed, transform=self.transform).tensor
         return routed, None if self.shared is None else sum_outputs(self.shared).tensor
 
@@ -51,8 +57,8 @@ def add_identity_and_bias(
 ) -> Distributed:
     """Add the identity experts' output and the output bias to the routed output.
 
-    The sum is float32, rounded once. Where the ranks of a group hold addends, the first rank adds these: they count
-    once.
+    The sum is float32, rounded once. Where the ranks of a group hold addends, the first rank adds these: they
+    count once.
 
     Args:
         routed: Output of the routed experts, ``[T, H]``.

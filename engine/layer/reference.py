@@ -1,7 +1,9 @@
-"""A whole layer without any parallelism: the definition that every other way of computing it is checked against.
+"""A whole layer without any parallelism.
 
-Routing is decided as the engine decides it, in the dtypes of the model; all else is float32. Experts are read one at
-a time, and only those that some token chose, so that a layer of any size can be verified.
+The definition that every other way of computing it is checked against.
+
+Routing is decided as the engine decides it, in the dtypes of the model; all else is float32. Experts are read
+one at a time, and only those that some token chose, so that a layer of any size can be verified.
 """
 
 from collections.abc import Iterable

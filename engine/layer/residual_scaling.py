@@ -1,8 +1,11 @@
-"""float16 models whose experts' sum exceeds 65504: the layer's output stays a factor smaller, and so does the residual.
+"""float16 models whose experts' sum exceeds 65504.
 
-The routed scaling factor f is left out of the router's weights and the shared experts are divided by it, so that the
-layer returns its output over f. A decoder that adds everything else to its residual over f as well keeps one common
-factor, and a norm takes it out again: RMSNorm(x / f) = RMSNorm(x), but for its epsilon, which f**-2 scales.
+The layer's output stays a factor smaller, and so does the residual.
+
+The routed scaling factor f is left out of the router's weights and the shared experts are divided by it, so
+that the layer returns its output over f. A decoder that adds everything else to its residual over f as well
+keeps one common factor, and a norm takes it out again: RMSNorm(x / f) = RMSNorm(x), but for its epsilon,
+which f**-2 scales.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +23,10 @@ class ResidualScale:
     factor: float
 
     def residual(self, hidden_states: Tensor) -> Tensor:
-        """What enters the first layer, and what any block but an expert layer adds: [T, H] over the factor."""
+        """What enters the first layer, and what any block but an expert layer adds.
+
+        [T, H] over the factor.
+        """
         return (hidden_states.float() / self.factor).to(hidden_states.dtype)
 
     def epsilon(self, eps: float) -> float:
@@ -29,10 +35,12 @@ class ResidualScale:
 
 
 def scale_layer_output(config: LayerConfig) -> tuple[LayerConfig, ResidualScale]:
-    """The layer's half: a layer that returns its output over the routed scaling factor, and what the decoder owes.
+    """The layer's half.
 
-    Both halves or neither: a decoder that ignores the scale adds a wrong sum. Raises ValueError for a layer in which
-    the factor is not one of the output: with weights on the input or an output bias.
+    A layer that returns its output over the routed scaling factor, and what the decoder owes.
+
+    Both halves or neither: a decoder that ignores the scale adds a wrong sum. Raises ValueError for a layer
+    in which the factor is not one of the output: with weights on the input or an output bias.
     """
     factor = config.router.routed_scaling_factor
     if config.router.weight_on_input or config.output_bias:

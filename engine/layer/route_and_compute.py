@@ -1,8 +1,8 @@
 """A layer whose kernel runs route, compute and combine as one call, where one rank holds every expert.
 
-Nothing travels there, so between those three steps there is nothing to do. :class:`FusedRunner` is a second executor
-with the interface of :class:`~xpar.engine.layer.runner.MoERunner`. It is chosen once, when the layer is built, and its
-result is that of the steps one by one.
+Nothing travels there, so between those three steps there is nothing to do. :class:`FusedRunner` is a second
+executor with the interface of :class:`~xpar.engine.layer.runner.MoERunner`. It is chosen once, when the layer
+is built, and its result is that of the steps one by one.
 """
 
 from functools import cached_property
@@ -25,7 +25,7 @@ from xpar.kernels.registry import KernelEntry
 
 
 class FusedRunner(MoERunner):
-    """A layer that computes a step in one call of its kernel, up to a number of tokens, and other steps one by one.
+    """A layer whose steps of few tokens are one call of its kernel; larger steps go one by one.
 
     The arguments are those of :class:`~xpar.engine.layer.runner.MoERunner`.
     """
@@ -64,7 +64,10 @@ class FusedRunner(MoERunner):
         return step.output if isinstance(step, FinishedStep) else super().finish(step)
 
     def _fits(self, tokens: int, router: RoutingRule | None) -> bool:
-        """Tell whether a step is one call: it has tokens, not too many, and the layer's own router routes them."""
+        """Tell whether a step is one call.
+
+        It has tokens, not too many, and the layer's own router routes them.
+        """
         few = self.max_tokens is None or tokens <= self.max_tokens
         return router is None and tokens > 0 and few
 

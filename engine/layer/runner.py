@@ -34,8 +34,10 @@ class RoutedTokens(NamedTuple):
         hidden_states: The tokens, ``[T, H]``.
         rows: What the experts read: the tokens, projected or weighted where the layer asks for it.
         routing: Where the tokens go; the exception instead, if routing failed on this rank.
-        weighted: The routing of ``rows``: with fused shared experts' slots, without weights that ``rows`` have already.
-        shared_logits: Logits ``[T, 1]`` of the shared experts' gate, where one product made them with the router's.
+        weighted: The routing of ``rows``: with fused shared experts' slots, without weights that ``rows``
+            have already.
+        shared_logits: Logits ``[T, 1]`` of the shared experts' gate, where one product made them with the
+            router's.
     """
 
     hidden_states: Tensor
@@ -82,7 +84,8 @@ class MoERunner(nn.Module):
     Args:
         config: The layer.
         grid: The process grid.
-        router: Chooses the experts of each token. A call may bring another router, and must where this is None.
+        router: Chooses the experts of each token. A call may bring another router, and must where this is
+            None.
         experts: This rank's part of the routed experts, loaded.
         dtype: The dtype of hidden states and output.
         shared: Shared experts that compute beside the routed ones, or None.
@@ -131,10 +134,14 @@ class MoERunner(nn.Module):
         return self.experts.kernel
 
     def make_load_counter(self) -> LoadCounter:
-        """Make a counter of this layer's load: ``Observers(load=counter)`` hands it to the calls that count."""
+        """Make a counter of this layer's load.
+
+        ``Observers(load=counter)`` hands it to the calls that count.
+        """
         return LoadCounter(self.dispatcher.placement, self.tokens.job_group)
 
-    # -- the pipeline ----------------------------------------------------------------------------------------------
+    # -- the pipeline
+    # ----------------------------------------------------------------------------------------------
 
     def start(
         self,
@@ -147,7 +154,8 @@ class MoERunner(nn.Module):
     ) -> Step:
         """Route, plan, and send rows on their way; collective. The step must be given to :meth:`finish`.
 
-        The arguments are those of :meth:`forward`. What is wrong with them on one rank is raised on every rank.
+        The arguments are those of :meth:`forward`. What is wrong with them on one rank is raised on every
+        rank.
         """
         observers = self._unobserved if observers is None else observers
         self._step += 1
@@ -201,12 +209,16 @@ class MoERunner(nn.Module):
         router: RoutingRule | None = None,
         observers: Observers | None = None,
     ) -> LayerOutput:
-        """Run :meth:`start` and :meth:`finish`: the forward without its last sum, with routing and traffic."""
+        """Run :meth:`start` and :meth:`finish`.
+
+        The forward without its last sum, with routing and traffic.
+        """
         return self.finish(
             self.start(hidden_states, router_logits, input_ids, router=router, observers=observers)
         )
 
-    # -- ways to call it: alike up to the sum ------------------------------------------------------------------------
+    # -- ways to call it: alike up to the sum
+    # ------------------------------------------------------------------------
 
     def forward(
         self,
@@ -220,7 +232,8 @@ class MoERunner(nn.Module):
         """Compute the layer; collective. Under torch.compile it is one opaque operator of the graph.
 
         Args:
-            hidden_states: This rank's tokens, ``[T, H]`` in the layer's dtype; T may differ between ranks and be 0.
+            hidden_states: This rank's tokens, ``[T, H]`` in the layer's dtype; T may differ between ranks and
+                be 0.
             router_logits: ``[T, E]``, where the caller has them already.
             input_ids: ``[T]`` token ids, for layers that route by token id.
             router: Routes this call in place of the layer's own router.
@@ -243,11 +256,13 @@ class MoERunner(nn.Module):
         """Return the forward's two addends, ``[T, H]`` each: routed experts, and shared experts or None.
 
         Raises:
-            ValueError: The shared experts are fused with the routed ones, so that one product makes their sum.
+            ValueError: The shared experts are fused with the routed ones, so that one product makes their
+                sum.
         """
         if self.fused is not None:
             raise ValueError(
-                "forward_separately with fused shared experts: one product makes their sum; load the layer without "
+                "forward_separately with fused shared experts: one product makes their sum; load the layer "
+                "without "
                 "fuse_shared_experts"
             )
         if torch.compiler.is_compiling() and self.shared is None:
@@ -277,11 +292,15 @@ class MoERunner(nn.Module):
         router: RoutingRule | None = None,
         observers: Observers | None = None,
     ) -> tuple[Tensor, Routing]:
-        """Run the forward, and gather where all T tokens went: logical expert ids and weights, for a replay."""
+        """Run the forward, and gather where all T tokens went.
+
+        Logical expert ids and weights, for a replay.
+        """
         output = self.run(hidden_states, router_logits, input_ids, router=router, observers=observers)
         return output.sum(), self.tokens.gather_routing(output.routing, hidden_states.shape[0])
 
-    # -- what the steps are made of ----------------------------------------------------------------------------------
+    # -- what the steps are made of
+    # ----------------------------------------------------------------------------------
 
     def _route(
         self,
@@ -290,7 +309,10 @@ class MoERunner(nn.Module):
         input_ids: Tensor | None,
         router: RoutingRule | None,
     ) -> RoutedTokens:
-        """Route this rank's slice of the tokens. A failure is a value: plan raises it on all ranks together."""
+        """Route this rank's slice of the tokens. A failure is a value.
+
+        Plan raises it on all ranks together.
+        """
         local = self.tokens.local_slice(hidden_states.shape[0])
         x = hidden_states[local]
         try:
@@ -325,7 +347,10 @@ class MoERunner(nn.Module):
     def _begin_shared(
         self, hidden_states: Tensor, routed: RoutedTokens, observers: Observers
     ) -> RunningSharedExperts:
-        """Schedule the shared experts; they compute nothing where there are none, or where plan will raise."""
+        """Schedule the shared experts.
+
+        They compute nothing where there are none, or where plan will raise.
+        """
 
         def compute() -> Distributed | None:
             if self.shared is None or isinstance(routed.routing, Exception):
@@ -344,9 +369,11 @@ class MoERunner(nn.Module):
     def _check(self, hidden_states: Tensor) -> None:
         if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.hidden_size:
             raise ValueError(
-                f"hidden_states of shape {tuple(hidden_states.shape)}: expected [tokens, {self.config.hidden_size}]"
+                f"hidden_states of shape {tuple(hidden_states.shape)}: expected [tokens, "
+                f"{self.config.hidden_size}]"
             )
         if hidden_states.dtype != self.dtype:
             raise ValueError(
-                f"hidden_states are {hidden_states.dtype}, the layer computes in {self.dtype}; cast them first"
+                f"hidden_states are {hidden_states.dtype}, the layer computes in {self.dtype}; cast them "
+                "first"
             )

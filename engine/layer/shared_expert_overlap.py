@@ -1,4 +1,7 @@
-"""The moment at which shared experts compute: they read the rank's own tokens, so they can fill the time of transfers."""
+"""The moment at which shared experts compute.
+
+They read the rank's own tokens, so they can fill the time of transfers.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +14,10 @@ from xpar.comm.communicator import Pending
 from xpar.comm.reduction import Distributed
 
 SIDE_STREAM_TOKENS = 1024
-"""Tokens; up to here a CUDA stream of their own was the best order on an H200 (``xpar bench overlap``, 2026-11-28)."""
+"""Tokens.
+
+Up to here a CUDA stream of their own was the best order on an H200 (``xpar bench overlap``, 2026-11-28).
+"""
 
 SharedExpertsCall = Callable[[], Distributed | None]
 
@@ -19,9 +25,10 @@ SharedExpertsCall = Callable[[], Distributed | None]
 class SharedOrder(Enum):
     """A moment of the step at which the shared experts compute.
 
-    ``NONE`` is after everything else, for debugging. ``BEFORE`` is after routing, before the ranks agree on the plan.
-    ``DURING_DISPATCH`` and ``DURING_COMBINE`` are between the start of that step and the wait for it. ``SIDE_STREAM`` is
-    from routing to the final sum, on a CUDA stream of their own. ``AUTO`` is what suits the device and the tokens.
+    ``NONE`` is after everything else, for debugging. ``BEFORE`` is after routing, before the ranks agree on
+    the plan. ``DURING_DISPATCH`` and ``DURING_COMBINE`` are between the start of that step and the wait for
+    it. ``SIDE_STREAM`` is from routing to the final sum, on a CUDA stream of their own. ``AUTO`` is what
+    suits the device and the tokens.
     """
 
     AUTO = "auto"
@@ -34,7 +41,10 @@ class SharedOrder(Enum):
 
 @dataclass(frozen=True)
 class RunningSharedExperts:
-    """The shared experts' part of one step: ``output`` is computed at ``moment``, or when somebody waits for it."""
+    """The shared experts' part of one step.
+
+    ``output`` is computed at ``moment``, or when somebody waits for it.
+    """
 
     output: Pending[Distributed | None]
     moment: SharedOrder
@@ -46,12 +56,16 @@ class RunningSharedExperts:
 
 
 class Overlap:
-    """Schedules the shared experts of a layer at the moment that ``order`` names; every order gives the same values."""
+    """Schedules the shared experts of a layer at the moment that ``order`` names.
+
+    Every order gives the same values.
+    """
 
     def __init__(self, order: SharedOrder, device: torch.device) -> None:
         if order is SharedOrder.SIDE_STREAM and device.type != "cuda":
             raise ValueError(
-                f"shared_order={order.value!r} on {device}: only GPUs have streams; choose auto or during_dispatch"
+                f"shared_order={order.value!r} on {device}: only GPUs have streams; choose auto or "
+                "during_dispatch"
             )
         self.order, self.device = order, device
         self._stream: torch.cuda.Stream | None = None
@@ -64,7 +78,10 @@ class Overlap:
         return SharedOrder.SIDE_STREAM if few_on_gpu else SharedOrder.DURING_DISPATCH
 
     def begin(self, work: SharedExpertsCall, hidden_states: Tensor) -> RunningSharedExperts:
-        """Schedule ``work``, which reads ``hidden_states`` [T, H]; the caller waits for the output of the result."""
+        """Schedule ``work``, which reads ``hidden_states`` [T, H].
+
+        The caller waits for the output of the result.
+        """
         order = self.order_of(hidden_states.shape[0])
         if order is SharedOrder.SIDE_STREAM:
             return RunningSharedExperts(self._on_side_stream(work, hidden_states), order)
@@ -74,7 +91,10 @@ class Overlap:
         return RunningSharedExperts(output, order)
 
     def _on_side_stream(self, work: SharedExpertsCall, hidden_states: Tensor) -> Pending[Distributed | None]:
-        """Run ``work`` on the side stream; fork and join become edges of a CUDA graph that is being captured."""
+        """Run ``work`` on the side stream.
+
+        Fork and join become edges of a CUDA graph that is being captured.
+        """
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side, main = self._stream, torch.cuda.current_stream(self.device)

@@ -23,7 +23,10 @@ class SharedExperts:
         self.kernel, self.state, self.gate, self.scale = kernel, state, gate, scale
 
     def __call__(self, hidden_states: Tensor, shared_logits: Tensor | None = None) -> Distributed:
-        """Compute ``[T, H]`` for ``[T, H]``; ``shared_logits`` [T, 1] are the gate's, where a product made them already."""
+        """Compute ``[T, H]`` for ``[T, H]``.
+
+        ``shared_logits`` [T, 1] are the gate's, where a product made them already.
+        """
         tokens, invariant = hidden_states.shape[0], self.kernel.spec.row_invariant
         ids = torch.zeros(tokens, 1, dtype=torch.int32, device=hidden_states.device)
         weights = shared_weights(hidden_states, self.gate, self.scale, invariant, shared_logits)

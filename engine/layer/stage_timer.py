@@ -29,14 +29,20 @@ NO_STAGE_TIMER = NoStageTimer()
 
 
 class NvtxTimer(NoStageTimer):
-    """Marks each stage as an NVTX range, which NVIDIA's profilers show beside the kernels; costs microseconds a layer."""
+    """Marks each stage as an NVTX range, which NVIDIA's profilers show beside the kernels.
+
+    Costs microseconds a layer.
+    """
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         return nvtx_range(name)
 
 
 class nvtx_range:
-    """A context that marks the stage ``name`` as an NVTX range; as a generator it would cost more than the marks."""
+    """A context that marks the stage ``name`` as an NVTX range.
+
+    As a generator it would cost more than the marks.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -54,7 +60,7 @@ def default_stage_timer(device: torch.device) -> StageTimer:
 
 
 class MeasuringTimer:
-    """Measures each stage of one forward, by the host's clock or, on a GPU, by events on torch's current stream.
+    """Measures each stage of one forward: by the host's clock, on a GPU by events on the current stream.
 
     It counts slots too, as a :class:`~xpar.engine.layer.observers.SlotObserver`.
 

@@ -30,14 +30,20 @@ class TokenSplit(Protocol):
         """Return which of ``tokens`` given tokens this rank routes and dispatches."""
 
     def as_sharded(self, routed: Distributed, tokens: int) -> Distributed:
-        """Name the state that the combined output of the local slice has among the ranks with the same tokens."""
+        """Name the state of the local slice's output among the ranks that hold the same tokens."""
 
     def gather_routing(self, local: Routing, tokens: int) -> Routing:
-        """All-gather the routing of the local slices into the routing of all ``tokens`` tokens; collective."""
+        """All-gather the routing of the local slices into the routing of all ``tokens`` tokens.
+
+        Collective.
+        """
 
 
 class KeepAllTokens:
-    """Every rank dispatches all its tokens: no other rank has them, or the dispatcher wants copies on its ranks."""
+    """Every rank dispatches all its tokens.
+
+    No other rank has them, or the dispatcher wants copies on its ranks.
+    """
 
     def __init__(self, job_group: Communicator) -> None:
         self.job_group = job_group
@@ -81,7 +87,10 @@ class SplitOverTensorParallel:
 
 
 def choose_token_split(grid: ProcessGrid, dispatcher: Dispatcher, sequence_parallel: bool) -> TokenSplit:
-    """Choose the split; with ``sequence_parallel`` the ranks of a tensor-parallel group hold different tokens."""
+    """Choose the split.
+
+    With ``sequence_parallel`` the ranks of a tensor-parallel group hold different tokens.
+    """
     if sequence_parallel or grid.tp.size == 1:
         return KeepAllTokens(grid.world.comm)
     if dispatcher.name == "replicated":

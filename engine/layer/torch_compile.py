@@ -1,8 +1,9 @@
 """The layer as opaque operators of torch, so that a model that contains the layer compiles as one graph.
 
-The compiler sees ``xpar::moe_forward`` and the tensor it returns, never the routing, the messages or the kernels
-inside. A layer reaches its operator as an opaque object, which is an input of the graph: no table of layers is needed,
-graphs keep no layer alive, and the blocks of a model, alike but for their layers, share one compiled graph.
+The compiler sees ``xpar::moe_forward`` and the tensor it returns, never the routing, the messages or the
+kernels inside. A layer reaches its operator as an opaque object, which is an input of the graph: no table of
+layers is needed, graphs keep no layer alive, and the blocks of a model, alike but for their layers, share one
+compiled graph.
 """
 
 from typing import Any, Protocol
@@ -33,7 +34,10 @@ class RunnerHandle(OpaqueBase):
         self.layer = layer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RunnerHandle":
-        """Return the handle itself: torch 2.11 copies its inputs, and a copy would need weights and MPI groups."""
+        """Return the handle itself.
+
+        Torch 2.11 copies its inputs, and a copy would need weights and MPI groups.
+        """
         return self
 
 
@@ -72,6 +76,7 @@ def _(
     return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(hidden_states.shape)
 
 
-# Other ranks wait inside: the compiler may neither drop a call whose result nobody reads nor swap two of them.
+# Other ranks wait inside: the compiler may neither drop a call whose result nobody reads nor swap two of
+# them.
 moe_forward.register_effect(EffectType.ORDERED)
 moe_forward_separately.register_effect(EffectType.ORDERED)

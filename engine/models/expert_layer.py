@@ -1,8 +1,9 @@
 """The experts of one layer of a model that routes by itself.
 
-transformers lets a package provide the experts of its mixture-of-experts blocks: a function registered by name gets
-the block's experts module, the tokens, and the routing (https://huggingface.co/docs/transformers/experts_interface).
-That registry is transformers' and global; this module keeps nothing: the function finds everything on the module.
+transformers lets a package provide the experts of its mixture-of-experts blocks: a function registered by
+name gets the block's experts module, the tokens, and the routing
+(https://huggingface.co/docs/transformers/experts_interface). That registry is transformers' and global; this
+module keeps nothing: the function finds everything on the module.
 """
 
 from collections.abc import Callable
@@ -58,7 +59,8 @@ def experts_forward(
     layer = getattr(module, ATTRIBUTE, None)
     if layer is None:
         raise RuntimeError(
-            f"{type(module).__name__} has experts_implementation={IMPLEMENTATION!r} but was not spread over ranks; "
+            f"{type(module).__name__} has experts_implementation={IMPLEMENTATION!r} but was not spread over "
+            "ranks; "
             "call xpar.engine.register(grid), or parallelize(model, grid), before the first forward"
         )
     out: Tensor = layer(hidden_states, top_k_index, top_k_weights)

@@ -1,4 +1,4 @@
-"""From a router's configuration and tensors to the rule that routes."""
+"""Chooses the rule that routes as a router's configuration says."""
 
 from torch import Tensor
 
@@ -16,9 +16,16 @@ def choose_rule(
     expert_scale: Tensor | None = None,
     hash_table: Tensor | None = None,
 ) -> RoutingRule:
-    """The rule of ``config``. ``correction_bias`` and ``expert_scale`` [E], ``hash_table`` [vocab, k].
+    """Build the rule of ``config``.
 
-    Raises ``ValueError`` for a tensor that the configuration wants and did not get, or got and does not want.
+    Args:
+        config: The router.
+        correction_bias: ``[E]``, or None.
+        expert_scale: ``[E]``, or None.
+        hash_table: ``[vocabulary, k]``, or None.
+
+    Raises:
+        ValueError: The configuration needs a tensor that is missing, or has no use for one that is given.
     """
     wanted = {
         "correction_bias": (config.correction_bias, correction_bias),

@@ -1,20 +1,27 @@
-"""The product behind every router: hidden states times the gate weight."""
+"""The product behind every router: hidden states times the gate's weight."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Rows of one product in row-invariant mode: BLAS picks its blocking, and with it the order of the sum over H, by
-# shape, so that every product must have the same one. Seen with fp32: 9 rows give other bits than 8 or 12.
+# Rows of one product in row-invariant mode: BLAS picks its blocking, and with it the order of the sum over H,
+# by shape, so that every product must have the same one. Seen with fp32: 9 rows give other bits than 8 or 12.
 BLOCK_ROWS = 32
 
 
 def gate_logits(
     hidden_states: Tensor, gate: Tensor, row_invariant: bool = False, bias: Tensor | None = None
 ) -> Tensor:
-    """``hidden_states @ gate.T + bias``: [T, H] x [E, H] + [E] -> [T, E], all of one dtype.
+    """Compute ``hidden_states @ gate.T + bias``, all of one dtype.
 
-    ``row_invariant``: computed in products of equal shape, so that a row's bits depend on that row alone.
+    Args:
+        hidden_states: ``[T, H]``.
+        gate: ``[E, H]``.
+        row_invariant: Compute products of equal shape, so that the bits of a row depend on that row alone.
+        bias: ``[E]``, or None.
+
+    Returns:
+        ``[T, E]``.
     """
     if not row_invariant or hidden_states.shape[0] == 0:
         return functional.linear(hidden_states, gate, bias)
@@ -25,16 +32,13 @@ def gate_logits(
 
 
 def rms_norm(x: Tensor, epsilon: float) -> Tensor:
-    """``x`` [T, H] over the root of each row's mean square plus ``epsilon``, float32 (RMSNorm, arXiv:1910.07467)."""
+    """Divide each row of ``x`` [T, H] by its root mean square, in float32 (arXiv:1910.07467)."""
     wide = x.float()
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
 
 
 class FusedGate:
-    """The router's gate and the shared experts' sigmoid gate as one weight, so that one product serves both.
-
-    ``gate`` [E, H], ``shared_gate`` [S, H], of one dtype.
-    """
+    """The router's gate [E, H] and the shared experts' gate [S, H] as one weight for one product."""
 
     def __init__(self, gate: Tensor, shared_gate: Tensor) -> None:
         if gate.shape[1] != shared_gate.shape[1] or gate.dtype != shared_gate.dtype:
@@ -46,6 +50,6 @@ class FusedGate:
         self.experts = gate.shape[0]
 
     def logits(self, hidden_states: Tensor, row_invariant: bool = False) -> tuple[Tensor, Tensor]:
-        """(router logits [T, E], shared logits [T, S]) of ``hidden_states`` [T, H]."""
+        """Compute router logits ``[T, E]`` and shared logits ``[T, S]`` of ``hidden_states`` [T, H]."""
         logits = gate_logits(hidden_states, self.weight, row_invariant)
         return logits[:, : self.experts], logits[:, self.experts :]

@@ -1,4 +1,7 @@
-"""Routing that the caller has chosen already, in the place of a router: transformers' experts interface works so."""
+"""Routing that the caller has chosen already, in the place of a router.
+
+Transformers' experts interface works so.
+"""
 
 import math
 
@@ -33,8 +36,8 @@ class GivenRouting:
         """Return the given routing of ``hidden_states`` [T, H].
 
         Raises:
-            ValueError: Shapes, ids or weights are wrong. On a GPU ids and weights are checked without waiting for
-                them: wrong numbers end the process when it next waits for the GPU.
+            ValueError: Shapes, ids or weights are wrong. On a GPU ids and weights are checked without waiting
+                for them: wrong numbers end the process when it next waits for the GPU.
         """
         if hidden_states is not None:
             self._check_shapes(hidden_states.shape[0])
@@ -55,7 +58,8 @@ class GivenRouting:
         ids = self.topk_ids
         if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.num_experts:
             raise ValueError(
-                f"expert ids {int(ids.min())} to {int(ids.max())}: must be 0 to {self.num_experts - 1}, or -1 for none"
+                f"expert ids {int(ids.min())} to {int(ids.max())}: must be 0 to {self.num_experts - 1}, or "
+                "-1 for none"
             )
         if not math.isfinite(float(self.topk_weights.float().sum())):
             raise ValueError(NOT_FINITE)

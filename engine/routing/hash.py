@@ -1,4 +1,7 @@
-"""Routing by token id: a table of the checkpoint names the experts, the logits only weigh them (DeepSeek-V4)."""
+"""Routing by token id.
+
+A table of the checkpoint chooses the experts, the logits only weigh them (DeepSeek-V4).
+"""
 
 import torch
 from torch import Tensor
@@ -10,7 +13,7 @@ from xpar.kernels.contracts import Routing
 
 
 class HashRule:
-    """``table``: [vocab, k] integer expert ids, one row a token id."""
+    """Routes by a ``table`` [vocabulary, k] of integer expert ids, one row for each token id."""
 
     def __init__(self, config: RouterConfig, table: Tensor) -> None:
         if table.ndim != 2 or table.shape[1] != config.top_k or not table.shape[0]:
@@ -23,7 +26,7 @@ class HashRule:
     def route(
         self, hidden_states: Tensor | None, router_logits: Tensor | None, input_ids: Tensor | None = None
     ) -> Routing:
-        """Reads ``router_logits`` [T, E] and ``input_ids`` [T]."""
+        """Route by ``router_logits`` [T, E] and ``input_ids`` [T]."""
         logits = required(router_logits, "router_logits", NEEDS_LOGITS)
         ids = required(input_ids, "input_ids", "this layer chooses experts by token id")
         self._check(logits, ids)

@@ -1,4 +1,7 @@
-"""Zero experts (LongCat-Flash): ids past the last real expert return the token as it is, and nobody computes them."""
+"""Identity experts (LongCat-Flash): ids behind the last real expert return the token as it is.
+
+No rank computes them.
+"""
 
 from torch import Tensor
 
@@ -8,10 +11,11 @@ from xpar.kernels.contracts import Routing
 
 
 class IdentityExpertRule:
-    """``rule`` chooses among E real and ``zero_experts`` identity experts, whose ids follow the real ones.
+    """Lets ``rule`` choose among E real experts and ``zero_experts`` identity experts behind them.
 
-    A slot of an identity expert becomes -1: it is neither sent nor counted. What those slots are worth is the
-    routing's ``identity_weights``; :func:`identity_output` is what they add to the layer.
+    A slot of an identity expert becomes -1: it is neither sent nor counted. The sum of its weights is the
+    routing's ``identity_weights``, and :func:`identity_output` computes what these slots add to the layer's
+    output.
     """
 
     def __init__(self, rule: RoutingRule, zero_experts: int) -> None:
@@ -20,7 +24,7 @@ class IdentityExpertRule:
     def route(
         self, hidden_states: Tensor | None, router_logits: Tensor | None, input_ids: Tensor | None = None
     ) -> Routing:
-        """Reads what ``rule`` reads; ``router_logits`` are [T, E + Z]."""
+        """Route by what ``rule`` reads; ``router_logits`` are ``[T, E + Z]`` for Z identity experts."""
         logits = required(router_logits, "router_logits", NEEDS_LOGITS)
         routing = self.rule.route(hidden_states, logits, input_ids)
         zero = routing.topk_ids >= logits.shape[-1] - self.zero_experts
@@ -33,7 +37,10 @@ class IdentityExpertRule:
 
 
 def identity_output(hidden_states: Tensor, routing: Routing) -> Tensor | None:
-    """[T, H] float32: each token times the sum of its identity experts' weights; None where the layer has none."""
+    """Multiply each token by the sum of its identity experts' weights.
+
+    ``[T, H]`` float32, or None without any.
+    """
     if routing.identity_weights is None:
         return None
     return hidden_states.float() * routing.identity_weights[:, None]

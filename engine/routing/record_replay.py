@@ -1,8 +1,9 @@
-"""Recorded routing: the ids and weights of many steps and layers in one file, and a router that plays them back.
+"""Recorded routing: the ids and weights of many steps and layers in one file, and a rule that replays them.
 
-The file is safetensors. For each layer l: ``layer.l.topk_ids`` [N, k] int32 and ``layer.l.topk_weights`` [N, k]
-float32, the tokens of all steps end to end; ``layer.l.tokens`` [steps] int64, the tokens of each step; and where the
-layer has identity experts ``layer.l.identity_weights`` [N] float32. Metadata: ``format``, ``weight_on_input`` (layers).
+The file is safetensors. For each layer l it holds ``layer.l.topk_ids`` [N, k] int32 and
+``layer.l.topk_weights`` [N, k] float32, the tokens of all steps end to end, and ``layer.l.tokens`` [steps]
+int64, the number of tokens of each step. A layer with identity experts has ``layer.l.identity_weights`` [N]
+float32 too. The metadata are ``format`` and ``weight_on_input``, a list of layers.
 """
 
 import os
@@ -22,13 +23,13 @@ REQUIRED = ("topk_ids", "topk_weights", "tokens")
 
 
 class RoutingRecorder:
-    """Keeps the routing of every ``record`` call, on the host, until :meth:`save` writes them."""
+    """Keeps the routing of every call of :meth:`record` in host memory until :meth:`save` writes them."""
 
     def __init__(self) -> None:
         self._steps: dict[int, list[Routing]] = {}
 
     def record(self, layer: int, routing: Routing) -> None:
-        """Append one step of layer ``layer``; steps may have any number of tokens, none included."""
+        """Append one step of layer ``layer``; a step may have any number of tokens, 0 too."""
         steps = self._steps.setdefault(layer, [])
         k = routing.topk_ids.shape[1]
         if steps and (steps[0].topk_ids.shape[1] != k or _kind(steps[0]) != _kind(routing)):
@@ -45,7 +46,7 @@ class RoutingRecorder:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all that was recorded; ``path`` is replaced only by a complete file."""
+        """Write everything that was recorded; ``path`` is replaced only by a complete file."""
         tensors = {
             name: t for layer, steps in self._steps.items() for name, t in _tensors(layer, steps).items()
         }
@@ -58,7 +59,10 @@ class RoutingRecorder:
 
 
 class ReplayRule:
-    """Answers call n with step n of a recorded layer; after the last step it starts again if ``repeat``."""
+    """A rule that answers call n with step n of a recorded layer.
+
+    With ``repeat`` it starts again after the last.
+    """
 
     def __init__(self, path: str | os.PathLike[str], layer: int, *, repeat: bool = False) -> None:
         self.steps = read_routing(path, layer)
@@ -71,18 +75,24 @@ class ReplayRule:
         router_logits: Tensor | None = None,
         input_ids: Tensor | None = None,
     ) -> Routing:
-        """Reads the number of tokens, which must be that of the step. Raises ``ValueError`` past the last step."""
+        """Return the next recorded step.
+
+        Raises:
+            ValueError: The number of tokens is not that of the step, or the last step has been replayed.
+        """
         given = token_rows(hidden_states, router_logits, input_ids)
         if self._next == len(self.steps) and self.repeat:
             self._next = 0
         if self._next == len(self.steps):
             raise ValueError(
-                f"layer {self.layer}: all {len(self.steps)} recorded steps have been replayed; record more, or repeat"
+                f"layer {self.layer}: all {len(self.steps)} recorded steps have been replayed; record more, "
+                "or repeat"
             )
         routing = self.steps[self._next]
         if given.shape[0] != routing.topk_ids.shape[0]:
             raise ValueError(
-                f"layer {self.layer}, step {self._next}: recorded with {routing.topk_ids.shape[0]} tokens, called with "
+                f"layer {self.layer}, step {self._next}: recorded with {routing.topk_ids.shape[0]} tokens, "
+                "called with "
                 f"{given.shape[0]}"
             )
         self._next += 1
@@ -90,7 +100,10 @@ class ReplayRule:
 
 
 def read_routing(path: str | os.PathLike[str], layer: int) -> Sequence[Routing]:
-    """The recorded steps of layer ``layer``. Raises ``ValueError`` if ``path`` is no recording or lacks the layer."""
+    """Read the recorded steps of layer ``layer``.
+
+    Raise ValueError if ``path`` is no recording or lacks the layer.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

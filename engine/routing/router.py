@@ -1,6 +1,6 @@
-"""A layer's router: its gate makes logits, its rule (:mod:`xpar.engine.routing`) makes (topk_ids, topk_weights) of them.
+"""A layer's router: its gate makes logits of the tokens, its rule makes ids and weights of the logits.
 
-T tokens, H hidden size, E experts (zero experts included), k experts per token.
+E counts identity experts too.
 """
 
 from torch import Tensor
@@ -15,12 +15,17 @@ __all__ = ["FusedGateRouter", "Router", "gate_logits"]
 
 
 class Router:
-    """Routes tokens with one layer's gate; itself a :class:`~xpar.engine.routing.rule.RoutingRule`.
+    """Routes tokens with one layer's gate; it is a :class:`~xpar.engine.routing.rule.RoutingRule` itself.
 
-    ``gate``: [E, H] in the model's dtype, or None if callers always bring logits. ``correction_bias``, ``gate_bias``,
-    ``expert_scale`` [E] and ``hash_table`` [vocab, k]: each given exactly if ``config`` says so, ``gate_bias`` only with
-    ``gate``. ``row_invariant``: a token's ids and weights do not depend, bit for bit, on which other tokens are in
-    the batch. ``check_finite``: refuse NaN and infinite logits (this reads one number back from the logits' device).
+    Args:
+        config: The router. It says which of the tensors below must be given.
+        gate: ``[E, H]`` in the model's dtype, or None if callers always bring logits.
+        correction_bias: ``[E]``, which takes part in the choice but not in the weights.
+        gate_bias: ``[E]``, added to the logits; only with ``gate``.
+        expert_scale: ``[E]`` factors on the weights.
+        hash_table: ``[vocabulary, k]`` expert ids by token id.
+        row_invariant: A token's ids and weights do not depend, bit for bit, on the other tokens of the batch.
+        check_finite: Refuse NaN and infinite logits, which reads one number back from the logits' device.
     """
 
     def __init__(
@@ -37,7 +42,8 @@ class Router:
     ) -> None:
         if gate is not None and config.gate_bias != (gate_bias is not None):
             raise ValueError(
-                f"gate_bias is {'missing' if config.gate_bias else 'given'}, but the router's configuration says "
+                f"gate_bias is {'missing' if config.gate_bias else 'given'}, but the router's configuration "
+                "says "
                 f"gate_bias={config.gate_bias}"
             )
         self.config = config
@@ -51,7 +57,7 @@ class Router:
         )
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """[T, E] router logits of ``hidden_states`` [T, H], in float32 or the model's dtype as configured."""
+        """Compute logits ``[T, E]`` of ``hidden_states`` [T, H], in float32 or the model's dtype as configured."""
         if self.gate is None:
             raise ValueError("this router has no gate weight; pass router_logits")
         if hidden_states.shape[-1] != self.gate.shape[1]:
@@ -70,22 +76,28 @@ class Router:
     ) -> Routing:
         """Choose experts for ``hidden_states`` [T, H], or for ``router_logits`` [T, E] if those are given.
 
-        Slots come in the order of the choice: falling score (with the correction bias), equal scores by expert id.
-        ``input_ids`` [T]: for routing by token id alone. Raises ``ValueError`` naming the first token whose logits are
-        NaN or infinite.
+        Slots come in the order of the choice: falling score (with the correction bias), equal scores by
+        expert id. ``input_ids`` [T] are read by routing by token id alone.
+
+        Raises:
+            ValueError: The logits of a token are NaN or infinite; the message names the first such token.
         """
         logits = self.checked_logits(hidden_states, router_logits)
         return self.rule.route(hidden_states, logits, input_ids)
 
     def checked_logits(self, hidden_states: Tensor | None, router_logits: Tensor | None = None) -> Tensor:
-        """[T, E]: ``router_logits``, or the gate's; ``ValueError`` as for :meth:`route`."""
+        """Return ``router_logits`` [T, E], or the gate's logits where they are None.
+
+        Raise as :meth:`route` does.
+        """
         if router_logits is None:
             if hidden_states is None:
                 raise ValueError("route needs hidden_states or router_logits")
             router_logits = self.logits(hidden_states)
         elif self.gate is not None and router_logits.shape[-1] != self.gate.shape[0]:
             raise ValueError(
-                f"router_logits are {router_logits.shape[-1]} wide, the layer has {self.gate.shape[0]} experts"
+                f"router_logits are {router_logits.shape[-1]} wide, the layer has {self.gate.shape[0]} "
+                "experts"
             )
         if self.check_finite:
             require_finite(router_logits)
@@ -95,8 +107,8 @@ class Router:
 class FusedGateRouter(Router):
     """A router whose product makes the logits of the shared experts' gate as well.
 
-    ``gate`` [E, H] and ``shared_gate`` [S, H] in the dtype of the hidden states; the other arguments are those of
-    :class:`Router`.
+    ``gate`` [E, H] and ``shared_gate`` [S, H] have the dtype of the hidden states. The other arguments are
+    those of :class:`Router`.
     """
 
     def __init__(
@@ -123,5 +135,5 @@ class FusedGateRouter(Router):
         )
 
     def logits_of_both(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """(router logits [T, E], shared logits [T, S]) of ``hidden_states`` [T, H]."""
+        """Compute router logits ``[T, E]`` and shared logits ``[T, S]`` of ``hidden_states`` [T, H]."""
         return self.both.logits(hidden_states, self.row_invariant)

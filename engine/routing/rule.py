@@ -1,10 +1,10 @@
-"""What every router is, and the scores and weights that several of them share.
+"""The interface of every routing rule, and the scores and weights that several rules share.
 
-T tokens, H hidden size, E experts, k experts per token; all arithmetic is float32, and each row's result depends on
-that row alone, bit for bit.
+All arithmetic is float32, and the result of a row depends on that row alone, bit for bit.
 """
 
 import math
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -17,21 +17,31 @@ from xpar.kernels.position_invariant import position_invariant
 
 
 class RoutingRule(Protocol):
-    """Decides which experts each token goes to."""
+    """A rule that decides which experts each token goes to."""
 
     def route(
         self, hidden_states: Tensor | None, router_logits: Tensor | None, input_ids: Tensor | None = None
     ) -> Routing:
-        """Route T tokens.
+        """Route T tokens; a rule says which of the arguments it reads.
 
-        ``hidden_states`` [T, H], ``router_logits`` [T, E] of any float dtype, ``input_ids`` [T] integer token ids; a
-        rule says which of them it reads. Slots come in the order of the choice. Raises ``ValueError`` for what it needs
-        and does not get.
+        Args:
+            hidden_states: ``[T, H]``.
+            router_logits: ``[T, E]`` of any float dtype.
+            input_ids: ``[T]`` integer token ids.
+
+        Returns:
+            The routing, slots in the order of the choice.
+
+        Raises:
+            ValueError: An argument that the rule reads is missing or wrong.
         """
 
 
 def required(value: Tensor | None, name: str, why: str) -> Tensor:
-    """``value``, or ``ValueError`` saying which argument of ``route`` is missing and why it is needed."""
+    """Return ``value``.
+
+    Raise ValueError with the argument's ``name`` and ``why`` it is needed if it is None.
+    """
     if value is None:
         raise ValueError(f"route needs {name}: {why}")
     return value
@@ -40,7 +50,10 @@ def required(value: Tensor | None, name: str, why: str) -> Tensor:
 def token_rows(
     hidden_states: Tensor | None, router_logits: Tensor | None, input_ids: Tensor | None
 ) -> Tensor:
-    """The first that is given, for rules that only count the tokens; ``ValueError`` if none is."""
+    """Return the first argument that is given, for rules that only count tokens.
+
+    Raise ValueError if none is.
+    """
     given = next((x for x in (hidden_states, router_logits, input_ids) if x is not None), None)
     if given is None:
         raise ValueError("route needs hidden_states, router_logits or input_ids, to count the tokens")
@@ -48,9 +61,9 @@ def token_rows(
 
 
 def scores_of(router_logits: Tensor, scoring: Scoring) -> Tensor:
-    """[T, E] float32 scores of [T, E] logits.
+    """Compute float32 scores ``[T, E]`` of logits ``[T, E]``.
 
-    ``sqrtsoftplus``: sqrt(log(1 + exp(x))), with softplus(x) = x above 20 (DeepSeek-V4).
+    ``sqrtsoftplus`` is sqrt(log(1 + exp(x))), with softplus(x) = x above 20 (DeepSeek-V4).
     """
     if scoring == "softmax":
         return router_logits.softmax(dim=-1, dtype=torch.float32)
@@ -62,7 +75,17 @@ def scores_of(router_logits: Tensor, scoring: Scoring) -> Tensor:
 def finish_weights(
     topk_weights: Tensor, topk_ids: Tensor, config: RouterConfig, scale: Tensor | None
 ) -> Tensor:
-    """Renormalise, then multiply by each expert's ``scale`` [E] and by the scaling factor; changes its argument."""
+    """Renormalise weights in place, and multiply them by expert factors and the scaling factor.
+
+    Args:
+        topk_weights: ``[T, k]`` float32, changed in place.
+        topk_ids: ``[T, k]``.
+        config: The router.
+        scale: ``[E]`` factors, or None.
+
+    Returns:
+        ``topk_weights``.
+    """
     if config.renormalize:
         total = topk_weights.sum(dim=-1, keepdim=True)
         if config.scoring == "sigmoid":
@@ -76,14 +99,34 @@ def finish_weights(
 
 
 def require_finite(router_logits: Tensor) -> None:
-    """Raise ``ValueError`` naming the first token of [T, E] logits with a NaN or infinite one."""
-    # One sum is cheap and not finite whenever a term is not; an overflow of finite terms only costs the second look.
+    """Raise ValueError with the first token whose logits, a row of ``[T, E]``, hold a NaN or an infinity."""
+    # One sum is cheap and not finite whenever a term is not; an overflow of finite terms only costs the
+    # second look.
     if math.isfinite(float(router_logits.sum())):
         return
     bad = ~torch.isfinite(router_logits)
     if bool(bad.any()):
         token, expert = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
-            f"router logits of token {token} are not finite (expert {expert}: {float(router_logits[token, expert])}); "
+            f"router logits of token {token} are not finite (expert {expert}: "
+            f"{float(router_logits[token, expert])}); "
             "check the hidden states and the gate weight for NaN or overflow"
         )
+
+
+def weigh_input(hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+    """Multiply tokens by their router weight where the routing asks for it (Llama-4).
+
+    Args:
+        hidden_states: ``[T, H]``; not changed.
+        routing: The routing of these tokens.
+
+    Returns:
+        For ``weight_on_input`` the scaled tokens, float32 rounded once to their dtype, and the routing with
+        weights of one; otherwise both arguments as they are.
+    """
+    if not routing.weight_on_input:
+        return hidden_states, routing
+    scaled = (hidden_states.float() * routing.topk_weights).to(hidden_states.dtype)
+    ones = torch.ones_like(routing.topk_weights)
+    return scaled, replace(routing, topk_weights=ones, weight_on_input=False)

@@ -1,4 +1,7 @@
-"""Routing drawn at random, for load tests: what a layer costs under a balance of one's choice, not what it computes."""
+"""Routing drawn at random, for load tests.
+
+It shows what a layer costs under a given balance of its experts.
+"""
 
 import math
 from typing import Literal
@@ -14,12 +17,19 @@ LOAD_SHAPES: tuple[LoadShape, ...] = ("uniform", "normal", "zipf", "all-to-one")
 
 
 class SimulatedLoadRule:
-    """Each token gets ``top_k`` different experts, drawn with the probabilities of ``load``; random weights of sum one.
+    """A rule that draws ``top_k`` different experts for each token, and random weights of sum one.
 
-    ``load``: ``uniform``; ``normal``: that of ``floor(E sigmoid(N(0, 1)))``, most tokens in the middle; ``zipf``:
-    expert e in proportion to ``1 / (e + 1)^exponent``; ``all-to-one``: every token to experts 0 to k - 1, and with
-    k = 1 to one. Every call draws afresh; routers with the same ``seed``, called with the same numbers of tokens, draw
-    the same: give ranks that hold the same tokens one seed, and the others seeds of their own.
+    Every call draws afresh. Rules with the same ``seed`` that are called with the same numbers of tokens draw
+    the same: give ranks that hold the same tokens one seed, and other ranks other seeds.
+
+    Args:
+        load: The distribution of the experts. ``uniform``; ``normal``, that of ``floor(E sigmoid(N(0, 1)))``,
+            most tokens in the middle; ``zipf``, expert e in proportion to ``1 / (e + 1)^exponent``;
+            ``all-to-one``, every token to experts 0 to k - 1.
+        num_experts: Experts of the layer.
+        top_k: Experts of a token.
+        seed: Seed of the draws.
+        exponent: The exponent of ``zipf``.
     """
 
     def __init__(
@@ -39,7 +49,7 @@ class SimulatedLoadRule:
         router_logits: Tensor | None = None,
         input_ids: Tensor | None = None,
     ) -> Routing:
-        """Reads the number of tokens and their device, nothing else."""
+        """Draw a routing for the number of tokens that are given, on their device."""
         given = token_rows(hidden_states, router_logits, input_ids)
         tokens = given.shape[0]
         weights = torch.rand(tokens, self.top_k, generator=self._generator) + 0.1
@@ -56,7 +66,7 @@ class SimulatedLoadRule:
 
 
 def load_probabilities(load: LoadShape, num_experts: int, exponent: float = 1.0) -> Tensor:
-    """[E] float64: how likely a token's first draw is each expert."""
+    """Compute the probability of each expert in a token's first draw: ``[E]`` float64."""
     if load == "uniform":
         weights = torch.ones(num_experts, dtype=torch.float64)
     elif load == "zipf":

@@ -1,4 +1,7 @@
-"""PhiMoE's router: two rounds, each a softmax over the logits near that round's best (arXiv:2409.12136)."""
+"""The router of PhiMoE.
+
+Two rounds, each a softmax over the logits near the best of the round (arXiv:2409.12136).
+"""
 
 import math
 
@@ -13,10 +16,11 @@ from xpar.kernels.stable_topk import stable_topk
 
 
 class SparseMixerRule:
-    """Two experts a token; their weights come from two softmaxes and do not add up to one.
+    """A rule with two experts per token, whose weights come from two softmaxes and do not add up to one.
 
-    With s the logits and m a round's best, experts with ``(m - s) / max(|s|, m) > 2 jitter_eps`` are left out of that
-    round's softmax, whose value at m is the weight. The second round leaves out the first one's winner.
+    With s the logits and m a round's best, experts with ``(m - s) / max(|s|, m) > 2 jitter_eps`` are left out
+    of that round's softmax, whose value at m is the weight. The second round leaves out the first one's
+    winner.
     """
 
     def __init__(self, config: RouterConfig) -> None:
@@ -25,7 +29,7 @@ class SparseMixerRule:
     def route(
         self, hidden_states: Tensor | None, router_logits: Tensor | None, input_ids: Tensor | None = None
     ) -> Routing:
-        """Reads ``router_logits`` alone."""
+        """Route by ``router_logits`` alone."""
         logits = required(router_logits, "router_logits", NEEDS_LOGITS).float()
         first, first_weight = self._round(logits, logits)
         second, second_weight = self._round(logits, logits.scatter(-1, first, -math.inf))
@@ -36,7 +40,10 @@ class SparseMixerRule:
         return Routing(topk_ids.to(torch.int32), topk_weights)
 
     def _round(self, logits: Tensor, standing: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of ``standing`` and its weight, both [T, 1]; the distance is taken relative to ``logits``."""
+        """Return the best of ``standing`` and its weight, both [T, 1].
+
+        Distances are relative to ``logits``.
+        """
         best = stable_topk(standing, 1)
         top = standing.gather(-1, best)
         distance = (top - logits) / torch.maximum(logits.abs(), top)

@@ -1,4 +1,7 @@
-"""Routers that take the k best: of all scores, perhaps within the best groups, or of the logits themselves."""
+"""Rules that take the k best experts.
+
+By their scores, within the best groups, or by the logits themselves.
+"""
 
 import math
 from dataclasses import replace
@@ -15,11 +18,16 @@ NEEDS_LOGITS = "this rule scores them; let a gate compute them"
 
 
 class TopKRule:
-    """The k best of all experts' scores; the weights are those scores.
+    """A rule that takes the k best scores of all experts; the scores are the weights.
 
-    ``correction_bias`` [E] float32 takes part in the choice but not in the weights (DeepSeek-V3, arXiv:2412.19437,
-    eq. 16). With groups, only experts of the best groups stand for choice (DeepSeek-V2, arXiv:2405.04434, section
-    2.2.2). ``expert_scale`` [E] float32 multiplies each expert's weight (Gemma-4).
+    With groups, only the experts of the best groups can be chosen (DeepSeek-V2, arXiv:2405.04434, section
+    2.2.2).
+
+    Args:
+        config: The router.
+        correction_bias: ``[E]`` float32, which takes part in the choice but not in the weights (DeepSeek-V3,
+            arXiv:2412.19437, eq. 16).
+        expert_scale: ``[E]`` float32 factors on the weights (Gemma-4).
     """
 
     def __init__(
@@ -33,7 +41,7 @@ class TopKRule:
     def route(
         self, hidden_states: Tensor | None, router_logits: Tensor | None, input_ids: Tensor | None = None
     ) -> Routing:
-        """Reads ``router_logits`` alone."""
+        """Route by ``router_logits`` alone."""
         logits = required(router_logits, "router_logits", NEEDS_LOGITS)
         if logits.is_cuda and self._has_kernel():
             return self._one_kernel(logits)
@@ -50,7 +58,7 @@ class TopKRule:
         return c.scoring != "sqrtsoftplus" and self.expert_scale is None and c.renormalize_min == TINY
 
     def _one_kernel(self, logits: Tensor) -> Routing:
-        """The same on a GPU, in registers."""
+        """Route on a GPU in one kernel, whose scores stay in registers."""
         from xpar.kernels.gpu.route import select_experts
 
         c = self.config
@@ -71,10 +79,10 @@ class TopKRule:
 
 
 class TopKLogitsRule:
-    """The k best logits, scored among themselves.
+    """A rule that takes the k best logits, scored among themselves.
 
-    Softmax: gpt-oss and Granite; the same as softmax over all and renormalisation, without its underflow. Sigmoid:
-    Cohere-2, and Llama-4 with k = 1 and the weight on the input.
+    With softmax (gpt-oss, Granite) it is the same as softmax over all experts and renormalisation, without
+    the underflow. With sigmoid it serves Cohere-2, and Llama-4 with k = 1 and the weight on the input.
     """
 
     def __init__(self, config: RouterConfig, expert_scale: Tensor | None = None) -> None:
@@ -83,7 +91,7 @@ class TopKLogitsRule:
     def route(
         self, hidden_states: Tensor | None, router_logits: Tensor | None, input_ids: Tensor | None = None
     ) -> Routing:
-        """Reads ``router_logits`` alone."""
+        """Route by ``router_logits`` alone."""
         logits = required(router_logits, "router_logits", NEEDS_LOGITS).float()
         topk_ids = stable_topk(logits, self.config.top_k)
         chosen = scores_of(logits.gather(-1, topk_ids), self.config.scoring)
@@ -92,7 +100,7 @@ class TopKLogitsRule:
 
 
 def keep_best_groups(choice: Tensor, config: RouterConfig) -> Tensor:
-    """``choice`` [T, E] with the experts outside the best ``topk_group`` groups at minus infinity."""
+    """Set ``choice`` [T, E] to minus infinity for experts outside the best ``topk_group`` groups."""
     tokens, experts = choice.shape
     check_groups(config, experts)
     groups = choice.view(tokens, config.num_expert_group, experts // config.num_expert_group)

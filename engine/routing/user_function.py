@@ -1,4 +1,7 @@
-"""A router of the user's own: any function of the tokens, checked before its answer reaches another rank."""
+"""A router that the user writes.
+
+Any function of the tokens, checked before its answer reaches another rank.
+"""
 
 from collections.abc import Callable
 
@@ -12,9 +15,13 @@ RoutingFunction = Callable[[Tensor | None, Tensor | None, Tensor | None], tuple[
 
 
 class FunctionRule:
-    """``function(hidden_states, router_logits, input_ids)`` returns (topk_ids [T, k] integer, topk_weights [T, k]).
+    """A rule that asks a function.
 
-    Ids lie in 0 to ``num_experts`` - 1, or are -1 for a slot that is not to be used.
+    Args:
+        function: Called with (hidden_states, router_logits, input_ids); returns ``topk_ids`` [T, k], integers
+            from 0 to ``num_experts`` - 1 or -1 for a slot that is not used, and ``topk_weights`` [T, k].
+        num_experts: Experts of the layer.
+        top_k: Experts of a token.
     """
 
     def __init__(self, function: RoutingFunction, num_experts: int, top_k: int) -> None:
@@ -26,7 +33,7 @@ class FunctionRule:
         router_logits: Tensor | None = None,
         input_ids: Tensor | None = None,
     ) -> Routing:
-        """Reads what the function reads. Raises ``ValueError`` naming the first token whose routing is not one."""
+        """Ask the function; raise ValueError with the first token whose routing is wrong."""
         given = token_rows(hidden_states, router_logits, input_ids)
         ids, weights = self.function(hidden_states, router_logits, input_ids)
         self._check(ids, weights, given.shape[0])
@@ -45,7 +52,8 @@ class FunctionRule:
         if bool(outside.any()):
             token, slot = (int(i) for i in outside.nonzero()[0])
             raise ValueError(
-                f"the routing function sent token {token} to expert {int(ids[token, slot])}; experts are 0 to "
+                f"the routing function sent token {token} to expert {int(ids[token, slot])}; experts are 0 "
+                "to "
                 f"{self.num_experts - 1}, or -1 for none"
             )
         bad = ~torch.isfinite(weights)

@@ -237,8 +237,9 @@ def test_what_a_folder_lacks_is_named(model: Path, tmp_path: Path) -> None:
 
 SPOILED = """
 import os, resource, sys
-from xpar.engine import cli, tensor_file
-from xpar.engine.models import results
+from xpar.engine import cli
+from xpar.engine.checkpoint import tensor_file
+from xpar.engine.generation import answer_file as results
 first = os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "0"
 
 def shortened(self, *args, **kwargs):

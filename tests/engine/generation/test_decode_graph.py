@@ -150,8 +150,8 @@ def test_what_cannot_be_recorded_goes_on_as_before(
 def test_host_processors_several_ranks_and_exact_mode_are_not_recorded() -> None:
     def of(device: str, exact: bool, size: int) -> DecodeGraph | None:
         grid = SimpleNamespace(world=SimpleNamespace(size=size))
-        counter = SimpleNamespace(counted=torch.zeros(()))
-        layer = SimpleNamespace(exact=exact, grid=grid, counter=counter)
+        runner = SimpleNamespace(options=SimpleNamespace(exact=exact), grid=grid)
+        layer = SimpleNamespace(runner=runner, slot_counter=SimpleNamespace(counted=torch.zeros(())))
         model: Any = SimpleNamespace(device=torch.device(device), layers=(layer, layer))
         return DecodeGraph.of(model)
 

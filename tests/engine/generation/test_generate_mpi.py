@@ -12,7 +12,7 @@ from tiny_models import CLEAR, END, Plain, cases, greedy, plain_model, prompts, 
 
 from xpar.comm import AgreedError, ProcessGrid, World
 from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence
-from xpar.engine.generation.generate import Outcome, generate
+from xpar.engine.generation.generate import RunSummary, generate
 from xpar.engine.generation.request import Request, read_request
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def answers(
     texts: list[str],
     ends: frozenset[int] = ENDS,
     **wanted: Any,
-) -> tuple[Mapping[int, Any], Outcome]:
+) -> tuple[Mapping[int, Any], RunSummary]:
     """Place in ``texts`` -> answer's record, as read from the file by every rank; and the outcome."""
     file, out = folder / "prompts.txt", folder / "out.jsonl"
     if world.rank == 0:

@@ -13,7 +13,7 @@ from xpar.comm.placement import Placement
 from xpar.comm.reduction import to_full
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.engine.layer.build import build_layer
-from xpar.engine.layer.fused_shared_experts import build_shared_slots
+from xpar.engine.layer.fused_shared_experts import count_shared_slots
 from xpar.engine.layer.micro_batches import MicroBatches
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.shared_expert_overlap import SharedOrder
@@ -105,7 +105,7 @@ def layer_of(draw: Any) -> LayerConfig:
 def fuses(config: LayerConfig, grid: ProcessGrid, dispatcher: str) -> bool:
     """Whether the shared experts can be slots of the routed product."""
     try:
-        build_shared_slots(config)
+        count_shared_slots(config)
     except ValueError:
         return False
     replicated = grid.moe.size == 1 or (dispatcher == "replicated")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xpar.comm.reduction import Distributed, Full, Partial, Sharded
-from xpar.engine.layer.addends import add_identity_and_bias
+from xpar.engine.layer.output import add_identity_and_bias
 from xpar.kernels.contracts import Routing
 
 

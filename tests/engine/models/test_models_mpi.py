@@ -341,7 +341,7 @@ def test_a_dense_model_is_refused(comm: "Intracomm", grid: ProcessGrid, root: Pa
     ("change", "message"),
     [
         (lambda h, i, w: (h[:, :-1], i, w), r"expected \[tokens, 64\]"),
-        (lambda h, i, w: (h.bfloat16(), i, w), "the experts compute in torch.float32"),
+        (lambda h, i, w: (h.bfloat16(), i, w), "the layer computes in torch.float32"),
         (lambda h, i, w: (h, i[:, :1], w), "expected two of"),
         (lambda h, i, w: (h, i + 7, w), "must be 0 to 6"),
         (lambda h, i, w: (h, i, w * float("nan")), "router weights are not finite"),
