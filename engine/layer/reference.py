@@ -1,9 +1,9 @@
 """A whole layer without any parallelism.
 
-The definition that every other way of computing it is checked against.
+The definition that every other way of computing a layer is checked against.
 
-Routing is decided as the engine decides it, in the dtypes of the model; all else is float32. Experts are read
-one at a time, and only those that some token chose, so that a layer of any size can be verified.
+Routing is decided as the engine decides it, in the dtypes of the model; everything else is float32. Experts
+are read one at a time, and only experts that some token chose, so that a layer of any size can be verified.
 """
 
 from collections.abc import Iterable
@@ -32,11 +32,11 @@ from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, Routing
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Relative error of a whole layer against the reference, at most, by the dtype it computes in."""
+"""The largest relative error of a whole layer against the reference, by the dtype that the layer computes in."""
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:
-    """||y - ref|| / ||ref||."""
+    """Compute ||y - ref|| / ||ref||."""
     return float((y.float() - reference).norm() / reference.norm().clamp_min(1e-30))
 
 
@@ -47,9 +47,18 @@ def layer_reference(
     dtype: torch.dtype | None = None,
     input_ids: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
-    """Output [T, H] float32 of MoE layer ``layer`` for ``hidden_states`` [T, H], and the routing behind it.
+    """Compute MoE layer ``layer`` of a checkpoint.
 
-    ``dtype``: the model's dtype, to which weights are rounded before use; default that of ``hidden_states``.
+    Args:
+        checkpoint: The checkpoint.
+        layer: The layer's number.
+        hidden_states: ``[T, H]``.
+        dtype: The model's dtype, to which weights are rounded before use; by default that of
+            ``hidden_states``.
+        input_ids: ``[T]`` token ids, for layers that route by token id.
+
+    Returns:
+        The output ``[T, H]`` float32, and the routing behind it.
     """
     dtype = hidden_states.dtype if dtype is None else dtype
     arch = find(checkpoint.config)
@@ -70,7 +79,7 @@ def layer_reference(
 
 
 def chosen_experts(routing: Routing) -> list[int]:
-    """The experts that some token goes to, ascending."""
+    """Return the ids of the experts that some token goes to, in ascending order."""
     return sorted(set(routing.topk_ids.flatten().tolist()) - {-1})
 
 
@@ -84,7 +93,21 @@ def slot_order_sum_reference(
     latent: LatentWeights | None = None,
     norm: NormWeights | None = None,
 ) -> Tensor:
-    """All that a layer adds up for ``hidden_states`` [T, H], in float32; ``experts``: (id, tensors)."""
+    """Add up a layer's output in float32.
+
+    Args:
+        hidden_states: ``[T, H]``.
+        routing: Where the tokens go.
+        experts: (id, tensors) of each expert that some token goes to.
+        shared: The shared experts' weights, or None.
+        config: The layer.
+        output_bias: ``[H]``, or None.
+        latent: The projections to the latent space and back, or None.
+        norm: The norm of the experts' input, or None.
+
+    Returns:
+        ``[T, H]`` float32.
+    """
     x = hidden_states.float()
     own = hidden_states if latent is None else x @ latent.enter.float().T
     if norm is not None and config.router.norm_eps is not None:
@@ -107,7 +130,7 @@ def slot_order_sum_reference(
 
 
 def mlp_reference(x: Tensor, mlp: MlpTensors, activation: Activation) -> Tensor:
-    """``act(x @ gate_up.T + bias) @ down.T + bias`` in float32: [T, H] -> [T, H]."""
+    """Compute ``act(x @ gate_up.T + bias) @ down.T + bias`` in float32: ``[T, H]`` for ``[T, H]``."""
     packed = x @ mlp.gate_up.float().T
     if mlp.gate_up_bias is not None:
         packed += mlp.gate_up_bias.float()

@@ -1,11 +1,9 @@
-"""float16 models whose experts' sum exceeds 65504.
+"""Scaling of float16 models whose expert layers' outputs exceed 65504, the largest float16 number.
 
-The layer's output stays a factor smaller, and so does the residual.
-
-The routed scaling factor f is left out of the router's weights and the shared experts are divided by it, so
-that the layer returns its output over f. A decoder that adds everything else to its residual over f as well
-keeps one common factor, and a norm takes it out again: RMSNorm(x / f) = RMSNorm(x), but for its epsilon,
-which f**-2 scales.
+The layer leaves the routed scaling factor f out of its router's weights and divides its shared experts by f,
+so that it returns its output over f. The decoder adds everything else to its residual over f as well. A norm
+takes the common factor out again: RMSNorm(x / f) = RMSNorm(x), up to its epsilon, which is multiplied by
+f**-2.
 """
 
 from dataclasses import dataclass, replace
@@ -18,29 +16,30 @@ from xpar.engine.config import LayerConfig
 
 @dataclass(frozen=True)
 class ResidualScale:
-    """The decoder's half of the contract: its residual is what it would be, over ``factor``."""
+    """What a decoder must do when the outputs of its expert layers are divided by ``factor``."""
 
     factor: float
 
     def residual(self, hidden_states: Tensor) -> Tensor:
-        """What enters the first layer, and what any block but an expert layer adds.
-
-        [T, H] over the factor.
-        """
+        """Divide what enters the first layer, or what a block without experts adds, [T, H], by the factor."""
         return (hidden_states.float() / self.factor).to(hidden_states.dtype)
 
     def epsilon(self, eps: float) -> float:
-        """The epsilon with which a norm of the scaled residual gives what ``eps`` gives of the full one."""
+        """Return the epsilon with which a norm of the scaled residual equals ``eps`` on the full one."""
         return eps / self.factor**2
 
 
 def scale_layer_output(config: LayerConfig) -> tuple[LayerConfig, ResidualScale]:
-    """The layer's half.
+    """Configure a layer that returns its output over the routed scaling factor.
 
-    A layer that returns its output over the routed scaling factor, and what the decoder owes.
+    Layer and decoder must both be scaled, or neither: a decoder that ignores the scale adds a wrong sum.
 
-    Both halves or neither: a decoder that ignores the scale adds a wrong sum. Raises ValueError for a layer
-    in which the factor is not one of the output: with weights on the input or an output bias.
+    Returns:
+        The layer's new configuration, and what the decoder must do.
+
+    Raises:
+        ValueError: The routed scaling factor is no factor of the whole output: the layer has weights on the
+            input, or an output bias.
     """
     factor = config.router.routed_scaling_factor
     if config.router.weight_on_input or config.output_bias:
@@ -54,6 +53,6 @@ def scale_layer_output(config: LayerConfig) -> tuple[LayerConfig, ResidualScale]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[T, H], summed in float32: squares of float16 values overflow long before the values do."""
+    """Norm ``x`` [T, H], summed in float32: squares of float16 values overflow long before the values do."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
