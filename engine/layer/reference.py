@@ -1,6 +1,4 @@
-"""A whole layer without any parallelism.
-
-The definition that every other way of computing a layer is checked against.
+"""The reference of a whole layer, without any parallelism, against which all other ways are checked.
 
 Routing is decided as the engine decides it, in the dtypes of the model; everything else is float32. Experts
 are read one at a time, and only experts that some token chose, so that a layer of any size can be verified.
@@ -32,7 +30,7 @@ from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, Routing
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""The largest relative error of a whole layer against the reference, by the dtype that the layer computes in."""
+"""The largest relative error of a whole layer against the reference, by the dtype it computes in."""
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:
