@@ -1,7 +1,4 @@
-"""The routed experts that one rank holds.
-
-The dispatcher that brings tokens to them, and the kernel that computes them.
-"""
+"""The routed experts of one rank, with the dispatcher that reaches them and the kernel that computes them."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """Shared experts as slots of the routed product.
 
-Every token has them, and one kernel computes all experts of a token.
+Every token has these slots, and one kernel computes all experts of a token.
 
 Every expert-parallel rank holds a copy of the n shared experts beside its own experts. A token uses the copy
 of the rank that it is on, so that it need not travel. Where ranks hold the same tokens, each rank's copy

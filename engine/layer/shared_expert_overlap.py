@@ -1,6 +1,6 @@
 """The moment at which shared experts compute.
 
-They read the rank's own tokens, so they can fill the time of transfers.
+Shared experts read the rank's own tokens, so they can fill the time in which rows travel.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,7 @@ from xpar.comm.communicator import Pending
 from xpar.comm.reduction import Distributed
 
 SIDE_STREAM_TOKENS = 1024
-"""Tokens.
-
-Up to here a CUDA stream of their own was the best order on an H200 (``xpar bench overlap``, 2026-11-28).
-"""
+"""Most tokens for which a stream of their own was the best order on an H200 (xpar bench overlap, 2026-11-28)."""
 
 SharedExpertsCall = Callable[[], Distributed | None]
 
