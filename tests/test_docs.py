@@ -1,0 +1,30 @@
+"""The documentation builds as a site without a broken link or an unresolved reference, and its pictures are current."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    shutil.copytree(ROOT / "docs", docs, ignore=shutil.ignore_patterns("api", "site"))
+    for name in (".typing", "engine", "comm", "kernels"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "sphinx", "-n", "-W", "--keep-going", "-q", str(docs), str(tmp_path / "site")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in ("index", "tour", "generate", "cluster", "features", "troubleshooting"):
+        assert (tmp_path / "site" / f"{page}.html").exists()
+    runner = (tmp_path / "site" / "api" / "xpar.engine.layer.html").read_text()
+    assert "xpar.engine.layer.runner.MoERunner.start" in runner
+
+
+def test_pictures_are_what_their_program_draws(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "docs" / "images" / "draw.py", tmp_path)
+    subprocess.run([sys.executable, str(tmp_path / "draw.py")], check=True)
+    drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert drawn == {path.name: path.read_text() for path in (ROOT / "docs" / "images").glob("*.svg")}
+    assert len(drawn) == 3
