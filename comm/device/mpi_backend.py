@@ -75,7 +75,7 @@ def claims_cuda() -> bool:
     info.Free()
     if any(kind.strip().startswith("cuda") for kind in kinds.split(",")):
         return True
-    return any(_asked(ctypes.CDLL(path)) for path in _mpi_libraries())
+    return any(_asked(ctypes.CDLL(path)) for path in find_mpi_libraries())
 
 
 def _asked(library: ctypes.CDLL) -> bool:
@@ -88,7 +88,7 @@ def _asked(library: ctypes.CDLL) -> bool:
     return False
 
 
-def _mpi_libraries() -> list[str]:
+def find_mpi_libraries() -> list[str]:
     """The MPI libraries that this process has loaded."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}

@@ -51,7 +51,7 @@ def build_expert_shard(
     """
     check_exact(options.exact, grid)
     placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel, copies)
-    experts = placement.experts_of(grid.moe.rank // grid.shape.etp)
+    experts = placement.experts_of(grid.ep_rank)
     rows = width_slice("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
     kernel = record = None
     if count := len(experts) + copies:

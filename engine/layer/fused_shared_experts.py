@@ -77,7 +77,7 @@ def build_shared_slots(config: LayerConfig) -> int:
 
 def check_fusable(dispatcher: Dispatcher, etp: int) -> None:
     """Slices of a shared expert lie on ``etp`` ranks; ValueError where tokens would have to travel there."""
-    if etp > 1 and dispatcher.name != "replicated" and dispatcher.group.size > 1:
+    if etp > 1 and not dispatcher.capabilities.replicated_tokens and dispatcher.group.size > 1:
         raise ValueError(
             f"fuse_shared_experts with etp={etp} and the dispatcher {dispatcher.name}: every token would travel to "
             f"the {etp} ranks that slice the shared experts; use etp=1, or leave it out"
@@ -86,9 +86,9 @@ def check_fusable(dispatcher: Dispatcher, etp: int) -> None:
 
 def home_rank(dispatcher: Dispatcher) -> int | None:
     """The ep rank whose copy serves this rank's tokens; None where the ranks have the same tokens and share them out."""
-    if dispatcher.name == "replicated" and dispatcher.placement.ep > 1:
+    if dispatcher.capabilities.replicated_tokens and dispatcher.placement.ep > 1:
         return None
-    return dispatcher.group.rank // dispatcher.placement.etp
+    return dispatcher.placement.ep_rank(dispatcher.group.rank)
 
 
 def experts_of_shared(

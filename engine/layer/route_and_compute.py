@@ -66,7 +66,7 @@ def why_not_fused(
     """Why every step of such a layer is taken one by one, or None."""
     if dispatcher.group.size > 1:
         return f"{dispatcher.group.size} ranks hold the experts"
-    if dispatcher.name != "replicated":
+    if not dispatcher.capabilities.replicated_tokens:
         return f"{dispatcher.name} was asked for, which moves tokens even on one rank"
     if record is None or record.one_call is None:
         return f"{'no kernel' if record is None else record.name} covers more than computing"

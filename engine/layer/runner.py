@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from xpar.comm.communicator import Tag
 from xpar.comm.dispatch.base import Dispatcher, DispatchPlan, Traffic
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.handshake import Tag
 from xpar.comm.reduction import Distributed
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.addends import add_identity_and_bias
@@ -236,7 +236,7 @@ class MoERunner(nn.Module):
 
     def experts_here(self) -> str:
         """Global ids of this rank's experts, as ``4-7`` or ``none``."""
-        held = self.dispatcher.placement.experts_of(self.grid.moe.rank // self.grid.shape.etp)
+        held = self.dispatcher.placement.experts_of(self.grid.ep_rank)
         return f"{held.start}-{held.stop - 1}" if held else "none"
 
     # -- what the steps are made of ---------------------------------------------------------------------------

@@ -76,6 +76,6 @@ def choose_token_split(grid: ProcessGrid, dispatcher: Dispatcher, sequence_paral
     """``sequence_parallel``: the ranks of a tp group are given different tokens."""
     if sequence_parallel or grid.tp.size == 1:
         return KeepAllTokens(grid.world.comm)
-    if dispatcher.name == "replicated":
+    if dispatcher.capabilities.replicated_tokens:
         return KeepAllTokens(grid.dp)
     return SplitOverTensorParallel(grid.tp, grid.world.comm)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xpar.comm.communicator import Tag
 from xpar.comm.dispatch.base import Dispatcher, DispatchPlan
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.handshake import Tag
 from xpar.comm.reduction import sum_outputs
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.stage_timer import SlotCounter

@@ -13,7 +13,7 @@ from all_dispatchers import fitting
 from xpar.comm import ProcessGrid, World
 from xpar.comm.dispatch.choose import choose_dispatcher
 from xpar.comm.placement import Placement
-from xpar.comm.shared_window import SharedWindow, window_of
+from xpar.comm.shared_window import SharedWindow, get_window
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -91,7 +91,7 @@ def test_every_node_has_a_window_of_its_own(grid: ProcessGrid) -> None:
         assert everyone == [1000 * grid.world.node + r for r in range(group.size) for _ in range(rows)]
         window.fence()
     window.close()
-    assert window_of(group) is not window_of(grid.moe)
+    assert get_window(group) is not get_window(grid.moe)
 
 
 def test_auto_does_not_share_memory_across_nodes(grid: ProcessGrid) -> None:

@@ -19,7 +19,8 @@ TOLD = """
 import os, signal, sys, time
 import torch
 from xpar.comm import World, run
-from xpar.comm.handshake import Tag, handshake
+from xpar.comm.communicator import Tag
+from xpar.comm.handshake import handshake
 def main():
     world = World.attach()
     handshake(world.comm, Tag("plan", 4, 7))
@@ -81,7 +82,7 @@ import mmap, os, sys
 from xpar.comm.watchdog.death_lock import LOCK_BYTES, DeathLock
 with open(sys.argv[1], "r+b") as file:
     memory = mmap.mmap(file.fileno(), 2 * LOCK_BYTES)
-print(DeathLock(memory, LOCK_BYTES).hold(), flush=True)
+print(DeathLock(memory, LOCK_BYTES).acquire(), flush=True)
 sys.stdin.readline()
 os._exit(3)
 """
@@ -99,7 +100,7 @@ def test_a_death_is_felt_and_its_cause_known(tmp_path: Path, sent: signal.Signal
     done = threading.Event()
     with path.open("r+b") as file:
         wire = DeathLock(mmap.mmap(file.fileno(), 2 * LOCK_BYTES), 0)
-    assert wire.hold()
+    assert wire.acquire()
     words = [sys.executable, "-c", HOLDS, str(path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin is not None and other.stdout is not None
@@ -124,6 +125,6 @@ def test_a_row_has_room_for_its_lock_and_a_report_is_written_once() -> None:
     assert ROW_BYTES - REPORTED.size >= LOCK + LOCK_BYTES
     memory = mmap.mmap(-1, 2 * ROW_BYTES)
     first, second = (StatusBoard(memory, local, 2, None, True) for local in range(2))
-    assert first.claim() and not first.reported()
+    assert first.claim_report() and not first.is_reported()
     first.set_reported()
-    assert second.reported() and not second.claim()
+    assert second.is_reported() and not second.claim_report()

@@ -13,7 +13,8 @@ import os, signal, sys, threading, time
 import torch
 from xpar.comm import ProcessGrid, World, run
 from xpar.comm.watchdog.deadlines import Deadlines
-from xpar.comm.handshake import Tag, handshake
+from xpar.comm.communicator import Tag
+from xpar.comm.handshake import handshake
 def main():
     world = World.attach(deadlines=Deadlines(start=30, step=2))
     for step in range(3):
@@ -156,9 +157,9 @@ def test_other_shapes_and_other_collectives_are_named_in_debug_mode() -> None:
 import sys
 import torch
 from xpar.comm import World, run
-from xpar.comm.watchdog.watchdog import Watching
+from xpar.comm.watchdog.watchdog import WatchdogOptions
 def main():
-    comm = World.attach(watch=Watching(compares=True)).comm
+    comm = World.attach(watchdog=WatchdogOptions(check_collectives=True)).comm
     send = [1, 1] if comm.rank == 0 else [2, 0]
     recv = [1, 1] if comm.rank == 0 else [1, 0]
     comm.all_to_all_v(torch.ones(2, 5), send, recv).wait()

@@ -12,10 +12,10 @@ import torch
 
 from xpar.comm.stragglers import lateness
 from xpar.comm.watchdog import stack_dump, status_board
-from xpar.comm.watchdog.collective_check import CollectiveSignature, difference
+from xpar.comm.watchdog.collective_check import CollectiveSignature, find_difference
 from xpar.comm.watchdog.deadlines import Deadlines
-from xpar.comm.watchdog.journal import BoardJournal, Pace
-from xpar.comm.watchdog.report import RankState, format_rank, spans
+from xpar.comm.watchdog.journal import BoardJournal, StepDeadline
+from xpar.comm.watchdog.report import RankState, format_survey
 from xpar.comm.watchdog.status_board import FAILING, INSIDE, LEFT, OUTSIDE, Call, StatusBoard
 
 CALL = Call("all_to_all_v", "moe", 57, 3, 12, 41, 7, 256, 60.0)
@@ -35,7 +35,7 @@ def test_report_names_states_missing_ranks_and_alike_stacks_once() -> None:
     ]
     sizes = "of group moe (41 rows of 256 B out, 7 in), layer 3, step 12"
     before = "dispatch alltoall #56 of group moe (41 rows of 256 B), layer 3, step 12"
-    assert format_rank(seen, [(8, "n2")], CALL, [0, 1, 2, 3, 7, 8]).splitlines() == [
+    assert format_survey(seen, [(8, "n2")], CALL, [0, 1, 2, 3, 7, 8]).splitlines() == [
         "where every rank is:",
         f"  rank 0 on n0: in all_to_all_v #57 {sizes}, for 60.2 s",
         f"  rank 1 on n0: in all_to_all_v #57 {sizes}, for 60.3 s",
@@ -53,7 +53,6 @@ def test_report_names_states_missing_ranks_and_alike_stacks_once() -> None:
         "stacks of rank 2:",
         "  stack b",
     ]
-    assert spans([7, 3, 1, 2]) == "1-3, 7"
 
 
 def private_board() -> StatusBoard:
@@ -62,12 +61,12 @@ def private_board() -> StatusBoard:
 
 def test_a_row_says_what_the_journal_wrote() -> None:
     own = private_board()
-    own.introduce(9)
+    own.register_process(9)
     assert (own.read(0).state, own.read(0).call, own.read(0).stack_fd) == (OUTSIDE, None, 9)
-    pace = Pace(Deadlines(start=5, step=2))
-    journal = BoardJournal(own, "a group whose name is longer than its field", pace, False, None)
-    journal.at(3, 12)
-    journal.enter(journal.begin(), "all_to_all_v", None, 41, 7, 256)
+    deadline = StepDeadline(Deadlines(start=5, step=2))
+    journal = BoardJournal(own, "a group whose name is longer than its field", deadline, False, None)
+    journal.set_step(3, 12)
+    journal.enter(journal.next_seq(), "all_to_all_v", None, 41, 7, 256)
     entry = own.read(0)
     group = "a group whose name is longer tha"
     assert entry.call == Call("all_to_all_v", group, 1, 3, 12, 41, 7, 256, 2.0)
@@ -81,10 +80,10 @@ def test_a_row_says_what_the_journal_wrote() -> None:
     [(-1, -1, 300.0), (0, 0, 300.0), (0, 1, 300.0), (0, 2, 60.0), (7, 900, 60.0)],
 )
 def test_first_steps_have_the_deadline_of_the_start(layer: int, step: int, seconds: float) -> None:
-    pace = Pace(Deadlines())
-    pace.at(layer, step)
-    pace.at(-1, -1)  # a collective that says nothing of steps belongs to the one before
-    assert pace.seconds == seconds
+    deadline = StepDeadline(Deadlines())
+    deadline.set_step(layer, step)
+    deadline.set_step(-1, -1)  # a collective that says nothing of steps belongs to the one before
+    assert deadline.seconds == seconds
 
 
 def test_one_option_scales_every_deadline() -> None:
@@ -97,7 +96,7 @@ def test_one_option_scales_every_deadline() -> None:
 
 
 def test_one_of_a_node_reports_and_another_after_it_died() -> None:
-    path = status_board._make_file(status_board.ROW_BYTES)
+    path = status_board.create_file(status_board.ROW_BYTES)
     assert path is not None
     try:
         file = os.open(path, os.O_RDWR)
@@ -105,14 +104,14 @@ def test_one_of_a_node_reports_and_another_after_it_died() -> None:
         source = (
             "import mmap, os, sys\nfrom xpar.comm.watchdog.status_board import StatusBoard\n"
             f"file = os.open({path!r}, os.O_RDWR)\n"
-            "print(StatusBoard(mmap.mmap(file, 256), 0, 1, file, True).claim(), flush=True)\nsys.stdin.read()\n"
+            "print(StatusBoard(mmap.mmap(file, 256), 0, 1, file, True).claim_report(), flush=True)\nsys.stdin.read()\n"
         )
         words = [sys.executable, "-c", source]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout is not None and other.stdout.readline() == "True\n"
-            assert not mine.claim()
+            assert not mine.claim_report()
             other.communicate()
-        assert mine.claim() and not mine.claim()
+        assert mine.claim_report() and not mine.claim_report()
     finally:
         os.unlink(path)
 
@@ -123,8 +122,8 @@ def test_without_room_for_a_file_there_is_none(monkeypatch: pytest.MonkeyPatch) 
 
     before = set(os.listdir("/dev/shm"))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    assert status_board._make_file(256) is None
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("xpar-guard-")]
+    assert status_board.create_file(256) is None
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("xpar-watchdog-")]
 
 
 def test_stacks_of_a_process_that_holds_the_interpreter_lock() -> None:
@@ -186,7 +185,7 @@ def intent(op: str, columns: int = 3, dtype: torch.dtype = torch.float32) -> Col
     ids=["alike", "shape", "dtype", "operation", "counts", "skipped"],
 )
 def test_difference(intents: list[CollectiveSignature], expected: str | None) -> None:
-    assert difference(intents, [4, 5, 6]) == expected
+    assert find_difference(intents, [4, 5, 6]) == expected
 
 
 def test_who_waits_least_came_last() -> None:
@@ -210,9 +209,9 @@ def test_who_waits_least_came_last() -> None:
 def test_a_rank_that_waits_for_others_to_start_gives_up() -> None:
     source = """
 import time
-from xpar.comm.world import _all_join_within
+from xpar.comm.world import limit_start
 def attach():
-    with _all_join_within(0.5):
+    with limit_start(0.5):
         time.sleep(60)
 attach()
 """
