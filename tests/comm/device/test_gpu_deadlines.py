@@ -1,12 +1,11 @@
 """The watch over a GPU's operations, settling and giving up, without a GPU."""
 
-import sys
 import threading
 import time
 from typing import Any
 
 import pytest
-from launch import mpirun
+from launch import mpirun, python_program
 
 from xpar.comm.device.nccl_communicator import give_up, poll_until_done
 from xpar.comm.device.nccl_library import IN_PROGRESS, SUCCESS, NcclError
@@ -106,24 +105,9 @@ def test_the_watch_asks_nothing_while_paused_and_ends_when_closed() -> None:
     assert watch._thread is not None and not watch._thread.is_alive()
 
 
-LATE = """
-import time
-from xpar.comm import World, run
-from xpar.comm.device.transport import end_job
-from xpar.comm.device.watch import Watch
-def main():
-    world = World.attach()
-    if world.rank == 1:
-        Watch(lambda wrong: end_job(world.comm, wrong)).add(lambda: False, "all_to_all_v of 7 rows", 0.5, lambda: None)
-        time.sleep(50)
-    world.comm.barrier()
-run(main)
-"""
-
-
 def test_a_late_operation_ends_the_job_everywhere() -> None:
     begin = time.monotonic()
-    job = mpirun(3, [sys.executable, "-c", LATE], timeout=40)
+    job = mpirun(3, python_program("late_device_operation"), timeout=40)
     assert time.monotonic() - begin < 25 and job.returncode != 0
     assert "[rank 1 on " in job.stderr and "all_to_all_v of 7 rows: not done on the GPU 0.5 s" in job.stderr
     assert "in main" in job.stderr  # the stack of the thread that waits

@@ -1,12 +1,11 @@
 """The choice of a transport and of a rank's GPU, without a GPU."""
 
-import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from launch import mpirun
+from launch import mpirun, python_program
 
 from xpar.comm.device import binding
 from xpar.comm.device.binding import Gpu, driver_version, find_gpu, gpu_index, shared_gpus
@@ -148,10 +147,6 @@ def test_cuda_without_a_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("device", ["cuda", "tpu"])
 def test_a_grid_on_a_device_that_is_not_there_is_one_message(device: str) -> None:
-    source = (
-        "import sys\nfrom xpar.comm import ProcessGrid, World, run\n"
-        f"sys.exit(run(lambda: ProcessGrid.create(World.attach(), device={device!r}) and 0))"
-    )
-    job = mpirun(2, [sys.executable, "-c", source], timeout=40, env={"CUDA_VISIBLE_DEVICES": ""})
+    job = mpirun(2, python_program("create_grid", device), timeout=40, env={"CUDA_VISIBLE_DEVICES": ""})
     assert job.returncode == 1
     assert job.stderr.count(f"device='{device}': ") == 1 and "Traceback" not in job.stderr

@@ -4,14 +4,14 @@ import mmap
 import os
 import re
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from launch import python_program
 
 from xpar.comm.stragglers import lateness
-from xpar.comm.watchdog import stack_dump, status_board
+from xpar.comm.watchdog import death_lock, stack_dump, status_board
 from xpar.comm.watchdog.collective_check import CollectiveSignature, find_difference
 from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.comm.watchdog.journal import BoardJournal, StepDeadline
@@ -101,12 +101,7 @@ def test_one_of_a_node_reports_and_another_after_it_died() -> None:
     try:
         file = os.open(path, os.O_RDWR)
         mine = StatusBoard(mmap.mmap(file, status_board.ROW_BYTES), 0, 1, file, True)
-        source = (
-            "import mmap, os, sys\nfrom xpar.comm.watchdog.status_board import StatusBoard\n"
-            f"file = os.open({path!r}, os.O_RDWR)\n"
-            "print(StatusBoard(mmap.mmap(file, 256), 0, 1, file, True).claim_report(), flush=True)\nsys.stdin.read()\n"
-        )
-        words = [sys.executable, "-c", source]
+        words = python_program("claim_report", path)
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout is not None and other.stdout.readline() == "True\n"
             assert not mine.claim_report()
@@ -126,15 +121,16 @@ def test_without_room_for_a_file_there_is_none(monkeypatch: pytest.MonkeyPatch) 
     assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("xpar-watchdog-")]
 
 
+def test_threads_of_the_watchdog_are_left_out_of_stacks() -> None:
+    ours = f'Thread 0x1 (most recent call first):\n  File "{death_lock.__file__}", line 9 in _run'
+    users = 'Thread 0x2 (most recent call first):\n  File "a.py", line 1 in main'
+    assert stack_dump.clean_stacks(f"{ours}\n\n{users}\n") == users.replace(" 0x2", "")
+
+
 def test_stacks_of_a_process_that_holds_the_interpreter_lock() -> None:
-    source = (
-        "import ctypes\nfrom xpar.comm.watchdog import stack_dump\n"
-        "def holds_the_lock():\n"
-        "    libc = ctypes.PyDLL(None)\n"
-        "    while True: libc.sleep(100)\n"
-        "print(stack_dump.register_stack_dump(), flush=True)\nholds_the_lock()\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        python_program("hold_interpreter_lock"), stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         place = (other.pid, int(other.stdout.readline()))
         (text,) = stack_dump.collect_stacks([place])
@@ -147,20 +143,20 @@ def test_stacks_of_a_process_that_holds_the_interpreter_lock() -> None:
     assert stack_dump.collect_stacks([place, (os.getpid(), -1)]) == ["", ""]
 
 
-def intent(op: str, columns: int = 3, dtype: torch.dtype = torch.float32) -> CollectiveSignature:
+def signature(op: str, columns: int = 3, dtype: torch.dtype = torch.float32) -> CollectiveSignature:
     return CollectiveSignature.of(op, torch.empty(2, columns, dtype=dtype), [columns])
 
 
 @pytest.mark.parametrize(
-    ("intents", "expected"),
+    ("signatures", "expected"),
     [
-        ([intent("all_reduce")] * 3, None),
+        ([signature("all_reduce")] * 3, None),
         (
-            [intent("all_reduce"), intent("all_reduce", 4), intent("all_reduce")],
+            [signature("all_reduce"), signature("all_reduce", 4), signature("all_reduce")],
             "rank 5 differs: all_reduce of float32 [4], where 2 of 3 ranks call all_reduce of float32 [3]",
         ),
         (
-            [intent("all_reduce", dtype=torch.bfloat16), intent("all_reduce"), intent("all_reduce")],
+            [signature("all_reduce", dtype=torch.bfloat16), signature("all_reduce"), signature("all_reduce")],
             "rank 4 differs: all_reduce of bfloat16 [3], where 2 of 3 ranks call all_reduce of float32 [3]",
         ),
         (
@@ -184,8 +180,10 @@ def intent(op: str, columns: int = 3, dtype: torch.dtype = torch.float32) -> Col
     ],
     ids=["alike", "shape", "dtype", "operation", "counts", "skipped"],
 )
-def test_difference(intents: list[CollectiveSignature], expected: str | None) -> None:
-    assert find_difference(intents, [4, 5, 6]) == expected
+def test_debug_mode_names_the_difference_of_signatures(
+    signatures: list[CollectiveSignature], expected: str | None
+) -> None:
+    assert find_difference(signatures, [4, 5, 6]) == expected
 
 
 def test_who_waits_least_came_last() -> None:
@@ -207,14 +205,6 @@ def test_who_waits_least_came_last() -> None:
 
 
 def test_a_rank_that_waits_for_others_to_start_gives_up() -> None:
-    source = """
-import time
-from xpar.comm.world import limit_start
-def attach():
-    with limit_start(0.5):
-        time.sleep(60)
-attach()
-"""
-    words = [sys.executable, "-c", source]
+    words = python_program("late_start")
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0 and "Timeout (0:00:00.500000)!" in done.stderr and "in attach" in done.stderr

@@ -1,0 +1,17 @@
+"""A process that prints the descriptor of its file of stacks and then never releases the interpreter's lock."""
+
+import ctypes
+import sys
+
+from xpar.comm.watchdog import stack_dump
+
+
+def holds_the_lock() -> None:
+    libc = ctypes.PyDLL(None)
+    while True:
+        libc.sleep(100)
+
+
+sys.stdout.write(f"{stack_dump.register_stack_dump()}\n")
+sys.stdout.flush()
+holds_the_lock()
