@@ -1,4 +1,4 @@
-"""One NCCL communicator: started over MPI, used with deadlines, given up without waiting for anybody."""
+"""One NCCL communicator: started over MPI, used with deadlines, given up without other ranks."""
 
 import threading
 import time
@@ -13,13 +13,15 @@ from xpar.comm.watchdog.deadlines import Deadlines
 
 T = TypeVar("T")
 SPIN_SECONDS = 1e-3
-"""How long a state is polled without pause: most operations are launched within microseconds."""
+"""seconds for which a state is polled without pause: most operations start within microseconds"""
 
 
 class NcclCommunicator:
-    """A communicator that is ready. Not blocking: each call waits until NCCL has launched, never until it is done.
+    """A non-blocking NCCL communicator that is ready for use; make it with :meth:`connect`.
 
-    Waiting for the launch keeps NCCL's kernel in its place on the stream: a group is launched from another thread.
+    Each call waits until NCCL has launched the operation, never until the operation is done. NCCL
+    launches a group from another thread, and waiting for that keeps its kernel in its place on the
+    stream.
     """
 
     def __init__(
@@ -33,13 +35,24 @@ class NcclCommunicator:
     def connect(
         cls, library: Library, group: Communicator, deadlines: Deadlines, watch: Watch, blocking: bool = False
     ) -> "NcclCommunicator":
-        """Collective over ``group``. Raises the same AgreedError on every rank if any of them cannot."""
+        """Make the NCCL communicator of ``group``; collective.
+
+        Args:
+            library: NCCL.
+            group: The ranks.
+            deadlines: Deadlines of joining, launching, finishing and giving up.
+            watch: Follows the operations on the GPU.
+            blocking: Whether NCCL's calls block.
+
+        Raises:
+            AgreedError: A rank cannot join; the same text on every rank.
+        """
         doing = f"NCCL for group {group.name}"
-        ids = agreed(group, lambda: named(library.unique_id) if group.rank == 0 else b"", doing)
+        ids = agreed(group, lambda: os_error_from(library.unique_id) if group.rank == 0 else b"", doing)
         unique_id: bytes = group.all_gather_object(ids)[0]
 
         def join() -> Comm:
-            comm = named(lambda: library.init(group.size, group.rank, unique_id, blocking))
+            comm = os_error_from(lambda: library.init(group.size, group.rank, unique_id, blocking))
             try:
                 poll_until_done(library, comm, deadlines.connect, f"joining group {group.name}")
             except NcclError as error:
@@ -52,9 +65,15 @@ class NcclCommunicator:
     def run(
         self, what: str, calls: Callable[[], None], done: Callable[[], Callable[[], bool] | None]
     ) -> None:
-        """Issue ``calls`` as one operation. ``done`` is asked afterwards for the marker that :class:`Watch` follows.
+        """Issue NCCL calls as one operation.
 
-        Raises :class:`NcclError`; the link is broken then, and its operations are given up.
+        Args:
+            what: Name of the operation, for messages.
+            calls: Makes the calls.
+            done: Makes, afterwards, the marker that the :class:`Watch` follows.
+
+        Raises:
+            NcclError: NCCL failed. The communicator is broken then, and its operations are given up.
         """
         if self.broken:
             raise NcclError(f"{what}: group {self.name} is broken since: {self.broken}")
@@ -73,18 +92,24 @@ class NcclCommunicator:
         self.watch.add(done(), f"{what} in group {self.name}", self.deadlines.finish, self.problem)
 
     def problem(self) -> str | None:
-        """What NCCL has found wrong since, for instance that a peer died; asked from the watching thread."""
+        """Return what NCCL has found wrong since, such as a dead peer; None if all is well.
+
+        Called from the thread of the :class:`Watch`.
+        """
         state = self.library.state(self.comm)
         return None if state in (SUCCESS, IN_PROGRESS) else describe(self.library, self.comm, state)
 
     def break_off(self, reason: str) -> None:
-        """Never use the communicator again, and stop what it does on the GPU, within the abort deadline."""
+        """Give the communicator up for ``reason``, and stop its work within the abort deadline."""
         if self.broken is None:
             self.broken = reason
             give_up(self.library, self.comm, self.deadlines.abort)
 
     def close(self) -> None:
-        """Finish and free; every rank of the node calls it. A communicator that does not end in time is left alone."""
+        """Finish and free the communicator; called by every rank of the group.
+
+        A communicator that does not end in time is left alone.
+        """
         if self.broken:
             return
         self.broken = "closed"
@@ -97,7 +122,17 @@ class NcclCommunicator:
 
 
 def poll_until_done(library: Library, comm: Comm, seconds: float, what: str) -> None:
-    """Wait until ``comm`` is done with what it was asked. Raises NcclError if it failed or takes longer."""
+    """Wait until ``comm`` has done what it was asked to.
+
+    Args:
+        library: NCCL.
+        comm: The communicator.
+        seconds: The deadline.
+        what: Name of the operation, for messages.
+
+    Raises:
+        NcclError: The operation failed or takes longer.
+    """
     begin = time.monotonic()
     while (state := library.state(comm)) == IN_PROGRESS:
         waited = time.monotonic() - begin
@@ -112,8 +147,11 @@ def poll_until_done(library: Library, comm: Comm, seconds: float, what: str) -> 
         raise NcclError(f"{what}: {describe(library, comm, state)}")
 
 
-def named(call: Callable[[], T]) -> T:
-    """``call()``; what the library raises is the machine's failure, whose message is enough without a traceback."""
+def os_error_from(call: Callable[[], T]) -> T:
+    """Return ``call()``, and raise its exceptions as OSError.
+
+    An error of NCCL is the machine's failure, whose message says enough without a traceback.
+    """
     try:
         return call()
     except Exception as error:
@@ -121,14 +159,14 @@ def named(call: Callable[[], T]) -> T:
 
 
 def describe(library: Library, comm: Comm, state: int) -> str:
-    """NCCL's own words about a failure."""
+    """Return NCCL's own words about the failure ``state`` of ``comm``."""
     return f"NCCL result {state}: {library.last_error(comm) or 'no further word'}"
 
 
 def give_up(library: Library, comm: Comm, seconds: float) -> bool:
-    """Abort ``comm`` from a thread of its own and wait at most ``seconds``; whether it came to an end.
+    """Abort ``comm`` in another thread and wait at most ``seconds``; whether the abort ended.
 
-    ``ncclCommAbort`` may wait for ever, for a kernel that never ends or for a thread that is inside NCCL.
+    ``ncclCommAbort`` may wait for ever, for a kernel that never ends or for a thread inside NCCL.
     """
     thread = threading.Thread(target=library.abort, args=(comm,), name="nccl-abort", daemon=True)
     thread.start()

@@ -74,7 +74,7 @@ def test_the_watch_forgets_what_has_ended_and_reports_what_is_late() -> None:
 def test_the_watch_reports_a_failure_found_by_nccl_or_by_the_gpu() -> None:
     watch = Watch(lambda wrong: None)
     watch._waiting.append(_watched(lambda: False, lambda: "NCCL result 6: peer died"))
-    assert watch.look() == "gather: NCCL result 6: peer died"
+    assert watch.check() == "gather: NCCL result 6: peer died"
 
     def broken() -> bool:
         raise RuntimeError("an illegal memory access")
