@@ -1,8 +1,8 @@
-"""The ranks of a job: world, process grid, collectives, token dispatch, and what happens when a rank fails.
+"""The ranks of a job: world, process grid, collectives, token dispatch, failures.
 
-This room knows no model and no checkpoint. ``dispatch`` moves tokens to their experts, ``device`` moves GPU tensors,
-``watchdog`` enforces deadlines and reports. Letters in shapes: T tokens of this rank, H hidden size, E experts, k experts
-per token, R ranks of a group.
+This room knows no model and no checkpoint. ``dispatch`` moves tokens to their experts, ``device`` moves GPU
+tensors, ``watchdog`` enforces deadlines and reports. Letters in shapes: T tokens of this rank, H hidden size,
+E experts, k experts per token, R ranks of a group.
 """
 
 from xpar.comm.column_parallel import ColumnParallel, ColumnSlice, split_columns

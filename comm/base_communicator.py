@@ -1,7 +1,8 @@
-"""Collectives made of two movements, an all-gather and an all-to-all of rows, with the sums made here.
+"""Collectives made of two movements of rows, an all-gather and an all-to-all, and of sums.
 
-MPI has no portable bf16, NCCL rounds bf16 at every hop of a ring, and neither promises an order of summation. Here
-addends travel as they are and are summed in fp32 in ascending rank order, so every transport gives the same bits.
+MPI has no portable bf16, NCCL rounds bf16 at every hop of a ring, and neither promises an order of summation.
+Here addends travel as they are and are summed in fp32 in ascending rank order, so every transport gives the
+same bits.
 """
 
 from collections.abc import Sequence
@@ -16,17 +17,18 @@ from xpar.comm.handshake import handshake
 from xpar.comm.watchdog.collective_check import CollectiveSignature
 
 SMALL_REDUCE_BYTES = 16384
-"""bytes; up to this size all ranks gather every addend in one exchange. Above, each rank sums its part of the elements
-and the parts are gathered."""
+"""bytes; up to this size all ranks gather every addend in one exchange. Above, each rank sums its part of the
+elements and the parts are gathered."""
 
 
 class BaseCommunicator(Communicator):
     """The part of a communicator that follows from the ability to gather and exchange rows.
 
-    Before each collective the ranks agree on operation, row size and dtype (one small all-gather), so that a mistake
-    becomes a :class:`~xpar.comm.handshake.DesyncError` on all of them instead of a hang or wrong data. ``all_to_all_v``
-    and calls that pass ``counts`` skip that agreement: their sizes were agreed when they were planned. If the job was
-    started with ``--debug-collectives``, every collective is compared on all ranks before it begins.
+    Before each collective the ranks agree on operation, row size and dtype (one small all-gather), so that a
+    mistake becomes a :class:`~xpar.comm.handshake.DesyncError` on all of them instead of a hang or wrong
+    data. ``all_to_all_v`` and calls that pass ``counts`` skip that agreement: their sizes were agreed when
+    they were planned. If the job was started with ``--debug-collectives``, every collective is compared on
+    all ranks before it begins.
     """
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class BaseCommunicator(Communicator):
     # -- the two movements ----------------------------------------------------------------------------------
 
     def _ready(self, x: Tensor) -> Tensor:
-        """Return ``x`` contiguous; ValueError if ``x`` is on a device that this communicator does not serve."""
+        """Return ``x`` contiguous; ValueError if its device is not this communicator's."""
         raise NotImplementedError
 
     def _gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -79,14 +81,18 @@ class BaseCommunicator(Communicator):
         """
         raise NotImplementedError
 
-    # -- checks before a collective ---------------------------------------------------------------------------
+    # -- checks before a collective
+    # ---------------------------------------------------------------------------
 
     def checks_collectives(self) -> bool:
         """Whether every collective must be compared with :meth:`check_collective` before it begins."""
         return False
 
     def check_collective(self, signature: CollectiveSignature) -> None:
-        """Compare the collective that every rank is about to enter; DesyncError everywhere if they differ."""
+        """Compare the collective that every rank is about to enter.
+
+        Raises DesyncError on every rank if they differ.
+        """
 
     def _check_exchange(self, x: Tensor, send: Sequence[int], recv: Sequence[int], skip: int | None) -> None:
         if self.checks_collectives():
@@ -94,7 +100,10 @@ class BaseCommunicator(Communicator):
             self.check_collective(replace(signature, send=tuple(send), recv=tuple(recv), skip=skip))
 
     def _agree(self, op: str, x: Tensor, row_shape: Sequence[int], same_rows: bool = False) -> list[int]:
-        """Agree on ``op``, dtype size and row size, and on the number of rows if ``same_rows``; return rows per rank."""
+        """Agree on ``op``, dtype size and row size; return the number of rows per rank.
+
+        ``same_rows``: the number of rows must be the same, too.
+        """
         if self.checks_collectives():
             self.check_collective(CollectiveSignature.of(op, x, row_shape))
         facts = {
@@ -133,7 +142,8 @@ def receive_buffer(
         size: Number of ranks.
 
     Raises:
-        ValueError: Counts do not describe their tensor, or ``out`` is not contiguous memory for rows like those of ``x``.
+        ValueError: Counts do not describe their tensor, or ``out`` is not contiguous memory for rows like
+            those of ``x``.
     """
     check_counts("all_to_all_v", x, send, size)
     if out is None:
@@ -150,7 +160,8 @@ def receive_buffer(
 def sum_in_order(addends: Tensor, acc: torch.dtype) -> Tensor:
     """Sum ``addends`` over dim 0 in dtype ``acc`` in ascending order, and round once at the end.
 
-    ``Tensor.sum`` may regroup. Two addends need no copy in ``acc``: torch adds 16-bit numbers in fp32 and rounds once.
+    ``Tensor.sum`` may regroup. Two addends need no copy in ``acc``: torch adds 16-bit numbers in fp32 and
+    rounds once.
     """
     if len(addends) == 2:
         return addends[0] + addends[1]

@@ -1,7 +1,8 @@
-"""Matrix products that the ranks of a node divide by columns: each computes some columns for the rows of all ranks.
+"""Matrix products whose columns are divided between the ranks of a node.
 
-A rank then reads its part of a weight instead of all of it, and reading is what a product of few rows takes time for.
-``y = x @ W.T`` is cut as ``W = [W_0; W_1; ...]``: rank r computes ``x @ W_r.T`` for the rows of all ranks.
+A rank then reads its part of a weight instead of all of it, and reading is what a product of few rows takes
+time for. ``y = x @ W.T`` is cut as ``W = [W_0; W_1; ...]``: rank r computes ``x @ W_r.T`` for the rows of all
+ranks.
 Letters: T rows of this rank, K inputs, N outputs (columns of the result), R ranks.
 """
 
@@ -27,7 +28,8 @@ class ColumnSlice:
     Attributes:
         outputs: Number of columns N of the whole product.
         columns: This rank's columns, possibly none.
-        compute: Maps rows [T', K] of any ranks to [T', columns]; never called without rows or without columns.
+        compute: Maps rows [T', K] of any ranks to [T', columns]; never called without rows or without
+            columns.
     """
 
     outputs: int
@@ -37,7 +39,7 @@ class ColumnSlice:
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """The layout of one round in the window: ``rows`` rows of every rank, and results from byte ``results_at`` on.
+    """The layout of one round in the window: the rows of every rank, then the results.
 
     Attributes:
         size: Number of ranks R.
@@ -45,8 +47,8 @@ class WindowLayout:
         outputs: Columns of all products together.
         dtype: Dtype of rows and results.
         rows: Rows of each rank per round.
-        is_reserved: Whether a round fits into the part of the window where results never lie. Rows may then be written
-            while other ranks still read the results of the round before.
+        is_reserved: Whether a round fits into the part of the window where results never lie. Rows may then
+            be written while other ranks still read the results of the round before.
     """
 
     size: int
@@ -58,7 +60,7 @@ class WindowLayout:
 
     @classmethod
     def of(cls, size: int, inputs: int, outputs: int, dtype: torch.dtype) -> "WindowLayout":
-        """Lay out as many rows per round as the window has room for, or one row if it has room for none."""
+        """Lay out as many rows per round as the window has room for, but at least one."""
         row_bytes, result_bytes = _window_parts()
         all_inputs, all_outputs = (size * n * dtype.itemsize for n in (inputs, outputs))
         rows = min(row_bytes // all_inputs, result_bytes // all_outputs)
@@ -78,8 +80,9 @@ class WindowLayout:
 class ColumnParallel:
     """Column-parallel products of the ranks of ``group``, which share memory.
 
-    Every rank calls :meth:`products` together with the others, also without rows of its own. Making one is collective
-    over the group and raises :class:`~xpar.comm.failure.AgreedError` if the node has no room for its window.
+    Every rank calls :meth:`products` together with the others, also without rows of its own. Making one is
+    collective over the group and raises :class:`~xpar.comm.failure.AgreedError` if the node has no room for
+    its window.
     """
 
     def __init__(self, group: Communicator) -> None:
@@ -90,8 +93,9 @@ class ColumnParallel:
     def products(self, x: Tensor, slices: Sequence[ColumnSlice], tag: Tag) -> list[Tensor]:
         """Multiply this rank's rows by all columns of several products; collective.
 
-        It takes one agreement, and one fence per round. The agreement says how many rows each rank has, that they have
-        been written, and that every rank has read the last results, so that new ones may be written.
+        It takes one agreement, and one fence per round. The agreement says how many rows each rank has, that
+        they have been written, and that every rank has read the last results, so that new ones may be
+        written.
 
         Args:
             x: This rank's rows [T, K].
@@ -122,7 +126,7 @@ class ColumnParallel:
         return out
 
     def _write_rows(self, x: Tensor, layout: WindowLayout) -> None:
-        """Write this rank's first rows of ``x`` [T, K], as many as fit into a round, to their place in the window."""
+        """Write this rank's first rows of ``x`` [T, K], one round's, to the window."""
         if x.shape[0]:
             rows = x[: layout.rows]
             self._rows_of_ranks(layout)[self.group.rank, : rows.shape[0]] = rows
@@ -141,8 +145,8 @@ class ColumnParallel:
     ) -> None:
         """Multiply one round of rows; collective.
 
-        Every rank computes its own columns for the rows of all ranks, ``rows_per_rank[r]`` of rank r, and then copies
-        all columns of its own rows to ``out``.
+        Every rank computes its own columns for the rows of all ranks, ``rows_per_rank[r]`` of rank r, and
+        then copies all columns of its own rows to ``out``.
         """
         shared, rank = self._rows_of_ranks(layout), self.group.rank
         parts = [shared[r, :n] for r, n in enumerate(rows_per_rank) if n]
@@ -159,15 +163,15 @@ class ColumnParallel:
 
 
 def split_columns(outputs: int, group: Communicator, unit: int = 64) -> slice:
-    """Return this rank's columns of ``outputs``, whole multiples of ``unit`` but for the last; possibly none.
+    """Return this rank's columns of ``outputs``, a multiple of ``unit``; possibly none.
 
-    Ranks have equally many units or one more.
+    The last columns may be fewer than a multiple. Ranks have equally many units or one more.
     """
     units = split_range(-(-outputs // unit), group.size, group.rank)
     return slice(min(outputs, units.start * unit), min(outputs, units.stop * unit))
 
 
 def _window_parts() -> tuple[int, int]:
-    """Return the bytes of the window for rows and for results; results are often those of several products."""
+    """Return the bytes of the window for rows, and for the results of all products."""
     rows = ROUND_BYTES // 4 // 64 * 64
     return rows, ROUND_BYTES - rows

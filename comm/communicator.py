@@ -1,8 +1,8 @@
 """The one narrow interface through which tensors travel between ranks.
 
-Three classes implement :class:`Communicator`: :class:`xpar.comm.mpi_communicator.MpiCommunicator` for host memory,
-:class:`xpar.comm.device.communicator.DeviceCommunicator` for GPU memory, and :class:`SoloCommunicator` for a group of
-one rank, which needs no MPI.
+Three classes implement :class:`Communicator`: :class:`xpar.comm.mpi_communicator.MpiCommunicator` for host
+memory, :class:`xpar.comm.device.communicator.DeviceCommunicator` for GPU memory, and
+:class:`SoloCommunicator` for a group of one rank, which needs no MPI.
 """
 
 import zlib
@@ -21,7 +21,7 @@ Header = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class Tag:
-    """The collective that a rank believes it is in, for comparison with the other ranks and for reports.
+    """The collective that a rank believes it is in, for comparisons and reports.
 
     Attributes:
         op: Name of the operation.
@@ -45,12 +45,12 @@ class Tag:
         )
 
     def words(self) -> tuple[int, int, int]:
-        """Return the numbers that must be the same on every rank: a hash of ``op``, the layer and the step."""
+        """Return the numbers that all ranks must agree on: hash of ``op``, layer and step."""
         return zlib.crc32(self.op.encode()), self.layer, self.step
 
 
 class Pending(Generic[T]):
-    """The result of a transfer that has been started; ``wait`` completes the transfer once and returns the result."""
+    """The result of a transfer that has been started."""
 
     def __init__(self, complete: Callable[[], T]) -> None:
         self._complete: Callable[[], T] | None = complete
@@ -64,11 +64,11 @@ class Pending(Generic[T]):
 
 
 class Communicator(Protocol):
-    """The collectives of one named group of ranks; every rank of the group calls them in the same order.
+    """The collectives of one named group of ranks.
 
-    Counts are counts of rows, never of elements; a row is ``x[i]``. Tensors of any dtype can be moved. Only floating
-    and integer tensors can be summed. Addends in bf16 and fp16 are summed in fp32 in ascending rank order, so that the
-    bits do not depend on timing.
+    Every rank of the group calls them in the same order. Counts are counts of rows, never of elements; a row
+    is ``x[i]``. Tensors of any dtype can be moved. Only floating and integer tensors can be summed. Addends
+    in bf16 and fp16 are summed in fp32 in ascending rank order, so that the bits do not depend on timing.
 
     Attributes:
         name: Name of the group, the same on all of its ranks.
@@ -86,10 +86,13 @@ class Communicator(Protocol):
         """Sum ``x`` over the group's ranks into a new tensor of the same shape and dtype."""
 
     def all_gather_v(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """Return the rows of all ranks in rank order; give ``counts`` per rank if all ranks know them already."""
+        """Return the rows of all ranks in rank order.
+
+        ``counts``: rows of each rank, if all ranks know them already.
+        """
 
     def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Sum ``x`` [sum(counts), ...] over the ranks; rank r gets its ``counts[r]`` rows of the sum."""
+        """Sum ``x`` [sum(counts), ...] over the ranks; rank r gets ``counts[r]`` rows of the sum."""
 
     def all_to_all_v(
         self,
@@ -106,17 +109,18 @@ class Communicator(Protocol):
             send_counts: Rows to each rank.
             recv_counts: Rows from each rank; the ranks have agreed on both counts before.
             out: Contiguous memory for the received rows [sum(recv_counts), ...]; new memory by default.
-            skip: A rank with which no row is exchanged. Its rows in ``x`` and its place in ``out`` are stepped over.
+            skip: A rank with which no row is exchanged. Its rows in ``x`` and its place in ``out`` are
+                stepped over.
 
         Returns:
             The received rows in the order of their sources, once they are here.
         """
 
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
-        """Overwrite ``x``, which has the same shape and dtype on every rank, with the ``x`` of rank ``root``."""
+        """Overwrite ``x``, of the same shape and dtype on every rank, with that of rank ``root``."""
 
     def barrier(self, patient: bool = False) -> None:
-        """Wait for every rank; if ``patient``, sleep meanwhile, so that a rank that computes has the cores."""
+        """Wait for every rank; sleep meanwhile if ``patient``, so that others have the cores."""
 
     def split(self, color: int, key: int, name: str) -> "Communicator":
         """Make the group of the ranks that give the same ``color``, ordered by ``key``; collective."""
@@ -133,17 +137,20 @@ class Communicator(Protocol):
         """
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return the Python object of every rank. For start-up and error reports, too slow for every step."""
+        """Return the Python object of every rank.
+
+        It is for start-up and error reports, and too slow for every step.
+        """
 
     def abort(self, code: int) -> None:
         """End the whole job now, on every rank, with exit code ``code``."""
 
     def close(self) -> None:
-        """Free what MPI and the node hold for this group, which must not be used afterwards; collective."""
+        """Free what MPI and the node hold for this group, which ends its use; collective."""
 
 
 def check_counts(name: str, x: Tensor, counts: Sequence[int], size: int) -> None:
-    """Raise ValueError unless ``counts`` are ``size`` row counts that add up to the rows of ``x``."""
+    """Raise ValueError unless ``counts`` are ``size`` counts that add up to the rows of ``x``."""
     if len(counts) != size:
         raise ValueError(f"{name}: {len(counts)} counts for a group of {size} ranks; give one count a rank")
     if any(c < 0 for c in counts) or sum(counts) != x.shape[0]:
@@ -151,7 +158,7 @@ def check_counts(name: str, x: Tensor, counts: Sequence[int], size: int) -> None
 
 
 class SoloCommunicator:
-    """A :class:`Communicator` of one rank: every collective is the identity, and no MPI is needed."""
+    """A :class:`Communicator` of one rank: each collective is the identity, without MPI."""
 
     def __init__(self, name: str = "solo", world_rank: int = 0, abort: Callable[[int], None] | None = None):
         self.name, self.rank, self.size = name, 0, 1
@@ -213,7 +220,10 @@ class SoloCommunicator:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which ``dtype`` is summed; ValueError for a dtype that can only be moved (fp8, bool)."""
+    """Return the dtype in which ``dtype`` is summed.
+
+    Raises ValueError for a dtype that can only be moved (fp8, bool).
+    """
     if dtype in (torch.bfloat16, torch.float16, torch.float32):
         return torch.float32
     if dtype in (torch.float64, torch.int32, torch.int64):

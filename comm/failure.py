@@ -1,7 +1,7 @@
-"""Failures of one rank: an error ends the job on every rank with its traceback, a user's mistake is one message.
+"""Failures of one rank: errors end the job everywhere, a user's mistake is one message.
 
-Under ``mpirun python script.py`` an uncaught exception leaves the other ranks waiting for ever: Python exits into
-``MPI_Finalize``, which waits for them. ``sys.exit`` and exceptions in threads do the same.
+Under ``mpirun python script.py`` an uncaught exception leaves the other ranks waiting for ever: Python exits
+into ``MPI_Finalize``, which waits for them. ``sys.exit`` and exceptions in threads do the same.
 """
 
 import faulthandler
@@ -30,12 +30,13 @@ class AgreedError(CollectiveError):
 
 
 def agreed(comm: Communicator, attempt: Callable[[], T], doing: str = "", patient: bool = False) -> T:
-    """Run ``attempt`` on every rank of ``comm``; if it raised on any rank, raise one error on all; collective.
+    """Run ``attempt`` on every rank; if it raised on any, raise one error on all; collective.
 
     Args:
         comm: The ranks.
-        attempt: The work of one rank, without any collective. ``ValueError`` and ``OSError`` count as the user's
-            mistakes and give their message; any other exception is an error of this program and gives its traceback.
+        attempt: The work of one rank, without any collective. ``ValueError`` and ``OSError`` count as the
+            user's mistakes and give their message; any other exception is an error of this program and gives
+            its traceback.
         doing: What the ranks attempt; the beginning of the message.
         patient: Whether ranks that are done sleep until the others are done, which leaves those the cores.
 
@@ -63,7 +64,7 @@ def agreed(comm: Communicator, attempt: Callable[[], T], doing: str = "", patien
 
 
 def _merge_problems(comm: Communicator, problems: list[str | None], failed: list[int], doing: str) -> str:
-    """Return the one message of all ranks: the first failed rank's problem, and how many ranks failed."""
+    """Return the message for all ranks: the first rank's problem, and how many failed."""
     first = problems[failed[0]]
     prefix = f"{doing}: " if doing else ""
     if len(failed) == comm.size:
@@ -73,11 +74,12 @@ def _merge_problems(comm: Communicator, problems: list[str | None], failed: list
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Call ``main`` so that an exception, ``sys.exit(n)`` or a thread's exception on any rank ends the whole job.
+    """Call ``main`` so that an exception or ``sys.exit(n)`` on any rank ends the whole job.
 
-    Programs that use this library start with ``xpar.comm.run(main)``. A
-    :class:`~xpar.comm.handshake.CollectiveError`, which every rank raises, is printed once, and every rank returns 1.
-    Every other exception is reported by its rank and aborts the job. Returns the exit code of a clean run.
+    Exceptions in threads end the job, too. Programs that use this library start with ``xpar.comm.run(main)``.
+    A :class:`~xpar.comm.handshake.CollectiveError`, which every rank raises, is printed once, and every rank
+    returns 1. Every other exception is reported by its rank and aborts the job. Returns the exit code of a
+    clean run.
     """
     abort_on_failure()
     try:
@@ -96,7 +98,8 @@ def run(main: Callable[[], int | None]) -> int:
 def abort_on_failure() -> None:
     """Make uncaught exceptions in any thread of this process end the whole MPI job.
 
-    SIGUSR1 shows the process's stacks, unless the program has a handler for it. A crash shows the stacks, too.
+    SIGUSR1 shows the process's stacks, unless the program has a handler for it. A crash shows the stacks,
+    too.
     """
     if not faulthandler.is_enabled():
         faulthandler.enable(file=sys.__stderr__ or 2)
@@ -109,7 +112,7 @@ def abort_on_failure() -> None:
 
 
 def report_failures(watchdog: Watchdog) -> None:
-    """After :func:`abort_on_failure`, let ``watchdog`` report where every rank is when this rank fails.
+    """Let ``watchdog`` report when this rank fails, after :func:`abort_on_failure`.
 
     SIGTERM is answered by that report, too, unless the program has a handler for it.
     """
@@ -131,7 +134,10 @@ def _end_job(
     trace: TracebackType | None,
     watchdog: Watchdog | None = None,
 ) -> NoReturn:
-    """Print the error and end the job on every rank; the exception hook of :func:`abort_on_failure`."""
+    """Print the error and end the job on every rank.
+
+    This is the exception hook of :func:`abort_on_failure`.
+    """
     rank, code = _world_rank(), _exit_code(error)
     who = f"[rank {rank} on {socket.gethostname()}] " if rank is not None else ""
     text = "".join(traceback.format_exception(kind, error, trace))
@@ -150,7 +156,10 @@ def _end_job(
 
 
 def _world_rank() -> int | None:
-    """Return this process's rank, None without MPI; importing mpi4py only to learn the rank would start MPI."""
+    """Return this process's rank, None without MPI.
+
+    Importing mpi4py only to learn the rank would start MPI.
+    """
     if "mpi4py.MPI" not in sys.modules:
         return None
     from mpi4py import MPI

@@ -1,4 +1,7 @@
-"""The process grid: dense layers see dp x tp ranks, expert layers edp x ep x etp ranks, and both are the same ranks."""
+"""The process grid: dense layers see dp x tp ranks, expert layers edp x ep x etp.
+
+Both are the same ranks.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -43,7 +46,8 @@ def resolve(
         etp: Ranks that slice the same experts; 1 by default.
 
     Raises:
-        ValueError: The sizes do not fit; the message shows the product, the number of ranks and what would fit.
+        ValueError: The sizes do not fit; the message shows the product, the number of ranks and what would
+            fit.
     """
     for name, value in (("tp", tp), ("dp", dp), ("ep", ep), ("etp", etp)):
         if value is not None and value < 1:
@@ -78,7 +82,9 @@ def _divisors(n: int) -> str:
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """The groups of this rank. Consecutive ranks of ``world`` (node by node) differ in etp first, then ep, then edp.
+    """The groups of this rank.
+
+    Consecutive ranks of ``world`` (node by node) differ in etp first, then ep, then edp.
 
     Attributes:
         world: All ranks of the job.
@@ -91,8 +97,8 @@ class ProcessGrid:
         moe: The ep x etp ranks that together hold every expert exactly once; tokens travel within this group.
         node: Ranks that share memory.
         moe_node: The ranks of ``moe`` that share memory; for host tensors only.
-        device: The device on which the layers compute. On a GPU all groups, ``world.comm`` too, move that device's
-            tensors through ``transport``, and host tensors over MPI.
+        device: The device on which the layers compute. On a GPU all groups, ``world.comm`` too, move that
+            device's tensors through ``transport``, and host tensors over MPI.
         transport: Moves device tensors; None on the CPU.
     """
 
@@ -135,7 +141,8 @@ class ProcessGrid:
             deadlines: Deadlines of the transport; by default those of ``world``.
 
         Raises:
-            AgreedError: The sizes do not fit, or device or transport cannot serve; the same text on every rank.
+            AgreedError: The sizes do not fit, or device or transport cannot serve; the same text on every
+                rank.
             DesyncError: The ranks asked for different grids.
         """
         shape = agreed(world.comm, lambda: resolve(world.size, tp, dp, ep, etp), "process grid")
@@ -166,15 +173,16 @@ class ProcessGrid:
 
     @classmethod
     def single(cls, threads: int = 1) -> "ProcessGrid":
-        """Make the grid of one process outside MPI, which computes on the CPU with ``threads`` threads."""
+        """Make the grid of one process outside MPI, on the CPU with ``threads`` threads."""
         world = World.single(threads)
         one = world.comm
         return cls(world, GridShape(1, 1, 1, 1, 1), one, one, one, one, one, one, one, one)
 
     def close(self) -> None:
-        """Free all groups and their shared windows; collective. Nothing that was made on them works afterwards.
+        """Free all groups and their shared windows; collective.
 
-        A grid that lives as long as its job need not be closed.
+        Nothing that was made on them works afterwards. A grid that lives as long as its job need not be
+        closed.
         """
         if self.transport is not None:
             self.transport.close()
@@ -196,7 +204,7 @@ def _check_device(device: str) -> str:
 
 
 def _device_transport(world: World, name: str, deadlines: Deadlines) -> Transport:
-    """Bind this rank to its GPU and open the transport that suits all ranks; collective over ``world``."""
+    """Bind this rank to its GPU and open the transport that suits all ranks; collective."""
     gpu: Gpu = agreed(world.comm, lambda: bind_gpu(world.local_rank), "process grid")
     facts = world.comm.all_gather_object(agreed(world.comm, lambda: collect_facts(gpu), "process grid"))
     choice = agreed(world.comm, lambda: choose_transport(facts, name), "process grid")

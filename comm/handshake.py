@@ -1,11 +1,11 @@
-"""The small agreement before data moves: every rank is here, healthy, and in the same collective."""
+"""The handshake before data moves: all ranks are here, healthy, in the same collective."""
 
 import numpy as np
 
 from xpar.comm.communicator import Communicator, Header, Tag
 
 HEADER_WORDS = 12
-"""int64 words of every handshake: as all have the same number, two different handshakes can meet and be told apart."""
+"""int64 words of every handshake; all have the same number, so that different ones can meet and be told apart"""
 
 
 class CollectiveError(RuntimeError):
@@ -17,7 +17,7 @@ class RemoteRankError(CollectiveError):
 
 
 class DesyncError(CollectiveError):
-    """The ranks of a group are in different collectives, or in the same one with incompatible arguments."""
+    """The ranks of a group are in different collectives, or in one with unfit arguments."""
 
 
 def handshake(
@@ -28,15 +28,17 @@ def handshake(
     values: tuple[int, ...] = (),
     failure: BaseException | None = None,
 ) -> Header:
-    """Check that all ranks of ``comm`` are in the same collective, and exchange a few numbers; collective.
+    """Check that all ranks are in the same collective, and exchange a few numbers.
+
+    Collective over ``comm``.
 
     Args:
         comm: The group.
         tag: The collective that this rank is about to enter.
         same: Named numbers that must be equal on all ranks.
         values: Numbers of this rank for the others.
-        failure: An error of this rank since the last collective. A rank that failed still takes part, so that no rank
-            waits for it, and then every rank raises.
+        failure: An error of this rank since the last collective. A rank that failed still takes part, so that
+            no rank waits for it, and then every rank raises.
 
     Returns:
         [size, len(values)] int64, the ``values`` of every rank.

@@ -1,7 +1,7 @@
 """Collectives on host tensors over MPI.
 
-Rows travel as an MPI datatype of ``row_bytes`` contiguous bytes: any dtype moves unchanged, and a count of rows stays
-small where a count of bytes would pass 2**31.
+Rows travel as an MPI datatype of ``row_bytes`` contiguous bytes: any dtype moves unchanged, and a count of
+rows stays small where a count of bytes would pass 2**31.
 """
 
 import math
@@ -96,7 +96,7 @@ class MpiCommunicator(BaseCommunicator):
                 time.sleep(PATIENT_POLL_S)
 
     def start_barrier(self) -> Pending[None]:
-        """Start a barrier; the result's ``wait`` returns once every rank of the group has started it."""
+        """Start a barrier; ``wait`` of the result returns once every rank has started it."""
         journal = self._journal
         if journal.checks_collectives:
             self.check_collective(CollectiveSignature("barrier in two halves"))
@@ -122,10 +122,14 @@ class MpiCommunicator(BaseCommunicator):
             return SoloCommunicator(name, world_ranks[0], self.abort)
         return MpiCommunicator(sub, name, world_ranks, self.watchdog)
 
-    # -- raw movement: any memory that the MPI library itself can reach ----------------------------------------
+    # -- raw movement: any memory that the MPI library itself can reach
+    # ----------------------------------------
 
     def gather_into(self, x: Tensor, counts: Sequence[int], out: Tensor) -> Tensor:
-        """Call ``Allgatherv`` for rows of contiguous ``x`` into contiguous ``out`` [sum(counts), ...], unchecked."""
+        """Call ``Allgatherv`` for the rows of contiguous ``x``, unchecked.
+
+        ``counts``: rows of each rank. ``out``: contiguous memory [sum(counts), ...].
+        """
         row, journal, total = self._row_type(x), self._journal, out.shape[0]
         journal.enter(journal.next_seq(), "all_gather_v", None, x.shape[0], total, row.Get_size())
         self.mpi_comm.Allgatherv(
@@ -191,7 +195,7 @@ class MpiCommunicator(BaseCommunicator):
 
     @contextmanager
     def journal_entry(self, op: str, seconds: float | None = None) -> Iterator[None]:
-        """Give the MPI call inside the ``with`` block, made by all ranks, a deadline and a line in reports.
+        """Give the MPI call in the ``with`` block, made by all ranks, a deadline and a journal line.
 
         ``seconds``: the deadline; None for that of the current step.
         """
@@ -204,7 +208,10 @@ class MpiCommunicator(BaseCommunicator):
     # -- pieces ---------------------------------------------------------------------------------------------
 
     def _setup_seconds(self) -> float:
-        """Return the deadline of collectives during set-up, before which a rank may work alone, as in reading files."""
+        """Return the deadline of collectives during set-up.
+
+        A rank may work alone before them, as in reading files.
+        """
         return math.inf if self.watchdog is None else self.watchdog.deadlines.start
 
     def checks_collectives(self) -> bool:
@@ -240,8 +247,8 @@ def _require_host(x: Tensor) -> Tensor:
     """Return ``x`` contiguous; ValueError unless ``x`` is in host memory."""
     if x.device.type != "cpu":
         raise ValueError(
-            f"the MPI communicator moves host tensors, got one on {x.device}; copy it to the CPU first, or create "
-            "the process grid with device='cuda'"
+            f"the MPI communicator moves host tensors, got one on {x.device}; copy it to the CPU first, or "
+            "create the process grid with device='cuda'"
         )
     return x.contiguous()
 

@@ -4,13 +4,13 @@ from collections.abc import Iterable
 
 
 def split_sizes(total: int, parts: int) -> list[int]:
-    """Return ``parts`` sizes that add up to ``total`` and differ by at most one, the larger ones first."""
+    """Return ``parts`` sizes that add up to ``total`` and differ by at most 1, in order."""
     base, rest = divmod(total, parts)
     return [base + (p < rest) for p in range(parts)]
 
 
 def split_range(total: int, parts: int, part: int) -> slice:
-    """Return the part number ``part`` of ``range(total)`` cut into ``parts`` parts of :func:`split_sizes`."""
+    """Return part number ``part`` of ``range(total)``, cut as :func:`split_sizes` says."""
     sizes = split_sizes(total, parts)
     first = sum(sizes[:part])
     return slice(first, first + sizes[part])

@@ -10,10 +10,10 @@ from xpar.comm.partition import split_range, split_sizes
 
 @dataclass(frozen=True)
 class Placement:
-    """Contiguous blocks of experts over ``ep`` ranks, each block sliced over ``etp`` consecutive ranks.
+    """Contiguous blocks of experts, each sliced over ``etp`` consecutive ranks.
 
-    The last entry of both tables, which id -1 reaches, belongs to dropped slots. If every rank holds copies of further
-    experts, see :meth:`blocks`, each copy has an id from E on, before that last entry.
+    The last entry of both tables, which id -1 reaches, belongs to dropped slots. If every rank holds copies
+    of further experts, see :meth:`blocks`, each copy has an id from E on, before that last entry.
 
     Attributes:
         num_experts: Number of experts E.
@@ -36,11 +36,12 @@ class Placement:
         """Place experts in contiguous blocks; E need not divide by ``ep`` nor reach it.
 
         Args:
-            num_experts: Number of experts E. The first ep ranks hold one more than the last; the last may hold none.
+            num_experts: Number of experts E. The first ep ranks hold one more than the last; the last may
+                hold none.
             ep: Number of blocks.
             etp: Number of ranks that slice one block.
-            copies: Number of experts that every ep rank holds besides its block. The copies of ep rank r have the ids
-                from ``E + r * copies`` on, and the local indices after those of the block.
+            copies: Number of experts that every ep rank holds besides its block. The copies of ep rank r have
+                the ids from ``E + r * copies`` on, and the local indices after those of the block.
         """
         sizes = split_sizes(num_experts, ep)
         owner = torch.repeat_interleave(torch.arange(ep), torch.tensor(sizes))
@@ -49,11 +50,14 @@ class Placement:
         return cls(num_experts, ep, etp, owner, torch.cat([local, torch.tensor([-1])]).to(torch.int32))
 
     def to(self, device: torch.device) -> "Placement":
-        """Return the placement with its tables on ``device``, which must be the device of the routing."""
+        """Return the placement with its tables on ``device``, where the routing must be."""
         return replace(self, owner=self.owner.to(device), local=self.local.to(device))
 
     def within(self, ep_ranks: range) -> "Placement":
-        """Return the placement over ``ep_ranks`` alone, counted from 0; slots of other ranks' experts are dropped."""
+        """Return the placement over ``ep_ranks`` alone, counted from 0.
+
+        Slots of other ranks' experts are dropped.
+        """
         is_inside = (self.owner >= ep_ranks.start) & (self.owner < ep_ranks.stop)
         owner = torch.where(is_inside, self.owner - ep_ranks.start, len(ep_ranks))
         local = torch.where(is_inside, self.local, -1)
@@ -78,7 +82,10 @@ class Placement:
         return self.owner[topk_ids.long()]
 
     def local_ids(self, topk_ids: Tensor, ep_rank: int) -> Tensor:
-        """Return the local index of each slot's expert on ``ep_rank``, [T, k] int32; -1 for an expert elsewhere."""
+        """Return the local index of each slot's expert on ``ep_rank``, [T, k] int32.
+
+        It is -1 for an expert elsewhere.
+        """
         if self.ep == 1 and not self.is_partial:
             return topk_ids.to(torch.int32)
         ids = topk_ids.long()

@@ -1,7 +1,8 @@
-"""The state of a tensor across a group, and the functions that complete tensors in any state.
+"""The state of a tensor across a group, and functions that complete any state.
 
-The late all-reduce (add routed and shared partial sums, reduce once) and the early all-reduce (the combine already
-reduced the routed part, so the shared part is reduced alone) are consequences of the types, not modes.
+The late all-reduce (add routed and shared partial sums, reduce once) and the early all-reduce (the combine
+already reduced the routed part, so the shared part is reduced alone) are consequences of the types, not
+modes.
 """
 
 from collections.abc import Callable
@@ -73,8 +74,8 @@ def sum_outputs(
         routed: The routed experts' output [T, H].
         shared: The shared experts' output [T, H], if the layer has any.
         transform: Applied to the routed output before the sum.
-        deferred: Leave out the last collective, for a caller that fuses it with its own. The state of the result says
-            what is still missing, so that it cannot be reduced twice.
+        deferred: Leave out the last collective, for a caller that fuses it with its own. The state of the
+            result says what is still missing, so that it cannot be reduced twice.
 
     Returns:
         The sum; its state is ``Full`` unless ``deferred``.
@@ -88,7 +89,7 @@ def sum_outputs(
 
 
 def to_full(x: Distributed) -> Distributed:
-    """Bring ``x`` into state ``Full`` by nothing, one all-reduce or one all-gather; collective over its group."""
+    """Bring ``x`` into state ``Full`` by nothing, an all-reduce or an all-gather; collective."""
     if isinstance(x.state, Partial):
         return Distributed(x.state.group.all_reduce(x.tensor), Full())
     if isinstance(x.state, Sharded):
@@ -97,7 +98,7 @@ def to_full(x: Distributed) -> Distributed:
 
 
 def add(a: Distributed, b: Distributed) -> Distributed:
-    """Add two tensors in any states, so that no addend is lost or counted twice; collective if the states differ."""
+    """Add two tensors in any states, losing and repeating no addend; collective."""
     if same_state(a.state, b.state):
         return Distributed(a.tensor + b.tensor, a.state)
     for sharded, partial in ((a, b), (b, a)):
@@ -108,7 +109,10 @@ def add(a: Distributed, b: Distributed) -> Distributed:
 
 
 def same_state(a: State, b: State) -> bool:
-    """Whether two states mean the same; two groups of the same ranks in the same order count as one group."""
+    """Whether two states mean the same.
+
+    Two groups of the same ranks in the same order count as one group.
+    """
     if isinstance(a, Full) or isinstance(b, Full):
         return a == b
     counts = [x.counts if isinstance(x, Sharded) else None for x in (a, b)]
@@ -116,9 +120,9 @@ def same_state(a: State, b: State) -> bool:
 
 
 def split_tokens(x: Tensor, group: Communicator) -> Distributed:
-    """Return this rank's part of tokens ``x`` [T, ...] that every rank of ``group`` holds; no rows move.
+    """Return this rank's part of tokens ``x`` [T, ...] that all ranks of ``group`` hold.
 
-    A model does so before a sequence-parallel layer; :func:`to_full` gathers the parts again.
+    No rows move. A model does so before a sequence-parallel layer; :func:`to_full` gathers the parts again.
     """
     counts = tuple(split_sizes(x.shape[0], group.size))
     return Distributed(x[split_range(x.shape[0], group.size, group.rank)], Sharded(group, counts))

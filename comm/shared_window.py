@@ -1,4 +1,4 @@
-"""Memory that all ranks of a group on one node read and write in place, as an MPI shared window."""
+"""Memory that all ranks of a group on one node use in place: an MPI shared window."""
 
 import atexit
 import os
@@ -25,10 +25,10 @@ LEAST_BYTES = 1 << 20
 
 
 class SharedWindow:
-    """Bytes that every rank of ``group`` sees at an address of its own; a window grows and never shrinks.
+    """Bytes that every rank of ``group`` sees at an address of its own.
 
-    A write is visible to the other ranks after the next :meth:`fence`. Tensors made by :meth:`view` are valid until the
-    next call of :meth:`reserve` that grows the window.
+    A window grows and never shrinks. A write is visible to the other ranks after the next :meth:`fence`.
+    Tensors made by :meth:`view` are valid until the next call of :meth:`reserve` that grows the window.
     """
 
     def __init__(self, group: Communicator) -> None:
@@ -39,13 +39,15 @@ class SharedWindow:
             atexit.register(self.close)  # MPI_Finalize must find no open window
 
     def reserve(self, nbytes: int) -> None:
-        """Make the window at least ``nbytes`` large, the same number on every rank; collective if it has to grow.
+        """Make the window at least ``nbytes`` large, the same number on every rank.
 
-        Raises :class:`~xpar.comm.failure.AgreedError` on every rank if the node has no room for it.
+        Collective if the window has to grow. Raises :class:`~xpar.comm.failure.AgreedError` on every rank if
+        the node has no room for it.
         """
         if nbytes <= self._bytes.numel():
             return
-        # Half as much again as the window had, so that slowly growing batches do not open a new window each time.
+        # Half as much again as the window had, so that slowly growing batches do not open a new window each
+        # time.
         size = -(-max(nbytes, self._bytes.numel() * 3 // 2) // ALIGNMENT) * ALIGNMENT
         if not isinstance(self.group, MpiCommunicator):
             self._bytes = torch.empty(size, dtype=torch.uint8)
@@ -55,12 +57,15 @@ class SharedWindow:
         self._open(cast("MPI.Intracomm", self.group.mpi_comm), size)
 
     def view(self, first_byte: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Return a tensor of ``shape`` and ``dtype`` that begins ``first_byte`` bytes into the window."""
+        """Return a tensor of ``shape`` and ``dtype`` from byte ``first_byte`` of the window on."""
         nbytes = shape[0] * shape[1] * dtype.itemsize
         return self._bytes[first_byte : first_byte + nbytes].view(dtype).view(shape)
 
     def sync(self) -> None:
-        """Order this rank's memory accesses; called before and after another exchange, it makes that a fence."""
+        """Order this rank's memory accesses.
+
+        Called before and after another exchange, it makes that a fence.
+        """
         if self._window is not None:
             self._window.Sync()
 
@@ -69,7 +74,10 @@ class SharedWindow:
         self.start_fence().wait()
 
     def start_fence(self) -> Pending[None]:
-        """Start a fence: this rank has written. ``wait`` of the result ends the fence, once every rank has written."""
+        """Start a fence: this rank has written.
+
+        ``wait`` of the result ends the fence, once every rank has written.
+        """
         window = self._window
         if window is None or not isinstance(self.group, MpiCommunicator):
             return Pending(lambda: None)
@@ -90,7 +98,8 @@ class SharedWindow:
     def _open(self, comm: "MPI.Intracomm", size: int) -> None:
         from mpi4py import MPI
 
-        # One segment, owned by rank 0: offsets are the same for all ranks, with no gaps between the ranks' parts.
+        # One segment, owned by rank 0: offsets are the same for all ranks, with no gaps between the ranks'
+        # parts.
         with cast(MpiCommunicator, self.group).journal_entry("opening a window"):
             self._window = MPI.Win.Allocate_shared(size if comm.rank == 0 else 0, 1, comm=comm)
         self._window.Lock_all(MPI.MODE_NOCHECK)
@@ -119,7 +128,7 @@ def get_window(group: Communicator, use: str = "tokens") -> SharedWindow:
 
 
 def free_bytes() -> int:
-    """Return the bytes that shared windows on this node may still take; 0 if the node has no place for them."""
+    """Return the bytes that shared windows on this node may still take; 0 without a place."""
     try:
         state = os.statvfs(SHARED_FILES)
     except OSError:
@@ -128,12 +137,15 @@ def free_bytes() -> int:
 
 
 def refuse_full_memory() -> None:
-    """Raise ValueError if shared memory is full: MPI shares memory within a node and is killed without any."""
+    """Raise ValueError if shared memory is full.
+
+    MPI shares memory within a node and is killed without any.
+    """
     free = free_bytes()
     if Path(SHARED_FILES).is_dir() and free < LEAST_BYTES:
         raise ValueError(
-            f"{SHARED_FILES} on {socket.gethostname()} has {free / 1e6:.1f} MB left, and MPI needs a few a rank; "
-            f"remove stale files there (rm {SHARED_FILES}/mpich_shm_* where nothing runs), or enlarge it "
+            f"{SHARED_FILES} on {socket.gethostname()} has {free / 1e6:.1f} MB left, and MPI needs a few a "
+            f"rank; remove stale files there (rm {SHARED_FILES}/mpich_shm_* where nothing runs), or enlarge it "
             "(containers: --shm-size)"
         )
 
@@ -141,12 +153,13 @@ def refuse_full_memory() -> None:
 def check_room(nbytes: int, reusable: int = 0) -> None:
     """Raise ValueError unless a window of ``nbytes`` fits once ``reusable`` bytes are freed.
 
-    Without this check the window would open, and the process would be killed (SIGBUS) by its first write to a missing
-    page.
+    Without this check the window would open, and the process would be killed (SIGBUS) by its first write to a
+    missing page.
     """
     free = free_bytes() + reusable
     if nbytes > free:
         raise ValueError(
-            f"a window of {nbytes / 1e6:.0f} MB does not fit into {SHARED_FILES}, which has {free / 1e6:.0f} MB left; "
-            "enlarge it (containers: --shm-size), send fewer tokens at a time, or choose the dispatcher alltoall"
+            f"a window of {nbytes / 1e6:.0f} MB does not fit into {SHARED_FILES}, which has {free / 1e6:.0f} "
+            "MB left; enlarge it (containers: --shm-size), send fewer tokens at a time, or choose the "
+            "dispatcher alltoall"
         )

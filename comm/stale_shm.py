@@ -1,6 +1,7 @@
-"""Files that killed MPI jobs left in shared memory, which they fill and where one can stop the next MPI_Init.
+"""Files that killed MPI jobs left in shared memory.
 
-MPICH names its file after the job's number: a job of the same number and another size ends in ``Out of memory``.
+They fill it, and one of them can stop the next MPI_Init. MPICH names its file after the job's number: a job
+of the same number and another size ends in ``Out of memory``.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""The lateness of ranks: how much later than the first each rank came to the collectives of its groups.
+"""The lateness of ranks: how much later than the first each came to collectives.
 
-Clocks of different nodes differ, so times of day say nothing. But all ranks leave a collective at about the same time:
-the rank that waited least came last, and the difference of the waits is its lateness.
+Clocks of different nodes differ, so times of day say nothing. But all ranks leave a collective at about the
+same time: the rank that waited least came last, and the difference of the waits is its lateness.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,17 +36,19 @@ class Lateness:
 
 
 def gather_lateness(comm: Communicator, watchdog: Watchdog) -> list[Lateness]:
-    """Compare the waits of all ranks since the last call; collective over ``comm``, the group of all ranks.
+    """Compare the waits of all ranks since the last call.
 
-    Returns the lateness of every rank in rank order, and empties the journals.
+    Collective over ``comm``, the group of all ranks. Returns the lateness of every rank in rank order, and
+    empties the journals.
     """
     return lateness(comm.all_gather_object(watchdog.take_waits()))
 
 
 def lateness(waits_of_ranks: Sequence[Mapping[Group, Sequence[float]]]) -> list[Lateness]:
-    """Compute the lateness of every rank from the seconds that each rank waited in each collective of its groups.
+    """Compute the lateness of every rank from the waits of all ranks.
 
-    A group's waits are there for all of its ranks or for none.
+    ``waits_of_ranks``: for each rank and each of its groups the seconds waited in each collective. A group's
+    waits are there for all of its ranks or for none.
     """
     late: list[list[np.ndarray]] = [[] for _ in waits_of_ranks]
     for name, ranks in sorted({group for waits in waits_of_ranks for group in waits}):

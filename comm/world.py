@@ -1,4 +1,7 @@
-"""The job as this process sees it: ranks, nodes, cores. All of it is observed, nothing guessed from a rank number."""
+"""The job as this process sees it: ranks, nodes, cores.
+
+All of it is observed, nothing is guessed from a rank number.
+"""
 
 import faulthandler
 import os
@@ -26,7 +29,10 @@ DEFAULT_OPTIONS = WatchdogOptions()
 
 
 class LaunchError(CollectiveError):
-    """MPI cannot start, or MPI and launcher disagree about the number of ranks; the same on all tasks of a node."""
+    """MPI cannot start, or MPI and launcher disagree about the number of ranks.
+
+    All tasks of a node raise the same error.
+    """
 
 
 @dataclass(frozen=True)
@@ -78,15 +84,15 @@ class World:
         return max(self.node_of) + 1
 
     def threads(self) -> int:
-        """Return the number of threads to compute with: this rank's part of the node's cores, at least 1."""
+        """Return the number of threads to compute with, at least 1: the cores of this rank."""
         return max(1, int(self.cores + 1e-6))
 
     def first(self, ranks: int) -> "World | None":
-        """Make a world of the first ``ranks`` ranks; returns None on the other ranks; collective over this world.
+        """Make a world of the first ``ranks`` ranks; None on the others; collective.
 
-        The first ranks fill one node after the other, since ranks are ordered by node. ``cores`` stays each rank's part
-        among all ranks of the job, which are still there. The caller closes the new world's ``comm``.
-        Raises ValueError unless ``ranks`` is 1 to the size of this world.
+        The first ranks fill one node after the other, since ranks are ordered by node. ``cores`` stays each
+        rank's part among all ranks of the job, which are still there. The caller closes the new world's
+        ``comm``. Raises ValueError unless ``ranks`` is 1 to the size of this world.
         """
         if not 1 <= ranks <= self.size:
             raise ValueError(
@@ -117,12 +123,12 @@ class World:
     ) -> "World":
         """Join the MPI job, starting MPI if need be; collective over ``mpi_comm``.
 
-        The whole job is watched: a collective that passes its deadline ends the job, with a report of where every rank
-        is.
+        The whole job is watched: a collective that passes its deadline ends the job, with a report of where
+        every rank is.
 
         Args:
-            mpi_comm: The ranks; all ranks of the job by default. A communicator of the caller's own is only watched if
-                ``deadlines`` are given.
+            mpi_comm: The ranks; all ranks of the job by default. A communicator of the caller's own is only
+                watched if ``deadlines`` are given.
             allow_singleton: Accept a job of one rank even if the launcher started several tasks.
             deadlines: Deadlines of everything that needs other ranks.
             watchdog: What the watchdog checks and records besides.
@@ -150,7 +156,10 @@ class World:
     def _join(
         cls, base: "MPI.Intracomm", enforced: Deadlines | None, limits: Deadlines, options: WatchdogOptions
     ) -> "World":
-        """Order the ranks of ``base`` by node and start the watchdog; no deadlines are enforced if that is None."""
+        """Order the ranks of ``base`` by node and start the watchdog; collective.
+
+        No deadlines are enforced if ``enforced`` is None.
+        """
         from mpi4py import MPI
 
         shared = base.Split_type(MPI.COMM_TYPE_SHARED, key=base.rank)
@@ -178,7 +187,10 @@ class World:
 
 @contextmanager
 def limit_start(seconds: float) -> Iterator[None]:
-    """Show this rank's stack and end the process if the block lasts longer; for the time before the watchdog starts."""
+    """Show this rank's stack and end the process if the block lasts longer.
+
+    It serves until the watchdog starts.
+    """
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
     try:
         yield
@@ -202,7 +214,9 @@ def _library() -> str:
 
 
 def refuse_singletons(environ: dict[str, str], library: str) -> None:
-    """Raise LaunchError if a launcher started several tasks that MPI does not know of (``srun`` without PMI).
+    """Raise LaunchError if a launcher started several tasks that MPI does not know of.
+
+    ``srun`` without PMI does so.
 
     ``environ``: this process's environment. ``library``: the MPI library's version text.
     """
@@ -213,14 +227,14 @@ def refuse_singletons(environ: dict[str, str], library: str) -> None:
     flavour = "pmix" if "Open MPI" in library else "cray_shasta" if "CRAY" in library.upper() else "pmi2"
     found = ", ".join(f"{k}={v}" for k, v in counts.items())
     raise LaunchError(
-        f"the launcher started {tasks} tasks ({found}) but MPI sees 1 rank: each task would run alone and repeat "
-        f"the whole work. Launch with `srun --mpi={flavour}` for this library ({library.splitlines()[0]}), "
+        f"the launcher started {tasks} tasks ({found}) but MPI sees 1 rank: each task would run alone and "
+        f"repeat the whole work. Launch with `srun --mpi={flavour}` for this library ({library.splitlines()[0]}), "
         "or with its own mpirun; `srun --mpi=list` shows what the site offers."
     )
 
 
 def _count_cores(affinities: list[tuple[int, ...]], local_rank: int) -> float:
-    """Count the cores of ``local_rank``, each divided by the number of the node's ranks that may run on it."""
+    """Count the cores of ``local_rank``; a core that n ranks of the node may use counts 1/n."""
     users: dict[int, int] = {}
     for cores in affinities:
         for core in cores:

@@ -1,4 +1,4 @@
-"""The contract of a backend, which moves rows of device tensors between the ranks of one group."""
+"""The contract of a backend, which moves rows of device tensors within one group."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol

@@ -1,4 +1,7 @@
-"""A group's collectives on device tensors; host tensors and all metadata go over the group's MPI communicator."""
+"""A group's collectives on device tensors.
+
+Host tensors and all metadata go over the group's MPI communicator.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +17,7 @@ from xpar.comm.watchdog.collective_check import CollectiveSignature
 
 
 class DeviceCommunicator(BaseCommunicator):
-    """A communicator that moves device tensors with ``backend``, and host tensors and headers with ``host``.
+    """A communicator that moves device tensors with ``backend`` and host tensors with MPI.
 
     Args:
         host: The MPI communicator of the group.
@@ -89,7 +92,7 @@ class DeviceCommunicator(BaseCommunicator):
         self.host.abort(code)
 
     def close(self) -> None:
-        """Close the MPI communicator. The transport closes the backends, for all of its groups at once."""
+        """Close the MPI communicator; the transport closes the backends of all groups at once."""
         self.host.close()
 
     # -- the two movements ----------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class MpiBackend:
 
 
 def claims_cuda() -> bool:
-    """Whether the MPI library says that it takes addresses of CUDA memory; touches no such memory.
+    """Whether the MPI library claims to take CUDA addresses; touches no such memory.
 
     It reads the info key of MPI 4.1 and calls the functions of Open MPI, and of MPICH and its
     descendants.

@@ -116,6 +116,6 @@ class NcclBackend:
 
 
 def _keep_until(x: Tensor, out: Tensor) -> Tensor:
-    """Return ``out``, and keep ``x`` alive until then: afterwards its stream may reuse its memory."""
+    """Return ``out``, and keep ``x`` alive until then, after which its memory may be reused."""
     del x
     return out

@@ -1,4 +1,4 @@
-"""One NCCL communicator: started over MPI, used with deadlines, given up without other ranks."""
+"""One NCCL communicator: started over MPI, with deadlines, given up without other ranks."""
 
 import threading
 import time
@@ -138,8 +138,8 @@ def poll_until_done(library: Library, comm: Comm, seconds: float, what: str) -> 
         waited = time.monotonic() - begin
         if waited > seconds:
             raise NcclError(
-                f"{what}: NCCL is still not ready after {seconds:g} s; a rank of the group did not come, or cannot "
-                "be reached (NCCL_DEBUG=INFO shows how far it got)"
+                f"{what}: NCCL is still not ready after {seconds:g} s; a rank of the group did not come, or "
+                "cannot be reached (NCCL_DEBUG=INFO shows how far it got)"
             )
         if waited > SPIN_SECONDS:
             time.sleep(1e-4)

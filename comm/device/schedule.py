@@ -7,7 +7,7 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class Transfer:
-    """A transfer of ``rows`` rows to or from ``peer``, from row ``first`` of the local buffer on."""
+    """A transfer of ``rows`` rows to or from ``peer``, from local row ``first`` on."""
 
     peer: int
     first: int

@@ -30,7 +30,9 @@ ABORT_S = 10.0
 
 
 class Transport:
-    """Makes device communicators of MPI communicators; groups of the same ranks have one connection in common.
+    """Makes device communicators of MPI communicators.
+
+    Groups of the same ranks have one connection in common.
 
     Args:
         choice: How the tensors travel, and why.
@@ -51,7 +53,10 @@ class Transport:
         atexit.register(self.close)  # while CUDA and MPI are still there
 
     def wrap(self, host: Communicator) -> Communicator:
-        """Make the device communicator of a group; collective. A group of one moves nothing and is returned as it is."""
+        """Make the device communicator of a group; collective.
+
+        A group of one moves nothing and is returned as it is.
+        """
         if not isinstance(host, MpiCommunicator):
             return host
         if host.world_ranks not in self._backends:
@@ -59,7 +64,10 @@ class Transport:
         return DeviceCommunicator(host, self.device, self._backends[host.world_ranks], self.wrap)
 
     def close(self) -> None:
-        """Close every connection, the last one first; collective. Runs by itself when the process ends."""
+        """Close every connection, the last one first; collective.
+
+        This runs by itself when the process ends.
+        """
         atexit.unregister(self.close)
         while self._backends:
             self._backends.popitem()[1].close()
@@ -82,8 +90,8 @@ def open_transport(
     Args:
         world: The group of all ranks.
         device: This rank's device.
-        choice: The transport. If it is NCCL, and NCCL turns out not to connect, rows are staged instead and the
-            transport's own choice says why.
+        choice: The transport. If it is NCCL, and NCCL turns out not to connect, rows are staged instead and
+            the transport's own choice says why.
         deadlines: Deadlines of work on the GPU.
         required: Raise instead of staging.
         library: NCCL; opened here by default.

@@ -71,8 +71,8 @@ def collect_facts(gpu: Gpu) -> DeviceFacts:
 def choose_transport(facts: Sequence[DeviceFacts], name: str = "auto") -> TransportChoice:
     """Choose NCCL if it can work, else staging, or the transport called ``name``.
 
-    ``facts``: those of all ranks, in order. Raises ValueError with the reason if there is no transport called ``name`` or
-    it cannot work here.
+    ``facts``: those of all ranks, in order. Raises ValueError with the reason if there is no transport called
+    ``name`` or it cannot work here.
     """
     choice = choose(
         TRANSPORTS,
@@ -89,7 +89,7 @@ def choose_transport(facts: Sequence[DeviceFacts], name: str = "auto") -> Transp
 
 
 def fall_back(choice: TransportChoice, reason: str) -> TransportChoice:
-    """Return the choice of staging after the chosen transport turned out not to work for ``reason``."""
+    """Return the choice of staging, after the chosen transport failed for ``reason``."""
     rest = tuple(r for r in choice.rejected if r[0] != STAGED.name)
     return Choice(STAGED, ((choice.name, reason), *rest), STAGED.describe(()))
 
@@ -97,8 +97,8 @@ def fall_back(choice: TransportChoice, reason: str) -> TransportChoice:
 def host_override(facts: Sequence[DeviceFacts], rank: int) -> str | None:
     """Return the host name that ``rank`` gives NCCL (``NCCL_HOSTID``), None if its own will do.
 
-    NCCL refuses two ranks of one host on one GPU. Such ranks give different hosts and connect by sockets. The n-th ranks
-    of all GPUs of a node give the same host, and so connect with each other as usual.
+    NCCL refuses two ranks of one host on one GPU. Such ranks give different hosts and connect by sockets. The
+    n-th ranks of all GPUs of a node give the same host, and so connect with each other as usual.
     """
     if _refused_by_nccl(facts) is None:
         return None

@@ -1,4 +1,4 @@
-"""A thread that ends the job if work on the GPU does not end, even if no rank waits in Python.
+"""A thread that ends the job if work on the GPU does not end.
 
 The call that asks for a collective only launches it. If a peer never comes, the GPU waits, and sooner
 or later the host waits for the GPU inside a call that nothing can interrupt. This thread reports and
@@ -35,7 +35,7 @@ class WatchedOperation:
 
 
 class Watch:
-    """Follows operations on the GPU in the order of their start, and reports the first that is late.
+    """Follows operations on the GPU in the order of their start, and reports a late one.
 
     The thread starts with the first operation and is a daemon. While a CUDA graph is captured in
     torch's default mode, no other thread may query events: capture inside :meth:`paused`.
@@ -86,8 +86,8 @@ class Watch:
             return f"{oldest.what}: {problem}"
         if time.monotonic() - oldest.begun > oldest.seconds:
             return (
-                f"{oldest.what}: not done on the GPU {oldest.seconds:g} s after it was started; a rank of the "
-                "group did not take part, or the GPU hangs"
+                f"{oldest.what}: not done on the GPU {oldest.seconds:g} s after it was started; a rank of "
+                "the group did not take part, or the GPU hangs"
             )
         return None
 

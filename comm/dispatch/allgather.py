@@ -1,9 +1,9 @@
 """Dispatch by an all-gather of the tokens; each rank reads the rows that its experts need.
 
-Every rank learns every token's experts, so the way back needs no counts from other ranks: only computed rows come back.
-On a GPU the host would have to wait even for counts that it could derive. There every rank computes an output for every
-token, zero for tokens without an expert on it, and the outputs are reduce-scattered: nothing depends on a number that
-only the GPU knows.
+Every rank learns every token's experts, so the way back needs no counts from other ranks: only computed rows
+come back. On a GPU the host would have to wait even for counts that it could derive. There every rank
+computes an output for every token, zero for tokens without an expert on it, and the outputs are
+reduce-scattered: nothing depends on a number that only the GPU knows.
 """
 
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ class AllGatherDispatcher(Dispatcher):
 def plan_from_gathered(
     own: Routing, gathered: Routing, counts: list[int], placement: Placement, rank: int, exact: bool
 ) -> AllToAllPlan:
-    """Derive the plan that the all-to-all dispatcher learns by asking from the routing of all tokens.
+    """Derive from the routing of all tokens the plan that all-to-all learns by asking.
 
     Args:
         own: The routing of this rank's tokens.

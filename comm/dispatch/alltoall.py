@@ -1,4 +1,4 @@
-"""Dispatch of one row per (token, destination rank); the slots of a row are summed at the destination."""
+"""Dispatch of one row per (token, destination rank), whose slots are summed there."""
 
 from dataclasses import dataclass
 
@@ -51,7 +51,10 @@ class AllToAllPlan:
 
 
 class CountsInFlight:
-    """The plan of rows whose number the host does not know yet; dispatch learns it and sets the full plan."""
+    """The plan of rows whose number the host does not know yet.
+
+    Dispatch learns the number and sets the full plan.
+    """
 
     def __init__(self, outgoing: OutgoingRows) -> None:
         self.outgoing = outgoing
@@ -134,7 +137,7 @@ class AllToAllDispatcher(Dispatcher):
         return return_rows(self.group, outputs, plan.dispatcher_state, plan.local_routing)
 
     def _dispatch_early(self, hidden_states: Tensor, early: CountsInFlight) -> Pending[ExpertInput]:
-        """Let the GPU pack rows while the host waits for this rank's counts and exchanges them; collective."""
+        """Let the GPU pack rows while the host waits for counts and exchanges them; collective."""
         outgoing = early.outgoing
         rows = outgoing.pack_early(hidden_states)
         send = outgoing.counts.wait()
@@ -152,14 +155,17 @@ class AllToAllDispatcher(Dispatcher):
 
 
 def exchange_counts(group: Communicator, send: list[int]) -> list[int]:
-    """Tell each rank how many rows this rank sends to it, and return how many each rank sends here; collective."""
+    """Tell each rank how many rows it will get, and return how many each sends here.
+
+    Collective over ``group``. ``send``: rows from here to each rank.
+    """
     ones = [1] * group.size
     received = group.all_to_all_v(torch.tensor(send, dtype=torch.int64), ones, ones).wait()
     return [int(n) for n in received.tolist()]
 
 
 def rows_by_destination(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor, list[int]]:
-    """List the rows to send for ``topk_ids`` [T, k], one per (rank, token) that fits, by rank and then token.
+    """List the rows to send for ``topk_ids`` [T, k], by destination rank and then token.
 
     Returns:
         The rank of each row [S], the token of each row [S], and the number of rows per rank.
@@ -178,7 +184,8 @@ def returning_slots(active: Tensor, tokens: Tensor, send: list[int]) -> tuple[Te
         send: Rows to each rank.
 
     Returns:
-        The flat (token, slot) index of each row that comes back, int64; and the number of those rows per rank.
+        The flat (token, slot) index of each row that comes back, int64; and the number of those rows per
+        rank.
     """
     k = active.shape[1]
     slots = (tokens[:, None] * k + torch.arange(k, device=tokens.device))[active]
@@ -186,7 +193,10 @@ def returning_slots(active: Tensor, tokens: Tensor, send: list[int]) -> tuple[Te
 
 
 def invert_slots(slots: Tensor, shape: torch.Size) -> Tensor:
-    """Return for each slot of ``shape`` (T, k) the row r with ``slots[r]`` equal to it: [T, k] int64, -1 for none."""
+    """Return for each slot of ``shape`` the row r with ``slots[r]`` equal to its index.
+
+    [T, k] int64, -1 for a slot that is not among ``slots``.
+    """
     positions = torch.full((shape.numel(),), -1, dtype=torch.int64, device=slots.device)
     positions[slots] = torch.arange(len(slots), device=slots.device)
     return positions.view(shape)
@@ -221,7 +231,7 @@ def _sum_at_home(back: Tensor, state: AllToAllPlan, routing: Routing) -> Tensor:
 
 
 def sum_per_rank(values: Tensor, rows: list[int]) -> list[int]:
-    """Sum the ``values`` [S] of each rank's rows, of which rank r has ``rows[r]`` consecutive ones."""
+    """Sum ``values`` [S] over each rank's rows, of which rank r has ``rows[r]`` in sequence."""
     ends = np.cumsum([0, *rows])
     total = torch.nn.functional.pad(values.cumsum(0), (1, 0)).cpu()[torch.from_numpy(ends)]
     return [int(n) for n in total.diff().tolist()]

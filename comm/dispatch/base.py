@@ -1,4 +1,7 @@
-"""The contract of every dispatcher: plan, dispatch, (the experts compute), combine, with no state between the calls."""
+"""The contract of every dispatcher: plan, dispatch, (the experts compute), combine.
+
+A dispatcher keeps no state between the calls.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +23,8 @@ class Traffic:
     """The rows that one layer's exchange moves, counted on this rank.
 
     Attributes:
-        rows: (token, destination) pairs of this rank's tokens, its own experts included. What a destination is says
-            ``Capabilities.row_granularity``.
+        rows: (token, destination) pairs of this rank's tokens, its own experts included. What a destination
+            is says ``Capabilities.row_granularity``.
         remote_rows: Those of ``rows`` that leave the rank.
         combined_rows: Rows that come back for this rank's tokens.
         sent: Rows to each rank of the group, this rank included.
@@ -40,18 +43,18 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """The properties of a dispatcher that callers ask for, so that none of them asks for its name.
+    """The properties of a dispatcher that callers ask for instead of its name.
 
     Attributes:
         devices: torch device types of the tokens.
-        needs_host_counts: On a GPU, whether the host waits for numbers that the GPU computes. In exact mode every
-            dispatcher does.
-        graph_capture: Whether plan, dispatch and combine may be captured in a CUDA graph and replayed, as long as every
-            rank's number of tokens stays the same.
+        needs_host_counts: On a GPU, whether the host waits for numbers that the GPU computes. In exact mode
+            every dispatcher does.
+        graph_capture: Whether plan, dispatch and combine may be captured in a CUDA graph and replayed, as
+            long as every rank's number of tokens stays the same.
         pipelined: Whether a step may be planned and dispatched before the step before it is combined.
         replicated_tokens: Whether all ranks of the group hold the same tokens and no row moves.
-        row_granularity: What a token sends one row to: each "rank" or each "node" that holds any of its experts, or
-            "all" ranks.
+        row_granularity: What a token sends one row to: each "rank" or each "node" that holds any of its
+            experts, or "all" ranks.
         single_node: Whether all ranks of the group must share memory.
     """
 
@@ -64,7 +67,7 @@ class Capabilities:
     single_node: bool = False
 
     def moves_rows(self, num_nodes: int) -> bool:
-        """Whether the dispatcher has a way of its own to move rows between ranks on ``num_nodes`` nodes."""
+        """Whether the dispatcher moves rows in a way of its own on ``num_nodes`` nodes."""
         return not self.replicated_tokens and not (self.row_granularity == "node" and num_nodes == 1)
 
 
@@ -108,7 +111,8 @@ class DispatchPlan:
 class Dispatcher(Protocol):
     """Moves tokens to the ranks of their experts and the experts' outputs back.
 
-    A dispatcher is a class that inherits from this one, and an entry of :data:`xpar.comm.dispatch.choose.DISPATCHERS`.
+    A dispatcher is a class that inherits from this one, and an entry of
+    :data:`xpar.comm.dispatch.choose.DISPATCHERS`.
 
     Attributes:
         name: Name in options and reports.
@@ -124,9 +128,10 @@ class Dispatcher(Protocol):
 
     @classmethod
     def impossible(cls, grid: ProcessGrid, placement: Placement, request: DispatchRequest) -> str | None:
-        """Return why this dispatcher cannot work on ``grid``, or None. By default only the device may be wrong.
+        """Return why this dispatcher cannot work on ``grid``, or None.
 
-        The answer must be the same on every rank of a group, as for :meth:`unsuitable`.
+        By default only the device may be wrong. The answer must be the same on every rank of a group, as for
+        :meth:`unsuitable`.
         """
         devices, device = cls.capabilities.devices, grid.device.type
         if device in devices:
@@ -135,12 +140,15 @@ class Dispatcher(Protocol):
 
     @classmethod
     def unsuitable(cls, grid: ProcessGrid, placement: Placement, request: DispatchRequest) -> str | None:
-        """Return why ``auto`` passes over this dispatcher although it could work, or None, the default."""
+        """Return why ``auto`` passes over this dispatcher although it could work, or None."""
         return None
 
     @classmethod
     def build(cls, grid: ProcessGrid, placement: Placement) -> "Dispatcher":
-        """Make the dispatcher of ``grid.moe``; ``placement`` has its tables on the grid's device. No collective."""
+        """Make the dispatcher of ``grid.moe``, without any collective.
+
+        ``placement`` has its tables on the grid's device.
+        """
         raise NotImplementedError
 
     def plan(
@@ -155,7 +163,8 @@ class Dispatcher(Protocol):
         """Agree with the other ranks on who sends what; collective.
 
         Args:
-            routing: The routing of this rank's tokens, or the exception if routing failed: every rank then raises.
+            routing: The routing of this rank's tokens, or the exception if routing failed: every rank then
+                raises.
             tag: The layer and its step.
             hidden_size: Numbers per row H.
             dtype: Dtype of the rows.
@@ -167,10 +176,13 @@ class Dispatcher(Protocol):
         """
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        """Start to move ``hidden_states`` [T, H]; the result is the input of this rank's experts; collective."""
+        """Start to move ``hidden_states`` [T, H] to this layer's experts; collective.
+
+        The result is the input of this rank's experts.
+        """
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
-        """Return memory for the experts' ``rows`` outputs that combine need not copy, or None if there is none."""
+        """Return memory for ``rows`` expert outputs that combine need not copy, or None."""
         return None
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
@@ -189,7 +201,9 @@ def agree_on_plan(
     dtype: torch.dtype,
     exact: bool,
 ) -> tuple[Routing, list[int]]:
-    """Hold the handshake that opens every plan: all ranks are healthy and in this layer with these sizes; collective.
+    """Check that all ranks are healthy and in this layer with these sizes; collective.
+
+    Every plan begins with this handshake.
 
     Args:
         group: The ``moe`` group.
@@ -209,7 +223,7 @@ def agree_on_plan(
 
 
 def encode_routing(routing: Routing) -> Tensor:
-    """Return the routing as one tensor [T, 2k] int32: the ids, then the bits of the fp32 weights."""
+    """Return the routing as one tensor [T, 2k] int32: ids, then the bits of fp32 weights."""
     return torch.cat(
         [routing.topk_ids.to(torch.int32), routing.topk_weights.float().view(torch.int32)], dim=1
     )
@@ -222,14 +236,17 @@ def decode_routing(encoded: Tensor) -> Routing:
 
 
 def destination_mask(topk_ids: Tensor, placement: Placement) -> Tensor:
-    """Return [R, T] bool: whether a rank holds (a slice of) any expert of a token of ``topk_ids`` [T, k]."""
+    """Return [R, T] bool: whether a rank holds (a slice of) any expert of a token.
+
+    ``topk_ids`` [T, k]: the experts of each token.
+    """
     mask = torch.zeros(topk_ids.shape[0], placement.ep + 1, dtype=torch.bool, device=topk_ids.device)
     mask.scatter_(1, placement.owners(topk_ids), True)
     return mask[:, : placement.ep].t().repeat_interleave(placement.etp, dim=0)
 
 
 def pad_missing_outputs(outputs: Tensor, rows: int) -> Tensor:
-    """Return ``outputs``, or ``rows`` zeros if there are none: a rank without experts computes nothing."""
+    """Return ``outputs``, or ``rows`` zeros if it is empty, as on a rank without experts."""
     return outputs if outputs.shape[0] else outputs.new_zeros(rows, outputs.shape[1])
 
 

@@ -54,7 +54,9 @@ def choose_dispatcher(
     top_k: int = 2,
     sequence_parallel: bool = False,
 ) -> DispatcherChoice:
-    """Choose the first dispatcher that suits ``grid``, or the one called ``name``, and build it; no collective.
+    """Choose and build the first dispatcher that suits ``grid``, or the one called ``name``.
+
+    Makes no collective call.
 
     Args:
         grid: The process grid.
@@ -64,8 +66,8 @@ def choose_dispatcher(
         sequence_parallel: Whether the ranks of a tp group hold different tokens.
 
     Raises:
-        ValueError: There is no dispatcher called ``name``, or it cannot work here; with the reason and the names of
-            those that can.
+        ValueError: There is no dispatcher called ``name``, or it cannot work here; with the reason and the
+            names of those that can.
     """
     choice = choose_dispatcher_class(grid, placement, name, DispatchRequest(top_k, sequence_parallel))
     dispatcher = choice.chosen.build(grid, placement.to(grid.device))

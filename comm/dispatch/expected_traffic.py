@@ -1,4 +1,4 @@
-"""The expected rows of a token whose k experts are uniform and distinct, for the choice of dispatchers and benchmarks."""
+"""The expected rows of a token whose k experts are uniform and distinct."""
 
 import math
 from collections.abc import Sequence
@@ -7,14 +7,18 @@ from xpar.comm.partition import split_sizes
 
 
 def expected_destinations(num_experts: int, top_k: int, held: int) -> float:
-    """Return the probability that a token has one of ``held`` experts: ``1 - C(E - held, k) / C(E, k)``."""
+    """Return ``1 - C(E - held, k) / C(E, k)``, the chance that a token has a held expert.
+
+    ``held``: how many of the E experts are held.
+    """
     return 1 - math.comb(num_experts - held, top_k) / math.comb(num_experts, top_k)
 
 
 def expected_rows(num_experts: int, top_k: int, ranks: int) -> float:
-    """Return the expected rows of a token if it sends one to each rank that holds any of its experts.
+    """Return the expected rows of a token that sends one to each rank with its experts.
 
-    That is ``R (1 - C(E - E/R, k) / C(E, k))`` if R divides E; here it holds for blocks that differ by one, too.
+    That is ``R (1 - C(E - E/R, k) / C(E, k))`` if R divides E; here it holds for blocks that differ by one,
+    too.
     """
     return sum(expected_destinations(num_experts, top_k, held) for held in split_sizes(num_experts, ranks))
 
@@ -22,14 +26,15 @@ def expected_rows(num_experts: int, top_k: int, ranks: int) -> float:
 def expected_crossings(
     num_experts: int, top_k: int, etp: int, node_of: Sequence[int], by_node: bool
 ) -> float:
-    """Return the expected rows of a token that leave its node, averaged over the ranks where it may begin.
+    """Return the expected rows of a token that leave its node, averaged over all ranks.
 
     Args:
         num_experts: Number of experts E.
         top_k: Experts per token k.
         etp: Number of consecutive ranks that slice the same experts.
         node_of: The node of each rank of the group.
-        by_node: Whether a token sends one row to each node that holds any of its experts, rather than to each rank.
+        by_node: Whether a token sends one row to each node that holds any of its experts, rather than to each
+            rank.
     """
     held = [n for n in split_sizes(num_experts, len(node_of) // etp) for _ in range(etp)]
     on_node = {node: [h for h, n in zip(held, node_of, strict=True) if n == node] for node in node_of}

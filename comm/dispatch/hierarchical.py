@@ -1,8 +1,8 @@
-"""Dispatch of one row per (token, node) across the network, with fan-out and sums inside the node.
+"""Dispatch of one row per (token, node) across the network, fanned out inside the node.
 
-Rank l of a node exchanges with rank l of every other node (its rail), so that each row leaves and enters a node once.
-The rows that arrive lie beside the rank's own tokens in the node's shared window, where the ranks of their experts read
-them in place. Their outputs are summed there, and one row goes home.
+Rank l of a node exchanges with rank l of every other node (its rail), so that each row leaves and enters a
+node once. The rows that arrive lie beside the rank's own tokens in the node's shared window, where the ranks
+of their experts read them in place. Their outputs are summed there, and one row goes home.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from xpar.kernels.contracts import ExpertInput, Routing
 from xpar.kernels.rows import active_rows, gather_rows, sum_rows, weighted_sum
 
 LEAST_GAIN = 0.95
-"""``auto`` takes this dispatcher if it sends fewer than this share of the rows that one row per rank would send"""
+"""``auto`` takes this dispatcher if it sends at most this part of the rows that one row per rank sends"""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class HierarchicalDispatcher(Dispatcher):
         return Pending(lambda: self._sum_slots(all_outputs.wait(), plan.local_routing, state))
 
     def _sum_at_home(self, sums: Tensor, routing: Routing, state: HierarchicalPlan) -> Distributed:
-        """Send the sums of arrived rows home and add those that come back to this rank's tokens; collective.
+        """Send the sums of arrived rows home and add those that come back; collective.
 
         ``sums`` [entries, H]: this node's part of the output of each entry.
         """
@@ -202,11 +202,15 @@ class HierarchicalDispatcher(Dispatcher):
 
 
 def _split_slices(nodes: Sequence[int], etp: int) -> str | None:
-    """Return that the slices of an expert lie on two nodes, or None; ``nodes``: the node of each rank."""
+    """Return that the slices of an expert lie on two nodes, or None.
+
+    ``nodes``: the node of each rank.
+    """
     split = next((e for e in range(0, len(nodes), etp) if len(set(nodes[e : e + etp])) > 1), None)
     if split is None:
         return None
-    return f"etp={etp}: ranks {split} to {split + etp - 1} of an expert group slice the same experts on two nodes"
+    ranks = f"ranks {split} to {split + etp - 1} of an expert group"
+    return f"etp={etp}: {ranks} slice the same experts on two nodes"
 
 
 def ranks_by_node(node_of: Sequence[int]) -> list[range]:
@@ -216,13 +220,19 @@ def ranks_by_node(node_of: Sequence[int]) -> list[range]:
 
 
 def rail_peers(nodes: Sequence[range], rank: int) -> list[int]:
-    """Return for each node the rank that ``rank`` sends to: the one with the same index, modulo the node's ranks."""
+    """Return for each node the rank that ``rank`` sends to: the one with the same index.
+
+    On a node with fewer ranks the index wraps round.
+    """
     index = next(rank - ranks.start for ranks in nodes if rank in ranks)
     return [ranks[index % len(ranks)] for ranks in nodes]
 
 
 def node_of_owners(nodes: Sequence[range], placement: Placement) -> Tensor:
-    """Return the node of each ep rank, [ep + 1] int64; the last entry, for dropped slots, is the number of nodes."""
+    """Return the node of each ep rank, [ep + 1] int64.
+
+    The last entry, for dropped slots, is the number of nodes.
+    """
     of_rank = [n for n, ranks in enumerate(nodes) for _ in ranks]
     return torch.tensor([*of_rank[:: placement.etp], len(nodes)])
 

@@ -1,7 +1,8 @@
 """The rows that leave a rank, laid out before the host knows how many there are.
 
-A GPU computes the number of rows, and the host would have to wait for it before it could size a tensor. An upper bound
-B is known without waiting: no token goes to more ranks than it has slots, nor to more than there are.
+A GPU computes the number of rows, and the host would have to wait for it before it could size a tensor. An
+upper bound B is known without waiting: no token goes to more ranks than it has slots, nor to more than there
+are.
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ class HostCounts:
 
 @dataclass(frozen=True)
 class OutgoingRows:
-    """The rows that this rank sends, the first ``sum(counts)`` of B; the rest are copies of token 0 without meaning.
+    """The rows that this rank sends: the first ``sum(counts)`` of B.
+
+    The other rows are copies of token 0 without meaning.
 
     Attributes:
         counts: Rows to each rank [R].
@@ -65,20 +68,26 @@ class OutgoingRows:
         return cls(counts, tokens, encode_routing(Routing(ids, routing.topk_weights[tokens])))
 
     def pack_early(self, hidden_states: Tensor) -> Tensor | None:
-        """Gather all B rows of ``hidden_states`` [T, H] at once; None if that would move too much for nothing."""
+        """Gather all B rows of ``hidden_states`` [T, H]; None if that would move too much."""
         if len(self.tokens) * hidden_states.shape[1] * hidden_states.element_size() > EARLY_BYTES:
             return None
         return gather_rows(hidden_states, self.tokens)
 
 
 def max_rows(topk_ids: Tensor, placement: Placement) -> int:
-    """Return B, the most rows that ``topk_ids`` [T, k] can send: each token to min(k, ep) ep ranks of etp ranks."""
+    """Return B, the most rows that ``topk_ids`` [T, k] can send.
+
+    Each token goes to at most min(k, ep) ep ranks of etp ranks each.
+    """
     tokens, k = topk_ids.shape
     return tokens * min(k, placement.ep) * placement.etp
 
 
 def positions_of_true(flags: Tensor, bound: int) -> Tensor:
-    """Return the positions of the true ``flags``, at most ``bound``, in order and then zeros: [bound] int64."""
+    """Return the positions of the true ``flags`` in order, then zeros: [bound] int64.
+
+    There are at most ``bound`` true flags.
+    """
     places = torch.where(flags, flags.cumsum(0) - 1, bound)
     positions = torch.zeros(bound + 1, dtype=torch.int64, device=flags.device)
     positions.scatter_(0, places, torch.arange(flags.numel(), device=flags.device))

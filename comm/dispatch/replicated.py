@@ -1,4 +1,4 @@
-"""Dispatch without movement: every rank holds all tokens and computes its own experts' part of a partial sum."""
+"""Dispatch without movement: every rank holds all tokens and makes a partial sum."""
 
 import zlib
 
@@ -106,5 +106,8 @@ class ReplicatedDispatcher(Dispatcher):
 
 
 def _computes_all_tokens(x: Tensor) -> bool:
-    """Whether the experts get every token: on a GPU, picking those with an expert here would make the host wait."""
+    """Whether the experts get every token.
+
+    On a GPU, picking the tokens that have an expert here would make the host wait.
+    """
     return x.is_cuda

@@ -1,4 +1,4 @@
-"""Dispatch through a shared window: the ranks of a node read each other's tokens and outputs in place."""
+"""Dispatch through a shared window, where ranks read tokens and outputs in place."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from xpar.kernels.contracts import ExpertInput, Routing
 from xpar.kernels.rows import sum_runs, weighted_sum
 
 LEAST_WINDOW_ROOM = 256 << 20
-"""bytes of shared memory that a node must have left for ``auto`` to use windows; containers often have 64 MB"""
+"""bytes of shared memory that ``auto`` wants a node to have left for windows; containers often have 64 MB"""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,10 @@ class SharedMemoryPlan:
         arrived: Local ids and weights [M, k] of the tokens that this rank's experts read.
         rows: [M] int64, the row of each of those tokens among the tokens of all ranks.
         back: The rows among all outputs that make up this rank's tokens, by token and then rank.
-        runs: [T] int64, how many of ``back`` belong to each token, as :func:`~xpar.kernels.rows.sum_runs` takes them.
-        positions: In exact mode, in place of both: [T, k] int64, the row of each slot's output; -1 for a dropped slot.
+        runs: [T] int64, how many of ``back`` belong to each token, as :func:`~xpar.kernels.rows.sum_runs`
+            takes them.
+        positions: In exact mode, in place of both: [T, k] int64, the row of each slot's output; -1 for a
+            dropped slot.
     """
 
     layout: Layout
@@ -70,9 +72,9 @@ class SharedMemoryPlan:
 class SharedMemoryDispatcher(Dispatcher):
     """A dispatcher for ranks that share memory.
 
-    A step has two fences: after the tokens are written, and after the outputs are written. No third one is needed: a rank
-    overwrites tokens only after the second fence, when no rank computes any more, and outputs only after the next step's
-    first fence, when every rank has summed its own.
+    A step has two fences: after the tokens are written, and after the outputs are written. No third one is
+    needed: a rank overwrites tokens only after the second fence, when no rank computes any more, and outputs
+    only after the next step's first fence, when every rank has summed its own.
     """
 
     name = "shared-memory"
@@ -139,7 +141,8 @@ class SharedMemoryDispatcher(Dispatcher):
         assert state.back is not None and state.runs is not None
         return Distributed(sum_runs(all_outputs, state.back, state.runs), Full())
 
-    # -- the steps, one by one, for a dispatcher that does more between them -------------------------------------
+    # -- the steps, one by one, for a dispatcher that does more between them
+    # -------------------------------------
 
     def token_buffer(self, like: Tensor, plan: DispatchPlan) -> Tensor:
         """Return this rank's part of the window for tokens [T, H], of the dtype of ``like`` [.., H].
@@ -150,7 +153,10 @@ class SharedMemoryDispatcher(Dispatcher):
         return self._tokens(layout, like)[layout.tokens]
 
     def start_reading(self, like: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        """Start the fence after this rank's tokens are written; the result is the input of its experts."""
+        """Start the fence after this rank's tokens are written.
+
+        The result is the input of this rank's experts.
+        """
         state: SharedMemoryPlan = plan.dispatcher_state
         tokens, fence = self._tokens(state.layout, like), self._window.start_fence()
 
@@ -179,7 +185,10 @@ class SharedMemoryDispatcher(Dispatcher):
         return Pending(complete)
 
     def slot_positions(self, plan: DispatchPlan) -> Tensor:
-        """Return, in exact mode, the row of each slot's output among all: [T, k] int64, -1 for a dropped slot."""
+        """Return the row of each slot's output among all ranks', in exact mode.
+
+        [T, k] int64, -1 for a dropped slot.
+        """
         state: SharedMemoryPlan = plan.dispatcher_state
         assert state.positions is not None
         return state.positions
@@ -223,4 +232,5 @@ def lacks_window_room(grid: ProcessGrid) -> str | None:
     room = min(grid.world.window_room[r] for r in grid.moe.world_ranks)
     if room >= LEAST_WINDOW_ROOM:
         return None
-    return f"{room / 1e6:.0f} MB of shared memory are left on the node, less than {LEAST_WINDOW_ROOM / 1e6:.0f} MB"
+    least = f"{LEAST_WINDOW_ROOM / 1e6:.0f} MB"
+    return f"{room / 1e6:.0f} MB of shared memory are left on the node, less than {least}"

@@ -1,4 +1,4 @@
-"""The comparison of the collective that every rank of a group is about to enter (``--debug-collectives``)."""
+"""The comparison of all ranks' next collective (``--debug-collectives``)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class CollectiveSignature:
 
     @classmethod
     def of(cls, op: str, x: Tensor, shape: Sequence[int]) -> "CollectiveSignature":
-        """Make the signature of ``op`` on ``x``, of whose shape ``shape`` must be the same on all ranks."""
+        """Make the signature of ``op`` on ``x``; ``shape`` must be the same on all ranks."""
         return cls(op, str(x.dtype).removeprefix("torch."), tuple(shape))
 
     def __str__(self) -> str:
@@ -39,7 +39,8 @@ class CollectiveSignature:
 def find_difference(signatures: Sequence[CollectiveSignature], world_ranks: Sequence[int]) -> str | None:
     """Describe which ranks of a group differ and how; None if all signatures fit.
 
-    The most frequent signature counts as the right one, or the first rank's if none is more frequent than all others.
+    The most frequent signature counts as the right one, or the first rank's if none is more frequent than all
+    others.
 
     Args:
         signatures: The signature of every rank of the group.
@@ -62,7 +63,7 @@ def find_difference(signatures: Sequence[CollectiveSignature], world_ranks: Sequ
         for t, target in enumerate(signatures):
             if source.send[t] != target.recv[s] and s != target.skip and t != source.skip:
                 lines.append(
-                    f"rank {world_ranks[s]} sends {source.send[t]} rows to rank {world_ranks[t]}, which expects "
-                    f"{target.recv[s]} in {texts[0]}"
+                    f"rank {world_ranks[s]} sends {source.send[t]} rows to rank {world_ranks[t]}, which "
+                    f"expects {target.recv[s]} in {texts[0]}"
                 )
     return "\n".join(lines) or None

@@ -15,8 +15,8 @@ class Deadlines:
         launch: Until an operation on a GPU has started.
         finish: Until an operation on a GPU is done.
         abort: Giving up an operation on a GPU.
-        start: A collective while the job is set up or a layer takes its first steps, in which kernels are compiled and
-            files are read.
+        start: A collective while the job is set up or a layer takes its first steps, in which kernels are
+            compiled and files are read.
         step: A collective of a later step.
     """
 

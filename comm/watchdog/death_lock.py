@@ -1,8 +1,8 @@
-"""Early notice of a rank's death: a lock in shared memory that the kernel releases when its owner dies.
+"""Early notice of a rank's death by a lock that the kernel releases for a dead owner.
 
-A launcher learns of a death when the process's sockets close, and some launchers then kill the other ranks at once. The
-kernel releases a process's robust locks before that, before it takes the process's memory apart. If torch is loaded,
-that leaves the other ranks some tens of milliseconds.
+A launcher learns of a death when the process's sockets close, and some launchers then kill the other ranks at
+once. The kernel releases a process's robust locks before that, before it takes the process's memory apart. If
+torch is loaded, that leaves the other ranks some tens of milliseconds.
 """
 
 import ctypes
@@ -76,7 +76,7 @@ def _make(memory: mmap.mmap, offset: int) -> None:
 
 
 def _lock(memory: mmap.mmap, offset: int) -> int:
-    """Wait for the lock at ``offset`` without holding the interpreter's lock; return the error number."""
+    """Wait for the lock at ``offset``, without the interpreter's; return the error number."""
     return int(ctypes.CDLL(None).pthread_mutex_lock(_address(memory, offset)))
 
 

@@ -1,4 +1,4 @@
-"""The journal of one group's collectives, written as this rank enters and leaves them; a few microseconds each."""
+"""The journal of one group's collectives; an entry takes a few microseconds."""
 
 import time
 from array import array
@@ -100,8 +100,8 @@ class BoardJournal:
         group: Name of the group.
         deadline: The deadline of the current step, the same object for all groups of this rank.
         checks_collectives: Whether the ranks compare every collective before it begins.
-        waits: Takes the seconds spent in each collective, if they are recorded. Left out are the first steps and
-            collectives that come after work of one rank alone.
+        waits: Takes the seconds spent in each collective, if they are recorded. Left out are the first steps
+            and collectives that come after work of one rank alone.
     """
 
     def __init__(

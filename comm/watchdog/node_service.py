@@ -1,4 +1,7 @@
-"""Questions from node to node of a job, over TCP: MPI cannot carry them while its collectives stand still."""
+"""Questions from node to node of a job over TCP.
+
+MPI cannot carry them while its collectives stand still.
+"""
 
 import socket
 import threading
@@ -17,7 +20,7 @@ ANSWER_S = 3.0
 
 @dataclass(frozen=True)
 class Address:
-    """The address of a node server: the addresses of its machine, of which the first that works is taken, and a port."""
+    """The address of a node server: its machine's addresses, of which one works, and a port."""
 
     hosts: tuple[str, ...]
     port: int
@@ -32,7 +35,8 @@ class RankAddress:
         node: Index of its node.
         local_rank: Its index on the node.
         address: The address of its node server; None in a job of one node.
-        has_death_lock: Whether its neighbour can learn of its death by a :class:`~xpar.comm.watchdog.death_lock.DeathLock`.
+        has_death_lock: Whether its neighbour can learn of its death by a
+            :class:`~xpar.comm.watchdog.death_lock.DeathLock`.
     """
 
     host: str
@@ -44,7 +48,7 @@ class RankAddress:
 
 @dataclass(frozen=True)
 class SurveyRequest:
-    """A question to a rank of another node: what do your node's ranks do?
+    """A question to a rank of another node about the ranks there.
 
     Attributes:
         reason: If not empty, the other node is to write the report with this headline and to end the job.
@@ -62,7 +66,7 @@ class SurveyRequest:
 
 
 class NodeServer:
-    """A server that answers :class:`SurveyRequest` from processes that know ``key``, in a thread of its own."""
+    """A thread that answers :class:`SurveyRequest` from processes that know ``key``."""
 
     def __init__(self, key: bytes, answer: Callable[[SurveyRequest], list[RankState]]) -> None:
         self._answer = answer
@@ -78,7 +82,7 @@ class NodeServer:
 
 
 def ask_node(address: Address, key: bytes, request: SurveyRequest) -> list[RankState] | None:
-    """Return the answer of the node server at ``address``, None if there is none within :data:`ANSWER_S`.
+    """Return the answer of the server at ``address``; None after :data:`ANSWER_S`.
 
     ``key``: the job's secret.
     """
@@ -101,7 +105,7 @@ def ask_node(address: Address, key: bytes, request: SurveyRequest) -> list[RankS
 
 
 def _own_hosts() -> tuple[str, ...]:
-    """Return this machine's addresses as other machines may reach it, the one of the default route first."""
+    """Return this machine's addresses for other machines, the default route's first."""
     found = []
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing: only a route is looked up

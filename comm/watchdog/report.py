@@ -1,4 +1,7 @@
-"""The text that says where every rank is: a line each, the missing ranks by name, equal stacks once."""
+"""The text that says where every rank is.
+
+It has a line for each rank, the missing ranks by name, and equal stacks once.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,14 +65,17 @@ def format_survey(
 
 
 def format_head(seen: Sequence[RankState]) -> str:
-    """Write the first part of a report, for a job that may be ended any moment; :func:`format_body` is the rest."""
+    """Write the first part of a report, for a job that may be ended any moment.
+
+    :func:`format_body` is the rest.
+    """
     return "\n".join([HEADLINE, *_lines(seen, [])])
 
 
 def format_body(
     in_head: Sequence[RankState], seen: Sequence[RankState], silent: Sequence[tuple[int, str]]
 ) -> str:
-    """Write the second part of a report: the ranks that are not in the head, and the stacks of all.
+    """Write the rest of a report: the ranks that are not in the head, and all stacks.
 
     Args:
         in_head: The ranks that :func:`format_head` has described.

@@ -1,4 +1,4 @@
-"""The report of where every rank is, written once for the whole job, and the end of the job after it."""
+"""The report of where every rank is, written once, and the end of the job after it."""
 
 import os
 import signal
@@ -19,8 +19,8 @@ EXIT_CODE = 17
 TERMINATED = 128 + signal.SIGTERM
 """exit code of a rank that was ended by SIGTERM, as a shell gives it"""
 ABORT_S = 3.0
-"""seconds that MPI_Abort may take after the report. Then each node ends its own ranks, stopped ones too: not every
-launcher passes an abort on to the other nodes while their ranks are outside MPI."""
+"""seconds that MPI_Abort may take after the report. Then each node ends its own ranks, stopped ones too: not
+every launcher passes an abort on to the other nodes while their ranks are outside MPI."""
 PATIENCE_S = 10.0
 """seconds for which a rank waits to be ended when another rank reports"""
 RANKS_ASKED = 2
@@ -30,8 +30,8 @@ RANKS_ASKED = 2
 class Reporter:
     """Surveys all ranks, writes the report and ends the job.
 
-    The report is written by the first rank of the first node that asks for one. A rank of another node has a rank of the
-    first node write it, if any answers.
+    The report is written by the first rank of the first node that asks for one. A rank of another node has a
+    rank of the first node write it, if any answers.
 
     Args:
         board: The status board of this node.
@@ -45,7 +45,7 @@ class Reporter:
         self._key = b""
 
     def connect(self, key: bytes, ranks: tuple[RankAddress, ...]) -> None:
-        """Set the job's secret and the addresses of all ranks, which are known after the other nodes have started."""
+        """Set the job's secret and all ranks' addresses, which are known last."""
         self._key, self.ranks = key, ranks
 
     def survey(self) -> str:
@@ -66,7 +66,9 @@ class Reporter:
         self._end(SurveyRequest(self._headline(reason), code, waiting, group))
 
     def fail_in_haste(self, reason: str, code: int, dead: int = -1) -> NoReturn:
-        """Report as :meth:`fail`, the states of this node's ranks at once: the launcher may kill them any moment.
+        """Report as :meth:`fail`, but write the states of this node's ranks at once.
+
+        The launcher may kill them any moment.
 
         ``dead``: a rank whose process is known to be ending.
         """
@@ -74,13 +76,19 @@ class Reporter:
         self._end(SurveyRequest(self._headline(reason), code, known_states=states))
 
     def end_on_sigterm(self) -> NoReturn:
-        """End the job after SIGTERM, which may have come because another rank died; a SIGKILL may follow."""
+        """End the job after SIGTERM.
+
+        It may have come because another rank died, and a SIGKILL may follow.
+        """
         if self.board.read(self.board.local_rank).state == LEFT:
             os._exit(TERMINATED)
         self.fail_in_haste("told to end by SIGTERM", TERMINATED)
 
     def answer(self, request: SurveyRequest) -> list[RankState]:
-        """Answer a rank of another node. If the job is to end, this node writes no report of its own afterwards."""
+        """Answer a rank of another node.
+
+        If the job is to end, this node writes no report of its own afterwards.
+        """
         if request.code is None:
             return self._survey_node()
         is_first = self.board.claim_report()
@@ -96,7 +104,8 @@ class Reporter:
     def _headline(self, reason: str) -> str:
         return f"[rank {self.rank} on {self.ranks[self.rank].host}] {reason}"
 
-    # -- who reports ---------------------------------------------------------------------------------------------
+    # -- who reports
+    # ---------------------------------------------------------------------------------------------
 
     def _end(self, request: SurveyRequest) -> NoReturn:
         code = EXIT_CODE if request.code is None else request.code
@@ -169,7 +178,10 @@ class Reporter:
     # -- the survey ------------------------------------------------------------------------------------------
 
     def _survey(self, request: SurveyRequest) -> tuple[list[RankState], list[tuple[int, str]]]:
-        """Ask every node. Returns the states of the ranks of nodes that answer, and rank and host of the others."""
+        """Ask every node where its ranks are.
+
+        Returns the states of the ranks of nodes that answer, and rank and host of the others.
+        """
         own = self.ranks[self.rank].node
         others = sorted({r.node for r in self.ranks} - {own})
         answers: dict[int, list[RankState] | None] = dict.fromkeys(others)
@@ -194,7 +206,8 @@ class Reporter:
     def _survey_node(self, with_stacks: bool = True, dead: int = -1) -> list[RankState]:
         """Return the states of this node's ranks, or of this rank alone if the board is not shared.
 
-        ``with_stacks``: collect the stacks, too, which takes a moment. ``dead``: a rank whose process is ending.
+        ``with_stacks``: collect the stacks, too, which takes a moment. ``dead``: a rank whose process is
+        ending.
         """
         ranks = self.ranks_of_node(self.ranks[self.rank].node) if self.board.shared else [self.rank]
         entries = [self.board.read(self.ranks[r].local_rank) for r in ranks]

@@ -1,4 +1,7 @@
-"""A handler of SIGTERM, with which launchers and people end a job, that also works while MPI blocks the process."""
+"""A handler of SIGTERM that works while MPI blocks the process.
+
+Launchers and people end jobs with SIGTERM.
+"""
 
 import os
 import signal
@@ -7,10 +10,11 @@ from collections.abc import Callable
 
 
 def on_sigterm(call: Callable[[], None]) -> None:
-    """Have another thread call ``call``, which ends the process, when SIGTERM comes. From the main thread only.
+    """Have another thread call ``call``, which ends the process, when SIGTERM comes.
 
-    A program that has a handler of its own, now or later, keeps it. Python's handlers only run once the main thread is
-    back from MPI. But the C handler writes a byte to a pipe at once, and a thread waits for that byte.
+    To be used from the main thread. A program that has a handler of its own, now or later, keeps it. Python's
+    handlers only run once the main thread is back from MPI. But the C handler writes a byte to a pipe at
+    once, and a thread waits for that byte.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -42,9 +46,10 @@ def _is_handler(handler: object) -> bool:
 
 
 def _reset_in_children(handler: Callable[..., None]) -> None:
-    """Remove handler and pipe in forked children, which would take their own SIGTERM for their parent's.
+    """Remove handler and pipe in forked children.
 
-    SIGTERM is blocked while a process forks: Python drops signals that come before the child is set up.
+    They would take their own SIGTERM for their parent's. SIGTERM is blocked while a process forks: Python
+    drops signals that come before the child is set up.
     """
     masks: dict[int, set[int]] = {}  # the signal mask of each thread that forks
 

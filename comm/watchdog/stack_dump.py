@@ -1,8 +1,8 @@
-"""The Python stacks of other processes of this node, and what the kernel says of those processes.
+"""The stacks of other processes of this node, and what the kernel says of them.
 
-A signal handler writes the stacks. It is faulthandler's and runs in C, so that a process that is blocked in MPI or that
-never releases the interpreter's lock writes its stacks all the same. They go to a file in memory that belongs to the
-process, and that other processes of the user can read.
+A signal handler writes the stacks. It is faulthandler's and runs in C, so that a process that is blocked in
+MPI or that never releases the interpreter's lock writes its stacks all the same. They go to a file in memory
+that belongs to the process, and that other processes of the user can read.
 """
 
 import faulthandler
@@ -38,7 +38,10 @@ HIDDEN_FILES = (str(Path(__file__).parent), "comm/device/watch.py", "<no Python 
 
 
 def register_stack_dump() -> int:
-    """Let other processes of this user ask for this one's stacks; return the file's descriptor, -1 if it cannot be."""
+    """Let other processes of this user ask for this process's stacks.
+
+    Returns the descriptor of the file of stacks, -1 if there cannot be one.
+    """
     if signal.getsignal(SIGNAL) is not signal.SIG_DFL:
         return -1
     try:
@@ -50,7 +53,10 @@ def register_stack_dump() -> int:
 
 
 def collect_stacks(files: Iterable[tuple[int, int]]) -> list[str]:
-    """Return the stacks of each (process, descriptor), empty for a process that writes none within a second."""
+    """Return the stacks of each (process, descriptor).
+
+    They are empty for a process that writes none within a second.
+    """
     files = list(files)
     written = [len(_read(*file)) for file in files]  # by earlier requests
     asked = [_ask(pid, file) if file >= 0 else False for pid, file in files]
@@ -68,7 +74,7 @@ def collect_stacks(files: Iterable[tuple[int, int]]) -> list[str]:
 
 
 def process_state(pid: int) -> str:
-    """Return what the kernel says of a process: ``stopped``, ``gone``, or empty for nothing special."""
+    """Return what the kernel says of a process: ``stopped``, ``gone``, or nothing."""
     fields = _stat(pid)
     if not fields or int(fields[FLAGS]) & EXITING:
         return "gone"
@@ -108,7 +114,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def clean_stacks(text: str) -> str:
-    """Remove from faulthandler's text the threads that only watch and the numbers that differ between processes."""
+    """Remove the watchdog's threads and varying numbers from faulthandler's text."""
     blocks = [b for b in text.strip().split("\n\n") if not any(part in b for part in HIDDEN_FILES)]
     text = "\n".join(blocks)
     return re.sub(r"(Current thread|Thread) 0x[0-9a-f]+( \[[^]]*\])?", r"\1", text)
@@ -117,8 +123,8 @@ def clean_stacks(text: str) -> str:
 def _ask(pid: int, file: int) -> bool:
     """Have process ``pid`` write its stacks to its ``file``; False if it cannot."""
     if pid == os.getpid():
-        # This thread has the interpreter's lock, so that no stack changes meanwhile. The signal handler, which may
-        # read a thread's stack at any moment, sometimes crashes.
+        # This thread has the interpreter's lock, so that no stack changes meanwhile. The signal handler,
+        # which may read a thread's stack at any moment, sometimes crashes.
         faulthandler.dump_traceback(file=file, all_threads=True)
         return True
     if process_state(pid):

@@ -1,8 +1,8 @@
-"""The state of each rank of a node, in memory that the others can read while that rank is blocked, stopped or dead.
+"""The state of each rank of a node, in memory that all of them read.
 
-The memory is a file without a name, so that nothing of it outlives the job's processes, whatever ends them. Every rank
-has a row of ROW_BYTES: CALL (its first two fields are STATE), SELF, from LOCK on its death lock. The last bytes of row 0
-are REPORTED.
+They can read it while the rank is blocked, stopped or dead. The memory is a file without a name, so that
+nothing of it outlives the job's processes, whatever ends them. Every rank has a row of ROW_BYTES: CALL (its
+first two fields are STATE), SELF, from LOCK on its death lock. The last bytes of row 0 are REPORTED.
 """
 
 import fcntl
@@ -103,7 +103,10 @@ class StatusBoard:
 
     @classmethod
     def open(cls, node: "MPI.Comm") -> "StatusBoard":
-        """Open the board of a node; collective over its ranks. If no file can be shared, each has a board of its own."""
+        """Open the board of a node; collective over its ranks.
+
+        If no file can be shared, each rank has a board of its own.
+        """
         nbytes = node.size * ROW_BYTES
         path = node.bcast(create_file(nbytes) if node.rank == 0 else None, root=0)
         file = _open_file(path)
@@ -117,7 +120,7 @@ class StatusBoard:
         return cls(mmap.mmap(-1, nbytes), node.rank, node.size, None, False)
 
     def register_process(self, stack_fd: int) -> None:
-        """Write this process's number and the descriptor of its file of stacks (-1 without) to its row."""
+        """Write this process's number and its file of stacks (-1 without) to its row."""
         SELF.pack_into(self.memory, self.local_rank * ROW_BYTES + CALL.size, os.getpid(), stack_fd)
         self.set_state(OUTSIDE)
 
@@ -143,7 +146,7 @@ class StatusBoard:
         return bool(REPORTED.unpack_from(self.memory, ROW_BYTES - REPORTED.size)[0])
 
     def claim_report(self) -> bool:
-        """Ask to write the report. True for the first process of the node to ask, and again for another if it dies."""
+        """Claim the report; true for the first process of the node, and again if that dies."""
         if self.is_reported() or not self._is_claimed.acquire(blocking=False):
             return False
         if self.file is None:
@@ -157,7 +160,7 @@ class StatusBoard:
 
 
 def create_file(nbytes: int) -> str | None:
-    """Make a file of ``nbytes`` for a board and return its path; None if no folder has room for it."""
+    """Make a file of ``nbytes`` for a board; return its path, None without room for it."""
     for folder in FOLDERS:
         with suppress(OSError):
             file, path = tempfile.mkstemp(prefix="xpar-watchdog-", dir=folder)

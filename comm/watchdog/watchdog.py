@@ -1,4 +1,4 @@
-"""The watchdog of one rank: a thread that sees a collective pass its deadline or a neighbour die, and ends the job."""
+"""The watchdog of one rank, a thread that sees late collectives and dead neighbours."""
 
 import atexit
 import os
@@ -99,7 +99,7 @@ class Watchdog:
         return watchdog
 
     def journal(self, group: str, world_ranks: Sequence[int]) -> BoardJournal:
-        """Make the journal of the communicator called ``group``, whose world ranks are ``world_ranks``."""
+        """Make the journal of the communicator ``group`` of the given world ranks."""
         self._groups[group] = tuple(world_ranks)
         waits = array("d") if self.options.record_waits else None
         journal = BoardJournal(self._board, group, self._step_deadline, self.options.check_collectives, waits)
@@ -107,7 +107,10 @@ class Watchdog:
         return journal
 
     def take_waits(self) -> dict[tuple[str, tuple[int, ...]], list[float]]:
-        """Return the recorded seconds of each group's collectives since the last call, by name and world ranks."""
+        """Return the seconds of each group's collectives since the last call.
+
+        Groups are given by name and world ranks.
+        """
         taken = {}
         for journal in self._journals:
             if journal.waits is not None:
@@ -116,9 +119,10 @@ class Watchdog:
         return taken
 
     def fail(self, reason: str, code: int = EXIT_CODE, waiting: Call | None = None) -> NoReturn:
-        """Have the report with headline ``reason`` written, and end the job on every rank. From any thread.
+        """Have the report headed ``reason`` written, and end the job. From any thread.
 
-        ``code``: exit code of the job. ``waiting``: the collective that did not end in time, if that is the reason.
+        ``code``: exit code of the job. ``waiting``: the collective that did not end in time, if that is the
+        reason.
         """
         group = self._groups.get(waiting.group, ()) if waiting is not None else ()
         self.reporter.fail(reason, code, waiting, group)
@@ -148,7 +152,10 @@ class Watchdog:
                 self.fail(f"{own.call}: not finished after {own.call.seconds:g} s", waiting=own.call)
 
     def _watch_neighbour(self) -> tuple[int, int] | None:
-        """Watch the next rank of the node by its lock, or else return its local rank and a descriptor to poll."""
+        """Watch the next rank of the node by its lock.
+
+        If there are no locks, returns its local rank and a descriptor to poll.
+        """
         board, ranks = self._board, self.reporter.ranks
         if not board.shared or board.size == 1:
             return None

@@ -1,4 +1,7 @@
-"""Before each step every rank knows what all of them said, idle ranks too, and a failure of one is one error of all."""
+"""The agreement before each step: every rank knows the facts of all ranks.
+
+Idle ranks take part, and a failure of one rank is one error of all.
+"""
 
 import random
 from typing import TYPE_CHECKING

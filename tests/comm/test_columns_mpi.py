@@ -1,4 +1,4 @@
-"""Products that the ranks of a node share out, on 1 to 4 ranks, some without rows and some without columns."""
+"""Column-parallel products on 1 to 4 ranks, some without rows, some without columns."""
 
 import time
 from dataclasses import replace
@@ -71,7 +71,7 @@ def slowly(share: ColumnSlice, dawdles: tuple[bool, bool]) -> ColumnSlice:
 
 
 def test_nobody_reads_what_a_faster_rank_writes_next(grid: ProcessGrid) -> None:
-    """Each rank in turn dawdles where it would be overtaken: before its product, and before it takes its results."""
+    """Each rank in turn is slow before its product and before it takes its results."""
     shared, size, rank = ColumnParallel(grid.node), grid.node.size, grid.node.rank
     weight = torch.eye(64 * size)
     for number in range(4 * size):

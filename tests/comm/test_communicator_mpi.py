@@ -1,4 +1,4 @@
-"""Every collective against what numpy would do, in every dtype; mistakes become one error on all ranks."""
+"""Every collective against numpy, in every dtype; mistakes become one error on all ranks."""
 
 from typing import TYPE_CHECKING
 

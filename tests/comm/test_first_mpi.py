@@ -1,4 +1,4 @@
-"""The first ranks of a world as a world: what it knows, that its groups work, and that they can be given back."""
+"""The first ranks of a world as a world: its facts, its groups, and closing them."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The generic choice against a plain statement of its rules, on every table of three candidates."""
+"""The generic choice against a plain statement of its rules, for all small tables."""
 
 from dataclasses import dataclass
 from itertools import product

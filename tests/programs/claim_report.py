@@ -1,4 +1,7 @@
-"""A process that claims the report of the status board in the file given as argument, and lives until its input ends."""
+"""A process that claims the report of a status board and lives until its input ends.
+
+The board's file is given as argument.
+"""
 
 import mmap
 import os

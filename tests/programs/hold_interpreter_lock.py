@@ -1,4 +1,7 @@
-"""A process that prints the descriptor of its file of stacks and then never releases the interpreter's lock."""
+"""A process that never releases the interpreter's lock.
+
+It prints the descriptor of its file of stacks first.
+"""
 
 import ctypes
 import sys

@@ -1,4 +1,4 @@
-"""A job in whose third step one rank does what ``FAULTS`` says, while the others wait in a collective.
+"""A job in whose third step one rank fails while the others wait in a collective.
 
 Arguments: the fault, and the rank that has it. That rank prints the time before it fails.
 """

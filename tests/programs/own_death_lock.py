@@ -1,4 +1,4 @@
-"""A process that owns the second death lock of the file given as argument, until its input ends."""
+"""A process that owns the second death lock of a file until its input ends."""
 
 import mmap
 import os

@@ -1,4 +1,4 @@
-"""A job of two ranks in which rank 1 sends SIGUSR1 to rank 0 while that is blocked inside MPI; both go on."""
+"""A job in which rank 1 sends SIGUSR1 to rank 0, blocked inside MPI; both go on."""
 
 import os
 import signal

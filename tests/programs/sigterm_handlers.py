@@ -1,4 +1,4 @@
-"""A job that goes on although SIGTERM comes to a child of each rank, and to ranks with a handler of their own."""
+"""A job that goes on although SIGTERM comes to children and to ranks with a handler."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A job of two ranks that disagree about the rows of an all-to-all, with every collective compared."""
+"""A job of two ranks that disagree about an all-to-all, with collectives compared."""
 
 import sys
 

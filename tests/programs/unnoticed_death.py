@@ -1,4 +1,4 @@
-"""A job of two ranks whose second rank is played by a forked child, which dies without the launcher's notice.
+"""A job whose second rank is a forked child that dies without the launcher's notice.
 
 Robust locks are switched off, as on a machine without them: the neighbour must notice the death by itself.
 """

@@ -8,13 +8,15 @@ import pytest
 from xpar.comm.dispatch.choose import DISPATCHERS
 
 MOVERS = [cls.name for cls in DISPATCHERS if cls.capabilities.moves_rows(num_nodes=1)]
-"""Names of the dispatchers that move rows on one node; those that only differ between nodes have tests of their own."""
+"""Names of the dispatchers that move rows on one node; ``hierarchical`` has tests of its own."""
 SINGLE_NODE = {cls.name for cls in DISPATCHERS if cls.capabilities.single_node}
 """Names of the dispatchers that serve ranks of one node only."""
 
 
 def movers(**mark: Any) -> list[Any]:
-    """Return every name of ``MOVERS`` as a parameter; those of ``SINGLE_NODE`` only run with all ranks on one node.
+    """Return every name of ``MOVERS`` as a parameter.
+
+    Those of ``SINGLE_NODE`` only run with all ranks on one node.
 
     ``mark``: the options of the module's mark ``mpi``, which a parameter's own mark replaces.
     """

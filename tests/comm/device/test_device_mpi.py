@@ -1,4 +1,7 @@
-"""Every transport of device tensors against MPI on the host; on CPU tensors, NCCL replaced at its narrow interface."""
+"""Every transport of device tensors against MPI on the host, on CPU tensors.
+
+NCCL is replaced at its narrow interface.
+"""
 
 from typing import TYPE_CHECKING
 

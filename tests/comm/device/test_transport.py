@@ -86,7 +86,10 @@ def test_a_transport_asked_for_by_name() -> None:
 
 
 def test_ranks_of_one_gpu_give_different_hosts_and_others_stay_together() -> None:
-    """Two nodes of two GPUs; GPU a has three ranks, c two. Every pair on one GPU differs, no two nodes are mixed up."""
+    """Two nodes of two GPUs, of which GPU a has three ranks and c two.
+
+    Every pair on one GPU differs, and no two nodes are mixed up.
+    """
     ranks = [replace(facts(uuid), host=host) for uuid, host in zip("abaacdc", "xxxxyyy", strict=True)]
     hosts = [host_override(ranks, r) for r in range(len(ranks))]
     assert hosts == ["x/0", "x/0", "x/1", "x/2", "y/0", "y/0", "y/1"]

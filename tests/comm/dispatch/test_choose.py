@@ -34,7 +34,10 @@ def test_dispatchers_for_a_gpu_follow_from_their_capabilities() -> None:
 
 @pytest.mark.parametrize(("device", "chosen"), [("cpu", "hierarchical"), ("cuda", "alltoall")])
 def test_auto_sends_a_row_a_node_from_host_memory_only(device: str, chosen: str) -> None:
-    """Eight ranks on two nodes, where it moves fewer bytes: on GPUs it is passed over, and refused when asked for."""
+    """Eight ranks on two nodes, where ``hierarchical`` moves fewer bytes.
+
+    On GPUs it is passed over, and refused when asked for.
+    """
     ranks = tuple(range(8))
     world = SimpleNamespace(node_of=(0, 0, 0, 0, 1, 1, 1, 1), window_room=(1 << 40,) * 8, node=0)
     moe = SimpleNamespace(size=8, rank=0, world_ranks=ranks)

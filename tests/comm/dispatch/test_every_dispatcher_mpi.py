@@ -107,7 +107,10 @@ def computed(arrived: ExpertInput, experts: range, exact: bool) -> torch.Tensor:
 
 
 def routing_of(tokens: int, k: int, num_experts: int, generator: torch.Generator) -> Routing:
-    """k different experts a token, some slots dropped; the weights are powers of two, so that sums are exact."""
+    """Draw k different experts per token and drop some slots.
+
+    The weights are powers of two, so that sums are exact.
+    """
     order = torch.rand(tokens, num_experts, generator=generator).argsort(1)[:, :k].to(torch.int32)
     ids = order.masked_fill(torch.rand(tokens, k, generator=generator) < 0.2, -1)
     return Routing(ids, 2.0 ** -torch.randint(0, 4, (tokens, k), generator=generator))
@@ -117,7 +120,10 @@ def routing_of(tokens: int, k: int, num_experts: int, generator: torch.Generator
 @settings(max_examples=40)
 @given(data=st.data())
 def test_plan_dispatch_combine(grid: ProcessGrid, dispatcher: str, data: st.DataObject) -> None:
-    """Uneven and empty ranks, experts that do not divide, ranks without experts, dropped slots, changing sizes."""
+    """Ranks and experts are uneven, some ranks have no tokens or no experts.
+
+    Some slots are dropped, and sizes change.
+    """
     size, rank = grid.moe.size, grid.moe.rank
     num_experts = data.draw(st.integers(1, 9), label="experts")
     k = data.draw(st.integers(1, num_experts), label="top_k")

@@ -12,7 +12,7 @@ E, K, TOKENS = 256, 8, 4000
 
 
 def counted(node_of: list[int], placement: Placement, topk_ids: torch.Tensor, by_node: bool) -> float:
-    """Rows that cross, by tokens spread evenly over the ranks, counted as the dispatchers count them."""
+    """Count the rows that cross as dispatchers do, for tokens spread evenly over the ranks."""
     nodes = torch.tensor(node_of)
     goes = destination_mask(topk_ids, placement)
     if by_node:

@@ -1,4 +1,4 @@
-"""A rank that dies is noticed before its launcher ends the others, and SIGTERM is answered with where every rank is."""
+"""A rank's death is noticed before its launcher ends the others; SIGTERM is reported."""
 
 import mmap
 import os

@@ -1,4 +1,4 @@
-"""One rank's failure ends the job everywhere within seconds, with a report of all ranks and a non-zero code."""
+"""One rank's failure ends the job everywhere within seconds, with a report of all ranks."""
 
 import re
 import sys
@@ -34,8 +34,9 @@ FAULTS = {
     "killed": (2, [ENDED + rf"(SIGKILL \(out of memory|{UNSEEN})", GONE]),
 }
 AT_ONCE = ("crash", "killed")
-"""Faults after which launchers kill the other ranks within some tens of milliseconds. The report shows where they were
-when the rank died. On a busy machine the launcher may come first, so that these faults have several tries."""
+"""Faults after which launchers kill the other ranks within some tens of milliseconds. The report shows where
+they were when the rank died. On a busy machine the launcher may come first, so that these faults have several
+tries."""
 TRIES = 3
 
 
@@ -57,7 +58,7 @@ def test_failure_of_one_rank_ends_the_job(fault: str) -> None:
 
 
 def test_a_rank_alone_on_its_node_is_named_and_ended(tmp_path: Path) -> None:
-    """Hydra does not pass an abort on to a node whose rank is outside MPI: the ranks end each other."""
+    """Ranks end each other: Hydra passes no abort on to a node whose rank is outside MPI."""
     hosts = tmp_path / "hosts"
     hosts.write_text("a:2\nb:1\n")
     words = python_program("one_rank_fails", "skips a collective", "2")
@@ -71,7 +72,7 @@ def test_a_rank_alone_on_its_node_is_named_and_ended(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_dies_unnoticed_is_missed_by_its_neighbour() -> None:
-    """As where the launcher lets the others wait: the process that dies is not the launcher's own child."""
+    """The process that dies is not the launcher's own child, so that the launcher waits."""
     job = mpirun(2, python_program("unnoticed_death"), timeout=60)
     assert job.returncode != 0
     assert re.search(ENDED + f"(SIGKILL|{UNSEEN})", job.stderr), job.stderr

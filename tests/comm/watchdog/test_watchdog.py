@@ -1,4 +1,4 @@
-"""The parts of the watch that need no other rank: the report's text, the rows of a node, comparisons, lateness."""
+"""The parts of the watchdog that need no other rank."""
 
 import mmap
 import os

@@ -1,4 +1,4 @@
-"""A watched job: what it says of every rank, on every node; and what debug mode names before anything hangs."""
+"""A watched job of several ranks: its survey, debug mode, and lateness."""
 
 import re
 from typing import TYPE_CHECKING
