@@ -75,10 +75,7 @@ class BaseCommunicator(Communicator):
         raise NotImplementedError
 
     def _swap(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Send ``counts[r]`` rows of ``x`` to each rank r.
-
-        Every rank knows all ``counts``. Returns [size * counts[rank], ...], every rank's rows for this one.
-        """
+        """Send ``counts[r]`` rows to each rank r and return those for this one, by source."""
         raise NotImplementedError
 
     # -- checks before a collective
@@ -89,10 +86,7 @@ class BaseCommunicator(Communicator):
         return False
 
     def check_collective(self, signature: CollectiveSignature) -> None:
-        """Compare the collective that every rank is about to enter.
-
-        Raises DesyncError on every rank if they differ.
-        """
+        """Raise DesyncError on every rank if the ranks are about to enter different collectives."""
 
     def _check_exchange(self, x: Tensor, send: Sequence[int], recv: Sequence[int], skip: int | None) -> None:
         if self.checks_collectives():
@@ -100,10 +94,7 @@ class BaseCommunicator(Communicator):
             self.check_collective(replace(signature, send=tuple(send), recv=tuple(recv), skip=skip))
 
     def _agree(self, op: str, x: Tensor, row_shape: Sequence[int], same_rows: bool = False) -> list[int]:
-        """Agree on ``op``, dtype size and row size; return the number of rows per rank.
-
-        ``same_rows``: the number of rows must be the same, too.
-        """
+        """Agree on operation, dtype size, row size (and rows, if asked); return rows per rank."""
         if self.checks_collectives():
             self.check_collective(CollectiveSignature.of(op, x, row_shape))
         facts = {
@@ -132,18 +123,10 @@ class BaseCommunicator(Communicator):
 def receive_buffer(
     x: Tensor, send: Sequence[int], recv: Sequence[int], out: Tensor | None, size: int
 ) -> Tensor:
-    """Check the arguments of an all-to-all and return the memory for its received rows.
+    """Return the memory for the rows that an all-to-all receives: ``out``, or new memory.
 
-    Args:
-        x: Rows to send [sum(send), ...].
-        send: Rows to each rank.
-        recv: Rows from each rank.
-        out: The caller's memory [sum(recv), ...], or None for new memory.
-        size: Number of ranks.
-
-    Raises:
-        ValueError: Counts do not describe their tensor, or ``out`` is not contiguous memory for rows like
-            those of ``x``.
+    Raises ValueError if counts do not describe their tensor, or ``out`` is not contiguous memory for rows
+    like those of ``x``.
     """
     check_counts("all_to_all_v", x, send, size)
     if out is None:

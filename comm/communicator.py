@@ -86,10 +86,7 @@ class Communicator(Protocol):
         """Sum ``x`` over the group's ranks into a new tensor of the same shape and dtype."""
 
     def all_gather_v(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """Return the rows of all ranks in rank order.
-
-        ``counts``: rows of each rank, if all ranks know them already.
-        """
+        """Return the rows of all ranks in rank order; ``counts`` of them, if all ranks know."""
 
     def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Sum ``x`` [sum(counts), ...] over the ranks; rank r gets ``counts[r]`` rows of the sum."""
@@ -137,10 +134,7 @@ class Communicator(Protocol):
         """
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return the Python object of every rank.
-
-        It is for start-up and error reports, and too slow for every step.
-        """
+        """Return the Python object of every rank; for start-up and errors, too slow for steps."""
 
     def abort(self, code: int) -> None:
         """End the whole job now, on every rank, with exit code ``code``."""
@@ -220,10 +214,7 @@ class SoloCommunicator:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which ``dtype`` is summed.
-
-    Raises ValueError for a dtype that can only be moved (fp8, bool).
-    """
+    """Return the dtype to sum ``dtype`` in; ValueError if it can only be moved (fp8, bool)."""
     if dtype in (torch.bfloat16, torch.float16, torch.float32):
         return torch.float32
     if dtype in (torch.float64, torch.int32, torch.int64):

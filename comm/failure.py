@@ -134,10 +134,7 @@ def _end_job(
     trace: TracebackType | None,
     watchdog: Watchdog | None = None,
 ) -> NoReturn:
-    """Print the error and end the job on every rank.
-
-    This is the exception hook of :func:`abort_on_failure`.
-    """
+    """Print the error and end the job; the hook of :func:`abort_on_failure`."""
     rank, code = _world_rank(), _exit_code(error)
     who = f"[rank {rank} on {socket.gethostname()}] " if rank is not None else ""
     text = "".join(traceback.format_exception(kind, error, trace))
@@ -156,10 +153,7 @@ def _end_job(
 
 
 def _world_rank() -> int | None:
-    """Return this process's rank, None without MPI.
-
-    Importing mpi4py only to learn the rank would start MPI.
-    """
+    """Return this process's rank; None without MPI, which importing mpi4py would start."""
     if "mpi4py.MPI" not in sys.modules:
         return None
     from mpi4py import MPI

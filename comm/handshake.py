@@ -5,7 +5,7 @@ import numpy as np
 from xpar.comm.communicator import Communicator, Header, Tag
 
 HEADER_WORDS = 12
-"""int64 words of every handshake; all have the same number, so that different ones can meet and be told apart"""
+"""int64 words of every handshake; all have the same number, so that different ones can meet"""
 
 
 class CollectiveError(RuntimeError):

@@ -126,10 +126,7 @@ class MpiCommunicator(BaseCommunicator):
     # ----------------------------------------
 
     def gather_into(self, x: Tensor, counts: Sequence[int], out: Tensor) -> Tensor:
-        """Call ``Allgatherv`` for the rows of contiguous ``x``, unchecked.
-
-        ``counts``: rows of each rank. ``out``: contiguous memory [sum(counts), ...].
-        """
+        """Call ``Allgatherv`` for contiguous ``x`` into contiguous ``out``, unchecked."""
         row, journal, total = self._row_type(x), self._journal, out.shape[0]
         journal.enter(journal.next_seq(), "all_gather_v", None, x.shape[0], total, row.Get_size())
         self.mpi_comm.Allgatherv(
@@ -208,10 +205,7 @@ class MpiCommunicator(BaseCommunicator):
     # -- pieces ---------------------------------------------------------------------------------------------
 
     def _setup_seconds(self) -> float:
-        """Return the deadline of collectives during set-up.
-
-        A rank may work alone before them, as in reading files.
-        """
+        """Return the deadline of collectives in set-up, where a rank may read files before them."""
         return math.inf if self.watchdog is None else self.watchdog.deadlines.start
 
     def checks_collectives(self) -> bool:

@@ -54,10 +54,7 @@ class Placement:
         return replace(self, owner=self.owner.to(device), local=self.local.to(device))
 
     def within(self, ep_ranks: range) -> "Placement":
-        """Return the placement over ``ep_ranks`` alone, counted from 0.
-
-        Slots of other ranks' experts are dropped.
-        """
+        """Return the placement over ``ep_ranks``, counted from 0, with other ranks' slots dropped."""
         is_inside = (self.owner >= ep_ranks.start) & (self.owner < ep_ranks.stop)
         owner = torch.where(is_inside, self.owner - ep_ranks.start, len(ep_ranks))
         local = torch.where(is_inside, self.local, -1)
@@ -82,10 +79,7 @@ class Placement:
         return self.owner[topk_ids.long()]
 
     def local_ids(self, topk_ids: Tensor, ep_rank: int) -> Tensor:
-        """Return the local index of each slot's expert on ``ep_rank``, [T, k] int32.
-
-        It is -1 for an expert elsewhere.
-        """
+        """Return each slot's local index on ``ep_rank``, [T, k] int32; -1 for experts elsewhere."""
         if self.ep == 1 and not self.is_partial:
             return topk_ids.to(torch.int32)
         ids = topk_ids.long()

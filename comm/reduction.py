@@ -28,10 +28,7 @@ class Partial:
 
 @dataclass(frozen=True)
 class Sharded:
-    """The state of a tensor whose final values lie on the ranks of ``group``.
-
-    Rank r holds ``counts[r]`` consecutive tokens.
-    """
+    """The state of final values of which rank r holds ``counts[r]`` consecutive tokens."""
 
     group: Communicator
     counts: tuple[int, ...]
@@ -109,10 +106,7 @@ def add(a: Distributed, b: Distributed) -> Distributed:
 
 
 def same_state(a: State, b: State) -> bool:
-    """Whether two states mean the same.
-
-    Two groups of the same ranks in the same order count as one group.
-    """
+    """Whether two states mean the same; groups of equal ranks in equal order are one group."""
     if isinstance(a, Full) or isinstance(b, Full):
         return a == b
     counts = [x.counts if isinstance(x, Sharded) else None for x in (a, b)]

@@ -62,10 +62,7 @@ class SharedWindow:
         return self._bytes[first_byte : first_byte + nbytes].view(dtype).view(shape)
 
     def sync(self) -> None:
-        """Order this rank's memory accesses.
-
-        Called before and after another exchange, it makes that a fence.
-        """
+        """Order memory accesses; before and after another exchange, that makes it a fence."""
         if self._window is not None:
             self._window.Sync()
 
@@ -74,10 +71,7 @@ class SharedWindow:
         self.start_fence().wait()
 
     def start_fence(self) -> Pending[None]:
-        """Start a fence: this rank has written.
-
-        ``wait`` of the result ends the fence, once every rank has written.
-        """
+        """Say that this rank has written; ``wait`` returns once every rank has."""
         window = self._window
         if window is None or not isinstance(self.group, MpiCommunicator):
             return Pending(lambda: None)
@@ -137,15 +131,12 @@ def free_bytes() -> int:
 
 
 def refuse_full_memory() -> None:
-    """Raise ValueError if shared memory is full.
-
-    MPI shares memory within a node and is killed without any.
-    """
+    """Raise ValueError if shared memory is full: MPI is killed without any."""
     free = free_bytes()
     if Path(SHARED_FILES).is_dir() and free < LEAST_BYTES:
         raise ValueError(
-            f"{SHARED_FILES} on {socket.gethostname()} has {free / 1e6:.1f} MB left, and MPI needs a few a "
-            f"rank; remove stale files there (rm {SHARED_FILES}/mpich_shm_* where nothing runs), or enlarge it "
+            f"{SHARED_FILES} on {socket.gethostname()} has {free / 1e6:.1f} MB left, and MPI needs a "
+            f"few a rank; remove stale files there (rm {SHARED_FILES}/mpich_shm_* where nothing runs), or enlarge it "
             "(containers: --shm-size)"
         )
 

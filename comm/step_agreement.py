@@ -40,14 +40,8 @@ def agree_step(
 ) -> StepFacts:
     """Exchange this rank's facts about ``step``; collective over ``comm``, idle ranks included.
 
-    Args:
-        comm: The ranks that take the step.
-        step: Number of the step, the same on all ranks.
-        tokens: This rank's tokens in this step.
-        work: Work that is left for this rank, in units of the caller.
-        status: Bits that all ranks learn if one rank sets them.
-        notes: Further numbers of this rank, equally many on every rank.
-        failure: An error of this rank since the last step; the rank still takes part, and every rank raises.
+    The arguments are this rank's part of :class:`StepFacts`. ``failure``: an error of this rank since the
+    last step; the rank still takes part, and every rank raises.
 
     Raises:
         RemoteRankError: A rank gave a ``failure``.

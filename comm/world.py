@@ -29,10 +29,7 @@ DEFAULT_OPTIONS = WatchdogOptions()
 
 
 class LaunchError(CollectiveError):
-    """MPI cannot start, or MPI and launcher disagree about the number of ranks.
-
-    All tasks of a node raise the same error.
-    """
+    """MPI cannot start, or sees another number of ranks than the launcher."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +153,7 @@ class World:
     def _join(
         cls, base: "MPI.Intracomm", enforced: Deadlines | None, limits: Deadlines, options: WatchdogOptions
     ) -> "World":
-        """Order the ranks of ``base`` by node and start the watchdog; collective.
-
-        No deadlines are enforced if ``enforced`` is None.
-        """
+        """Order the ranks of ``base`` by node, and watch them if deadlines are ``enforced``."""
         from mpi4py import MPI
 
         shared = base.Split_type(MPI.COMM_TYPE_SHARED, key=base.rank)
@@ -187,10 +181,7 @@ class World:
 
 @contextmanager
 def limit_start(seconds: float) -> Iterator[None]:
-    """Show this rank's stack and end the process if the block lasts longer.
-
-    It serves until the watchdog starts.
-    """
+    """Show the stack and end the process if the block lasts longer, before the watchdog starts."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
     try:
         yield
@@ -227,8 +218,8 @@ def refuse_singletons(environ: dict[str, str], library: str) -> None:
     flavour = "pmix" if "Open MPI" in library else "cray_shasta" if "CRAY" in library.upper() else "pmi2"
     found = ", ".join(f"{k}={v}" for k, v in counts.items())
     raise LaunchError(
-        f"the launcher started {tasks} tasks ({found}) but MPI sees 1 rank: each task would run alone and "
-        f"repeat the whole work. Launch with `srun --mpi={flavour}` for this library ({library.splitlines()[0]}), "
+        f"the launcher started {tasks} tasks ({found}) but MPI sees 1 rank: each task would run alone "
+        f"and repeat the whole work. Launch with `srun --mpi={flavour}` for this library ({library.splitlines()[0]}), "
         "or with its own mpirun; `srun --mpi=list` shows what the site offers."
     )
 

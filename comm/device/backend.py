@@ -28,15 +28,9 @@ class DeviceBackend(Protocol):
         skip: int | None = None,
         uniform: bool = False,
     ) -> Pending[Tensor]:
-        """Start to send rows to every rank and to receive rows from every rank.
+        """Start to exchange rows; as :meth:`~xpar.comm.communicator.Communicator.all_to_all_v`.
 
-        Args:
-            x: Rows to send, in the order of their destinations.
-            send: Rows to each rank.
-            recv: Rows from each rank.
-            out: Memory for the received rows, in the order of their sources.
-            skip: A rank with which no row is exchanged; its rows and its place are stepped over.
-            uniform: Whether every pair of ranks exchanges equally many rows and every rank knows so.
+        ``uniform``: every pair of ranks exchanges equally many rows, and every rank knows so.
         """
 
     def close(self) -> None:
@@ -49,10 +43,7 @@ def current_stream(device: torch.device) -> int:
 
 
 def record_marker(device: torch.device) -> Callable[[], bool] | None:
-    """Return a function that is true once the work now on the current stream is done.
-
-    None while the stream is being captured.
-    """
+    """Return a test of the stream's work so far; None while the stream is being captured."""
     if device.type != "cuda":
         return lambda: True
     if torch.cuda.is_current_stream_capturing():

@@ -72,10 +72,7 @@ class NcclBackend:
             raise
 
     def finish(self, what: str, seconds: float) -> None:
-        """Wait for the work on the current stream; NcclError after ``seconds``.
-
-        ``what``: the name of the work, for the message.
-        """
+        """Wait for the work ``what`` on the current stream; NcclError after ``seconds``."""
         done = record_marker(self.device)
         if done is not None and not self.nccl.watch.wait(done, seconds, self.nccl.problem):
             reason = f"{what}: not done on the GPU after {seconds:g} s; a rank of the group did not take part"

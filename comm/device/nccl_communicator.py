@@ -37,15 +37,7 @@ class NcclCommunicator:
     ) -> "NcclCommunicator":
         """Make the NCCL communicator of ``group``; collective.
 
-        Args:
-            library: NCCL.
-            group: The ranks.
-            deadlines: Deadlines of joining, launching, finishing and giving up.
-            watch: Follows the operations on the GPU.
-            blocking: Whether NCCL's calls block.
-
-        Raises:
-            AgreedError: A rank cannot join; the same text on every rank.
+        ``blocking``: whether NCCL's calls block. Raises AgreedError, the same on every rank, if a rank cannot join.
         """
         doing = f"NCCL for group {group.name}"
         ids = agreed(group, lambda: os_error_from(library.unique_id) if group.rank == 0 else b"", doing)
@@ -122,17 +114,7 @@ class NcclCommunicator:
 
 
 def poll_until_done(library: Library, comm: Comm, seconds: float, what: str) -> None:
-    """Wait until ``comm`` has done what it was asked to.
-
-    Args:
-        library: NCCL.
-        comm: The communicator.
-        seconds: The deadline.
-        what: Name of the operation, for messages.
-
-    Raises:
-        NcclError: The operation failed or takes longer.
-    """
+    """Wait until ``comm`` has done ``what``; NcclError if that failed or takes longer."""
     begin = time.monotonic()
     while (state := library.state(comm)) == IN_PROGRESS:
         waited = time.monotonic() - begin

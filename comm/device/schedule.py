@@ -36,13 +36,10 @@ class Schedule:
 def exchange_schedule(
     rank: int, send: Sequence[int], recv: Sequence[int], skip: int | None = None
 ) -> Schedule:
-    """Plan an all-to-all.
+    """Plan an all-to-all of ``send[r]`` rows to and ``recv[r]`` rows from each rank r.
 
-    Args:
-        rank: This rank.
-        send: Rows to each rank, which lie in the order of their destinations.
-        recv: Rows from each rank, which arrive in the order of their sources.
-        skip: A rank with which no row is exchanged; its rows and its place are stepped over.
+    Rows leave in the order of destinations and arrive in the order of sources. The rows to and the place
+    of rank ``skip`` are stepped over.
     """
     size = len(send)
     source, target = starts(send), starts(recv)

@@ -64,10 +64,7 @@ class Transport:
         return DeviceCommunicator(host, self.device, self._backends[host.world_ranks], self.wrap)
 
     def close(self) -> None:
-        """Close every connection, the last one first; collective.
-
-        This runs by itself when the process ends.
-        """
+        """Close every connection, the last one first; collective; runs when the process ends."""
         atexit.unregister(self.close)
         while self._backends:
             self._backends.popitem()[1].close()
@@ -127,15 +124,9 @@ def nccl_transport(
     library: Library,
     blocking: bool = False,
 ) -> Transport:
-    """Make a transport whose connections are NCCL communicators, each tested when it is made.
+    """Make a transport of NCCL connections, each tested when made; as :func:`open_transport`.
 
-    Args:
-        world: The group of all ranks, whose job ends if work on the GPU is late.
-        device: This rank's device.
-        choice: How the tensors travel, and why.
-        deadlines: Deadlines of work on the GPU.
-        library: NCCL.
-        blocking: Whether NCCL's calls block.
+    The job of ``world`` ends if work on the GPU is late. ``blocking``: whether NCCL's calls block.
     """
     watch = Watch(lambda problem: end_job(world, problem))
 

@@ -53,15 +53,7 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def add(self, done: Done | None, what: str, seconds: float, problem: Problem) -> None:
-        """Follow one more operation.
-
-        Args:
-            done: Turns true when the work has ended; None for an operation that is only captured,
-                which cannot be followed.
-            what: Name of the operation.
-            seconds: The deadline.
-            problem: Names a failure that was found meanwhile, or None.
-        """
+        """Follow one more :class:`WatchedOperation`; ``done`` is None for one that is only captured."""
         if done is None:
             return
         self._waiting.append(WatchedOperation(done, what, time.monotonic(), seconds, problem))

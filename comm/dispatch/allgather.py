@@ -124,15 +124,9 @@ class AllGatherDispatcher(Dispatcher):
 def plan_from_gathered(
     own: Routing, gathered: Routing, counts: list[int], placement: Placement, rank: int, exact: bool
 ) -> AllToAllPlan:
-    """Derive from the routing of all tokens the plan that all-to-all learns by asking.
+    """Derive the plan that all-to-all learns by asking.
 
-    Args:
-        own: The routing of this rank's tokens.
-        gathered: The routing of all ranks' tokens.
-        counts: Tokens of each rank.
-        placement: The ranks of the experts.
-        rank: This rank in the ``moe`` group.
-        exact: Whether every slot's output comes home unsummed.
+    ``own``, ``gathered``: the routing of this rank's and of all ranks' tokens, ``counts`` of each rank.
     """
     destination, tokens, send = rows_by_destination(own.topk_ids, placement)
     local = placement.local_ids(gathered.topk_ids, placement.ep_rank(rank))

@@ -51,10 +51,7 @@ class AllToAllPlan:
 
 
 class CountsInFlight:
-    """The plan of rows whose number the host does not know yet.
-
-    Dispatch learns the number and sets the full plan.
-    """
+    """The plan of rows whose number the host does not know before dispatch."""
 
     def __init__(self, outgoing: OutgoingRows) -> None:
         self.outgoing = outgoing
@@ -155,10 +152,7 @@ class AllToAllDispatcher(Dispatcher):
 
 
 def exchange_counts(group: Communicator, send: list[int]) -> list[int]:
-    """Tell each rank how many rows it will get, and return how many each sends here.
-
-    Collective over ``group``. ``send``: rows from here to each rank.
-    """
+    """Tell each rank of ``group`` how many rows it gets; return how many each sends here."""
     ones = [1] * group.size
     received = group.all_to_all_v(torch.tensor(send, dtype=torch.int64), ones, ones).wait()
     return [int(n) for n in received.tolist()]
@@ -176,16 +170,10 @@ def rows_by_destination(topk_ids: Tensor, placement: Placement) -> tuple[Tensor,
 
 
 def returning_slots(active: Tensor, tokens: Tensor, send: list[int]) -> tuple[Tensor, list[int]]:
-    """List the slot outputs that come back in exact mode, by rank.
+    """List the slots whose outputs come back in exact mode, by rank, and their number per rank.
 
-    Args:
-        active: [S, k] bool, the slots whose expert is where the row was sent.
-        tokens: [S] int64, the token of each row that was sent.
-        send: Rows to each rank.
-
-    Returns:
-        The flat (token, slot) index of each row that comes back, int64; and the number of those rows per
-        rank.
+    ``active`` [S, k] bool: the slots whose expert is where the row was sent. ``tokens`` [S]: each row's
+    token. The slots are flat (token, slot) indices.
     """
     k = active.shape[1]
     slots = (tokens[:, None] * k + torch.arange(k, device=tokens.device))[active]

@@ -145,10 +145,7 @@ class Dispatcher(Protocol):
 
     @classmethod
     def build(cls, grid: ProcessGrid, placement: Placement) -> "Dispatcher":
-        """Make the dispatcher of ``grid.moe``, without any collective.
-
-        ``placement`` has its tables on the grid's device.
-        """
+        """Make the dispatcher of ``grid.moe``, with tables on its device; no collective."""
         raise NotImplementedError
 
     def plan(
@@ -176,10 +173,7 @@ class Dispatcher(Protocol):
         """
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        """Start to move ``hidden_states`` [T, H] to this layer's experts; collective.
-
-        The result is the input of this rank's experts.
-        """
+        """Start to move ``hidden_states`` [T, H]; the result is for this rank's experts."""
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         """Return memory for ``rows`` expert outputs that combine need not copy, or None."""
@@ -236,10 +230,7 @@ def decode_routing(encoded: Tensor) -> Routing:
 
 
 def destination_mask(topk_ids: Tensor, placement: Placement) -> Tensor:
-    """Return [R, T] bool: whether a rank holds (a slice of) any expert of a token.
-
-    ``topk_ids`` [T, k]: the experts of each token.
-    """
+    """Return [R, T] bool: whether a rank holds any expert of a token of ``topk_ids`` [T, k]."""
     mask = torch.zeros(topk_ids.shape[0], placement.ep + 1, dtype=torch.bool, device=topk_ids.device)
     mask.scatter_(1, placement.owners(topk_ids), True)
     return mask[:, : placement.ep].t().repeat_interleave(placement.etp, dim=0)

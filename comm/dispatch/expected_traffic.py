@@ -7,10 +7,7 @@ from xpar.comm.partition import split_sizes
 
 
 def expected_destinations(num_experts: int, top_k: int, held: int) -> float:
-    """Return ``1 - C(E - held, k) / C(E, k)``, the chance that a token has a held expert.
-
-    ``held``: how many of the E experts are held.
-    """
+    """Return the chance that a token has a held expert: ``1 - C(E - held, k) / C(E, k)``."""
     return 1 - math.comb(num_experts - held, top_k) / math.comb(num_experts, top_k)
 
 

@@ -176,10 +176,7 @@ class HierarchicalDispatcher(Dispatcher):
         return Pending(lambda: self._sum_slots(all_outputs.wait(), plan.local_routing, state))
 
     def _sum_at_home(self, sums: Tensor, routing: Routing, state: HierarchicalPlan) -> Distributed:
-        """Send the sums of arrived rows home and add those that come back; collective.
-
-        ``sums`` [entries, H]: this node's part of the output of each entry.
-        """
+        """Send ``sums`` of arrived rows home and add those that come back; collective."""
         tokens = routing.topk_ids.shape[0]
         rows = sums.new_empty(tokens + len(state.tokens), sums.shape[1])
         moving = self.group.all_to_all_v(sums[tokens:], state.back_send, state.back_recv, out=rows[tokens:])
@@ -202,10 +199,7 @@ class HierarchicalDispatcher(Dispatcher):
 
 
 def _split_slices(nodes: Sequence[int], etp: int) -> str | None:
-    """Return that the slices of an expert lie on two nodes, or None.
-
-    ``nodes``: the node of each rank.
-    """
+    """Return that an expert's slices lie on two nodes, or None; ``nodes``: of each rank."""
     split = next((e for e in range(0, len(nodes), etp) if len(set(nodes[e : e + etp])) > 1), None)
     if split is None:
         return None
@@ -220,27 +214,18 @@ def ranks_by_node(node_of: Sequence[int]) -> list[range]:
 
 
 def rail_peers(nodes: Sequence[range], rank: int) -> list[int]:
-    """Return for each node the rank that ``rank`` sends to: the one with the same index.
-
-    On a node with fewer ranks the index wraps round.
-    """
+    """Return the rank of each node with the index of ``rank``, modulo the node's ranks."""
     index = next(rank - ranks.start for ranks in nodes if rank in ranks)
     return [ranks[index % len(ranks)] for ranks in nodes]
 
 
 def node_of_owners(nodes: Sequence[range], placement: Placement) -> Tensor:
-    """Return the node of each ep rank, [ep + 1] int64.
-
-    The last entry, for dropped slots, is the number of nodes.
-    """
+    """Return the node of each ep rank, [ep + 1] int64; the last entry is N, for dropped slots."""
     of_rank = [n for n, ranks in enumerate(nodes) for _ in ranks]
     return torch.tensor([*of_rank[:: placement.etp], len(nodes)])
 
 
 def node_mask(on_node: Tensor, nodes: int) -> Tensor:
-    """Return [N, T] bool: whether any of a token's slots lies on a node.
-
-    ``on_node`` [T, k] int64: the node of each slot, N for a dropped one.
-    """
+    """Return [N, T] bool: whether a token has a slot on a node; ``on_node`` [T, k], N: dropped."""
     mask = torch.zeros(on_node.shape[0], nodes + 1, dtype=torch.bool)
     return mask.scatter_(1, on_node, True)[:, :nodes].t().contiguous()

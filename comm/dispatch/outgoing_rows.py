@@ -75,19 +75,13 @@ class OutgoingRows:
 
 
 def max_rows(topk_ids: Tensor, placement: Placement) -> int:
-    """Return B, the most rows that ``topk_ids`` [T, k] can send.
-
-    Each token goes to at most min(k, ep) ep ranks of etp ranks each.
-    """
+    """Return B: each token goes to at most min(k, ep) ep ranks of etp ranks each."""
     tokens, k = topk_ids.shape
     return tokens * min(k, placement.ep) * placement.etp
 
 
 def positions_of_true(flags: Tensor, bound: int) -> Tensor:
-    """Return the positions of the true ``flags`` in order, then zeros: [bound] int64.
-
-    There are at most ``bound`` true flags.
-    """
+    """Return the positions of at most ``bound`` true ``flags``, then zeros: [bound] int64."""
     places = torch.where(flags, flags.cumsum(0) - 1, bound)
     positions = torch.zeros(bound + 1, dtype=torch.int64, device=flags.device)
     positions.scatter_(0, places, torch.arange(flags.numel(), device=flags.device))
@@ -97,16 +91,9 @@ def positions_of_true(flags: Tensor, bound: int) -> Tensor:
 def local_ids_at_destination(
     topk_ids: Tensor, destination: Tensor, tokens: Tensor, placement: Placement
 ) -> Tensor:
-    """Return the local ids of each sent row's slots at its destination.
+    """Return the local ids of sent rows' slots there: [S, k] int32, -1 for experts elsewhere.
 
-    Args:
-        topk_ids: [T, k], the experts of this rank's tokens.
-        destination: [S], the rank that each row is sent to.
-        tokens: [S], the token of each row.
-        placement: The ranks of the experts.
-
-    Returns:
-        [S, k] int32, -1 for a slot whose expert is elsewhere.
+    ``destination``, ``tokens`` [S]: the rank that each row is sent to, and its token.
     """
     ids = topk_ids[tokens].long()
     is_at_destination = placement.owner[ids] == (destination // placement.etp)[:, None]

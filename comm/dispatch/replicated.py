@@ -24,10 +24,7 @@ from xpar.kernels.rows import weighted_sum
 
 
 class ReplicatedDispatcher(Dispatcher):
-    """A dispatcher for groups whose ranks hold the same tokens, and for groups of one rank.
-
-    Its plans have no ``dispatcher_state``.
-    """
+    """A dispatcher for groups whose ranks hold the same tokens, and for groups of one rank."""
 
     name = "replicated"
     capabilities = Capabilities(
@@ -106,8 +103,5 @@ class ReplicatedDispatcher(Dispatcher):
 
 
 def _computes_all_tokens(x: Tensor) -> bool:
-    """Whether the experts get every token.
-
-    On a GPU, picking the tokens that have an expert here would make the host wait.
-    """
+    """Whether experts get all tokens: on a GPU, picking some would make the host wait."""
     return x.is_cuda

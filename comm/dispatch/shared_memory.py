@@ -145,18 +145,12 @@ class SharedMemoryDispatcher(Dispatcher):
     # -------------------------------------
 
     def token_buffer(self, like: Tensor, plan: DispatchPlan) -> Tensor:
-        """Return this rank's part of the window for tokens [T, H], of the dtype of ``like`` [.., H].
-
-        It must be written before :meth:`start_reading`.
-        """
+        """Return where to write this rank's tokens [T, H] before :meth:`start_reading`."""
         layout: Layout = plan.dispatcher_state.layout
         return self._tokens(layout, like)[layout.tokens]
 
     def start_reading(self, like: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        """Start the fence after this rank's tokens are written.
-
-        The result is the input of this rank's experts.
-        """
+        """Start the fence after this rank's tokens are written; results in its experts' input."""
         state: SharedMemoryPlan = plan.dispatcher_state
         tokens, fence = self._tokens(state.layout, like), self._window.start_fence()
 
@@ -185,10 +179,7 @@ class SharedMemoryDispatcher(Dispatcher):
         return Pending(complete)
 
     def slot_positions(self, plan: DispatchPlan) -> Tensor:
-        """Return the row of each slot's output among all ranks', in exact mode.
-
-        [T, k] int64, -1 for a dropped slot.
-        """
+        """Return each slot's row among all outputs in exact mode: [T, k] int64, -1 if dropped."""
         state: SharedMemoryPlan = plan.dispatcher_state
         assert state.positions is not None
         return state.positions
@@ -201,11 +192,7 @@ class SharedMemoryDispatcher(Dispatcher):
         return self._window.view(first_byte, (layout.num_outputs, like.shape[1]), like.dtype)
 
     def _plan_window(self, gathered: Routing, own: slice, exact: bool) -> tuple[SharedMemoryPlan, Tensor]:
-        """Derive the plan from the routing of all tokens, of which ``own`` are this rank's.
-
-        Returns:
-            The plan, and [R] int64, the rows that this rank's tokens send to each rank.
-        """
+        """Derive the plan, and the rows to each rank, from all routing; ``own``: own tokens."""
         mask = destination_mask(gathered.topk_ids, self.placement)
         rows = mask[self.group.rank].nonzero()[:, 0]
         local = self.placement.local_ids(gathered.topk_ids[rows], self.placement.ep_rank(self.group.rank))

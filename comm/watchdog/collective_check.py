@@ -37,14 +37,9 @@ class CollectiveSignature:
 
 
 def find_difference(signatures: Sequence[CollectiveSignature], world_ranks: Sequence[int]) -> str | None:
-    """Describe which ranks of a group differ and how; None if all signatures fit.
+    """Describe which ranks differ and how, by their ``world_ranks``; None if all signatures fit.
 
-    The most frequent signature counts as the right one, or the first rank's if none is more frequent than all
-    others.
-
-    Args:
-        signatures: The signature of every rank of the group.
-        world_ranks: The world ranks of the group.
+    The most frequent signature counts as the right one, or the first rank's without a most frequent one.
     """
     texts = [str(s) for s in signatures]
     right, votes = Counter(texts).most_common(1)[0]

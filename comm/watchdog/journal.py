@@ -51,15 +51,9 @@ class Journal(Protocol):
         rows_in: int = 0,
         row_bytes: int = 0,
     ) -> None:
-        """Record that this rank begins to wait for the other ranks.
+        """Record that this rank begins to wait for the others; the sizes are those of ``Call``.
 
-        Args:
-            seq: The collective's number.
-            op: The collective's name.
-            seconds: The deadline; None for that of the current step.
-            rows_out: Rows that leave this rank.
-            rows_in: Rows that arrive.
-            row_bytes: Bytes of one row.
+        ``seconds``: the deadline; None for that of the current step.
         """
 
     def leave(self) -> None:

@@ -82,10 +82,7 @@ class NodeServer:
 
 
 def ask_node(address: Address, key: bytes, request: SurveyRequest) -> list[RankState] | None:
-    """Return the answer of the server at ``address``; None after :data:`ANSWER_S`.
-
-    ``key``: the job's secret.
-    """
+    """Return the answer of a node server with the job's ``key``; None after ANSWER_S."""
     answers: list[list[RankState]] = []
 
     def ask() -> None:

@@ -65,23 +65,14 @@ def format_survey(
 
 
 def format_head(seen: Sequence[RankState]) -> str:
-    """Write the first part of a report, for a job that may be ended any moment.
-
-    :func:`format_body` is the rest.
-    """
+    """Write the first part of a report, for a job that may be ended any moment."""
     return "\n".join([HEADLINE, *_lines(seen, [])])
 
 
 def format_body(
     in_head: Sequence[RankState], seen: Sequence[RankState], silent: Sequence[tuple[int, str]]
 ) -> str:
-    """Write the rest of a report: the ranks that are not in the head, and all stacks.
-
-    Args:
-        in_head: The ranks that :func:`format_head` has described.
-        seen: The ranks whose state is known.
-        silent: Rank and host of the others.
-    """
+    """Write the rest of a report: ranks that are not ``in_head``, and all stacks."""
     known = {s.rank for s in in_head}
     more = _lines([s for s in seen if s.rank not in known], [(r, h) for r, h in silent if r not in known])
     return "\n".join([*more, *_stacks(seen)])

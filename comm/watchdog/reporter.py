@@ -76,10 +76,7 @@ class Reporter:
         self._end(SurveyRequest(self._headline(reason), code, known_states=states))
 
     def end_on_sigterm(self) -> NoReturn:
-        """End the job after SIGTERM.
-
-        It may have come because another rank died, and a SIGKILL may follow.
-        """
+        """End the job in haste after SIGTERM, since a SIGKILL may follow."""
         if self.board.read(self.board.local_rank).state == LEFT:
             os._exit(TERMINATED)
         self.fail_in_haste("told to end by SIGTERM", TERMINATED)

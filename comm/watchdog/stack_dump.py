@@ -38,10 +38,7 @@ HIDDEN_FILES = (str(Path(__file__).parent), "comm/device/watch.py", "<no Python 
 
 
 def register_stack_dump() -> int:
-    """Let other processes of this user ask for this process's stacks.
-
-    Returns the descriptor of the file of stacks, -1 if there cannot be one.
-    """
+    """Let processes of this user ask for stacks; return their file's descriptor, or -1."""
     if signal.getsignal(SIGNAL) is not signal.SIG_DFL:
         return -1
     try:
@@ -53,10 +50,7 @@ def register_stack_dump() -> int:
 
 
 def collect_stacks(files: Iterable[tuple[int, int]]) -> list[str]:
-    """Return the stacks of each (process, descriptor).
-
-    They are empty for a process that writes none within a second.
-    """
+    """Return the stacks of each (process, descriptor), empty if not written within a second."""
     files = list(files)
     written = [len(_read(*file)) for file in files]  # by earlier requests
     asked = [_ask(pid, file) if file >= 0 else False for pid, file in files]

@@ -103,10 +103,7 @@ class StatusBoard:
 
     @classmethod
     def open(cls, node: "MPI.Comm") -> "StatusBoard":
-        """Open the board of a node; collective over its ranks.
-
-        If no file can be shared, each rank has a board of its own.
-        """
+        """Open a node's board; collective. Without a shared file each rank has its own."""
         nbytes = node.size * ROW_BYTES
         path = node.bcast(create_file(nbytes) if node.rank == 0 else None, root=0)
         file = _open_file(path)

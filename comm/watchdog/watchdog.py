@@ -107,10 +107,7 @@ class Watchdog:
         return journal
 
     def take_waits(self) -> dict[tuple[str, tuple[int, ...]], list[float]]:
-        """Return the seconds of each group's collectives since the last call.
-
-        Groups are given by name and world ranks.
-        """
+        """Return each group's seconds of waiting since the last call, by name and world ranks."""
         taken = {}
         for journal in self._journals:
             if journal.waits is not None:
@@ -119,11 +116,7 @@ class Watchdog:
         return taken
 
     def fail(self, reason: str, code: int = EXIT_CODE, waiting: Call | None = None) -> NoReturn:
-        """Have the report headed ``reason`` written, and end the job. From any thread.
-
-        ``code``: exit code of the job. ``waiting``: the collective that did not end in time, if that is the
-        reason.
-        """
+        """Have the report headed ``reason`` written, and end the job with ``code``. From any thread."""
         group = self._groups.get(waiting.group, ()) if waiting is not None else ()
         self.reporter.fail(reason, code, waiting, group)
 
@@ -152,10 +145,7 @@ class Watchdog:
                 self.fail(f"{own.call}: not finished after {own.call.seconds:g} s", waiting=own.call)
 
     def _watch_neighbour(self) -> tuple[int, int] | None:
-        """Watch the next rank of the node by its lock.
-
-        If there are no locks, returns its local rank and a descriptor to poll.
-        """
+        """Watch the node's next rank by its lock, or return its local rank and a file to poll."""
         board, ranks = self._board, self.reporter.ranks
         if not board.shared or board.size == 1:
             return None
