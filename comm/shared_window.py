@@ -136,8 +136,8 @@ def refuse_full_memory() -> None:
     if Path(SHARED_FILES).is_dir() and free < LEAST_BYTES:
         raise ValueError(
             f"{SHARED_FILES} on {socket.gethostname()} has {free / 1e6:.1f} MB left, and MPI needs a "
-            f"few a rank; remove stale files there (rm {SHARED_FILES}/mpich_shm_* where nothing runs), or enlarge it "
-            "(containers: --shm-size)"
+            f"few a rank; remove stale files there (rm {SHARED_FILES}/mpich_shm_* where nothing runs), or "
+            "enlarge it (containers: --shm-size)"
         )
 
 

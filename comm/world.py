@@ -219,8 +219,8 @@ def refuse_singletons(environ: dict[str, str], library: str) -> None:
     found = ", ".join(f"{k}={v}" for k, v in counts.items())
     raise LaunchError(
         f"the launcher started {tasks} tasks ({found}) but MPI sees 1 rank: each task would run alone "
-        f"and repeat the whole work. Launch with `srun --mpi={flavour}` for this library ({library.splitlines()[0]}), "
-        "or with its own mpirun; `srun --mpi=list` shows what the site offers."
+        f"and repeat the whole work. Launch with `srun --mpi={flavour}` for this library "
+        f"({library.splitlines()[0]}), or with its own mpirun; `srun --mpi=list` shows what the site offers."
     )
 
 

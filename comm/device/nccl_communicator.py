@@ -37,7 +37,8 @@ class NcclCommunicator:
     ) -> "NcclCommunicator":
         """Make the NCCL communicator of ``group``; collective.
 
-        ``blocking``: whether NCCL's calls block. Raises AgreedError, the same on every rank, if a rank cannot join.
+        ``blocking``: whether NCCL's calls block. Raises AgreedError, the same on every rank, if a rank
+        cannot join.
         """
         doing = f"NCCL for group {group.name}"
         ids = agreed(group, lambda: os_error_from(library.unique_id) if group.rank == 0 else b"", doing)

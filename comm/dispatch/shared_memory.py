@@ -84,7 +84,7 @@ class SharedMemoryDispatcher(Dispatcher):
 
     def __init__(self, group: Communicator, placement: Placement) -> None:
         self.group, self.placement = group, placement
-        self._window = get_window(group)
+        self.window = get_window(group)
 
     @classmethod
     def impossible(cls, grid: ProcessGrid, placement: Placement, request: DispatchRequest) -> str | None:
@@ -116,7 +116,7 @@ class SharedMemoryDispatcher(Dispatcher):
         first = sum(counts[: self.group.rank])
         state, rows = self._plan_window(gathered, slice(first, first + counts[self.group.rank]), exact)
         layout = state.layout
-        self._window.reserve((layout.num_tokens + layout.num_outputs) * hidden_size * dtype.itemsize)
+        self.window.reserve((layout.num_tokens + layout.num_outputs) * hidden_size * dtype.itemsize)
         back = state.back if state.positions is None else state.positions[state.positions >= 0]
         assert back is not None
         return DispatchPlan(own, exact, Traffic.of(self.group.rank, rows.tolist(), len(back)), state)
@@ -152,7 +152,7 @@ class SharedMemoryDispatcher(Dispatcher):
     def start_reading(self, like: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
         """Start the fence after this rank's tokens are written; results in its experts' input."""
         state: SharedMemoryPlan = plan.dispatcher_state
-        tokens, fence = self._tokens(state.layout, like), self._window.start_fence()
+        tokens, fence = self._tokens(state.layout, like), self.window.start_fence()
 
         def complete() -> ExpertInput:
             fence.wait()
@@ -170,7 +170,7 @@ class SharedMemoryDispatcher(Dispatcher):
         own = all_outputs[layout.outputs]
         if outputs.data_ptr() != own.data_ptr():
             own.copy_(outputs)
-        fence = self._window.start_fence()
+        fence = self.window.start_fence()
 
         def complete() -> Tensor:
             fence.wait()
@@ -185,11 +185,11 @@ class SharedMemoryDispatcher(Dispatcher):
         return state.positions
 
     def _tokens(self, layout: Layout, like: Tensor) -> Tensor:
-        return self._window.view(0, (layout.num_tokens, like.shape[1]), like.dtype)
+        return self.window.view(0, (layout.num_tokens, like.shape[1]), like.dtype)
 
     def _outputs(self, layout: Layout, like: Tensor) -> Tensor:
         first_byte = layout.num_tokens * like.shape[1] * like.element_size()
-        return self._window.view(first_byte, (layout.num_outputs, like.shape[1]), like.dtype)
+        return self.window.view(first_byte, (layout.num_outputs, like.shape[1]), like.dtype)
 
     def _plan_window(self, gathered: Routing, own: slice, exact: bool) -> tuple[SharedMemoryPlan, Tensor]:
         """Derive the plan, and the rows to each rank, from all routing; ``own``: own tokens."""

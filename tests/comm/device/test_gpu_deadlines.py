@@ -72,8 +72,8 @@ def test_the_watch_forgets_what_has_ended_and_reports_what_is_late() -> None:
 
 
 def test_the_watch_reports_a_failure_found_by_nccl_or_by_the_gpu() -> None:
-    watch = Watch(lambda wrong: None)
-    watch._waiting.append(_watched(lambda: False, lambda: "NCCL result 6: peer died"))
+    watch = Watch(lambda wrong: None, pause=60.0)  # its thread has not looked when the test does
+    watch.add(lambda: False, "gather", 30.0, lambda: "NCCL result 6: peer died")
     assert watch.check() == "gather: NCCL result 6: peer died"
 
     def broken() -> bool:
@@ -86,14 +86,9 @@ def test_the_watch_reports_a_failure_found_by_nccl_or_by_the_gpu() -> None:
     assert reported.wait(5) and found == ["the GPU reports an illegal memory access"]
 
 
-def _watched(done: Any, problem: Any) -> Any:
-    from xpar.comm.device.watch import WatchedOperation
-
-    return WatchedOperation(done, "gather", time.monotonic(), 30.0, problem)
-
-
 def test_the_watch_asks_nothing_while_paused_and_ends_when_closed() -> None:
     asked: list[int] = []
+    before = set(threading.enumerate())
     watch = Watch(lambda wrong: None, pause=0.01)
     with watch.paused():
         watch.add(lambda: bool(asked.append(1)), "x", 30.0, fine)
@@ -101,8 +96,9 @@ def test_the_watch_asks_nothing_while_paused_and_ends_when_closed() -> None:
         assert not asked
     time.sleep(0.1)
     assert asked
+    assert [t.name for t in set(threading.enumerate()) - before] == ["xpar-gpu-watch"]
     watch.close()
-    assert watch._thread is not None and not watch._thread.is_alive()
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_late_operation_ends_the_job_everywhere() -> None:

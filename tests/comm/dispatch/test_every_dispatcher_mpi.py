@@ -66,7 +66,7 @@ def test_a_window_too_large_for_the_node_is_one_error(world: World, monkeypatch:
 def test_one_window_serves_all_layers_of_a_group(grid: ProcessGrid) -> None:
     placement = Placement.blocks(3, grid.shape.ep)
     first, second = (choose_dispatcher(grid, placement, "shared-memory").dispatcher for _ in range(2))
-    assert grid.moe.size == 1 or first._window is second._window is get_window(grid.moe)  # type: ignore[attr-defined]
+    assert grid.moe.size == 1 or first.window is second.window is get_window(grid.moe)  # type: ignore[attr-defined]
 
 
 @pytest.mark.mpi(min_size=2, max_nodes=1)
