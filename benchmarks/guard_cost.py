@@ -23,12 +23,12 @@ def microseconds(call: Callable[[], None]) -> float:
 def main() -> None:
     plain = World.attach(MPI.COMM_WORLD.Dup()).comm
     watched = World.attach(MPI.COMM_WORLD.Dup(), deadlines=Deadlines())
-    if watched.guard is None:
+    if watched.watchdog is None:
         raise SystemExit("start at least 2 ranks: mpirun -n 2 …")
-    journal = watched.guard.journal("measured", [watched.rank])
+    journal = watched.watchdog.journal("measured", [watched.rank])
 
     def note() -> None:
-        journal.enter(journal.begin(), "all_to_all_v", None, 1, 2, 3)
+        journal.enter(journal.next_seq(), "all_to_all_v", None, 1, 2, 3)
         journal.leave()
 
     times = {"barrier": array("d"), "watched barrier": array("d"), "what the watch writes": array("d")}

@@ -1,7 +1,8 @@
-"""Collectives made of two movements, an all-gather and an all-to-all of rows; the sums are made here.
+"""Collectives made of two movements of rows, an all-gather and an all-to-all, and of sums.
 
-MPI has no portable bf16, NCCL rounds bf16 at every hop of a ring, and neither promises an order. Here addends travel
-as they are and are summed in fp32 in ascending rank order, so every transport gives the same bits.
+MPI has no portable bf16, NCCL rounds bf16 at every hop of a ring, and neither promises an order of summation.
+Here addends travel as they are and are summed in fp32 in ascending rank order, so every transport gives the
+same bits.
 """
 
 from collections.abc import Sequence
@@ -11,21 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xpar.comm.communicator import Communicator, accumulation_dtype, check_counts
-from xpar.comm.handshake import Tag, handshake
+from xpar.comm.communicator import Communicator, Tag, accumulation_dtype, check_counts
+from xpar.comm.handshake import handshake
 from xpar.comm.watchdog.collective_check import CollectiveSignature
 
 SMALL_REDUCE_BYTES = 16384
-"""Below this, gathering every addend is one latency; above, each rank sums its share and shares are gathered."""
+"""bytes; up to this size all ranks gather every addend in one exchange. Above, each rank sums its part of the
+elements and the parts are gathered."""
 
 
 class BaseCommunicator(Communicator):
-    """What a communicator need not write itself once it can gather and exchange rows.
+    """The part of a communicator that follows from the ability to gather and exchange rows.
 
     Before each collective the ranks agree on operation, row size and dtype (one small all-gather), so that a
-    mistake becomes a :class:`~xpar.comm.handshake.DesyncError` on all of them instead of a hang or wrong data.
-    ``all_to_all_v`` and calls that pass ``counts`` skip it: their sizes were agreed when they were planned. Where the
-    job was started with ``--debug-collectives``, everything is compared before everything.
+    mistake becomes a :class:`~xpar.comm.handshake.DesyncError` on all of them instead of a hang or wrong
+    data. ``all_to_all_v`` and calls that pass ``counts`` skip that agreement: their sizes were agreed when
+    they were planned. If the job was started with ``--debug-collectives``, every collective is compared on
+    all ranks before it begins.
     """
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -36,10 +39,9 @@ class BaseCommunicator(Communicator):
         if flat.numel() * flat.element_size() <= SMALL_REDUCE_BYTES:
             addends = self._gather(flat[None], [1] * self.size)
             return sum_in_order(addends, acc).reshape(x.shape)
-        share = -(-flat.numel() // self.size)
-        counts = [max(0, min(share, flat.numel() - r * share)) for r in range(self.size)]
-        mine = self._sum_share(flat, counts, acc)
-        return self._gather(mine, counts).reshape(x.shape)
+        part = -(-flat.numel() // self.size)
+        counts = [max(0, min(part, flat.numel() - r * part)) for r in range(self.size)]
+        return self._gather(self._sum_part(flat, counts, acc), counts).reshape(x.shape)
 
     def all_gather_v(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         x = self._ready(x)
@@ -49,8 +51,10 @@ class BaseCommunicator(Communicator):
             raise ValueError(
                 f"all_gather_v: counts {list(counts)} do not give rank {self.rank} its {x.shape[0]} rows"
             )
-        elif self._compares():
-            self._compare(CollectiveSignature.of(f"all_gather_v of {list(counts)} rows", x, x.shape[1:]))
+        elif self.checks_collectives():
+            self.check_collective(
+                CollectiveSignature.of(f"all_gather_v of {list(counts)} rows", x, x.shape[1:])
+            )
         return self._gather(x, counts)
 
     def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -58,41 +62,41 @@ class BaseCommunicator(Communicator):
         acc = accumulation_dtype(x.dtype)
         x = self._ready(x)
         self._agree("reduce_scatter_v", x, x.shape, same_rows=True)
-        return self._sum_share(x, counts, acc)
+        return self._sum_part(x, counts, acc)
 
     # -- the two movements ----------------------------------------------------------------------------------
 
     def _ready(self, x: Tensor) -> Tensor:
-        """``x`` contiguous; ValueError if it lies where this communicator does not reach."""
+        """Return ``x`` contiguous; ValueError if its device is not this communicator's."""
         raise NotImplementedError
 
     def _gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Rows of all ranks; every rank knows all ``counts``."""
+        """All-gather rows; every rank knows the ``counts`` of all ranks."""
         raise NotImplementedError
 
     def _swap(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """[size * counts[rank], ...]: every rank's rows for this one; every rank knows all ``counts``."""
+        """Send ``counts[r]`` rows to each rank r and return those for this one, by source."""
         raise NotImplementedError
 
-    # -- pieces ---------------------------------------------------------------------------------------------
+    # -- checks before a collective
+    # ---------------------------------------------------------------------------
 
-    def _compares(self) -> bool:
-        """Whether to call :meth:`_compare`."""
+    def checks_collectives(self) -> bool:
+        """Whether every collective must be compared with :meth:`check_collective` before it begins."""
         return False
 
-    def _compare(self, intent: CollectiveSignature) -> None:
-        """Exchange what every rank is about to do; one DesyncError everywhere that names who differs. Collective."""
+    def check_collective(self, signature: CollectiveSignature) -> None:
+        """Raise DesyncError on every rank if the ranks are about to enter different collectives."""
 
-    def _compare_exchange(
-        self, x: Tensor, send: Sequence[int], recv: Sequence[int], skip: int | None
-    ) -> None:
-        if self._compares():
-            what = CollectiveSignature.of("all_to_all_v", x, x.shape[1:])
-            self._compare(replace(what, send=tuple(send), recv=tuple(recv), skip=skip))
+    def _check_exchange(self, x: Tensor, send: Sequence[int], recv: Sequence[int], skip: int | None) -> None:
+        if self.checks_collectives():
+            signature = CollectiveSignature.of("all_to_all_v", x, x.shape[1:])
+            self.check_collective(replace(signature, send=tuple(send), recv=tuple(recv), skip=skip))
 
     def _agree(self, op: str, x: Tensor, row_shape: Sequence[int], same_rows: bool = False) -> list[int]:
-        if self._compares():
-            self._compare(CollectiveSignature.of(op, x, row_shape))
+        """Agree on operation, dtype size, row size (and rows, if asked); return rows per rank."""
+        if self.checks_collectives():
+            self.check_collective(CollectiveSignature.of(op, x, row_shape))
         facts = {
             "row_elements": int(np.prod(row_shape)),
             "itemsize": x.element_size(),
@@ -112,14 +116,18 @@ class BaseCommunicator(Communicator):
             )
         self._agree(f"broadcast from {root}", x, x.shape, same_rows=True)
 
-    def _sum_share(self, x: Tensor, counts: Sequence[int], acc: torch.dtype) -> Tensor:
+    def _sum_part(self, x: Tensor, counts: Sequence[int], acc: torch.dtype) -> Tensor:
         return sum_in_order(self._swap(x, counts).view(self.size, counts[self.rank], *x.shape[1:]), acc)
 
 
-def arrival_buffer(
+def receive_buffer(
     x: Tensor, send: Sequence[int], recv: Sequence[int], out: Tensor | None, size: int
 ) -> Tensor:
-    """Where the rows of an all-to-all arrive: ``out`` if it fits, else new memory. Refuses counts that do not fit."""
+    """Return the memory for the rows that an all-to-all receives: ``out``, or new memory.
+
+    Raises ValueError if counts do not describe their tensor, or ``out`` is not contiguous memory for rows
+    like those of ``x``.
+    """
     check_counts("all_to_all_v", x, send, size)
     if out is None:
         out = x.new_empty((sum(recv), *x.shape[1:]))
@@ -133,9 +141,10 @@ def arrival_buffer(
 
 
 def sum_in_order(addends: Tensor, acc: torch.dtype) -> Tensor:
-    """Sum over dim 0 in ``acc``, strictly in ascending order (``Tensor.sum`` may regroup), rounded once at the end.
+    """Sum ``addends`` over dim 0 in dtype ``acc`` in ascending order, and round once at the end.
 
-    Two addends need no copy in ``acc``: torch adds 16-bit numbers in fp32 and rounds once.
+    ``Tensor.sum`` may regroup. Two addends need no copy in ``acc``: torch adds 16-bit numbers in fp32 and
+    rounds once.
     """
     if len(addends) == 2:
         return addends[0] + addends[1]

@@ -1,7 +1,9 @@
-"""Products that the ranks of a node share out: each makes some of the columns, for the rows of all.
+"""Matrix products whose columns are divided between the ranks of a node.
 
-A rank then reads its part of a weight instead of all of it, which is what a product of few rows takes its time for.
-T rows of this rank, K numbers of a row, N columns of a result, R ranks.
+A rank then reads its part of a weight instead of all of it, and reading is what a product of few rows takes
+time for. ``y = x @ W.T`` is cut as ``W = [W_0; W_1; ...]``: rank r computes ``x @ W_r.T`` for the rows of all
+ranks.
+Letters: T rows of this rank, K inputs, N outputs (columns of the result), R ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,20 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xpar.comm.communicator import Communicator
-from xpar.comm.handshake import Tag, handshake
+from xpar.comm.communicator import Communicator, Tag
+from xpar.comm.handshake import handshake
 from xpar.comm.partition import split_range
-from xpar.comm.shared_window import window_of
+from xpar.comm.shared_window import get_window
 
 ROUND_BYTES = 16 * 2**20
-"""Of rows and results that lie in the node's shared window at a time."""
+"""bytes of the node's shared window that the rows and results of one round may take"""
 
 
 @dataclass(frozen=True)
 class ColumnSlice:
-    """A product of N = ``outputs`` columns, of which this rank makes ``columns``.
+    """A product of N = ``outputs`` columns, of which this rank computes ``columns``.
 
-    ``compute``: rows [T', K] of any ranks to [T', columns]; not called where ``columns`` is empty, or with no rows.
+    Attributes:
+        outputs: Number of columns N of the whole product.
+        columns: This rank's columns, possibly none.
+        compute: Maps rows [T', K] of any ranks to [T', columns]; never called without rows or without
+            columns.
     """
 
     outputs: int
@@ -33,10 +39,16 @@ class ColumnSlice:
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """Where a round lies in the window: first ``rows`` rows for each rank, from byte ``results_at`` on what came of them.
+    """The layout of one round in the window: the rows of every rank, then the results.
 
-    ``reserved``: it fits into what is always there, rows where no results ever lie: rows may then be written while
-    others still read the results before.
+    Attributes:
+        size: Number of ranks R.
+        inputs: Numbers per row K.
+        outputs: Columns of all products together.
+        dtype: Dtype of rows and results.
+        rows: Rows of each rank per round.
+        is_reserved: Whether a round fits into the part of the window where results never lie. Rows may then
+            be written while other ranks still read the results of the round before.
     """
 
     size: int
@@ -44,98 +56,122 @@ class WindowLayout:
     outputs: int
     dtype: torch.dtype
     rows: int
-    reserved: bool
+    is_reserved: bool
 
     @classmethod
     def of(cls, size: int, inputs: int, outputs: int, dtype: torch.dtype) -> "WindowLayout":
-        """As many rows a round as the window has room for; one, if it has none."""
-        room_of_rows, room_of_results = _rooms()
+        """Lay out as many rows per round as the window has room for, but at least one."""
+        row_bytes, result_bytes = _window_parts()
         all_inputs, all_outputs = (size * n * dtype.itemsize for n in (inputs, outputs))
-        rows = min(room_of_rows // all_inputs, room_of_results // all_outputs)
+        rows = min(row_bytes // all_inputs, result_bytes // all_outputs)
         return cls(size, inputs, outputs, dtype, max(1, rows), rows > 0)
 
     @property
     def results_at(self) -> int:
-        return max(_rooms()[0], self.size * self.rows * self.inputs * self.dtype.itemsize)
+        """The first byte of the results."""
+        return max(_window_parts()[0], self.size * self.rows * self.inputs * self.dtype.itemsize)
 
     @property
     def nbytes(self) -> int:
+        """The bytes of a round."""
         return self.results_at + self.size * self.rows * self.outputs * self.dtype.itemsize
 
 
 class ColumnParallel:
-    """Every rank of ``group``, whose ranks share memory, calls :meth:`products` together, those without rows too.
+    """Column-parallel products of the ranks of ``group``, which share memory.
 
-    Collective over the group; raises :class:`~xpar.comm.failure.AgreedError` if the node has no room for its window.
+    Every rank calls :meth:`products` together with the others, also without rows of its own. Making one is
+    collective over the group and raises :class:`~xpar.comm.failure.AgreedError` if the node has no room for
+    its window.
     """
 
     def __init__(self, group: Communicator) -> None:
         self.group = group
-        self._window = window_of(group, "columns")  # nobody else writes there between two products
+        self._window = get_window(group, "columns")  # nothing else writes there between two products
         self._window.reserve(ROUND_BYTES)
 
-    def products(self, x: Tensor, shares: Sequence[ColumnSlice], tag: Tag) -> list[Tensor]:
-        """[T, N] of each of ``shares``: what the ranks' ``compute`` make of ``x`` [T, K], each its own columns of it.
+    def products(self, x: Tensor, slices: Sequence[ColumnSlice], tag: Tag) -> list[Tensor]:
+        """Multiply this rank's rows by all columns of several products; collective.
 
-        One agreement, and one fence a round. The agreement says how many rows each rank has, that they are there,
-        and that everybody has read the last results, so that new ones may be written.
+        It takes one agreement, and one fence per round. The agreement says how many rows each rank has, that
+        they have been written, and that every rank has read the last results, so that new ones may be
+        written.
+
+        Args:
+            x: This rank's rows [T, K].
+            slices: The products, in the same order on every rank.
+            tag: The name of the step for the agreement.
+
+        Returns:
+            [T, N] for each of ``slices``.
         """
-        outputs = sum(s.outputs for s in shares)
-        places = WindowLayout.of(self.group.size, x.shape[1], outputs, x.dtype)
-        if places.reserved:
-            self._put(x, places)
+        outputs = sum(s.outputs for s in slices)
+        layout = WindowLayout.of(self.group.size, x.shape[1], outputs, x.dtype)
+        if layout.is_reserved:
+            self._write_rows(x, layout)
             self._window.sync()
         facts = {"inputs": x.shape[1], "outputs": outputs, "bytes": x.element_size()}
         table = handshake(self.group, tag, same=facts, values=(x.shape[0],))
         counts = [int(n) for n in table[:, 0]]
         self._window.sync()
-        self._window.reserve(places.nbytes)
-        out = [x.new_empty(x.shape[0], s.outputs) for s in shares]
-        for first in range(0, max(counts), places.rows):
-            here = slice(first, first + places.rows)
-            if first or not places.reserved:
-                self._put(x[here], places)
+        self._window.reserve(layout.nbytes)
+        out = [x.new_empty(x.shape[0], s.outputs) for s in slices]
+        for first in range(0, max(counts), layout.rows):
+            rows = slice(first, first + layout.rows)
+            if first or not layout.is_reserved:
+                self._write_rows(x[rows], layout)
                 self._window.fence()
-            parts = [max(0, min(places.rows, count - first)) for count in counts]
-            self._round([o[here] for o in out], parts, shares, places)
+            rows_per_rank = [max(0, min(layout.rows, count - first)) for count in counts]
+            self._multiply_round([o[rows] for o in out], rows_per_rank, slices, layout)
         return out
 
-    def _put(self, x: Tensor, places: WindowLayout) -> None:
-        """This rank's rows of a round to where they belong."""
+    def _write_rows(self, x: Tensor, layout: WindowLayout) -> None:
+        """Write this rank's first rows of ``x`` [T, K], one round's, to the window."""
         if x.shape[0]:
-            own = x[: places.rows]
-            self._slots(places)[self.group.rank, : own.shape[0]] = own
+            rows = x[: layout.rows]
+            self._rows_of_ranks(layout)[self.group.rank, : rows.shape[0]] = rows
 
-    def _slots(self, places: WindowLayout) -> Tensor:
-        """[R, rows, K]: the places of all ranks' rows."""
-        rows = self._window.view(0, (places.size * places.rows, places.inputs), places.dtype)
-        return rows.view(places.size, places.rows, places.inputs)
+    def _rows_of_ranks(self, layout: WindowLayout) -> Tensor:
+        """Return the part of the window for all ranks' rows, [R, rows, K]."""
+        rows = self._window.view(0, (layout.size * layout.rows, layout.inputs), layout.dtype)
+        return rows.view(layout.size, layout.rows, layout.inputs)
 
-    def _round(
-        self, out: Sequence[Tensor], parts: Sequence[int], shares: Sequence[ColumnSlice], places: WindowLayout
+    def _multiply_round(
+        self,
+        out: Sequence[Tensor],
+        rows_per_rank: Sequence[int],
+        slices: Sequence[ColumnSlice],
+        layout: WindowLayout,
     ) -> None:
-        """Of the rows of all ranks, ``parts`` of each, this rank's columns; and its rows of all columns to ``out``."""
-        slots, rank = self._slots(places), self.group.rank
-        given = [slots[r, :n] for r, n in enumerate(parts) if n]
-        rows = given[0] if len(given) == 1 else torch.cat(given)
-        results = self._window.view(places.results_at, (sum(parts), places.outputs), places.dtype)
-        pieces = torch.split(results, [s.outputs for s in shares], dim=1)
-        for piece, part in zip(pieces, shares, strict=True):
+        """Multiply one round of rows; collective.
+
+        Every rank computes its own columns for the rows of all ranks, ``rows_per_rank[r]`` of rank r, and
+        then copies all columns of its own rows to ``out``.
+        """
+        shared, rank = self._rows_of_ranks(layout), self.group.rank
+        parts = [shared[r, :n] for r, n in enumerate(rows_per_rank) if n]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        results = self._window.view(layout.results_at, (sum(rows_per_rank), layout.outputs), layout.dtype)
+        products = torch.split(results, [s.outputs for s in slices], dim=1)
+        for product, part in zip(products, slices, strict=True):
             if part.columns.start < part.columns.stop:
-                piece[:, part.columns] = part.compute(rows)
+                product[:, part.columns] = part.compute(rows)
         self._window.fence()
-        first = sum(parts[:rank])
-        for own, piece in zip(out, pieces, strict=True):
-            own.copy_(piece[first : first + parts[rank]])
+        first = sum(rows_per_rank[:rank])
+        for target, product in zip(out, products, strict=True):
+            target.copy_(product[first : first + rows_per_rank[rank]])
 
 
-def build_column_parallel(outputs: int, group: Communicator, unit: int = 64) -> slice:
-    """This rank's columns of ``outputs``: as many whole ``unit`` as the others' or one more; possibly none."""
+def split_columns(outputs: int, group: Communicator, unit: int = 64) -> slice:
+    """Return this rank's columns of ``outputs``, a multiple of ``unit``; possibly none.
+
+    The last columns may be fewer than a multiple. Ranks have equally many units or one more.
+    """
     units = split_range(-(-outputs // unit), group.size, group.rank)
     return slice(min(outputs, units.start * unit), min(outputs, units.stop * unit))
 
 
-def _rooms() -> tuple[int, int]:
-    """Bytes of a window that are always there: for rows, and for results, which often are of several products."""
+def _window_parts() -> tuple[int, int]:
+    """Return the bytes of the window for rows, and for the results of all products."""
     rows = ROUND_BYTES // 4 // 64 * 64
     return rows, ROUND_BYTES - rows

@@ -1,41 +1,80 @@
-"""The one narrow interface through which tensors travel, and what a transfer in flight is.
+"""The one narrow interface through which tensors travel between ranks.
 
-Two implementations share it: :class:`xpar.comm.mpi_communicator.MpiCommunicator` on host memory, and
-:class:`SoloCommunicator` for a group of one, which needs no MPI at all.
+Three classes implement :class:`Communicator`: :class:`xpar.comm.mpi_communicator.MpiCommunicator` for host
+memory, :class:`xpar.comm.device.communicator.DeviceCommunicator` for GPU memory, and
+:class:`SoloCommunicator` for a group of one rank, which needs no MPI.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from xpar.comm.handshake import Tag
-
 T = TypeVar("T")
 Header = np.ndarray[Any, np.dtype[np.int64]]
+"""The int64 vector that every rank contributes to a handshake."""
+
+
+@dataclass(frozen=True)
+class Tag:
+    """The collective that a rank believes it is in, for comparisons and reports.
+
+    Attributes:
+        op: Name of the operation.
+        layer: Index of the layer, -1 outside layers.
+        step: Number of the layer's step, -1 outside steps.
+        rows: Rows that this rank brings; for reports alone.
+        row_bytes: Bytes of one row; for reports alone.
+    """
+
+    op: str
+    layer: int = -1
+    step: int = -1
+    rows: int = 0
+    row_bytes: int = 0
+
+    def __str__(self) -> str:
+        return (
+            self.op
+            + (f" layer {self.layer}" if self.layer >= 0 else "")
+            + (f" step {self.step}" if self.step >= 0 else "")
+        )
+
+    def words(self) -> tuple[int, int, int]:
+        """Return the numbers that all ranks must agree on: hash of ``op``, layer and step."""
+        return zlib.crc32(self.op.encode()), self.layer, self.step
 
 
 class Pending(Generic[T]):
-    """A result that is on its way: ``wait`` completes the transfer, once, and returns it."""
+    """The result of a transfer that has been started."""
 
     def __init__(self, complete: Callable[[], T]) -> None:
         self._complete: Callable[[], T] | None = complete
         self._value: T | None = None
 
     def wait(self) -> T:
+        """Complete the transfer if that has not been done, and return its result."""
         if self._complete is not None:
             self._value, self._complete = self._complete(), None
         return self._value  # type: ignore[return-value]
 
 
 class Communicator(Protocol):
-    """Collectives of one named group. Every rank of the group calls them in the same order.
+    """The collectives of one named group of ranks.
 
-    Row counts, never element counts: a row is ``x[i]``. Any dtype moves; only floating and integer tensors
-    reduce, and bf16 and fp16 reduce in fp32 in ascending rank order, so the bits do not depend on timing.
+    Every rank of the group calls them in the same order. Counts are counts of rows, never of elements; a row
+    is ``x[i]``. Tensors of any dtype can be moved. Only floating and integer tensors can be summed. Addends
+    in bf16 and fp16 are summed in fp32 in ascending rank order, so that the bits do not depend on timing.
+
+    Attributes:
+        name: Name of the group, the same on all of its ranks.
+        rank: This process's rank in the group.
+        size: Number of ranks in the group.
+        world_ranks: The world rank of every rank of the group.
     """
 
     name: str
@@ -44,13 +83,13 @@ class Communicator(Protocol):
     world_ranks: tuple[int, ...]
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the group's ranks, same shape and dtype as ``x``, a new tensor."""
+        """Sum ``x`` over the group's ranks into a new tensor of the same shape and dtype."""
 
     def all_gather_v(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """Rows of all ranks in rank order. ``counts``: rows per rank where all ranks already know them."""
+        """Return the rows of all ranks in rank order; ``counts`` of them, if all ranks know."""
 
     def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Sum over ranks of ``x`` [sum(counts), ...]; rank r keeps its ``counts[r]`` rows."""
+        """Sum ``x`` [sum(counts), ...] over the ranks; rank r gets ``counts[r]`` rows of the sum."""
 
     def all_to_all_v(
         self,
@@ -60,39 +99,52 @@ class Communicator(Protocol):
         out: Tensor | None = None,
         skip: int | None = None,
     ) -> Pending[Tensor]:
-        """Rows in destination order leave, rows in source order arrive; both counts are agreed beforehand.
+        """Start to send rows to every rank and to receive rows from every rank.
 
-        ``skip``: a rank that nothing goes to and nothing comes from; its rows in ``x`` and its place in ``out`` are
-        stepped over.
+        Args:
+            x: Rows to send [sum(send_counts), ...], in the order of their destinations.
+            send_counts: Rows to each rank.
+            recv_counts: Rows from each rank; the ranks have agreed on both counts before.
+            out: Contiguous memory for the received rows [sum(recv_counts), ...]; new memory by default.
+            skip: A rank with which no row is exchanged. Its rows in ``x`` and its place in ``out`` are
+                stepped over.
+
+        Returns:
+            The received rows in the order of their sources, once they are here.
         """
 
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
-        """``x`` of ``root`` on every rank; ``x`` gives shape and dtype everywhere and is overwritten."""
+        """Overwrite ``x``, of the same shape and dtype on every rank, with that of rank ``root``."""
 
     def barrier(self, patient: bool = False) -> None:
-        """Return once every rank has called it. ``patient``: sleep meanwhile, so that a rank at work has the cores."""
+        """Wait for every rank; sleep meanwhile if ``patient``, so that others have the cores."""
 
     def split(self, color: int, key: int, name: str) -> "Communicator":
-        """The group of the ranks that gave the same ``color``, ordered by ``key``."""
+        """Make the group of the ranks that give the same ``color``, ordered by ``key``; collective."""
 
-    def exchange(self, record: Header, tag: "Tag | None" = None) -> Header:
-        """[size, len(record)]: every rank's small int64 record. The metadata plane; always on the host.
+    def exchange(self, header: Header, tag: Tag | None = None) -> Header:
+        """All-gather a small int64 vector per rank, always on the host.
 
-        ``tag``: what the ranks are doing, for reports.
+        Args:
+            header: This rank's vector [N] int64.
+            tag: What the ranks are doing; for reports.
+
+        Returns:
+            [size, N] int64, the vectors of all ranks.
         """
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's Python object. For start-up and error reports, never a hot path."""
+        """Return the Python object of every rank; for start-up and errors, too slow for steps."""
 
     def abort(self, code: int) -> None:
-        """End the whole job now, on every rank, with ``code``."""
+        """End the whole job now, on every rank, with exit code ``code``."""
 
     def close(self) -> None:
-        """Give back what MPI and the node hold for this group, which nobody uses any more; collective."""
+        """Free what MPI and the node hold for this group, which ends its use; collective."""
 
 
 def check_counts(name: str, x: Tensor, counts: Sequence[int], size: int) -> None:
-    """Refuse counts that do not describe ``x`` before they reach a collective."""
+    """Raise ValueError unless ``counts`` are ``size`` counts that add up to the rows of ``x``."""
     if len(counts) != size:
         raise ValueError(f"{name}: {len(counts)} counts for a group of {size} ranks; give one count a rank")
     if any(c < 0 for c in counts) or sum(counts) != x.shape[0]:
@@ -100,7 +152,7 @@ def check_counts(name: str, x: Tensor, counts: Sequence[int], size: int) -> None
 
 
 class SoloCommunicator:
-    """A group of one: every collective is the identity. Needs no MPI."""
+    """A :class:`Communicator` of one rank: each collective is the identity, without MPI."""
 
     def __init__(self, name: str = "solo", world_rank: int = 0, abort: Callable[[int], None] | None = None):
         self.name, self.rank, self.size = name, 0, 1
@@ -108,6 +160,7 @@ class SoloCommunicator:
         self._abort = abort
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        accumulation_dtype(x.dtype)
         return x.clone()
 
     def all_gather_v(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
@@ -117,6 +170,7 @@ class SoloCommunicator:
 
     def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         check_counts("reduce_scatter_v", x, counts, 1)
+        accumulation_dtype(x.dtype)
         return x
 
     def all_to_all_v(
@@ -144,8 +198,8 @@ class SoloCommunicator:
     def split(self, color: int, key: int, name: str) -> Communicator:
         return SoloCommunicator(name, self.world_ranks[0], self._abort)
 
-    def exchange(self, record: Header, tag: "Tag | None" = None) -> Header:
-        return record[None]
+    def exchange(self, header: Header, tag: Tag | None = None) -> Header:
+        return header[None]
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [value]
@@ -160,7 +214,7 @@ class SoloCommunicator:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which addends of ``dtype`` are summed; raises for dtypes that only travel (fp8, bool)."""
+    """Return the dtype to sum ``dtype`` in; ValueError if it can only be moved (fp8, bool)."""
     if dtype in (torch.bfloat16, torch.float16, torch.float32):
         return torch.float32
     if dtype in (torch.float64, torch.int32, torch.int64):

@@ -1,7 +1,7 @@
-"""One rank's failure ends the job everywhere, with that rank's traceback; one user's mistake is one message.
+"""Failures of one rank: errors end the job everywhere, a user's mistake is one message.
 
-Under ``mpirun python script.py`` an uncaught exception leaves the other ranks waiting for ever: Python exits into
-``MPI_Finalize``, which waits for them. ``sys.exit`` and exceptions in threads do the same.
+Under ``mpirun python script.py`` an uncaught exception leaves the other ranks waiting for ever: Python exits
+into ``MPI_Finalize``, which waits for them. ``sys.exit`` and exceptions in threads do the same.
 """
 
 import faulthandler
@@ -26,15 +26,25 @@ T = TypeVar("T")
 
 
 class AgreedError(CollectiveError):
-    """A mistake in what the user gave, found on some rank and raised with one text on all of them."""
+    """A user's mistake, found on at least one rank and raised with the same text on all ranks."""
 
 
 def agreed(comm: Communicator, attempt: Callable[[], T], doing: str = "", patient: bool = False) -> T:
-    """Run ``attempt`` on every rank of ``comm``; if it raised anywhere, raise one :class:`AgreedError` everywhere.
+    """Run ``attempt`` on every rank; if it raised on any, raise one error on all; collective.
 
-    ``attempt`` must hold no collective. ``ValueError`` and ``OSError`` are the user's mistakes and give their
-    message; anything else is ours and brings its traceback along. ``patient``: ranks that are done sleep until the
-    others are, which leaves them the cores.
+    Args:
+        comm: The ranks.
+        attempt: The work of one rank, without any collective. ``ValueError`` and ``OSError`` count as the
+            user's mistakes and give their message; any other exception is an error of this program and gives
+            its traceback.
+        doing: What the ranks attempt; the beginning of the message.
+        patient: Whether ranks that are done sleep until the others are done, which leaves those the cores.
+
+    Returns:
+        This rank's result of ``attempt``.
+
+    Raises:
+        AgreedError: ``attempt`` raised on at least one rank.
     """
     result: T | None = None
     problem: str | None = None
@@ -49,11 +59,12 @@ def agreed(comm: Communicator, attempt: Callable[[], T], doing: str = "", patien
     problems = comm.all_gather_object(problem)
     failed = [r for r, p in enumerate(problems) if p is not None]
     if failed:
-        raise AgreedError(_one_text(comm, problems, failed, doing))
+        raise AgreedError(_merge_problems(comm, problems, failed, doing))
     return result  # type: ignore[return-value]
 
 
-def _one_text(comm: Communicator, problems: list[str | None], failed: list[int], doing: str) -> str:
+def _merge_problems(comm: Communicator, problems: list[str | None], failed: list[int], doing: str) -> str:
+    """Return the message for all ranks: the first rank's problem, and how many failed."""
     first = problems[failed[0]]
     prefix = f"{doing}: " if doing else ""
     if len(failed) == comm.size:
@@ -63,11 +74,12 @@ def _one_text(comm: Communicator, problems: list[str | None], failed: list[int],
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Call ``main`` so that an exception, ``sys.exit(n)`` or a thread's exception on any rank ends the whole job.
+    """Call ``main`` so that an exception or ``sys.exit(n)`` on any rank ends the whole job.
 
-    The one function a library user needs: ``xpar.comm.run(main)``. An :class:`AgreedError` is raised on every
-    rank, so it is printed once and every rank returns 1; everything else is reported by the rank that
-    has it and aborts the job. Returns the exit code of a clean run.
+    Exceptions in threads end the job, too. Programs that use this library start with ``xpar.comm.run(main)``.
+    A :class:`~xpar.comm.handshake.CollectiveError`, which every rank raises, is printed once, and every rank
+    returns 1. Every other exception is reported by its rank and aborts the job. Returns the exit code of a
+    clean run.
     """
     abort_on_failure()
     try:
@@ -84,43 +96,45 @@ def run(main: Callable[[], int | None]) -> int:
 
 
 def abort_on_failure() -> None:
-    """Make uncaught exceptions of this process, in any thread, end the whole MPI job; and SIGUSR1 show its stacks.
+    """Make uncaught exceptions in any thread of this process end the whole MPI job.
 
-    A program that has a handler of its own for SIGUSR1 keeps it. A crash shows the stacks, too.
+    SIGUSR1 shows the process's stacks, unless the program has a handler for it. A crash shows the stacks,
+    too.
     """
     if not faulthandler.is_enabled():
         faulthandler.enable(file=sys.__stderr__ or 2)
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True)
-    sys.excepthook = _die
+    sys.excepthook = _end_job
     threading.excepthook = lambda args: sys.excepthook(
         args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback
     )
 
 
-def report_failures(guard: Watchdog) -> None:
-    """Where :func:`abort_on_failure` is in force, let ``guard`` add to a failure where every rank is, and end the job.
+def report_failures(watchdog: Watchdog) -> None:
+    """Let ``watchdog`` report when this rank fails, after :func:`abort_on_failure`.
 
-    SIGTERM, too, is answered by that report, unless the program has a handler for it.
+    SIGTERM is answered by that report, too, unless the program has a handler for it.
     """
-    if sys.excepthook is _die:
-        sys.excepthook = partial(_die, guard=guard)
-        on_sigterm(guard.told_to_end)
+    if sys.excepthook is _end_job:
+        sys.excepthook = partial(_end_job, watchdog=watchdog)
+        on_sigterm(watchdog.reporter.end_on_sigterm)
 
 
 def _exit_code(error: BaseException) -> int:
-    """1, or what ``sys.exit`` was given: as Python does, 0 for nothing and 1 for a text."""
+    """Return 1, or for ``sys.exit`` its argument: as in Python, 0 for nothing and 1 for a text."""
     if not isinstance(error, SystemExit):
         return 1
     return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
-def _die(
+def _end_job(
     kind: type[BaseException],
     error: BaseException,
     trace: TracebackType | None,
-    guard: Watchdog | None = None,
+    watchdog: Watchdog | None = None,
 ) -> NoReturn:
+    """Print the error and end the job; the hook of :func:`abort_on_failure`."""
     rank, code = _world_rank(), _exit_code(error)
     who = f"[rank {rank} on {socket.gethostname()}] " if rank is not None else ""
     text = "".join(traceback.format_exception(kind, error, trace))
@@ -128,9 +142,9 @@ def _die(
     sys.stderr.write(f"{who}failed; ending the job on every rank\n{text}")
     sys.stderr.flush()
     time.sleep(0.3)  # lets the launcher collect what other ranks are just writing about their own failure
-    if guard is not None and rank is not None:
-        guard.failing()
-        guard.fail(f"{kind.__name__}, see above", code)
+    if watchdog is not None and rank is not None:
+        watchdog.mark_failing()
+        watchdog.fail(f"{kind.__name__}, see above", code)
     if rank is not None:
         from mpi4py import MPI
 
@@ -139,7 +153,7 @@ def _die(
 
 
 def _world_rank() -> int | None:
-    """This process's rank if MPI was started here; importing mpi4py only to learn it would start MPI."""
+    """Return this process's rank; None without MPI, which importing mpi4py would start."""
     if "mpi4py.MPI" not in sys.modules:
         return None
     from mpi4py import MPI

@@ -1,14 +1,18 @@
-"""The process grid: dense layers see dp x tp, expert layers edp x ep x etp, over the same ranks."""
+"""The process grid: dense layers see dp x tp ranks, expert layers edp x ep x etp.
+
+Both are the same ranks.
+"""
 
 from dataclasses import dataclass, replace
 
 import torch
 
-from xpar.comm.communicator import Communicator
+from xpar.comm.communicator import Communicator, Tag
 from xpar.comm.device.binding import Gpu, bind_gpu
-from xpar.comm.device.transport import Transport, choose_transport, facts_of, host_override, open_transport
+from xpar.comm.device.transport import Transport, open_transport
+from xpar.comm.device.transport_choice import choose_transport, collect_facts, host_override
 from xpar.comm.failure import agreed
-from xpar.comm.handshake import Tag, handshake
+from xpar.comm.handshake import handshake
 from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.comm.world import World
 
@@ -17,7 +21,7 @@ HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class GridShape:
-    """A resolved grid: ``tp * dp == edp * ep * etp ==`` number of ranks."""
+    """The sizes of all axes of a grid: ``tp * dp == edp * ep * etp ==`` number of ranks."""
 
     tp: int
     dp: int
@@ -32,10 +36,18 @@ class GridShape:
 def resolve(
     size: int, tp: int | None = None, dp: int | None = None, ep: int | None = None, etp: int | None = None
 ) -> GridShape:
-    """Fill in what was not given and check the products.
+    """Complete the sizes of the axes for ``size`` ranks and check the products.
 
-    Defaults: tp = etp = 1, dp and ep take what is left of ``size``, edp = size / (ep * etp).
-    Raises ValueError that shows the product, the number of ranks and what would fit.
+    Args:
+        size: Number of ranks.
+        tp: Tensor parallel ranks; 1 by default.
+        dp: Data parallel ranks; by default ``size / tp``.
+        ep: Ranks with different experts; by default ``size / etp``.
+        etp: Ranks that slice the same experts; 1 by default.
+
+    Raises:
+        ValueError: The sizes do not fit; the message shows the product, the number of ranks and what would
+            fit.
     """
     for name, value in (("tp", tp), ("dp", dp), ("ep", ep), ("etp", etp)):
         if value is not None and value < 1:
@@ -70,15 +82,24 @@ def _divisors(n: int) -> str:
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """This rank's groups. Consecutive ranks of ``world`` (node-major) differ in etp first, then ep, then edp.
+    """The groups of this rank.
 
-    ``tp``: ranks that hold the same tokens and slice the dense layers. ``dp``: ranks with other tokens.
-    ``ep``: ranks that hold other experts. ``etp``: ranks that slice the same experts' width.
-    ``edp``: ranks that hold copies of the same slices. ``node``: ranks that share memory.
-    ``moe``: the ep x etp ranks that together hold every expert exactly once; tokens travel within it.
-    ``moe_node``: those of ``moe`` that share memory; for host tensors only.
-    ``device``: where the layers compute. On a GPU all groups, ``world.comm`` too, move tensors of that device through
-    ``transport``, and host tensors as before.
+    Consecutive ranks of ``world`` (node by node) differ in etp first, then ep, then edp.
+
+    Attributes:
+        world: All ranks of the job.
+        shape: The sizes of the axes.
+        tp: Ranks that hold the same tokens and slice the dense layers.
+        dp: Ranks that hold different tokens.
+        ep: Ranks that hold different experts.
+        etp: Ranks that slice the width of the same experts.
+        edp: Ranks that hold copies of the same slices.
+        moe: The ep x etp ranks that together hold every expert exactly once; tokens travel within this group.
+        node: Ranks that share memory.
+        moe_node: The ranks of ``moe`` that share memory; for host tensors only.
+        device: The device on which the layers compute. On a GPU all groups, ``world.comm`` too, move that
+            device's tensors through ``transport``, and host tensors over MPI.
+        transport: Moves device tensors; None on the CPU.
     """
 
     world: World
@@ -107,17 +128,27 @@ class ProcessGrid:
         transport: str = "auto",
         deadlines: Deadlines | None = None,
     ) -> "ProcessGrid":
-        """Make every group, eagerly and in one fixed order; collective over ``world``, whose ``deadlines`` are the default.
+        """Make every group at once, in one fixed order; collective over ``world``.
 
-        ``device``: "cpu" or "cuda"; the latter binds each rank to a GPU by its place on the node. ``transport``: how
-        device tensors travel, auto or one of :data:`~xpar.comm.device.transport.TRANSPORTS`.
+        Args:
+            world: All ranks of the job.
+            tp: Size of the tp axis; see :func:`resolve` for the defaults of all axes.
+            dp: Size of the dp axis.
+            ep: Size of the ep axis.
+            etp: Size of the etp axis.
+            device: "cpu" or "cuda"; the latter binds each rank to a GPU by its index on the node.
+            transport: How device tensors travel: "auto", "nccl", "staged" or "mpi".
+            deadlines: Deadlines of the transport; by default those of ``world``.
 
-        Raises the same error on every rank if the sizes do not fit or the ranks asked for different grids.
+        Raises:
+            AgreedError: The sizes do not fit, or device or transport cannot serve; the same text on every
+                rank.
+            DesyncError: The ranks asked for different grids.
         """
         shape = agreed(world.comm, lambda: resolve(world.size, tp, dp, ep, etp), "process grid")
         handshake(world.comm, Tag(f"process grid {shape} on {device} through {transport}"))
         opened, host = None, world.comm
-        if agreed(world.comm, lambda: _known(device), "process grid") != "cpu":
+        if agreed(world.comm, lambda: _check_device(device), "process grid") != "cpu":
             opened = _device_transport(world, transport, deadlines or world.deadlines)
             world = replace(world, comm=opened.wrap(world.comm))
         r, cell = world.rank, shape.ep * shape.etp
@@ -140,10 +171,18 @@ class ProcessGrid:
             transport=opened,
         )
 
-    def close(self) -> None:
-        """Give back what the groups hold, shared windows among it; collective. Nothing made on them works afterwards.
+    @classmethod
+    def single(cls, threads: int = 1) -> "ProcessGrid":
+        """Make the grid of one process outside MPI, on the CPU with ``threads`` threads."""
+        world = World.single(threads)
+        one = world.comm
+        return cls(world, GridShape(1, 1, 1, 1, 1), one, one, one, one, one, one, one, one)
 
-        The groups of a grid that lives as long as its job need no closing.
+    def close(self) -> None:
+        """Free all groups and their shared windows; collective.
+
+        Nothing that was made on them works afterwards. A grid that lives as long as its job need not be
+        closed.
         """
         if self.transport is not None:
             self.transport.close()
@@ -152,10 +191,11 @@ class ProcessGrid:
 
     @property
     def ep_rank(self) -> int:
+        """The index of this rank's block of experts."""
         return self.ep.rank
 
 
-def _known(device: str) -> str:
+def _check_device(device: str) -> str:
     if device not in ("cpu", "cuda"):
         raise ValueError(
             f"device={device!r}: choose cpu or cuda; which GPU a rank gets follows from its place on the node"
@@ -164,9 +204,9 @@ def _known(device: str) -> str:
 
 
 def _device_transport(world: World, name: str, deadlines: Deadlines) -> Transport:
-    """Bind this rank's GPU and open the transport that suits all ranks."""
+    """Bind this rank to its GPU and open the transport that suits all ranks; collective."""
     gpu: Gpu = agreed(world.comm, lambda: bind_gpu(world.local_rank), "process grid")
-    facts = world.comm.all_gather_object(agreed(world.comm, lambda: facts_of(gpu), "process grid"))
+    facts = world.comm.all_gather_object(agreed(world.comm, lambda: collect_facts(gpu), "process grid"))
     choice = agreed(world.comm, lambda: choose_transport(facts, name), "process grid")
     device = torch.device("cuda", gpu.index)
     host = host_override(facts, world.rank)

@@ -1,47 +1,23 @@
-"""The small agreement that precedes data movement: everyone is here, healthy, and in the same collective."""
-
-import zlib
-from dataclasses import dataclass
+"""The handshake before data moves: all ranks are here, healthy, in the same collective."""
 
 import numpy as np
 
-from xpar.comm.communicator import Communicator, Header
+from xpar.comm.communicator import Communicator, Header, Tag
 
-RECORD_WORDS = 12
-"""Every handshake exchanges this many int64 words, so that two different ones can meet and be told apart."""
+HEADER_WORDS = 12
+"""int64 words of every handshake; all have the same number, so that different ones can meet"""
 
 
 class CollectiveError(RuntimeError):
-    """Raised with the same text on every rank of a group: the group cannot go on together."""
+    """An error with the same text on every rank of a group, which cannot go on together."""
 
 
 class RemoteRankError(CollectiveError):
-    """At least one rank failed before the exchange."""
+    """At least one rank of the group failed before the handshake."""
 
 
 class DesyncError(CollectiveError):
-    """The ranks of a group are in different collectives, or in the same one with incompatible arguments."""
-
-
-@dataclass(frozen=True)
-class Tag:
-    """What a rank believes it is doing: operation, layer, step. ``rows`` of ``row_bytes`` bytes: for reports alone."""
-
-    op: str
-    layer: int = -1
-    step: int = -1
-    rows: int = 0
-    row_bytes: int = 0
-
-    def __str__(self) -> str:
-        return (
-            self.op
-            + (f" layer {self.layer}" if self.layer >= 0 else "")
-            + (f" step {self.step}" if self.step >= 0 else "")
-        )
-
-    def words(self) -> tuple[int, int, int]:
-        return zlib.crc32(self.op.encode()), self.layer, self.step
+    """The ranks of a group are in different collectives, or in one with unfit arguments."""
 
 
 def handshake(
@@ -52,20 +28,32 @@ def handshake(
     values: tuple[int, ...] = (),
     failure: BaseException | None = None,
 ) -> Header:
-    """Exchange one record; return [size, len(values)] int64, the ``values`` of every rank.
+    """Check that all ranks are in the same collective, and exchange a few numbers.
 
-    ``same``: named facts that must be equal on all ranks. ``failure``: what went wrong on this rank before it
-    came here; it still comes, so that nobody waits for it, and then every rank raises.
+    Collective over ``comm``.
 
-    Raises :class:`RemoteRankError` or :class:`DesyncError`, with one text on all ranks.
+    Args:
+        comm: The group.
+        tag: The collective that this rank is about to enter.
+        same: Named numbers that must be equal on all ranks.
+        values: Numbers of this rank for the others.
+        failure: An error of this rank since the last collective. A rank that failed still takes part, so that
+            no rank waits for it, and then every rank raises.
+
+    Returns:
+        [size, len(values)] int64, the ``values`` of every rank.
+
+    Raises:
+        RemoteRankError: A rank gave a ``failure``; the same text on all ranks.
+        DesyncError: The ranks differ in ``tag`` or ``same``; the same text on all ranks.
     """
     facts = same or {}
     words = (int(failure is not None), *tag.words(), len(values), *facts.values(), *values)
-    if len(words) > RECORD_WORDS:
-        raise ValueError(f"handshake record of {len(words)} words; at most {RECORD_WORDS}")
-    record = np.zeros(RECORD_WORDS, dtype=np.int64)
-    record[: len(words)] = words
-    table = comm.exchange(record, tag)
+    if len(words) > HEADER_WORDS:
+        raise ValueError(f"handshake header of {len(words)} words; at most {HEADER_WORDS}")
+    header = np.zeros(HEADER_WORDS, dtype=np.int64)
+    header[: len(words)] = words
+    table = comm.exchange(header, tag)
     if table[:, 0].any():
         raise RemoteRankError(_failure_report(comm, tag, failure))
     head = 5 + len(facts)

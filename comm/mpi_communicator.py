@@ -8,42 +8,53 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from xpar.comm.base_communicator import BaseCommunicator, arrival_buffer
-from xpar.comm.communicator import Communicator, Header, Pending, SoloCommunicator
-from xpar.comm.handshake import DesyncError, Tag
-from xpar.comm.watchdog.collective_check import CollectiveSignature, difference
+from xpar.comm.base_communicator import BaseCommunicator, receive_buffer
+from xpar.comm.communicator import Communicator, Header, Pending, SoloCommunicator, Tag
+from xpar.comm.handshake import DesyncError
+from xpar.comm.watchdog.collective_check import CollectiveSignature, find_difference
 from xpar.comm.watchdog.journal import Journal, NoJournal
 from xpar.comm.watchdog.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from xpar.comm.shared_window import SharedWindow
+PATIENT_POLL_S = 0.002
+"""seconds between two polls of a patient barrier"""
 
-PATIENCE_S = 0.002
-"""Between two looks of a patient barrier."""
+
+class Closeable(Protocol):
+    """A resource of a group that is freed together with the group."""
+
+    def close(self) -> None:
+        """Free the resource; collective over the group."""
 
 
 class MpiCommunicator(BaseCommunicator):
-    """One group's collectives on host memory. ``guard``: who is told when this rank begins to wait for the others."""
+    """The collectives of one group on host memory.
+
+    Attributes:
+        mpi_comm: The MPI communicator, owned by this object.
+        watchdog: The watchdog that enforces deadlines of this group's collectives, or None.
+        resources: What other modules keep for as long as the group lives, by name; :meth:`close` closes it.
+    """
 
     def __init__(
-        self, mpi_comm: "MPI.Comm", name: str, world_ranks: Sequence[int], guard: Watchdog | None = None
+        self, mpi_comm: "MPI.Comm", name: str, world_ranks: Sequence[int], watchdog: Watchdog | None = None
     ) -> None:
         from mpi4py import MPI
 
         self._mpi, self.mpi_comm = MPI, mpi_comm
         self.name, self.rank, self.size = name, mpi_comm.rank, mpi_comm.size
         self.world_ranks = tuple(world_ranks)
-        self.guard = guard
-        self._journal: Journal = NoJournal() if guard is None else guard.journal(name, self.world_ranks)
+        self.watchdog = watchdog
+        self._journal: Journal = NoJournal() if watchdog is None else watchdog.journal(name, self.world_ranks)
         self._row_types: dict[int, MPI.Datatype] = {}
-        self.windows: dict[str, SharedWindow] = {}
+        self.resources: dict[str, Closeable] = {}
 
     # -- data plane -----------------------------------------------------------------------------------------
 
@@ -55,17 +66,17 @@ class MpiCommunicator(BaseCommunicator):
         out: Tensor | None = None,
         skip: int | None = None,
     ) -> Pending[Tensor]:
-        x = _host(x)
-        out = arrival_buffer(x, send_counts, recv_counts, out, self.size)
-        self._compare_exchange(x, send_counts, recv_counts, skip)
+        x = _require_host(x)
+        out = receive_buffer(x, send_counts, recv_counts, out, self.size)
+        self._check_exchange(x, send_counts, recv_counts, skip)
         return self.exchange_into(x, send_counts, recv_counts, out, skip)
 
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
-        sent = _host(x)
+        sent = _require_host(x)
         self._agree_root(sent, root)
         rows = sent.reshape(sent.shape[0] if sent.ndim else 1, -1)
         journal, row = self._journal, self._row_type(rows)
-        journal.enter(journal.begin(), "broadcast", None, rows.shape[0], rows.shape[0], row.Get_size())
+        journal.enter(journal.next_seq(), "broadcast", None, rows.shape[0], rows.shape[0], row.Get_size())
         self.mpi_comm.Bcast([_buffer(rows), rows.shape[0], row], root=root)
         journal.leave()
         return x if sent is x else x.copy_(sent)
@@ -73,23 +84,23 @@ class MpiCommunicator(BaseCommunicator):
     def barrier(self, patient: bool = False) -> None:
         journal = self._journal
         if not patient:
-            if journal.compares:
-                self._compare(CollectiveSignature("barrier"))
-            journal.enter(journal.begin(), "barrier")
+            if journal.checks_collectives:
+                self.check_collective(CollectiveSignature("barrier"))
+            journal.enter(journal.next_seq(), "barrier")
             self.mpi_comm.Barrier()
             journal.leave()
             return
-        with self.waiting("patient barrier", math.inf):
+        with self.journal_entry("patient barrier", math.inf):
             request = self.mpi_comm.Ibarrier()
             while not request.Test():
-                time.sleep(PATIENCE_S)
+                time.sleep(PATIENT_POLL_S)
 
     def start_barrier(self) -> Pending[None]:
-        """A barrier in two halves: this rank has come, and ``wait`` returns once every rank has."""
+        """Start a barrier; ``wait`` of the result returns once every rank has started it."""
         journal = self._journal
-        if journal.compares:
-            self._compare(CollectiveSignature("barrier in two halves"))
-        seq = journal.begin()
+        if journal.checks_collectives:
+            self.check_collective(CollectiveSignature("barrier in two halves"))
+        seq = journal.next_seq()
         journal.enter(seq, "barrier")
         request = self.mpi_comm.Ibarrier()
         journal.leave()
@@ -102,21 +113,22 @@ class MpiCommunicator(BaseCommunicator):
         return Pending(complete)
 
     def split(self, color: int, key: int, name: str) -> Communicator:
-        self._compare(CollectiveSignature(f"split into {name}"))
-        with self.waiting(f"split into {name}", self._patience()):
+        self.check_collective(CollectiveSignature(f"split into {name}"))
+        with self.journal_entry(f"split into {name}", self._setup_seconds()):
             sub = self.mpi_comm.Split(color, key)
             world_ranks = sub.allgather(self.world_ranks[self.rank])
         if sub.size == 1:
             sub.Free()
             return SoloCommunicator(name, world_ranks[0], self.abort)
-        return MpiCommunicator(sub, name, world_ranks, self.guard)
+        return MpiCommunicator(sub, name, world_ranks, self.watchdog)
 
-    # -- raw movement: any memory that the MPI library itself can reach ----------------------------------------
+    # -- raw movement: any memory that the MPI library itself can reach
+    # ----------------------------------------
 
     def gather_into(self, x: Tensor, counts: Sequence[int], out: Tensor) -> Tensor:
-        """``Allgatherv`` of the rows of contiguous ``x`` into contiguous ``out`` [sum(counts), ...]; checks nothing."""
+        """Call ``Allgatherv`` for contiguous ``x`` into contiguous ``out``, unchecked."""
         row, journal, total = self._row_type(x), self._journal, out.shape[0]
-        journal.enter(journal.begin(), "all_gather_v", None, x.shape[0], total, row.Get_size())
+        journal.enter(journal.next_seq(), "all_gather_v", None, x.shape[0], total, row.Get_size())
         self.mpi_comm.Allgatherv(
             [_buffer(x), x.shape[0], row], [_buffer(out), (list(counts), _offsets(counts)), row]
         )
@@ -126,14 +138,14 @@ class MpiCommunicator(BaseCommunicator):
     def exchange_into(
         self, x: Tensor, send: Sequence[int], recv: Sequence[int], out: Tensor, skip: int | None = None
     ) -> Pending[Tensor]:
-        """``Ialltoallv`` of rows, see :meth:`all_to_all_v`; checks nothing."""
+        """Call ``Ialltoallv`` for rows, unchecked; the arguments are those of :meth:`all_to_all_v`."""
         row = self._row_type(x)
-        leaving, arriving = ([0 if r == skip else n for r, n in enumerate(counts)] for counts in (send, recv))
+        sent, received = ([0 if r == skip else n for r, n in enumerate(counts)] for counts in (send, recv))
         journal = self._journal
-        seq, sizes = journal.begin(), (sum(leaving), sum(arriving), row.Get_size())
+        seq, sizes = journal.next_seq(), (sum(sent), sum(received), row.Get_size())
         journal.enter(seq, "all_to_all_v", None, *sizes)
         request = self.mpi_comm.Ialltoallv(
-            [_buffer(x), (leaving, _offsets(send)), row], [_buffer(out), (arriving, _offsets(recv)), row]
+            [_buffer(x), (sent, _offsets(send)), row], [_buffer(out), (received, _offsets(recv)), row]
         )
         journal.leave()
 
@@ -141,47 +153,50 @@ class MpiCommunicator(BaseCommunicator):
             journal.enter(seq, "all_to_all_v", None, *sizes)
             request.Wait()
             journal.leave()
-            held.clear()
+            kept_alive.clear()
             return out
 
-        held = [x]  # MPI reads it while the request is open
+        kept_alive = [x]  # MPI reads x until the request is complete
         return Pending(complete)
 
     # -- metadata plane -------------------------------------------------------------------------------------
 
-    def exchange(self, record: Header, tag: Tag | None = None) -> Header:
+    def exchange(self, header: Header, tag: Tag | None = None) -> Header:
         tag, journal = tag or Tag("exchange"), self._journal
-        journal.at(tag.layer, tag.step)
-        if journal.compares:
-            self._compare(CollectiveSignature(f"handshake {tag}"))
-        table = np.empty((self.size, record.size), dtype=np.int64)
+        journal.set_step(tag.layer, tag.step)
+        if journal.checks_collectives:
+            self.check_collective(CollectiveSignature(f"handshake {tag}"))
+        table = np.empty((self.size, header.size), dtype=np.int64)
         op = tag.op.removesuffix(f" in group {self.name}")  # the report names the group itself
-        journal.enter(journal.begin(), op, None, tag.rows, 0, tag.row_bytes)
-        self.mpi_comm.Allgather(record, table)
+        journal.enter(journal.next_seq(), op, None, tag.rows, 0, tag.row_bytes)
+        self.mpi_comm.Allgather(header, table)
         journal.leave()
         return table
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        self._compare(CollectiveSignature("all_gather_object"))
-        with self.waiting("all_gather_object", self._patience()):
+        self.check_collective(CollectiveSignature("all_gather_object"))
+        with self.journal_entry("all_gather_object", self._setup_seconds()):
             return self.mpi_comm.allgather(value)
 
     def abort(self, code: int) -> None:
         self.mpi_comm.Abort(code)
 
     def close(self) -> None:
-        """Free the windows, the datatypes and the MPI communicator; collective."""
-        for window in self.windows.values():
-            window.close()
+        """Close the group's resources and free its datatypes and the MPI communicator; collective."""
+        for resource in self.resources.values():
+            resource.close()
         for row in self._row_types.values():
             row.Free()
         self._row_types.clear()
         self.mpi_comm.Free()
 
     @contextmanager
-    def waiting(self, op: str, seconds: float | None = None) -> Iterator[None]:
-        """Around an MPI call in which all ranks of the group take part: it has a deadline, and a place in reports."""
-        self._journal.enter(self._journal.begin(), op, seconds)
+    def journal_entry(self, op: str, seconds: float | None = None) -> Iterator[None]:
+        """Give the MPI call in the ``with`` block, made by all ranks, a deadline and a journal line.
+
+        ``seconds``: the deadline; None for that of the current step.
+        """
+        self._journal.enter(self._journal.next_seq(), op, seconds)
         try:
             yield
         finally:
@@ -189,24 +204,24 @@ class MpiCommunicator(BaseCommunicator):
 
     # -- pieces ---------------------------------------------------------------------------------------------
 
-    def _patience(self) -> float:
-        """For what belongs to set-up and comes after work of one rank's own, such as reading files."""
-        return math.inf if self.guard is None else self.guard.deadlines.start
+    def _setup_seconds(self) -> float:
+        """Return the deadline of collectives in set-up, where a rank may read files before them."""
+        return math.inf if self.watchdog is None else self.watchdog.deadlines.start
 
-    def _compares(self) -> bool:
-        return self._journal.compares
+    def checks_collectives(self) -> bool:
+        return self._journal.checks_collectives
 
-    def _compare(self, intent: CollectiveSignature) -> None:
-        if not self._journal.compares:
+    def check_collective(self, signature: CollectiveSignature) -> None:
+        if not self._journal.checks_collectives:
             return
-        with self.waiting(f"comparing {intent}", self._patience()):
-            intents = self.mpi_comm.allgather(intent)
-        differs = difference(intents, self.world_ranks)
+        with self.journal_entry(f"comparing {signature}", self._setup_seconds()):
+            signatures = self.mpi_comm.allgather(signature)
+        differs = find_difference(signatures, self.world_ranks)
         if differs is not None:
             raise DesyncError(f"the ranks of group {self.name} do not fit together\n{differs}")
 
     def _ready(self, x: Tensor) -> Tensor:
-        return _host(x)
+        return _require_host(x)
 
     def _gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         return self.gather_into(x, counts, x.new_empty((sum(counts), *x.shape[1:])))
@@ -215,17 +230,19 @@ class MpiCommunicator(BaseCommunicator):
         return self.all_to_all_v(x, counts, [counts[self.rank]] * self.size).wait()
 
     def _row_type(self, x: Tensor) -> "MPI.Datatype":
+        """Return the committed MPI datatype of one row of ``x``; one is kept per row size."""
         row_bytes = max(1, int(np.prod(x.shape[1:])) * x.element_size())
         if row_bytes not in self._row_types:
             self._row_types[row_bytes] = self._mpi.BYTE.Create_contiguous(row_bytes).Commit()
         return self._row_types[row_bytes]
 
 
-def _host(x: Tensor) -> Tensor:
+def _require_host(x: Tensor) -> Tensor:
+    """Return ``x`` contiguous; ValueError unless ``x`` is in host memory."""
     if x.device.type != "cpu":
         raise ValueError(
-            f"the MPI communicator moves host tensors, got one on {x.device}; copy it to the CPU first, or create "
-            "the process grid with device='cuda'"
+            f"the MPI communicator moves host tensors, got one on {x.device}; copy it to the CPU first, or "
+            "create the process grid with device='cuda'"
         )
     return x.contiguous()
 

@@ -1,4 +1,4 @@
-"""Which ranks of the ``moe`` group hold which expert."""
+"""The placement of experts: the ranks of the ``moe`` group that hold each expert."""
 
 from dataclasses import dataclass, replace
 
@@ -10,12 +10,18 @@ from xpar.comm.partition import split_range, split_sizes
 
 @dataclass(frozen=True)
 class Placement:
-    """Contiguous blocks of experts over ``ep`` ranks, each block held (sliced) by ``etp`` consecutive ranks.
+    """Contiguous blocks of experts, each sliced over ``etp`` consecutive ranks.
 
-    ``owner``: [E + 1] int64, the ep rank of each expert. ``local``: [E + 1] int32, its index there. The last
-    entry, which id -1 reaches, is ``ep`` and -1: a dropped slot has no owner. Experts that each rank holds copies of
-    have an id for each copy, from E on, in place of the last entry: see :meth:`blocks`. ``partial``: some experts have no
-    owner either, see :meth:`within`.
+    The last entry of both tables, which id -1 reaches, belongs to dropped slots. If every rank holds copies
+    of further experts, see :meth:`blocks`, each copy has an id from E on, before that last entry.
+
+    Attributes:
+        num_experts: Number of experts E.
+        ep: Number of blocks.
+        etp: Number of ranks that slice one block.
+        owner: [E + 1] int64, the ep rank of each expert; ``ep`` for a dropped slot.
+        local: [E + 1] int32, the index of each expert on its ep rank; -1 for a dropped slot.
+        is_partial: Whether some experts have no owner either, see :meth:`within`.
     """
 
     num_experts: int
@@ -23,14 +29,19 @@ class Placement:
     etp: int
     owner: Tensor
     local: Tensor
-    partial: bool = False
+    is_partial: bool = False
 
     @classmethod
     def blocks(cls, num_experts: int, ep: int, etp: int = 1, copies: int = 0) -> "Placement":
-        """E need not divide by ``ep``, nor reach it: the first ranks hold one expert more, the last may hold none.
+        """Place experts in contiguous blocks; E need not divide by ``ep`` nor reach it.
 
-        ``copies``: experts that every ep rank holds besides its block; those of rank r have the ids
-        ``E + r * copies`` and on, and the local indices after its block's.
+        Args:
+            num_experts: Number of experts E. The first ep ranks hold one more than the last; the last may
+                hold none.
+            ep: Number of blocks.
+            etp: Number of ranks that slice one block.
+            copies: Number of experts that every ep rank holds besides its block. The copies of ep rank r have
+                the ids from ``E + r * copies`` on, and the local indices after those of the block.
         """
         sizes = split_sizes(num_experts, ep)
         owner = torch.repeat_interleave(torch.arange(ep), torch.tensor(sizes))
@@ -39,41 +50,48 @@ class Placement:
         return cls(num_experts, ep, etp, owner, torch.cat([local, torch.tensor([-1])]).to(torch.int32))
 
     def to(self, device: torch.device) -> "Placement":
-        """The same placement with its tables on ``device``, where the routing that it is asked about lies."""
+        """Return the placement with its tables on ``device``, where the routing must be."""
         return replace(self, owner=self.owner.to(device), local=self.local.to(device))
 
     def within(self, ep_ranks: range) -> "Placement":
-        """The same seen from ``ep_ranks`` alone, counted from 0: a slot of another rank's expert is dropped."""
-        here = (self.owner >= ep_ranks.start) & (self.owner < ep_ranks.stop)
-        owner = torch.where(here, self.owner - ep_ranks.start, len(ep_ranks))
-        local = torch.where(here, self.local, -1)
-        return replace(self, ep=len(ep_ranks), owner=owner, local=local, partial=True)
+        """Return the placement over ``ep_ranks``, counted from 0, with other ranks' slots dropped."""
+        is_inside = (self.owner >= ep_ranks.start) & (self.owner < ep_ranks.stop)
+        owner = torch.where(is_inside, self.owner - ep_ranks.start, len(ep_ranks))
+        local = torch.where(is_inside, self.local, -1)
+        return replace(self, ep=len(ep_ranks), owner=owner, local=local, is_partial=True)
 
     @property
     def device(self) -> torch.device:
-        """Where the tables lie."""
+        """The device of the tables."""
         return self.owner.device
 
+    def ep_rank(self, rank: int) -> int:
+        """Return the ep rank of a rank of the ``moe`` group."""
+        return rank // self.etp
+
     def experts_of(self, ep_rank: int) -> range:
-        """Global ids of the experts held by ``ep_rank``, in local order."""
-        held = split_range(self.num_experts, self.ep, ep_rank)
-        return range(held.start, held.stop)
+        """Return the global ids of the block of ``ep_rank``, in local order."""
+        block = split_range(self.num_experts, self.ep, ep_rank)
+        return range(block.start, block.stop)
 
     def owners(self, topk_ids: Tensor) -> Tensor:
-        """[T, k] int64: the ep rank of each slot, ``ep`` for a dropped one."""
+        """Return the ep rank of each slot, [T, k] int64; ``ep`` for a dropped slot."""
         return self.owner[topk_ids.long()]
 
     def local_ids(self, topk_ids: Tensor, ep_rank: int) -> Tensor:
-        """[T, k] int32: the local index of each slot's expert on ``ep_rank``, -1 where it is not there."""
-        if self.ep == 1 and not self.partial:
+        """Return each slot's local index on ``ep_rank``, [T, k] int32; -1 for experts elsewhere."""
+        if self.ep == 1 and not self.is_partial:
             return topk_ids.to(torch.int32)
         ids = topk_ids.long()
         return torch.where(self.owner[ids] == ep_rank, self.local[ids], -1)
 
     def slot_order(self, topk_ids: Tensor) -> tuple[Tensor, list[int]]:
-        """Where each slot's output lies when the ep ranks' slot outputs are laid end to end; and each rank's number.
+        """Find each slot's output among the slot outputs of all ep ranks laid end to end.
 
-        [T, k] int64, -1 for a dropped slot. Every rank computes its slots in (token, slot) order.
+        Every rank computes its slots in (token, slot) order.
+
+        Returns:
+            The positions, [T, k] int64, -1 for a dropped slot; and the number of slots of each ep rank.
         """
         owners = self.owners(topk_ids).reshape(-1)
         counts = torch.bincount(owners, minlength=self.ep + 1)[: self.ep].tolist()

@@ -1,7 +1,8 @@
-"""What a tensor *is* across a group, and the one function that knows how to finish it.
+"""The state of a tensor across a group, and functions that complete any state.
 
-Late all-reduce (add routed and shared partial sums, reduce once) and early all-reduce (the combine already
-reduced the routed part, so the shared part is reduced alone) are consequences of the types, not modes.
+The late all-reduce (add routed and shared partial sums, reduce once) and the early all-reduce (the combine
+already reduced the routed part, so the shared part is reduced alone) are consequences of the types, not
+modes.
 """
 
 from collections.abc import Callable
@@ -15,19 +16,19 @@ from xpar.comm.partition import split_range, split_sizes
 
 @dataclass(frozen=True)
 class Full:
-    """Every rank holds the final values."""
+    """The state of a tensor that has its final values on every rank."""
 
 
 @dataclass(frozen=True)
 class Partial:
-    """The ranks of ``group`` hold addends of the final values."""
+    """The state of a tensor of which each rank of ``group`` holds an addend."""
 
     group: Communicator
 
 
 @dataclass(frozen=True)
 class Sharded:
-    """The ranks of ``group`` hold the final values of consecutive tokens, ``counts[r]`` on rank r."""
+    """The state of final values of which rank r holds ``counts[r]`` consecutive tokens."""
 
     group: Communicator
     counts: tuple[int, ...]
@@ -38,7 +39,7 @@ State = Full | Partial | Sharded
 
 @dataclass(frozen=True)
 class Distributed:
-    """A tensor [T, H] and what it is across its group."""
+    """A tensor [T, H] and its state across a group."""
 
     tensor: Tensor
     state: State
@@ -46,7 +47,12 @@ class Distributed:
 
 @dataclass(frozen=True)
 class Transform:
-    """A function of single tokens' outputs. ``reduce_commutes``: f(a + b) == f(a) + f(b), as of a linear map."""
+    """A function of single tokens' outputs.
+
+    Attributes:
+        function: Maps [T, H] to [T, H'], each row by itself.
+        reduce_commutes: Whether f(a + b) == f(a) + f(b), as for a linear map.
+    """
 
     function: Callable[[Tensor], Tensor]
     reduce_commutes: bool = False
@@ -59,10 +65,17 @@ def sum_outputs(
     transform: Transform | None = None,
     deferred: bool = False,
 ) -> Distributed:
-    """Transform the routed output, add the shared one, and complete the sum with as few collectives as the types allow.
+    """Add routed and shared output with as few collectives as their states allow.
 
-    ``deferred``: return without the last collective, for a caller that fuses it with its own; the result's state
-    says what is still missing, so it cannot be reduced twice. Otherwise the result is ``Full``.
+    Args:
+        routed: The routed experts' output [T, H].
+        shared: The shared experts' output [T, H], if the layer has any.
+        transform: Applied to the routed output before the sum.
+        deferred: Leave out the last collective, for a caller that fuses it with its own. The state of the
+            result says what is still missing, so that it cannot be reduced twice.
+
+    Returns:
+        The sum; its state is ``Full`` unless ``deferred``.
     """
     if transform is not None:
         if isinstance(routed.state, Partial) and not transform.reduce_commutes:
@@ -73,7 +86,7 @@ def sum_outputs(
 
 
 def to_full(x: Distributed) -> Distributed:
-    """The ``Full`` form of ``x``: nothing, one all-reduce or one all-gather."""
+    """Bring ``x`` into state ``Full`` by nothing, an all-reduce or an all-gather; collective."""
     if isinstance(x.state, Partial):
         return Distributed(x.state.group.all_reduce(x.tensor), Full())
     if isinstance(x.state, Sharded):
@@ -82,18 +95,18 @@ def to_full(x: Distributed) -> Distributed:
 
 
 def add(a: Distributed, b: Distributed) -> Distributed:
-    """The sum, in a state that neither loses nor repeats an addend."""
+    """Add two tensors in any states, losing and repeating no addend; collective."""
     if same_state(a.state, b.state):
         return Distributed(a.tensor + b.tensor, a.state)
     for sharded, partial in ((a, b), (b, a)):
         if isinstance(sharded.state, Sharded) and same_state(partial.state, Partial(sharded.state.group)):
-            mine = sharded.state.group.reduce_scatter_v(partial.tensor, sharded.state.counts)
-            return Distributed(sharded.tensor + mine, sharded.state)
+            own = sharded.state.group.reduce_scatter_v(partial.tensor, sharded.state.counts)
+            return Distributed(sharded.tensor + own, sharded.state)
     return Distributed(to_full(a).tensor + to_full(b).tensor, Full())
 
 
 def same_state(a: State, b: State) -> bool:
-    """Whether two states say the same: two groups of the same ranks in the same order are one for this."""
+    """Whether two states mean the same; groups of equal ranks in equal order are one group."""
     if isinstance(a, Full) or isinstance(b, Full):
         return a == b
     counts = [x.counts if isinstance(x, Sharded) else None for x in (a, b)]
@@ -101,9 +114,9 @@ def same_state(a: State, b: State) -> bool:
 
 
 def split_tokens(x: Tensor, group: Communicator) -> Distributed:
-    """This rank's share of tokens ``x`` [T, ...] that every rank of ``group`` holds; :func:`to_full` gathers them again.
+    """Return this rank's part of tokens ``x`` [T, ...] that all ranks of ``group`` hold.
 
-    What a model does before a sequence-parallel layer. No rows move.
+    No rows move. A model does so before a sequence-parallel layer; :func:`to_full` gathers the parts again.
     """
     counts = tuple(split_sizes(x.shape[0], group.size))
     return Distributed(x[split_range(x.shape[0], group.size, group.rank)], Sharded(group, counts))

@@ -1,4 +1,4 @@
-"""Memory that all ranks of a group on one node read and write in place, as an MPI shared window."""
+"""Memory that all ranks of a group on one node use in place: an MPI shared window."""
 
 import atexit
 import os
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 SHARED_FILES = "/dev/shm"
-"""Where MPI libraries keep shared windows; a container often gives it 64 MB."""
+"""The folder in which MPI libraries keep shared windows; a container often gives it 64 MB."""
 ALIGNMENT = 4096
+"""bytes; sizes of windows are multiples of this"""
 LEAST_BYTES = 1 << 20
-"""With less than this left, MPI itself cannot start."""
+"""bytes; with less than this left, MPI itself cannot start"""
 
 
 class SharedWindow:
-    """Bytes that every rank of ``group`` sees at its own address; grows, never shrinks.
+    """Bytes that every rank of ``group`` sees at an address of its own.
 
-    A write is visible to the others after the next :meth:`fence`. Tensors made by :meth:`view` are valid until the
-    next call of :meth:`reserve` that grows the window.
+    A window grows and never shrinks. A write is visible to the other ranks after the next :meth:`fence`.
+    Tensors made by :meth:`view` are valid until the next call of :meth:`reserve` that grows the window.
     """
 
     def __init__(self, group: Communicator) -> None:
@@ -38,13 +39,15 @@ class SharedWindow:
             atexit.register(self.close)  # MPI_Finalize must find no open window
 
     def reserve(self, nbytes: int) -> None:
-        """Have room for ``nbytes``, the same number on every rank; collective where the window has to grow.
+        """Make the window at least ``nbytes`` large, the same number on every rank.
 
-        Raises :class:`~xpar.comm.failure.AgreedError` on every rank if the node has no room for it.
+        Collective if the window has to grow. Raises :class:`~xpar.comm.failure.AgreedError` on every rank if
+        the node has no room for it.
         """
         if nbytes <= self._bytes.numel():
             return
-        # A step more than is asked for, so that slowly growing batches do not open a new window each time.
+        # Half as much again as the window had, so that slowly growing batches do not open a new window each
+        # time.
         size = -(-max(nbytes, self._bytes.numel() * 3 // 2) // ALIGNMENT) * ALIGNMENT
         if not isinstance(self.group, MpiCommunicator):
             self._bytes = torch.empty(size, dtype=torch.uint8)
@@ -54,43 +57,44 @@ class SharedWindow:
         self._open(cast("MPI.Intracomm", self.group.mpi_comm), size)
 
     def view(self, first_byte: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """``shape`` elements of ``dtype`` that begin ``first_byte`` bytes into the window."""
+        """Return a tensor of ``shape`` and ``dtype`` from byte ``first_byte`` of the window on."""
         nbytes = shape[0] * shape[1] * dtype.itemsize
         return self._bytes[first_byte : first_byte + nbytes].view(dtype).view(shape)
 
     def sync(self) -> None:
-        """Half of a fence, for ranks that wait for each other by another exchange: called before it and after it."""
+        """Order memory accesses; before and after another exchange, that makes it a fence."""
         if self._window is not None:
             self._window.Sync()
 
     def fence(self) -> None:
-        """Wait for every rank; what any of them wrote before is visible to all afterwards."""
-        self.arrive().wait()
+        """Wait for every rank; all that any rank wrote before is visible to every rank afterwards."""
+        self.start_fence().wait()
 
-    def arrive(self) -> Pending[None]:
-        """Tell the others that this rank has written; ``wait`` for them to have. Both together are a :meth:`fence`."""
+    def start_fence(self) -> Pending[None]:
+        """Say that this rank has written; ``wait`` returns once every rank has."""
         window = self._window
         if window is None or not isinstance(self.group, MpiCommunicator):
             return Pending(lambda: None)
         window.Sync()
-        everyone = self.group.start_barrier()
+        barrier = self.group.start_barrier()
 
-        def meet() -> None:
-            everyone.wait()
+        def complete() -> None:
+            barrier.wait()
             window.Sync()
 
-        return Pending(meet)
+        return Pending(complete)
 
     def close(self) -> None:
-        """Give the memory back; collective. Runs by itself when the process ends."""
+        """Free the memory; collective. Runs by itself when the process ends."""
         atexit.unregister(self.close)
         self._free()
 
     def _open(self, comm: "MPI.Intracomm", size: int) -> None:
         from mpi4py import MPI
 
-        # One segment, held by rank 0: positions in it are the same for all, with no gaps between the ranks' parts.
-        with cast(MpiCommunicator, self.group).waiting("opening a window"):
+        # One segment, owned by rank 0: offsets are the same for all ranks, with no gaps between the ranks'
+        # parts.
+        with cast(MpiCommunicator, self.group).journal_entry("opening a window"):
             self._window = MPI.Win.Allocate_shared(size if comm.rank == 0 else 0, 1, comm=comm)
         self._window.Lock_all(MPI.MODE_NOCHECK)
         self._bytes = torch.frombuffer(self._window.Shared_query(0)[0], dtype=torch.uint8)
@@ -98,23 +102,27 @@ class SharedWindow:
     def _free(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
         if self._window is not None:
-            with cast(MpiCommunicator, self.group).waiting("closing a window"):
+            with cast(MpiCommunicator, self.group).journal_entry("closing a window"):
                 self._window.Unlock_all()
                 self._window.Free()
             self._window = None
 
 
-def window_of(group: Communicator, use: str = "tokens") -> SharedWindow:
-    """The window that everything on ``group`` shares for one ``use``: a model's layers run one after the other and need only one."""
+def get_window(group: Communicator, use: str = "tokens") -> SharedWindow:
+    """Return the window that all users on ``group`` have in common for one ``use``.
+
+    A model's layers run one after the other, so that one window serves all of them.
+    """
     if not isinstance(group, MpiCommunicator):
         return SharedWindow(group)
-    if use not in group.windows:
-        group.windows[use] = SharedWindow(group)
-    return group.windows[use]
+    key = f"window of {use}"
+    if key not in group.resources:
+        group.resources[key] = SharedWindow(group)
+    return cast(SharedWindow, group.resources[key])
 
 
 def free_bytes() -> int:
-    """Room for shared windows on this node, in bytes; 0 where there is no place for them."""
+    """Return the bytes that shared windows on this node may still take; 0 without a place."""
     try:
         state = os.statvfs(SHARED_FILES)
     except OSError:
@@ -123,23 +131,26 @@ def free_bytes() -> int:
 
 
 def refuse_full_memory() -> None:
-    """Raise ValueError where MPI could not start: it shares memory within a node, and is killed where there is none."""
+    """Raise ValueError if shared memory is full: MPI is killed without any."""
     free = free_bytes()
     if Path(SHARED_FILES).is_dir() and free < LEAST_BYTES:
         raise ValueError(
-            f"{SHARED_FILES} on {socket.gethostname()} has {free / 1e6:.1f} MB left, and MPI needs a few a rank; remove stale "
-            f"files there (rm {SHARED_FILES}/mpich_shm_* where nothing runs), or enlarge it (containers: --shm-size)"
+            f"{SHARED_FILES} on {socket.gethostname()} has {free / 1e6:.1f} MB left, and MPI needs a "
+            f"few a rank; remove stale files there (rm {SHARED_FILES}/mpich_shm_* where nothing runs), or "
+            "enlarge it (containers: --shm-size)"
         )
 
 
-def check_room(nbytes: int, given_back: int = 0) -> None:
-    """Raise ValueError unless a window of ``nbytes`` fits once ``given_back`` is freed.
+def check_room(nbytes: int, reusable: int = 0) -> None:
+    """Raise ValueError unless a window of ``nbytes`` fits once ``reusable`` bytes are freed.
 
-    The window itself would open all the same: the process is killed (SIGBUS) when it first touches a missing page.
+    Without this check the window would open, and the process would be killed (SIGBUS) by its first write to a
+    missing page.
     """
-    free = free_bytes() + given_back
+    free = free_bytes() + reusable
     if nbytes > free:
         raise ValueError(
-            f"a window of {nbytes / 1e6:.0f} MB does not fit into {SHARED_FILES}, which has {free / 1e6:.0f} MB left; "
-            "enlarge it (containers: --shm-size), send fewer tokens at a time, or choose the dispatcher alltoall"
+            f"a window of {nbytes / 1e6:.0f} MB does not fit into {SHARED_FILES}, which has {free / 1e6:.0f} "
+            "MB left; enlarge it (containers: --shm-size), send fewer tokens at a time, or choose the "
+            "dispatcher alltoall"
         )

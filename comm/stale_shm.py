@@ -1,6 +1,7 @@
-"""Files that MPI jobs left in shared memory when they were killed; they fill it, and one can stop the next MPI_Init.
+"""Files that killed MPI jobs left in shared memory.
 
-MPICH names its file after the job's number: one of a job of the same number and another size ends in ``Out of memory``.
+They fill it, and one of them can stop the next MPI_Init. MPICH names its file after the job's number: a job
+of the same number and another size ends in ``Out of memory``.
 """
 
 import os
@@ -10,19 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PREFIXES = ("mpich_shm_", "sm_segment.", "vader_segment.")
-"""Of MPICH and of Open MPI 5 and 4."""
+"""Beginnings of the file names of MPICH, Open MPI 5 and Open MPI 4."""
 YOUNG_S = 60.0
-"""A file that is younger may belong to a job that is just starting."""
+"""seconds; a file that is younger may belong to a job that is just starting"""
 
 
 @dataclass(frozen=True)
 class StaleFiles:
+    """The number of stale files and the bytes that they occupy."""
+
     files: int
     nbytes: int
 
 
 def find_stale_files(folder: Path) -> StaleFiles:
-    """Of this user, in ``folder``: files of MPI that no process maps any more."""
+    """Count this user's MPI files in ``folder`` that no process maps any more."""
     found = {}
     with suppress(OSError):
         for entry in os.scandir(folder):
@@ -31,11 +34,12 @@ def find_stale_files(folder: Path) -> StaleFiles:
                     found[entry.path] = entry.stat()
     limit = time.time() - YOUNG_S
     old = {path: stat for path, stat in found.items() if stat.st_uid == os.getuid() and stat.st_mtime < limit}
-    left = set(old) - _mapped(set(old)) if old else set()
-    return StaleFiles(len(left), sum(old[path].st_blocks * 512 for path in left))
+    stale = set(old) - _mapped(set(old)) if old else set()
+    return StaleFiles(len(stale), sum(old[path].st_blocks * 512 for path in stale))
 
 
 def _mapped(paths: set[str]) -> set[str]:
+    """Return those of ``paths`` that a process maps."""
     used = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):

@@ -1,17 +1,20 @@
-"""What the ranks tell each other before a step that all of them take together: one small exchange on the host."""
+"""The small exchange on the host before a step that all ranks take together."""
 
 from dataclasses import dataclass
 
-from xpar.comm.communicator import Communicator
-from xpar.comm.handshake import Tag, handshake
+from xpar.comm.communicator import Communicator, Tag
+from xpar.comm.handshake import handshake
 
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What every rank said, the same on every rank: ``tokens``, ``work`` and ``notes`` of each, ``status`` of all.
+    """The facts of all ranks about one step, the same on every rank.
 
-    ``tokens``: a rank's tokens in this step. ``work``: what is left for it to do, in the caller's units. ``status``:
-    the bits that any rank has set. ``notes``: numbers of the caller's own, a row for each rank.
+    Attributes:
+        tokens: Number of tokens of each rank in this step.
+        work: Work that is left for each rank, in the caller's units.
+        status: The bits that any rank has set.
+        notes: Further numbers of the caller, one tuple per rank.
     """
 
     tokens: tuple[int, ...]
@@ -20,13 +23,8 @@ class StepFacts:
     notes: tuple[tuple[int, ...], ...]
 
     @property
-    def max_tokens(self) -> int:
-        """Of any rank: what a recorded graph or a padded batch must hold."""
-        return max(self.tokens)
-
-    @property
     def any_work(self) -> bool:
-        """Whether the ranks must go on: those that have nothing left join the others' steps with no tokens."""
+        """Whether any rank has work left; ranks without work then join the step with no tokens."""
         return any(self.work)
 
 
@@ -42,8 +40,12 @@ def agree_step(
 ) -> StepFacts:
     """Exchange this rank's facts about ``step``; collective over ``comm``, idle ranks included.
 
-    ``failure``: what went wrong on this rank since the last step; it still comes, and every rank raises one
-    :class:`~xpar.comm.handshake.RemoteRankError`. Ranks that are in different steps get a ``DesyncError``.
+    The arguments are this rank's part of :class:`StepFacts`. ``failure``: an error of this rank since the
+    last step; the rank still takes part, and every rank raises.
+
+    Raises:
+        RemoteRankError: A rank gave a ``failure``.
+        DesyncError: The ranks are in different steps.
     """
     table = handshake(comm, Tag("step", step=step), values=(tokens, work, status, *notes), failure=failure)
     rows = [tuple(int(n) for n in row) for row in table]

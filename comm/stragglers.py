@@ -1,7 +1,7 @@
-"""Who keeps the others waiting: how much later than the first each rank came to the collectives of its groups.
+"""The lateness of ranks: how much later than the first each came to collectives.
 
-Clocks of different nodes differ, so times of day say nothing. But all ranks leave a collective at about the same time:
-whoever waited least came last, and by how much is the difference of the waits.
+Clocks of different nodes differ, so times of day say nothing. But all ranks leave a collective at about the
+same time: the rank that waited least came last, and the difference of the waits is its lateness.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,20 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.watchdog.watchdog import Watchdog
 
 Group = tuple[str, tuple[int, ...]]
-"""A group's name and ranks."""
+"""A group's name and world ranks."""
 
 
 @dataclass(frozen=True)
 class Lateness:
-    """Of one rank over ``collectives``, in seconds: median and 99th percentile. ``last``: share in which it came last."""
+    """How late one rank came to its collectives.
+
+    Attributes:
+        rank: World rank.
+        collectives: Number of collectives that were compared.
+        p50: Median lateness in seconds.
+        p99: 99th percentile of the lateness in seconds.
+        last: Share of the collectives to which the rank came last, 0 to 1.
+    """
 
     rank: int
     collectives: int
@@ -27,18 +35,26 @@ class Lateness:
     last: float
 
 
-def gather_lateness(comm: Communicator, guard: Watchdog) -> list[Lateness]:
-    """Of every rank of the job, in order; collective over ``comm``, the group of all ranks. Empties the journals."""
-    return lateness(comm.all_gather_object(guard.take_waits()))
+def gather_lateness(comm: Communicator, watchdog: Watchdog) -> list[Lateness]:
+    """Compare the waits of all ranks since the last call.
+
+    Collective over ``comm``, the group of all ranks. Returns the lateness of every rank in rank order, and
+    empties the journals.
+    """
+    return lateness(comm.all_gather_object(watchdog.take_waits()))
 
 
-def lateness(everyones: Sequence[Mapping[Group, Sequence[float]]]) -> list[Lateness]:
-    """From every rank's waits, seconds in each collective of each group it is in; groups have all their ranks' or none."""
-    late: list[list[np.ndarray]] = [[] for _ in everyones]
-    for name, ranks in sorted({group for waits in everyones for group in waits}):
-        waits = [everyones[r][name, ranks] for r in ranks]
+def lateness(waits_of_ranks: Sequence[Mapping[Group, Sequence[float]]]) -> list[Lateness]:
+    """Compute the lateness of every rank from the waits of all ranks.
+
+    ``waits_of_ranks``: for each rank and each of its groups the seconds waited in each collective. A group's
+    waits are there for all of its ranks or for none.
+    """
+    late: list[list[np.ndarray]] = [[] for _ in waits_of_ranks]
+    for name, ranks in sorted({group for waits in waits_of_ranks for group in waits}):
+        waits = [waits_of_ranks[r][name, ranks] for r in ranks]
         if len({len(w) for w in waits}) > 1:
-            continue  # a rank of its own elsewhere does not know the step; nothing can be compared
+            continue  # a rank that is alone in another group does not know the step; nothing can be compared
         table = np.array(waits)  # [ranks, collectives]
         behind = table.max(axis=0) - table
         for r, row in zip(ranks, behind, strict=True):
@@ -47,6 +63,7 @@ def lateness(everyones: Sequence[Mapping[Group, Sequence[float]]]) -> list[Laten
 
 
 def _of_rank(rank: int, rows: np.ndarray) -> Lateness:
+    """Summarise ``rows`` [2, collectives]: seconds late, and whether the rank came last."""
     if not rows.shape[1]:
         return Lateness(rank, 0, 0.0, 0.0, 0.0)
     p50, p99 = np.percentile(rows[0], [50, 99])

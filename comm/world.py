@@ -1,4 +1,7 @@
-"""Where this process is: rank, node, cores; everything observed, nothing guessed from a rank number."""
+"""The job as this process sees it: ranks, nodes, cores.
+
+All of it is observed, nothing is guessed from a rank number.
+"""
 
 import faulthandler
 import os
@@ -14,30 +17,36 @@ from xpar.comm.handshake import CollectiveError
 from xpar.comm.mpi_communicator import MpiCommunicator
 from xpar.comm.shared_window import free_bytes, refuse_full_memory
 from xpar.comm.watchdog.deadlines import Deadlines
-from xpar.comm.watchdog.watchdog import WATCHING, Watchdog, Watching
+from xpar.comm.watchdog.watchdog import Watchdog, WatchdogOptions
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-
-
+"""Environment variables in which launchers give the number of tasks."""
 DEADLINES = Deadlines()
+DEFAULT_OPTIONS = WatchdogOptions()
 
 
 class LaunchError(CollectiveError):
-    """MPI cannot start, or it and the launcher disagree about the number of ranks; every task of a node sees the same."""
+    """MPI cannot start, or sees another number of ranks than the launcher."""
 
 
 @dataclass(frozen=True)
 class World:
-    """All ranks of the job, ordered node by node whatever the launcher did.
+    """All ranks of the job, ordered node by node whatever order the launcher chose.
 
-    ``comm``: the group of all ranks. ``node_of``: node index of every rank. ``hosts``: host name of every rank.
-    ``local_rank``, ``local_size``: this rank's place among the ranks that share its memory.
-    ``cores``: cores this rank may use, shared ones counted in part. ``library``: the MPI library's own version text.
-    ``window_room``: bytes left for shared windows where each rank runs. ``deadlines``: of whatever needs other ranks.
-    ``guard``: who watches over them; None for a single rank, and on communicators of the caller's own.
+    Attributes:
+        comm: The group of all ranks.
+        node_of: Node index of every rank.
+        hosts: Host name of every rank.
+        local_rank: This rank's index among the ranks that share its memory.
+        local_size: Number of ranks that share memory with this rank, itself included.
+        cores: Number of cores that this rank may use; a core that n ranks share counts 1/n.
+        library: The MPI library's own version text.
+        window_room: Bytes left for shared windows on every rank's node.
+        deadlines: Deadlines of everything that needs other ranks.
+        watchdog: Enforces the deadlines; None for a single rank, and on a communicator of the caller's own.
     """
 
     comm: Communicator
@@ -49,42 +58,46 @@ class World:
     library: str
     window_room: tuple[int, ...]
     deadlines: Deadlines = DEADLINES
-    guard: Watchdog | None = None
+    watchdog: Watchdog | None = None
 
     @property
     def rank(self) -> int:
+        """This process's rank."""
         return self.comm.rank
 
     @property
     def size(self) -> int:
+        """The number of ranks."""
         return self.comm.size
 
     @property
     def node(self) -> int:
+        """The index of this rank's node."""
         return self.node_of[self.rank]
 
     @property
     def num_nodes(self) -> int:
+        """The number of nodes."""
         return max(self.node_of) + 1
 
     def threads(self) -> int:
-        """Threads this rank should compute with: its share of the node's cores, at least one."""
+        """Return the number of threads to compute with, at least 1: the cores of this rank."""
         return max(1, int(self.cores + 1e-6))
 
     def first(self, ranks: int) -> "World | None":
-        """The first ``ranks`` ranks as a world of their own, None on the others; collective over this world.
+        """Make a world of the first ``ranks`` ranks; None on the others; collective.
 
-        They fill one node after the other, since ranks are ordered by node. ``cores`` stays each rank's share among
-        all the job's ranks: the others are still there. Its ``comm`` is closed by whoever asked for it.
-        Raises ValueError unless ``ranks`` is 1 to the size of this world.
+        The first ranks fill one node after the other, since ranks are ordered by node. ``cores`` stays each
+        rank's part among all ranks of the job, which are still there. The caller closes the new world's
+        ``comm``. Raises ValueError unless ``ranks`` is 1 to the size of this world.
         """
         if not 1 <= ranks <= self.size:
             raise ValueError(
                 f"a world of the first {ranks} ranks: this one has {self.size}; take 1 to {self.size}"
             )
-        inside = self.rank < ranks
-        comm = self.comm.split(0 if inside else 1, self.rank, f"first {ranks}")
-        if not inside:
+        is_inside = self.rank < ranks
+        comm = self.comm.split(0 if is_inside else 1, self.rank, f"first {ranks}")
+        if not is_inside:
             comm.close()
             return None
         return replace(
@@ -103,59 +116,72 @@ class World:
         *,
         allow_singleton: bool = False,
         deadlines: Deadlines | None = None,
-        watch: Watching = WATCHING,
+        watchdog: WatchdogOptions = DEFAULT_OPTIONS,
     ) -> "World":
-        """Join the MPI job (starting MPI if need be); collective over ``mpi_comm``, by default all ranks.
+        """Join the MPI job, starting MPI if need be; collective over ``mpi_comm``.
 
-        The whole job is watched: a collective that passes its deadline ends it, with a report of where every rank is.
-        A communicator of the caller's own is only watched if ``deadlines`` are given.
+        The whole job is watched: a collective that passes its deadline ends the job, with a report of where
+        every rank is.
 
-        Raises :class:`LaunchError` if the launcher started several tasks but MPI sees one.
+        Args:
+            mpi_comm: The ranks; all ranks of the job by default. A communicator of the caller's own is only
+                watched if ``deadlines`` are given.
+            allow_singleton: Accept a job of one rank even if the launcher started several tasks.
+            deadlines: Deadlines of everything that needs other ranks.
+            watchdog: What the watchdog checks and records besides.
+
+        Raises:
+            LaunchError: The launcher started several tasks but MPI sees one.
         """
         limits = deadlines or DEADLINES
         if mpi_comm is not None:
-            return cls._join(mpi_comm, None if deadlines is None else limits, limits, watch)
-        with _all_join_within(limits.start):
+            return cls._join(mpi_comm, None if deadlines is None else limits, limits, watchdog)
+        with limit_start(limits.start):
             _refuse_full_memory()
             from mpi4py import MPI
 
             if MPI.COMM_WORLD.size == 1 and not allow_singleton:
                 refuse_singletons(dict(os.environ), _library())
-            return cls._join(MPI.COMM_WORLD, limits, limits, watch)
+            return cls._join(MPI.COMM_WORLD, limits, limits, watchdog)
+
+    @classmethod
+    def single(cls, threads: int = 1) -> "World":
+        """Make the world of one process outside MPI, which has ``threads`` cores."""
+        return cls(SoloCommunicator(), (0,), ("",), 0, 1, float(threads), "none", (0,))
 
     @classmethod
     def _join(
-        cls, base: "MPI.Intracomm", watched: Deadlines | None, limits: Deadlines, watch: Watching
+        cls, base: "MPI.Intracomm", enforced: Deadlines | None, limits: Deadlines, options: WatchdogOptions
     ) -> "World":
-        """``watched``: the deadlines that are enforced; None: none are."""
+        """Order the ranks of ``base`` by node, and watch them if deadlines are ``enforced``."""
         from mpi4py import MPI
 
         shared = base.Split_type(MPI.COMM_TYPE_SHARED, key=base.rank)
         local_rank, local_size = shared.rank, shared.size
         leader = shared.bcast(base.rank, root=0)
-        cores = _share_of_cores(shared.allgather(tuple(sorted(os.sched_getaffinity(0)))), local_rank)
+        cores = _count_cores(shared.allgather(tuple(sorted(os.sched_getaffinity(0)))), local_rank)
         leaders = sorted(set(base.allgather(leader)))
         node = leaders.index(leader)
         ordered = base.Split(0, key=node * base.size + local_rank)
         node_of = tuple(ordered.allgather(node))
         hosts = tuple(ordered.allgather(MPI.Get_processor_name()))
         room = tuple(ordered.allgather(free_bytes()))
-        guard = None
-        if ordered.size > 1 and watched is not None:
-            guard = Watchdog.start(ordered, shared, node_of, watched, watch)
-            report_failures(guard)
+        watchdog = None
+        if ordered.size > 1 and enforced is not None:
+            watchdog = Watchdog.start(ordered, shared, node_of, enforced, options)
+            report_failures(watchdog)
         shared.Free()
         comm: Communicator
         if ordered.size == 1:
             comm = SoloCommunicator("world", 0, ordered.Abort)
         else:
-            comm = MpiCommunicator(ordered, "world", range(ordered.size), guard)
-        return cls(comm, node_of, hosts, local_rank, local_size, cores, _library(), room, limits, guard)
+            comm = MpiCommunicator(ordered, "world", range(ordered.size), watchdog)
+        return cls(comm, node_of, hosts, local_rank, local_size, cores, _library(), room, limits, watchdog)
 
 
 @contextmanager
-def _all_join_within(seconds: float) -> Iterator[None]:
-    """For what comes before there is a guard, MPI_Init included: show this rank's stack and end the process."""
+def limit_start(seconds: float) -> Iterator[None]:
+    """Show the stack and end the process if the block lasts longer, before the watchdog starts."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
     try:
         yield
@@ -179,7 +205,12 @@ def _library() -> str:
 
 
 def refuse_singletons(environ: dict[str, str], library: str) -> None:
-    """Raise :class:`LaunchError` if a launcher started several tasks that MPI does not know of (``srun`` without PMI)."""
+    """Raise LaunchError if a launcher started several tasks that MPI does not know of.
+
+    ``srun`` without PMI does so.
+
+    ``environ``: this process's environment. ``library``: the MPI library's version text.
+    """
     counts = {name: environ[name] for name in LAUNCHER_SIZES if environ.get(name, "").isdigit()}
     tasks = max((int(n) for n in counts.values()), default=1)
     if tasks <= 1:
@@ -187,14 +218,14 @@ def refuse_singletons(environ: dict[str, str], library: str) -> None:
     flavour = "pmix" if "Open MPI" in library else "cray_shasta" if "CRAY" in library.upper() else "pmi2"
     found = ", ".join(f"{k}={v}" for k, v in counts.items())
     raise LaunchError(
-        f"the launcher started {tasks} tasks ({found}) but MPI sees 1 rank: each task would run alone and repeat "
-        f"the whole work. Launch with `srun --mpi={flavour}` for this library ({library.splitlines()[0]}), "
-        "or with its own mpirun; `srun --mpi=list` shows what the site offers."
+        f"the launcher started {tasks} tasks ({found}) but MPI sees 1 rank: each task would run alone "
+        f"and repeat the whole work. Launch with `srun --mpi={flavour}` for this library "
+        f"({library.splitlines()[0]}), or with its own mpirun; `srun --mpi=list` shows what the site offers."
     )
 
 
-def _share_of_cores(affinities: list[tuple[int, ...]], local_rank: int) -> float:
-    """Cores of this rank, each divided by the number of the node's ranks that may run on it."""
+def _count_cores(affinities: list[tuple[int, ...]], local_rank: int) -> float:
+    """Count the cores of ``local_rank``; a core that n ranks of the node may use counts 1/n."""
     users: dict[int, int] = {}
     for cores in affinities:
         for core in cores:

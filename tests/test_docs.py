@@ -13,7 +13,17 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs", docs, ignore=shutil.ignore_patterns("api", "site"))
     for name in (".typing", "engine", "comm", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
-    command = [sys.executable, "-m", "sphinx", "-n", "-W", "--keep-going", "-q", str(docs), str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-n",
+        "-W",
+        "--keep-going",
+        "-q",
+        str(docs),
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     for page in ("index", "tour", "generate", "cluster", "features", "troubleshooting"):

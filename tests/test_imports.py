@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,31 @@ def test_only_comm_imports_mpi(path: Path) -> None:
     assert room == "comm" or not [name for name in names if within(name, {"mpi4py"})]
 
 
+def test_no_files_of_comm_import_each_other() -> None:
+    """Imports in functions and for the type checker count, too."""
+    names = {module_name(path): path for path in MODULES if path.is_relative_to(ROOT / "comm")}
+    graph = {}
+    for name, path in names.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        wanted = set(imported(ast.parse(path.read_text()), package))
+        # An import of a package's own name reads its __init__, which here re-exports and nothing more.
+        graph[name] = {m for m in names if any(w == m or w.rpartition(".")[0] == m for w in wanted)} - {name}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "comm" / "watchdog").glob("*.py")), ids=lambda path: path.name
+)
+def test_the_watchdog_imports_nothing_else_of_comm(path: Path) -> None:
+    names = set(imported(ast.parse(path.read_text()), "xpar.comm.watchdog"))
+    ours = {name for name in names if within(name, {"xpar"})}
+    assert {n for n in ours if not within(n, {"xpar.comm.watchdog", "xpar.comm.partition"})} == set()
+
+
+def module_name(path: Path) -> str:
+    return "xpar." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 def run_python(code: str) -> None:
     """Run ``code`` on a machine without GPUs and without the optional packages."""
     hide = f"import sys\nsys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
@@ -121,8 +147,5 @@ def test_import_leaves_mpi_alone(room: str) -> None:
 
 
 def test_every_module_imports_without_gpu_and_extras() -> None:
-    names = [
-        "xpar." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for path in MODULES
-    ]
+    names = [module_name(path) for path in MODULES]
     run_python(f"import importlib\nfor name in {names!r}:\n    importlib.import_module(name)\n")

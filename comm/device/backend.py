@@ -1,4 +1,4 @@
-"""The contract of a transport: how rows of device tensors get from rank to rank of one group."""
+"""The contract of a backend, which moves rows of device tensors within one group."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -10,13 +10,14 @@ from xpar.comm.communicator import Pending
 
 
 class DeviceBackend(Protocol):
-    """Moves rows of contiguous tensors on one device. Sizes are agreed and checked before they come here.
+    """Moves rows of contiguous tensors on one device.
 
-    What a call returns is ordered after the work on torch's current stream, and later work there may read it.
+    Sizes are agreed and checked before. The result of a call is ordered after the work on torch's
+    current stream, and later work on that stream may read it.
     """
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """[sum(counts), ...]: rows of all ranks in rank order."""
+        """Gather the ``counts[r]`` rows of every rank r in rank order: [sum(counts), ...]."""
 
     def all_to_all(
         self,
@@ -27,22 +28,22 @@ class DeviceBackend(Protocol):
         skip: int | None = None,
         uniform: bool = False,
     ) -> Pending[Tensor]:
-        """See :meth:`~xpar.comm.communicator.Communicator.all_to_all_v`.
+        """Start to exchange rows; as :meth:`~xpar.comm.communicator.Communicator.all_to_all_v`.
 
-        ``uniform``: every pair of ranks exchanges the same number of rows, and every rank knows it.
+        ``uniform``: every pair of ranks exchanges equally many rows, and every rank knows so.
         """
 
     def close(self) -> None:
-        """Give back what the mover holds; collective."""
+        """Free the connection; collective."""
 
 
 def current_stream(device: torch.device) -> int:
-    """The handle of torch's current stream on ``device``; 0, the only one there is, for host memory."""
+    """Return the handle of torch's current stream on ``device``; 0 for host memory."""
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
-def marker(device: torch.device) -> Callable[[], bool] | None:
-    """A question that is answered yes once the work now on the current stream is done; None while it is captured."""
+def record_marker(device: torch.device) -> Callable[[], bool] | None:
+    """Return a test of the stream's work so far; None while the stream is being captured."""
     if device.type != "cuda":
         return lambda: True
     if torch.cuda.is_current_stream_capturing():
@@ -52,6 +53,6 @@ def marker(device: torch.device) -> Callable[[], bool] | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work on the current stream."""
+    """Wait for the work on the current stream of ``device``."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

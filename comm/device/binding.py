@@ -1,4 +1,7 @@
-"""Which GPU this rank computes on; chosen by its place on the node as MPI observes it, verified by GPU UUID."""
+"""The GPU of a rank, chosen by the rank's index on its node as MPI observes it.
+
+GPUs are told apart by their UUIDs.
+"""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +15,14 @@ DRIVER_FILE = "/proc/driver/nvidia/version"
 
 @dataclass(frozen=True)
 class Gpu:
-    """``index`` among the ``visible`` GPUs of this process; ``uuid`` tells GPUs apart across processes and nodes."""
+    """A GPU as one process sees it.
+
+    Attributes:
+        index: Its index among the GPUs that this process sees.
+        visible: Number of those GPUs.
+        name: The model's name.
+        uuid: Tells GPUs apart across processes and nodes.
+    """
 
     index: int
     visible: int
@@ -24,23 +34,24 @@ class Gpu:
 
 
 def gpu_index(local_rank: int, visible: int) -> int:
-    """The GPU of the ``local_rank``-th rank of a node, of ``visible`` ones.
+    """Return the index of the GPU for rank ``local_rank`` of a node that sees ``visible`` GPUs.
 
-    A launcher that gives each task its own GPU shows one to every rank, which is then index 0 for all of them. More
-    ranks than GPUs share them in turn; :mod:`xpar.comm.device.transport` sees that by the UUIDs and says what follows.
+    If the launcher shows each rank one GPU of its own, the index is 0 on all ranks. If there are
+    more ranks than GPUs, ranks share GPUs in turn; :mod:`xpar.comm.device.transport_choice` finds
+    that out from the UUIDs.
     """
     return local_rank % visible
 
 
 def find_gpu(local_rank: int) -> Gpu:
-    """This rank's GPU, not yet taken. Raises ValueError if this process sees none."""
+    """Return this rank's GPU without making it current; ValueError if this process sees none."""
     if not torch.cuda.is_available():
         build = (
             "this torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU or no driver"
         )
         raise ValueError(
-            f"device='cuda': {build} (torch {torch.__version__}); use device='cpu', or check CUDA_VISIBLE_DEVICES, the "
-            "batch system's GPU options and `xpar doctor`"
+            f"device='cuda': {build} (torch {torch.__version__}); use device='cpu', or check "
+            "CUDA_VISIBLE_DEVICES, the batch system's GPU options and `xpar doctor`"
         )
     visible = torch.cuda.device_count()
     index = gpu_index(local_rank, visible)
@@ -49,22 +60,22 @@ def find_gpu(local_rank: int) -> Gpu:
 
 
 def bind_gpu(local_rank: int) -> Gpu:
-    """Make this rank's GPU the current one, before anything else is put on a GPU."""
+    """Make this rank's GPU the current one; to be called before anything is put on a GPU."""
     gpu = find_gpu(local_rank)
     torch.cuda.set_device(gpu.index)
     return gpu
 
 
 def shared_gpus(uuids: Sequence[str]) -> dict[str, list[int]]:
-    """The ranks of each GPU that more than one rank has."""
+    """Return the ranks of each GPU that several ranks have; ``uuids``: the GPU of every rank."""
     ranks: dict[str, list[int]] = {}
     for rank, uuid in enumerate(uuids):
         ranks.setdefault(uuid, []).append(rank)
-    return {uuid: those for uuid, those in ranks.items() if len(those) > 1}
+    return {uuid: group for uuid, group in ranks.items() if len(group) > 1}
 
 
 def driver_version() -> str | None:
-    """The version of the NVIDIA kernel driver, None where there is none."""
+    """Return the version of the NVIDIA kernel driver, None without a driver."""
     try:
         text = Path(DRIVER_FILE).read_text()
     except OSError:

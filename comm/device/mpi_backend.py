@@ -1,9 +1,9 @@
-"""Rows of device tensors handed to MPI as they are, where the MPI library reaches GPU memory itself.
+"""A backend for MPI libraries that reach GPU memory: rows are handed to MPI as they are.
 
-Handing a device address to a library that does not is a segmentation fault, which nothing can catch and no child
-process can try out beforehand (a child is not part of the MPI job). So this transport is never chosen unasked; asked
-for, it is refused unless the library itself claims on every rank that it reaches CUDA memory, and then its first
-exchange is compared with what it must bring.
+A library that does not reach GPU memory crashes on a device address. Nothing can catch that, and no
+child process can try it out (a child is not part of the MPI job). So ``auto`` never chooses this
+transport. Asked for by name, it is refused unless the library itself claims on every rank that it
+reaches CUDA memory, and then its first exchange is checked.
 """
 
 import ctypes
@@ -23,7 +23,10 @@ CUDA = 0
 
 
 class MpiBackend:
-    """See :class:`~xpar.comm.device.backend.DeviceBackend`. MPI knows no streams: each call waits for the GPU before it starts."""
+    """Implements :class:`~xpar.comm.device.backend.DeviceBackend` with MPI on device addresses.
+
+    MPI knows no streams: each call waits for the GPU before it starts.
+    """
 
     def __init__(self, host: MpiCommunicator, device: torch.device) -> None:
         self.host, self.device = host, device
@@ -46,16 +49,16 @@ class MpiBackend:
         return self.host.exchange_into(x, send, recv, out, skip)
 
     def check(self) -> None:
-        """One row between every pair of ranks, compared; collective, one error on every rank."""
+        """Exchange one row between every pair of ranks and compare; AgreedError on all if wrong."""
         size, rank = self.host.size, self.host.rank
         rows = torch.arange(size, device=self.device) + rank * size
         ones = [1] * size
-        got = self.all_to_all(rows, ones, ones, torch.zeros_like(rows)).wait().tolist()
+        received = self.all_to_all(rows, ones, ones, torch.zeros_like(rows)).wait().tolist()
         expected = [source * size + rank for source in range(size)]
 
         def compare() -> None:
-            if got != expected:
-                raise OSError(f"MPI claims to reach GPU memory but brought {got} instead of {expected}")
+            if received != expected:
+                raise OSError(f"MPI claims to reach GPU memory but brought {received} instead of {expected}")
 
         agreed(self.host, compare, "direct MPI on device memory")
 
@@ -64,9 +67,10 @@ class MpiBackend:
 
 
 def claims_cuda() -> bool:
-    """Whether the MPI library says that it takes addresses of CUDA memory. Only asks; touches no such memory.
+    """Whether the MPI library claims to take CUDA addresses; touches no such memory.
 
-    Asked are the info key of MPI 4.1 and the functions of Open MPI and of MPICH and its descendants.
+    It reads the info key of MPI 4.1 and calls the functions of Open MPI, and of MPICH and its
+    descendants.
     """
     from mpi4py import MPI
 
@@ -75,10 +79,10 @@ def claims_cuda() -> bool:
     info.Free()
     if any(kind.strip().startswith("cuda") for kind in kinds.split(",")):
         return True
-    return any(_asked(ctypes.CDLL(path)) for path in _mpi_libraries())
+    return any(_claims_support(ctypes.CDLL(path)) for path in find_mpi_libraries())
 
 
-def _asked(library: ctypes.CDLL) -> bool:
+def _claims_support(library: ctypes.CDLL) -> bool:
     if hasattr(library, "MPIX_Query_cuda_support"):
         return bool(library.MPIX_Query_cuda_support())
     if hasattr(library, "MPIX_GPU_query_support"):
@@ -88,8 +92,8 @@ def _asked(library: ctypes.CDLL) -> bool:
     return False
 
 
-def _mpi_libraries() -> list[str]:
-    """The MPI libraries that this process has loaded."""
+def find_mpi_libraries() -> list[str]:
+    """Return the paths of the MPI libraries that this process has loaded."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
     return sorted(p for p in paths if Path(p).name.startswith(("libmpi.so", "libmpich.so", "libmpi_cray")))

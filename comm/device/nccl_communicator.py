@@ -1,4 +1,4 @@
-"""One NCCL communicator: started over MPI, used with deadlines, given up without waiting for anybody."""
+"""One NCCL communicator: started over MPI, with deadlines, given up without other ranks."""
 
 import threading
 import time
@@ -13,13 +13,15 @@ from xpar.comm.watchdog.deadlines import Deadlines
 
 T = TypeVar("T")
 SPIN_SECONDS = 1e-3
-"""How long a state is polled without pause: most operations are launched within microseconds."""
+"""seconds for which a state is polled without pause: most operations start within microseconds"""
 
 
 class NcclCommunicator:
-    """A communicator that is ready. Not blocking: each call waits until NCCL has launched, never until it is done.
+    """A non-blocking NCCL communicator that is ready for use; make it with :meth:`connect`.
 
-    Waiting for the launch keeps NCCL's kernel in its place on the stream: a group is launched from another thread.
+    Each call waits until NCCL has launched the operation, never until the operation is done. NCCL
+    launches a group from another thread, and waiting for that keeps its kernel in its place on the
+    stream.
     """
 
     def __init__(
@@ -33,13 +35,17 @@ class NcclCommunicator:
     def connect(
         cls, library: Library, group: Communicator, deadlines: Deadlines, watch: Watch, blocking: bool = False
     ) -> "NcclCommunicator":
-        """Collective over ``group``. Raises the same AgreedError on every rank if any of them cannot."""
+        """Make the NCCL communicator of ``group``; collective.
+
+        ``blocking``: whether NCCL's calls block. Raises AgreedError, the same on every rank, if a rank
+        cannot join.
+        """
         doing = f"NCCL for group {group.name}"
-        ids = agreed(group, lambda: named(library.unique_id) if group.rank == 0 else b"", doing)
+        ids = agreed(group, lambda: os_error_from(library.unique_id) if group.rank == 0 else b"", doing)
         unique_id: bytes = group.all_gather_object(ids)[0]
 
         def join() -> Comm:
-            comm = named(lambda: library.init(group.size, group.rank, unique_id, blocking))
+            comm = os_error_from(lambda: library.init(group.size, group.rank, unique_id, blocking))
             try:
                 poll_until_done(library, comm, deadlines.connect, f"joining group {group.name}")
             except NcclError as error:
@@ -52,9 +58,15 @@ class NcclCommunicator:
     def run(
         self, what: str, calls: Callable[[], None], done: Callable[[], Callable[[], bool] | None]
     ) -> None:
-        """Issue ``calls`` as one operation. ``done`` is asked afterwards for the marker that :class:`Watch` follows.
+        """Issue NCCL calls as one operation.
 
-        Raises :class:`NcclError`; the link is broken then, and its operations are given up.
+        Args:
+            what: Name of the operation, for messages.
+            calls: Makes the calls.
+            done: Makes, afterwards, the marker that the :class:`Watch` follows.
+
+        Raises:
+            NcclError: NCCL failed. The communicator is broken then, and its operations are given up.
         """
         if self.broken:
             raise NcclError(f"{what}: group {self.name} is broken since: {self.broken}")
@@ -73,18 +85,24 @@ class NcclCommunicator:
         self.watch.add(done(), f"{what} in group {self.name}", self.deadlines.finish, self.problem)
 
     def problem(self) -> str | None:
-        """What NCCL has found wrong since, for instance that a peer died; asked from the watching thread."""
+        """Return what NCCL has found wrong since, such as a dead peer; None if all is well.
+
+        Called from the thread of the :class:`Watch`.
+        """
         state = self.library.state(self.comm)
         return None if state in (SUCCESS, IN_PROGRESS) else describe(self.library, self.comm, state)
 
     def break_off(self, reason: str) -> None:
-        """Never use the communicator again, and stop what it does on the GPU, within the abort deadline."""
+        """Give the communicator up for ``reason``, and stop its work within the abort deadline."""
         if self.broken is None:
             self.broken = reason
             give_up(self.library, self.comm, self.deadlines.abort)
 
     def close(self) -> None:
-        """Finish and free; every rank of the node calls it. A communicator that does not end in time is left alone."""
+        """Finish and free the communicator; called by every rank of the group.
+
+        A communicator that does not end in time is left alone.
+        """
         if self.broken:
             return
         self.broken = "closed"
@@ -97,14 +115,14 @@ class NcclCommunicator:
 
 
 def poll_until_done(library: Library, comm: Comm, seconds: float, what: str) -> None:
-    """Wait until ``comm`` is done with what it was asked. Raises NcclError if it failed or takes longer."""
+    """Wait until ``comm`` has done ``what``; NcclError if that failed or takes longer."""
     begin = time.monotonic()
     while (state := library.state(comm)) == IN_PROGRESS:
         waited = time.monotonic() - begin
         if waited > seconds:
             raise NcclError(
-                f"{what}: NCCL is still not ready after {seconds:g} s; a rank of the group did not come, or cannot "
-                "be reached (NCCL_DEBUG=INFO shows how far it got)"
+                f"{what}: NCCL is still not ready after {seconds:g} s; a rank of the group did not come, or "
+                "cannot be reached (NCCL_DEBUG=INFO shows how far it got)"
             )
         if waited > SPIN_SECONDS:
             time.sleep(1e-4)
@@ -112,8 +130,11 @@ def poll_until_done(library: Library, comm: Comm, seconds: float, what: str) -> 
         raise NcclError(f"{what}: {describe(library, comm, state)}")
 
 
-def named(call: Callable[[], T]) -> T:
-    """``call()``; what the library raises is the machine's failure, whose message is enough without a traceback."""
+def os_error_from(call: Callable[[], T]) -> T:
+    """Return ``call()``, and raise its exceptions as OSError.
+
+    An error of NCCL is the machine's failure, whose message says enough without a traceback.
+    """
     try:
         return call()
     except Exception as error:
@@ -121,14 +142,14 @@ def named(call: Callable[[], T]) -> T:
 
 
 def describe(library: Library, comm: Comm, state: int) -> str:
-    """NCCL's own words about a failure."""
+    """Return NCCL's own words about the failure ``state`` of ``comm``."""
     return f"NCCL result {state}: {library.last_error(comm) or 'no further word'}"
 
 
 def give_up(library: Library, comm: Comm, seconds: float) -> bool:
-    """Abort ``comm`` from a thread of its own and wait at most ``seconds``; whether it came to an end.
+    """Abort ``comm`` in another thread and wait at most ``seconds``; whether the abort ended.
 
-    ``ncclCommAbort`` may wait for ever, for a kernel that never ends or for a thread that is inside NCCL.
+    ``ncclCommAbort`` may wait for ever, for a kernel that never ends or for a thread inside NCCL.
     """
     thread = threading.Thread(target=library.abort, args=(comm,), name="nccl-abort", daemon=True)
     thread.start()

@@ -1,7 +1,8 @@
 """The few functions of NCCL that xpar calls, through the low-level bindings of nccl4py.
 
-The bindings take the libnccl that is already in the process, so torch is imported before them and both use one copy.
-They are called with plain addresses: the high-level ones spend microseconds a buffer and check no contiguity.
+The bindings take the libnccl that is already in the process. So torch is imported before them, and
+both use one copy. The low-level functions are called with plain addresses, because the high-level
+ones spend microseconds on each buffer and do not check that it is contiguous.
 """
 
 from dataclasses import dataclass
@@ -11,15 +12,15 @@ import torch  # noqa: F401 - first, so that its libnccl is the one that the bind
 
 Comm = Any
 SUCCESS, IN_PROGRESS = 0, 7
-"""``ncclResult_t``."""
+"""Values of ``ncclResult_t``."""
 BYTES = 1
-"""``ncclUint8``: rows travel as bytes, whatever their dtype."""
+"""``ncclUint8``: rows of any dtype travel as bytes."""
 LEAST_VERSION = 22300
-"""``ncclCommInitRankScalable``."""
+"""The first version with ``ncclCommInitRankScalable``."""
 ALL_TO_ALL_VERSION = 22803
-"""``ncclAlltoAll``."""
+"""The first version with ``ncclAlltoAll``."""
 SHARED_GPU_VERSION = 23003
-"""``NCCL_MULTI_RANK_GPU_ENABLE``: several ranks on one GPU."""
+"""The first version with ``NCCL_MULTI_RANK_GPU_ENABLE``, for several ranks on one GPU."""
 
 
 class NcclError(RuntimeError):
@@ -27,55 +28,58 @@ class NcclError(RuntimeError):
 
 
 class Library(Protocol):
-    """NCCL as this package needs it. Calls on a communicator return before it is done: :meth:`state` says when.
+    """The functions of NCCL that this package needs.
 
-    Buffers are addresses, sizes are bytes, ``stream`` is a CUDA stream handle.
+    Calls on a communicator return before their work is done; :meth:`state` says when it is. Buffers
+    are addresses, sizes are bytes, ``stream`` is the handle of a CUDA stream.
     """
 
     def version(self) -> int:
-        """As ``NCCL_VERSION``: 22809 is 2.28.9."""
+        """Return the version as ``NCCL_VERSION`` has it: 22809 is 2.28.9."""
 
     def unique_id(self) -> bytes:
-        """What the ranks of a new communicator must share."""
+        """Make the identifier that the ranks of a new communicator must have in common."""
 
     def init(self, size: int, rank: int, unique_id: bytes, blocking: bool) -> Comm:
-        """Begin to join; the communicator is usable once its state is SUCCESS."""
+        """Begin to join a communicator, which is usable once its state is SUCCESS."""
 
     def state(self, comm: Comm) -> int:
-        """The ``ncclResult_t`` of what was last asked of ``comm``."""
+        """Return the ``ncclResult_t`` of the last call on ``comm``."""
 
     def last_error(self, comm: Comm) -> str:
-        """What NCCL says went wrong."""
+        """Return NCCL's text about the last error of ``comm``."""
 
     def group_start(self) -> None:
-        """Calls from here on are one operation."""
+        """Begin a group: the calls from here on are one operation."""
 
     def group_end(self) -> None:
-        """Start that operation."""
+        """End the group and start its operation."""
 
-    def send(self, address: int, nbytes: int, peer: int, comm: Comm, stream: int) -> None: ...
+    def send(self, address: int, nbytes: int, peer: int, comm: Comm, stream: int) -> None:
+        """Send ``nbytes`` to rank ``peer``."""
 
-    def recv(self, address: int, nbytes: int, peer: int, comm: Comm, stream: int) -> None: ...
+    def recv(self, address: int, nbytes: int, peer: int, comm: Comm, stream: int) -> None:
+        """Receive ``nbytes`` from rank ``peer``."""
 
     def all_gather(self, source: int, target: int, nbytes: int, comm: Comm, stream: int) -> None:
-        """``nbytes`` of every rank, in rank order."""
+        """Gather ``nbytes`` of every rank in rank order."""
 
     def all_to_all(self, source: int, target: int, nbytes: int, comm: Comm, stream: int) -> None:
-        """``nbytes`` between every pair of ranks."""
+        """Exchange ``nbytes`` between every pair of ranks."""
 
     def abort(self, comm: Comm) -> None:
-        """Give up, without the other ranks."""
+        """Give ``comm`` up without the other ranks."""
 
     def finalize(self, comm: Comm) -> None:
-        """Begin to finish what is under way."""
+        """Begin to finish the operations of ``comm``."""
 
     def destroy(self, comm: Comm) -> None:
-        """Free; after :meth:`finalize`."""
+        """Free ``comm`` after :meth:`finalize`."""
 
 
 @dataclass(frozen=True)
 class Nccl4py:
-    """:class:`Library` on the module ``nccl.bindings.nccl``."""
+    """Implements :class:`Library` with the module ``nccl.bindings.nccl``."""
 
     nccl: Any
 
@@ -83,7 +87,7 @@ class Nccl4py:
         return int(self.nccl.get_version())
 
     def path(self) -> str:
-        """The file that is loaded."""
+        """Return the file of the loaded library."""
         return str(self.nccl.get_library_path() or "unknown file")
 
     def unique_id(self) -> bytes:
@@ -129,7 +133,7 @@ class Nccl4py:
 
 
 def open_library() -> Nccl4py:
-    """The bindings with a library behind them. Raises ValueError that says what is missing and how to get it."""
+    """Open NCCL; ValueError, with what is missing and how to get it, if that cannot be."""
     try:
         from nccl.bindings import nccl
     except ImportError as error:
@@ -144,11 +148,12 @@ def open_library() -> Nccl4py:
         raise ValueError(f"there is no NCCL library: {str(error).splitlines()[0]}") from None
     if version < LEAST_VERSION:
         raise ValueError(
-            f"NCCL {version_text(version)} at {library.path()} is too old; {version_text(LEAST_VERSION)} or newer is needed"
+            f"NCCL {version_text(version)} at {library.path()} is too old; "
+            f"{version_text(LEAST_VERSION)} or newer is needed"
         )
     return library
 
 
 def version_text(version: int) -> str:
-    """22809 -> "2.28.9"."""
+    """Write a version number as people do: 22809 as "2.28.9"."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"

@@ -1,4 +1,4 @@
-"""Who sends which rows to whom, as plain numbers: the part of an exchange that can be wrong and needs no GPU."""
+"""The schedule of an exchange as plain numbers, which can be tested without a GPU."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class Transfer:
-    """``rows`` rows, beginning with row ``first`` of the local buffer, to or from ``peer``."""
+    """A transfer of ``rows`` rows to or from ``peer``, from local row ``first`` on."""
 
     peer: int
     first: int
@@ -16,10 +16,16 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One rank's part of an exchange. A transfer of no rows appears on neither side; own rows are copied, not sent.
+    """One rank's part of an exchange.
 
-    Peers are visited in rotated order, so that not every rank begins with rank 0. ``copy``: (first row of the source,
-    first row of the target, rows), or None.
+    Transfers without rows are left out on both sides. Peers are visited in rotated order, so that
+    not every rank begins with rank 0.
+
+    Attributes:
+        sends: Rows to other ranks.
+        recvs: Rows from other ranks.
+        copy: First row of the source, first row of the target, and number of the rows that this rank
+            keeps; None without any.
     """
 
     sends: tuple[Transfer, ...]
@@ -30,26 +36,30 @@ class Schedule:
 def exchange_schedule(
     rank: int, send: Sequence[int], recv: Sequence[int], skip: int | None = None
 ) -> Schedule:
-    """Rows in destination order leave, rows in source order arrive; those to and from ``skip`` stay where they are."""
+    """Plan an all-to-all of ``send[r]`` rows to and ``recv[r]`` rows from each rank r.
+
+    Rows leave in the order of destinations and arrive in the order of sources. The rows to and the place
+    of rank ``skip`` are stepped over.
+    """
     size = len(send)
-    out_of, into = starts(send), starts(recv)
-    sends = (Transfer(p, out_of[p], send[p]) for p in _after(rank, size) if p != skip)
-    recvs = (Transfer(p, into[p], recv[p]) for p in _before(rank, size) if p != skip)
-    copy = (out_of[rank], into[rank], send[rank]) if send[rank] and rank != skip else None
-    return Schedule(_real(sends), _real(recvs), copy)
+    source, target = starts(send), starts(recv)
+    sends = (Transfer(p, source[p], send[p]) for p in _after(rank, size) if p != skip)
+    recvs = (Transfer(p, target[p], recv[p]) for p in _before(rank, size) if p != skip)
+    copy = (source[rank], target[rank], send[rank]) if send[rank] and rank != skip else None
+    return Schedule(_with_rows(sends), _with_rows(recvs), copy)
 
 
 def gather_schedule(rank: int, counts: Sequence[int]) -> Schedule:
-    """Every rank's rows go to every rank; ``counts[r]`` rows of rank r."""
-    size, into = len(counts), starts(counts)
+    """Plan an all-gather of the ``counts[r]`` rows of each rank r, as rank ``rank`` takes part."""
+    size, target = len(counts), starts(counts)
     sends = (Transfer(p, 0, counts[rank]) for p in _after(rank, size))
-    recvs = (Transfer(p, into[p], counts[p]) for p in _before(rank, size))
-    copy = (0, into[rank], counts[rank]) if counts[rank] else None
-    return Schedule(_real(sends), _real(recvs), copy)
+    recvs = (Transfer(p, target[p], counts[p]) for p in _before(rank, size))
+    copy = (0, target[rank], counts[rank]) if counts[rank] else None
+    return Schedule(_with_rows(sends), _with_rows(recvs), copy)
 
 
 def starts(counts: Sequence[int]) -> list[int]:
-    """Where each rank's rows begin when they lie one after the other."""
+    """Return the first row of each rank when the rows of all ranks lie one after the other."""
     return [0, *accumulate(counts[:-1])]
 
 
@@ -61,5 +71,5 @@ def _before(rank: int, size: int) -> list[int]:
     return [(rank - i) % size for i in range(1, size)]
 
 
-def _real(transfers: Iterable[Transfer]) -> tuple[Transfer, ...]:
+def _with_rows(transfers: Iterable[Transfer]) -> tuple[Transfer, ...]:
     return tuple(t for t in transfers if t.rows)

@@ -1,4 +1,4 @@
-"""How device tensors travel in this job, from facts that all ranks share, with a reason for each way passed over."""
+"""The connections that move device tensors in this job, one for every group of ranks."""
 
 import atexit
 import faulthandler
@@ -6,156 +6,39 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.device.backend import DeviceBackend
-from xpar.comm.device.binding import Gpu, shared_gpus
 from xpar.comm.device.communicator import DeviceCommunicator
-from xpar.comm.device.mpi_backend import MpiBackend, claims_cuda
+from xpar.comm.device.mpi_backend import MpiBackend
 from xpar.comm.device.nccl_backend import NcclBackend
 from xpar.comm.device.nccl_communicator import NcclCommunicator
-from xpar.comm.device.nccl_library import SHARED_GPU_VERSION, Library, open_library, version_text
+from xpar.comm.device.nccl_library import Library, open_library
 from xpar.comm.device.staged_backend import StagedBackend
+from xpar.comm.device.transport_choice import MPI, NCCL, TransportChoice, fall_back
 from xpar.comm.device.watch import Watch
 from xpar.comm.failure import AgreedError
 from xpar.comm.mpi_communicator import MpiCommunicator
 from xpar.comm.watchdog.deadlines import Deadlines
-from xpar.comm.watchdog.watchdog import CODE
+from xpar.comm.watchdog.reporter import EXIT_CODE
 
-TRANSPORTS = ("nccl", "staged", "mpi")
-ABORT_CODE = CODE
-POSING = "ranks that share a GPU pose as hosts of their own, which sockets connect"
-
-
-@dataclass(frozen=True)
-class DeviceFacts:
-    """What one rank contributes to the choice.
-
-    ``nccl``: version of its library, None with ``nccl_problem`` where there is none. ``multi_rank``: whether NCCL was
-    told to accept several ranks on one GPU. ``mpi_reaches_gpu``: whether MPI claims to take device addresses. ``host``:
-    name of its node.
-    """
-
-    gpu: Gpu
-    nccl: int | None
-    nccl_problem: str | None
-    multi_rank: bool
-    mpi_reaches_gpu: bool
-    host: str = ""
-
-
-@dataclass(frozen=True)
-class TransportChoice:
-    """The transport's name, why it, and for each one passed over (name, reason)."""
-
-    name: str
-    reason: str
-    rejected: tuple[tuple[str, str], ...]
-
-    def explain(self) -> str:
-        """One line per transport, the chosen one first."""
-        lines = [f"{self.name}: chosen, {self.reason}"]
-        return "\n".join(lines + [f"{name}: passed over, {reason}" for name, reason in self.rejected])
-
-    def without(self, name: str, reason: str) -> "TransportChoice":
-        """The choice after ``name`` turned out not to work."""
-        rest = tuple(r for r in self.rejected if r[0] != "staged")
-        return TransportChoice("staged", "it needs nothing but MPI", ((name, reason), *rest))
-
-
-def facts_of(gpu: Gpu) -> DeviceFacts:
-    """This rank's part."""
-    version, problem = None, None
-    try:
-        version = open_library().version()
-    except ValueError as error:
-        problem = str(error)
-    multi_rank = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") == "1"
-    return DeviceFacts(gpu, version, problem, multi_rank, claims_cuda(), socket.gethostname())
-
-
-def choose_transport(facts: Sequence[DeviceFacts], name: str = "auto") -> TransportChoice:
-    """NCCL where it can work, else staged, or the one called ``name``; ``facts`` of all ranks, in order.
-
-    Raises ValueError with the reason if the named one does not exist or cannot work here.
-    """
-    impossible = {"nccl": _no_nccl(facts), "staged": None, "mpi": _no_direct(facts)}
-    refused = _refused(facts)
-    if refused and impossible["nccl"] is None and name == "auto":
-        impossible["nccl"] = f"{refused}; asked for by name, {POSING}"
-    if name not in ("auto", *TRANSPORTS):
-        raise ValueError(
-            f"transport={name!r}: there is none of that name; choose auto, {', '.join(TRANSPORTS)}"
-        )
-    if name != "auto":
-        if impossible[name]:
-            fit = ", ".join(n for n in TRANSPORTS if not impossible[n])
-            raise ValueError(f"transport={name!r}: {impossible[name]}; choose auto or one of {fit}")
-        rest = tuple((n, impossible[n] or f"{name} was asked for") for n in TRANSPORTS if n != name)
-        posing = f"; {POSING}" if refused and name == "nccl" else ""
-        return TransportChoice(name, f"it was asked for{posing}", rest)
-    asked = impossible["mpi"] or "only used when asked for by name: if MPI's claim is wrong the job crashes"
-    if impossible["nccl"] is None:
-        rest = (("staged", "slower: rows go through host memory"), ("mpi", asked))
-        return TransportChoice("nccl", f"NCCL {version_text(facts[0].nccl or 0)}", rest)
-    rest = (("nccl", impossible["nccl"]), ("mpi", asked))
-    return TransportChoice("staged", "it needs nothing but MPI", rest)
-
-
-def _no_nccl(facts: Sequence[DeviceFacts]) -> str | None:
-    for rank, f in enumerate(facts):
-        if f.nccl is None:
-            return f"rank {rank}: {f.nccl_problem}"
-    versions = sorted({f.nccl or 0 for f in facts})
-    if len(versions) > 1:
-        return f"the ranks have different versions: {', '.join(map(version_text, versions))}"
-    return None
-
-
-def _refused(facts: Sequence[DeviceFacts]) -> str | None:
-    """Why NCCL does not take these ranks for what they are."""
-    shared = shared_gpus([f.gpu.uuid for f in facts])
-    if not shared:
-        return None
-    uuid, ranks = next(iter(shared.items()))
-    who, version = f"ranks {', '.join(map(str, ranks))} share GPU {uuid}", facts[0].nccl or 0
-    if version < SHARED_GPU_VERSION:
-        return (
-            f"{who}, which NCCL {version_text(version)} refuses ({version_text(SHARED_GPU_VERSION)} need not)"
-        )
-    if not all(f.multi_rank for f in facts):
-        return f"{who}, which NCCL accepts only with NCCL_MULTI_RANK_GPU_ENABLE=1"
-    return None
-
-
-def host_override(facts: Sequence[DeviceFacts], rank: int) -> str | None:
-    """What ``rank`` gives NCCL as its host (``NCCL_HOSTID``); None where NCCL takes all ranks for what they are.
-
-    NCCL refuses two ranks of one host on one GPU. Those get different hosts and connect by sockets; ranks of a node that
-    come equally late to their GPUs share one, and so connect as they would have.
-    """
-    if _refused(facts) is None:
-        return None
-    mine = facts[rank]
-    place = sum(f.gpu.uuid == mine.gpu.uuid for f in facts[:rank])
-    return f"{mine.host}/{place}"
-
-
-def _no_direct(facts: Sequence[DeviceFacts]) -> str | None:
-    without = [rank for rank, f in enumerate(facts) if not f.mpi_reaches_gpu]
-    if not without:
-        return None
-    return f"the MPI library does not say that it reaches GPU memory (rank {without[0]})"
+ABORT_S = 10.0
+"""seconds for MPI_Abort to return; then the process ends itself"""
 
 
 class Transport:
-    """Makes device communicators of MPI groups; groups of the same ranks share one connection.
+    """Makes device communicators of MPI communicators.
 
-    ``connect``: the mover of one group, collective over it. ``watch``: what follows the work on the GPU, if anything.
+    Groups of the same ranks have one connection in common.
+
+    Args:
+        choice: How the tensors travel, and why.
+        device: The device of the tensors.
+        connect: Makes the backend of one group; collective over the group.
+        watch: Follows the work on the GPU, if anything does.
     """
 
     def __init__(
@@ -166,22 +49,25 @@ class Transport:
         watch: Watch | None = None,
     ) -> None:
         self.choice, self.device, self.watch, self._connect = choice, device, watch, connect
-        self._movers: dict[tuple[int, ...], DeviceBackend] = {}
+        self._backends: dict[tuple[int, ...], DeviceBackend] = {}
         atexit.register(self.close)  # while CUDA and MPI are still there
 
     def wrap(self, host: Communicator) -> Communicator:
-        """The same group on device tensors; collective. A group of one moves nothing and stays as it is."""
+        """Make the device communicator of a group; collective.
+
+        A group of one moves nothing and is returned as it is.
+        """
         if not isinstance(host, MpiCommunicator):
             return host
-        if host.world_ranks not in self._movers:
-            self._movers[host.world_ranks] = self._connect(host)
-        return DeviceCommunicator(host, self.device, self._movers[host.world_ranks], self)
+        if host.world_ranks not in self._backends:
+            self._backends[host.world_ranks] = self._connect(host)
+        return DeviceCommunicator(host, self.device, self._backends[host.world_ranks], self.wrap)
 
     def close(self) -> None:
-        """Close every connection, the last one first; collective. Runs by itself when the process ends."""
+        """Close every connection, the last one first; collective; runs when the process ends."""
         atexit.unregister(self.close)
-        while self._movers:
-            self._movers.popitem()[1].close()
+        while self._backends:
+            self._backends.popitem()[1].close()
         if self.watch is not None:
             self.watch.close()
 
@@ -196,12 +82,22 @@ def open_transport(
     library: Library | None = None,
     host: str | None = None,
 ) -> Transport:
-    """Make ``choice`` work on the group of all ranks; collective. ``host``: see :func:`host_override`.
+    """Open the chosen transport and connect the group of all ranks; collective over ``world``.
 
-    If NCCL turns out not to connect, rows are staged instead and the choice says why, unless it is ``required``:
-    then the AgreedError is raised, the same on every rank.
+    Args:
+        world: The group of all ranks.
+        device: This rank's device.
+        choice: The transport. If it is NCCL, and NCCL turns out not to connect, rows are staged instead and
+            the transport's own choice says why.
+        deadlines: Deadlines of work on the GPU.
+        required: Raise instead of staging.
+        library: NCCL; opened here by default.
+        host: The host name for NCCL, see :func:`~xpar.comm.device.transport_choice.host_override`.
+
+    Raises:
+        AgreedError: The transport does not work, the same text on every rank.
     """
-    if choice.name == "nccl":
+    if choice.chosen is NCCL:
         if host is not None:
             os.environ.setdefault("NCCL_HOSTID", host)  # read when NCCL first joins a communicator
         nccl = nccl_transport(world, device, choice, deadlines, library or open_library())
@@ -212,9 +108,9 @@ def open_transport(
             nccl.close()
             if required:
                 raise
-            choice = choice.without("nccl", str(error).strip().splitlines()[0])
-    if choice.name == "mpi":
-        direct = Transport(choice, device, lambda host: _checked(MpiBackend(host, device)))
+            choice = fall_back(choice, str(error).strip().splitlines()[0])
+    if choice.chosen is MPI:
+        direct = Transport(choice, device, lambda host: _connect_mpi(host, device))
         direct.wrap(world)
         return direct
     return Transport(choice, device, lambda host: StagedBackend(host, device))
@@ -228,32 +124,39 @@ def nccl_transport(
     library: Library,
     blocking: bool = False,
 ) -> Transport:
-    """Connections by NCCL, each tested when it is made, and one thread that watches them all."""
-    watch = Watch(lambda wrong: end_job(world, wrong))
+    """Make a transport of NCCL connections, each tested when made; as :func:`open_transport`.
+
+    The job of ``world`` ends if work on the GPU is late. ``blocking``: whether NCCL's calls block.
+    """
+    watch = Watch(lambda problem: end_job(world, problem))
 
     def connect(host: MpiCommunicator) -> DeviceBackend:
-        link = NcclCommunicator.connect(library, host, deadlines, watch, blocking)
-        mover = NcclBackend(link, device)
-        mover.check(host)
-        return mover
+        nccl = NcclCommunicator.connect(library, host, deadlines, watch, blocking)
+        backend = NcclBackend(nccl, device)
+        backend.check(host)
+        return backend
 
     return Transport(choice, device, connect, watch)
 
 
-def _checked(mover: MpiBackend) -> DeviceBackend:
-    mover.check()
-    return mover
+def _connect_mpi(host: MpiCommunicator, device: torch.device) -> DeviceBackend:
+    backend = MpiBackend(host, device)
+    backend.check()
+    return backend
 
 
-def end_job(world: Communicator, wrong: str) -> None:
-    """Report and end the job on all ranks. For the watching thread: this rank's main thread may never return."""
-    if isinstance(world, MpiCommunicator) and world.guard is not None:
-        world.guard.fail(wrong, ABORT_CODE)
+def end_job(world: Communicator, problem: str) -> None:
+    """Report ``problem`` and end the job on all ranks. Called by the thread of :class:`Watch`.
+
+    This rank's main thread may never return.
+    """
+    if isinstance(world, MpiCommunicator) and world.watchdog is not None:
+        world.watchdog.fail(problem, EXIT_CODE)
     rank = world.world_ranks[world.rank]
-    sys.stderr.write(f"[rank {rank} on {socket.gethostname()}] {wrong}; ending the job on every rank\n")
+    sys.stderr.write(f"[rank {rank} on {socket.gethostname()}] {problem}; ending the job on every rank\n")
     faulthandler.dump_traceback(file=sys.stderr)
     sys.stderr.flush()
-    last = threading.Timer(10.0, os._exit, (ABORT_CODE,))  # if even MPI_Abort does not return
+    last = threading.Timer(ABORT_S, os._exit, (EXIT_CODE,))  # if even MPI_Abort does not return
     last.daemon = True
     last.start()
-    world.abort(ABORT_CODE)
+    world.abort(EXIT_CODE)

@@ -1,7 +1,8 @@
-"""A thread that sees when work on the GPU does not end, although no rank is waiting for it in Python.
+"""A thread that ends the job if work on the GPU does not end.
 
-A collective is only launched by the call that asks for it. If a peer never comes, the GPU waits, and sooner or later
-the host waits for the GPU inside a call that nothing can interrupt. This thread reports and ends the job instead.
+The call that asks for a collective only launches it. If a peer never comes, the GPU waits, and sooner
+or later the host waits for the GPU inside a call that nothing can interrupt. This thread reports and
+ends the job instead.
 """
 
 import threading
@@ -16,7 +17,15 @@ Problem = Callable[[], str | None]
 
 @dataclass(frozen=True)
 class WatchedOperation:
-    """``done`` turns true when the work has ended; ``problem`` names a failure found meanwhile."""
+    """An operation on the GPU that the watch follows.
+
+    Attributes:
+        done: Turns true when the work has ended.
+        what: Name of the operation.
+        begun: Time at which it was started, of the monotonic clock in seconds.
+        seconds: The deadline.
+        problem: Names a failure that was found meanwhile, or None.
+    """
 
     done: Done
     what: str
@@ -26,21 +35,25 @@ class WatchedOperation:
 
 
 class Watch:
-    """Follows operations in the order in which they were started, and calls ``fail`` once with the first that is late.
+    """Follows operations on the GPU in the order of their start, and reports a late one.
 
-    The thread starts with the first operation and is a daemon. While a CUDA graph is captured in torch's default mode
-    no other thread may ask about events: capture inside :meth:`paused`.
+    The thread starts with the first operation and is a daemon. While a CUDA graph is captured in
+    torch's default mode, no other thread may query events: capture inside :meth:`paused`.
+
+    Args:
+        fail: Called once, with what is wrong.
+        pause: Seconds between two looks.
     """
 
     def __init__(self, fail: Callable[[str], None], pause: float = 0.2) -> None:
         self._fail, self._pause = fail, pause
         self._waiting: deque[WatchedOperation] = deque()
-        self._asking = threading.Lock()
+        self._is_querying = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def add(self, done: Done | None, what: str, seconds: float, problem: Problem) -> None:
-        """Follow one more operation; None is one that cannot be followed, because it is only being captured."""
+        """Follow one more :class:`WatchedOperation`; ``done`` is None for one that is only captured."""
         if done is None:
             return
         self._waiting.append(WatchedOperation(done, what, time.monotonic(), seconds, problem))
@@ -49,12 +62,12 @@ class Watch:
             self._thread.start()
 
     def paused(self) -> threading.Lock:
-        """``with watch.paused(): …``: the thread asks nothing meanwhile."""
-        return self._asking
+        """Return a context manager within which the thread queries nothing."""
+        return self._is_querying
 
-    def look(self) -> str | None:
-        """Forget what has ended; what is wrong with the oldest operation that has not, or None."""
-        with self._asking:
+    def check(self) -> str | None:
+        """Forget the operations that have ended; return what is wrong with the oldest other one."""
+        with self._is_querying:
             while self._waiting and self._waiting[0].done():
                 self._waiting.popleft()
             if not self._waiting:
@@ -65,20 +78,20 @@ class Watch:
             return f"{oldest.what}: {problem}"
         if time.monotonic() - oldest.begun > oldest.seconds:
             return (
-                f"{oldest.what}: not done on the GPU {oldest.seconds:g} s after it was started; a rank of the group did "
-                "not take part, or the GPU hangs"
+                f"{oldest.what}: not done on the GPU {oldest.seconds:g} s after it was started; a rank of "
+                "the group did not take part, or the GPU hangs"
             )
         return None
 
     def close(self) -> None:
-        """End the thread; nothing is followed any more."""
+        """End the thread and follow nothing any more."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
 
     @staticmethod
     def wait(done: Done, seconds: float, problem: Problem) -> bool:
-        """Poll ``done`` for at most ``seconds``; whether it came true. A ``problem`` ends the waiting too."""
+        """Poll ``done`` for at most ``seconds``, or until ``problem``; whether it came true."""
         deadline = time.monotonic() + seconds
         while not done():
             if time.monotonic() > deadline or problem() is not None:
@@ -92,7 +105,7 @@ class Watch:
             if self._closed.wait(self._pause):
                 return
             try:
-                wrong = self.look()
+                wrong = self.check()
             except RuntimeError as error:  # a CUDA error of an earlier kernel shows wherever the GPU is asked
                 wrong = f"the GPU reports {error}"
         self._fail(wrong)

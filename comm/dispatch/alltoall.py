@@ -1,4 +1,4 @@
-"""One row per (token, destination rank), never one per (token, expert); its slots are summed where it went."""
+"""Dispatch of one row per (token, destination rank), whose slots are summed there."""
 
 from dataclasses import dataclass
 
@@ -6,18 +6,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xpar.comm.communicator import Communicator, Pending
+from xpar.comm.communicator import Communicator, Pending, Tag
 from xpar.comm.dispatch.base import (
     Capabilities,
+    Dispatcher,
     DispatchPlan,
     Traffic,
     agree_on_plan,
     decode_routing,
+    destination_mask,
     encode_routing,
-    goes_to,
 )
 from xpar.comm.dispatch.outgoing_rows import OutgoingRows, local_ids_at_destination
-from xpar.comm.handshake import Tag
+from xpar.comm.grid import ProcessGrid
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
 from xpar.kernels.contracts import ExpertInput, Routing
@@ -26,11 +27,17 @@ from xpar.kernels.rows import gather_rows, sum_rows, weighted_sum
 
 @dataclass(frozen=True)
 class AllToAllPlan:
-    """``tokens`` [S]: the token of each row sent, by destination; ``arrived``: local ids and weights of each row.
+    """The plan of one exchange.
 
-    ``send``, ``recv``: rows per rank. ``back_send``, ``back_recv``: rows per rank on the way back.
-    ``slots`` [S']: in exact mode the flat (token, slot) index of each row that comes back.
-    ``rows`` [M]: where the arrived rows lie, if not one after the other.
+    Attributes:
+        tokens: [S] int64, the token of each row that this rank sends, by destination rank and then token.
+        arrived: Local ids and weights [M, k] of each row that arrives.
+        send: Rows to each rank.
+        recv: Rows from each rank.
+        back_send: Rows to each rank on the way back.
+        back_recv: Rows from each rank on the way back.
+        slots: In exact mode, the flat (token, slot) index of each row that comes back, int64; else None.
+        rows: [M] int64, the positions of the arrived rows if they do not lie one after the other; else None.
     """
 
     tokens: Tensor
@@ -44,25 +51,27 @@ class AllToAllPlan:
 
 
 class CountsInFlight:
-    """The plan of rows whose number is not known yet; :class:`AllToAllPlan` once dispatch has learnt it."""
+    """The plan of rows whose number the host does not know before dispatch."""
 
-    def __init__(self, leaving: OutgoingRows) -> None:
-        self.leaving = leaving
-        self._detail: AllToAllPlan | None = None
+    def __init__(self, outgoing: OutgoingRows) -> None:
+        self.outgoing = outgoing
+        self._plan: AllToAllPlan | None = None
 
-    def settle(self, detail: AllToAllPlan) -> None:
-        self._detail = detail
+    def set_plan(self, plan: AllToAllPlan) -> None:
+        """Keep the plan that dispatch has made."""
+        self._plan = plan
 
-    def settled(self) -> AllToAllPlan:
-        if self._detail is None:
+    def plan(self) -> AllToAllPlan:
+        """Return the plan; RuntimeError before dispatch."""
+        if self._plan is None:
             raise RuntimeError("combine before dispatch: the plan does not know yet how many rows there are")
-        return self._detail
+        return self._plan
 
 
-class AllToAllDispatcher:
+class AllToAllDispatcher(Dispatcher):
     """The general dispatcher: any number of ranks, uneven tokens and experts.
 
-    ``early``: begin to pack before it is known how many rows leave; by default on a GPU.
+    ``early``: begin to pack rows before their number is known; by default on a GPU.
     """
 
     name = "alltoall"
@@ -71,6 +80,10 @@ class AllToAllDispatcher:
     def __init__(self, group: Communicator, placement: Placement, early: bool | None = None) -> None:
         self.group, self.placement = group, placement
         self.early = placement.device.type == "cuda" if early is None else early
+
+    @classmethod
+    def build(cls, grid: ProcessGrid, placement: Placement) -> Dispatcher:
+        return cls(grid.moe, placement)
 
     def plan(
         self,
@@ -83,58 +96,55 @@ class AllToAllDispatcher:
     ) -> DispatchPlan:
         own, _ = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
         if self.early and not exact:
-            leaving = OutgoingRows.start(own, self.placement)
-            promised = Pending(lambda: self._traffic(leaving.counts.wait(), leaving.counts.wait()))
-            return DispatchPlan(own, exact, promised, CountsInFlight(leaving))
-        destination, tokens, send = destinations(own.topk_ids, self.placement)
+            outgoing = OutgoingRows.start(own, self.placement)
+            promised = Pending(lambda: self._traffic(outgoing.counts.wait(), outgoing.counts.wait()))
+            return DispatchPlan(own, exact, promised, CountsInFlight(outgoing))
+        destination, tokens, send = rows_by_destination(own.topk_ids, self.placement)
         recv = exchange_counts(self.group, send)
         ids = local_ids_at_destination(own.topk_ids, destination, tokens, self.placement)
-        packed = encode_routing(Routing(ids, own.topk_weights[tokens]))
-        arrived = decode_routing(self.group.all_to_all_v(packed, send, recv).wait())
+        encoded = encode_routing(Routing(ids, own.topk_weights[tokens]))
+        arrived = decode_routing(self.group.all_to_all_v(encoded, send, recv).wait())
         back_send, back_recv, slots = recv, send, None
         if exact:
-            slots, back_recv = slots_back(ids >= 0, tokens, send)
-            back_send = per_rank((arrived.topk_ids >= 0).sum(1), recv)
-        detail = AllToAllPlan(tokens, arrived, send, recv, back_send, back_recv, slots)
-        return DispatchPlan(own, exact, self._traffic(send, back_recv), detail)
+            slots, back_recv = returning_slots(ids >= 0, tokens, send)
+            back_send = sum_per_rank((arrived.topk_ids >= 0).sum(1), recv)
+        state = AllToAllPlan(tokens, arrived, send, recv, back_send, back_recv, slots)
+        return DispatchPlan(own, exact, self._traffic(send, back_recv), state)
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        if isinstance(plan.detail, CountsInFlight):
-            return self._dispatch_early(hidden_states, plan.detail)
-        d: AllToAllPlan = plan.detail
-        rows = hidden_states.new_empty(sum(d.recv), hidden_states.shape[1])
-        first, own = sum(d.send[: self.group.rank]), d.send[self.group.rank]
-        mine = slice(first, first + own)
-        at = sum(d.recv[: self.group.rank])
-        gather_rows(hidden_states, d.tokens[mine], out=rows[at : at + own])
-        leaving = hidden_states.new_empty(len(d.tokens), hidden_states.shape[1])
+        if isinstance(plan.dispatcher_state, CountsInFlight):
+            return self._dispatch_early(hidden_states, plan.dispatcher_state)
+        state: AllToAllPlan = plan.dispatcher_state
+        rows = hidden_states.new_empty(sum(state.recv), hidden_states.shape[1])
+        first, own = sum(state.send[: self.group.rank]), state.send[self.group.rank]
+        at = sum(state.recv[: self.group.rank])
+        gather_rows(hidden_states, state.tokens[first : first + own], out=rows[at : at + own])
+        outgoing = hidden_states.new_empty(len(state.tokens), hidden_states.shape[1])
         for part in (slice(0, first), slice(first + own, None)):
-            gather_rows(hidden_states, d.tokens[part], out=leaving[part])
-        pending = self.group.all_to_all_v(leaving, d.send, d.recv, out=rows, skip=self.group.rank)
-        return Pending(lambda: ExpertInput(pending.wait(), d.arrived.topk_ids, d.arrived.topk_weights))
-
-    def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
-        return None
+            gather_rows(hidden_states, state.tokens[part], out=outgoing[part])
+        pending = self.group.all_to_all_v(outgoing, state.send, state.recv, out=rows, skip=self.group.rank)
+        arrived = state.arrived
+        return Pending(lambda: ExpertInput(pending.wait(), arrived.topk_ids, arrived.topk_weights))
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
-        if isinstance(plan.detail, CountsInFlight):
-            d, tokens = plan.detail.settled(), plan.own.topk_ids.shape[0]
-            back = self.group.all_to_all_v(outputs, d.back_send, d.back_recv)
-            return Pending(lambda: Distributed(sum_rows(back.wait(), d.tokens, tokens), Full()))
-        return return_rows(self.group, outputs, plan.detail, plan.own)
+        if isinstance(plan.dispatcher_state, CountsInFlight):
+            state, tokens = plan.dispatcher_state.plan(), plan.local_routing.topk_ids.shape[0]
+            back = self.group.all_to_all_v(outputs, state.back_send, state.back_recv)
+            return Pending(lambda: Distributed(sum_rows(back.wait(), state.tokens, tokens), Full()))
+        return return_rows(self.group, outputs, plan.dispatcher_state, plan.local_routing)
 
-    def _dispatch_early(self, hidden_states: Tensor, early: "CountsInFlight") -> Pending[ExpertInput]:
-        """The GPU packs while the host waits for this rank's counts and exchanges them with the others'."""
-        leaving = early.leaving
-        rows = leaving.pack_early(hidden_states)
-        send = leaving.counts.wait()
-        tokens, packed = leaving.tokens[: sum(send)], leaving.packed[: sum(send)]
+    def _dispatch_early(self, hidden_states: Tensor, early: CountsInFlight) -> Pending[ExpertInput]:
+        """Let the GPU pack rows while the host waits for counts and exchanges them; collective."""
+        outgoing = early.outgoing
+        rows = outgoing.pack_early(hidden_states)
+        send = outgoing.counts.wait()
+        tokens, encoded = outgoing.tokens[: sum(send)], outgoing.encoded[: sum(send)]
         if rows is None:
             rows = gather_rows(hidden_states, tokens)
         recv = exchange_counts(self.group, send)
-        arrived = decode_routing(self.group.all_to_all_v(packed, send, recv).wait())
+        arrived = decode_routing(self.group.all_to_all_v(encoded, send, recv).wait())
         pending = self.group.all_to_all_v(rows[: sum(send)], send, recv)
-        early.settle(AllToAllPlan(tokens, arrived, send, recv, recv, send, None))
+        early.set_plan(AllToAllPlan(tokens, arrived, send, recv, recv, send, None))
         return Pending(lambda: ExpertInput(pending.wait(), arrived.topk_ids, arrived.topk_weights))
 
     def _traffic(self, send: list[int], back: list[int]) -> Traffic:
@@ -142,54 +152,74 @@ class AllToAllDispatcher:
 
 
 def exchange_counts(group: Communicator, send: list[int]) -> list[int]:
-    """How many rows each rank of ``group`` will send here, where ``send`` go from here to each of them."""
+    """Tell each rank of ``group`` how many rows it gets; return how many each sends here."""
     ones = [1] * group.size
-    return [
-        int(n) for n in group.all_to_all_v(torch.tensor(send, dtype=torch.int64), ones, ones).wait().tolist()
-    ]
+    received = group.all_to_all_v(torch.tensor(send, dtype=torch.int64), ones, ones).wait()
+    return [int(n) for n in received.tolist()]
 
 
-def destinations(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor, list[int]]:
-    """(rank, token) of every row to send, by rank and then token, and the rows per rank: rows de-duplicated by rank."""
-    by_rank = goes_to(topk_ids, placement)
-    pairs = by_rank.nonzero()
-    return pairs[:, 0], pairs[:, 1], by_rank.sum(1).tolist()
+def rows_by_destination(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor, list[int]]:
+    """List the rows to send for ``topk_ids`` [T, k], by destination rank and then token.
+
+    Returns:
+        The rank of each row [S], the token of each row [S], and the number of rows per rank.
+    """
+    mask = destination_mask(topk_ids, placement)
+    pairs = mask.nonzero()
+    return pairs[:, 0], pairs[:, 1], mask.sum(1).tolist()
 
 
-def slots_back(active: Tensor, tokens: Tensor, send: list[int]) -> tuple[Tensor, list[int]]:
-    """In exact mode: the flat (token, slot) of each row that comes back, by rank, and the rows per rank.
+def returning_slots(active: Tensor, tokens: Tensor, send: list[int]) -> tuple[Tensor, list[int]]:
+    """List the slots whose outputs come back in exact mode, by rank, and their number per rank.
 
-    ``active`` [S, k] bool: which slots of the tokens ``tokens`` [S] have their expert where the row was sent.
+    ``active`` [S, k] bool: the slots whose expert is where the row was sent. ``tokens`` [S]: each row's
+    token. The slots are flat (token, slot) indices.
     """
     k = active.shape[1]
     slots = (tokens[:, None] * k + torch.arange(k, device=tokens.device))[active]
-    return slots, per_rank(active.sum(1), send)
+    return slots, sum_per_rank(active.sum(1), send)
 
 
-def slot_positions(slots: Tensor, shape: torch.Size) -> Tensor:
-    """[T, k] int64: for each slot of ``shape`` the row that holds its output, where row r is that of ``slots[r]``; -1: none."""
+def invert_slots(slots: Tensor, shape: torch.Size) -> Tensor:
+    """Return for each slot of ``shape`` the row r with ``slots[r]`` equal to its index.
+
+    [T, k] int64, -1 for a slot that is not among ``slots``.
+    """
     positions = torch.full((shape.numel(),), -1, dtype=torch.int64, device=slots.device)
     positions[slots] = torch.arange(len(slots), device=slots.device)
     return positions.view(shape)
 
 
-def return_rows(group: Communicator, outputs: Tensor, d: AllToAllPlan, own: Routing) -> Pending[Distributed]:
-    """Send each row's output home and sum there: by source rank, or in exact mode in slot order with the weights."""
-    back = outputs.new_empty(sum(d.back_recv), outputs.shape[1])
-    r, send, recv = group.rank, d.back_send, d.back_recv
-    start, at, mine = sum(send[:r]), sum(recv[:r]), send[r]
+def return_rows(
+    group: Communicator, outputs: Tensor, state: AllToAllPlan, routing: Routing
+) -> Pending[Distributed]:
+    """Send each row's output home and sum there; collective.
+
+    Args:
+        group: The ``moe`` group.
+        outputs: The outputs of the rows that arrived here, or in exact mode of their slots.
+        state: The plan of the exchange.
+        routing: The routing of this rank's tokens.
+
+    Returns:
+        [T, H], summed by source rank, or in exact mode in slot order with the weights.
+    """
+    back = outputs.new_empty(sum(state.back_recv), outputs.shape[1])
+    r, send, recv = group.rank, state.back_send, state.back_recv
+    start, at, own = sum(send[:r]), sum(recv[:r]), send[r]
     pending = group.all_to_all_v(outputs, send, recv, out=back, skip=r)
-    back[at : at + mine] = outputs[start : start + mine]
-    return Pending(lambda: Distributed(_sum_at_home(pending.wait(), d, own), Full()))
+    back[at : at + own] = outputs[start : start + own]
+    return Pending(lambda: Distributed(_sum_at_home(pending.wait(), state, routing), Full()))
 
 
-def _sum_at_home(back: Tensor, d: AllToAllPlan, own: Routing) -> Tensor:
-    if d.slots is None:
-        return sum_rows(back, d.tokens, own.topk_ids.shape[0])
-    return weighted_sum(back, own.topk_weights, slot_positions(d.slots, own.topk_ids.shape))
+def _sum_at_home(back: Tensor, state: AllToAllPlan, routing: Routing) -> Tensor:
+    if state.slots is None:
+        return sum_rows(back, state.tokens, routing.topk_ids.shape[0])
+    return weighted_sum(back, routing.topk_weights, invert_slots(state.slots, routing.topk_ids.shape))
 
 
-def per_rank(rows_of_entry: Tensor, entries_of_rank: list[int]) -> list[int]:
-    ends = np.cumsum([0, *entries_of_rank])
-    total = torch.nn.functional.pad(rows_of_entry.cumsum(0), (1, 0)).cpu()[torch.from_numpy(ends)]
+def sum_per_rank(values: Tensor, rows: list[int]) -> list[int]:
+    """Sum ``values`` [S] over each rank's rows, of which rank r has ``rows[r]`` in sequence."""
+    ends = np.cumsum([0, *rows])
+    total = torch.nn.functional.pad(values.cumsum(0), (1, 0)).cpu()[torch.from_numpy(ends)]
     return [int(n) for n in total.diff().tolist()]

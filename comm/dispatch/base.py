@@ -1,17 +1,18 @@
-"""The contract of every dispatcher: plan, dispatch, (the experts compute), combine. No state between the calls.
+"""The contract of every dispatcher: plan, dispatch, (the experts compute), combine.
 
-R ranks in the ``moe`` group, T tokens of this rank, M rows that arrive here, S slot outputs made here.
+A dispatcher keeps no state between the calls.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from xpar.comm.communicator import Communicator, Pending
-from xpar.comm.handshake import Tag, handshake
+from xpar.comm.communicator import Communicator, Pending, Tag
+from xpar.comm.grid import ProcessGrid
+from xpar.comm.handshake import handshake
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed
 from xpar.kernels.contracts import ExpertInput, Routing
@@ -19,11 +20,14 @@ from xpar.kernels.contracts import ExpertInput, Routing
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one layer's exchange moved, counted on this rank.
+    """The rows that one layer's exchange moves, counted on this rank.
 
-    ``rows``: (token, destination) pairs that this rank's tokens make, its own experts included; a destination is a
-    rank, for ``hierarchical`` a node. ``remote_rows``: those that leave the rank. ``combined_rows``: rows that come back
-    for its tokens. ``sent``: rows to each rank of the group, itself included.
+    Attributes:
+        rows: (token, destination) pairs of this rank's tokens, its own experts included. What a destination
+            is says ``Capabilities.row_granularity``.
+        remote_rows: Those of ``rows`` that leave the rank.
+        combined_rows: Rows that come back for this rank's tokens.
+        sent: Rows to each rank of the group, this rank included.
     """
 
     rows: int
@@ -33,50 +37,116 @@ class Traffic:
 
     @classmethod
     def of(cls, rank: int, sent: Sequence[int], combined_rows: int) -> "Traffic":
-        """The traffic of ``rank`` that sends ``sent`` rows to each rank."""
+        """Make the traffic of ``rank``, which sends ``sent[r]`` rows to rank r."""
         return cls(sum(sent), sum(sent) - sent[rank], combined_rows, tuple(sent))
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a dispatcher can do, for whoever chooses one.
+    """The properties of a dispatcher that callers ask for instead of its name.
 
-    ``devices``: torch device types of the tokens. ``needs_host_counts``: on a GPU, whether the host waits for numbers
-    that the GPU computes. ``graph_capture``: whether plan, dispatch and combine may be captured in a CUDA graph and
-    replayed, as long as every rank's number of tokens stays the same. Exact mode needs host counts everywhere.
-    ``pipelined``: a step may be planned and dispatched before the one before it is combined.
+    Attributes:
+        devices: torch device types of the tokens.
+        needs_host_counts: On a GPU, whether the host waits for numbers that the GPU computes. In exact mode
+            every dispatcher does.
+        graph_capture: Whether plan, dispatch and combine may be captured in a CUDA graph and replayed, as
+            long as every rank's number of tokens stays the same.
+        pipelined: Whether a step may be planned and dispatched before the step before it is combined.
+        replicated_tokens: Whether all ranks of the group hold the same tokens and no row moves.
+        row_granularity: What a token sends one row to: each "rank" or each "node" that holds any of its
+            experts, or "all" ranks.
+        single_node: Whether all ranks of the group must share memory.
     """
 
     devices: tuple[str, ...]
     needs_host_counts: bool
     graph_capture: bool
     pipelined: bool = True
+    replicated_tokens: bool = False
+    row_granularity: Literal["rank", "node", "all"] = "rank"
+    single_node: bool = False
+
+    def moves_rows(self, num_nodes: int) -> bool:
+        """Whether the dispatcher moves rows in a way of its own on ``num_nodes`` nodes."""
+        return not self.replicated_tokens and not (self.row_granularity == "node" and num_nodes == 1)
+
+
+@dataclass(frozen=True)
+class DispatchRequest:
+    """The facts about a layer that decide which dispatchers serve it.
+
+    Attributes:
+        top_k: Experts per token.
+        sequence_parallel: Whether the ranks of a tp group hold different tokens.
+    """
+
+    top_k: int = 2
+    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Who sends which rows where. ``own`` is the routing of this rank's tokens; ``detail`` is the dispatcher's.
+    """Who sends which rows where, for one step of one layer.
 
-    ``counted``: the traffic, or the promise of it where the numbers are still on their way from a GPU.
+    Attributes:
+        local_routing: The routing of this rank's tokens: ids [T, k], weights [T, k] fp32.
+        exact: Whether every slot's output comes home unsummed.
+        pending_traffic: The traffic, or its promise if the numbers are still on their way from a GPU.
+        dispatcher_state: The dispatcher's own part of the plan; nobody else reads it.
     """
 
-    own: Routing
+    local_routing: Routing
     exact: bool
-    counted: Traffic | Pending[Traffic]
-    detail: Any
+    pending_traffic: Traffic | Pending[Traffic]
+    dispatcher_state: Any
 
     @property
     def traffic(self) -> Traffic:
-        return self.counted.wait() if isinstance(self.counted, Pending) else self.counted
+        """The rows that the plan moves; waits for the GPU if their numbers are still on their way."""
+        return (
+            self.pending_traffic.wait() if isinstance(self.pending_traffic, Pending) else self.pending_traffic
+        )
 
 
 class Dispatcher(Protocol):
-    """Moves tokens to the ranks of their experts and the experts' outputs back."""
+    """Moves tokens to the ranks of their experts and the experts' outputs back.
 
-    name: str
-    capabilities: Capabilities
+    A dispatcher is a class that inherits from this one, and an entry of
+    :data:`xpar.comm.dispatch.choose.DISPATCHERS`.
+
+    Attributes:
+        name: Name in options and reports.
+        capabilities: What callers may ask about it.
+        group: The ``moe`` group.
+        placement: The ranks of the experts.
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
     group: Communicator
     placement: Placement
+
+    @classmethod
+    def impossible(cls, grid: ProcessGrid, placement: Placement, request: DispatchRequest) -> str | None:
+        """Return why this dispatcher cannot work on ``grid``, or None.
+
+        By default only the device may be wrong. The answer must be the same on every rank of a group, as for
+        :meth:`unsuitable`.
+        """
+        devices, device = cls.capabilities.devices, grid.device.type
+        if device in devices:
+            return None
+        return f"it moves {' and '.join(devices)} memory, and the job computes on {device}"
+
+    @classmethod
+    def unsuitable(cls, grid: ProcessGrid, placement: Placement, request: DispatchRequest) -> str | None:
+        """Return why ``auto`` passes over this dispatcher although it could work, or None."""
+        return None
+
+    @classmethod
+    def build(cls, grid: ProcessGrid, placement: Placement) -> "Dispatcher":
+        """Make the dispatcher of ``grid.moe``, with tables on its device; no collective."""
+        raise NotImplementedError
 
     def plan(
         self,
@@ -87,18 +157,32 @@ class Dispatcher(Protocol):
         dtype: torch.dtype,
         exact: bool = False,
     ) -> DispatchPlan:
-        """Agree on who sends what. Give the exception if routing failed: every rank then raises the same error."""
+        """Agree with the other ranks on who sends what; collective.
+
+        Args:
+            routing: The routing of this rank's tokens, or the exception if routing failed: every rank then
+                raises.
+            tag: The layer and its step.
+            hidden_size: Numbers per row H.
+            dtype: Dtype of the rows.
+            exact: Whether every slot's output is to come home unsummed.
+
+        Raises:
+            RemoteRankError: Routing failed on a rank.
+            DesyncError: The ranks differ in layer, step, k, H, dtype size or ``exact``.
+        """
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        """Start moving ``hidden_states`` [T, H]; what arrives is the experts' input."""
+        """Start to move ``hidden_states`` [T, H]; the result is for this rank's experts."""
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
-        """Where the experts may write their ``rows`` outputs so that combine need not copy them; None: anywhere."""
+        """Return memory for ``rows`` expert outputs that combine need not copy, or None."""
+        return None
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
-        """Start to bring each token's outputs home, where ``wait`` sums them.
+        """Start to bring outputs home, where ``wait`` sums them per token; collective.
 
-        ``outputs``: [M, H] per arrived row, or [S, H] per slot in exact mode.
+        ``outputs``: [M, H] per arrived row, or in exact mode one row per arrived slot.
         """
 
 
@@ -111,9 +195,17 @@ def agree_on_plan(
     dtype: torch.dtype,
     exact: bool,
 ) -> tuple[Routing, list[int]]:
-    """The handshake that opens every plan: everyone is healthy, in this layer, with these sizes.
+    """Check that all ranks are healthy and in this layer with these sizes; collective.
 
-    Returns the routing and every rank's number of tokens.
+    Every plan begins with this handshake.
+
+    Args:
+        group: The ``moe`` group.
+        name: The dispatcher's name.
+        routing: As for :meth:`Dispatcher.plan`, like the other arguments.
+
+    Returns:
+        The routing, and every rank's number of tokens.
     """
     failure = routing if isinstance(routing, BaseException) else None
     tokens, k = (0, -1) if isinstance(routing, BaseException) else routing.topk_ids.shape
@@ -125,25 +217,30 @@ def agree_on_plan(
 
 
 def encode_routing(routing: Routing) -> Tensor:
-    """[T, 2k] int32: ids, then the bits of the fp32 weights."""
+    """Return the routing as one tensor [T, 2k] int32: ids, then the bits of fp32 weights."""
     return torch.cat(
         [routing.topk_ids.to(torch.int32), routing.topk_weights.float().view(torch.int32)], dim=1
     )
 
 
-def decode_routing(packed: Tensor) -> Routing:
-    """The inverse of :func:`encode_routing`."""
-    ids, weights = packed.chunk(2, dim=1)
+def decode_routing(encoded: Tensor) -> Routing:
+    """Invert :func:`encode_routing`."""
+    ids, weights = encoded.chunk(2, dim=1)
     return Routing(ids, weights.contiguous().view(torch.float32))
 
 
-def goes_to(topk_ids: Tensor, placement: Placement) -> Tensor:
-    """[R, T] bool: whether a rank holds (a slice of) any of a token's experts."""
-    goes = torch.zeros(topk_ids.shape[0], placement.ep + 1, dtype=torch.bool, device=topk_ids.device)
-    goes.scatter_(1, placement.owners(topk_ids), True)
-    return goes[:, : placement.ep].t().repeat_interleave(placement.etp, dim=0)
+def destination_mask(topk_ids: Tensor, placement: Placement) -> Tensor:
+    """Return [R, T] bool: whether a rank holds any expert of a token of ``topk_ids`` [T, k]."""
+    mask = torch.zeros(topk_ids.shape[0], placement.ep + 1, dtype=torch.bool, device=topk_ids.device)
+    mask.scatter_(1, placement.owners(topk_ids), True)
+    return mask[:, : placement.ep].t().repeat_interleave(placement.etp, dim=0)
 
 
-def every_entry(outputs: Tensor, entries: int) -> Tensor:
-    """``outputs`` of all ``entries``; a rank without experts makes none, and its addends are zero."""
-    return outputs if outputs.shape[0] else outputs.new_zeros(entries, outputs.shape[1])
+def pad_missing_outputs(outputs: Tensor, rows: int) -> Tensor:
+    """Return ``outputs``, or ``rows`` zeros if it is empty, as on a rank without experts."""
+    return outputs if outputs.shape[0] else outputs.new_zeros(rows, outputs.shape[1])
+
+
+def nodes_of_group(grid: ProcessGrid) -> list[int]:
+    """Return the node of every rank of ``grid.moe``."""
+    return [grid.world.node_of[r] for r in grid.moe.world_ranks]

@@ -1,7 +1,4 @@
-"""Rows that a token is expected to make when its k experts are uniform and distinct: what choosers and benchmarks compare.
-
-E experts, k of them a token, R ranks.
-"""
+"""The expected rows of a token whose k experts are uniform and distinct."""
 
 import math
 from collections.abc import Sequence
@@ -10,14 +7,15 @@ from xpar.comm.partition import split_sizes
 
 
 def expected_destinations(num_experts: int, top_k: int, held: int) -> float:
-    """Probability that a token has one of ``held`` experts: ``1 - C(E - held, k) / C(E, k)``."""
+    """Return the chance that a token has a held expert: ``1 - C(E - held, k) / C(E, k)``."""
     return 1 - math.comb(num_experts - held, top_k) / math.comb(num_experts, top_k)
 
 
 def expected_rows(num_experts: int, top_k: int, ranks: int) -> float:
-    """Rows of a token, one for each rank that holds any of its experts.
+    """Return the expected rows of a token that sends one to each rank with its experts.
 
-    ``R (1 - C(E - E/R, k) / C(E, k))`` where R divides E; here for shares that differ by one, too.
+    That is ``R (1 - C(E - E/R, k) / C(E, k))`` if R divides E; here it holds for blocks that differ by one,
+    too.
     """
     return sum(expected_destinations(num_experts, top_k, held) for held in split_sizes(num_experts, ranks))
 
@@ -25,10 +23,15 @@ def expected_rows(num_experts: int, top_k: int, ranks: int) -> float:
 def expected_crossings(
     num_experts: int, top_k: int, etp: int, node_of: Sequence[int], by_node: bool
 ) -> float:
-    """Rows of a token that leave its node, averaged over the ranks that it may begin on.
+    """Return the expected rows of a token that leave its node, averaged over all ranks.
 
-    ``node_of``: the node of each rank of the group, ``etp`` consecutive ones of which slice the same experts.
-    ``by_node``: one row for each node that holds any of its experts, rather than one for each rank.
+    Args:
+        num_experts: Number of experts E.
+        top_k: Experts per token k.
+        etp: Number of consecutive ranks that slice the same experts.
+        node_of: The node of each rank of the group.
+        by_node: Whether a token sends one row to each node that holds any of its experts, rather than to each
+            rank.
     """
     held = [n for n in split_sizes(num_experts, len(node_of) // etp) for _ in range(etp)]
     on_node = {node: [h for h, n in zip(held, node_of, strict=True) if n == node] for node in node_of}

@@ -1,7 +1,8 @@
-"""The rows that leave a rank, laid out before their number is known to the host.
+"""The rows that leave a rank, laid out before the host knows how many there are.
 
-A GPU computes the number, and the host would have to wait for it before it could size a tensor. A bound is known
-without waiting: no token goes to more ranks than it has slots, nor than there are.
+A GPU computes the number of rows, and the host would have to wait for it before it could size a tensor. An
+upper bound B is known without waiting: no token goes to more ranks than it has slots, nor to more than there
+are.
 """
 
 from dataclasses import dataclass
@@ -9,17 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xpar.comm.dispatch.base import encode_routing, goes_to
+from xpar.comm.dispatch.base import destination_mask, encode_routing
 from xpar.comm.placement import Placement
 from xpar.kernels.contracts import Routing
 from xpar.kernels.rows import gather_rows
 
 EARLY_BYTES = 8 << 20
-"""Up to this many, packing rows that the bound counts but that do not leave costs less than waiting for the number."""
+"""bytes; up to this size, packing B rows of which not all leave costs less than waiting for their number"""
 
 
 class HostCounts:
-    """int64 numbers of a tensor on their way to the host."""
+    """The int64 numbers of a tensor on their way to the host."""
 
     def __init__(self, x: Tensor) -> None:
         self._values: list[int] | None = None
@@ -30,6 +31,7 @@ class HostCounts:
             self._event = torch.cuda.current_stream(x.device).record_event()
 
     def wait(self) -> list[int]:
+        """Wait for the numbers and return them."""
         if self._values is None:
             if self._event is not None:
                 self._event.synchronize()
@@ -39,41 +41,47 @@ class HostCounts:
 
 @dataclass(frozen=True)
 class OutgoingRows:
-    """``counts``: rows for each rank. ``tokens`` [B]: the token of each row, by rank and then token; ``packed`` [B, 2k]:
-    its slots, as :func:`~xpar.comm.dispatch.base.encode_routing` writes them. Only the first ``sum(counts)`` of the B rows mean
-    anything; the rest name token 0.
+    """The rows that this rank sends: the first ``sum(counts)`` of B.
+
+    The other rows are copies of token 0 without meaning.
+
+    Attributes:
+        counts: Rows to each rank [R].
+        tokens: [B] int64, the token of each row, by destination rank and then token.
+        encoded: [B, 2k] int32, ids at the destination and weights of each row, by
+            :func:`~xpar.comm.dispatch.base.encode_routing`.
     """
 
     counts: HostCounts
     tokens: Tensor
-    packed: Tensor
+    encoded: Tensor
 
     @classmethod
-    def start(cls, own: Routing, placement: Placement) -> "OutgoingRows":
-        """Launch everything; the host waits for nothing."""
-        by_rank = goes_to(own.topk_ids, placement)
-        counts = HostCounts(by_rank.sum(1))
-        pairs = first_true(by_rank.reshape(-1), row_bound(own.topk_ids, placement))
-        num_tokens = max(1, own.topk_ids.shape[0])
+    def start(cls, routing: Routing, placement: Placement) -> "OutgoingRows":
+        """Launch the work on the device; the host waits for nothing."""
+        mask = destination_mask(routing.topk_ids, placement)
+        counts = HostCounts(mask.sum(1))
+        pairs = positions_of_true(mask.reshape(-1), max_rows(routing.topk_ids, placement))
+        num_tokens = max(1, routing.topk_ids.shape[0])
         destination, tokens = torch.div(pairs, num_tokens, rounding_mode="floor"), pairs % num_tokens
-        ids = local_ids_at_destination(own.topk_ids, destination, tokens, placement)
-        return cls(counts, tokens, encode_routing(Routing(ids, own.topk_weights[tokens])))
+        ids = local_ids_at_destination(routing.topk_ids, destination, tokens, placement)
+        return cls(counts, tokens, encode_routing(Routing(ids, routing.topk_weights[tokens])))
 
     def pack_early(self, hidden_states: Tensor) -> Tensor | None:
-        """[B, H]: the rows, packed at once; None where that would move too much for nothing."""
+        """Gather all B rows of ``hidden_states`` [T, H]; None if that would move too much."""
         if len(self.tokens) * hidden_states.shape[1] * hidden_states.element_size() > EARLY_BYTES:
             return None
         return gather_rows(hidden_states, self.tokens)
 
 
-def row_bound(topk_ids: Tensor, placement: Placement) -> int:
-    """The most rows that ``topk_ids`` [T, k] can send: each token once to every rank of each ep rank it reaches."""
+def max_rows(topk_ids: Tensor, placement: Placement) -> int:
+    """Return B: each token goes to at most min(k, ep) ep ranks of etp ranks each."""
     tokens, k = topk_ids.shape
     return tokens * min(k, placement.ep) * placement.etp
 
 
-def first_true(flags: Tensor, bound: int) -> Tensor:
-    """[bound] int64: the positions of the true ``flags`` in order, then zeros; there are at most ``bound`` true ones."""
+def positions_of_true(flags: Tensor, bound: int) -> Tensor:
+    """Return the positions of at most ``bound`` true ``flags``, then zeros: [bound] int64."""
     places = torch.where(flags, flags.cumsum(0) - 1, bound)
     positions = torch.zeros(bound + 1, dtype=torch.int64, device=flags.device)
     positions.scatter_(0, places, torch.arange(flags.numel(), device=flags.device))
@@ -83,7 +91,10 @@ def first_true(flags: Tensor, bound: int) -> Tensor:
 def local_ids_at_destination(
     topk_ids: Tensor, destination: Tensor, tokens: Tensor, placement: Placement
 ) -> Tensor:
-    """[S, k] int32: for each row sent, the local ids of its slots at its destination, -1 for slots elsewhere."""
+    """Return the local ids of sent rows' slots there: [S, k] int32, -1 for experts elsewhere.
+
+    ``destination``, ``tokens`` [S]: the rank that each row is sent to, and its token.
+    """
     ids = topk_ids[tokens].long()
-    there = placement.owner[ids] == (destination // placement.etp)[:, None]
-    return torch.where(there, placement.local[ids], -1)
+    is_at_destination = placement.owner[ids] == (destination // placement.etp)[:, None]
+    return torch.where(is_at_destination, placement.local[ids], -1)

@@ -1,33 +1,43 @@
-"""Ranks of one node write their tokens once into a shared window and read each other's rows and outputs in place."""
+"""Dispatch through a shared window, where ranks read tokens and outputs in place."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from xpar.comm.communicator import Communicator, Pending
+from xpar.comm.communicator import Communicator, Pending, Tag
 from xpar.comm.dispatch.base import (
     Capabilities,
+    Dispatcher,
     DispatchPlan,
+    DispatchRequest,
     Traffic,
     agree_on_plan,
     decode_routing,
+    destination_mask,
     encode_routing,
-    goes_to,
+    nodes_of_group,
 )
-from xpar.comm.handshake import Tag
+from xpar.comm.grid import ProcessGrid
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
-from xpar.comm.shared_window import window_of
+from xpar.comm.shared_window import get_window
 from xpar.kernels.contracts import ExpertInput, Routing
 from xpar.kernels.rows import sum_runs, weighted_sum
+
+LEAST_WINDOW_ROOM = 256 << 20
+"""bytes of shared memory that ``auto`` wants a node to have left for windows; containers often have 64 MB"""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where rows lie in the window: all ranks' tokens first, all ranks' outputs after them.
+    """The layout of rows in the window: all ranks' tokens first, then all ranks' outputs.
 
-    ``tokens``, ``outputs``: this rank's rows of either part. ``num_tokens``, ``num_outputs``: rows of all ranks.
+    Attributes:
+        tokens: This rank's rows among the tokens.
+        outputs: This rank's rows among the outputs.
+        num_tokens: Tokens of all ranks.
+        num_outputs: Outputs of all ranks.
     """
 
     tokens: slice
@@ -38,10 +48,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class SharedMemoryPlan:
-    """``arrived``: local ids and weights of the rows for this rank's experts; ``rows``: which tokens they are.
+    """The plan of one step in the window.
 
-    ``back`` and ``runs``: the outputs that make up each own token, as :func:`~xpar.kernels.rows.sum_runs` takes
-    them. ``positions`` [T, k]: in exact mode, where each slot's output lies instead.
+    Attributes:
+        layout: The layout of the window.
+        arrived: Local ids and weights [M, k] of the tokens that this rank's experts read.
+        rows: [M] int64, the row of each of those tokens among the tokens of all ranks.
+        back: The rows among all outputs that make up this rank's tokens, by token and then rank.
+        runs: [T] int64, how many of ``back`` belong to each token, as :func:`~xpar.kernels.rows.sum_runs`
+            takes them.
+        positions: In exact mode, in place of both: [T, k] int64, the row of each slot's output; -1 for a
+            dropped slot.
     """
 
     layout: Layout
@@ -52,19 +69,38 @@ class SharedMemoryPlan:
     positions: Tensor | None = None
 
 
-class SharedMemoryDispatcher:
-    """For ranks that share memory. A step has two fences: after the tokens are written, and after the outputs are.
+class SharedMemoryDispatcher(Dispatcher):
+    """A dispatcher for ranks that share memory.
 
-    No third one is needed: a rank overwrites tokens only after the second fence, when nobody computes any more, and
-    outputs only after the next step's first fence, when everybody has summed theirs.
+    A step has two fences: after the tokens are written, and after the outputs are written. No third one is
+    needed: a rank overwrites tokens only after the second fence, when no rank computes any more, and outputs
+    only after the next step's first fence, when every rank has summed its own.
     """
 
     name = "shared-memory"
-    capabilities = Capabilities(("cpu",), needs_host_counts=False, graph_capture=False, pipelined=False)
+    capabilities = Capabilities(
+        ("cpu",), needs_host_counts=False, graph_capture=False, pipelined=False, single_node=True
+    )
 
     def __init__(self, group: Communicator, placement: Placement) -> None:
         self.group, self.placement = group, placement
-        self._window = window_of(group)
+        self.window = get_window(group)
+
+    @classmethod
+    def impossible(cls, grid: ProcessGrid, placement: Placement, request: DispatchRequest) -> str | None:
+        wrong_device = super().impossible(grid, placement, request)
+        nodes = len(set(nodes_of_group(grid)))
+        if wrong_device or nodes == 1:
+            return wrong_device
+        return f"the {grid.moe.size} ranks of an expert group lie on {nodes} nodes and share no memory"
+
+    @classmethod
+    def unsuitable(cls, grid: ProcessGrid, placement: Placement, request: DispatchRequest) -> str | None:
+        return lacks_window_room(grid)
+
+    @classmethod
+    def build(cls, grid: ProcessGrid, placement: Placement) -> Dispatcher:
+        return cls(grid.moe, placement)
 
     def plan(
         self,
@@ -76,99 +112,112 @@ class SharedMemoryDispatcher:
         exact: bool = False,
     ) -> DispatchPlan:
         own, counts = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
-        everyone = decode_routing(self.group.all_gather_v(encode_routing(own), counts))
+        gathered = decode_routing(self.group.all_gather_v(encode_routing(own), counts))
         first = sum(counts[: self.group.rank])
-        mine = slice(first, first + counts[self.group.rank])
-        detail, rows = self._detail(everyone, mine, exact)
-        layout = detail.layout
-        self._window.reserve((layout.num_tokens + layout.num_outputs) * hidden_size * dtype.itemsize)
-        back = detail.back if detail.positions is None else detail.positions[detail.positions >= 0]
+        state, rows = self._plan_window(gathered, slice(first, first + counts[self.group.rank]), exact)
+        layout = state.layout
+        self.window.reserve((layout.num_tokens + layout.num_outputs) * hidden_size * dtype.itemsize)
+        back = state.back if state.positions is None else state.positions[state.positions >= 0]
         assert back is not None
-        return DispatchPlan(own, exact, Traffic.of(self.group.rank, rows.tolist(), len(back)), detail)
+        return DispatchPlan(own, exact, Traffic.of(self.group.rank, rows.tolist(), len(back)), state)
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        self.place(hidden_states, plan).copy_(hidden_states)
-        return self.arrive(hidden_states, plan)
+        self.token_buffer(hidden_states, plan).copy_(hidden_states)
+        return self.start_reading(hidden_states, plan)
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
-        layout: Layout = plan.detail.layout
+        layout: Layout = plan.dispatcher_state.layout
         return self._outputs(layout, like)[layout.outputs]
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
-        everyones = self.settle(outputs, plan)
-        return Pending(lambda: self._sum(everyones.wait(), plan))
+        all_outputs = self.publish_outputs(outputs, plan)
+        return Pending(lambda: self._sum(all_outputs.wait(), plan))
 
-    def _sum(self, everyones: Tensor, plan: DispatchPlan) -> Distributed:
-        d: SharedMemoryPlan = plan.detail
-        if d.positions is not None:
-            return Distributed(weighted_sum(everyones, plan.own.topk_weights, d.positions), Full())
-        assert d.back is not None and d.runs is not None
-        return Distributed(sum_runs(everyones, d.back, d.runs), Full())
+    def _sum(self, all_outputs: Tensor, plan: DispatchPlan) -> Distributed:
+        state: SharedMemoryPlan = plan.dispatcher_state
+        if state.positions is not None:
+            weights = plan.local_routing.topk_weights
+            return Distributed(weighted_sum(all_outputs, weights, state.positions), Full())
+        assert state.back is not None and state.runs is not None
+        return Distributed(sum_runs(all_outputs, state.back, state.runs), Full())
 
-    # -- the steps, one by one, for a dispatcher that does more between them -------------------------------------
+    # -- the steps, one by one, for a dispatcher that does more between them
+    # -------------------------------------
 
-    def place(self, like: Tensor, plan: DispatchPlan) -> Tensor:
-        """[T, H]: this rank's tokens in the window, to be written before :meth:`arrive`; of the dtype of ``like`` [.., H]."""
-        layout: Layout = plan.detail.layout
+    def token_buffer(self, like: Tensor, plan: DispatchPlan) -> Tensor:
+        """Return where to write this rank's tokens [T, H] before :meth:`start_reading`."""
+        layout: Layout = plan.dispatcher_state.layout
         return self._tokens(layout, like)[layout.tokens]
 
-    def arrive(self, like: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        """This rank has written its tokens; its experts' input, once every other has."""
-        d: SharedMemoryPlan = plan.detail
-        tokens, fence = self._tokens(d.layout, like), self._window.arrive()
+    def start_reading(self, like: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
+        """Start the fence after this rank's tokens are written; results in its experts' input."""
+        state: SharedMemoryPlan = plan.dispatcher_state
+        tokens, fence = self._tokens(state.layout, like), self.window.start_fence()
 
-        def arrived() -> ExpertInput:
+        def complete() -> ExpertInput:
             fence.wait()
-            return ExpertInput(tokens, d.arrived.topk_ids, d.arrived.topk_weights, d.rows)
+            return ExpertInput(tokens, state.arrived.topk_ids, state.arrived.topk_weights, state.rows)
 
-        return Pending(arrived)
+        return Pending(complete)
 
-    def settle(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Tensor]:
-        """All ranks' outputs [sum of M or S, H] in the window, once every rank has written its own."""
-        layout: Layout = plan.detail.layout
-        everyones = self._outputs(layout, outputs)
-        place = everyones[layout.outputs]
-        if outputs.data_ptr() != place.data_ptr():
-            place.copy_(outputs)
-        fence = self._window.arrive()
+    def publish_outputs(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Tensor]:
+        """Write this rank's ``outputs`` to the window, unless they lie there, and start the fence.
 
-        def settled() -> Tensor:
+        The result is the outputs of all ranks, one row per arrived token or, in exact mode, per slot.
+        """
+        layout: Layout = plan.dispatcher_state.layout
+        all_outputs = self._outputs(layout, outputs)
+        own = all_outputs[layout.outputs]
+        if outputs.data_ptr() != own.data_ptr():
+            own.copy_(outputs)
+        fence = self.window.start_fence()
+
+        def complete() -> Tensor:
             fence.wait()
-            return everyones
+            return all_outputs
 
-        return Pending(settled)
+        return Pending(complete)
 
-    def positions(self, plan: DispatchPlan) -> Tensor:
-        """[T, k] int64: in exact mode, where each slot's output lies among all; -1 for a dropped one."""
-        d: SharedMemoryPlan = plan.detail
-        assert d.positions is not None
-        return d.positions
+    def slot_positions(self, plan: DispatchPlan) -> Tensor:
+        """Return each slot's row among all outputs in exact mode: [T, k] int64, -1 if dropped."""
+        state: SharedMemoryPlan = plan.dispatcher_state
+        assert state.positions is not None
+        return state.positions
 
     def _tokens(self, layout: Layout, like: Tensor) -> Tensor:
-        return self._window.view(0, (layout.num_tokens, like.shape[1]), like.dtype)
+        return self.window.view(0, (layout.num_tokens, like.shape[1]), like.dtype)
 
     def _outputs(self, layout: Layout, like: Tensor) -> Tensor:
         first_byte = layout.num_tokens * like.shape[1] * like.element_size()
-        return self._window.view(first_byte, (layout.num_outputs, like.shape[1]), like.dtype)
+        return self.window.view(first_byte, (layout.num_outputs, like.shape[1]), like.dtype)
 
-    def _detail(self, everyone: Routing, mine: slice, exact: bool) -> tuple[SharedMemoryPlan, Tensor]:
-        """This rank's part of what everybody's routing says; and the rows that its tokens send to each rank."""
-        goes = goes_to(everyone.topk_ids, self.placement)
-        here = goes[self.group.rank]
-        rows = here.nonzero()[:, 0]
-        local = self.placement.local_ids(everyone.topk_ids[rows], self.group.rank // self.placement.etp)
-        arrived = Routing(local, everyone.topk_weights[rows])
-        sent = goes[:, mine]
+    def _plan_window(self, gathered: Routing, own: slice, exact: bool) -> tuple[SharedMemoryPlan, Tensor]:
+        """Derive the plan, and the rows to each rank, from all routing; ``own``: own tokens."""
+        mask = destination_mask(gathered.topk_ids, self.placement)
+        rows = mask[self.group.rank].nonzero()[:, 0]
+        local = self.placement.local_ids(gathered.topk_ids[rows], self.placement.ep_rank(self.group.rank))
+        arrived = Routing(local, gathered.topk_weights[rows])
+        sent = mask[:, own]
         if exact:
-            positions, made = self.placement.slot_order(everyone.topk_ids)
-            layout = self._layout(mine, goes.shape[1], made)
-            return SharedMemoryPlan(layout, arrived, rows, positions=positions[mine]), sent.sum(1)
-        made = goes.sum(1).tolist()
-        position = (goes.reshape(-1).cumsum(0) - 1).view(goes.shape)
-        back = position[:, mine].t()[sent.t()]  # by token, then by rank
-        layout = self._layout(mine, goes.shape[1], made)
+            positions, outputs = self.placement.slot_order(gathered.topk_ids)
+            layout = self._layout(own, mask.shape[1], outputs)
+            return SharedMemoryPlan(layout, arrived, rows, positions=positions[own]), sent.sum(1)
+        outputs = mask.sum(1).tolist()
+        position = (mask.reshape(-1).cumsum(0) - 1).view(mask.shape)
+        back = position[:, own].t()[sent.t()]  # by token, then by rank
+        layout = self._layout(own, mask.shape[1], outputs)
         return SharedMemoryPlan(layout, arrived, rows, back, sent.sum(0)), sent.sum(1)
 
-    def _layout(self, mine: slice, num_tokens: int, made: list[int]) -> Layout:
-        first = sum(made[: self.group.rank])
-        return Layout(mine, slice(first, first + made[self.group.rank]), num_tokens, sum(made))
+    def _layout(self, own: slice, num_tokens: int, outputs: list[int]) -> Layout:
+        """Lay out the window for ``outputs[r]`` outputs of rank r."""
+        first = sum(outputs[: self.group.rank])
+        return Layout(own, slice(first, first + outputs[self.group.rank]), num_tokens, sum(outputs))
+
+
+def lacks_window_room(grid: ProcessGrid) -> str | None:
+    """Return that a node has too little shared memory left for windows, or None."""
+    room = min(grid.world.window_room[r] for r in grid.moe.world_ranks)
+    if room >= LEAST_WINDOW_ROOM:
+        return None
+    least = f"{LEAST_WINDOW_ROOM / 1e6:.0f} MB"
+    return f"{room / 1e6:.0f} MB of shared memory are left on the node, less than {least}"

@@ -1,1 +1,5 @@
-"""Deadlines for collectives, and the report of where every rank is when one passes or a rank fails."""
+"""Deadlines for collectives, and one report when a deadline passes or a rank fails.
+
+README.md explains the states of a rank, the time line of a death and the threads. This room imports nothing
+else of ``xpar.comm`` but ``partition``.
+"""

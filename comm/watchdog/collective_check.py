@@ -1,4 +1,4 @@
-"""Whether the ranks of a group are about to enter the same collective with sizes that fit: ``--debug-collectives``."""
+"""The comparison of all ranks' next collective (``--debug-collectives``)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,11 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CollectiveSignature:
-    """What a rank is about to do. ``op``, ``dtype`` and ``shape`` must be alike on all ranks; of ``shape`` only the part
-    that must be.
+    """The collective that one rank is about to enter.
 
-    ``send``, ``recv``: rows to and from each rank; what one sends another must expect. ``skip``: a rank that nothing goes
-    to and nothing comes from.
+    Attributes:
+        op: Name of the operation; the same on all ranks, like ``dtype`` and ``shape``.
+        dtype: Dtype of the tensor, empty without one.
+        shape: The part of the tensor's shape that must be the same on all ranks.
+        send: Rows to each rank; the other rank must expect as many.
+        recv: Rows from each rank.
+        skip: A rank with which no row is exchanged.
     """
 
     op: str
@@ -25,35 +29,36 @@ class CollectiveSignature:
 
     @classmethod
     def of(cls, op: str, x: Tensor, shape: Sequence[int]) -> "CollectiveSignature":
+        """Make the signature of ``op`` on ``x``; ``shape`` must be the same on all ranks."""
         return cls(op, str(x.dtype).removeprefix("torch."), tuple(shape))
 
     def __str__(self) -> str:
         return self.op + (f" of {self.dtype} {list(self.shape)}" if self.dtype else "")
 
 
-def difference(intents: Sequence[CollectiveSignature], world_ranks: Sequence[int]) -> str | None:
-    """Who differs and how, in the group whose ranks are ``world_ranks``; None if all fit.
+def find_difference(signatures: Sequence[CollectiveSignature], world_ranks: Sequence[int]) -> str | None:
+    """Describe which ranks differ and how, by their ``world_ranks``; None if all signatures fit.
 
-    The one that most ranks do is taken for the right one, or the first rank's where no single one is.
+    The most frequent signature counts as the right one, or the first rank's without a most frequent one.
     """
-    said = [str(i) for i in intents]
-    right, votes = Counter(said).most_common(1)[0]
-    if votes < len(said):
+    texts = [str(s) for s in signatures]
+    right, votes = Counter(texts).most_common(1)[0]
+    if votes < len(texts):
         return "\n".join(
             [
-                f"rank {world_ranks[r]} differs: {what}, where {votes} of {len(said)} ranks call {right}"
-                for r, what in enumerate(said)
-                if what != right
+                f"rank {world_ranks[r]} differs: {text}, where {votes} of {len(texts)} ranks call {right}"
+                for r, text in enumerate(texts)
+                if text != right
             ]
         )
-    if not intents[0].send:
+    if not signatures[0].send:
         return None
     lines = []
-    for s, source in enumerate(intents):
-        for t, target in enumerate(intents):
+    for s, source in enumerate(signatures):
+        for t, target in enumerate(signatures):
             if source.send[t] != target.recv[s] and s != target.skip and t != source.skip:
                 lines.append(
-                    f"rank {world_ranks[s]} sends {source.send[t]} rows to rank {world_ranks[t]}, which expects "
-                    f"{target.recv[s]} in {said[0]}"
+                    f"rank {world_ranks[s]} sends {source.send[t]} rows to rank {world_ranks[t]}, which "
+                    f"expects {target.recv[s]} in {texts[0]}"
                 )
     return "\n".join(lines) or None

@@ -1,4 +1,4 @@
-"""How long anything that needs other ranks may take."""
+"""The deadlines of everything that needs other ranks."""
 
 import math
 from dataclasses import dataclass
@@ -6,12 +6,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds, in which a rank of a group may keep the others waiting.
+    """The seconds for which one rank of a group may keep the others waiting.
 
-    ``start``: a collective while the job is set up or a layer takes its first step, in which kernels are compiled and
-    files are read. ``step``: one of a later step. Work that is queued on a GPU has more: ``connect`` for a new
-    communicator there, ``launch`` until an operation has started, ``finish`` until it is done, ``abort`` for giving one
-    up. Patient waits, for a rank that works alone, have none.
+    Patient waits, for a rank that works alone, have no deadline.
+
+    Attributes:
+        connect: Making a new communicator on GPUs.
+        launch: Until an operation on a GPU has started.
+        finish: Until an operation on a GPU is done.
+        abort: Giving up an operation on a GPU.
+        start: A collective while the job is set up or a layer takes its first steps, in which kernels are
+            compiled and files are read.
+        step: A collective of a later step.
     """
 
     connect: float = 120.0
@@ -23,7 +29,10 @@ class Deadlines:
 
     @classmethod
     def of_step(cls, seconds: float) -> "Deadlines":
-        """``step`` as given, the others in proportion to their defaults; ValueError unless positive and finite."""
+        """Set ``step`` to ``seconds`` and scale the other deadlines but ``abort`` alike.
+
+        Raises ValueError unless ``seconds`` is positive and finite.
+        """
         if not (seconds > 0 and math.isfinite(seconds)):
             raise ValueError(f"deadline of {seconds:g} s: must be positive and finite; leave it out for 60 s")
         scale = seconds / cls.step

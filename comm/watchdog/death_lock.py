@@ -1,8 +1,8 @@
-"""Notice of a rank's death before its launcher has it: a lock in shared memory that the kernel lets go for a dead owner.
+"""Early notice of a rank's death by a lock that the kernel releases for a dead owner.
 
-A launcher hears of a death when the process's sockets close, and some then kill the other ranks at once. The kernel lets
-go of a process's robust locks earlier, before it takes its memory apart: that leaves the others some tens of milliseconds
-where torch is loaded.
+A launcher learns of a death when the process's sockets close, and some launchers then kill the other ranks at
+once. The kernel releases a process's robust locks before that, before it takes the process's memory apart. If
+torch is loaded, that leaves the other ranks some tens of milliseconds.
 """
 
 import ctypes
@@ -12,65 +12,73 @@ import threading
 from collections.abc import Callable
 
 LOCK_BYTES = 56
-"""Room for a pthread_mutex_t: 40 bytes on x86-64, 48 on ARM."""
+"""bytes for a pthread_mutex_t, which has 40 on x86-64 and 48 on ARM"""
 ATTRIBUTE_BYTES = 64
+"""bytes for a pthread_mutexattr_t, more than any C library needs"""
 SHARED, ROBUST = 1, 1
 """PTHREAD_PROCESS_SHARED, PTHREAD_MUTEX_ROBUST."""
 
 
 class DeathLock:
-    """This process's lock at ``mine``, a multiple of 8, in memory that other processes of the machine map, too.
+    """This process's lock in memory that other processes of the machine map, too.
 
-    One thread holds it for as long as the process lives, and waits for another's.
+    One thread owns the lock for as long as the process lives, and waits for the lock of another process.
+
+    Args:
+        memory: The shared memory.
+        offset: Where this process's lock is, a multiple of 8.
     """
 
-    def __init__(self, memory: mmap.mmap, mine: int) -> None:
-        self._memory, self._mine = memory, mine
-        self._held, self._ready, self._told = False, threading.Event(), threading.Event()
-        self._theirs: int | None = None
-        self._call: Callable[[], None] | None = None
+    def __init__(self, memory: mmap.mmap, offset: int) -> None:
+        self._memory, self._offset = memory, offset
+        self._is_acquired, self._is_ready, self._has_target = False, threading.Event(), threading.Event()
+        self._target: int | None = None
+        self._on_death: Callable[[], None] | None = None
 
-    def hold(self) -> bool:
-        """Take this process's lock; False where this machine has none of the kind."""
-        threading.Thread(target=self._run, name="xpar-guard-tripwire", daemon=True).start()
-        self._ready.wait()
-        return self._held
+    def acquire(self) -> bool:
+        """Start the thread that owns the lock; False if this machine has no robust locks."""
+        threading.Thread(target=self._run, name="xpar-watchdog-death-lock", daemon=True).start()
+        self._is_ready.wait()
+        return self._is_acquired
 
-    def watch(self, theirs: int, call: Callable[[], None]) -> None:
-        """Once: ``call``, in the thread that holds, when the owner of the lock at ``theirs``, held by now, has died."""
-        self._theirs, self._call = theirs, call
-        self._told.set()
+    def watch(self, offset: int, on_death: Callable[[], None]) -> None:
+        """Call ``on_death`` in the lock's thread when the owner of the lock at ``offset`` has died.
+
+        That lock must have been acquired. To be called once.
+        """
+        self._target, self._on_death = offset, on_death
+        self._has_target.set()
 
     def _run(self) -> None:
         try:
-            _make(self._memory, self._mine)
-            self._held = _lock(self._memory, self._mine) == 0
-        except (AttributeError, OSError):  # a C library without them
-            self._held = False
-        self._ready.set()
-        if not self._held:
+            _make(self._memory, self._offset)
+            self._is_acquired = _lock(self._memory, self._offset) == 0
+        except (AttributeError, OSError):  # a C library without robust locks
+            self._is_acquired = False
+        self._is_ready.set()
+        if not self._is_acquired:
             return
-        self._told.wait()
-        assert self._theirs is not None and self._call is not None
-        if _lock(self._memory, self._theirs) == errno.EOWNERDEAD:
-            self._call()
-        threading.Event().wait()  # an owner is a thread: this one must not end
+        self._has_target.wait()
+        assert self._target is not None and self._on_death is not None
+        if _lock(self._memory, self._target) == errno.EOWNERDEAD:
+            self._on_death()
+        threading.Event().wait()  # the owner of a lock is a thread: this one must not end
 
 
-def _make(memory: mmap.mmap, place: int) -> None:
+def _make(memory: mmap.mmap, offset: int) -> None:
     libc, attribute = ctypes.CDLL(None), ctypes.create_string_buffer(ATTRIBUTE_BYTES)
     status = libc.pthread_mutexattr_init(attribute)
     status = status or libc.pthread_mutexattr_setpshared(attribute, SHARED)
     status = status or libc.pthread_mutexattr_setrobust(attribute, ROBUST)
-    status = status or libc.pthread_mutex_init(_address(memory, place), attribute)
+    status = status or libc.pthread_mutex_init(_address(memory, offset), attribute)
     if status:
         raise OSError(status, "no robust lock in shared memory")
 
 
-def _lock(memory: mmap.mmap, place: int) -> int:
-    """Wait for the lock at ``place``, without the interpreter's; the error number."""
-    return int(ctypes.CDLL(None).pthread_mutex_lock(_address(memory, place)))
+def _lock(memory: mmap.mmap, offset: int) -> int:
+    """Wait for the lock at ``offset``, without the interpreter's; return the error number."""
+    return int(ctypes.CDLL(None).pthread_mutex_lock(_address(memory, offset)))
 
 
-def _address(memory: mmap.mmap, place: int) -> ctypes.c_void_p:
-    return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory, place)))
+def _address(memory: mmap.mmap, offset: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory, offset)))

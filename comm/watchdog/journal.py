@@ -1,4 +1,4 @@
-"""What a rank writes down about one group's collectives as it enters and leaves them; a few microseconds each."""
+"""The journal of one group's collectives; an entry takes a few microseconds."""
 
 import time
 from array import array
@@ -8,19 +8,19 @@ from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.comm.watchdog.status_board import CALL, INSIDE, OUTSIDE, ROW_BYTES, STATE, StatusBoard
 
 FIRST_STEPS = 2
-"""Steps of a layer up to and with this number may compile, and have the deadline of the start."""
+"""steps of a layer that may compile kernels, and have the deadline of the start"""
 
 
-class Pace:
-    """Where this rank is, for all its groups: the layer and the step, and how long one may wait there."""
+class StepDeadline:
+    """The layer and step that this rank is in, and the seconds that a collective may take there."""
 
     def __init__(self, deadlines: Deadlines) -> None:
         self.deadlines = deadlines
         self.layer = self.step = -1
         self.seconds = deadlines.start
 
-    def at(self, layer: int, step: int) -> None:
-        """The collectives from now on belong to ``layer`` and ``step``; -1 says nothing new."""
+    def set_step(self, layer: int, step: int) -> None:
+        """Count the collectives from now on to ``layer`` and ``step``; a step of -1 changes nothing."""
         if step < 0:
             return
         self.layer, self.step = layer, step
@@ -28,16 +28,19 @@ class Pace:
 
 
 class Journal(Protocol):
-    """What a communicator tells about itself."""
+    """The record of a communicator's collectives.
 
-    compares: bool
-    """Whether the ranks are to compare every collective before it begins."""
+    Attributes:
+        checks_collectives: Whether the ranks compare every collective before it begins.
+    """
 
-    def at(self, layer: int, step: int) -> None:
-        """See :meth:`Pace.at`."""
+    checks_collectives: bool
 
-    def begin(self) -> int:
-        """Count one more collective of the group; its number, from 1."""
+    def set_step(self, layer: int, step: int) -> None:
+        """Count the collectives from now on to ``layer`` and ``step``; a step of -1 changes nothing."""
+
+    def next_seq(self) -> int:
+        """Count one more collective of the group and return its number, from 1."""
 
     def enter(
         self,
@@ -48,21 +51,24 @@ class Journal(Protocol):
         rows_in: int = 0,
         row_bytes: int = 0,
     ) -> None:
-        """The rank waits for the others from now on, ``seconds`` at most; None: what the place has."""
+        """Record that this rank begins to wait for the others; the sizes are those of ``Call``.
+
+        ``seconds``: the deadline; None for that of the current step.
+        """
 
     def leave(self) -> None:
-        """It does not wait any more."""
+        """Record that this rank has stopped waiting."""
 
 
 class NoJournal:
-    """Of a group that nobody watches."""
+    """The :class:`Journal` of a group that nothing watches."""
 
-    compares = False
+    checks_collectives = False
 
-    def at(self, layer: int, step: int) -> None:
+    def set_step(self, layer: int, step: int) -> None:
         return None
 
-    def begin(self) -> int:
+    def next_seq(self) -> int:
         return 0
 
     def enter(
@@ -81,24 +87,34 @@ class NoJournal:
 
 
 class BoardJournal:
-    """Writes to this rank's row of the node's board.
+    """The :class:`Journal` that writes to this rank's row of the node's status board.
 
-    ``waits``: seconds spent in each collective, where they are kept; only of steps after the first, and not in those
-    that come after work of one rank's own.
+    Args:
+        board: The status board.
+        group: Name of the group.
+        deadline: The deadline of the current step, the same object for all groups of this rank.
+        checks_collectives: Whether the ranks compare every collective before it begins.
+        waits: Takes the seconds spent in each collective, if they are recorded. Left out are the first steps
+            and collectives that come after work of one rank alone.
     """
 
     def __init__(
-        self, board: StatusBoard, group: str, pace: Pace, compares: bool, waits: "array[float] | None"
+        self,
+        board: StatusBoard,
+        group: str,
+        deadline: StepDeadline,
+        checks_collectives: bool,
+        waits: "array[float] | None",
     ) -> None:
-        self._memory, self._first = board.memory, board.mine * ROW_BYTES
-        self.group, self._name, self._pace, self._seq = group, group.encode()[:32], pace, 0
-        self.compares, self.waits = compares, waits
-        self._entered, self._counts = 0.0, False
+        self._memory, self._first = board.memory, board.local_rank * ROW_BYTES
+        self.group, self._name, self._deadline, self._seq = group, group.encode()[:32], deadline, 0
+        self.checks_collectives, self.waits = checks_collectives, waits
+        self._entered, self._is_recorded = 0.0, False
 
-    def at(self, layer: int, step: int) -> None:
-        self._pace.at(layer, step)
+    def set_step(self, layer: int, step: int) -> None:
+        self._deadline.set_step(layer, step)
 
-    def begin(self) -> int:
+    def next_seq(self) -> int:
         self._seq += 1
         return self._seq
 
@@ -111,21 +127,21 @@ class BoardJournal:
         rows_in: int = 0,
         row_bytes: int = 0,
     ) -> None:
-        pace = self._pace
+        deadline = self._deadline
         self._entered = now = time.monotonic()
-        self._counts = seconds is None and pace.step >= FIRST_STEPS
+        self._is_recorded = seconds is None and deadline.step >= FIRST_STEPS
         CALL.pack_into(
             self._memory,
             self._first,
             INSIDE,
             now,
             seq,
-            pace.layer,
-            pace.step,
+            deadline.layer,
+            deadline.step,
             rows_out,
             rows_in,
             row_bytes,
-            pace.seconds if seconds is None else seconds,
+            deadline.seconds if seconds is None else seconds,
             op.encode()[:64],
             self._name,
         )
@@ -133,5 +149,5 @@ class BoardJournal:
     def leave(self) -> None:
         now = time.monotonic()
         STATE.pack_into(self._memory, self._first, OUTSIDE, now)
-        if self.waits is not None and self._counts:
+        if self.waits is not None and self._is_recorded:
             self.waits.append(now - self._entered)

@@ -1,4 +1,7 @@
-"""SIGTERM, by which launchers and people end a job, heard also by a process that is blocked inside MPI."""
+"""A handler of SIGTERM that works while MPI blocks the process.
+
+Launchers and people end jobs with SIGTERM.
+"""
 
 import os
 import signal
@@ -7,46 +10,48 @@ from collections.abc import Callable
 
 
 def on_sigterm(call: Callable[[], None]) -> None:
-    """Have ``call``, which ends the process, called in another thread when SIGTERM comes; from the main thread.
+    """Have another thread call ``call``, which ends the process, when SIGTERM comes.
 
-    A program that has a handler of its own, now or later, keeps it. Python's handlers only run once the main thread is
-    back from MPI; the byte that the C handler writes comes at once.
+    To be used from the main thread. A program that has a handler of its own, now or later, keeps it. Python's
+    handlers only run once the main thread is back from MPI. But the C handler writes a byte to a pipe at
+    once, and a thread waits for that byte.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         return
-    begun = threading.Lock()
+    is_handled = threading.Lock()
 
-    def begin(*_: object) -> None:
-        if begun.acquire(blocking=False):
-            threading.Thread(target=call, name="xpar-guard-told", daemon=True).start()
+    def handle(*_: object) -> None:
+        if is_handled.acquire(blocking=False):
+            threading.Thread(target=call, name="xpar-watchdog-sigterm", daemon=True).start()
 
     def listen(reader: int) -> None:
         while numbers := os.read(reader, 64):
-            if signal.SIGTERM in numbers and _handles(begin):
-                begin()
+            if signal.SIGTERM in numbers and _is_handler(handle):
+                handle()
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    if before == -1:
-        threading.Thread(target=listen, args=(reader,), name="xpar-guard-ear-sigterm", daemon=True).start()
-    else:  # somebody else's, who would miss its bytes
-        signal.set_wakeup_fd(before)
-    _forget_in_children(begin)
-    signal.signal(signal.SIGTERM, begin)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    if previous == -1:
+        threading.Thread(target=listen, args=(reader,), name="xpar-watchdog-signals", daemon=True).start()
+    else:  # another library listens there and would miss its bytes
+        signal.set_wakeup_fd(previous)
+    _reset_in_children(handle)
+    signal.signal(signal.SIGTERM, handle)
 
 
-def _handles(handler: object) -> bool:
+def _is_handler(handler: object) -> bool:
     return signal.getsignal(signal.SIGTERM) is handler
 
 
-def _forget_in_children(handler: Callable[..., None]) -> None:
-    """Keep a child, which has the handler and the pipe, too, from taking its own SIGTERM for its parent's.
+def _reset_in_children(handler: Callable[..., None]) -> None:
+    """Remove handler and pipe in forked children.
 
-    The signal waits while a process forks: Python forgets what comes before the child is set up.
+    They would take their own SIGTERM for their parent's. SIGTERM is blocked while a process forks: Python
+    drops signals that come before the child is set up.
     """
-    masks: dict[int, set[int]] = {}  # of each thread that forks
+    masks: dict[int, set[int]] = {}  # the signal mask of each thread that forks
 
     def before() -> None:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -56,7 +61,7 @@ def _forget_in_children(handler: Callable[..., None]) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop(threading.get_ident()))
 
     def after_in_child() -> None:
-        if _handles(handler):
+        if _is_handler(handler):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
         after()

@@ -1,7 +1,8 @@
-"""The Python stacks of other processes of this node, written by a signal handler that needs nothing of the process.
+"""The stacks of other processes of this node, and what the kernel says of them.
 
-faulthandler's handler runs in C: a process that is blocked in MPI or that never gives the interpreter lock back writes
-its stacks all the same. They go to a file in memory that belongs to the process, where others of the user can read it.
+A signal handler writes the stacks. It is faulthandler's and runs in C, so that a process that is blocked in
+MPI or that never releases the interpreter's lock writes its stacks all the same. They go to a file in memory
+that belongs to the process, and that other processes of the user can read.
 """
 
 import faulthandler
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SIGNAL = signal.SIGRTMIN + 8
-"""One that nobody else is likely to use; SIGUSR1 is for people, and shows the stacks on stderr."""
+"""A signal that no other library is likely to use. SIGUSR1 is for people and shows the stacks on stderr."""
 WAIT_S = 1.0
+"""seconds that processes have to write their stacks"""
 FLAGS, EXIT_CODE = 6, 49
-"""Of the fields of /proc/PID/stat behind the name; proc(5) counts from 1 and has three more in front."""
+"""Indices among the fields of /proc/PID/stat from the state on; proc(5) counts from 1 and two fields more."""
 EXITING = 0x4
-"""PF_EXITING in the kernel's include/linux/sched.h: what is left of the process does nothing any more."""
+"""PF_EXITING in the kernel's include/linux/sched.h: the process executes nothing any more."""
 CRASH = "a crash in compiled code; it has written its stack"
 CAUSES = {
     "SIGKILL": "out of memory, or killed by hand or by the launcher",
@@ -31,12 +33,12 @@ CAUSES = {
     "SIGILL": "a crash in compiled code: not for this processor",
     "SIGBUS": "/dev/shm is full, or a file was shortened while in use",
 }
-NOT_SHOWN = ("comm/guard/", "comm/device/watch.py", "<no Python frame>")
-"""Threads that only watch, or have not begun."""
+HIDDEN_FILES = (str(Path(__file__).parent), "comm/device/watch.py", "<no Python frame>")
+"""A thread with one of these in its stack only watches, or has not begun, and is left out of reports."""
 
 
 def register_stack_dump() -> int:
-    """Let other processes of this user ask for the stacks of this one; the descriptor of the file, -1 without."""
+    """Let processes of this user ask for stacks; return their file's descriptor, or -1."""
     if signal.getsignal(SIGNAL) is not signal.SIG_DFL:
         return -1
     try:
@@ -47,26 +49,26 @@ def register_stack_dump() -> int:
     return file
 
 
-def collect_stacks(places: Iterable[tuple[int, int]]) -> list[str]:
-    """For each (process, descriptor) its stacks, empty where it does not write any within a second."""
-    places = list(places)
-    written = [len(_read(*place)) for place in places]  # when somebody asked before
-    asked = [_ask(pid, file) if file >= 0 else False for pid, file in places]
-    texts = [""] * len(places)
+def collect_stacks(files: Iterable[tuple[int, int]]) -> list[str]:
+    """Return the stacks of each (process, descriptor), empty if not written within a second."""
+    files = list(files)
+    written = [len(_read(*file)) for file in files]  # by earlier requests
+    asked = [_ask(pid, file) if file >= 0 else False for pid, file in files]
+    texts = [""] * len(files)
     if not any(asked):
         return texts
     limit = time.monotonic() + WAIT_S
     while time.monotonic() < limit:
         time.sleep(0.05)
-        before = texts
-        texts = [_read(*p)[old:] if ok else "" for p, old, ok in zip(places, written, asked, strict=True)]
-        if before == texts and all(text or not ok for text, ok in zip(texts, asked, strict=True)):
+        previous = texts
+        texts = [_read(*p)[old:] if ok else "" for p, old, ok in zip(files, written, asked, strict=True)]
+        if previous == texts and all(text or not ok for text, ok in zip(texts, asked, strict=True)):
             break
-    return [shown(text) for text in texts]
+    return [clean_stacks(text) for text in texts]
 
 
 def process_state(pid: int) -> str:
-    """What the kernel says of a process: ``stopped``, ``gone``, or nothing special."""
+    """Return what the kernel says of a process: ``stopped``, ``gone``, or nothing."""
     fields = _stat(pid)
     if not fields or int(fields[FLAGS]) & EXITING:
         return "gone"
@@ -75,14 +77,14 @@ def process_state(pid: int) -> str:
 
 @dataclass(frozen=True)
 class ExitCause:
-    """What ended a process, in words, and whether it was a signal."""
+    """The cause of a process's end in words, and whether it was a signal."""
 
     text: str
     by_signal: bool
 
 
 def exit_cause(pid: int) -> ExitCause:
-    """Of a process that is about to go, or that nobody has waited for."""
+    """Read from /proc why a process ends. Works for a zombie and for a process that is exiting."""
     fields = _stat(pid)
     if len(fields) <= EXIT_CODE:
         return ExitCause("killed, out of memory, or crashed", False)
@@ -98,24 +100,25 @@ def exit_cause(pid: int) -> ExitCause:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the name, from the state on; none of a process that is gone."""
+    """Return the fields of /proc/PID/stat from the state on; none of a process that is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
 
 
-def shown(text: str) -> str:
-    """faulthandler's text without the threads of the watch and without numbers that differ between processes."""
-    blocks = [b for b in text.strip().split("\n\n") if not any(part in b for part in NOT_SHOWN)]
+def clean_stacks(text: str) -> str:
+    """Remove the watchdog's threads and varying numbers from faulthandler's text."""
+    blocks = [b for b in text.strip().split("\n\n") if not any(part in b for part in HIDDEN_FILES)]
     text = "\n".join(blocks)
     return re.sub(r"(Current thread|Thread) 0x[0-9a-f]+( \[[^]]*\])?", r"\1", text)
 
 
 def _ask(pid: int, file: int) -> bool:
+    """Have process ``pid`` write its stacks to its ``file``; False if it cannot."""
     if pid == os.getpid():
-        # Whoever can say this has the interpreter lock: nobody changes the stacks meanwhile, under which the handler, read at
-        # any moment of a running thread, sometimes crashes.
+        # This thread has the interpreter's lock, so that no stack changes meanwhile. The signal handler,
+        # which may read a thread's stack at any moment, sometimes crashes.
         faulthandler.dump_traceback(file=file, all_threads=True)
         return True
     if process_state(pid):

@@ -1,6 +1,8 @@
-"""What each rank of a node is in the middle of, in memory that the others can read while it is blocked, stopped or dead.
+"""The state of each rank of a node, in memory that all of them read.
 
-The memory is a file without a name: nothing of it outlives the job's processes, whatever ends them.
+They can read it while the rank is blocked, stopped or dead. The memory is a file without a name, so that
+nothing of it outlives the job's processes, whatever ends them. Every rank has a row of ROW_BYTES: CALL (its
+first two fields are STATE), SELF, from LOCK on its death lock. The last bytes of row 0 are REPORTED.
 """
 
 import fcntl
@@ -17,23 +19,33 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-PLACES = ("/dev/shm", None)
-"""Folders to try for the file; None: Python's choice."""
+FOLDERS = ("/dev/shm", None)
+"""Folders to try for the file; None is Python's choice."""
 OUTSIDE, INSIDE, FAILING, LEFT = range(4)
+"""The states of a rank: in no collective, in one, about to end the job, at the end of its program."""
 STATE = struct.Struct("=qd")
 CALL = struct.Struct("=qdqqqqqqd64s32s")
 SELF = struct.Struct("=qq")
 LOCK = 192
-"""Where in a row the rank's lock is (:mod:`xpar.comm.watchdog.death_lock`)."""
+"""offset in a row of the rank's lock (:mod:`xpar.comm.watchdog.death_lock`)"""
 REPORTED = struct.Struct("=q")
 ROW_BYTES = 256
 
 
 @dataclass(frozen=True)
 class Call:
-    """A collective as one rank entered it: the ``seq``-th of ``group``, in ``layer`` and ``step`` if those are not -1.
+    """A collective as one rank entered it.
 
-    ``rows_out``, ``rows_in``: rows of ``row_bytes`` bytes each that leave and arrive. ``seconds``: its deadline.
+    Attributes:
+        op: Name of the operation.
+        group: Name of the group.
+        seq: Number of the collective among those of the group, from 1.
+        layer: Index of the layer, -1 outside layers.
+        step: Number of the step, -1 outside steps.
+        rows_out: Rows that leave the rank.
+        rows_in: Rows that arrive.
+        row_bytes: Bytes of one row.
+        seconds: The deadline.
     """
 
     op: str
@@ -56,7 +68,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Entry:
-    """A rank's row: ``state`` since ``age`` seconds, and the collective that it is in or was in last, if any."""
+    """The row of one rank.
+
+    Attributes:
+        state: OUTSIDE, INSIDE, FAILING or LEFT.
+        age: Seconds since the rank entered that state.
+        call: The collective that it is in or was in last, if any.
+        pid: Its process.
+        stack_fd: The descriptor of its file of stacks, -1 without one.
+    """
 
     state: int
     age: float
@@ -66,17 +86,26 @@ class Entry:
 
 
 class StatusBoard:
-    """Row ``mine`` is this rank's to write. ``shared``: whether the other rows are really those of the node's ranks."""
+    """The rows of a node's ranks; each rank writes its own row and reads all.
 
-    def __init__(self, memory: mmap.mmap, mine: int, size: int, file: int | None, shared: bool) -> None:
-        self.memory, self.mine, self.size, self.file, self.shared = memory, mine, size, file, shared
-        self._once = threading.Lock()
+    Attributes:
+        memory: The memory of the rows.
+        local_rank: Index of this rank's row.
+        size: Number of rows.
+        file: Descriptor of the file behind the memory, None without one.
+        shared: Whether the other rows are really written by the node's ranks.
+    """
+
+    def __init__(self, memory: mmap.mmap, local_rank: int, size: int, file: int | None, shared: bool) -> None:
+        self.memory, self.local_rank, self.size = memory, local_rank, size
+        self.file, self.shared = file, shared
+        self._is_claimed = threading.Lock()
 
     @classmethod
     def open(cls, node: "MPI.Comm") -> "StatusBoard":
-        """Collective over the ranks of a node. Where no file can be shared, each has a board of its own."""
+        """Open a node's board; collective. Without a shared file each rank has its own."""
         nbytes = node.size * ROW_BYTES
-        path = node.bcast(_make_file(nbytes) if node.rank == 0 else None, root=0)
+        path = node.bcast(create_file(nbytes) if node.rank == 0 else None, root=0)
         file = _open_file(path)
         # Processes see each other's numbers only in one namespace; containers may give each its own.
         seen = node.allgather((file is not None, _pid_namespace()))
@@ -87,17 +116,17 @@ class StatusBoard:
             return cls(mmap.mmap(file, nbytes), node.rank, node.size, file, True)
         return cls(mmap.mmap(-1, nbytes), node.rank, node.size, None, False)
 
-    def introduce(self, stack_fd: int) -> None:
-        """Say which process this is, and the descriptor of its file of stacks (-1 without)."""
-        SELF.pack_into(self.memory, self.mine * ROW_BYTES + CALL.size, os.getpid(), stack_fd)
+    def register_process(self, stack_fd: int) -> None:
+        """Write this process's number and its file of stacks (-1 without) to its row."""
+        SELF.pack_into(self.memory, self.local_rank * ROW_BYTES + CALL.size, os.getpid(), stack_fd)
         self.set_state(OUTSIDE)
 
     def set_state(self, state: int) -> None:
-        """This rank is in ``state`` from now on; what its last collective was stays."""
-        STATE.pack_into(self.memory, self.mine * ROW_BYTES, state, time.monotonic())
+        """Set this rank's state; the row keeps its last collective."""
+        STATE.pack_into(self.memory, self.local_rank * ROW_BYTES, state, time.monotonic())
 
     def read(self, local_rank: int) -> Entry:
-        """What the row of a rank of this node says now."""
+        """Read the row of a rank of this node."""
         first = local_rank * ROW_BYTES
         state, since, *numbers, seconds, op, group = CALL.unpack_from(self.memory, first)
         pid, stack_fd = SELF.unpack_from(self.memory, first + CALL.size)
@@ -106,30 +135,32 @@ class StatusBoard:
         return Entry(state, time.monotonic() - since, call if seq else None, pid, stack_fd)
 
     def set_reported(self) -> None:
-        """The job's report is written: nobody of the node writes another, whoever dies of it."""
+        """Say that the job's report is written, so that no rank of the node writes another."""
         REPORTED.pack_into(self.memory, ROW_BYTES - REPORTED.size, 1)
 
-    def reported(self) -> bool:
+    def is_reported(self) -> bool:
+        """Whether the job's report is written."""
         return bool(REPORTED.unpack_from(self.memory, ROW_BYTES - REPORTED.size)[0])
 
-    def claim(self) -> bool:
-        """Whether this process may report: the first of the node to ask, as long as it lives or until it has."""
-        if self.reported() or not self._once.acquire(blocking=False):
+    def claim_report(self) -> bool:
+        """Claim the report; true for the first process of the node, and again if that dies."""
+        if self.is_reported() or not self._is_claimed.acquire(blocking=False):
             return False
         if self.file is None:
             return True
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._once.release()
+            self._is_claimed.release()
             return False
         return True
 
 
-def _make_file(nbytes: int) -> str | None:
-    for folder in PLACES:
+def create_file(nbytes: int) -> str | None:
+    """Make a file of ``nbytes`` for a board; return its path, None without room for it."""
+    for folder in FOLDERS:
         with suppress(OSError):
-            file, path = tempfile.mkstemp(prefix="xpar-guard-", dir=folder)
+            file, path = tempfile.mkstemp(prefix="xpar-watchdog-", dir=folder)
             try:
                 os.posix_fallocate(file, 0, nbytes)  # a full file system says so here, not by SIGBUS later
                 return path

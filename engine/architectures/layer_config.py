@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from xpar.comm.partition import spans
 from xpar.engine.architectures import ARCHITECTURES
 from xpar.engine.architectures.schema import Architecture, lookup, present
 from xpar.engine.checkpoint.tensor_file import CheckpointError
@@ -60,7 +61,9 @@ def layer_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -
     _check_rules(arch, hf_config)
     layers = moe_layers(arch, hf_config)
     if layer not in layers:
-        raise CheckpointError(f"layer {layer} is not a mixture of experts; MoE layers: {_spans(layers)}")
+        raise CheckpointError(
+            f"layer {layer} is not a mixture of experts; MoE layers: {spans(layers) or 'none'}"
+        )
     try:
         return LayerConfig(
             num_experts=arch.num_experts.get(hf_config, int, layer),
@@ -155,14 +158,3 @@ def _check_rules(arch: Architecture, hf_config: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"config.json: {rule.key}={value!r} of {arch.model_type}: must be {allowed} ({rule.why})"
             )
-
-
-def _spans(layers: tuple[int, ...]) -> str:
-    """``0-3, 5``: short however many layers there are."""
-    spans: list[list[int]] = []
-    for layer in layers:
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans) or "none"

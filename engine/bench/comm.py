@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpar.comm.communicator import Communicator
-from xpar.comm.dispatch.base import Dispatcher, DispatchPlan, goes_to
-from xpar.comm.dispatch.choose import DISPATCHERS, choose_dispatcher
+from xpar.comm.communicator import Communicator, Tag
+from xpar.comm.dispatch.base import Dispatcher, DispatchPlan, destination_mask
+from xpar.comm.dispatch.choose import DISPATCHERS, choose_dispatcher, choose_dispatcher_class
 from xpar.comm.dispatch.expected_traffic import expected_crossings, expected_rows
-from xpar.comm.dispatch.hierarchical import HierarchicalDispatcher
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.engine.bench.timing import Times
 from xpar.kernels.contracts import ExpertInput, Routing
@@ -63,20 +61,20 @@ def usable(grid: ProcessGrid, num_experts: int, names: list[str]) -> list[str]:
 
     def works(name: str) -> bool:
         try:
-            choose_dispatcher(grid, placement, name)
+            choose_dispatcher_class(grid, placement, name)
         except ValueError:
             return False
         return True
 
     for name in names:
-        choose_dispatcher(grid, placement, name)
-    idle = {"replicated"} | ({HierarchicalDispatcher.name} if grid.world.num_nodes == 1 else set())
-    return names or [cls.name for cls in DISPATCHERS if cls.name not in idle and works(cls.name)]
+        choose_dispatcher_class(grid, placement, name)
+    moving = [cls.name for cls in DISPATCHERS if cls.capabilities.moves_rows(grid.world.num_nodes)]
+    return names or [name for name in moving if works(name)]
 
 
 def deduplicated(topk_ids: Tensor, placement: Placement, node_of: list[int] | None) -> int:
     """Rows of [T, k] ``topk_ids``, counted one by one: one a rank that holds any of a token's experts, or one a node."""
-    ranks = goes_to(topk_ids, placement)
+    ranks = destination_mask(topk_ids, placement)
     if node_of is None:
         return int(ranks.sum())
     nodes = torch.tensor(node_of)
@@ -125,7 +123,7 @@ class BareExchange:
         self, group: Communicator, routing: Routing, placement: Placement, traffic: TokenTraffic
     ) -> None:
         self.group = group
-        self.send = goes_to(routing.topk_ids, placement).sum(1).tolist()
+        self.send = destination_mask(routing.topk_ids, placement).sum(1).tolist()
         mine = torch.tensor(self.send)
         self.recv = group.all_to_all_v(mine, [1] * group.size, [1] * group.size).wait().tolist()
         width = traffic.hidden_size
@@ -167,7 +165,8 @@ def _record(
 ) -> dict[str, Any]:
     plan, placement = trial.plan, trial.dispatcher.placement
     assert plan is not None
-    by_node = trial.dispatcher.name == HierarchicalDispatcher.name
+    granularity = trial.dispatcher.capabilities.row_granularity
+    by_node = granularity == "node"
     across = sum(n for n, node in zip(plan.traffic.sent, node_of, strict=True) if node != node_of[group.rank])
     everyone = group.all_gather_object(
         (
@@ -189,6 +188,7 @@ def _record(
     rows = sum(r[1] for r in everyone)
     return {
         "dispatcher": trial.dispatcher.name,
+        "row_granularity": granularity,
         "tokens_per_rank": trial.traffic.tokens,
         "rows": rows,
         "rows_deduplicated": sum(r[3] for r in everyone),

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpar.comm.communicator import SoloCommunicator
-from xpar.comm.grid import GridShape, ProcessGrid
-from xpar.comm.world import World
+from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.ceilings import Ceilings, measure_ceilings
 from xpar.engine.bench.peers import IMPLEMENTATIONS, caller, transformers_layer
 from xpar.engine.bench.request import Request
@@ -102,27 +100,9 @@ def contenders(request: Request, threads: int) -> dict[str, Callable[[Tensor], T
     if "solo" in request.compare:
         options = LayerOptions(kernel=request.kernel, exact=request.exact)
         calls["solo"] = build_layer(
-            weights.config, single_rank_grid(threads), request.dtype, weights.read, options
+            weights.config, ProcessGrid.single(threads), request.dtype, weights.read, options
         )
     if "transformers" in request.compare:
         block = transformers_layer(request.shape.hf_config(request.scale), weights)
         calls |= {name: caller(block, name) for name in IMPLEMENTATIONS}
     return calls
-
-
-def single_rank_grid(threads: int) -> ProcessGrid:
-    """The grid of a process outside MPI."""
-    alone = SoloCommunicator()
-    world = World(alone, (0,), ("",), 0, 1, float(threads), "none", (0,))
-    return ProcessGrid(
-        world=world,
-        shape=GridShape(1, 1, 1, 1, 1),
-        tp=alone,
-        dp=alone,
-        ep=alone,
-        etp=alone,
-        edp=alone,
-        moe=alone,
-        node=alone,
-        moe_node=alone,
-    )

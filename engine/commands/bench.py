@@ -159,7 +159,7 @@ def comm_main(args: argparse.Namespace) -> int:
     console.print(_comm_table(records))
     _write(args, grid, world, traffic.dtype, "all", "identity", records)
     wrong = [r for r in records if not r["rel_error"] <= comm.TOLERANCE[traffic.dtype]]
-    more = [r for r in records if r["dispatcher"] != "allgather" and r["rows"] != r["rows_deduplicated"]]
+    more = [r for r in records if r["row_granularity"] != "all" and r["rows"] != r["rows_deduplicated"]]
     for r in wrong + more:
         console.print(
             f"{r['dispatcher']}: relative error {r['rel_error']:.1e}, {r['rows']} rows of {r['rows_deduplicated']}"
@@ -282,7 +282,7 @@ def _comm_table(records: list[dict[str, Any]]) -> Table:
 
 def _across(record: dict[str, Any]) -> tuple[str, str]:
     """Rows that leave a node, and how many that should be; all-gather sends every token everywhere."""
-    expected = "" if record["dispatcher"] == "allgather" else f"{record['rows_across_expected']:.0f}"
+    expected = "" if record["row_granularity"] == "all" else f"{record['rows_across_expected']:.0f}"
     return str(record["rows_across_nodes"]), expected
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from xpar.comm.device.binding import driver_version, find_gpu, shared_gpus
 from xpar.comm.device.nccl_library import open_library, version_text
-from xpar.comm.device.transport import DeviceFacts, choose_transport, facts_of
+from xpar.comm.device.transport_choice import DeviceFacts, choose_transport, collect_facts
 from xpar.comm.shared_window import SHARED_FILES
 from xpar.comm.stale_shm import PREFIXES, StaleFiles, find_stale_files
 from xpar.comm.world import LaunchError, World, refuse_singletons
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _place(world: World) -> Place:
     stat = os.statvfs(SHARED_FILES)
-    gpu = facts_of(find_gpu(world.local_rank)) if torch.cuda.is_available() else None
+    gpu = collect_facts(find_gpu(world.local_rank)) if torch.cuda.is_available() else None
     return Place(
         host=world.hosts[world.rank],
         node=world.node,

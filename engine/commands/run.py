@@ -81,8 +81,8 @@ def main(args: argparse.Namespace) -> int:
         records.append(_run_layer(args, grid, layer, dtype))
         console.print(layer_table(records[-1]))
         console.print(summary(records[-1]), soft_wrap=True)
-    if args.stragglers and world.guard is not None:
-        console.print(lateness_table(gather_lateness(world.comm, world.guard), world.hosts))
+    if args.stragglers and world.watchdog is not None:
+        console.print(lateness_table(gather_lateness(world.comm, world.watchdog), world.hosts))
     if args.json:
         agreed(world.comm, lambda: _write(args.json, manifest_of(args, grid, dtype, records), world.rank))
     bad = [r for r in records if not r.get("rel_error", 0.0) <= TOLERANCE[dtype]]
@@ -205,7 +205,7 @@ def _explain(
 
     def reasons() -> str:
         placement, dispatcher = pick_dispatcher(grid, config, args.dispatcher)
-        held = len(placement.experts_of(grid.moe.rank // grid.shape.etp))
+        held = len(placement.experts_of(grid.ep_rank))
         kernel = pick_kernel(config, grid, max(1, held), dtype, args.kernel, args.exact)
         steps = explain_depth(config, kernel.record, dispatcher.dispatcher, args.exact, args.depth)
         return f"dispatcher\n{dispatcher.explain()}\nkernel\n{kernel.explain()}\nsteps\n{steps}"

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from xpar.comm.stragglers import Lateness
 from xpar.comm.watchdog.deadlines import Deadlines
-from xpar.comm.watchdog.watchdog import Watching
+from xpar.comm.watchdog.watchdog import WatchdogOptions
 from xpar.comm.world import World
 
 
@@ -34,7 +34,7 @@ def add_watching(p: argparse.ArgumentParser, stragglers: bool = False) -> None:
 def attach(args: argparse.Namespace) -> World:
     """Join the MPI job as the options say."""
     keeps = getattr(args, "stragglers", False)
-    return World.attach(deadlines=args.deadline, watch=Watching(args.debug_collectives, keeps))
+    return World.attach(deadlines=args.deadline, watchdog=WatchdogOptions(args.debug_collectives, keeps))
 
 
 def lateness_table(rows: list[Lateness], hosts: tuple[str, ...]) -> Table:

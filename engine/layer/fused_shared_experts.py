@@ -95,7 +95,7 @@ def count_shared_slots(config: LayerConfig) -> int:
 
 def check_fusable(dispatcher: Dispatcher, etp: int) -> None:
     """Raise ValueError where tokens would have to travel to the ``etp`` ranks that slice a shared expert."""
-    if etp > 1 and dispatcher.name != "replicated" and dispatcher.group.size > 1:
+    if etp > 1 and not dispatcher.capabilities.replicated_tokens and dispatcher.group.size > 1:
         raise ValueError(
             f"fuse_shared_experts with etp={etp} and the dispatcher {dispatcher.name}: every token would "
             "travel to "
@@ -108,9 +108,9 @@ def home_rank(dispatcher: Dispatcher) -> int | None:
 
     None where copies serve them in turn.
     """
-    if dispatcher.name == "replicated" and dispatcher.placement.ep > 1:
+    if dispatcher.capabilities.replicated_tokens and dispatcher.placement.ep > 1:
         return None
-    return dispatcher.group.rank // dispatcher.placement.etp
+    return dispatcher.placement.ep_rank(dispatcher.group.rank)
 
 
 def experts_of_shared(

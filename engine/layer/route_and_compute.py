@@ -147,7 +147,7 @@ def why_not_fused(
     """
     if dispatcher.group.size > 1:
         return f"{dispatcher.group.size} ranks hold the experts"
-    if dispatcher.name != "replicated":
+    if not dispatcher.capabilities.replicated_tokens:
         return f"{dispatcher.name} was asked for, which moves tokens even on one rank"
     if entry is None or entry.one_call is None:
         return f"{'no kernel' if entry is None else entry.name} covers more than computing"

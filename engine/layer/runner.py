@@ -5,10 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xpar.comm.communicator import Pending
+from xpar.comm.communicator import Pending, Tag
 from xpar.comm.dispatch.base import Dispatcher, DispatchPlan
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.handshake import Tag
 from xpar.comm.reduction import Distributed
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.expert_load import LoadCounter

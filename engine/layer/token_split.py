@@ -93,6 +93,6 @@ def choose_token_split(grid: ProcessGrid, dispatcher: Dispatcher, sequence_paral
     """
     if sequence_parallel or grid.tp.size == 1:
         return KeepAllTokens(grid.world.comm)
-    if dispatcher.name == "replicated":
+    if dispatcher.capabilities.replicated_tokens:
         return KeepAllTokens(grid.dp)
     return SplitOverTensorParallel(grid.tp, grid.world.comm)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xpar.comm.column_parallel import ColumnParallel, ColumnSlice, build_column_parallel
-from xpar.comm.handshake import Tag
+from xpar.comm.column_parallel import ColumnParallel, ColumnSlice, split_columns
+from xpar.comm.communicator import Tag
 from xpar.engine.models.attention import use_xpar_attention
 from xpar.kernels.cpu.linear import LinearEntry, LinearKernel
 
@@ -158,7 +158,7 @@ def _pack(model: Any, name: str, record: LinearEntry, shared: ColumnParallel | N
     if shared is None:
         packed = PackedLinearModule(record.build(weight, bias), outputs)
     else:
-        part = build_column_parallel(outputs, shared.group)
+        part = split_columns(outputs, shared.group)
         some = part.start < part.stop
         # A copy, so that nothing keeps the whole bias.
         linear = record.build(weight[part], None if bias is None else bias[part].clone()) if some else None

@@ -1,4 +1,4 @@
-"""Products that the ranks of a node share out, on 1 to 4 ranks, some without rows and some without columns."""
+"""Column-parallel products on 1 to 4 ranks, some without rows, some without columns."""
 
 import time
 from dataclasses import replace
@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from xpar.comm import column_parallel
-from xpar.comm.column_parallel import ColumnParallel, ColumnSlice, build_column_parallel
+from xpar.comm.column_parallel import ColumnParallel, ColumnSlice, split_columns
+from xpar.comm.communicator import Tag
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.handshake import DesyncError, Tag
+from xpar.comm.handshake import DesyncError
 from xpar.comm.world import World
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def test_products_are_those_of_the_whole_weight(
 
 
 def share_of(weight: torch.Tensor, grid: ProcessGrid) -> ColumnSlice:
-    part = build_column_parallel(len(weight), grid.node)
+    part = split_columns(len(weight), grid.node)
 
     def compute(rows: torch.Tensor) -> torch.Tensor:
         assert rows.shape[0] and part.start < part.stop
@@ -70,7 +71,7 @@ def slowly(share: ColumnSlice, dawdles: tuple[bool, bool]) -> ColumnSlice:
 
 
 def test_nobody_reads_what_a_faster_rank_writes_next(grid: ProcessGrid) -> None:
-    """Each rank in turn dawdles where it would be overtaken: before its product, and before it takes its results."""
+    """Each rank in turn is slow before its product and before it takes its results."""
     shared, size, rank = ColumnParallel(grid.node), grid.node.size, grid.node.rank
     weight = torch.eye(64 * size)
     for number in range(4 * size):
@@ -82,7 +83,7 @@ def test_nobody_reads_what_a_faster_rank_writes_next(grid: ProcessGrid) -> None:
 
 @pytest.mark.parametrize("outputs", [1, 63, 64, 65, 640, 1000])
 def test_columns_cover_everything_once(grid: ProcessGrid, outputs: int) -> None:
-    parts = grid.node.all_gather_object(build_column_parallel(outputs, grid.node))
+    parts = grid.node.all_gather_object(split_columns(outputs, grid.node))
     covered = [column for part in parts for column in range(part.start, part.stop)]
     assert covered == list(range(outputs))
     assert all(part.start % 64 == 0 for part in parts if part.start < part.stop)

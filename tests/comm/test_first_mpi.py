@@ -1,4 +1,4 @@
-"""The first ranks of a world as a world: what it knows, that its groups work, and that they can be given back."""
+"""The first ranks of a world as a world: its facts, its groups, and closing them."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xpar.comm import ProcessGrid, World
-from xpar.comm.shared_window import window_of
+from xpar.comm.shared_window import get_window
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -41,7 +41,7 @@ def test_a_grid_on_them_is_given_back_with_its_windows(world: World) -> None:
         if first is not None:
             grid = ProcessGrid.create(first)
             assert grid.moe.all_reduce(torch.ones(3)).tolist() == [ranks] * 3
-            window = window_of(grid.node)
+            window = get_window(grid.node)
             window.reserve(1000)
             window.view(0, (1, 1000), torch.uint8).fill_(1)
             window.fence()

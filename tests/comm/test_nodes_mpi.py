@@ -1,7 +1,8 @@
-"""Ranks on several nodes: their order, groups, shared windows, and the dispatcher that is chosen.
+"""Ranks on several nodes: their order, groups, windows, and the dispatcher chosen.
 
-Runs where MPI sees several nodes, real ones or ``mpirun -hosts a:2,b:1`` on one machine; ``MPIR_CVAR_NUM_CLIQUES=2``
-deals the ranks to two nodes in turn, so that MPI's order is not the order of the nodes.
+Runs where MPI sees several nodes, real ones or ``mpirun -hosts a:2,b:1`` on one machine;
+``MPIR_CVAR_NUM_CLIQUES=2`` deals the ranks to two nodes in turn, so that MPI's order is not the order of the
+nodes.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from all_dispatchers import fitting
 from xpar.comm import ProcessGrid, World
 from xpar.comm.dispatch.choose import choose_dispatcher
 from xpar.comm.placement import Placement
-from xpar.comm.shared_window import SharedWindow, window_of
+from xpar.comm.shared_window import SharedWindow, get_window
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -33,7 +34,7 @@ def grid(world: World) -> ProcessGrid:
 
 @pytest.fixture(scope="module")
 def neighbours(comm: "Intracomm") -> list[set[int]]:
-    """For every rank of ``comm`` the ranks of its node, asked of MPI in another way than World asks."""
+    """Ask MPI, in another way than World does, for the ranks of every rank's node."""
     from mpi4py import MPI
 
     with_memory = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -68,7 +69,7 @@ def test_node_group_is_the_node(comm: "Intracomm", grid: ProcessGrid, neighbours
 
 
 def test_consecutive_ranks_stay_inside_a_node(world: World) -> None:
-    """The groups that talk most are those of consecutive ranks: none of them crosses nodes where sizes allow it."""
+    """Groups of consecutive ranks, which talk most, cross no nodes if sizes allow it."""
     sizes = [world.node_of.count(node) for node in range(world.num_nodes)]
     if len(set(sizes)) > 1 or sizes[0] == 1:
         sizes = [1] * world.size  # uneven nodes: only groups of one fit everywhere
@@ -78,7 +79,7 @@ def test_consecutive_ranks_stay_inside_a_node(world: World) -> None:
 
 
 def test_every_node_has_a_window_of_its_own(grid: ProcessGrid) -> None:
-    """What a rank writes is seen by its node and by no other; twice, because a window that grows is a new one."""
+    """A rank's writes are seen by its node alone; twice, as a window that grows is new."""
     group = grid.node
     window = SharedWindow(group)
     for rows in (3, 5000):
@@ -91,7 +92,7 @@ def test_every_node_has_a_window_of_its_own(grid: ProcessGrid) -> None:
         assert everyone == [1000 * grid.world.node + r for r in range(group.size) for _ in range(rows)]
         window.fence()
     window.close()
-    assert window_of(group) is not window_of(grid.moe)
+    assert get_window(group) is not get_window(grid.moe)
 
 
 def test_auto_does_not_share_memory_across_nodes(grid: ProcessGrid) -> None:

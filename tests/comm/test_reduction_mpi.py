@@ -1,4 +1,4 @@
-"""The truth table of the two all-reduce points: which collectives run, and that the sum is right."""
+"""The truth table of the two all-reduce points: the collectives that run, and the sum."""
 
 from typing import TYPE_CHECKING
 

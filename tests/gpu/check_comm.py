@@ -29,7 +29,8 @@ import torch
 
 from xpar.comm import ProcessGrid, World, run
 from xpar.comm.device.binding import bind_gpu, driver_version
-from xpar.comm.device.transport import DeviceFacts, choose_transport, facts_of, host_override, open_transport
+from xpar.comm.device.transport import open_transport
+from xpar.comm.device.transport_choice import DeviceFacts, choose_transport, collect_facts, host_override
 from xpar.comm.watchdog.deadlines import Deadlines
 
 
@@ -84,7 +85,7 @@ def environment(world: World, device: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"torch": torch.__version__, "mpi": world.library.splitlines()[0]}
     if device == "cpu":
         return facts | {"transports": ["staged", "mpi"]}
-    mine: DeviceFacts = facts_of(bind_gpu(world.local_rank))
+    mine: DeviceFacts = collect_facts(bind_gpu(world.local_rank))
     everyone = world.comm.all_gather_object(mine)
     maps = Path("/proc/self/maps").read_text().split()
     facts |= {
@@ -128,7 +129,7 @@ def outcome(world: World, title: str, check: Callable[[], str | None]) -> dict[s
 def hang(world: World, device: str) -> int:
     """Rank 0 starts an exchange that nobody joins, and then waits for its GPU as any program would."""
     deadlines = Deadlines(connect=60, launch=60, finish=5, abort=2)
-    facts = world.comm.all_gather_object(facts_of(bind_gpu(world.local_rank)))
+    facts = world.comm.all_gather_object(collect_facts(bind_gpu(world.local_rank)))
     choice = choose_transport(facts, "nccl")
     where = torch.device("cuda", torch.cuda.current_device())
     host = host_override(facts, world.rank)

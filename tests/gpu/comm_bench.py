@@ -10,13 +10,13 @@ from exact_experts import routing_of
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
+from xpar.comm.communicator import Tag
 from xpar.comm.device.backend import synchronize
 from xpar.comm.device.nccl_library import open_library
 from xpar.comm.device.transport import nccl_transport
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.base import Dispatcher
-from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.kernels.contracts import Routing

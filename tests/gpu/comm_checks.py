@@ -9,19 +9,20 @@ from exact_experts import experts_of, routing_of
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
-from xpar.comm.communicator import Communicator
+from xpar.comm.communicator import Communicator, Tag
 from xpar.comm.device.nccl_backend import NcclBackend
 from xpar.comm.device.nccl_communicator import NcclCommunicator, give_up, poll_until_done
 from xpar.comm.device.nccl_library import NcclError, open_library
-from xpar.comm.device.transport import TransportChoice, open_transport
+from xpar.comm.device.transport import open_transport
+from xpar.comm.device.transport_choice import TRANSPORTS
 from xpar.comm.device.watch import Watch
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.replicated import ReplicatedDispatcher
-from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import sum_outputs
 from xpar.comm.watchdog.deadlines import Deadlines
+from xpar.kernels.choice import Choice
 from xpar.kernels.contracts import Routing
 
 Check = Callable[[], str | None]
@@ -60,7 +61,7 @@ def last_checks(world: World, grid: ProcessGrid, transport: str, seed: int) -> I
 
 def host_grid(world: World, transport: str) -> ProcessGrid:
     """A grid whose groups move host tensors through ``transport``, as if they lay on a device."""
-    choice = TransportChoice(transport, "asked for", ())
+    choice = Choice(next(t for t in TRANSPORTS if t.name == transport), ())
     opened = open_transport(world.comm, torch.device("cpu"), choice, Deadlines(), required=True)
     grid = ProcessGrid.create(world)
     comm = opened.wrap(world.comm)

@@ -7,23 +7,25 @@ import pytest
 
 from xpar.comm.dispatch.choose import DISPATCHERS
 
-MOVERS = [cls.name for cls in DISPATCHERS if cls.name not in ("replicated", "hierarchical")]
-"""Those that do something of their own on one node, too; ``hierarchical`` has tests of its own."""
-SHARING = ("shared-memory",)
-"""Those that serve ranks of one node only."""
+MOVERS = [cls.name for cls in DISPATCHERS if cls.capabilities.moves_rows(num_nodes=1)]
+"""Names of the dispatchers that move rows on one node; ``hierarchical`` has tests of its own."""
+SINGLE_NODE = {cls.name for cls in DISPATCHERS if cls.capabilities.single_node}
+"""Names of the dispatchers that serve ranks of one node only."""
 
 
 def movers(**mark: Any) -> list[Any]:
-    """Every dispatcher that moves tokens; those of :data:`SHARING` only where all ranks are on one node.
+    """Return every name of ``MOVERS`` as a parameter.
 
-    ``mark``: the options of the mark ``mpi`` of the module, which a parameter's mark replaces.
+    Those of ``SINGLE_NODE`` only run with all ranks on one node.
+
+    ``mark``: the options of the module's mark ``mpi``, which a parameter's own mark replaces.
     """
     one_node = pytest.mark.mpi(max_nodes=1, **mark)
-    return [pytest.param(name, marks=one_node) if name in SHARING else name for name in MOVERS]
+    return [pytest.param(name, marks=one_node) if name in SINGLE_NODE else name for name in MOVERS]
 
 
 def pairs(cases: Iterable[Any], names: Iterable[Any]) -> list[Any]:
-    """Every case with every dispatcher, which keeps its marks."""
+    """Return every case with every dispatcher, which keeps its marks."""
     return [
         (case, name) if isinstance(name, str) else pytest.param(case, *name.values, marks=name.marks)
         for case in cases
@@ -32,7 +34,10 @@ def pairs(cases: Iterable[Any], names: Iterable[Any]) -> list[Any]:
 
 
 def fitting(num_nodes: int) -> list[str]:
-    """The names of those that serve a group on ``num_nodes`` nodes."""
-    if num_nodes == 1:
-        return MOVERS
-    return ["hierarchical", *(name for name in MOVERS if name not in SHARING)]
+    """Return the names of the dispatchers that move rows in a group on ``num_nodes`` nodes."""
+    capabilities = {cls.name: cls.capabilities for cls in DISPATCHERS}
+    return [
+        n
+        for n, c in capabilities.items()
+        if c.moves_rows(num_nodes) and (num_nodes == 1 or not c.single_node)
+    ]

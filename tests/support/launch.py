@@ -12,6 +12,7 @@ from pathlib import Path
 # What a launcher or a resource manager tells its own ranks: a job below must not take it for itself.
 INHERITED = ("PMI_", "PMIX_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPIEXEC_", "OMPI_", "PRTE_", "SLURM_")
 TAG = "XPAR_TEST_JOB"
+PROGRAMS = Path(__file__).parent.parent / "programs"
 ALONE = ["unshare", "--user", "--map-root-user", "--mount"]
 """Runs a command with mounts that nobody else sees, where :func:`can_mount`."""
 
@@ -53,6 +54,11 @@ def mpirun(
         finally:
             kill_tagged(tag)
     return subprocess.CompletedProcess(words, job.returncode, out, err)
+
+
+def python_program(name: str, *arguments: str) -> list[str]:
+    """Return the words that run ``tests/programs/NAME.py`` with ``arguments``."""
+    return [sys.executable, str(PROGRAMS / f"{name}.py"), *arguments]
 
 
 def find_mpirun() -> str:

@@ -1,4 +1,7 @@
-"""Every transport of device tensors against MPI on the host; on CPU tensors, NCCL replaced at its narrow interface."""
+"""Every transport of device tensors against MPI on the host, on CPU tensors.
+
+NCCL is replaced at its narrow interface.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -10,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpar.comm import AgreedError, World
-from xpar.comm.communicator import Communicator, SoloCommunicator
-from xpar.comm.device.mpi_backend import _mpi_libraries, claims_cuda
+from xpar.comm.communicator import Communicator, SoloCommunicator, Tag
+from xpar.comm.device.mpi_backend import claims_cuda, find_mpi_libraries
 from xpar.comm.device.nccl_library import NcclError
-from xpar.comm.device.transport import Transport, TransportChoice, open_transport
+from xpar.comm.device.transport import Transport, open_transport
+from xpar.comm.device.transport_choice import TRANSPORTS, TransportChoice
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
-from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
 from xpar.comm.watchdog.deadlines import Deadlines
+from xpar.kernels.choice import Choice
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -28,7 +32,7 @@ HOST = torch.device("cpu")
 SOON = Deadlines(connect=0.3, launch=0.3, abort=0.3)
 MOVED = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8, torch.int64]
 SUMMED = [torch.float32, torch.bfloat16, torch.float16, torch.int32]
-TRANSPORTS = ["nccl", "nccl-without-alltoall", "staged", "mpi"]
+KINDS = ["nccl", "nccl-without-alltoall", "staged", "mpi"]
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +40,18 @@ def host(comm: "Intracomm") -> Communicator:
     return World.attach(comm).comm
 
 
+def asked_for(name: str) -> TransportChoice:
+    return Choice(next(t for t in TRANSPORTS if t.name == name), ())
+
+
 def opened(comm: "Intracomm", host: Communicator, kind: str) -> Transport:
     name = kind.split("-")[0]
     library = FakeNccl(comm, release=22700 if kind != name else 22809)
-    choice = TransportChoice(name, "the test asked for it", ())
+    choice = asked_for(name)
     return open_transport(host, HOST, choice, Deadlines(), required=True, library=library)
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
+@pytest.fixture(scope="module", params=KINDS)
 def group(request: pytest.FixtureRequest, comm: "Intracomm", host: Communicator) -> Communicator:
     transport = opened(comm, host, request.param)
     request.addfinalizer(transport.close)
@@ -158,7 +166,7 @@ def test_dispatchers_as_on_a_gpu(group: Communicator, kind: str, data: st.DataOb
 def connect(
     host: Communicator, library: FakeNccl, deadlines: Deadlines = SOON, required: bool = True
 ) -> Transport:
-    choice = TransportChoice("nccl", "the test asked for it", ())
+    choice = asked_for("nccl")
     return open_transport(host, HOST, choice, deadlines, required=required, library=library)
 
 
@@ -241,5 +249,5 @@ def test_equal_sizes_use_ncclalltoall_and_others_do_not(comm: "Intracomm", host:
 
 def test_mpi_claims_nothing_that_this_machine_has_not(comm: "Intracomm") -> None:
     """Asking must work with this MPI library, and no CPU build of one reaches GPU memory."""
-    assert _mpi_libraries()
+    assert find_mpi_libraries()
     assert claims_cuda() is False

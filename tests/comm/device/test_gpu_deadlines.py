@@ -1,12 +1,11 @@
 """The watch over a GPU's operations, settling and giving up, without a GPU."""
 
-import sys
 import threading
 import time
 from typing import Any
 
 import pytest
-from launch import mpirun
+from launch import mpirun, python_program
 
 from xpar.comm.device.nccl_communicator import give_up, poll_until_done
 from xpar.comm.device.nccl_library import IN_PROGRESS, SUCCESS, NcclError
@@ -73,9 +72,9 @@ def test_the_watch_forgets_what_has_ended_and_reports_what_is_late() -> None:
 
 
 def test_the_watch_reports_a_failure_found_by_nccl_or_by_the_gpu() -> None:
-    watch = Watch(lambda wrong: None)
-    watch._waiting.append(_watched(lambda: False, lambda: "NCCL result 6: peer died"))
-    assert watch.look() == "gather: NCCL result 6: peer died"
+    watch = Watch(lambda wrong: None, pause=60.0)  # its thread has not looked when the test does
+    watch.add(lambda: False, "gather", 30.0, lambda: "NCCL result 6: peer died")
+    assert watch.check() == "gather: NCCL result 6: peer died"
 
     def broken() -> bool:
         raise RuntimeError("an illegal memory access")
@@ -87,14 +86,9 @@ def test_the_watch_reports_a_failure_found_by_nccl_or_by_the_gpu() -> None:
     assert reported.wait(5) and found == ["the GPU reports an illegal memory access"]
 
 
-def _watched(done: Any, problem: Any) -> Any:
-    from xpar.comm.device.watch import WatchedOperation
-
-    return WatchedOperation(done, "gather", time.monotonic(), 30.0, problem)
-
-
 def test_the_watch_asks_nothing_while_paused_and_ends_when_closed() -> None:
     asked: list[int] = []
+    before = set(threading.enumerate())
     watch = Watch(lambda wrong: None, pause=0.01)
     with watch.paused():
         watch.add(lambda: bool(asked.append(1)), "x", 30.0, fine)
@@ -102,28 +96,14 @@ def test_the_watch_asks_nothing_while_paused_and_ends_when_closed() -> None:
         assert not asked
     time.sleep(0.1)
     assert asked
+    assert [t.name for t in set(threading.enumerate()) - before] == ["xpar-gpu-watch"]
     watch.close()
-    assert watch._thread is not None and not watch._thread.is_alive()
-
-
-LATE = """
-import time
-from xpar.comm import World, run
-from xpar.comm.device.transport import end_job
-from xpar.comm.device.watch import Watch
-def main():
-    world = World.attach()
-    if world.rank == 1:
-        Watch(lambda wrong: end_job(world.comm, wrong)).add(lambda: False, "all_to_all_v of 7 rows", 0.5, lambda: None)
-        time.sleep(50)
-    world.comm.barrier()
-run(main)
-"""
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_late_operation_ends_the_job_everywhere() -> None:
     begin = time.monotonic()
-    job = mpirun(3, [sys.executable, "-c", LATE], timeout=40)
+    job = mpirun(3, python_program("late_device_operation"), timeout=40)
     assert time.monotonic() - begin < 25 and job.returncode != 0
     assert "[rank 1 on " in job.stderr and "all_to_all_v of 7 rows: not done on the GPU 0.5 s" in job.stderr
     assert "in main" in job.stderr  # the stack of the thread that waits

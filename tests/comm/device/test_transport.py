@@ -1,21 +1,21 @@
-"""Which transport is chosen and why, which GPU a rank gets, and which dispatcher; without a GPU."""
+"""The choice of a transport and of a rank's GPU, without a GPU."""
 
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from launch import mpirun
+from launch import mpirun, python_program
 
 from xpar.comm.device import binding
 from xpar.comm.device.binding import Gpu, driver_version, find_gpu, gpu_index, shared_gpus
-from xpar.comm.device.transport import DeviceFacts, choose_transport, host_override
-from xpar.comm.dispatch.allgather import AllGatherDispatcher
-from xpar.comm.dispatch.alltoall import AllToAllDispatcher
-from xpar.comm.dispatch.choose import DISPATCHERS, choose_dispatcher
-from xpar.comm.placement import Placement
+from xpar.comm.device.transport_choice import (
+    TRANSPORTS,
+    DeviceFacts,
+    choose_transport,
+    fall_back,
+    host_override,
+)
 
 
 def facts(
@@ -59,12 +59,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_choice_and_its_reasons(case: str) -> None:
+def test_the_choice_says_why_it_fits_the_facts(case: str) -> None:
     ranks, name, reason = CASES[case]
     choice = choose_transport(ranks)
     assert choice.name == name
     assert reason in choice.explain()
-    assert sorted([choice.name, *(n for n, _ in choice.rejected)]) == ["mpi", "nccl", "staged"]
+    assert {choice.name, *dict(choice.rejected)} == {t.name for t in TRANSPORTS}
 
 
 def test_a_transport_asked_for_by_name() -> None:
@@ -77,14 +77,19 @@ def test_a_transport_asked_for_by_name() -> None:
         ValueError, match=r"transport='nccl': rank 1: no bindings; choose auto or one of staged$"
     ):
         choose_transport([facts(), facts("b", None, "no bindings")], "nccl")
-    assert "pose as hosts" in choose_transport([facts(), facts()], "nccl").reason
-    assert "pose as hosts" not in choose_transport(NEW_SHARED, "nccl").reason
-    with pytest.raises(ValueError, match="transport='gloo': there is none of that name; choose auto, nccl"):
+    assert "as separate hosts" in choose_transport([facts(), facts()], "nccl").reason
+    assert "as separate hosts" not in choose_transport(NEW_SHARED, "nccl").reason
+    with pytest.raises(
+        ValueError, match="transport='gloo': there is none of that name; choose auto or one of nccl"
+    ):
         choose_transport(APART, "gloo")
 
 
-def test_ranks_of_one_gpu_pose_as_hosts_and_others_stay_together() -> None:
-    """Two nodes of two GPUs; GPU a has three ranks, c two. Every pair on one GPU differs, no two nodes are mixed up."""
+def test_ranks_of_one_gpu_give_different_hosts_and_others_stay_together() -> None:
+    """Two nodes of two GPUs, of which GPU a has three ranks and c two.
+
+    Every pair on one GPU differs, and no two nodes are mixed up.
+    """
     ranks = [replace(facts(uuid), host=host) for uuid, host in zip("abaacdc", "xxxxyyy", strict=True)]
     hosts = [host_override(ranks, r) for r in range(len(ranks))]
     assert hosts == ["x/0", "x/0", "x/1", "x/2", "y/0", "y/0", "y/1"]
@@ -96,7 +101,7 @@ def test_ranks_of_one_gpu_pose_as_hosts_and_others_stay_together() -> None:
 
 
 def test_nccl_that_does_not_connect_is_passed_over_with_its_reason() -> None:
-    choice = choose_transport(APART).without("nccl", "unhandled cuda error")
+    choice = fall_back(choose_transport(APART), "unhandled cuda error")
     assert choice.name == "staged"
     assert dict(choice.rejected)["nccl"] == "unhandled cuda error" and "mpi" in dict(choice.rejected)
 
@@ -105,11 +110,13 @@ def test_nccl_that_does_not_connect_is_passed_over_with_its_reason() -> None:
     ("visible", "local_size", "expected"),
     [(4, 4, [0, 1, 2, 3]), (1, 3, [0, 0, 0]), (4, 2, [0, 1]), (2, 3, [0, 1, 0])],
 )
-def test_gpus_by_place_on_the_node(visible: int, local_size: int, expected: list[int]) -> None:
+def test_a_rank_gets_the_gpu_of_its_index_on_the_node(
+    visible: int, local_size: int, expected: list[int]
+) -> None:
     assert [gpu_index(r, visible) for r in range(local_size)] == expected
 
 
-def test_shared_gpus() -> None:
+def test_ranks_are_grouped_by_the_gpu_that_they_share() -> None:
     assert shared_gpus(["a", "b", "a", "c", "b"]) == {"a": [0, 2], "b": [1, 4]}
     assert shared_gpus(["a", "b"]) == {}
 
@@ -126,7 +133,7 @@ def test_shared_gpus() -> None:
         (None, None),
     ],
 )
-def test_driver_version(
+def test_the_driver_version_is_read_from_its_file(
     text: str | None, version: str | None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(binding, "DRIVER_FILE", str(tmp_path / "version"))
@@ -143,64 +150,6 @@ def test_cuda_without_a_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("device", ["cuda", "tpu"])
 def test_a_grid_on_a_device_that_is_not_there_is_one_message(device: str) -> None:
-    source = (
-        "import sys\nfrom xpar.comm import ProcessGrid, World, run\n"
-        f"sys.exit(run(lambda: ProcessGrid.create(World.attach(), device={device!r}) and 0))"
-    )
-    job = mpirun(2, [sys.executable, "-c", source], timeout=40, env={"CUDA_VISIBLE_DEVICES": ""})
+    job = mpirun(2, python_program("create_grid", device), timeout=40, env={"CUDA_VISIBLE_DEVICES": ""})
     assert job.returncode == 1
     assert job.stderr.count(f"device='{device}': ") == 1 and "Traceback" not in job.stderr
-
-
-# -- dispatchers ------------------------------------------------------------------------------------------------
-
-
-def test_dispatchers_for_a_gpu_are_told_apart_by_their_records() -> None:
-    world = SimpleNamespace(node_of=(0, 0), window_room=(1 << 40, 1 << 40))
-    moe = SimpleNamespace(size=2, world_ranks=(0, 1))
-    tp = SimpleNamespace(size=1, world_ranks=(0,))
-    grid: Any = SimpleNamespace(
-        device=torch.device("cuda"), world=world, moe=moe, tp=tp, shape=SimpleNamespace(tp=1)
-    )
-    placement = SimpleNamespace(to=lambda device: placement, device=torch.device("cuda"), num_experts=8)
-    choice = choose_dispatcher(grid, placement)  # type: ignore[arg-type]
-    assert choice.dispatcher.name == "allgather" and choice.dispatcher.whole  # type: ignore[attr-defined]
-    assert dict(choice.rejected)["shared-memory"] == "it moves cpu memory, and the job computes on cuda"
-    with pytest.raises(ValueError, match="it moves cpu memory"):
-        choose_dispatcher(grid, placement, "shared-memory")  # type: ignore[arg-type]
-    assert choose_dispatcher(grid, placement, "alltoall").dispatcher.early  # type: ignore[arg-type, attr-defined]
-    capturable = {cls.name for cls in DISPATCHERS if cls.capabilities.graph_capture}
-    assert capturable == {"allgather"}
-    assert not any(cls.capabilities.needs_host_counts for cls in DISPATCHERS if cls.name in capturable)
-
-
-@pytest.mark.parametrize(("device", "chosen"), [("cpu", "hierarchical"), ("cuda", "alltoall")])
-def test_auto_sends_a_row_a_node_from_host_memory_only(device: str, chosen: str) -> None:
-    """Eight ranks on two nodes, where it moves fewer bytes: on GPUs it is passed over, and refused when asked for."""
-    ranks = tuple(range(8))
-    world = SimpleNamespace(node_of=(0, 0, 0, 0, 1, 1, 1, 1), window_room=(1 << 40,) * 8, node=0)
-    moe = SimpleNamespace(size=8, rank=0, world_ranks=ranks)
-    grid: Any = SimpleNamespace(
-        device=torch.device(device),
-        world=world,
-        moe=moe,
-        moe_node=SimpleNamespace(size=4, rank=0, world_ranks=ranks[:4]),
-        tp=SimpleNamespace(size=1, world_ranks=(0,)),
-        shape=SimpleNamespace(tp=1, etp=1),
-    )
-    placement: Any = SimpleNamespace(to=lambda device: placement, device=torch.device(device), num_experts=64)
-    built: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("xpar.comm.dispatch.choose._build", lambda name, *_: built.append(name))
-        rejected = dict(choose_dispatcher(grid, placement, top_k=8).rejected)
-    assert built == [chosen]
-    if device == "cuda":
-        assert rejected["hierarchical"] == "it moves cpu memory, and the job computes on cuda"
-        with pytest.raises(ValueError, match="'hierarchical': it moves cpu memory"):
-            choose_dispatcher(grid, placement, "hierarchical")
-
-
-def test_on_host_tables_dispatchers_count() -> None:
-    placement = Placement.blocks(4, 2)
-    assert not AllGatherDispatcher(None, placement).whole  # type: ignore[arg-type]
-    assert not AllToAllDispatcher(None, placement).early  # type: ignore[arg-type]

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpar.comm import AgreedError, ProcessGrid, World
+from xpar.comm.communicator import Tag
 from xpar.comm.dispatch.choose import choose_dispatcher
-from xpar.comm.handshake import Tag
 from xpar.comm.placement import Placement
-from xpar.comm.shared_window import SharedWindow, window_of
+from xpar.comm.shared_window import SharedWindow, get_window
 from xpar.kernels.contracts import ExpertInput, Routing
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def test_a_window_too_large_for_the_node_is_one_error(world: World, monkeypatch:
 def test_one_window_serves_all_layers_of_a_group(grid: ProcessGrid) -> None:
     placement = Placement.blocks(3, grid.shape.ep)
     first, second = (choose_dispatcher(grid, placement, "shared-memory").dispatcher for _ in range(2))
-    assert grid.moe.size == 1 or first._window is second._window is window_of(grid.moe)  # type: ignore[attr-defined]
+    assert grid.moe.size == 1 or first.window is second.window is get_window(grid.moe)  # type: ignore[attr-defined]
 
 
 @pytest.mark.mpi(min_size=2, max_nodes=1)
@@ -107,7 +107,10 @@ def computed(arrived: ExpertInput, experts: range, exact: bool) -> torch.Tensor:
 
 
 def routing_of(tokens: int, k: int, num_experts: int, generator: torch.Generator) -> Routing:
-    """k different experts a token, some slots dropped; the weights are powers of two, so that sums are exact."""
+    """Draw k different experts per token and drop some slots.
+
+    The weights are powers of two, so that sums are exact.
+    """
     order = torch.rand(tokens, num_experts, generator=generator).argsort(1)[:, :k].to(torch.int32)
     ids = order.masked_fill(torch.rand(tokens, k, generator=generator) < 0.2, -1)
     return Routing(ids, 2.0 ** -torch.randint(0, 4, (tokens, k), generator=generator))
@@ -117,7 +120,10 @@ def routing_of(tokens: int, k: int, num_experts: int, generator: torch.Generator
 @settings(max_examples=40)
 @given(data=st.data())
 def test_plan_dispatch_combine(grid: ProcessGrid, dispatcher: str, data: st.DataObject) -> None:
-    """Uneven and empty ranks, experts that do not divide, ranks without experts, dropped slots, changing sizes."""
+    """Ranks and experts are uneven, some ranks have no tokens or no experts.
+
+    Some slots are dropped, and sizes change.
+    """
     size, rank = grid.moe.size, grid.moe.rank
     num_experts = data.draw(st.integers(1, 9), label="experts")
     k = data.draw(st.integers(1, num_experts), label="top_k")

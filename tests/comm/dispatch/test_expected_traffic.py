@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from xpar.comm.dispatch.base import goes_to
+from xpar.comm.dispatch.base import destination_mask
 from xpar.comm.dispatch.expected_traffic import expected_crossings
-from xpar.comm.dispatch.hierarchical import crossings, node_of_owners, rails, ranks_by_node
+from xpar.comm.dispatch.hierarchical import node_mask, node_of_owners, rail_peers, ranks_by_node
 from xpar.comm.placement import Placement
 
 E, K, TOKENS = 256, 8, 4000
 
 
 def counted(node_of: list[int], placement: Placement, topk_ids: torch.Tensor, by_node: bool) -> float:
-    """Rows that cross, by tokens spread evenly over the ranks, counted as the dispatchers count them."""
+    """Count the rows that cross as dispatchers do, for tokens spread evenly over the ranks."""
     nodes = torch.tensor(node_of)
-    goes = goes_to(topk_ids, placement)
+    goes = destination_mask(topk_ids, placement)
     if by_node:
         on_node = node_of_owners(ranks_by_node(node_of), placement)[placement.owners(topk_ids)]
-        goes, nodes = crossings(on_node, max(node_of) + 1), torch.arange(max(node_of) + 1)
+        goes, nodes = node_mask(on_node, max(node_of) + 1), torch.arange(max(node_of) + 1)
     home = torch.tensor(node_of)[torch.arange(topk_ids.shape[0]) % len(node_of)]
     return float((goes & (nodes[:, None] != home)).sum()) / topk_ids.shape[0]
 
@@ -48,6 +48,6 @@ def test_uneven_nodes_and_sliced_experts(fresh_seed: int) -> None:
 def test_rails_wrap_where_a_node_has_fewer_ranks() -> None:
     members = ranks_by_node([0, 0, 0, 1, 1, 2])
     assert members == [range(3), range(3, 5), range(5, 6)]
-    assert [rails(members, r) for r in range(6)] == [
+    assert [rail_peers(members, r) for r in range(6)] == [
         [0, 3, 5], [1, 4, 5], [2, 3, 5], [0, 3, 5], [1, 4, 5], [0, 3, 5],
     ]  # fmt: skip

@@ -1,64 +1,27 @@
-"""A rank that dies is noticed before its launcher ends the others, and SIGTERM is answered with where every rank is."""
+"""A rank's death is noticed before its launcher ends the others; SIGTERM is reported."""
 
 import mmap
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
-from launch import mpirun
+from launch import mpirun, python_program
 
 from xpar.comm.watchdog import stack_dump
 from xpar.comm.watchdog.death_lock import LOCK_BYTES, DeathLock
 from xpar.comm.watchdog.status_board import CALL, LOCK, REPORTED, ROW_BYTES, SELF, StatusBoard
 
-TOLD = """
-import os, signal, sys, time
-import torch
-from xpar.comm import World, run
-from xpar.comm.handshake import Tag, handshake
-def main():
-    world = World.attach()
-    handshake(world.comm, Tag("plan", 4, 7))
-    {source}
-def waits(world):
-    world.comm.all_gather_v(torch.ones(3, 5))
-sys.exit(run(main))
-"""
-ALL_AT_ONCE = TOLD.format(
-    source="""
-    if os.fork() == 0:  # outlives the rank's own patience, and tells it to end as a launcher does
-        time.sleep(1)
-        os.kill(os.getppid(), signal.SIGTERM)
-        os._exit(0)
-    if world.rank == 1:
-        time.sleep(60)
-    waits(world)"""
-)
-GOES_ON = TOLD.format(
-    source="""
-    child = os.fork()
-    if child == 0:
-        time.sleep(60)
-    os.kill(child, signal.SIGTERM)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
-    signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"mine %d\\n" % world.rank))
-    os.kill(os.getpid(), signal.SIGTERM)
-    waits(world)
-    os.write(1, b"went on %d\\n" % world.rank)"""
-)
-
 
 @pytest.mark.parametrize("hosts", ["a:3", "a:1,b:2"])
-def test_a_job_that_is_told_to_end_says_once_where_it_is(tmp_path: Path, hosts: str) -> None:
+def test_a_job_that_sigterm_ends_reports_once_where_every_rank_is(tmp_path: Path, hosts: str) -> None:
     """Also of ranks that are blocked inside MPI, where no Python handler runs."""
     (tmp_path / "hosts").write_text(hosts.replace(",", "\n") + "\n")
     job = mpirun(
         3,
-        [sys.executable, "-c", ALL_AT_ONCE],
+        python_program("sigterm_in_collective"),
         timeout=60,
         env={"HYDRA_HOST_FILE": str(tmp_path / "hosts")},
     )
@@ -71,20 +34,9 @@ def test_a_job_that_is_told_to_end_says_once_where_it_is(tmp_path: Path, hosts: 
 
 
 def test_sigterm_of_a_child_or_with_a_handler_of_the_program_ends_nothing() -> None:
-    job = mpirun(2, [sys.executable, "-c", GOES_ON], timeout=60)
+    job = mpirun(2, python_program("sigterm_handlers"), timeout=60)
     assert job.returncode == 0 and "where every rank is" not in job.stderr, job.stderr
     assert sorted(job.stdout.splitlines()) == ["mine 0", "mine 1", "went on 0", "went on 1"]
-
-
-HOLDS = """
-import mmap, os, sys
-from xpar.comm.watchdog.death_lock import LOCK_BYTES, DeathLock
-with open(sys.argv[1], "r+b") as file:
-    memory = mmap.mmap(file.fileno(), 2 * LOCK_BYTES)
-print(DeathLock(memory, LOCK_BYTES).hold(), flush=True)
-sys.stdin.readline()
-os._exit(3)
-"""
 
 
 @pytest.mark.parametrize(
@@ -92,31 +44,33 @@ os._exit(3)
     [(signal.SIGKILL, "SIGKILL (out of memory"), (signal.SIGSEGV, "SIGSEGV (a crash"), (None, "exit code 3")],
     ids=["killed", "crashed", "exit"],
 )
-def test_a_death_is_felt_and_its_cause_known(tmp_path: Path, sent: signal.Signals | None, text: str) -> None:
+def test_a_death_is_noticed_and_its_cause_known(
+    tmp_path: Path, sent: signal.Signals | None, text: str
+) -> None:
     path = tmp_path / "memory"
     path.write_bytes(bytes(2 * LOCK_BYTES))
-    felt: list[stack_dump.ExitCause] = []
+    noticed: list[stack_dump.ExitCause] = []
     done = threading.Event()
     with path.open("r+b") as file:
-        wire = DeathLock(mmap.mmap(file.fileno(), 2 * LOCK_BYTES), 0)
-    assert wire.hold()
-    words = [sys.executable, "-c", HOLDS, str(path)]
+        lock = DeathLock(mmap.mmap(file.fileno(), 2 * LOCK_BYTES), 0)
+    assert lock.acquire()
+    words = python_program("own_death_lock", str(path))
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin is not None and other.stdout is not None
         assert other.stdout.readline() == "True\n"
 
         def note() -> None:
-            felt.append(stack_dump.exit_cause(other.pid))
+            noticed.append(stack_dump.exit_cause(other.pid))
             done.set()
 
-        wire.watch(LOCK_BYTES, note)
+        lock.watch(LOCK_BYTES, note)
         assert not done.wait(0.3) and stack_dump.process_state(other.pid) == ""
         if sent is None:
             other.stdin.close()
         else:
             os.kill(other.pid, sent)
-        assert done.wait(20) and felt[0].text.startswith(text)
-        assert felt[0].by_signal == (sent is not None)
+        assert done.wait(20) and noticed[0].text.startswith(text)
+        assert noticed[0].by_signal == (sent is not None)
 
 
 def test_a_row_has_room_for_its_lock_and_a_report_is_written_once() -> None:
@@ -124,6 +78,6 @@ def test_a_row_has_room_for_its_lock_and_a_report_is_written_once() -> None:
     assert ROW_BYTES - REPORTED.size >= LOCK + LOCK_BYTES
     memory = mmap.mmap(-1, 2 * ROW_BYTES)
     first, second = (StatusBoard(memory, local, 2, None, True) for local in range(2))
-    assert first.claim() and not first.reported()
+    assert first.claim_report() and not first.is_reported()
     first.set_reported()
-    assert second.reported() and not second.claim()
+    assert second.is_reported() and not second.claim_report()

@@ -1,21 +1,21 @@
-"""The parts of the watch that need no other rank: the report's text, the rows of a node, comparisons, lateness."""
+"""The parts of the watchdog that need no other rank."""
 
 import mmap
 import os
 import re
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from launch import python_program
 
 from xpar.comm.stragglers import lateness
-from xpar.comm.watchdog import stack_dump, status_board
-from xpar.comm.watchdog.collective_check import CollectiveSignature, difference
+from xpar.comm.watchdog import death_lock, stack_dump, status_board
+from xpar.comm.watchdog.collective_check import CollectiveSignature, find_difference
 from xpar.comm.watchdog.deadlines import Deadlines
-from xpar.comm.watchdog.journal import BoardJournal, Pace
-from xpar.comm.watchdog.report import RankState, format_rank, spans
+from xpar.comm.watchdog.journal import BoardJournal, StepDeadline
+from xpar.comm.watchdog.report import RankState, format_survey
 from xpar.comm.watchdog.status_board import FAILING, INSIDE, LEFT, OUTSIDE, Call, StatusBoard
 
 CALL = Call("all_to_all_v", "moe", 57, 3, 12, 41, 7, 256, 60.0)
@@ -35,7 +35,7 @@ def test_report_names_states_missing_ranks_and_alike_stacks_once() -> None:
     ]
     sizes = "of group moe (41 rows of 256 B out, 7 in), layer 3, step 12"
     before = "dispatch alltoall #56 of group moe (41 rows of 256 B), layer 3, step 12"
-    assert format_rank(seen, [(8, "n2")], CALL, [0, 1, 2, 3, 7, 8]).splitlines() == [
+    assert format_survey(seen, [(8, "n2")], CALL, [0, 1, 2, 3, 7, 8]).splitlines() == [
         "where every rank is:",
         f"  rank 0 on n0: in all_to_all_v #57 {sizes}, for 60.2 s",
         f"  rank 1 on n0: in all_to_all_v #57 {sizes}, for 60.3 s",
@@ -53,7 +53,6 @@ def test_report_names_states_missing_ranks_and_alike_stacks_once() -> None:
         "stacks of rank 2:",
         "  stack b",
     ]
-    assert spans([7, 3, 1, 2]) == "1-3, 7"
 
 
 def private_board() -> StatusBoard:
@@ -62,12 +61,12 @@ def private_board() -> StatusBoard:
 
 def test_a_row_says_what_the_journal_wrote() -> None:
     own = private_board()
-    own.introduce(9)
+    own.register_process(9)
     assert (own.read(0).state, own.read(0).call, own.read(0).stack_fd) == (OUTSIDE, None, 9)
-    pace = Pace(Deadlines(start=5, step=2))
-    journal = BoardJournal(own, "a group whose name is longer than its field", pace, False, None)
-    journal.at(3, 12)
-    journal.enter(journal.begin(), "all_to_all_v", None, 41, 7, 256)
+    deadline = StepDeadline(Deadlines(start=5, step=2))
+    journal = BoardJournal(own, "a group whose name is longer than its field", deadline, False, None)
+    journal.set_step(3, 12)
+    journal.enter(journal.next_seq(), "all_to_all_v", None, 41, 7, 256)
     entry = own.read(0)
     group = "a group whose name is longer tha"
     assert entry.call == Call("all_to_all_v", group, 1, 3, 12, 41, 7, 256, 2.0)
@@ -81,10 +80,10 @@ def test_a_row_says_what_the_journal_wrote() -> None:
     [(-1, -1, 300.0), (0, 0, 300.0), (0, 1, 300.0), (0, 2, 60.0), (7, 900, 60.0)],
 )
 def test_first_steps_have_the_deadline_of_the_start(layer: int, step: int, seconds: float) -> None:
-    pace = Pace(Deadlines())
-    pace.at(layer, step)
-    pace.at(-1, -1)  # a collective that says nothing of steps belongs to the one before
-    assert pace.seconds == seconds
+    deadline = StepDeadline(Deadlines())
+    deadline.set_step(layer, step)
+    deadline.set_step(-1, -1)  # a collective that says nothing of steps belongs to the one before
+    assert deadline.seconds == seconds
 
 
 def test_one_option_scales_every_deadline() -> None:
@@ -97,22 +96,17 @@ def test_one_option_scales_every_deadline() -> None:
 
 
 def test_one_of_a_node_reports_and_another_after_it_died() -> None:
-    path = status_board._make_file(status_board.ROW_BYTES)
+    path = status_board.create_file(status_board.ROW_BYTES)
     assert path is not None
     try:
         file = os.open(path, os.O_RDWR)
         mine = StatusBoard(mmap.mmap(file, status_board.ROW_BYTES), 0, 1, file, True)
-        source = (
-            "import mmap, os, sys\nfrom xpar.comm.watchdog.status_board import StatusBoard\n"
-            f"file = os.open({path!r}, os.O_RDWR)\n"
-            "print(StatusBoard(mmap.mmap(file, 256), 0, 1, file, True).claim(), flush=True)\nsys.stdin.read()\n"
-        )
-        words = [sys.executable, "-c", source]
+        words = python_program("claim_report", path)
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout is not None and other.stdout.readline() == "True\n"
-            assert not mine.claim()
+            assert not mine.claim_report()
             other.communicate()
-        assert mine.claim() and not mine.claim()
+        assert mine.claim_report() and not mine.claim_report()
     finally:
         os.unlink(path)
 
@@ -123,19 +117,20 @@ def test_without_room_for_a_file_there_is_none(monkeypatch: pytest.MonkeyPatch) 
 
     before = set(os.listdir("/dev/shm"))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    assert status_board._make_file(256) is None
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("xpar-guard-")]
+    assert status_board.create_file(256) is None
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("xpar-watchdog-")]
+
+
+def test_threads_of_the_watchdog_are_left_out_of_stacks() -> None:
+    ours = f'Thread 0x1 (most recent call first):\n  File "{death_lock.__file__}", line 9 in _run'
+    users = 'Thread 0x2 (most recent call first):\n  File "a.py", line 1 in main'
+    assert stack_dump.clean_stacks(f"{ours}\n\n{users}\n") == users.replace(" 0x2", "")
 
 
 def test_stacks_of_a_process_that_holds_the_interpreter_lock() -> None:
-    source = (
-        "import ctypes\nfrom xpar.comm.watchdog import stack_dump\n"
-        "def holds_the_lock():\n"
-        "    libc = ctypes.PyDLL(None)\n"
-        "    while True: libc.sleep(100)\n"
-        "print(stack_dump.register_stack_dump(), flush=True)\nholds_the_lock()\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        python_program("hold_interpreter_lock"), stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         place = (other.pid, int(other.stdout.readline()))
         (text,) = stack_dump.collect_stacks([place])
@@ -148,20 +143,20 @@ def test_stacks_of_a_process_that_holds_the_interpreter_lock() -> None:
     assert stack_dump.collect_stacks([place, (os.getpid(), -1)]) == ["", ""]
 
 
-def intent(op: str, columns: int = 3, dtype: torch.dtype = torch.float32) -> CollectiveSignature:
+def signature(op: str, columns: int = 3, dtype: torch.dtype = torch.float32) -> CollectiveSignature:
     return CollectiveSignature.of(op, torch.empty(2, columns, dtype=dtype), [columns])
 
 
 @pytest.mark.parametrize(
-    ("intents", "expected"),
+    ("signatures", "expected"),
     [
-        ([intent("all_reduce")] * 3, None),
+        ([signature("all_reduce")] * 3, None),
         (
-            [intent("all_reduce"), intent("all_reduce", 4), intent("all_reduce")],
+            [signature("all_reduce"), signature("all_reduce", 4), signature("all_reduce")],
             "rank 5 differs: all_reduce of float32 [4], where 2 of 3 ranks call all_reduce of float32 [3]",
         ),
         (
-            [intent("all_reduce", dtype=torch.bfloat16), intent("all_reduce"), intent("all_reduce")],
+            [signature("all_reduce", dtype=torch.bfloat16), signature("all_reduce"), signature("all_reduce")],
             "rank 4 differs: all_reduce of bfloat16 [3], where 2 of 3 ranks call all_reduce of float32 [3]",
         ),
         (
@@ -185,8 +180,10 @@ def intent(op: str, columns: int = 3, dtype: torch.dtype = torch.float32) -> Col
     ],
     ids=["alike", "shape", "dtype", "operation", "counts", "skipped"],
 )
-def test_difference(intents: list[CollectiveSignature], expected: str | None) -> None:
-    assert difference(intents, [4, 5, 6]) == expected
+def test_debug_mode_names_the_difference_of_signatures(
+    signatures: list[CollectiveSignature], expected: str | None
+) -> None:
+    assert find_difference(signatures, [4, 5, 6]) == expected
 
 
 def test_who_waits_least_came_last() -> None:
@@ -208,14 +205,6 @@ def test_who_waits_least_came_last() -> None:
 
 
 def test_a_rank_that_waits_for_others_to_start_gives_up() -> None:
-    source = """
-import time
-from xpar.comm.world import _all_join_within
-def attach():
-    with _all_join_within(0.5):
-        time.sleep(60)
-attach()
-"""
-    words = [sys.executable, "-c", source]
+    words = python_program("late_start")
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0 and "Timeout (0:00:00.500000)!" in done.stderr and "in attach" in done.stderr

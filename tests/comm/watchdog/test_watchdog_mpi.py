@@ -1,4 +1,4 @@
-"""A watched job: what it says of every rank, on every node; and what debug mode names before anything hangs."""
+"""A watched job of several ranks: its survey, debug mode, and lateness."""
 
 import re
 from typing import TYPE_CHECKING
@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from xpar.comm import DesyncError, World
-from xpar.comm.handshake import Tag, handshake
+from xpar.comm.communicator import Tag
+from xpar.comm.handshake import handshake
 from xpar.comm.stragglers import gather_lateness
 from xpar.comm.watchdog.deadlines import Deadlines
-from xpar.comm.watchdog.watchdog import Watching
+from xpar.comm.watchdog.watchdog import WatchdogOptions
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -20,7 +21,9 @@ pytestmark = pytest.mark.mpi(min_size=2)
 
 @pytest.fixture(scope="module")
 def world(comm: "Intracomm") -> World:
-    return World.attach(comm, deadlines=Deadlines(), watch=Watching(compares=True, keeps_waits=True))
+    return World.attach(
+        comm, deadlines=Deadlines(), watchdog=WatchdogOptions(check_collectives=True, record_waits=True)
+    )
 
 
 def wait_for_the_last(comm: "Intracomm", world: World) -> None:
@@ -32,10 +35,10 @@ def test_survey_finds_every_rank_where_it_waits(comm: "Intracomm", world: World)
     for asking in range(world.size):
         text = ""
         if world.rank == asking:
-            assert world.guard is not None
-            text = world.guard.survey()
+            assert world.watchdog is not None
+            text = world.watchdog.survey()
             while len(re.findall(r"in patient barrier #\d+ of group world, for", text)) < world.size - 1:
-                text = world.guard.survey()  # the others may be on their way
+                text = world.watchdog.survey()  # the others may be on their way
             assert all(f"rank {r} on {world.hosts[r]}" in text for r in range(world.size))
             assert "in wait_for_the_last" in text and "does not answer" not in text
         wait_for_the_last(comm, world)
@@ -76,12 +79,12 @@ def test_debug_mode_names_the_rank_that_differs(world: World) -> None:
 
 
 def test_lateness_of_every_rank(world: World) -> None:
-    assert world.guard is not None
-    gather_lateness(world.comm, world.guard)  # empties the journals
+    assert world.watchdog is not None
+    gather_lateness(world.comm, world.watchdog)  # empties the journals
     for step in range(5):
         handshake(world.comm, Tag("plan", 1, step))
         world.comm.all_gather_object(step)  # not counted, and nothing of the first two steps
-    rows = gather_lateness(world.comm, world.guard)
+    rows = gather_lateness(world.comm, world.watchdog)
     assert [(r.rank, r.collectives) for r in rows] == [(r, 3) for r in range(world.size)]
     assert all(0 <= r.p50 <= r.p99 and 0 <= r.last <= 1 for r in rows)
     assert sum(r.last for r in rows) >= 1

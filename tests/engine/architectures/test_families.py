@@ -8,10 +8,9 @@ import pytest
 import torch
 from moe_families import CASES, Case, block_of, transformers_model, transformers_output
 
-from xpar.comm import AgreedError
+from xpar.comm import AgreedError, ProcessGrid
 from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
 from xpar.engine.architectures.layer_weights import load_router, make_router
-from xpar.engine.bench.peer_process import single_rank_grid
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import RouterConfig
 from xpar.engine.layer.build import load_layer
@@ -180,11 +179,11 @@ def test_gemma4_with_its_norms_inside(
         assert per_token.max() < 1e-5
     else:
         assert per_token.quantile(0.9) < 2e-2
-    runner = load_layer(tmp_path, 1, single_rank_grid(1))
+    runner = load_layer(tmp_path, 1, ProcessGrid.single())
     ours = (runner(x).float() - output).norm(dim=1) / output.norm(dim=1)
     assert ours.median() < {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     with pytest.raises(AgreedError, match="exact mode with norms inside the layer"):
-        load_layer(tmp_path, 1, single_rank_grid(1), options=LayerOptions(exact=True))
+        load_layer(tmp_path, 1, ProcessGrid.single(), options=LayerOptions(exact=True))
 
 
 def gemma4(path: Path, nested: bool, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:

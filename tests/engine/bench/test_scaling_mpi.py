@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from xpar.comm import World
-from xpar.comm.dispatch.base import goes_to
+from xpar.comm.dispatch.base import destination_mask
 from xpar.comm.failure import AgreedError
 from xpar.comm.placement import Placement
 from xpar.engine.bench.scaling.inputs import batch, batches
@@ -82,7 +82,7 @@ def test_bytes_are_those_of_the_routing(world: World) -> None:
     for number in run:
         ids = router.route(batch(TOKENS, slice(0, TOKENS), 64, 5, number)).topk_ids
         placement = Placement.blocks(7, world.size)
-        goes = goes_to(ids, placement)
+        goes = destination_mask(ids, placement)
         away = away + (goes & (torch.arange(world.size)[:, None] != home)).sum(1)
         across = across + (goes & (node[:, None] != node[home])).sum(1)
         slots = slots + torch.bincount(placement.owners(ids).flatten(), minlength=world.size)[: world.size]

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from xpar.comm import ProcessGrid
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
-from xpar.engine.bench.peer_process import single_rank_grid
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.cuda_graph import CapturedLayer, check_capturable
 from xpar.engine.layer.options import LayerOptions
@@ -77,6 +77,6 @@ def test_refuses(runner: SimpleNamespace, tokens: int, message: str) -> None:
 def test_a_layer_on_the_host_says_so() -> None:
     shape = replace(SHAPES["olmoe"], hidden=64, intermediate=64, experts=4, top_k=2)
     layer = SyntheticLayer(shape.layer(), torch.float32, 0)
-    runner = build_layer(layer.config, single_rank_grid(1), torch.float32, layer.read)
+    runner = build_layer(layer.config, ProcessGrid.single(), torch.float32, layer.read)
     with pytest.raises(ValueError, match="only a GPU's work can be recorded"):
         CapturedLayer(runner, 4)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from xpar.engine.bench.peer_process import single_rank_grid
+from xpar.comm import ProcessGrid
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.latent import LatentProjection
@@ -21,7 +21,7 @@ def test_equals_the_reference(exact: bool, on_input: bool, fresh_seed: int) -> N
     router = RouterConfig(1, weight_on_input=True, renormalize=False) if on_input else LATENT.router
     layer = SyntheticLayer(replace(LATENT, router=router), torch.float32, fresh_seed)
     runner = build_layer(
-        layer.config, single_rank_grid(1), torch.float32, layer.read, LayerOptions(exact=exact)
+        layer.config, ProcessGrid.single(), torch.float32, layer.read, LayerOptions(exact=exact)
     )
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(fresh_seed))
     torch.testing.assert_close(runner(x), layer.reference(x)[0], rtol=1e-4, atol=1e-5)
@@ -29,7 +29,7 @@ def test_equals_the_reference(exact: bool, on_input: bool, fresh_seed: int) -> N
 
 def test_exact_mode_gives_a_token_the_same_bits_among_others(fresh_seed: int) -> None:
     layer = SyntheticLayer(LATENT, torch.float32, fresh_seed)
-    runner = build_layer(LATENT, single_rank_grid(1), torch.float32, layer.read, LayerOptions(exact=True))
+    runner = build_layer(LATENT, ProcessGrid.single(), torch.float32, layer.read, LayerOptions(exact=True))
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(fresh_seed))
     assert torch.equal(runner(x)[3:5], runner(x[3:5]))
 

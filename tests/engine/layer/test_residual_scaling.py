@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xpar.comm import RemoteRankError
-from xpar.engine.bench.peer_process import single_rank_grid
+from xpar.comm import ProcessGrid, RemoteRankError
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.residual_scaling import ResidualScale, rms_norm, scale_layer_output
@@ -37,10 +36,10 @@ def test_an_output_beyond_float16_is_right_at_its_smaller_scale(config: LayerCon
     x = tokens(fresh_seed, 60.0)
     reference, _ = layer.reference(x)
     assert reference.abs().max() > 65504  # this layer overflows
-    runner = build_layer(config, single_rank_grid(1), torch.float16, layer.read)
+    runner = build_layer(config, ProcessGrid.single(), torch.float16, layer.read)
     assert not torch.isfinite(runner(x)).all()
     small, scale = scale_layer_output(config)
-    output = build_layer(small, single_rank_grid(1), torch.float16, layer.read)(x)
+    output = build_layer(small, ProcessGrid.single(), torch.float16, layer.read)(x)
     assert torch.isfinite(output).all() and scale.factor == FACTOR
     error = (output.double() * FACTOR - reference.double()).norm() / reference.double().norm()
     assert error < 5e-3
@@ -90,11 +89,11 @@ def test_each_step_of_a_decoder_that_keeps_both_halves_agrees_with_float64(fresh
     )  # all experts: no choice hangs on a rounding
     layer = SyntheticLayer(config, torch.float16, fresh_seed)
     small, scale = scale_layer_output(config)
-    runner = build_layer(small, single_rank_grid(1), torch.float16, layer.read)
+    runner = build_layer(small, ProcessGrid.single(), torch.float16, layer.read)
     x = tokens(fresh_seed, 1.0)
     assert worst_step(runner, layer, x, scale) < 5e-3
     assert worst_step(runner, layer, x, ResidualScale(1.0)) > 2e-2  # a decoder that forgets its half
-    full = build_layer(config, single_rank_grid(1), torch.float16, layer.read)
+    full = build_layer(config, ProcessGrid.single(), torch.float16, layer.read)
     with pytest.raises(RemoteRankError, match=r"router logits of token . are not finite"):
         worst_step(
             full, layer, x, ResidualScale(1.0)

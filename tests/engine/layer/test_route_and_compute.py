@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xpar.comm import RemoteRankError
-from xpar.engine.bench.peer_process import single_rank_grid
+from xpar.comm import ProcessGrid, RemoteRankError
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.micro_batches import MicroBatches
@@ -40,7 +39,7 @@ RECORDS = [record for record in KERNELS if record.one_call is not None and recor
 def layer_at(depth: Depth, config: LayerConfig, kernel: str = "onednn", seed: int = 0) -> MoERunner:
     layer = SyntheticLayer(config, torch.bfloat16, seed)
     options = LayerOptions(kernel=kernel, depth=depth)
-    return build_layer(config, single_rank_grid(1), torch.bfloat16, layer.read, options)
+    return build_layer(config, ProcessGrid.single(), torch.bfloat16, layer.read, options)
 
 
 def tokens(count: int, seed: int) -> Tensor:
@@ -168,10 +167,12 @@ def test_what_goes_step_by_step(config: LayerConfig, options: LayerOptions, mess
     # Which kernel has rows that do not depend on each other hangs on the processor.
     kernel = "native" if options.exact and not multiplies_bfloat16() else "onednn"
     named = options if options.kernel != "auto" else replace(options, kernel=kernel)
-    built = build_layer(config, single_rank_grid(1), torch.bfloat16, layer.read, named)
+    built = build_layer(config, ProcessGrid.single(), torch.bfloat16, layer.read, named)
     assert type(built) is MoERunner
     with pytest.raises(ValueError, match=f"depth='one-call': .*{message}.*; choose auto"):
-        build_layer(config, single_rank_grid(1), torch.bfloat16, layer.read, replace(named, depth="one-call"))
+        build_layer(
+            config, ProcessGrid.single(), torch.bfloat16, layer.read, replace(named, depth="one-call")
+        )
 
 
 def test_an_unknown_depth() -> None:
