@@ -10,8 +10,9 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.partition import split_range
 from xpar.comm.placement import Placement
 from xpar.engine.config import LayerConfig
+from xpar.kernels.choice import Choice
 from xpar.kernels.contracts import ExpertKernel, ExpertSpec
-from xpar.kernels.registry import Choice, KernelEntry, choose
+from xpar.kernels.registry import KernelEntry, choose_kernel
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def build_expert_shard(
     kernel = record = None
     if count := len(experts) + copies:
         spec = expert_spec(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
-        record = choose(spec, options.kernel).record
+        record = choose_kernel(spec, options.kernel).chosen
         kernel = record.build(spec)
     return ExpertShard(chosen.dispatcher, experts, rows, kernel, record)
 
@@ -73,11 +74,11 @@ def pick_dispatcher(
 
 def pick_kernel(
     config: LayerConfig, grid: ProcessGrid, experts: int, dtype: torch.dtype, name: str, exact: bool
-) -> Choice:
+) -> Choice[KernelEntry]:
     """The kernel for ``experts`` of this rank's slices, with the reasons against the others."""
     rows = width_slice("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
     width = rows.stop - rows.start
-    return choose(expert_spec(config, grid.device, experts, width, dtype, exact), name)
+    return choose_kernel(expert_spec(config, grid.device, experts, width, dtype, exact), name)
 
 
 def expert_spec(

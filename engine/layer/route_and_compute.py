@@ -13,7 +13,7 @@ from xpar.comm.reduction import Distributed, Full
 from xpar.engine.config import LayerConfig, RouterConfig
 from xpar.engine.routing import RoutingRule
 from xpar.engine.routing.router import Router
-from xpar.kernels.contracts import ExpertKernel, OneCallKernel, RouteSpec, Routing
+from xpar.kernels.contracts import ExpertKernel, FusedRoutingKernel, RouteSpec, Routing
 from xpar.kernels.registry import KernelEntry
 
 Depth = Literal["auto", "steps", "one-call"]
@@ -23,7 +23,7 @@ DEPTHS: tuple[Depth, ...] = ("auto", "steps", "one-call")
 class RouteAndCompute:
     """``kernel`` with the ``router`` whose rule it covers, for steps of 1 to ``tokens`` tokens; None for any number."""
 
-    def __init__(self, kernel: OneCallKernel, router: Router, tokens: int | None) -> None:
+    def __init__(self, kernel: FusedRoutingKernel, router: Router, tokens: int | None) -> None:
         self.kernel, self.router, self.tokens = kernel, router, tokens
         self.route = route_spec(router.config)
 
@@ -68,7 +68,7 @@ def why_not_fused(
         return f"{dispatcher.group.size} ranks hold the experts"
     if dispatcher.name != "replicated":
         return f"{dispatcher.name} was asked for, which moves tokens even on one rank"
-    if record is None or record.one_call is None:
+    if record is None or record.fused_routing is None:
         return f"{'no kernel' if record is None else record.name} covers more than computing"
     if exact:
         return "exact mode adds a token's outputs where the token lives"
@@ -76,7 +76,7 @@ def why_not_fused(
         return "the router does not choose the slots of fused shared experts"
     if config.latent_size is not None or config.output_bias or config.router.norm_eps is not None:
         return "a latent space, a norm or an output bias comes between its steps"
-    why = record.one_call.refuses(route_spec(config.router))
+    why = record.fused_routing.why_not(route_spec(config.router))
     return None if why is None else f"{record.name} {why}"
 
 
@@ -87,18 +87,16 @@ def explain_depth(
     why = why_not_fused(config, record, dispatcher, exact=exact, fused=False)
     if depth == "steps":
         why = "that was asked for"
-    if why is not None or record.one_call is None:
+    if why is not None or record.fused_routing is None:
         return f"one by one: {why}"
-    few = "any number of" if depth == "one-call" else f"1 to {record.one_call.tokens}"
-    return (
-        f"route, compute and combine in one call for {few} tokens: {record.name} ({record.one_call.measured})"
-    )
+    few = "any number of" if depth == "one-call" else f"1 to {record.fused_routing.tokens}"
+    return f"route, compute and combine in one call for {few} tokens: {record.name} ({record.fused_routing.measured})"
 
 
 def build_route_and_compute(
     kernel: ExpertKernel, router: Router, record: KernelEntry, depth: Depth
 ) -> RouteAndCompute:
     """For a layer of which :func:`why_not_fused` says nothing. ``depth``: ``one-call`` takes steps of any number of tokens."""
-    assert record.one_call is not None
-    tokens = record.one_call.tokens if depth == "auto" else None
-    return RouteAndCompute(cast(OneCallKernel, kernel), router, tokens)
+    assert record.fused_routing is not None
+    tokens = record.fused_routing.tokens if depth == "auto" else None
+    return RouteAndCompute(cast(FusedRoutingKernel, kernel), router, tokens)

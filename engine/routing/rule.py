@@ -4,7 +4,6 @@ T tokens, H hidden size, E experts, k experts per token; all arithmetic is float
 that row alone, bit for bit.
 """
 
-import math
 from typing import Protocol
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xpar.engine.config import RouterConfig, Scoring
+from xpar.kernels import contracts
 from xpar.kernels.contracts import Routing
 from xpar.kernels.position_invariant import position_invariant
 
@@ -77,13 +77,13 @@ def finish_weights(
 
 def require_finite(router_logits: Tensor) -> None:
     """Raise ``ValueError`` naming the first token of [T, E] logits with a NaN or infinite one."""
-    # One sum is cheap and not finite whenever a term is not; an overflow of finite terms only costs the second look.
-    if math.isfinite(float(router_logits.sum())):
-        return
-    bad = ~torch.isfinite(router_logits)
-    if bool(bad.any()):
+
+    def message(bad: Tensor) -> str:
         token, expert = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"router logits of token {token} are not finite (expert {expert}: {float(router_logits[token, expert])}); "
+        return (
+            f"router logits of token {token} are not finite (expert {expert}: "
+            f"{float(router_logits[token, expert])}); "
             "check the hidden states and the gate weight for NaN or overflow"
         )
+
+    contracts.require_finite(router_logits, message)

@@ -62,7 +62,7 @@ def inputs(shape, dtype, g):
 @pytest.fixture(params=["zentorch", "native", "torch"])
 def attention(request):
     """By each of those that may serve; torch serves what they do not."""
-    reasons = {"zentorch": zen_library.refused(), "native": native_library.refused()}
+    reasons = {"zentorch": zen_library.why_unavailable(), "native": native_library.why_unavailable()}
     if reason := reasons.get(request.param):
         pytest.skip(reason)
     return Attention(request.param)
@@ -76,8 +76,8 @@ def test_is_its_definition(attention, name, kind, dtype, g):
     query, key, value = inputs(shape, dtype, g)
     mask = mask_of(kind, shape, dtype, g)
     causal = mask is None and query.shape[2] == key.shape[2] > 1
-    if not attention.serves(query, key, value):
-        assert attention.computed_by(query, key, value, mask) == "torch"
+    if not attention.is_suitable(query, key, value):
+        assert attention.backend_for(query, key, value, mask) == "torch"
         return
     for scale in (shape[5] ** -0.5, 0.3):
         found = attention(query, key, value, mask, causal, scale)
@@ -101,7 +101,7 @@ def test_values_narrower_than_keys(attention, g):
     value = torch.randn(2, 4, 20, 32, generator=g)
     expected = definition(query, key, value, None, False, 0.2)
     assert torch.allclose(attention(query, key, value, None, False, 0.2).double(), expected, atol=1e-5)
-    assert not attention.serves(query.expand(-1, -1, 20, -1), key, value)
+    assert not attention.is_suitable(query.expand(-1, -1, 20, -1), key, value)
 
 
 def test_numbers_of_a_head_that_lie_apart(attention, g):
@@ -110,14 +110,14 @@ def test_numbers_of_a_head_that_lie_apart(attention, g):
     assert all(x.stride(-1) == 2 for x in apart)
     expected = definition(query, key, value, None, False, 0.2)
     assert torch.allclose(attention(*apart, None, False, 0.2).double(), expected, atol=1e-5)
-    assert not attention.serves(*(x.expand(-1, -1, 20, -1) if x is apart[0] else x for x in apart))
+    assert not attention.is_suitable(*(x.expand(-1, -1, 20, -1) if x is apart[0] else x for x in apart))
 
 
 def test_what_the_native_code_is_asked_for(g, monkeypatch):
     """One bfloat16 query a sequence, few heads to one of keys, whole vectors, one mask for all heads."""
     asked = []
     monkeypatch.setattr(attention_native, "attend", lambda query, *rest: asked.append(query) or query)
-    monkeypatch.setattr(native_library, "refused", lambda: None)
+    monkeypatch.setattr(native_library, "why_unavailable", lambda: None)
     monkeypatch.setattr(native_library, "lanes", lambda: 16)
     attention = Attention("native")
     head_mask = torch.zeros(1, 4, 1, 20)
@@ -136,19 +136,19 @@ def test_what_the_native_code_is_asked_for(g, monkeypatch):
 
 def test_who_computes(monkeypatch):
     """auto takes zentorch, else the package's own where that is the faster, else torch; a name is taken at its word."""
-    monkeypatch.setattr(zen_library, "load", lambda: SimpleNamespace(zentorch_sdpa=None))
+    monkeypatch.setattr(zen_library, "load_operators", lambda: SimpleNamespace(zentorch_sdpa=None))
     call = [torch.zeros(1, 2, 1, 32, dtype=torch.bfloat16) for _ in range(3)]
-    monkeypatch.setattr(attention_native, "serves", lambda *_: True)
+    monkeypatch.setattr(attention_native, "is_supported", lambda *_: True)
     for zen, native, outdone, expected in [
         (None, None, None, "zentorch"),
         ("absent", None, None, "native"),
         ("absent", None, "slower", "torch"),
         ("absent", "not compiled", None, "torch"),
     ]:
-        monkeypatch.setattr(zen_library, "refused", lambda why=zen: why)
-        monkeypatch.setattr(native_library, "refused", lambda why=native: why)
-        monkeypatch.setattr(native_library, "outdone", lambda why=outdone: why)
-        assert Attention().computed_by(*call, None) == expected
-        assert Attention("torch").computed_by(*call, None) == "torch"
-    with pytest.raises(ValueError, match="attention by native: not compiled"):
+        monkeypatch.setattr(zen_library, "why_unavailable", lambda why=zen: why)
+        monkeypatch.setattr(native_library, "why_unavailable", lambda why=native: why)
+        monkeypatch.setattr(native_library, "why_unsuitable", lambda why=outdone: why)
+        assert Attention().backend_for(*call, None) == expected
+        assert Attention("torch").backend_for(*call, None) == "torch"
+    with pytest.raises(ValueError, match="attention='native': not compiled"):
         Attention("native")

@@ -65,10 +65,10 @@ def specs() -> list[Any]:
         if record.all_activations:
             forms += [(a, a.gated) for a in OTHERS]
         for dtype, (activation, bias) in itertools.product(record.dtypes, forms):
-            if dtype != torch.bfloat16 and activation.plain and activation.name != "silu":
+            if dtype != torch.bfloat16 and activation.is_plain and activation.name != "silu":
                 continue
             spec = ExpertSpec(8, 128, 192, dtype, activation, bias=bias)
-            reason = record.refuses(spec)
+            reason = record.why_not(spec)
             marks = [pytest.mark.skip(reason=reason)] if reason else []
             name = f"{record.name}-{str(dtype).removeprefix('torch.')}-{activation}{'-bias' * bias}"
             found.append(pytest.param(record, dtype, (activation, bias), id=name, marks=marks))
@@ -81,7 +81,7 @@ def cells() -> list[Any]:
     for spec, case in itertools.product(specs(), CASES):
         record, dtype, (activation, bias) = spec.values
         sizes = ExpertSpec(case.experts, case.hidden, case.width, dtype, activation, bias=bias)
-        if spec.marks or not record.refuses(sizes):
+        if spec.marks or not record.why_not(sizes):
             found.append(pytest.param(*spec.values, case, id=f"{spec.id}-{case}", marks=spec.marks))
     return found
 
@@ -96,7 +96,7 @@ class Layer:
         e, h, i = case.experts, case.hidden, case.width
         activation, bias = form
         self.spec = ExpertSpec(e, h, i, dtype, activation, bias=bias, **fields)  # type: ignore[arg-type]
-        packed = activation.packed(i)
+        packed = activation.gate_up_rows(i)
         self.gate_up = (torch.randn(e, packed, h, generator=g) / h**0.5).to(dtype)
         self.down = (torch.randn(e, h, i, generator=g) / i**0.5).to(dtype)
         self.biases = [torch.randn(e, n, generator=g).to(dtype) for n in (packed, h) if bias]
@@ -144,7 +144,7 @@ def assert_near(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def _skip_if_refused(record: object, spec: ExpertSpec) -> None:
-    if reason := record.refuses(spec):  # type: ignore[attr-defined]
+    if reason := record.why_not(spec):  # type: ignore[attr-defined]
         pytest.skip(reason)
 
 

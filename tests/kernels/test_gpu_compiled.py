@@ -16,7 +16,7 @@ from xpar.kernels.gpu.tile_tables import Machine
 SHARED = {80: (163 << 10, 164 << 10), 86: (99 << 10, 100 << 10), 90: (227 << 10, 228 << 10), 100: (227 << 10, 228 << 10)}  # fmt: skip
 REGISTERS = 65536
 SMALL = {"gate_up_small", "down_small"}
-LARGE = {"permute_kernel", "gate_up_large", "down_large"}
+TILED = {"permute_kernel", "gate_up_tiled", "down_tiled"}
 MANY_SLOTS = {"count_kernel", "scan_kernel", "place_kernel", "weighted_sum_kernel"}
 GPT_OSS = Activation("silu", limit=7.0, alpha=1.702, beta=1.0)
 CASES = {
@@ -30,12 +30,12 @@ CASES = {
         {"sort_kernel", "weighted_sum_kernel"} | SMALL,
     ),
     "vector": (90, torch.bfloat16, 1, GPT_OSS, True, {"gate_up_vector", "down_vector"}),
-    "many": (90, torch.bfloat16, 512, GPT_OSS, True, MANY_SLOTS | SMALL | LARGE),
-    "fp16": (90, torch.float16, 512, Activation("gelu", gated=False), False, MANY_SLOTS | SMALL | LARGE),
-    "fp32": (90, torch.float32, 512, Activation("silu"), True, MANY_SLOTS | SMALL | LARGE),
-    "ampere": (80, torch.bfloat16, 512, GPT_OSS, True, MANY_SLOTS | SMALL | LARGE),
-    "ada": (86, torch.bfloat16, 512, Activation("silu"), False, MANY_SLOTS | SMALL | LARGE),
-    "blackwell": (100, torch.bfloat16, 512, Activation("silu"), True, MANY_SLOTS | SMALL | LARGE),
+    "many": (90, torch.bfloat16, 512, GPT_OSS, True, MANY_SLOTS | SMALL | TILED),
+    "fp16": (90, torch.float16, 512, Activation("gelu", gated=False), False, MANY_SLOTS | SMALL | TILED),
+    "fp32": (90, torch.float32, 512, Activation("silu"), True, MANY_SLOTS | SMALL | TILED),
+    "ampere": (80, torch.bfloat16, 512, GPT_OSS, True, MANY_SLOTS | SMALL | TILED),
+    "ada": (86, torch.bfloat16, 512, Activation("silu"), False, MANY_SLOTS | SMALL | TILED),
+    "blackwell": (100, torch.bfloat16, 512, Activation("silu"), True, MANY_SLOTS | SMALL | TILED),
 }
 
 
@@ -46,8 +46,8 @@ def launches(arch, dtype, tokens, activation, bias, tall=False):
     kernel = TritonExperts(spec, machine=machine)
     kernel.table = replace(kernel.table, tall=tall)
     for e in range(16):
-        biases = [torch.zeros(n) for n in (activation.packed(320), 256) if bias]
-        kernel.load_expert(e, torch.zeros(activation.packed(320), 256), torch.zeros(256, 320), *biases)
+        biases = [torch.zeros(n) for n in (activation.gate_up_rows(320), 256) if bias]
+        kernel.load_expert(e, torch.zeros(activation.gate_up_rows(320), 256), torch.zeros(256, 320), *biases)
     ids = torch.zeros(tokens, 4, dtype=torch.int32)
     x = ExpertInput(torch.zeros(tokens, 256, dtype=dtype), ids, torch.ones(tokens, 4), torch.arange(tokens))
     with compiling(arch) as found:
@@ -68,12 +68,12 @@ def test_compiles_without_spilling(name, tall):
     table, found = launches(arch, dtype, tokens, activation, bias, tall)
     assert {kernel.name for kernel in found} == needed
     for kernel in found:
-        assert kernel.spilt <= (TALL_SPILL if tall and kernel.name in LARGE else 0), (
+        assert kernel.spilt <= (TALL_SPILL if tall and kernel.name in TILED else 0), (
             f"{kernel.name}: {kernel.spilt} bytes a thread"
         )
         assert kernel.shared <= SHARED[arch][0], f"{kernel.name}: {kernel.shared} bytes of shared memory"
     for stage in ("gate_up", "down"):
-        its = [kernel for kernel in found if kernel.name in (f"{stage}_small", f"{stage}_large")]
+        its = [kernel for kernel in found if kernel.name in (f"{stage}_small", f"{stage}_tiled")]
         tiles = getattr(table, stage)[1:] if tokens > 64 else getattr(table, stage)[: len(its)]
         for kernel, tile in zip(its, tiles, strict=True):
             assert tile.per_sm * (kernel.shared + 1024) <= SHARED[arch][1], (kernel.name, tile)
@@ -123,4 +123,4 @@ def test_a_wide_tile_would_be_seen_to_spill():
     ids = torch.zeros(256, 2, dtype=torch.int32)
     with triton_compiler.compiling(90) as found:
         kernel.compute(ExpertInput(torch.zeros(256, 256, dtype=torch.bfloat16), ids, torch.ones(256, 2)))
-    assert next(k for k in found if k.name == "gate_up_large").spilt > 0
+    assert next(k for k in found if k.name == "gate_up_tiled").spilt > 0

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.gpu import availability
-from xpar.kernels.gpu.tile_tables import TABLES, Machine, default_table, limits_of, read_table
-from xpar.kernels.registry import KERNELS, choose
+from xpar.kernels.gpu.tile_tables import TABLES, Machine, choose_limits, default_table, read_table
+from xpar.kernels.registry import KERNELS, choose_kernel
 
 SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"), "cuda")
 H100 = Machine(sms=132, capability=(9, 0))
@@ -27,7 +27,7 @@ H100 = Machine(sms=132, capability=(9, 0))
 )
 def test_every_row_has_one_launched_bucket(tokens, k, experts, limits):
     table = replace(TABLES["hopper", 2], limits=limits)
-    found = limits_of(table, tokens, tokens * k, experts)
+    found = choose_limits(table, tokens, tokens * k, experts)
     assert found.launched == tuple(sorted(found.launched)) and found.launched
     for count in {1, 16, 17, 64, 65, 257, tokens, tokens * k}:
         bucket = 0 if count <= found.few else 1 if count <= found.some else 2
@@ -69,25 +69,25 @@ def test_measured_file(tmp_path):
 
 def test_reasons_against(monkeypatch):
     monkeypatch.setattr(availability, "find_spec", lambda name: None)
-    assert availability.unavailable(SPEC) == "triton is not installed (pip install triton)"
+    assert availability.why_unavailable(SPEC) == "triton is not installed (pip install triton)"
     monkeypatch.setattr(availability, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert availability.unavailable(SPEC) == "torch sees no GPU here"
+    assert availability.why_unavailable(SPEC) == "torch sees no GPU here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert availability.unavailable(SPEC) == "compute capability 7.5 is below 8.0"
+    assert availability.why_unavailable(SPEC) == "compute capability 7.5 is below 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert availability.unavailable(SPEC) is None
+    assert availability.why_unavailable(SPEC) is None
 
 
 def test_first_on_gpus(monkeypatch):
-    here = tuple(replace(r, unavailable=lambda spec: None) if r.name == "triton" else r for r in KERNELS)
+    here = tuple(replace(r, why_unavailable=lambda spec: None) if r.name == "triton" else r for r in KERNELS)
     others = replace(
         SPEC, dtype=torch.float32, row_invariant=True, bias=True, activation=Activation("relu2", gated=False)
     )
     for spec in (SPEC, others):
-        assert choose(spec, kernels=here).record.name == "triton"
-    assert choose(replace(SPEC, device="cpu"), kernels=here).record.name != "triton"
+        assert choose_kernel(spec, kernels=here).name == "triton"
+    assert choose_kernel(replace(SPEC, device="cpu"), kernels=here).name != "triton"
 
 
 def test_import_without_triton():

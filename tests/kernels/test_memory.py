@@ -13,14 +13,14 @@ PROGRAM = """
 import re, sys, torch
 from pathlib import Path
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
-from xpar.kernels.registry import choose
+from xpar.kernels.registry import choose_kernel
 
 def status(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 def compute(e, h, i):
     spec = ExpertSpec(e, h, i, torch.bfloat16, Activation("silu"))
-    kernel = choose(spec, sys.argv[1]).record.build(spec)
+    kernel = choose_kernel(spec, sys.argv[1]).chosen.build(spec)
     for expert in range(e):
         kernel.load_expert(expert, torch.ones(2 * i, h, dtype=spec.dtype), torch.ones(h, i, dtype=spec.dtype))
     ids = torch.rand(64, e).topk(4).indices.to(torch.int32)
@@ -39,7 +39,7 @@ print(compute(24, 1536, 1024), status("VmHWM") - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("record", [r for r in KERNELS if "cpu" in r.devices], ids=lambda r: r.name)
 def test_peak_is_weights_once_plus_a_tenth(record):
-    if reason := record.refuses(ExpertSpec(24, 1536, 1024, torch.bfloat16, Activation("silu"))):
+    if reason := record.why_not(ExpertSpec(24, 1536, 1024, torch.bfloat16, Activation("silu"))):
         pytest.skip(reason)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, record.name], capture_output=True, text=True, timeout=60, check=False

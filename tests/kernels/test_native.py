@@ -11,18 +11,16 @@ from xpar.kernels.cpu import native_library
 from xpar.kernels.cpu.linear import choose_linear
 from xpar.kernels.cpu.native_library import PackedWeights
 
-REASON = native_library.refused()
+REASON = native_library.why_unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 @pytest.fixture
 def fresh():
     """Nothing known of the library, before and after."""
-    for known in (native_library.refused, native_library.lanes, native_library._load):
-        known.cache_clear()
+    native_library.forget_library()
     yield
-    for known in (native_library.refused, native_library.lanes, native_library._load):
-        known.cache_clear()
+    native_library.forget_library()
 
 
 WIDTHS = [w for w in (8, 16) if REASON is None and w <= native_library.lanes()]
@@ -57,7 +55,7 @@ def test_products_of_spans(outputs, inputs, biased, lanes, g):
     total = spans[-1][2]
     x = torch.randn(17, inputs, generator=g).bfloat16()
     rows = torch.randint(17, (total,), generator=g)
-    found = packed(weights, biases, lanes).product(x, spans, rows)
+    found = packed(weights, biases, lanes).multiply(x, spans, rows)
     assert found.shape == (total, outputs)
     for expert, first, end in spans:
         expected = x[rows[first:end]].double() @ weights[expert].double().T
@@ -75,7 +73,7 @@ def test_instruction_sets_give_the_same_bits(outputs, inputs, g):
     weights = torch.randn(3, outputs, inputs, generator=g).bfloat16()
     x = torch.randn(60, inputs, generator=g).bfloat16()
     spans = [(1, 0, 13), (0, 13, 60)]
-    narrow, wide = (packed(weights, None, lanes).product(x, spans) for lanes in (8, 16))
+    narrow, wide = (packed(weights, None, lanes).multiply(x, spans) for lanes in (8, 16))
     assert torch.equal(narrow, wide)
 
 
@@ -87,21 +85,20 @@ def test_bits_are_those_of_a_row_alone(biased, lanes, g):
         weights = torch.randn(1, outputs, 70, generator=g).bfloat16()
         biases = torch.randn(1, outputs, generator=g).bfloat16() if biased else None
         x, weights_of = torch.randn(13, 70, generator=g).bfloat16(), packed(weights, biases, lanes)
-        single = torch.cat([weights_of.product(row[None], [(0, 0, 1)]) for row in x])
+        single = torch.cat([weights_of.multiply(row[None], [(0, 0, 1)]) for row in x])
         for rows in range(1, 14):
-            assert torch.equal(weights_of.product(x[:rows].contiguous(), [(0, 0, rows)]), single[:rows])
+            assert torch.equal(weights_of.multiply(x[:rows].contiguous(), [(0, 0, rows)]), single[:rows])
 
 
 @pytest.mark.parametrize("lanes", WIDTHS)
-def test_many_rows_go_by_several_calls(lanes, g, monkeypatch):
+def test_many_rows_go_by_several_calls(lanes, g):
     weights = torch.randn(4, 50, 30, generator=g).bfloat16()
     x = torch.randn(300, 30, generator=g).bfloat16()
     weights_of = packed(weights, None, lanes)
     spans = [(2, 0, 7), (3, 7, 207), (0, 207, 300)]
     rows = torch.randperm(300, generator=g)
-    whole = weights_of.product(x, spans, rows)
-    monkeypatch.setattr(native_library, "_WIDE_BYTES", 1)
-    assert torch.equal(weights_of.product(x, spans, rows), whole)
+    whole = weights_of.multiply(x, spans, rows)
+    assert torch.equal(weights_of.multiply(x, spans, rows, buffer_bytes=1), whole)
 
 
 @pytest.mark.parametrize("lanes", WIDTHS)
@@ -110,7 +107,7 @@ def test_special_values_stay_in_their_rows(lanes):
     weights_of = packed(torch.eye(40)[None].bfloat16(), None, lanes)
     x = torch.zeros(4, 40)
     x[1, 3], x[2, 5] = float("inf"), float("nan")
-    found = weights_of.product(x.bfloat16(), [(0, 0, 4)])
+    found = weights_of.multiply(x.bfloat16(), [(0, 0, 4)])
     assert bool((found[[0, 3]] == 0).all())
     assert found[1, 3] == float("inf") and bool(found[2].isnan().all())
     ones = packed(torch.tensor([[[1.0, 1.0]]]).bfloat16(), None, lanes)
@@ -118,7 +115,7 @@ def test_special_values_stay_in_their_rows(lanes):
         [[1.0, 2**-8], [1.0, 3 * 2**-8], [-1.0, -(2**-8)], [3.38e38, 3.38e38], [1.0, 2**-7.5]]
     )
     x = pairs.bfloat16()
-    assert torch.equal(ones.product(x, [(0, 0, 5)]), x.float().sum(1, keepdim=True).bfloat16())
+    assert torch.equal(ones.multiply(x, [(0, 0, 5)]), x.float().sum(1, keepdim=True).bfloat16())
 
 
 def test_threads_are_torchs_own():
@@ -142,14 +139,14 @@ def test_wrong_rows_are_refused():
     with pytest.raises(
         ValueError, match=r"x is \(3, 5\) torch.bfloat16: expected contiguous bfloat16 rows of 4"
     ):
-        weights_of.product(torch.ones(3, 5).bfloat16(), [(0, 0, 3)])
+        weights_of.multiply(torch.ones(3, 5).bfloat16(), [(0, 0, 3)])
     with pytest.raises(ValueError, match=r"float32: expected contiguous bfloat16"):
-        weights_of.product(torch.ones(3, 4), [(0, 0, 3)])
+        weights_of.multiply(torch.ones(3, 4), [(0, 0, 3)])
 
 
 def test_a_library_that_is_not_there_is_a_reason(fresh, monkeypatch):
     monkeypatch.setattr(native_library, "find_spec", lambda name: None)
-    assert "not compiled when xpar was installed" in str(native_library.refused())
+    assert "not compiled when xpar was installed" in str(native_library.why_unavailable())
     choice = choose_linear(torch.bfloat16)
     assert choice.name != "native" and "not compiled" in dict(choice.rejected)["native"]
 
@@ -158,4 +155,4 @@ def test_a_library_that_cannot_be_loaded_is_a_reason(fresh, monkeypatch, tmp_pat
     (tmp_path / "other.so").write_text("no library")
     spec = ModuleSpec("other", None, origin=str(tmp_path / "other.so"))
     monkeypatch.setattr(native_library, "find_spec", lambda name: spec)
-    assert "other.so" in str(native_library.refused())
+    assert "other.so" in str(native_library.why_unavailable())

@@ -9,11 +9,11 @@ import torch
 from xpar.kernels import reference
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.cpu import experts_zen
-from xpar.kernels.cpu.arena import Arena
+from xpar.kernels.cpu.experts_zen import Arena
 
 SPEC = ExpertSpec(6, 128, 192, torch.bfloat16, Activation("silu"))
 needs_zen = pytest.mark.skipif(
-    experts_zen.unavailable(SPEC) is not None, reason=str(experts_zen.unavailable(SPEC))
+    experts_zen.why_unavailable(SPEC) is not None, reason=str(experts_zen.why_unavailable(SPEC))
 )
 
 
@@ -29,8 +29,8 @@ def test_choosing_does_not_import():
     program = """
 import sys, torch
 from xpar.kernels.contracts import Activation, ExpertSpec
-from xpar.kernels.registry import choose
-choose(ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"))).explain()
+from xpar.kernels.registry import choose_kernel
+choose_kernel(ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"))).explain()
 print("zentorch" in sys.modules)
 """
     assert run(program).strip() == "False"
@@ -41,7 +41,7 @@ def test_building_changes_nothing_else():
     program = """
 import os, torch
 from xpar.kernels.contracts import Activation, ExpertSpec
-from xpar.kernels.registry import choose
+from xpar.kernels.registry import choose_kernel
 x, w = torch.randn(9, 640), torch.randn(320, 640)
 def state():
     products = [torch.nn.functional.linear(x.to(d), w.to(d)) for d in (torch.float32, torch.bfloat16)]
@@ -49,7 +49,7 @@ def state():
     return products, flags, dict(os.environ)
 before = state()
 spec = ExpertSpec(4, 128, 192, torch.bfloat16, Activation("silu"))
-kernel = choose(spec, "zentorch").record.build(spec)
+kernel = choose_kernel(spec, "zentorch").chosen.build(spec)
 for e in range(4):
     kernel.load_expert(e, torch.randn(384, 128), torch.randn(128, 192))
 after = state()

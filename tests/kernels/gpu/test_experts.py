@@ -81,7 +81,7 @@ class Layer:
     def __init__(self, case, dtype, activation, bias, g, row_invariant=False):
         e, h, i = case.experts, case.hidden, case.width
         self.spec = ExpertSpec(e, h, i, dtype, activation, bias=bias, row_invariant=row_invariant)
-        packed = activation.packed(i)
+        packed = activation.gate_up_rows(i)
         self.gate_up = (torch.randn(e, packed, h, generator=g) / h**0.5).to(dtype)
         self.down = (torch.randn(e, h, i, generator=g) / i**0.5).to(dtype)
         self.biases = [torch.randn(e, n, generator=g).to(dtype) for n in (packed, h) if bias]
@@ -200,10 +200,10 @@ def test_batches_take_the_way_meant_for_them(g, monkeypatch):
     for name in (
         "gate_up_vector",
         "gate_up_small",
-        "gate_up_large",
+        "gate_up_tiled",
         "down_vector",
         "down_small",
-        "down_large",
+        "down_tiled",
     ):
         kernel = getattr(experts, name)
 
@@ -219,9 +219,9 @@ def test_batches_take_the_way_meant_for_them(g, monkeypatch):
     for case in (CASES[1], Case(72, 2, experts=5, skew=3.0, hidden=16, width=16)):
         layer = Layer(case, torch.float16, FORMS[0], False, g)
         layer.check(layer.kernel(), slots=False)
-    both = {f"{stage}_{size}" for stage in ("gate_up", "down") for size in ("small", "large")}
+    both = {f"{stage}_{size}" for stage in ("gate_up", "down") for size in ("small", "tiled")}
     assert seen == {("gate_up_vector", None), ("down_vector", None)} | {
-        (name, bucket) for name in both for bucket in ([2] if "large" in name else [0, 1])
+        (name, bucket) for name in both for bucket in ([2] if "tiled" in name else [0, 1])
     }
 
 

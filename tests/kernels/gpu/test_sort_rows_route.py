@@ -8,8 +8,8 @@ import torch
 
 from xpar.engine.config import RouterConfig
 from xpar.engine.routing import TopKRule
-from xpar.kernels.gpu import expert_sort, route, rows
-from xpar.kernels.gpu.expert_sort import make_plan, plan_reference
+from xpar.kernels.gpu import route, rows
+from xpar.kernels.gpu.expert_sort import plan_tiles, tile_plan_reference
 from xpar.kernels.gpu.tile_tables import NO_LIMIT, Limits, Tile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,13 +43,12 @@ LARGE = [(550, 2, 130, 0.1, 1024), (120, 20, 7, 0.2, 64)]  # the second: more bl
 @pytest.mark.parametrize(
     ("sizes", "limits"), [*itertools.product(SMALL, LIMITS), *zip(LARGE, LIMITS, strict=False)], ids=str
 )
-def test_plan(sizes, limits, g, monkeypatch):
+def test_plan_is_a_stable_sort_cut_into_tiles(sizes, limits, g):
     tokens, k, experts, drop, block = sizes
-    monkeypatch.setattr(expert_sort, "_BLOCK", block)
     ids = (torch.rand(tokens, k, generator=g) ** 3 * experts).to(torch.int32)  # skewed to the first
     ids[torch.rand(tokens, k, generator=g) < drop] = -1
-    plan = make_plan(ids, experts, TILES, limits)
-    slots, offsets = plan_reference(ids, experts)
+    plan = plan_tiles(ids, experts, TILES, limits, block_slots=block)
+    slots, offsets = tile_plan_reference(ids, experts)
     assert torch.equal(plan.offsets.long(), offsets)
     assert torch.equal(plan.slots[: len(slots)].long(), slots)
     for bucket, expected in enumerate(expected_tiles(offsets.tolist(), limits)):
