@@ -19,6 +19,7 @@ def mlp(
     down: Tensor,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Compute one expert: ``act(x @ gate_up.T + gate_up_bias) @ down.T + down_bias``.
@@ -94,15 +95,8 @@ def routed_experts(
 ) -> Tensor:
     """Compute each token's sum of its experts' outputs, weighted by the router: [T, H] float32.
 
-    Args:
-        hidden_states: [T, H]; this and the weights as in :func:`expert_slots`.
-        topk_ids: [T, k], expert of each slot; a slot with -1 adds nothing, whatever its weight is.
-        topk_weights: [T, k] float32.
-        gate_up: [E, 2I, H] or [E, I, H].
-        down: [E, H, I].
-        activation: the function between the two products.
-        gate_up_bias: [E, 2I] or [E, I], or None.
-        down_bias: [E, H], or None.
+    ``topk_weights`` are [T, k] float32; a slot with id -1 adds nothing, whatever its weight is. The other
+    arguments are those of :func:`expert_slots`.
     """
     slots = expert_slots(hidden_states, topk_ids, gate_up, down, activation, gate_up_bias, down_bias)
     weights = topk_weights.float().masked_fill(topk_ids < 0, 0.0)

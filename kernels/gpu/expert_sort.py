@@ -3,6 +3,11 @@
 No count ever comes to the host. Up to 1024 slots, one program does everything. Beyond that, blocks of 1024
 slots are counted, the counts are scanned, and each block sorts itself and stores every expert's run at its
 place.
+
+Tensors are contiguous: the stride of a row is its length. Each parameter of a kernel has its line. The
+functions that kernels call have the kernels' parameters, and these: count, first, [WIDTH] int32: rows and
+first sorted row of each expert; begin, end: first slot of a block, and the slot after its last; ROWS: rows of
+a tile.
 """
 
 from dataclasses import astuple, dataclass
@@ -46,15 +51,7 @@ class TilePlan:
 
 
 @triton.jit
-def write_list(
-    count,  # [WIDTH] int32, rows of each expert
-    first,  # [WIDTH] int32, first sorted row of each expert
-    tile_expert,  # [capacity] int32, result: expert of each tile
-    tile_row,  # [capacity] int32, result: first sorted row of each tile
-    tile_count,  # [1] int32, result: number of tiles
-    ROWS: tl.constexpr,  # rows of a tile
-    WIDTH: tl.constexpr,  # a power of 2 of at least E
-):
+def write_list(count, first, tile_expert, tile_row, tile_count, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Write one list of tiles: the rows of each expert in tiles of ROWS."""
     expert = tl.arange(0, WIDTH)
     tiles = (count + ROWS - 1) // ROWS
@@ -67,20 +64,10 @@ def write_list(
 
 @triton.jit
 def write_tiles(
-    count,  # [WIDTH] int32, rows of each expert
-    first,  # [WIDTH] int32, first sorted row of each expert
-    tile_expert,  # [4, capacity] int32, result: expert of each tile
-    tile_row,  # [4, capacity] int32, result: first sorted row of each tile
-    tile_count,  # [4] int32, result: tiles in each list
-    capacity,  # tiles that fit into a list: stride of tile_expert and tile_row
-    few,  # rows; the largest count of an expert in bucket FEW
-    some,  # rows; the largest count of an expert in bucket SOME
-    ROWS_FEW: tl.constexpr,  # rows of a tile in FEW
-    ROWS_SOME: tl.constexpr,  # rows of a tile in SOME
-    ROWS_MANY: tl.constexpr,  # rows of a tile in MANY
-    WIDTH: tl.constexpr,  # a power of 2 of at least E
-    TALL: tl.constexpr,  # True if a fourth list gets the tall tiles
-):
+    count, first, tile_expert, tile_row, tile_count, capacity, few, some,
+    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, WIDTH: tl.constexpr,
+    TALL: tl.constexpr,
+):  # fmt: skip
     """Write the lists of all buckets.
 
     :class:`~xpar.kernels.gpu.tile_tables.Limits` defines the buckets. A tall tile has ROWS_MANY rows and up
@@ -104,13 +91,7 @@ def write_tiles(
 
 
 @triton.jit
-def sort_block(
-    ids,  # [num_slots] int32, expert of each slot, -1 for none
-    begin,  # first slot of the block
-    end,  # slot after the last one, at most begin + BLOCK
-    E: tl.constexpr,  # experts
-    BLOCK: tl.constexpr,  # slots of a block, a power of 2
-):
+def sort_block(ids, begin, end, E: tl.constexpr, BLOCK: tl.constexpr):
     """Return the experts and the slots of a block in stable order.
 
     Slots without an expert come last, as expert E.
@@ -122,13 +103,7 @@ def sort_block(
 
 
 @triton.jit
-def count_block(
-    ids,  # [num_slots] int32, expert of each slot, -1 for none
-    begin,  # first slot of the block
-    end,  # slot after the last one, at most begin + BLOCK
-    BLOCK: tl.constexpr,  # slots of a block
-    WIDTH: tl.constexpr,  # a power of 2 of at least E
-):
+def count_block(ids, begin, end, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """Return the number of slots of each expert in a block: [WIDTH] int32."""
     place = tl.arange(0, BLOCK)
     expert = tl.load(ids + begin + place, mask=begin + place < end, other=-1)

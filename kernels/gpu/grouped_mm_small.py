@@ -16,13 +16,11 @@ from xpar.kernels.gpu.activation import activate, activate_without_gate
 
 
 @triton.jit
-def swizzle(
-    tile,  # number of a tile, 0 to num_m * num_n - 1
-    num_m,  # tiles of token rows
-    num_n,  # blocks of columns
-    GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
-):
-    """Return the tile of token rows and the block of columns of a tile number."""
+def swizzle(tile, num_m, num_n, GROUP: tl.constexpr):
+    """Return the tile of rows and the block of columns of a tile number below num_m * num_n.
+
+    GROUP of the num_m tiles of rows go together through the num_n blocks of columns.
+    """
     first = tile // (GROUP * num_n) * GROUP
     size = tl.minimum(num_m - first, GROUP)
     rest = tile % (GROUP * num_n)

@@ -16,6 +16,16 @@ Hopper.
 
 Tensors are contiguous: the stride of a row is its length. Sorted rows are the active slots in expert order.
 Letters: :mod:`xpar.kernels.contracts`; I and K are I and H rounded up to the alignment of tensor descriptors.
+
+Each parameter of a kernel has its line. The functions that kernels call have the kernels' parameters, and
+these:
+
+- xd, hd: descriptors of ``x`` and ``hidden``, boxes of BM rows; xh, hh: the same, boxes of BM / 2 rows
+- wd: descriptor of the weights' rows, all experts below each other, boxes of BN rows
+- gate, up, acc: [BM, BN] float32, the sums of a tile; ``up`` is not read without GATED
+- expert, first, end, column: a tile's expert, first sorted row, the row after the expert's last, first column
+- tile, num_m, num_n: number of a tile in a list of num_m tiles of rows by num_n blocks of columns; LIST: the
+  list
 """
 
 import triton
@@ -61,23 +71,10 @@ def permute_kernel(
 
 @triton.jit
 def store_activated(
-    gate,  # [BM, BN] float32, sums of the gate half
-    up,  # [BM, BN] float32, sums of the up half; not read without GATED
-    bias,  # [E, 2I] or [E, I], or None
-    hidden,  # [M k, I], result, in sorted order
-    first,  # first sorted row of the tile
-    end,  # sorted row after the expert's last
-    expert,  # expert of the tile
-    column,  # first column of the tile
-    I: tl.constexpr,  # width of an expert
-    GATED: tl.constexpr,  # True if the weight has gate and up rows
-    NAME: tl.constexpr,  # name of the activation
-    LIMIT: tl.constexpr,  # its limit, None for no bound
-    ALPHA: tl.constexpr,  # its alpha
-    BETA: tl.constexpr,  # its beta
-    BM: tl.constexpr,  # token rows of a tile
-    BN: tl.constexpr,  # columns of a tile
-):
+    gate, up, bias, hidden, first, end, expert, column,
+    I: tl.constexpr, GATED: tl.constexpr, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    BETA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """Store ``hidden[first + i, column + j] = act(gate + bias, up + bias)[i, j]``.
 
     Rows from ``end`` on are not stored.
@@ -100,25 +97,11 @@ def store_activated(
 
 @triton.jit
 def gate_up_tile(
-    xd,  # descriptor of the sorted rows [M k, K], boxes of BM rows
-    wd,  # descriptor of the weights' rows, all experts below each other, boxes of BN rows
-    bias,  # [E, 2I] or [E, I], or None
-    hidden,  # [M k, I], result, in sorted order
-    first,  # first sorted row of the tile
-    end,  # sorted row after the expert's last
-    expert,  # expert of the tile
-    column,  # first column of the tile
-    I: tl.constexpr,  # width of an expert
-    K: tl.constexpr,  # elements of a row of the weights
-    GATED: tl.constexpr,  # True if the weight has gate and up rows
-    NAME: tl.constexpr,  # name of the activation
-    LIMIT: tl.constexpr,  # its limit, None for no bound
-    ALPHA: tl.constexpr,  # its alpha
-    BETA: tl.constexpr,  # its beta
-    BM: tl.constexpr,  # token rows of a tile
-    BN: tl.constexpr,  # columns of a tile
-    BK: tl.constexpr,  # addends of the sum at a time
-):
+    xd, wd, bias, hidden, first, end, expert, column,
+    I: tl.constexpr, K: tl.constexpr,
+    GATED: tl.constexpr, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """Compute BM rows by BN columns of ``hidden``, and store those before ``end``."""
     at = expert * (2 * I if GATED else I) + column
     gate = tl.zeros((BM, BN), tl.float32)
@@ -135,26 +118,11 @@ def gate_up_tile(
 
 @triton.jit
 def gate_up_tall_tile(
-    xd,  # descriptor of the sorted rows [M k, K], boxes of BM rows
-    xh,  # descriptor of the same rows, boxes of BM / 2 rows
-    wd,  # descriptor of the weights' rows, all experts below each other, boxes of BN rows
-    bias,  # [E, 2I] or [E, I], or None
-    hidden,  # [M k, I], result, in sorted order
-    first,  # first sorted row of the tile
-    end,  # sorted row after the expert's last
-    expert,  # expert of the tile
-    column,  # first column of the tile
-    I: tl.constexpr,  # width of an expert
-    K: tl.constexpr,  # elements of a row of the weights
-    GATED: tl.constexpr,  # True if the weight has gate and up rows
-    NAME: tl.constexpr,  # name of the activation
-    LIMIT: tl.constexpr,  # its limit, None for no bound
-    ALPHA: tl.constexpr,  # its alpha
-    BETA: tl.constexpr,  # its beta
-    BM: tl.constexpr,  # token rows of a tile
-    BN: tl.constexpr,  # columns of a tile
-    BK: tl.constexpr,  # addends of the sum at a time
-):
+    xd, xh, wd, bias, hidden, first, end, expert, column,
+    I: tl.constexpr, K: tl.constexpr,
+    GATED: tl.constexpr, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """Compute BM + BM / 2 rows by BN columns of ``hidden``, and store those before ``end``."""
     HALF: tl.constexpr = BM // 2
     at = expert * (2 * I if GATED else I) + column
@@ -235,15 +203,7 @@ def gate_up_tiled(
 
 @triton.jit
 def locate_tile(
-    tile,  # number of a tile, 0 to num_m * num_n - 1
-    num_m,  # tiles of token rows in the list
-    num_n,  # blocks of columns
-    offsets,  # [E + 1] int32, first sorted row of each expert, then the number of active slots
-    tile_expert,  # [4, capacity] int32, expert of each tile
-    tile_row,  # [4, capacity] int32, first sorted row of each tile
-    capacity,  # tiles that fit into a list
-    LIST: tl.constexpr,  # number of the list
-    GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
+    tile, num_m, num_n, offsets, tile_expert, tile_row, capacity, LIST: tl.constexpr, GROUP: tl.constexpr
 ):
     """Return expert, first sorted row, end of the expert's rows and block of columns of a tile."""
     pm, pn = swizzle(tile, num_m, num_n, GROUP)
@@ -262,17 +222,7 @@ def first_tile_after(
 
 @triton.jit
 def store_slots(
-    acc,  # [BM, BN] float32, sums
-    bias,  # [E, H], or None
-    out,  # [M k, H], result, in slot order
-    slots,  # [M k] int32, slot of each sorted row
-    first,  # first sorted row of the tile
-    end,  # sorted row after the expert's last
-    expert,  # expert of the tile
-    column,  # first column of the tile
-    H: tl.constexpr,  # elements of a row of out
-    BM: tl.constexpr,  # token rows of a tile
-    BN: tl.constexpr,  # columns of a tile
+    acc, bias, out, slots, first, end, expert, column, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
     """Store ``out[slot of row first + i] = acc[i] + bias`` for rows before ``end``."""
     rm = first + tl.arange(0, BM)
@@ -286,21 +236,9 @@ def store_slots(
 
 @triton.jit
 def down_tile(
-    hd,  # descriptor of the activated rows [M k, I], boxes of BM rows
-    wd,  # descriptor of the weights' rows, all experts below each other, boxes of BN rows
-    bias,  # [E, H], or None
-    out,  # [M k, H], result, in slot order
-    slots,  # [M k] int32, slot of each sorted row
-    first,  # first sorted row of the tile
-    end,  # sorted row after the expert's last
-    expert,  # expert of the tile
-    column,  # first column of the tile
-    I: tl.constexpr,  # width of an expert
-    H: tl.constexpr,  # elements of a row of out
-    BM: tl.constexpr,  # token rows of a tile
-    BN: tl.constexpr,  # columns of a tile
-    BK: tl.constexpr,  # addends of the sum at a time
-):
+    hd, wd, bias, out, slots, first, end, expert, column,
+    I: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """Compute BM rows by BN columns of ``out``, and store those before ``end``."""
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, I, BK):
@@ -311,22 +249,9 @@ def down_tile(
 
 @triton.jit
 def down_tall_tile(
-    hd,  # descriptor of the activated rows [M k, I], boxes of BM rows
-    hh,  # descriptor of the same rows, boxes of BM / 2 rows
-    wd,  # descriptor of the weights' rows, all experts below each other, boxes of BN rows
-    bias,  # [E, H], or None
-    out,  # [M k, H], result, in slot order
-    slots,  # [M k] int32, slot of each sorted row
-    first,  # first sorted row of the tile
-    end,  # sorted row after the expert's last
-    expert,  # expert of the tile
-    column,  # first column of the tile
-    I: tl.constexpr,  # width of an expert
-    H: tl.constexpr,  # elements of a row of out
-    BM: tl.constexpr,  # token rows of a tile
-    BN: tl.constexpr,  # columns of a tile
-    BK: tl.constexpr,  # addends of the sum at a time
-):
+    hd, hh, wd, bias, out, slots, first, end, expert, column,
+    I: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """Compute BM + BM / 2 rows by BN columns of ``out``, and store those before ``end``."""
     HALF: tl.constexpr = BM // 2
     acc = tl.zeros((BM, BN), tl.float32)

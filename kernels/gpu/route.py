@@ -16,14 +16,11 @@ _TOKENS_PER_PROGRAM = 4
 
 
 @triton.jit
-def take_largest(
-    values,  # [BT, WIDTH] float32
-    column,  # [WIDTH] int32, 0 to WIDTH - 1
-    NONE: tl.constexpr,  # value that replaces the largest
-):
+def take_largest(values, column, NONE: tl.constexpr):
     """Return the position of each row's largest value, and the rows without that value.
 
-    The lowest of equal positions is taken.
+    ``values`` are [BT, WIDTH] float32, ``column`` is 0 to WIDTH - 1. The lowest of equal positions is taken.
+    NONE replaces the value.
     """
     at = tl.argmax(values, 1, tie_break_left=True)
     return at, tl.where(column[None, :] == at[:, None], NONE, values)
