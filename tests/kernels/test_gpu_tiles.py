@@ -1,9 +1,10 @@
-"""What is decided about GPU launches on the host: tables, buckets, availability; and that nothing needs Triton."""
+"""Decisions on the host about GPU launches: tables, buckets and availability, all without Triton."""
 
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_every_machine_has_a_table(capability, dtype):
     assert default_table(Machine(100, capability), dtype)
 
 
-def test_measured_file(tmp_path):
+def test_a_measured_table_is_read_from_its_file(tmp_path):
     table = replace(TABLES["hopper", 2], vector_tokens=2, limits=(16, 256))
     row = {"sms": 132, "capability": [9, 0], "itemsize": 2, "table": table.to_dict()}
     path = tmp_path / "tiles.json"
@@ -67,7 +68,7 @@ def test_measured_file(tmp_path):
         read_table(path, H100, torch.bfloat16)
 
 
-def test_reasons_against(monkeypatch):
+def test_missing_triton_and_gpus_are_reasons(monkeypatch):
     monkeypatch.setattr(availability, "find_spec", lambda name: None)
     assert availability.why_unavailable(SPEC) == "triton is not installed (pip install triton)"
     monkeypatch.setattr(availability, "find_spec", lambda name: object())
@@ -80,7 +81,7 @@ def test_reasons_against(monkeypatch):
     assert availability.why_unavailable(SPEC) is None
 
 
-def test_first_on_gpus(monkeypatch):
+def test_triton_is_chosen_first_on_gpus(monkeypatch):
     here = tuple(replace(r, why_unavailable=lambda spec: None) if r.name == "triton" else r for r in KERNELS)
     others = replace(
         SPEC, dtype=torch.float32, row_invariant=True, bias=True, activation=Activation("relu2", gated=False)
@@ -90,10 +91,7 @@ def test_first_on_gpus(monkeypatch):
     assert choose_kernel(replace(SPEC, device="cpu"), kernels=here).name != "triton"
 
 
-def test_import_without_triton():
-    code = (
-        "import sys\nsys.modules['triton'] = None\n"
-        "import xpar.kernels.registry, xpar.kernels.rows, xpar.kernels.gpu.availability, xpar.kernels.gpu.tile_tables\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+def test_imports_need_no_triton():
+    program = Path(__file__).parents[1] / "programs/import_without_triton.py"
+    done = subprocess.run([sys.executable, program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ ANYWHERE = tuple(
 def test_every_kernel_is_chosen_or_explained():
     choice = choose_kernel(SPEC)
     names = [choice.name, *(name for name, _ in choice.rejected)]
-    assert sorted(names) == sorted(record.name for record in KERNELS)
+    assert sorted(names) == sorted(entry.name for entry in KERNELS)
     lines = choice.explain().splitlines()
     assert len(lines) == len(KERNELS) and lines[0].startswith(f"{choice.name}: chosen")
     assert all("passed over, " in line for line in lines[1:])
@@ -63,7 +63,7 @@ def test_an_unsuitable_kernel_serves_by_name_only():
 
 
 def test_zentorch_refuses_shapes_it_was_not_checked_with():
-    zen = next(record for record in KERNELS if record.name == "zentorch")
+    zen = next(entry for entry in KERNELS if entry.name == "zentorch")
     assert zen.why_not(replace(SPEC, intermediate_size=100)) is not None
 
 
