@@ -1,4 +1,4 @@
-"""The one way to choose among alternatives: the first that suits, with a reason against each of the others."""
+"""The one way to choose: the first that suits, with a reason against each other."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,12 +56,12 @@ def choose(
     Args:
         candidates: The alternatives, the best first; their names differ.
         refuses: Why a candidate cannot serve here at all. Also refuses a candidate asked for by name.
-        prefers_another: Why ``auto`` passes over a candidate that could serve. Only asked for ``auto``, and only
-            about candidates that ``refuses`` has nothing against.
+        prefers_another: Why ``auto`` passes over a candidate that could serve. Only asked for ``auto``, and
+            only about candidates that ``refuses`` has nothing against.
         name: The name of a candidate, or "auto".
         option: The option that ``name`` was given to, for messages: ``option=name: reason``.
-        outranked: The reason against a candidate that would serve but comes after the chosen one, with ``{chosen}``
-            in place of the chosen candidate's name.
+        outranked: The reason against a candidate that would serve but comes after the chosen one, with
+            ``{chosen}`` in place of the chosen candidate's name.
 
     Raises:
         ValueError: There is no candidate called ``name``, or it cannot serve here, or none can.

@@ -6,7 +6,7 @@ Shapes use these letters in every room:
 - E: experts; of a kernel those of this rank. k: slots of a token, one for each expert that the token goes to.
 - M: entries that a kernel gets, one for each dispatched token. S: active slots, those with an expert on this
   rank.
-- R: ranks. N: rows of any other kind, described where they are used.
+- R: ranks. N: rows of any other kind; of a dense layer's weight [N, K] the outputs, with K inputs.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Attention for inference on a host processor by zentorch, the compiled code or torch.
 
-Letters: B sequences, Q queries and S keys of each, D numbers of a head; Hq query heads, Hk key heads, Hq a
-    multiple of
-Hk. For one query per sequence torch computes fewer, wider products than by itself.
+Letters of attention: B sequences, Q queries and S keys of each, D numbers of a head; Hq query heads and Hk
+key heads, Hq a multiple of Hk. For one query per sequence, torch gets the heads that share keys as rows of
+one product.
 
 Behaviour of zentorch 2.13.0.2 that was observed: its op takes Hk below Hq, and numbers to add of any shape
 that broadcasts. It raises for a mask of booleans and for values narrower than keys; if the innermost stride
@@ -25,8 +25,8 @@ from xpar.kernels.cpu import attention_native, native_library, zen_library
 from xpar.kernels.cpu.linear_zen import DTYPES
 
 Backend = Literal["zentorch", "native", "torch"]
+# Query heads per key head up to which the compiled attention is the faster one.
 _MAX_HEADS_PER_KEY_HEAD = 4
-"""Query heads per key head up to which the compiled attention is the faster one."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ _BACKENDS = (_BackendEntry("zentorch"), _BackendEntry("native"), _BackendEntry("
 class Attention:
     """Attention ``softmax(scale * query @ key.T + mask) @ value``.
 
-    The definition is torch's ``scaled_dot_product_attention``.
-
-    One object serves all layers.
+    The definition is torch's ``scaled_dot_product_attention``. One object serves all layers.
 
     Args:
         backend: computes the calls that it supports, torch computes the rest. "auto" is zentorch if this

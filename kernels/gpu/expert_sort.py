@@ -5,9 +5,11 @@ slots are counted, the counts are scanned, and each block sorts itself and store
 place.
 
 Tensors are contiguous: the stride of a row is its length. Each parameter of a kernel has its line. The
-functions that kernels call have the kernels' parameters, and these: count, first, [WIDTH] int32: rows and
-first sorted row of each expert; begin, end: first slot of a block, and the slot after its last; ROWS: rows of
-a tile.
+functions that kernels call have the kernels' parameters, and these:
+
+- count, first: [WIDTH] int32, rows and first sorted row of each expert
+- begin, end: first slot of a block, and the slot after its last one
+- ROWS: rows of a tile
 """
 
 from dataclasses import astuple, dataclass
