@@ -146,15 +146,9 @@ def gather_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     if count and h:
         block = min(_COLUMNS, triton.next_power_of_2(h))
         gather_kernel[(triton.cdiv(count, _GATHERED_ROWS), triton.cdiv(h, block))](
-            x.contiguous(),
-            index.contiguous(),
-            result,
-            count,
-            H=h,
-            ROWS=_GATHERED_ROWS,
-            BLOCK=block,
-            num_warps=4,
-        )
+            x.contiguous(), index.contiguous(), result, count,
+            H=h, ROWS=_GATHERED_ROWS, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return result if out is None or out is result else out.copy_(result)
 
 
