@@ -90,14 +90,14 @@ class KernelEntry:
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _GATED: tuple[ActivationName, ...] = ("silu", "gelu", "gelu_tanh")
-# Ratios of minimum times, interleaved in one process: H 2048, I 1024, E 64, k 8, bf16, 2 threads of a Zen 5
-# EPYC.
+# Ratios of minimum times, interleaved in one process: H 2048, I 1024, E 64, k 8, bf16, 2 threads of an EPYC
+# (Zen 5).
 _OLMOE = (
     "faster than transformers' better experts at 1 / 4 / 16 / 64 / 256 / 1024 tokens (OLMoE, bf16, 2 cores"
 )
-# The ratios of "a Xeon", which has no avx512_bf16, come from xpar bench layer olmoe --compare transformers.
+# Those of "a Xeon", which has no avx512_bf16: by xpar bench layer olmoe --compare transformers.
 _STEPS = "x faster than the steps one by one at 1 / 2 / 4 tokens (OLMoE, bf16,"
-# Those of the single steps come from --compare steps of the same command.
+# Those to the single steps: by --compare steps of the same command.
 _STEPS_EPYC, _STEPS_XEON = f"{_STEPS} 1 thread of a loaded machine)", f"{_STEPS} 2 threads of that Xeon)"
 
 # Fastest first: the first that serves a spec is chosen.

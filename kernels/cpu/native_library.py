@@ -11,8 +11,7 @@ from torch import Tensor
 
 from xpar.kernels.cpu.host import empty_in_huge_pages, multiplies_bfloat16
 
-# Bytes of rows as float32 in one call. More rows take several calls: by then weights are read from cache
-# anyway.
+# Bytes of rows as float32 in one call. More rows take several calls, whose weights come from cache anyway.
 FLOAT32_ROWS_BYTES = 32 * 2**20
 # Rows that a call takes at least, however wide they are.
 _MIN_ROWS_PER_CALL = 48
@@ -93,14 +92,12 @@ class PackedWeights:
 
         Args:
             x: [N, K] bf16, contiguous.
-            spans: one after the other from 0 to the number of results, none empty.
-            rows: [spans' last end] int64, the row of ``x`` that each result reads; None if result r reads row
-                r.
+            spans: one after the other from 0 to S, the number of results; none is empty.
+            rows: [S] int64, the row of ``x`` that each result reads; None if result r reads row r.
             buffer_bytes: bytes of rows as float32 in one call of the library.
 
         Returns:
-            [spans' last end, N] bf16, rounded once. The bits of a row depend on that row and its expert
-            alone.
+            [S, N] bf16, rounded once. The bits of a row depend on that row and its expert alone.
         """
         if x.dtype != torch.bfloat16 or not x.is_contiguous() or x.shape[-1] != self.inputs:
             raise ValueError(
