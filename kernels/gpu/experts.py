@@ -90,13 +90,13 @@ class TritonExperts:
             if self.is_tiny(x):
                 total = self._compute_tiny(x, out if out is not None and out.is_contiguous() else None)
                 return total if out is None or out is total else out.copy_(total)
-            slots = self._compute_slots(x)
+            slots = self._compute_all_slots(x)
             return weighted_sum(slots, x.topk_weights, x.topk_ids, out, in_place=True)
 
     def compute_slots(self, x: ExpertInput) -> Tensor:
         require_loaded(self._missing)
         with self._device():
-            return self._compute_slots(x)[x.topk_ids.reshape(-1) >= 0]
+            return self._compute_all_slots(x)[x.topk_ids.reshape(-1) >= 0]
 
     def nbytes(self) -> int:
         tensors = (self._gate_up, self._down, self._gate_up_bias, self._down_bias)
@@ -136,7 +136,7 @@ class TritonExperts:
         )  # fmt: skip
         return total
 
-    def _compute_slots(self, x: ExpertInput) -> Tensor:
+    def _compute_all_slots(self, x: ExpertInput) -> Tensor:
         """Return each active slot's output [M k, H], unweighted; inactive rows are not written."""
         tokens, top_k = x.topk_ids.shape
         num_slots = tokens * top_k

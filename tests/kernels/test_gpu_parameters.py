@@ -25,7 +25,7 @@ LINES = {kernel.name: next(p for p in FILES if f"def {kernel.name}(" in p.read_t
 
 def test_launches_are_found():
     assert {"gate_up_small", "gate_up_tiled", "gate_up_vector", "sort_kernel", "route_kernel"} <= set(LINES)
-    assert len(KERNELS) == 15
+    assert len(KERNELS) >= 15
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
