@@ -50,7 +50,7 @@ def products(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     weights = [
         torch.randn(shape).to(dtype) for _ in range(max(2, CACHES // (dtype.itemsize * shape[0] * shape[1])))
     ]
-    packed = {r.name: [r.build(w, None) for w in weights] for r in LINEAR_KERNELS if r.refused(dtype) is None}
+    packed = {r.name: [r.build(w, None) for w in weights] for r in LINEAR_KERNELS if r.why_not(dtype) is None}
     for rows in ROWS:
         x = torch.randn(rows, shape[1]).to(dtype)
 
@@ -75,10 +75,10 @@ def attention(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None
         "torch": lambda: functional.scaled_dot_product_attention(query, key, value, enable_gqa=hq > hk),
         "rows of one product": partial(Attention("torch"), *call),
     }
-    usable = {"native": native_library.refused(), "zentorch": zen_library.refused()}
+    usable = {"native": native_library.why_unavailable(), "zentorch": zen_library.why_unavailable()}
     for name in (n for n, why in usable.items() if why is None):
         by = Attention(name)
-        if by.computed_by(query, key, value, None) == name:
+        if by.backend_for(query, key, value, None) == name:
             calls[name] = partial(by, *call)
     what = f"{str(dtype)[6:]}, one query of {b} sequences, {hq} heads, {hk} of keys, {s} columns, {d} wide"
     tell(what, milliseconds(calls))

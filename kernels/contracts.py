@@ -1,9 +1,16 @@
-"""The values that pass between the rooms: what routing decided, what the experts get, what an expert kernel is.
+"""The values that pass between the rooms, and the protocol of expert kernels.
 
-Shapes use one legend everywhere: T tokens on this rank, H hidden size, I expert width on this rank,
-E experts on this rank, k slots per token, M entries handed to a kernel, S active slots among them.
+Shapes use these letters in every room:
+
+- T: tokens of this rank. H: hidden size. I: width of an expert, or of this rank's slice of every expert.
+- E: experts; of a kernel those of this rank. k: slots of a token, one for each expert that the token goes to.
+- M: entries that a kernel gets, one for each dispatched token. S: active slots, those with an expert on this
+  rank.
+- R: ranks. N: rows of any other kind; of a dense layer's weight [N, K] the outputs, with K inputs.
 """
 
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,11 +22,29 @@ ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu2", "swiglustep", "si
 
 @dataclass(frozen=True)
 class Activation:
-    """The function between an expert's two products; formulas in :mod:`xpar.kernels.activations`.
+    """The function between an expert's two products.
 
-    ``gated``: the first product is [.., 2I], the gate half first, and the up half multiplies the result; otherwise it
-    is [.., I]. ``limit``: bound of the gate and of the up half, None for none. ``alpha``, ``beta``: parameters of
-    ``silu`` (gpt-oss: 1.702 and 1) and of ``situ``; their defaults make ``silu`` the plain one.
+    Formulas: :mod:`xpar.kernels.activations`.
+
+    Models that need each function: gated ``silu`` Mixtral, Qwen, DeepSeek and most others; ``silu`` with a
+    limit DeepSeek-V4, with limit, alpha and beta gpt-oss (7, 1.702, 1); ``gelu_tanh`` Gemma-4; ``relu2``
+    without a gate Nemotron-H; ``swiglustep`` Step-3.5-Flash (limit 7); ``situ`` Kimi-K3 (beta 4, limit 25);
+    ``gelu``, and the other forms without a gate, checkpoints whose ``hidden_act`` names them. xpar has no
+    family for Step-3.5-Flash and Kimi-K3 yet.
+
+    Attributes:
+        gated: True if the first product is [.., 2I], the gate half first, and the up half multiplies the
+            activated gate; False if the first product is [.., I].
+        limit: bound of the gate and of the up half; None for no bound.
+        alpha: factor on the gate inside the sigmoid of ``silu``.
+        beta: addend of the up half of ``silu``; bound of the gate of ``situ``.
+
+    Raises:
+        ValueError: no formula has this combination of parameters.
+
+    Example:
+        >>> Activation("silu", limit=7.0, alpha=1.702, beta=1.0).gate_up_rows(64)
+        128
     """
 
     name: ActivationName
@@ -44,12 +69,12 @@ class Activation:
             raise ValueError(f"{self}: situ needs beta > 0, the bound of its gate")
 
     @property
-    def plain(self) -> bool:
-        """Whether its name alone says what it is: gated, no bounds, no parameters."""
+    def is_plain(self) -> bool:
+        """True if the name alone says what the activation is: gated, without bounds and parameters."""
         return self == Activation(self.name) if self.name in ("silu", "gelu", "gelu_tanh") else False
 
-    def packed(self, width: int) -> int:
-        """Rows of the first weight for an expert of ``width`` I."""
+    def gate_up_rows(self, width: int) -> int:
+        """Return the rows of the first weight of an expert of ``width`` I: 2I with a gate, else I."""
         return 2 * width if self.gated else width
 
     def __str__(self) -> str:
@@ -62,12 +87,15 @@ class Activation:
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts each token goes to, and with what weight.
+    """The experts that each token goes to, and their weights.
 
-    ``topk_ids``: [T, k] int32, global expert ids; -1 marks a dropped slot, which is neither sent nor counted.
-    ``topk_weights``: [T, k] float32; the weight of a dropped slot is ignored.
-    ``weight_on_input``: the weights multiply the tokens before their experts, not the outputs; k = 1.
-    ``identity_weights``: [T] float32, how much of itself each token's output holds (identity experts), or None.
+    Attributes:
+        topk_ids: [T, k] int32, global expert ids; -1 marks a dropped slot, which is neither sent nor counted.
+        topk_weights: [T, k] float32; the weight of a dropped slot is ignored.
+        weight_on_input: True if the weights multiply the tokens before their experts, not the outputs; then k
+            = 1.
+        identity_weights: [T] float32, the factor on the token itself in its output (identity experts), or
+            None.
     """
 
     topk_ids: Tensor
@@ -78,12 +106,18 @@ class Routing:
 
 @dataclass(frozen=True)
 class RouteSpec:
-    """What a kernel must do in order to route by itself: score E logits, take the k best, equal ones by expert id.
+    """The rule by which a kernel that routes by itself chooses k of E experts.
 
-    ``scoring``: what makes scores of logits. ``among_chosen``: only the chosen ones are scored. ``renormalize``: the
-    weights are divided by their sum, taken as ``renormalize_min`` at least; then they are multiplied by ``scale``.
-    ``num_expert_group``: more than 1 where experts are chosen within the best groups. ``correction_bias``: a bias takes
-    part in the choice. ``other``: what else the router does, in words, or None.
+    Equal scores are ordered by expert id.
+
+    Attributes:
+        scoring: the function that makes scores of the logits.
+        among_chosen: True if only the logits of the chosen experts are scored.
+        renormalize: True if the weights are divided by their sum, of at least ``renormalize_min``.
+        scale: the factor on the weights, after renormalization.
+        num_expert_group: number of groups; if more than 1, experts are chosen within the best groups only.
+        correction_bias: True if a bias per expert takes part in the choice.
+        other: anything else that the router does, in words, or None.
     """
 
     top_k: int
@@ -99,12 +133,13 @@ class RouteSpec:
 
 @dataclass(frozen=True)
 class ExpertInput:
-    """What a rank's experts work on after dispatch.
+    """The rows that a rank's experts compute with after dispatch.
 
-    ``hidden_states``: [N, H], contiguous. Only rows that an entry names are read.
-    ``topk_ids``: [M, k] int32, *local* expert of each slot; -1 where the slot's expert is on another rank.
-    ``topk_weights``: [M, k] float32.
-    ``rows``: [M] int64, the row of ``hidden_states`` that entry m reads; None means entry m reads row m.
+    Attributes:
+        hidden_states: [N, H], contiguous. Only rows that an entry names are read.
+        topk_ids: [M, k] int32, *local* expert of each slot; -1 if the slot's expert is on another rank.
+        topk_weights: [M, k] float32.
+        rows: [M] int64, the row of ``hidden_states`` that entry m reads; None if entry m reads row m.
     """
 
     hidden_states: Tensor
@@ -115,11 +150,15 @@ class ExpertInput:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """What an expert kernel must be able to do.
+    """The requirements on an expert kernel.
 
-    ``num_experts``: experts held by this rank. ``hidden_size``: H. ``intermediate_size``: I on this rank, after
-    any tensor-parallel slicing. ``row_invariant``: a row's result must not depend, bit for bit, on which other
-    rows are in the batch (``exact`` mode needs this). ``bias``: both products add a bias.
+    Attributes:
+        num_experts: E, the experts of this rank.
+        hidden_size: H.
+        intermediate_size: I on this rank, after any tensor-parallel slicing.
+        row_invariant: True if the bits of a row's result must not depend on the other rows of the batch, as
+            ``exact`` mode needs.
+        bias: True if both products add a bias.
     """
 
     num_experts: int
@@ -133,10 +172,11 @@ class ExpertSpec:
 
 
 class ExpertKernel(Protocol):
-    """Holds one rank's expert weights in the layout it wants and computes with them.
+    """A kernel that keeps one rank's expert weights in its own layout and computes with them.
 
-    The arithmetic is that of :mod:`xpar.kernels.reference`: ``y = down(act(gate_up(x)))`` per slot, fp32
-    accumulation, biases before the router weight, that in fp32, one cast to ``spec.dtype`` at the end.
+    The arithmetic is that of :mod:`xpar.kernels.reference`: ``y = down(act(gate_up(x)))`` per slot. Sums are
+    float32, the biases are added before the float32 router weight multiplies, and the result is cast once, to
+    ``spec.dtype``.
     """
 
     name: str
@@ -150,29 +190,106 @@ class ExpertKernel(Protocol):
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> None:
-        """Take expert ``index``; keeps no view.
+        """Copy the weights of expert ``index`` into the kernel; the kernel keeps no view of them.
 
-        ``gate_up`` [2I, H], gate rows, then up rows ([I, H] without a gate), ``down`` [H, I]; and if ``spec.bias``,
-        ``gate_up_bias`` [2I] or [I], ``down_bias`` [H].
+        Args:
+            index: local expert id, 0 to E - 1.
+            gate_up: [2I, H], gate rows, then up rows; [I, H] without a gate.
+            down: [H, I].
+            gate_up_bias: [2I] or [I] if ``spec.bias``, else None.
+            down_bias: [H] if ``spec.bias``, else None.
+
+        Raises:
+            ValueError: ``index`` or a shape does not fit ``spec``.
         """
 
     def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
-        """[M, H] in ``spec.dtype``: for each entry the weighted sum over its local slots, zero if it has none."""
+        """Return each entry's weighted sum over its active slots, zero without any: [M, H].
+
+        The dtype is ``spec.dtype``. The result is written into ``out`` [M, H] if that is given. Raises
+        RuntimeError if an expert has no weights.
+        """
 
     def compute_slots(self, x: ExpertInput) -> Tensor:
-        """[S, H] in ``spec.dtype``: each active slot's output, unweighted, in (entry, slot) order."""
+        """Return each active slot's output, unweighted, in (entry, slot) order: [S, H].
+
+        The dtype is ``spec.dtype``.
+        """
 
     def nbytes(self) -> int:
-        """Bytes of weights held."""
+        """Return the bytes that the weights occupy."""
 
 
-class OneCallKernel(ExpertKernel, Protocol):
-    """A kernel that holds every expert and, where its record says so, covers more steps than its own in one call."""
+class FusedRoutingKernel(ExpertKernel, Protocol):
+    """An expert kernel that can also route and combine, if it has all experts of the layer.
+
+    :class:`~xpar.kernels.registry.FusedRouting` in the kernel's registry entry says which routings it covers.
+    """
 
     def route_and_compute(
         self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
     ) -> tuple[Tensor, Routing]:
-        """Route, compute, combine: the experts' weighted sum [T, H] of [T, H], and the routing behind it.
+        """Route, compute and combine T tokens.
 
-        ``router_logits``: [T, E], finite.
+        Args:
+            hidden_states: [T, H] in ``spec.dtype``.
+            router_logits: [T, E], finite.
+            route: the rule, one that the registry entry does not refuse.
+
+        Returns:
+            The weighted sum of the experts' outputs [T, H], and the routing behind it.
         """
+
+
+def check_expert_weights(
+    spec: ExpertSpec,
+    index: int,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> None:
+    """Raise ValueError unless ``index`` and the shapes of the weights fit ``spec``.
+
+    The arguments are those of :meth:`ExpertKernel.load_expert`.
+    """
+    if not 0 <= index < spec.num_experts:
+        raise ValueError(f"expert {index}: this rank holds experts 0 to {spec.num_experts - 1}")
+    rows = spec.activation.gate_up_rows(spec.intermediate_size)
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
+        "gate_up": (gate_up, (rows, spec.hidden_size)),
+        "down": (down, (spec.hidden_size, spec.intermediate_size)),
+        "gate_up_bias": (gate_up_bias, (rows,) if spec.bias else None),
+        "down_bias": (down_bias, (spec.hidden_size,) if spec.bias else None),
+    }
+    for name, (tensor, shape) in expected.items():
+        found = None if tensor is None else tuple(tensor.shape)
+        if found != shape:
+            raise ValueError(f"expert {index}: {name} is {found}, expected {shape}")
+
+
+def require_loaded(missing: Collection[int]) -> None:
+    """Raise RuntimeError unless ``missing``, the experts that lack weights, is empty."""
+    if missing:
+        index = min(missing)
+        raise RuntimeError(f"expert {index} has tokens but no weights: call load_expert({index}, ...) first")
+
+
+def require_finite(
+    tensor: Tensor, message: Callable[[Tensor], str], error: type[Exception] = ValueError
+) -> None:
+    """Raise ``error`` if a value of ``tensor`` is NaN or infinite.
+
+    Args:
+        tensor: any shape and floating dtype; on a GPU the call waits for the device.
+        message: makes the text of the error from the mask of the values that are not finite, in the tensor's
+            shape.
+        error: class of the exception.
+    """
+    # One sum runs at memory speed and is finite only if every term is; if finite terms overflow, the mask
+    # decides.
+    if math.isfinite(float(tensor.sum())):
+        return
+    bad = ~torch.isfinite(tensor)
+    if bool(bad.any()):
+        raise error(message(bad))

@@ -1,7 +1,8 @@
-"""Functions of single elements whose result for a value does not depend on the value's place in the tensor.
+"""Elementwise functions whose result for a value does not depend on its position.
 
-torch's elementwise CPU kernels run whole vectors and finish each thread's share with scalar code that rounds
-otherwise; a GPU does not. Pieces that are small enough for one thread and a whole number of vectors have no such rest.
+torch's elementwise CPU kernels compute whole vectors and finish each thread's part with scalar code, which
+rounds differently; a GPU does not. Pieces that one thread computes and that are a whole number of vectors
+have no such rest.
 """
 
 from collections.abc import Callable
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Elements: a multiple of every vector step, and what torch gives to one thread at least.
-VECTOR = 64
-ELEMENTS_PER_CALL = 32768
+VECTOR = 64  # elements: a multiple of the step of every vector instruction set
+ELEMENTS_PER_CALL = 32768  # torch gives at least so many elements to one thread
 
 
 def position_invariant(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``function(*tensors)`` for an elementwise ``function`` of tensors of one shape and dtype; a new tensor."""
-    if tensors[0].is_cuda:  # one thread an element: nothing is left over
+    """Return ``function(*tensors)``, a new tensor whose bits do not depend on the position.
+
+    ``function`` is elementwise; ``tensors`` have one shape and dtype.
+    """
+    if tensors[0].is_cuda:  # a GPU has one thread per element and no rest
         return function(*tensors)
     shape, count = tensors[0].shape, tensors[0].numel()
     flat = [functional.pad(t.reshape(-1), (0, -count % VECTOR)) for t in tensors]

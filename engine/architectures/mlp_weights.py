@@ -4,7 +4,6 @@ H hidden size, I width of the MLP, I_r width of this rank's slice ``rows`` of it
 up rows, [2 I_r, H], or the up rows alone, [I_r, H], without a gate.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from xpar.engine.architectures.schema import MlpNames
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
+from xpar.kernels.contracts import require_finite
 
 ALL = slice(None)
 PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
@@ -207,12 +207,10 @@ def load_table(checkpoint: Checkpoint, name: str, shape: tuple[int, int], num_ex
 
 
 def _require_finite(tensor: Tensor, name: str, stored: str) -> None:
-    # The sum runs at memory speed; it is finite only if every term is, and may overflow, hence the second look.
-    if math.isfinite(float(tensor.sum())):
-        return
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        raise CheckpointError(
-            f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite as {str(tensor.dtype)[6:]} "
-            f"(stored as {stored}); restore the checkpoint, or choose a dtype of wider range"
+    def message(bad: Tensor) -> str:
+        return (
+            f"tensor {name}: {int(bad.sum())} of {tensor.numel()} values are NaN or infinite as "
+            f"{str(tensor.dtype)[6:]} (stored as {stored}); restore the checkpoint, or choose a dtype of wider range"
         )
+
+    require_finite(tensor, message, CheckpointError)

@@ -9,7 +9,7 @@ import torch
 
 from xpar.engine.config import LayerConfig
 from xpar.kernels.contracts import Routing
-from xpar.kernels.cpu import native_library, pages
+from xpar.kernels.cpu import host, native_library
 from xpar.kernels.cpu.native_library import PackedWeights
 
 STREAM_BYTES = 1 << 29
@@ -41,7 +41,7 @@ def measure_ceilings(dtype: torch.dtype) -> Ceilings:
     """The best of a few tries, and of the ways to read that there are."""
     single = torch.randn(MATRIX, MATRIX)
     factors = [single.to(kind) for kind in (dtype, torch.float32)]
-    readers = [_summing] if native_library.refused() else [_summing, _multiplying]
+    readers = [_summing] if native_library.why_unavailable() else [_summing, _multiplying]
     read = min(_least_s(reader()) for reader in readers)
     product = min(_least_s(partial(torch.matmul, factor, factor)) for factor in factors)
     return Ceilings(STREAM_BYTES / read, 2 * MATRIX**3 / product)
@@ -58,7 +58,7 @@ def _least_s(attempt: Callable[[], object]) -> float:
 
 def _summing() -> Callable[[], object]:
     """One stream a thread, which does not keep the memory of every processor busy."""
-    return pages.empty((STREAM_BYTES // 8,), torch.int64).fill_(1).sum
+    return host.empty_in_huge_pages((STREAM_BYTES // 8,), torch.int64).fill_(1).sum
 
 
 def _multiplying() -> Callable[[], object]:
@@ -69,4 +69,4 @@ def _multiplying() -> Callable[[], object]:
     for expert in range(count):
         weights.load(expert, weight)
     rows, spans = torch.zeros(count, dtype=torch.int64), [(e, e, e + 1) for e in range(count)]
-    return partial(weights.product, weight[:1], spans, rows)
+    return partial(weights.multiply, weight[:1], spans, rows)

@@ -81,8 +81,8 @@ def _bring_code(path: Path) -> None:
 
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    if zen_library.refused() is None:
-        zen_library.load()
+    if zen_library.why_unavailable() is None:
+        zen_library.load_operators()
 
 
 @dataclass(frozen=True)

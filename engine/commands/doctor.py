@@ -96,7 +96,7 @@ def _print_software(console: Console, world: World) -> None:
         console.print(
             f"{name}: {_installed(name) or f'not installed ({what})'}", soft_wrap=True, markup=False
         )
-    native = native_library.refused() or f"{32 * native_library.lanes()} bits wide"
+    native = native_library.why_unavailable() or f"{32 * native_library.lanes()} bits wide"
     console.print(f"native CPU kernel: {native}", soft_wrap=True, markup=False)
     console.print(
         f"NCCL: {_nccl()}, NVIDIA driver: {driver_version() or 'none'}", soft_wrap=True, markup=False

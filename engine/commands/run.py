@@ -207,7 +207,7 @@ def _explain(
         placement, dispatcher = pick_dispatcher(grid, config, args.dispatcher)
         held = len(placement.experts_of(grid.ep_rank))
         kernel = pick_kernel(config, grid, max(1, held), dtype, args.kernel, args.exact)
-        steps = explain_depth(config, kernel.record, dispatcher.dispatcher, args.exact, args.depth)
+        steps = explain_depth(config, kernel.chosen, dispatcher.dispatcher, args.exact, args.depth)
         return f"dispatcher\n{dispatcher.explain()}\nkernel\n{kernel.explain()}\nsteps\n{steps}"
 
     console.print(agreed(grid.world.comm, reasons))

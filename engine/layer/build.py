@@ -43,7 +43,7 @@ from xpar.engine.layer.shared_experts import SharedExperts
 from xpar.engine.layer.token_split import KeepAllTokens, choose_token_split
 from xpar.kernels.contracts import ExpertKernel
 from xpar.kernels.gpu.availability import use_table
-from xpar.kernels.registry import choose
+from xpar.kernels.registry import choose_kernel
 
 log = logging.getLogger("xpar.build")
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -232,7 +232,7 @@ def _shared(
 ) -> SharedExperts:
     routed = expert_spec(config, grid.device, 1, weights.down.shape[1], dtype, exact)
     spec = replace(routed, hidden_size=config.hidden_size, bias=False)
-    kernel: ExpertKernel = choose(spec).record.build(spec)
+    kernel: ExpertKernel = choose_kernel(spec).chosen.build(spec)
     kernel.load_expert(0, weights.gate_up, weights.down)
     state: State = Full() if slices == 1 else Partial(grid.tp)
     scale = 1.0 if config.shared is None else config.shared.scale

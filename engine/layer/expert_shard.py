@@ -12,8 +12,9 @@ from xpar.comm.partition import split_range
 from xpar.comm.placement import Placement
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.options import ExpertOptions
+from xpar.kernels.choice import Choice
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, ExpertSpec
-from xpar.kernels.registry import Choice, KernelEntry, choose
+from xpar.kernels.registry import KernelEntry, choose_kernel
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def build_expert_shard(
     kernel = entry = None
     if count := len(experts) + copies:
         spec = expert_spec(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
-        entry = choose(spec, options.kernel).record
+        entry = choose_kernel(spec, options.kernel).chosen
         kernel = entry.build(spec)
     return ExpertShard(chosen.dispatcher, experts, rows, kernel, entry, config.routed_size, options.exact)
 
@@ -119,11 +120,11 @@ def pick_dispatcher(
 
 def pick_kernel(
     config: LayerConfig, grid: ProcessGrid, experts: int, dtype: torch.dtype, name: str, exact: bool
-) -> Choice:
+) -> Choice[KernelEntry]:
     """Choose the kernel for ``experts`` experts of this rank's width, with the reasons against the others."""
     rows = width_slice("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
     width = rows.stop - rows.start
-    return choose(expert_spec(config, grid.device, experts, width, dtype, exact), name)
+    return choose_kernel(expert_spec(config, grid.device, experts, width, dtype, exact), name)
 
 
 def expert_spec(

@@ -26,8 +26,8 @@ from xpar.engine.architectures.mlp_weights import MlpTensors
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
 from xpar.engine.routing import identity_output, weigh_input
-from xpar.kernels.activations import activate
-from xpar.kernels.contracts import Activation, Routing
+from xpar.kernels.contracts import Routing
+from xpar.kernels.reference import mlp
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """The largest relative error of a whole layer against the reference, by the dtype it computes in."""
@@ -115,22 +115,13 @@ def slot_order_sum_reference(
     out = torch.zeros_like(rows)
     for expert, tensors in experts:
         tokens, slots = (routing.topk_ids == expert).nonzero(as_tuple=True)
-        y = mlp_reference(rows[tokens], tensors, config.activation)
+        y = mlp(rows[tokens], config.activation, *tensors)
         out.index_add_(0, tokens, y * weighted.topk_weights[tokens, slots, None])
     out = out if latent is None else out @ latent.leave.float().T
     identity = identity_output(x, routing)
     out += 0.0 if identity is None else identity
     out += 0.0 if output_bias is None else output_bias.float()
     if shared is not None and config.shared is not None:
-        y = mlp_reference(x, MlpTensors(shared.gate_up, shared.down), config.activation) * config.shared.scale
+        y = mlp(x, config.activation, shared.gate_up, shared.down) * config.shared.scale
         out += y if shared.gate is None else y * torch.sigmoid(x @ shared.gate.float().T)
     return out
-
-
-def mlp_reference(x: Tensor, mlp: MlpTensors, activation: Activation) -> Tensor:
-    """Compute ``act(x @ gate_up.T + bias) @ down.T + bias`` in float32: ``[T, H]`` for ``[T, H]``."""
-    packed = x @ mlp.gate_up.float().T
-    if mlp.gate_up_bias is not None:
-        packed += mlp.gate_up_bias.float()
-    y = activate(packed, activation) @ mlp.down.float().T
-    return y if mlp.down_bias is None else y + mlp.down_bias.float()

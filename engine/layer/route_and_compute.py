@@ -20,7 +20,7 @@ from xpar.engine.layer.output import LayerOutput
 from xpar.engine.layer.runner import FinishedStep, MoERunner, Step
 from xpar.engine.routing import RoutingRule
 from xpar.engine.routing.router import Router
-from xpar.kernels.contracts import OneCallKernel, RouteSpec
+from xpar.kernels.contracts import FusedRoutingKernel, RouteSpec
 from xpar.kernels.registry import KernelEntry
 
 
@@ -34,8 +34,8 @@ class FusedRunner(MoERunner):
     def max_tokens(self) -> int | None:
         """The most tokens of a step that is one call; None for any number."""
         entry = self.experts.kernel_entry
-        assert entry is not None and entry.one_call is not None  # why_not_fused has looked
-        return entry.one_call.tokens if self.options.depth == "auto" else None
+        assert entry is not None and entry.fused_routing is not None  # why_not_fused has looked
+        return entry.fused_routing.tokens if self.options.depth == "auto" else None
 
     @cached_property
     def route_spec(self) -> RouteSpec:
@@ -84,7 +84,7 @@ class FusedRunner(MoERunner):
                 self._plan(error)
                 raise
         with observers.stage("compute"):
-            kernel = cast(OneCallKernel, self.experts.kernel)
+            kernel = cast(FusedRoutingKernel, self.experts.kernel)
             output, routing = kernel.route_and_compute(x, logits, self.route_spec)
         traffic = Traffic.of(0, [x.shape[0]], x.shape[0])
         observers.record(routing.topk_ids, routing, traffic)
@@ -149,7 +149,7 @@ def why_not_fused(
         return f"{dispatcher.group.size} ranks hold the experts"
     if not dispatcher.capabilities.replicated_tokens:
         return f"{dispatcher.name} was asked for, which moves tokens even on one rank"
-    if entry is None or entry.one_call is None:
+    if entry is None or entry.fused_routing is None:
         return f"{'no kernel' if entry is None else entry.name} covers more than computing"
     if exact:
         return "exact mode adds a token's outputs where the token lives"
@@ -157,7 +157,7 @@ def why_not_fused(
         return "the router does not choose the slots of fused shared experts"
     if config.latent_size is not None or config.output_bias or config.router.norm_eps is not None:
         return "a latent space, a norm or an output bias comes between its steps"
-    why = entry.one_call.refuses(route_spec(config.router))
+    why = entry.fused_routing.why_not(route_spec(config.router))
     return None if why is None else f"{entry.name} {why}"
 
 
@@ -168,9 +168,7 @@ def explain_depth(
     why = why_not_fused(config, entry, dispatcher, exact=exact, fused=False)
     if depth == "steps":
         why = "that was asked for"
-    if why is not None or entry.one_call is None:
+    if why is not None or entry.fused_routing is None:
         return f"one by one: {why}"
-    few = "any number of" if depth == "one-call" else f"1 to {entry.one_call.tokens}"
-    return (
-        f"route, compute and combine in one call for {few} tokens: {entry.name} ({entry.one_call.measured})"
-    )
+    few = "any number of" if depth == "one-call" else f"1 to {entry.fused_routing.tokens}"
+    return f"route, compute and combine in one call for {few} tokens: {entry.name} ({entry.fused_routing.measured})"

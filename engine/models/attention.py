@@ -82,7 +82,7 @@ class AttentionForward:
             all(others.get(name) is None for name in UNSUPPORTED_ARGUMENTS)
             and not query.requires_grad
             and not (causal and query.shape[2] != key.shape[2])
-            and self._attention.serves(query, key, value)
+            and self._attention.is_suitable(query, key, value)
         )
 
 

@@ -33,7 +33,8 @@ from xpar.engine.models.parallelize import (
     moe_modules,
     replace_modules,
 )
-from xpar.kernels.cpu.linear import PLAIN, LinearChoice, choose_linear
+from xpar.kernels.choice import Choice
+from xpar.kernels.cpu.linear import PLAIN, LinearEntry, choose_linear
 
 log = logging.getLogger("xpar.models")
 LEAST_FREE = 4 * ROUND_BYTES
@@ -105,7 +106,7 @@ def load_model(
         total(_bytes_to_hold(model, plan, parts, grid, kind))
         # The ranks of a node fail together inside, so that none of them is missing from this agreement.
         dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, foreign, grid.node, kind, loaded))
-        if (record := chosen.record) is not None:
+        if (record := chosen.chosen).name != PLAIN:
             # Before the experts come: one weight at a time is there twice.
             shared = ColumnParallel(grid.node) if _slices(grid, options) else None
             dense += agreed(comm, lambda: pack_model(model, record, shared))
@@ -162,7 +163,7 @@ def _joints(
     return tuple(joints[module] for module, _ in order if module in joints)
 
 
-def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptions) -> LinearChoice:
+def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptions) -> Choice[LinearEntry]:
     """Plain products on a GPU, and in exact mode, where a row must not depend on its neighbours."""
     if device.type == "cpu" and not options.exact:
         return choose_linear(dtype, options.dense)

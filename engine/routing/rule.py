@@ -3,7 +3,6 @@
 All arithmetic is float32, and the result of a row depends on that row alone, bit for bit.
 """
 
-import math
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xpar.engine.config import RouterConfig, Scoring
+from xpar.kernels import contracts
 from xpar.kernels.contracts import Routing
 from xpar.kernels.position_invariant import position_invariant
 
@@ -100,18 +100,16 @@ def finish_weights(
 
 def require_finite(router_logits: Tensor) -> None:
     """Raise ValueError with the first token whose logits, a row of ``[T, E]``, hold a NaN or an infinity."""
-    # One sum is cheap and not finite whenever a term is not; an overflow of finite terms only costs the
-    # second look.
-    if math.isfinite(float(router_logits.sum())):
-        return
-    bad = ~torch.isfinite(router_logits)
-    if bool(bad.any()):
+
+    def message(bad: Tensor) -> str:
         token, expert = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
+        return (
             f"router logits of token {token} are not finite (expert {expert}: "
             f"{float(router_logits[token, expert])}); "
             "check the hidden states and the gate weight for NaN or overflow"
         )
+
+    contracts.require_finite(router_logits, message)
 
 
 def weigh_input(hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Routing]:

@@ -43,7 +43,7 @@ class SyntheticLayer:
         c = self.config
         if not c.bias:
             return None
-        packed = self._draw("gate_up_bias", 2 * expert, 1, c.activation.packed(c.intermediate_size))
+        packed = self._draw("gate_up_bias", 2 * expert, 1, c.activation.gate_up_rows(c.intermediate_size))
         return packed[0], self._draw("down_bias", 2 * expert + 1, 1, c.routed_size)[0]
 
     def shared(self) -> SharedWeights | None:
@@ -130,7 +130,7 @@ class SyntheticLayer:
         return (routed + shared + 2 * c.hidden_size * (c.latent_size or 0)) * self.dtype.itemsize
 
     def _mlp(self, number: int, width: int, hidden: int) -> tuple[Tensor, Tensor]:
-        gate_up = self._draw("gate_up_proj", 2 * number, self.config.activation.packed(width), hidden)
+        gate_up = self._draw("gate_up_proj", 2 * number, self.config.activation.gate_up_rows(width), hidden)
         return gate_up, self._draw("down_proj", 2 * number + 1, hidden, width)
 
     def _draw(self, name: str, number: int, rows: int, columns: int) -> Tensor:

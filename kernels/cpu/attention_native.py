@@ -1,4 +1,9 @@
-"""Attention of one query a sequence by the package's own compiled code: float32 arithmetic on bfloat16 keys and values."""
+"""Attention of one query per sequence by this package's compiled code.
+
+Arithmetic is float32, tensors are bfloat16.
+
+Letters as in :mod:`xpar.kernels.cpu.attention`.
+"""
 
 import ctypes
 
@@ -6,11 +11,10 @@ import torch
 from torch import Tensor
 
 from xpar.kernels.cpu import native_library
-from xpar.kernels.cpu.masks import additive_mask
 
 
 class _Attention(ctypes.Structure):
-    """``struct attention`` of ``native.c``."""
+    """The ``struct attention`` of ``native.c``, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "added", "out")),
@@ -23,10 +27,10 @@ class _Attention(ctypes.Structure):
     )
 
 
-def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether :func:`attend` can be called with these; shapes as there."""
+def is_supported(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Return whether :func:`attend` can compute with these tensors on this machine."""
     return (
-        native_library.refused() is None
+        native_library.why_unavailable() is None
         and query.shape[2] == 1
         and all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in (query, key, value))
         and query.shape[-1] == key.shape[-1] == value.shape[-1]
@@ -37,10 +41,18 @@ def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bo
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale * query @ key.T + mask) @ value: [B, Hq, 1, D], [B, Hk, S, D] twice -> [B, Hq, 1, D], bfloat16.
+    """Compute ``softmax(scale * query @ key.T + mask) @ value`` for one query per sequence.
 
-    ``mask``: booleans (True takes part) or numbers to add, [1 or B, 1, 1, S]. A query that sees nothing gets zeros. Rounded
-    once, at the end; a sequence's bits depend on nothing but the sequence.
+    Args:
+        query: [B, Hq, 1, D] bf16.
+        key: [B, Hk, S, D] bf16.
+        value: [B, Hk, S, D] bf16.
+        mask: booleans (True takes part) or numbers to add, [1 or B, 1, 1, S], or None.
+        scale: factor on the scores.
+
+    Returns:
+        [B, Hq, 1, D] bf16, rounded once, at the end. A query whose keys are all masked gets zeros. The bits
+        of a sequence do not depend on the other sequences.
     """
     # [1 or B, S]
     added = None if mask is None else additive_mask(mask[:, 0, 0], torch.float32).float().contiguous()
@@ -62,5 +74,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         0 if added is None or added.shape[0] == 1 else added.shape[-1],
         scale,
     )
-    native_library.attend(call)
+    native_library.run_attention(call)
     return out
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a mask of booleans (True takes part) to addends of scores, 0 or -inf.
+
+    The result has dtype ``dtype``; a mask of numbers is returned as it is.
+    """
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))

@@ -1,35 +1,45 @@
-"""Experts by the package's own compiled code, for processors without arithmetic in bfloat16.
+"""Experts by this package's own compiled code, for processors without bfloat16 arithmetic.
 
-One product for the gate-up weights of all experts, one for their down weights; between them, the activation of all slots.
+The gate-up products of all experts are one call, so are the down products; the activation of all slots lies
+between.
 """
 
 import torch
 from torch import Tensor
 
-from xpar.kernels import rows
 from xpar.kernels.activations import activate
-from xpar.kernels.checks import check_expert, check_loaded
-from xpar.kernels.contracts import ExpertInput, ExpertSpec, RouteSpec, Routing
+from xpar.kernels.contracts import (
+    ExpertInput,
+    ExpertSpec,
+    RouteSpec,
+    Routing,
+    check_expert_weights,
+    require_loaded,
+)
 from xpar.kernels.cpu import native_library
 from xpar.kernels.cpu.native_library import PackedWeights, Span
-from xpar.kernels.cpu.select import route_few_tokens
 from xpar.kernels.cpu.sorted_slots import SortedSlots
+from xpar.kernels.rows import group_by_expert
+from xpar.kernels.stable_topk import route_few_tokens
 
 
-def unavailable(spec: ExpertSpec) -> str | None:
-    """Why this kernel cannot serve ``spec`` here, or None."""
-    return native_library.refused()
+def why_unavailable(spec: ExpertSpec) -> str | None:
+    """Return the reason why this kernel cannot serve ``spec`` on this machine, or None."""
+    return native_library.why_unavailable()
 
 
 class NativeExperts(SortedSlots):
-    """See :class:`xpar.kernels.contracts.ExpertKernel`. bfloat16 on x86 with AVX2 and FMA, or AVX-512."""
+    """An expert kernel in bfloat16 for x86 with AVX2 and FMA, or AVX-512.
+
+    Implements :class:`~xpar.kernels.contracts.FusedRoutingKernel`.
+    """
 
     name = "native"
 
     def __init__(self, spec: ExpertSpec) -> None:
         self.spec = spec
         e, h, i, lanes = spec.num_experts, spec.hidden_size, spec.intermediate_size, native_library.lanes()
-        self._gate_up = PackedWeights(e, spec.activation.packed(i), h, spec.bias, lanes)
+        self._gate_up = PackedWeights(e, spec.activation.gate_up_rows(i), h, spec.bias, lanes)
         self._down = PackedWeights(e, h, i, spec.bias, lanes)
         self._missing = set(range(e))
 
@@ -41,7 +51,7 @@ class NativeExperts(SortedSlots):
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> None:
-        check_expert(self.spec, index, gate_up, down, gate_up_bias, down_bias)
+        check_expert_weights(self.spec, index, gate_up, down, gate_up_bias, down_bias)
         self._gate_up.load(index, gate_up, gate_up_bias)
         self._down.load(index, down, down_bias)
         self._missing.discard(index)
@@ -57,27 +67,23 @@ class NativeExperts(SortedSlots):
 
     def _sorted_slots(self, x: ExpertInput) -> tuple[Tensor, Tensor]:
         if x.topk_ids.shape[0] == 1:
-            return self._single(x)
-        groups = rows.group_by_expert(x.topk_ids, self.spec.num_experts)
+            return self._slots_of_one_entry(x)
+        groups = group_by_expert(x.topk_ids, self.spec.num_experts)
         source = groups.entry if x.rows is None else x.rows[groups.entry]
-        return self._slots(x.hidden_states, groups.spans(), source), groups.positions
+        return self._compute_spans(x.hidden_states, groups.spans(), source), groups.positions
 
-    def _single(self, x: ExpertInput) -> tuple[Tensor, Tensor]:
-        """Of one entry, whose slots go to different experts in any order, so that nothing needs sorting."""
+    def _slots_of_one_entry(self, x: ExpertInput) -> tuple[Tensor, Tensor]:
+        """Compute a single entry, whose slots go to different experts: nothing needs sorting."""
         experts = [expert for expert in x.topk_ids[0].tolist() if expert >= 0]
-        source = (
-            (torch.zeros(1, dtype=torch.int64) if x.rows is None else x.rows)
-            .expand(len(experts))
-            .contiguous()
-        )
+        row = torch.zeros(1, dtype=torch.int64) if x.rows is None else x.rows
+        source = row.expand(len(experts)).contiguous()
         positions = (x.topk_ids >= 0).cumsum(1).sub_(1).masked_fill_(x.topk_ids < 0, -1)
-        return self._slots(
-            x.hidden_states, [(e, at, at + 1) for at, e in enumerate(experts)], source
-        ), positions
+        spans = [(expert, at, at + 1) for at, expert in enumerate(experts)]
+        return self._compute_spans(x.hidden_states, spans, source), positions
 
-    def _slots(self, hidden_states: Tensor, spans: list[Span], source: Tensor) -> Tensor:
-        if missing := self._missing.intersection(expert for expert, _, _ in spans):
-            check_loaded(None, min(missing))
-        packed = self._gate_up.product(hidden_states, spans, source)
-        hidden = activate(packed, self.spec.activation, self.spec.row_invariant)
-        return self._down.product(hidden, spans)
+    def _compute_spans(self, hidden_states: Tensor, spans: list[Span], source: Tensor) -> Tensor:
+        """Return the outputs [S, H] of sorted slots; slot s reads ``hidden_states[source[s]]``."""
+        require_loaded(self._missing.intersection(expert for expert, _, _ in spans))
+        gate_up_rows = self._gate_up.multiply(hidden_states, spans, source)
+        hidden = activate(gate_up_rows, self.spec.activation, self.spec.row_invariant)
+        return self._down.multiply(hidden, spans)

@@ -1,123 +1,122 @@
-"""Which product serves a dense layer on this processor, and why not the others.
+"""The registry of dense products on host processors, and the choice of one with its reasons.
 
-For layers that may round differently when other rows come along; what may not keeps plain products.
+For layers that may round differently when a batch has other rows; layers that may not keep plain products.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from xpar.kernels.choice import Choice, choose
 from xpar.kernels.cpu import linear_zen, native_library, zen_library
 from xpar.kernels.cpu.linear_native import NativeLinear
-from xpar.kernels.cpu.linear_onednn import PackedLinear, packing_refused
+from xpar.kernels.cpu.linear_onednn import PackedLinear, PlainLinear, why_not_packed
 from xpar.kernels.cpu.linear_zen import ZenLinear
 
 
 class LinearKernel(Protocol):
-    """``x @ weight.T + bias`` of a packed weight; ``x``: [M, K], contiguous, in the weight's dtype; M may be 0."""
+    """The product ``x @ weight.T + bias`` with a weight [N, K] that is packed once.
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    The plain copy of the weight is not kept.
+    """
 
-    def nbytes(self) -> int: ...
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [M, N] for ``x`` [M, K], contiguous, in the weight's dtype; M may be 0."""
+
+    def nbytes(self) -> int:
+        """Return the bytes that weight and bias occupy."""
 
 
 @dataclass(frozen=True)
 class LinearEntry:
-    """``unavailable(dtype)``: why it cannot serve one of its ``dtypes`` here, or None. ``build(weight, bias)``: packs, and
-    keeps no plain weight. ``measured``: how fast it was, with shape and source. ``outdone()``: why ``auto`` leaves products
-    to those after it although it could serve, or None.
+    """One dense product of the registry and its abilities.
+
+    Attributes:
+        name: the name in options and reports.
+        dtypes: dtypes of weights that it serves; None for every dtype.
+        why_unavailable: returns the reason why it cannot serve one of its dtypes on this machine, or None.
+        build: packs a weight [N, K] and a bias [N] or None.
+        measured: how fast it was, with shape and machine.
+        why_unsuitable: returns the reason why ``auto`` prefers a later entry although this one could serve,
+            or None.
     """
 
     name: str
-    dtypes: tuple[torch.dtype, ...]
-    unavailable: Callable[[torch.dtype], str | None]
+    dtypes: tuple[torch.dtype, ...] | None
+    why_unavailable: Callable[[torch.dtype], str | None]
     build: Callable[[Tensor, Tensor | None], LinearKernel]
     measured: str
-    outdone: Callable[[], str | None] = lambda: None
+    why_unsuitable: Callable[[], str | None] = lambda: None
 
-    def refused(self, dtype: torch.dtype) -> str | None:
-        """Why it cannot serve ``dtype`` here, or None. Imports nothing heavy."""
-        if dtype in self.dtypes:
-            return self.unavailable(dtype)
+    def why_not(self, dtype: torch.dtype) -> str | None:
+        """Return the reason why it cannot serve weights of ``dtype`` here, or None.
+
+        Imports nothing heavy.
+        """
+        if self.dtypes is None or dtype in self.dtypes:
+            return self.why_unavailable(dtype)
         names = " and ".join(str(one)[6:] for one in self.dtypes)
         return f"serves {names}, not {str(dtype)[6:]}"
 
 
 PLAIN = "plain"
-"""The model's own products."""
+"""The name of the choice that leaves the model's own products unchanged."""
+_PLAIN = LinearEntry(PLAIN, None, lambda dtype: None, PlainLinear, "the model's own products")
 _SHAPE = "torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of an EPYC (Zen 4), benchmarks/dense_layers.py"
+# Fastest first.
 LINEAR_KERNELS = (
     LinearEntry(
         "zentorch",
         linear_zen.DTYPES,
-        lambda dtype: zen_library.refused(),
+        lambda dtype: zen_library.why_unavailable(),
         ZenLinear,
         f"bf16 1.8 / 1.9 / 1.5 / 1.2, fp32 1.1 / 2.3 / 1.9 / 1.5 x {_SHAPE}",
     ),
     LinearEntry(
         "native",
         (torch.bfloat16,),
-        lambda dtype: native_library.refused(),
+        lambda dtype: native_library.why_unavailable(),
         NativeLinear,
-        "1.9 / 2.9 / 4.7 / 4.7 x torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of a Xeon without avx512_bf16; onednn there "
-        "1.4 / 0.9 / 1.0 / 1.0",
-        native_library.outdone,
+        "1.9 / 2.9 / 4.7 / 4.7 x torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of a Xeon without "
+        "avx512_bf16; onednn there 1.4 / 0.9 / 1.0 / 1.0",
+        native_library.why_unsuitable,
     ),
     LinearEntry(
         "onednn",
         (torch.bfloat16, torch.float16, torch.float32),
-        packing_refused,
+        why_not_packed,
         PackedLinear,
         f"bf16 1.3 / 1.5 / 1.4 / 1.1, fp32 0.9 / 1.9 / 1.7 / 1.5 x {_SHAPE}",
     ),
 )
 
 
-@dataclass(frozen=True)
-class LinearChoice:
-    """``record``: what serves, None for plain products. ``rejected``: the others' names, and why."""
-
-    record: LinearEntry | None
-    rejected: tuple[tuple[str, str], ...]
-
-    @property
-    def name(self) -> str:
-        return name_of(self.record)
-
-
 def choose_linear(
-    dtype: torch.dtype, name: str = "auto", records: tuple[LinearEntry, ...] = LINEAR_KERNELS
-) -> LinearChoice:
-    """The fastest for weights of ``dtype``, or what ``name`` says; ValueError if that cannot serve here."""
-    reasons = {record.name: record.refused(dtype) for record in records}
-    chosen: LinearEntry | None
-    if name == "auto":
-        reasons = {record.name: reasons[record.name] or record.outdone() for record in records}
-        chosen = next((record for record in records if reasons[record.name] is None), None)
-        other = f"measured slower than {chosen.name}" if chosen else ""
-    else:
-        chosen = _named(name, reasons, records)
-        other = f"{name} was asked for by name"
-    return LinearChoice(
-        chosen, tuple((n, why or other) for n, why in reasons.items() if n != name_of(chosen))
+    dtype: torch.dtype, name: str = "auto", entries: tuple[LinearEntry, ...] = LINEAR_KERNELS
+) -> Choice[LinearEntry]:
+    """Choose the first of ``entries`` that serves ``dtype``, or the one called ``name``.
+
+    Args:
+        dtype: dtype of the weights.
+        name: an entry's name, ``PLAIN`` or "auto", which takes ``PLAIN`` if no entry serves.
+        entries: the candidates, the fastest first.
+
+    Raises:
+        ValueError: there is no entry of that name, or it cannot serve ``dtype`` on this machine.
+
+    Example:
+        >>> linear = choose_linear(torch.float32, "plain").chosen.build(torch.ones(2, 3), None)
+        >>> linear(torch.ones(1, 3))
+        tensor([[3., 3.]])
+    """
+    return choose(
+        (*entries, _PLAIN),
+        refuses=lambda entry: entry.why_not(dtype),
+        prefers_another=lambda entry: entry.why_unsuitable(),
+        name=name,
+        option="dense",
+        outranked="measured slower than {chosen}",
     )
-
-
-def name_of(record: LinearEntry | None) -> str:
-    """What options and reports call it."""
-    return PLAIN if record is None else record.name
-
-
-def _named(
-    name: str, reasons: Mapping[str, str | None], records: tuple[LinearEntry, ...]
-) -> LinearEntry | None:
-    if name == PLAIN:
-        return None
-    names = ", ".join([*reasons, PLAIN])
-    reason = reasons.get(name, "there is none of that name")
-    if reason is not None:
-        raise ValueError(f"dense={name!r}: {reason}; choose auto or one of {names}")
-    return next(record for record in records if record.name == name)

@@ -1,4 +1,4 @@
-"""Dense layers' bfloat16 products by the package's own compiled code."""
+"""Dense layers' bfloat16 products by this package's own compiled code."""
 
 from torch import Tensor
 
@@ -7,9 +7,9 @@ from xpar.kernels.cpu.native_library import PackedWeights
 
 
 class NativeLinear:
-    """``x @ weight.T + bias`` with ``weight`` [N, K] packed once; the plain copy is not kept. ``x``: [M, K], contiguous.
+    """A dense product in bfloat16; the bits of a row do not depend on the other rows.
 
-    A row's bits do not depend on the other rows.
+    Implements :class:`~xpar.kernels.cpu.linear.LinearKernel`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -20,7 +20,7 @@ class NativeLinear:
         self._weights.load(0, weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._weights.product(x, [(0, 0, x.shape[0])] if x.shape[0] else [])
+        return self._weights.multiply(x, [(0, 0, x.shape[0])] if x.shape[0] else [])
 
     def nbytes(self) -> int:
         return self._weights.nbytes()

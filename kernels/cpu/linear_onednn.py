@@ -1,4 +1,7 @@
-"""A dense layer's weight in the blocked layout that oneDNN multiplies from, where this processor has one."""
+"""Dense products from weights in the blocked layout of oneDNN.
+
+Not every processor has such a layout for every dtype.
+"""
 
 from functools import cache
 from typing import cast
@@ -9,8 +12,11 @@ from torch.nn import functional
 
 
 @cache
-def packing_refused(dtype: torch.dtype) -> str | None:
-    """Why weights of ``dtype`` cannot be packed on this processor, or None. Found by packing a small one."""
+def why_not_packed(dtype: torch.dtype) -> str | None:
+    """Return the reason why weights of ``dtype`` cannot be packed here, or None.
+
+    The answer comes from packing a small one.
+    """
     if not torch._C._has_mkldnn:
         return "this torch was built without oneDNN"
     try:
@@ -23,10 +29,12 @@ def packing_refused(dtype: torch.dtype) -> str | None:
 
 
 class PackedLinear:
-    """``x @ weight.T + bias`` with ``weight`` [N, K] packed once; the plain copy is not kept.
+    """A dense product with a weight packed by oneDNN.
 
-    ``x``: [M, K], contiguous, in the weight's dtype; M may be 0. The product of a row has the same bits whatever
-    the other rows are, except that in float32 one row alone may differ from the same row among several.
+    Implements :class:`~xpar.kernels.cpu.linear.LinearKernel`.
+
+    The product of a row has the same bits whatever the other rows are, except that in float32 a single row
+    may differ from the same row among several.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -42,7 +50,10 @@ class PackedLinear:
 
 
 class PlainLinear:
-    """The same product from a row-major copy, for dtypes that oneDNN does not pack here."""
+    """A dense product with a row-major copy of the weight, for dtypes that oneDNN cannot pack.
+
+    Implements :class:`~xpar.kernels.cpu.linear.LinearKernel`.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape = weight.shape
@@ -59,9 +70,12 @@ class PlainLinear:
 Linear = PackedLinear | PlainLinear
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """``weight`` [N, K] packed where this processor can, else as it is; ``bias`` [N], taken in the weight's dtype."""
-    return PlainLinear(weight, bias) if packing_refused(weight.dtype) else PackedLinear(weight, bias)
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """Pack ``weight`` [N, K] if this processor can, else copy it.
+
+    ``bias`` [N] is cast to the weight's dtype.
+    """
+    return PlainLinear(weight, bias) if why_not_packed(weight.dtype) else PackedLinear(weight, bias)
 
 
 def _nbytes(bias: Tensor | None) -> int:

@@ -1,11 +1,12 @@
-"""Dense layers' products through zentorch, in bfloat16 and float32.
+"""Dense products by zentorch, in bfloat16 and float32.
 
-What was seen of zentorch 2.13.0.2, and is relied on or guarded against here:
+Behaviour of zentorch 2.13.0.2 that was observed, and that this module relies on or guards against:
 
-- Prepacking makes a new tensor, keeps nothing of the plain one and remembers no address, unlike the op of the experts.
-- A product's bits for a row depend on how many rows there are, so ``exact`` mode does not use it. The number of threads
-  may change after packing.
-- It complains on stderr about an empty input.
+- Prepacking makes a new tensor, keeps nothing of the plain one and remembers no address, unlike the op of the
+  experts.
+- A product's bits for a row depend on the number of rows, so ``exact`` mode does not use it. The number of
+  threads may change after packing.
+- An empty input makes it complain on stderr.
 """
 
 from typing import cast
@@ -16,18 +17,21 @@ from torch import Tensor
 from xpar.kernels.cpu import zen_library
 
 DTYPES = (torch.bfloat16, torch.float32)
-"""Those that it was checked with."""
+"""The dtypes that zentorch was checked with."""
 
 
 class ZenLinear:
-    """``x @ weight.T + bias`` with ``weight`` [N, K] packed once; the plain copy is not kept. ``x``: [..., K]."""
+    """A dense product by zentorch, which also takes ``x`` with more leading dimensions.
+
+    Implements :class:`~xpar.kernels.cpu.linear.LinearKernel`.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape, self._bias = weight.shape, bias
-        ops = zen_library.load()
+        operators = zen_library.load_operators()
         with zen_library.settings():
-            self._packed: Tensor = ops.zentorch_weight_prepack_for_linear(weight.contiguous())
-        self._op = ops.zentorch_linear_unary
+            self._packed: Tensor = operators.zentorch_weight_prepack_for_linear(weight.contiguous())
+        self._op = operators.zentorch_linear_unary
 
     def __call__(self, x: Tensor) -> Tensor:
         if not x.numel():

@@ -1,8 +1,9 @@
-/* Products of bfloat16 rows with bfloat16 weights in float32 arithmetic, for x86 processors that have no arithmetic in
- * bfloat16: there the products of other libraries run at a fifth of float32's speed, and float32 weights would be twice
- * the memory to read.
+/* Products of bfloat16 rows with bfloat16 weights in float32 arithmetic, for x86 processors without bfloat16
+ * arithmetic. There the products of other libraries run at a fifth of float32's speed, and float32 weights
+ * would be twice the memory to read.
  *
- * Called through ctypes by native_library.py; the layout of weights is described in native_tile.h.
+ * native_library.py calls these functions through ctypes; native_tile.h describes the layout of weights. All
+ * tensors lie row after row. bfloat16 numbers are uint16_t: the upper half of a float32.
  */
 
 #include <stdint.h>
@@ -13,21 +14,35 @@
 
 #include <omp.h>
 
-#define LINE 64    /* bytes of a cache line */
-#define AHEAD 8192 /* how far weights are asked for before they are used, in bytes of all panels; 512 to 16384 were tried */
-#define ABREAST 4  /* panels that a tile reads side by side, at most */
-#define GROUP 4    /* panels that take turns with one block of rows, so that they and the block stay in a core's cache */
+/* Bytes of a cache line. */
+#define CACHE_LINE 64
+/* Bytes, of all panels together, by which weights are prefetched before they are used; 512 to 16384 were
+ * tried.
+ */
+#define PREFETCH_BYTES 8192
+/* Panels that a tile reads side by side, at most. */
+#define MAX_PANELS 4
+/* Panels that one task multiplies by the same blocks of rows, so that panels and block stay in a core's
+ * cache.
+ */
+#define PANELS_PER_TASK 4
 
-/* Where a tile goes: rows `stride` numbers apart, `columns` of each from the last panel; `bias` may be NULL. */
+/* The place of a tile's results: rows `stride` numbers apart, `columns` numbers of the last panel; `bias` may
+ * be NULL.
+ */
 struct target {
     uint16_t *out;
     int64_t stride, columns;
     const float *bias;
 };
 
-/* B sequences, one query of each head against `length` keys; strides in numbers. Of queries [B, heads, head_size] and
- * keys and values [B, key_heads, length, head_size] a head's own numbers lie side by side; out is contiguous.
- * `added`: to the scores of a sequence, NULL for nothing.
+/* Attention of one query per head and sequence against `length` keys.
+ *
+ * query: [sequences, heads, head_size]; key and value: [sequences, key_heads, length, head_size]. Strides are
+ * in numbers; the numbers of a head are contiguous.
+ * added: [sequences, length], added to the scores, `added_stride` numbers a sequence (0: the same for all);
+ * or NULL.
+ * out: [sequences, heads, head_size], contiguous.
  */
 struct attention {
     const uint16_t *query, *key, *value;
@@ -38,19 +53,21 @@ struct attention {
     float scale;
 };
 
-#define HEADS 8  /* at most, of those that read the same keys, taken together */
-#define PIECES 2 /* vectors of a value that are summed at a time, in registers */
-typedef float quads __attribute__((vector_size(16)));
+/* Heads with the same keys that are computed together, at most. */
+#define MAX_HEADS 8
+/* Vectors of a value that are summed at a time, in registers. */
+#define VALUE_VECTORS 2
+typedef float float4 __attribute__((vector_size(16)));
 
-/* What one instruction set has: rows of a tile at most, columns of a panel, and its functions. */
+/* One instruction set: the largest number of rows of a tile, the columns of a panel, and its functions. */
 struct isa {
     int rows, columns;
-    int (*abreast)(int);
+    int (*panels_abreast)(int);
     void (*tile)(int, int, const uint32_t *, const float *, int64_t, const struct target *);
     void (*attend)(const struct attention *, int64_t, int64_t, float *);
 };
 
-/* Rows of a tile: as many as leave registers for a pair of weights and a number of x. */
+/* ROWS: as many as leave registers for a pair of weights and a number of x. */
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 #define SUFFIX avx512
@@ -58,7 +75,8 @@ struct isa {
 #define ROWS 12
 #include "native_tile.h"
 #include "native_attention.h"
-static const struct isa isa_avx512 = {ROWS, 2 * VBYTES / 4, abreast_avx512, tile_avx512, attend_avx512};
+static const struct isa isa_avx512 = {
+    ROWS, 2 * VBYTES / 4, panels_abreast_avx512, tile_avx512, attend_avx512};
 #undef SUFFIX
 #undef VBYTES
 #undef ROWS
@@ -71,24 +89,29 @@ static const struct isa isa_avx512 = {ROWS, 2 * VBYTES / 4, abreast_avx512, tile
 #define ROWS 6
 #include "native_tile.h"
 #include "native_attention.h"
-static const struct isa isa_avx2 = {ROWS, 2 * VBYTES / 4, abreast_avx2, tile_avx2, attend_avx2};
+static const struct isa isa_avx2 = {ROWS, 2 * VBYTES / 4, panels_abreast_avx2, tile_avx2, attend_avx2};
 #undef SUFFIX
 #undef VBYTES
 #undef ROWS
 #pragma GCC pop_options
 
-static struct isa isa_of(int lanes)
+/* Return the instruction set with `lanes` float32 numbers in a vector, 16 or 8. */
+static struct isa isa_for_lanes(int lanes)
 {
     return lanes == 16 ? isa_avx512 : isa_avx2;
 }
 
-/* Rows first to end of one expert, at most as many as a tile has. */
+/* A block of `rows` sorted rows from `first` on, all of span `span`; at most the rows of a tile. */
 struct block {
     int64_t span, first;
     int rows;
 };
 
-static int64_t cut(const int64_t *spans, int64_t num_spans, int rows, struct block *blocks, int64_t *starts)
+/* Split spans (expert, first, end) into blocks of at most `rows` rows and return the number of blocks.
+ * starts: [num_spans + 1], the first block of each span, then the number of blocks.
+ */
+static int64_t split_spans(
+    const int64_t *spans, int64_t num_spans, int rows, struct block *blocks, int64_t *starts)
 {
     int64_t count = 0;
     for (int64_t s = 0; s < num_spans; s++) {
@@ -100,8 +123,9 @@ static int64_t cut(const int64_t *spans, int64_t num_spans, int rows, struct blo
     return count;
 }
 
-/* A block's rows as float32, the numbers of one input side by side; an odd last input gets a zero beside it. */
-static void widen(
+/* Write a block's rows to `wide` as float32, [inputs, rows]; an odd last input is followed by a row of zeros.
+ */
+static void widen_block(
     const uint16_t *x, const int64_t *rows, int64_t inputs, const struct block *block, float *wide)
 {
     for (int m = 0; m < block->rows; m++) {
@@ -115,7 +139,7 @@ static void widen(
     }
 }
 
-/* Numbers of float32 in the widest vectors of this processor that there is code for; 0: none. */
+/* Return the float32 numbers in the widest vectors of this processor that there is code for, or 0. */
 int xpar_lanes(void)
 {
     __builtin_cpu_init();
@@ -125,10 +149,12 @@ int xpar_lanes(void)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0;
 }
 
-/* One weight [outputs, inputs], row after row, into the layout of native_tile.h; zeros fill up what is not there. */
-void xpar_pack(const uint16_t *weight, int64_t outputs, int64_t inputs, uint32_t *packed, int lanes, int threads)
+/* Copy one weight [outputs, inputs] into the layout of native_tile.h; missing rows and columns become zeros.
+ */
+void xpar_pack(
+    const uint16_t *weight, int64_t outputs, int64_t inputs, uint32_t *packed, int lanes, int threads)
 {
-    const int columns = isa_of(lanes).columns;
+    const int columns = isa_for_lanes(lanes).columns;
     const int64_t pairs = (inputs + 1) / 2, panels = (outputs + columns - 1) / columns;
 
 #pragma omp parallel for num_threads(threads)
@@ -147,18 +173,25 @@ void xpar_pack(const uint16_t *weight, int64_t outputs, int64_t inputs, uint32_t
     }
 }
 
-/* out[r] = x[rows[r]] @ weight[expert].T + bias[expert] for the rows r of each span (expert, first, end).
+/* Compute out[r] = x[rows[r]] @ weight[expert].T + bias[expert] for the rows r of each span (expert, first,
+ * end).
  *
- * x [.., inputs], out [.., outputs]: bfloat16, row after row. rows: which row of x each r reads, NULL for row r.
- * weights: [expert][panel][pair][column], lanes * 2 columns; bias: [expert][panel][column] float32, or NULL.
- * wide: room for the rows of all spans as float32, inputs rounded up to even.
+ * x: [.., inputs] bfloat16.
+ * rows: the row of x that each r reads, or NULL if r reads row r.
+ * spans: [num_spans, 3], one after the other.
+ * weights: [expert, panel, pair, column], with 2 * lanes columns.
+ * bias: [expert, panel, column] float32, or NULL.
+ * out: [.., outputs] bfloat16.
+ * wide: room for the rows of all spans as float32, with inputs rounded up to even.
+ *
  * Returns 0, or -1 if there is no memory for the table of blocks.
  */
 int xpar_product(
     const uint16_t *x, const int64_t *rows, int64_t inputs, const int64_t *spans, int64_t num_spans,
-    const uint32_t *weights, const float *bias, int64_t outputs, uint16_t *out, float *wide, int lanes, int threads)
+    const uint32_t *weights, const float *bias, int64_t outputs, uint16_t *out, float *wide, int lanes,
+    int threads)
 {
-    const struct isa isa = isa_of(lanes);
+    const struct isa isa = isa_for_lanes(lanes);
     const int64_t pairs = (inputs + 1) / 2, panels = (outputs + isa.columns - 1) / isa.columns;
     int64_t most = 0;
     for (int64_t s = 0; s < num_spans; s++)
@@ -170,9 +203,9 @@ int xpar_product(
         free(starts);
         return -1;
     }
-    const int64_t count = cut(spans, num_spans, isa.rows, blocks, starts);
+    const int64_t count = split_spans(spans, num_spans, isa.rows, blocks, starts);
     const int64_t base = num_spans ? spans[1] : 0;
-    int64_t group = GROUP;
+    int64_t group = PANELS_PER_TASK;
     while (group > 1 && num_spans * ((panels + group - 1) / group) < 4 * threads)
         group /= 2;
     const int64_t groups = (panels + group - 1) / group;
@@ -181,14 +214,14 @@ int xpar_product(
     {
 #pragma omp for schedule(dynamic)
         for (int64_t b = 0; b < count; b++)
-            widen(x, rows, inputs, &blocks[b], wide + (blocks[b].first - base) * 2 * pairs);
+            widen_block(x, rows, inputs, &blocks[b], wide + (blocks[b].first - base) * 2 * pairs);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < num_spans * groups; task++) {
             const int64_t s = task / groups, first = task % groups * group;
             const int64_t end = first + group < panels ? first + group : panels;
             for (int64_t b = starts[s]; b < starts[s + 1]; b++)
                 for (int64_t p = first; p < end;) {
-                    int abreast = isa.abreast(blocks[b].rows);
+                    int abreast = isa.panels_abreast(blocks[b].rows);
                     while (abreast > end - p)
                         abreast /= 2;
                     const int64_t panel = spans[3 * s] * panels + p, column = p * isa.columns;
@@ -210,21 +243,22 @@ int xpar_product(
     return 0;
 }
 
-/* softmax(scale * query @ key.T + added) @ value for one query of each head; head_size: a multiple of `lanes`.
- * Returns 0, or -1 if there is no memory for the scores.
+/* Compute softmax(scale * query @ key.T + added) @ value for one query of each head. head_size is a multiple
+ * of `lanes`. Returns 0, or -1 if there is no memory for the scores.
  */
 int xpar_attend(const struct attention *a, int lanes, int threads)
 {
-    const struct isa isa = isa_of(lanes);
-    const int64_t room = HEADS * ((a->length + lanes - 1) / lanes * lanes + a->head_size);
-    float *places = aligned_alloc(LINE, (room * sizeof *places * threads + LINE - 1) / LINE * LINE);
-    if (!places)
+    const struct isa isa = isa_for_lanes(lanes);
+    const int64_t room = MAX_HEADS * ((a->length + lanes - 1) / lanes * lanes + a->head_size);
+    const int64_t bytes = room * sizeof(float) * threads;
+    float *buffers = aligned_alloc(CACHE_LINE, (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
+    if (!buffers)
         return -1;
 
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < a->sequences * a->key_heads; task++)
-        isa.attend(a, task / a->key_heads, task % a->key_heads, places + room * omp_get_thread_num());
-    free(places);
+        isa.attend(a, task / a->key_heads, task % a->key_heads, buffers + room * omp_get_thread_num());
+    free(buffers);
     return 0;
 }
 

@@ -1,4 +1,4 @@
-"""The compiled products of ``native.c``: whether they can be used on this machine, and how they are called."""
+"""The compiled products of ``native.c``: the check whether they can be used, and the calls."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpar.kernels.cpu import pages
-from xpar.kernels.cpu.processor import multiplies_bfloat16
+from xpar.kernels.cpu.host import empty_in_huge_pages, multiplies_bfloat16
 
-# Room for rows as float32 in one call. More rows go by several calls: by then weights are read from cache anyway.
-_WIDE_BYTES = 32 * 2**20
+# Bytes of rows as float32 in one call. More rows take several calls, whose weights come from cache anyway.
+FLOAT32_ROWS_BYTES = 32 * 2**20
+# Rows that a call takes at least, however wide they are.
+_MIN_ROWS_PER_CALL = 48
 Span = tuple[int, int, int]
 """(expert, first, end): the sorted rows first to end - 1 go to that expert."""
 
 
 @cache
-def refused() -> str | None:
-    """Why the compiled products cannot be used here, or None."""
+def why_unavailable() -> str | None:
+    """Return the reason why the compiled products cannot be used on this machine, or None."""
     try:
         lanes = _load().xpar_lanes()
     except OSError as error:
@@ -28,50 +29,75 @@ def refused() -> str | None:
     return None if lanes else "this processor has no AVX2 with FMA"
 
 
-def outdone() -> str | None:
-    """Why ``auto`` leaves bfloat16 to other code on this processor, or None."""
+def why_unsuitable() -> str | None:
+    """Return the reason why ``auto`` takes other code for bfloat16 on this processor, or None."""
     if multiplies_bfloat16():
         return "this processor multiplies bfloat16: faster there only for few rows"
     return None
 
 
-def attend(call: ctypes.Structure) -> None:
-    """Compute what ``call``, a ``struct attention`` of ``native.c``, describes."""
+def run_attention(call: ctypes.Structure) -> None:
+    """Compute the attention that ``call``, a ``struct attention`` of ``native.c``, describes."""
     if _load().xpar_attend(ctypes.byref(call), lanes(), torch.get_num_threads()):
         raise MemoryError("no memory for the scores of attention")
 
 
 @cache
 def lanes() -> int:
-    """Numbers of float32 in a vector of this processor: 16 or 8; the layout of weights follows from it."""
+    """Return the float32 numbers in a vector of this processor, 16 or 8.
+
+    The layout of packed weights depends on it.
+    """
     return int(_load().xpar_lanes())
 
 
-class PackedWeights:
-    """Weights [E, N, K] and biases [E, N] of E experts in the layout that ``native_tile.h`` describes."""
+def forget_library() -> None:
+    """Forget what is known of the library, so that the next call looks for it again."""
+    for function in (why_unavailable, lanes, _load):
+        function.cache_clear()
 
-    def __init__(self, num_experts: int, outputs: int, inputs: int, biased: bool, lanes: int) -> None:
+
+class PackedWeights:
+    """Weights [E, N, K] and biases [E, N] of E experts in the layout of ``native_tile.h``."""
+
+    def __init__(self, num_experts: int, outputs: int, inputs: int, has_bias: bool, lanes: int) -> None:
         self.outputs, self.inputs, self.lanes = outputs, inputs, lanes
         panels, self._columns = -(-outputs // (2 * lanes)), 2 * lanes
-        self._words = pages.empty((num_experts, panels, -(-inputs // 2), self._columns), torch.int32)
-        self._bias = torch.zeros(num_experts, panels * self._columns) if biased else None
+        shape = (num_experts, panels, -(-inputs // 2), self._columns)
+        self._words = empty_in_huge_pages(shape, torch.int32)
+        self._bias = torch.zeros(num_experts, panels * self._columns) if has_bias else None
 
     def load(self, expert: int, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Take ``weight`` [N, K] and ``bias`` [N], in bfloat16 or to be rounded to it; keeps no view."""
+        """Copy ``weight`` [N, K] and ``bias`` [N] of an expert, rounded to bfloat16.
+
+        The object keeps no view of them.
+        """
         weight = weight.to(torch.bfloat16).contiguous()
         if weight.shape != (self.outputs, self.inputs):
             raise ValueError(f"weight is {tuple(weight.shape)}, expected {(self.outputs, self.inputs)}")
-        place = self._words[expert].data_ptr()
+        target = self._words[expert].data_ptr()
         threads = torch.get_num_threads()
-        _load().xpar_pack(weight.data_ptr(), self.outputs, self.inputs, place, self.lanes, threads)
+        _load().xpar_pack(weight.data_ptr(), self.outputs, self.inputs, target, self.lanes, threads)
         if self._bias is not None and bias is not None:
             self._bias[expert, : self.outputs] = bias.to(torch.bfloat16)
 
-    def product(self, x: Tensor, spans: Sequence[Span], rows: Tensor | None = None) -> Tensor:
-        """[R, N] bfloat16: ``x[rows[r]] @ weight[e].T + bias[e]``, rounded once, for the rows r of each span.
+    def multiply(
+        self,
+        x: Tensor,
+        spans: Sequence[Span],
+        rows: Tensor | None = None,
+        buffer_bytes: int = FLOAT32_ROWS_BYTES,
+    ) -> Tensor:
+        """Compute ``x[rows[r]] @ weight[e].T + bias[e]`` for the rows r of each span.
 
-        ``x``: [.., K] bfloat16, contiguous. ``spans``: one after the other from 0 to R, none empty. ``rows``: [R] int64,
-        None for r itself. A row's bits depend on nothing but that row and its expert.
+        Args:
+            x: [N, K] bf16, contiguous.
+            spans: one after the other from 0 to S, the number of results; none is empty.
+            rows: [S] int64, the row of ``x`` that each result reads; None if result r reads row r.
+            buffer_bytes: bytes of rows as float32 in one call of the library.
+
+        Returns:
+            [S, N] bf16, rounded once. The bits of a row depend on that row and its expert alone.
         """
         if x.dtype != torch.bfloat16 or not x.is_contiguous() or x.shape[-1] != self.inputs:
             raise ValueError(
@@ -80,9 +106,9 @@ class PackedWeights:
         total = spans[-1][2] if spans else 0
         out = torch.empty(total, self.outputs, dtype=torch.bfloat16)
         width = self.inputs + self.inputs % 2
-        at_a_time = max(48, _WIDE_BYTES // (4 * width))
-        wide = torch.empty(min(total, at_a_time) * width)
-        for piece in _pieces(spans, at_a_time):
+        rows_per_call = max(_MIN_ROWS_PER_CALL, buffer_bytes // (4 * width))
+        float32_rows = torch.empty(min(total, rows_per_call) * width)
+        for piece in _split_spans(spans, rows_per_call):
             numbers = (ctypes.c_int64 * (3 * len(piece)))(*(number for span in piece for number in span))
             status = _load().xpar_product(
                 x.data_ptr(),
@@ -94,7 +120,7 @@ class PackedWeights:
                 None if self._bias is None else self._bias.data_ptr(),
                 self.outputs,
                 out.data_ptr(),
-                wide.data_ptr(),
+                float32_rows.data_ptr(),
                 self.lanes,
                 torch.get_num_threads(),
             )
@@ -103,28 +129,29 @@ class PackedWeights:
         return out
 
     def nbytes(self) -> int:
+        """Return the bytes that weights and biases occupy."""
         return self._words.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
 
-def _pieces(spans: Sequence[Span], most: int) -> list[list[Span]]:
-    """``spans`` in runs of at most ``most`` rows, cut where one would be longer."""
+def _split_spans(spans: Sequence[Span], limit: int) -> list[list[Span]]:
+    """Split ``spans`` into runs of at most ``limit`` rows; a longer span is cut."""
     pieces: list[list[Span]] = [[]]
-    room = most
+    room = limit
     for expert, first, end in spans:
         while first < end:
-            taken = min(end - first, room)
-            pieces[-1].append((expert, first, first + taken))
-            first += taken
-            room -= taken
+            count = min(end - first, room)
+            pieces[-1].append((expert, first, first + count))
+            first += count
+            room -= count
             if not room:
                 pieces.append([])
-                room = most
+                room = limit
     return [piece for piece in pieces if piece]
 
 
 @cache
 def _load() -> ctypes.CDLL:
-    """The library; OSError, with the reason, where it was not built or cannot be loaded."""
+    """Open the library, or raise OSError with the reason why that is not possible."""
     spec = find_spec("xpar.kernels.cpu._native")
     if spec is None or spec.origin is None:
         raise OSError("its C code was not compiled when xpar was installed (gcc was missing or refused it)")

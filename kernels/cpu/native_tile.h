@@ -1,12 +1,13 @@
-/* One tile of a product for one instruction set, named by SUFFIX: ROWS rows at most, two vectors of VBYTES bytes of
- * columns. Included once for each instruction set, after a pragma that selects it.
+/* One tile of a product for one instruction set, named by SUFFIX: at most ROWS rows by two vectors of VBYTES
+ * bytes of columns. native.c includes this file once for each instruction set, after a pragma that selects
+ * it.
  *
- * A weight lies in panels of COLUMNS columns; a panel holds, for each pair of inputs k and k + 1, one 32-bit number a
- * column: the bfloat16 of k in its low half, that of k + 1 in its high half. Shifted up, or with its low half cleared,
- * it is the float32 of the same value.
+ * Layout of a weight: panels of COLUMNS columns (outputs). A panel has one 32-bit number per column for each
+ * pair of inputs k and k + 1: the bfloat16 of k in the low half, that of k + 1 in the high half. Shifted up,
+ * or with the low half cleared, such a number is the float32 of the same value.
  *
- * Each element of a result is one chain of fused multiply-adds over k in ascending order, whatever the number of rows,
- * of threads and of lanes: its bits depend on its row and its column alone.
+ * Each element of a result is one chain of fused multiply-adds over k in ascending order, whatever the number
+ * of rows, threads and lanes: its bits depend on its row and its column alone.
  */
 
 #define JOIN_(a, b) a##_##b
@@ -16,15 +17,15 @@
 #define floats JOIN(floats, SUFFIX)
 #define words JOIN(words, SUFFIX)
 #define halves JOIN(halves, SUFFIX)
-#define rounded JOIN(rounded, SUFFIX)
-#define tile_of JOIN(tile_of, SUFFIX)
+#define to_bfloat16 JOIN(to_bfloat16, SUFFIX)
+#define compute_tile JOIN(compute_tile, SUFFIX)
 
 typedef float floats __attribute__((vector_size(VBYTES)));
 typedef uint32_t words __attribute__((vector_size(VBYTES)));
 typedef uint16_t halves __attribute__((vector_size(VBYTES / 2)));
 
-/* To bfloat16, ties to even; NaN stays NaN. */
-static inline __attribute__((always_inline)) halves rounded(floats value)
+/* Round to bfloat16, ties to even; NaN stays NaN. */
+static inline __attribute__((always_inline)) halves to_bfloat16(floats value)
 {
     words bits = (words)value;
     words near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -32,13 +33,16 @@ static inline __attribute__((always_inline)) halves rounded(floats value)
     return __builtin_convertvector((near & ~nan) | (((bits >> 16) | 0x40) & nan), halves);
 }
 
-/* `rows` and `panels` are constants wherever this is called, so that all sums stay in registers. The panels lie one behind
- * the other, and are read side by side.
+/* Compute and store one tile. Every call passes constants as `rows` and `panels`, so that all sums stay in
+ * registers.
+ *
+ * first: the first of `panels` consecutive panels, which are read side by side. x: [2 * pairs, rows] float32.
  */
-static inline __attribute__((always_inline)) void tile_of(
-    const int rows, const int panels, const uint32_t *first, const float *x, int64_t pairs, const struct target *to)
+static inline __attribute__((always_inline)) void compute_tile(
+    const int rows, const int panels, const uint32_t *first, const float *x, int64_t pairs,
+    const struct target *to)
 {
-    floats sum[ABREAST][ROWS][2];
+    floats sum[MAX_PANELS][ROWS][2];
 #pragma GCC unroll 16
     for (int p = 0; p < panels; p++)
 #pragma GCC unroll 16
@@ -48,10 +52,12 @@ static inline __attribute__((always_inline)) void tile_of(
 #pragma GCC unroll 16
         for (int p = 0; p < panels; p++) {
             const uint32_t *panel = first + p * pairs * COLUMNS;
-            /* What a core asks for by itself does not keep its share of the memory busy; the hardware looks no further than a page. */
-            __builtin_prefetch((const char *)panel + AHEAD / panels);
-            if (COLUMNS * sizeof(uint32_t) > LINE)
-                __builtin_prefetch((const char *)panel + AHEAD / panels + LINE);
+            /* The hardware prefetches no further than a page, which keeps a core's share of memory idle at
+             * times.
+             */
+            __builtin_prefetch((const char *)panel + PREFETCH_BYTES / panels);
+            if (COLUMNS * sizeof(uint32_t) > CACHE_LINE)
+                __builtin_prefetch((const char *)panel + PREFETCH_BYTES / panels + CACHE_LINE);
             words left = ((const words *)panel)[0], right = ((const words *)panel)[1];
             floats a = (floats)(left << 16), b = (floats)(right << 16);
 #pragma GCC unroll 16
@@ -76,7 +82,7 @@ static inline __attribute__((always_inline)) void tile_of(
                 sum[p][m][0] += ((const floats *)(to->bias + p * COLUMNS))[0];
                 sum[p][m][1] += ((const floats *)(to->bias + p * COLUMNS))[1];
             }
-            halves result[2] = {rounded(sum[p][m][0]), rounded(sum[p][m][1])};
+            halves result[2] = {to_bfloat16(sum[p][m][0]), to_bfloat16(sum[p][m][1])};
             uint16_t *out = to->out + m * to->stride + p * COLUMNS;
             if (p < panels - 1 || to->columns == COLUMNS)
                 memcpy(out, result, sizeof result);
@@ -85,19 +91,20 @@ static inline __attribute__((always_inline)) void tile_of(
         }
 }
 
-/* Panels that a tile of `rows` rows reads side by side: with few rows a core waits for memory, less so where it reads in
- * several places. Their sums take as many registers as those of more rows.
+/* Return the panels that a tile of `rows` rows reads side by side. With few rows a core waits for memory,
+ * less so if it reads in several places; the sums of several panels take as many registers as those of more
+ * rows.
  */
-static int JOIN(abreast, SUFFIX)(int rows)
+static int JOIN(panels_abreast, SUFFIX)(int rows)
 {
-    return rows <= ROWS / 6 ? ABREAST : rows <= ROWS / 3 ? 2 : 1;
+    return rows <= ROWS / 6 ? MAX_PANELS : rows <= ROWS / 3 ? 2 : 1;
 }
 
 static void JOIN(tile, SUFFIX)(
     int rows, int panels, const uint32_t *first, const float *x, int64_t pairs, const struct target *to)
 {
     switch (16 * panels + rows) {
-#define CASE(p, n) case 16 * p + n: tile_of(n, p, first, x, pairs, to); break
+#define CASE(p, n) case 16 * p + n: compute_tile(n, p, first, x, pairs, to); break
     CASE(1, 1); CASE(1, 2); CASE(1, 3); CASE(1, 4); CASE(1, 5); CASE(1, 6);
     CASE(2, 1); CASE(2, 2);
     CASE(4, 1);
@@ -115,4 +122,4 @@ static void JOIN(tile, SUFFIX)(
 #undef floats
 #undef words
 #undef halves
-#undef tile_of
+#undef compute_tile

@@ -1,22 +1,25 @@
-"""What kernels have in common that make the outputs of slots in expert order and then sum them by entry."""
+"""The common part of kernels that compute slots in expert order, then sum each entry's."""
 
 from torch import Tensor
 
-from xpar.kernels import rows
 from xpar.kernels.contracts import ExpertInput
+from xpar.kernels.rows import active_rows, weighted_sum
 
 
 class SortedSlots:
-    """The two ways to compute of :class:`~xpar.kernels.contracts.ExpertKernel`, from one."""
+    """A base class with ``compute`` and ``compute_slots`` of expert kernels.
+
+    They follow :class:`~xpar.kernels.contracts.ExpertKernel`.
+    """
 
     def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
         slot_rows, positions = self._sorted_slots(x)
-        return rows.weighted_sum(slot_rows, x.topk_weights, positions, out)
+        return weighted_sum(slot_rows, x.topk_weights, positions, out)
 
     def compute_slots(self, x: ExpertInput) -> Tensor:
         slot_rows, positions = self._sorted_slots(x)
-        return rows.active_rows(slot_rows, positions)
+        return active_rows(slot_rows, positions)
 
     def _sorted_slots(self, x: ExpertInput) -> tuple[Tensor, Tensor]:
-        """Slot outputs in expert order, and where each slot of [M, k] is among them."""
+        """Return slot outputs [S, H] in expert order, and the row [M, k] of each slot, -1 for none."""
         raise NotImplementedError

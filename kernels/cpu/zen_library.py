@@ -1,4 +1,4 @@
-"""zentorch itself: whether it can be used on this machine, and an import that leaves no trace."""
+"""The optional package zentorch: the check whether it can be used, and a clean import."""
 
 import os
 from collections.abc import Iterator
@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 
-from xpar.kernels.cpu.processor import multiplies_bfloat16
+from xpar.kernels.cpu.host import multiplies_bfloat16
 
-# Oldest release whose packing was checked; earlier ones also refuse a batch that meets only one expert.
+# The oldest release whose packing was checked; earlier ones also refuse a batch that meets only one expert.
 _OLDEST = (2, 13, 0, 2)
-# Read once, at zentorch's first call in the process: one packing, in place, and no warnings on stderr.
+# zentorch reads these once, at its first call in the process: one packing, in place, and no warnings on
+# stderr.
 _SETTINGS = {"ZENDNNL_GRP_MATMUL_ALGO": "3", "ZENDNNL_API_LOG_LEVEL": "1"}
 
 
-def refused() -> str | None:
-    """Why zentorch cannot be used here, or None. Does not import it."""
+def why_unavailable() -> str | None:
+    """Return the reason why zentorch cannot be used on this machine, or None.
+
+    Does not import zentorch.
+    """
     if find_spec("zentorch") is None:
         return "zentorch is not installed (pip install 'xpar[zen]')"
     try:
@@ -36,8 +40,8 @@ def refused() -> str | None:
 
 
 @cache
-def load() -> Any:
-    """Its operators, ``torch.ops.zentorch``."""
+def load_operators() -> Any:
+    """Import zentorch and return its operators, ``torch.ops.zentorch``."""
     with settings():
         import zentorch  # noqa: F401
     return torch.ops.zentorch
@@ -45,7 +49,7 @@ def load() -> Any:
 
 @contextmanager
 def settings() -> Iterator[None]:
-    """Our settings in the environment while zentorch reads them; afterwards the environment is as it was."""
+    """Set zentorch's environment variables while it reads them, and restore the environment."""
     before = dict(os.environ)
     os.environ.update(_SETTINGS)
     try:

@@ -1,1 +1,5 @@
-"""Expert kernels and row moving on GPUs, in Triton. Only :mod:`~xpar.kernels.gpu.availability` imports without Triton."""
+"""Expert kernels, routing and row moving on GPUs, in Triton.
+
+Only :mod:`~xpar.kernels.gpu.availability` and :mod:`~xpar.kernels.gpu.tile_tables` can be imported without
+Triton.
+"""

@@ -1,4 +1,9 @@
-"""The activation between an expert's two products, in registers. Formulas: :mod:`xpar.kernels.activations`."""
+"""The activation between an expert's two products, computed in registers.
+
+Formulas: :mod:`xpar.kernels.activations`.
+
+x, gate and up are float32 blocks of any one shape.
+"""
 
 import triton
 import triton.language as tl
@@ -15,18 +20,27 @@ def tanh(x):
 
 
 @triton.jit
-def at_most(x, LIMIT: tl.constexpr):
-    return tl.where(x > LIMIT, LIMIT, x)  # unlike a minimum it keeps NaN
+def clamp_max(
+    x,
+    LIMIT: tl.constexpr,  # upper bound, in units of x
+):
+    return tl.where(x > LIMIT, LIMIT, x)  # unlike tl.minimum this keeps NaN
 
 
 @triton.jit
-def clamp(x, LIMIT: tl.constexpr):
-    return tl.where(x < -LIMIT, -LIMIT, at_most(x, LIMIT))
+def clamp(
+    x,
+    LIMIT: tl.constexpr,  # bound on both sides, in units of x
+):
+    return tl.where(x < -LIMIT, -LIMIT, clamp_max(x, LIMIT))
 
 
 @triton.jit
-def curve(x, NAME: tl.constexpr):
-    """The function of a single value."""
+def activate_without_gate(
+    x,
+    NAME: tl.constexpr,  # "silu", "gelu", "gelu_tanh" or "relu2"
+):
+    """Apply the function of single values."""
     if NAME == "silu":
         y = x * sigmoid(x)
     elif NAME == "gelu":
@@ -41,19 +55,26 @@ def curve(x, NAME: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, up, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
-    """``gate`` and ``up``: float32 of one shape. LIMIT None: no bound."""
+def activate(
+    gate,  # gate half
+    up,  # up half
+    NAME: tl.constexpr,  # name of the activation
+    LIMIT: tl.constexpr,  # bound of the gate and of the up half, None for no bound
+    ALPHA: tl.constexpr,  # factor inside the sigmoid of silu
+    BETA: tl.constexpr,  # addend of the up half of silu; bound of the gate of situ
+):
+    """Apply the activation with a gate."""
     if NAME == "situ":
         if LIMIT is not None:
             up = LIMIT * tanh(up / LIMIT)
         y = BETA * tanh(gate / BETA) * sigmoid(gate) * up
     elif NAME == "swiglustep":
-        y = at_most(curve(gate, "silu"), LIMIT) * clamp(up, LIMIT)
+        y = clamp_max(activate_without_gate(gate, "silu"), LIMIT) * clamp(up, LIMIT)
     elif NAME == "silu":
         if LIMIT is not None:
-            gate = at_most(gate, LIMIT)
+            gate = clamp_max(gate, LIMIT)
             up = clamp(up, LIMIT)
         y = gate * sigmoid(ALPHA * gate) * (up + BETA)
     else:
-        y = curve(gate, NAME) * up
+        y = activate_without_gate(gate, NAME) * up
     return y

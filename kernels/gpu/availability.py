@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can serve a layer here, decided without importing Triton."""
+"""The check whether the Triton kernels can serve a layer here, without importing Triton."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,12 +7,12 @@ import torch
 
 from xpar.kernels.contracts import ExpertKernel, ExpertSpec
 
-# The oldest architecture with bfloat16 matrix units and asynchronous copies to shared memory.
+# The oldest compute capability with bfloat16 matrix units and asynchronous copies to shared memory.
 _OLDEST = (8, 0)
 
 
-def unavailable(spec: ExpertSpec) -> str | None:
-    """Why these kernels cannot serve ``spec`` here, or None."""
+def why_unavailable(spec: ExpertSpec) -> str | None:
+    """Return the reason why these kernels cannot serve ``spec`` on this machine, or None."""
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if not torch.cuda.is_available():
@@ -24,14 +24,17 @@ def unavailable(spec: ExpertSpec) -> str | None:
 
 
 def build(spec: ExpertSpec) -> ExpertKernel:
-    """A :class:`xpar.kernels.gpu.experts.TritonExperts`, imported here so that nothing else needs Triton."""
+    """Make a :class:`~xpar.kernels.gpu.experts.TritonExperts`; only this call imports Triton."""
     from xpar.kernels.gpu.experts import TritonExperts
 
     return TritonExperts(spec)
 
 
 def use_table(kernel: ExpertKernel, path: Path) -> None:
-    """Give ``kernel`` this machine's tile table out of ``path``; ValueError if it has none or the file has none."""
+    """Set the tile table of ``kernel`` to the one for this machine in the file ``path``.
+
+    Raises ValueError if the kernel has no tile table, or the file has none for this machine and dtype.
+    """
     from xpar.kernels.gpu.tile_tables import read_table
 
     if kernel.name != "triton":

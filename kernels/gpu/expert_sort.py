@@ -1,7 +1,15 @@
-"""Which slots each expert has, and the tiles to compute them in: a stable sort by expert, decided on the device.
+"""A stable sort of the slots by expert, and the tiles of each expert, made on the device.
 
-No count ever comes to the host. Up to 1024 slots one program does all of it; beyond that blocks of 1024 are counted,
-their counts are summed up, and each block sorts itself and knows where every expert's run of it goes.
+No count ever comes to the host. Up to 1024 slots, one program does everything. Beyond that, blocks of 1024
+slots are counted, the counts are scanned, and each block sorts itself and stores every expert's run at its
+place.
+
+Tensors are contiguous: the stride of a row is its length. Each parameter of a kernel has its line. The
+functions that kernels call have the kernels' parameters, and these:
+
+- count, first: [WIDTH] int32, rows and first sorted row of each expert
+- begin, end: first slot of a block, and the slot after its last one
+- ROWS: rows of a tile
 """
 
 from dataclasses import astuple, dataclass
@@ -13,19 +21,23 @@ from torch import Tensor
 
 from xpar.kernels.gpu.tile_tables import Limits, Tile
 
-_BLOCK = 1024
-# What a sort in one program is compiled for; the smallest that holds the batch is used.
-_SIZES = (64, 256, _BLOCK)
-_ROWS = 32  # blocks whose counts are summed at a time
+BLOCK_SLOTS = 1024  # slots that one program sorts at most; a power of 2
+_SIZES = (64, 256)  # slots; smaller blocks that the sort in one program is compiled for
+_BLOCKS_AT_A_TIME = 32  # blocks whose counts are summed at a time
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Slots in expert order, and tiles of them.
+class TilePlan:
+    """The slots in expert order, and lists of tiles, all on the device.
 
-    ``slots`` [M k] int32: slot of each sorted row; ``offsets`` [E + 1] int32: first sorted row of each expert, then
-    their number. ``tile_expert``, ``tile_row`` [4, capacity] int32: expert and first sorted row of each tile, a list
-    per bucket and one of tall tiles; ``tile_count`` [4] int32: how long the lists are. All on the device.
+    There is a list for each bucket and one for tall tiles.
+
+    Attributes:
+        slots: [M k] int32, slot of each sorted row.
+        offsets: [E + 1] int32, first sorted row of each expert, then the number of active slots.
+        tile_expert: [4, capacity] int32, expert of each tile.
+        tile_row: [4, capacity] int32, first sorted row of each tile.
+        tile_count: [4] int32, tiles in each list.
     """
 
     slots: Tensor
@@ -36,12 +48,13 @@ class Plan:
 
     @property
     def capacity(self) -> int:
+        """The number of tiles that fit into a list."""
         return self.tile_expert.shape[1]
 
 
 @triton.jit
 def write_list(count, first, tile_expert, tile_row, tile_count, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """One list of tiles: each expert's ``count`` rows, from row ``first``, in tiles of ROWS."""
+    """Write one list of tiles: the rows of each expert in tiles of ROWS."""
     expert = tl.arange(0, WIDTH)
     tiles = (count + ROWS - 1) // ROWS
     at = tl.cumsum(tiles, 0) - tiles
@@ -54,31 +67,37 @@ def write_list(count, first, tile_expert, tile_row, tile_count, ROWS: tl.constex
 @triton.jit
 def write_tiles(
     count, first, tile_expert, tile_row, tile_count, capacity, few, some,
-    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, WIDTH: tl.constexpr, TALL: tl.constexpr,
+    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, WIDTH: tl.constexpr,
+    TALL: tl.constexpr,
 ):  # fmt: skip
-    """The lists; see :class:`xpar.kernels.gpu.tile_tables.Limits`.
+    """Write the lists of all buckets.
 
-    TALL: a fourth list of tiles with ROWS_MANY rows and up to half as many on top, for the ends of experts with many.
+    :class:`~xpar.kernels.gpu.tile_tables.Limits` defines the buckets. A tall tile has ROWS_MANY rows and up
+    to half as many on top, the last rows of an expert in MANY.
     """
     many = (count > few) & (count > some)
     in_some = (count > few) & (count <= some)
     write_list(tl.where(count <= few, count, 0), first, tile_expert, tile_row, tile_count, ROWS_FEW, WIDTH)
-    write_list(tl.where(in_some, count, 0), first,
-               tile_expert + capacity, tile_row + capacity, tile_count + 1, ROWS_SOME, WIDTH)  # fmt: skip
+    in_some = tl.where(in_some, count, 0)
+    at = capacity
+    write_list(in_some, first, tile_expert + at, tile_row + at, tile_count + 1, ROWS_SOME, WIDTH)
     in_many = tl.where(many, count, 0)
     if TALL:
         rest = in_many % ROWS_MANY
         tall = (in_many > ROWS_MANY) & (rest > 0) & (rest <= ROWS_MANY // 2)
         in_many = tl.where(tall, in_many - rest - ROWS_MANY, in_many)
-        write_list(tall.to(tl.int32), first + in_many,
-                   tile_expert + 3 * capacity, tile_row + 3 * capacity, tile_count + 3, ROWS_MANY, WIDTH)  # fmt: skip
-    write_list(in_many, first,
-               tile_expert + 2 * capacity, tile_row + 2 * capacity, tile_count + 2, ROWS_MANY, WIDTH)  # fmt: skip
+        one, start, at = tall.to(tl.int32), first + in_many, 3 * capacity
+        write_list(one, start, tile_expert + at, tile_row + at, tile_count + 3, ROWS_MANY, WIDTH)
+    at = 2 * capacity
+    write_list(in_many, first, tile_expert + at, tile_row + at, tile_count + 2, ROWS_MANY, WIDTH)
 
 
 @triton.jit
-def sorted_block(ids, begin, end, E: tl.constexpr, BLOCK: tl.constexpr):
-    """Experts and slots of ``ids[begin : end]`` (at most BLOCK) in stable order; foreign slots come last, as E."""
+def sort_block(ids, begin, end, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the experts and the slots of a block in stable order.
+
+    Slots without an expert come last, as expert E.
+    """
     place = tl.arange(0, BLOCK)
     expert = tl.load(ids + begin + place, mask=begin + place < end, other=-1)
     key = tl.sort(tl.where(expert < 0, E, expert) * BLOCK + place)
@@ -86,7 +105,8 @@ def sorted_block(ids, begin, end, E: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def histogram(ids, begin, end, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def count_block(ids, begin, end, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the number of slots of each expert in a block: [WIDTH] int32."""
     place = tl.arange(0, BLOCK)
     expert = tl.load(ids + begin + place, mask=begin + place < end, other=-1)
     return tl.histogram(tl.where(expert < 0, 0, expert), WIDTH, mask=expert >= 0)
@@ -94,37 +114,73 @@ def histogram(ids, begin, end, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_slots", "capacity", "few", "some"])
 def sort_kernel(
-    ids, slots, offsets, tile_expert, tile_row, tile_count, num_slots, capacity, few, some,
-    E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, TALL: tl.constexpr,
-):  # fmt: skip
-    """All of it in one program, for up to BLOCK slots."""
+    ids,  # [num_slots] int32, expert of each slot, -1 for none
+    slots,  # [num_slots] int32, result: slot of each sorted row
+    offsets,  # [E + 1] int32, result: first sorted row of each expert, then the number of active slots
+    tile_expert,  # [4, capacity] int32, result: expert of each tile
+    tile_row,  # [4, capacity] int32, result: first sorted row of each tile
+    tile_count,  # [4] int32, result: tiles in each list
+    num_slots,  # M k, at most BLOCK
+    capacity,  # tiles that fit into a list: stride of tile_expert and tile_row
+    few,  # rows; the largest count of an expert in bucket FEW
+    some,  # rows; the largest count of an expert in bucket SOME
+    E: tl.constexpr,  # experts
+    WIDTH: tl.constexpr,  # a power of 2 of at least E
+    BLOCK: tl.constexpr,  # slots of the program, a power of 2
+    ROWS_FEW: tl.constexpr,  # rows of a tile in FEW
+    ROWS_SOME: tl.constexpr,  # rows of a tile in SOME
+    ROWS_MANY: tl.constexpr,  # rows of a tile in MANY
+    TALL: tl.constexpr,  # True if a fourth list gets the tall tiles
+):
+    """Sort the slots and write the tiles in one program."""
     expert = tl.arange(0, WIDTH)
-    count = histogram(ids, 0, num_slots, BLOCK, WIDTH)
+    count = count_block(ids, 0, num_slots, BLOCK, WIDTH)
     first = tl.cumsum(count, 0) - count
     tl.store(offsets + expert, first, mask=expert < E)
     tl.store(offsets + E, tl.sum(count, 0))
     write_tiles(count, first, tile_expert, tile_row, tile_count, capacity, few, some,
                 ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH, TALL)  # fmt: skip
-    its, slot = sorted_block(ids, 0, num_slots, E, BLOCK)
-    tl.store(slots + tl.arange(0, BLOCK), slot, mask=its < E)
+    slot_expert, slot = sort_block(ids, 0, num_slots, E, BLOCK)
+    tl.store(slots + tl.arange(0, BLOCK), slot, mask=slot_expert < E)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
-def count_kernel(ids, counts, num_slots, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """``counts`` [blocks, WIDTH]: slots of each expert in each block."""
+def count_kernel(
+    ids,  # [num_slots] int32, expert of each slot, -1 for none
+    counts,  # [blocks, WIDTH] int32, result
+    num_slots,  # M k
+    BLOCK: tl.constexpr,  # slots of a block
+    WIDTH: tl.constexpr,  # a power of 2 of at least E
+):
+    """Count the slots of each expert in each block; grid: blocks."""
     block = tl.program_id(0)
-    count = histogram(ids, block * BLOCK, num_slots, BLOCK, WIDTH)
+    count = count_block(ids, block * BLOCK, num_slots, BLOCK, WIDTH)
     tl.store(counts + block * WIDTH + tl.arange(0, WIDTH), count)
 
 
 @triton.jit(do_not_specialize=["blocks", "capacity", "few", "some"])
 def scan_kernel(
-    counts, offsets, tile_expert, tile_row, tile_count, blocks, capacity, few, some,
-    E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, TALL: tl.constexpr,
-):  # fmt: skip
-    """One program: offsets, tiles, and in place of each count how far the block's run moves when it is placed."""
+    counts,  # [blocks, WIDTH] int32, slots of each expert in each block; result: shift of each run
+    offsets,  # [E + 1] int32, result: first sorted row of each expert, then the number of active slots
+    tile_expert,  # [4, capacity] int32, result: expert of each tile
+    tile_row,  # [4, capacity] int32, result: first sorted row of each tile
+    tile_count,  # [4] int32, result: tiles in each list
+    blocks,  # number of blocks
+    capacity,  # tiles that fit into a list: stride of tile_expert and tile_row
+    few,  # rows; the largest count of an expert in bucket FEW
+    some,  # rows; the largest count of an expert in bucket SOME
+    E: tl.constexpr,  # experts
+    WIDTH: tl.constexpr,  # a power of 2 of at least E
+    ROWS: tl.constexpr,  # blocks whose counts are summed at a time
+    ROWS_FEW: tl.constexpr,  # rows of a tile in FEW
+    ROWS_SOME: tl.constexpr,  # rows of a tile in SOME
+    ROWS_MANY: tl.constexpr,  # rows of a tile in MANY
+    TALL: tl.constexpr,  # True if a fourth list gets the tall tiles
+):
+    """Write offsets and tiles, and replace counts by shifts; one program.
+
+    A shift is the distance of an expert's run in a sorted block from its final place.
+    """
     expert = tl.arange(0, WIDTH)
     row = tl.arange(0, ROWS)
     total = tl.zeros((WIDTH,), tl.int32)
@@ -141,57 +197,81 @@ def scan_kernel(
         at = counts + (block + row)[:, None] * WIDTH + expert[None, :]
         live = (block + row < blocks)[:, None]
         count = tl.load(at, mask=live, other=0)
-        earlier = tl.cumsum(count, 0) - count  # in the blocks above
-        within = tl.cumsum(count, 1) - count  # where the expert's run begins in the sorted block
+        earlier = tl.cumsum(count, 0) - count  # slots of the expert in the blocks above
+        within = tl.cumsum(count, 1) - count  # first row of the expert's run in the sorted block
         tl.store(at, before[None, :] + earlier - within, mask=live)
         before += tl.sum(count, 0)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
-def place_kernel(ids, moves, slots, num_slots, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Each block sorts itself and writes its runs to their places."""
+def place_kernel(
+    ids,  # [num_slots] int32, expert of each slot, -1 for none
+    shifts,  # [blocks, WIDTH] int32, shift of each expert's run from its row in the sorted block
+    slots,  # [num_slots] int32, result: slot of each sorted row
+    num_slots,  # M k
+    E: tl.constexpr,  # experts
+    WIDTH: tl.constexpr,  # a power of 2 of at least E
+    BLOCK: tl.constexpr,  # slots of a block, a power of 2
+):
+    """Sort each block and store its runs at their places; grid: blocks."""
     block = tl.program_id(0)
-    expert, slot = sorted_block(ids, block * BLOCK, num_slots, E, BLOCK)
+    expert, slot = sort_block(ids, block * BLOCK, num_slots, E, BLOCK)
     live = expert < E
-    to = tl.load(moves + block * WIDTH + expert, mask=live, other=0) + tl.arange(0, BLOCK)
+    to = tl.load(shifts + block * WIDTH + expert, mask=live, other=0) + tl.arange(0, BLOCK)
     tl.store(slots + to, slot, mask=live)
 
 
-def make_plan(
-    topk_ids: Tensor, experts: int, tiles: tuple[Tile, Tile, Tile], limits: Limits, tall: bool = False
-) -> Plan:
-    """Sort the slots of ``topk_ids`` [M, k] int32 (ids in [-1, experts)) and cut them into tiles; M k >= 1.
+def plan_tiles(
+    topk_ids: Tensor,
+    experts: int,
+    tiles: tuple[Tile, Tile, Tile],
+    limits: Limits,
+    tall: bool = False,
+    block_slots: int = BLOCK_SLOTS,
+) -> TilePlan:
+    """Sort the slots by expert and cut them into tiles, without waiting for the device.
 
-    ``tiles`` gives the rows of a tile in each bucket. ``tall``: the last tile of an expert with many rows takes up to half
-    as many on top.
+    Args:
+        topk_ids: [M, k] int32, -1 to ``experts`` - 1, not empty.
+        experts: E.
+        tiles: a tile for each bucket; only ``rows`` is used.
+        limits: the bounds of the buckets.
+        tall: True if the last whole tile of an expert in MANY takes up to half a tile of rows on top.
+        block_slots: slots that one program sorts at most, a power of 2.
     """
     num_slots = topk_ids.numel()
     rows = [tile.rows for tile in tiles]
     capacity = experts + triton.cdiv(num_slots, min(rows))
     new = topk_ids.new_empty
-    plan = Plan(new(num_slots), new(experts + 1), new(4, capacity), new(4, capacity), new(4))
+    plan = TilePlan(new(num_slots), new(experts + 1), new(4, capacity), new(4, capacity), new(4))
     lists = (plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count)
     width = max(16, triton.next_power_of_2(experts))
     shape = {"E": experts, "WIDTH": width, "ROWS_FEW": rows[0], "ROWS_SOME": rows[1], "ROWS_MANY": rows[2],
              "TALL": tall}  # fmt: skip
-    if num_slots <= _BLOCK:
-        block = next(size for size in _SIZES if num_slots <= size)
+    if num_slots <= block_slots:
+        block = next((size for size in _SIZES if num_slots <= size), block_slots)
         sort_kernel[(1,)](
-            topk_ids, plan.slots, *lists, num_slots, capacity, *astuple(limits), BLOCK=block, num_warps=4, **shape
+            topk_ids, plan.slots, *lists, num_slots, capacity, *astuple(limits), BLOCK=block, num_warps=4,
+            **shape
         )  # fmt: skip
         return plan
-    blocks = triton.cdiv(num_slots, _BLOCK)
+    blocks = triton.cdiv(num_slots, block_slots)
     counts = new(blocks, width)
-    count_kernel[(blocks,)](topk_ids, counts, num_slots, BLOCK=_BLOCK, WIDTH=width, num_warps=4)
-    scan_kernel[(1,)](counts, *lists, blocks, capacity, *astuple(limits), ROWS=_ROWS, num_warps=8, **shape)
+    count_kernel[(blocks,)](topk_ids, counts, num_slots, BLOCK=block_slots, WIDTH=width, num_warps=4)
+    scan_kernel[(1,)](
+        counts, *lists, blocks, capacity, *astuple(limits), ROWS=_BLOCKS_AT_A_TIME, num_warps=8, **shape
+    )
     place_kernel[(blocks,)](
-        topk_ids, counts, plan.slots, num_slots, E=experts, WIDTH=width, BLOCK=_BLOCK, num_warps=4
+        topk_ids, counts, plan.slots, num_slots, E=experts, WIDTH=width, BLOCK=block_slots, num_warps=4
     )
     return plan
 
 
-def plan_reference(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """What a plan's ``slots`` (up to the number of active ones) and ``offsets`` are, by definition; int64."""
+def tile_plan_reference(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return ``slots``, without inactive ones, and ``offsets`` of a plan by definition.
+
+    Both are int64 on the CPU.
+    """
     flat = topk_ids.reshape(-1).cpu()
     slots = torch.sort(flat, stable=True).indices[int((flat < 0).sum()) :]
     counts = torch.bincount(flat[flat >= 0], minlength=experts)

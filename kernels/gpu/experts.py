@@ -1,4 +1,4 @@
-"""Experts on a GPU: sort the slots, two products per bucket of rows per expert, one weighted sum."""
+"""Experts on a GPU: a sort of the slots, two products per bucket, and a weighted sum."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -7,13 +7,12 @@ import torch
 import triton
 from torch import Tensor
 
-from xpar.kernels.checks import check_expert, check_loaded
-from xpar.kernels.contracts import ExpertInput, ExpertSpec
-from xpar.kernels.gpu import rows as gpu_rows
-from xpar.kernels.gpu.expert_sort import Plan, make_plan
+from xpar.kernels.contracts import ExpertInput, ExpertSpec, check_expert_weights, require_loaded
+from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
 from xpar.kernels.gpu.grouped_mm_small import down_small, gate_up_small
-from xpar.kernels.gpu.grouped_mm_tiled import down_large, gate_up_large, permute_kernel
+from xpar.kernels.gpu.grouped_mm_tiled import down_tiled, gate_up_tiled, permute_kernel
 from xpar.kernels.gpu.grouped_mm_vector import down_vector, gate_up_vector
+from xpar.kernels.gpu.rows import weighted_sum
 from xpar.kernels.gpu.tile_tables import (
     MANY,
     NO_LIMIT,
@@ -21,25 +20,32 @@ from xpar.kernels.gpu.tile_tables import (
     Machine,
     Table,
     Tile,
+    choose_limits,
     default_table,
-    limits_of,
 )
 
-# Tensor descriptors want rows of a multiple of 16 bytes: widths are rounded up to this many elements, with zeros.
+# Elements. Tensor descriptors need rows of a multiple of 16 bytes: widths are rounded up to this, with zeros.
 _ALIGNED = 8
-_PERMUTED = (16, 512)  # rows and columns of one program
+_PERMUTE_BLOCK = (16, 512)  # rows and columns of one program
 
 
 class TritonExperts:
-    """See :class:`xpar.kernels.contracts.ExpertKernel`. bfloat16, float16 and float32; every activation and bias.
+    """An expert kernel in bfloat16, float16 and float32, for every activation and bias.
 
-    ``table``: launch parameters, by default the checked-in ones of this machine. Intermediate rows come from torch's
-    allocator, which hands the same memory to one layer after the other and gives a CUDA graph its own: after one
-    call of a shape (which compiles), ``compute`` can be captured. It never waits for the device; ``compute_slots``
-    does once, because the number of its rows depends on the ids.
+    Implements :class:`~xpar.kernels.contracts.ExpertKernel`.
 
-    ``row_invariant``: every row goes through tiles of one shape, whose sums over H and I have one order whatever the
-    other rows are; the slots of an entry are added in order.
+    Intermediate rows come from torch's allocator, which gives the same memory to one layer after the other
+    and its own to a CUDA graph: after one call of a shape (which compiles), ``compute`` can be captured.
+    ``compute`` never waits for the device; ``compute_slots`` does once, because the number of its rows
+    depends on the ids.
+
+    If ``spec.row_invariant``, every row goes through tiles of one shape, whose sums over H and I have one
+    order whatever the other rows are, and the slots of an entry are added in order.
+
+    Args:
+        spec: the requirements of the layer.
+        table: launch parameters; the checked-in ones of the machine if None.
+        machine: the GPU to choose launches for; that of ``spec.device`` if None.
     """
 
     name = "triton"
@@ -50,11 +56,11 @@ class TritonExperts:
         self.table = table or default_table(self.machine, spec.dtype)
         e, h = spec.num_experts, spec.hidden_size
         self._width = _aligned(spec.intermediate_size)
-        packed = spec.activation.packed(self._width)
-        # load_expert leaves the columns that widths were rounded up by at zero.
-        self._gate_up = torch.zeros(e, packed, _aligned(h), dtype=spec.dtype, device=spec.device)
+        rows = spec.activation.gate_up_rows(self._width)
+        # load_expert leaves the columns beyond the true widths at zero.
+        self._gate_up = torch.zeros(e, rows, _aligned(h), dtype=spec.dtype, device=spec.device)
         self._down = self._gate_up.new_zeros(e, h, self._width)
-        self._gate_up_bias = self._gate_up.new_zeros(e, packed) if spec.bias else None
+        self._gate_up_bias = self._gate_up.new_zeros(e, rows) if spec.bias else None
         self._down_bias = self._gate_up.new_zeros(e, h) if spec.bias else None
         self._missing = set(range(e))
 
@@ -66,7 +72,7 @@ class TritonExperts:
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> None:
-        check_expert(self.spec, index, gate_up, down, gate_up_bias, down_bias)
+        check_expert_weights(self.spec, index, gate_up, down, gate_up_bias, down_bias)
         h, i = self.spec.hidden_size, self.spec.intermediate_size
         for half in range(2 if self.spec.activation.gated else 1):
             to, source = slice(half * self._width, half * self._width + i), slice(half * i, half * i + i)
@@ -79,37 +85,40 @@ class TritonExperts:
         self._missing.discard(index)
 
     def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
-        check_loaded(None if self._missing else True, min(self._missing, default=0))
+        require_loaded(self._missing)
         with self._device():
             if self.is_tiny(x):
-                total = self._vector(x, out if out is not None and out.is_contiguous() else None)
+                total = self._compute_tiny(x, out if out is not None and out.is_contiguous() else None)
                 return total if out is None or out is total else out.copy_(total)
-            slots = self._slots(x)
-            return gpu_rows.weighted_sum(slots, x.topk_weights, x.topk_ids, out, in_place=True)
+            slots = self._compute_all_slots(x)
+            return weighted_sum(slots, x.topk_weights, x.topk_ids, out, in_place=True)
 
     def compute_slots(self, x: ExpertInput) -> Tensor:
-        check_loaded(None if self._missing else True, min(self._missing, default=0))
+        require_loaded(self._missing)
         with self._device():
-            return self._slots(x)[x.topk_ids.reshape(-1) >= 0]
+            return self._compute_all_slots(x)[x.topk_ids.reshape(-1) >= 0]
 
     def nbytes(self) -> int:
-        held = (self._gate_up, self._down, self._gate_up_bias, self._down_bias)
-        return sum(t.nbytes for t in held if t is not None)
+        tensors = (self._gate_up, self._down, self._gate_up_bias, self._down_bias)
+        return sum(t.nbytes for t in tensors if t is not None)
 
     def _device(self) -> AbstractContextManager[object]:
-        """Triton launches on the current device, whatever device its arguments are on."""
+        """Return a context in which the weights' device is the current one.
+
+        Triton launches on the current device, whatever device the arguments are on.
+        """
         on_gpu = self._down.is_cuda
         return torch.cuda.device(self._down.device) if on_gpu else nullcontext()
 
     def is_tiny(self, x: ExpertInput) -> bool:
-        """Whether slots, each reading its expert's weights anew, would hardly read any weight twice."""
+        """Return whether hardly any weight is read twice if each slot reads its expert's weights."""
         tokens, top_k = x.topk_ids.shape
         if self.spec.row_invariant or not 0 < tokens <= self.table.vector_tokens:
             return False
         return tokens == 1 or 2 * tokens * top_k <= self.spec.num_experts
 
-    def _vector(self, x: ExpertInput, out: Tensor | None) -> Tensor:
-        """Two launches for very few tokens: [M, H]."""
+    def _compute_tiny(self, x: ExpertInput, out: Tensor | None) -> Tensor:
+        """Return the weighted sums [M, H] by two launches, for very few tokens."""
         tokens, top_k = x.topk_ids.shape
         h, first, second = self.spec.hidden_size, self.table.gate_up_vector, self.table.down_vector
         ids, router_weights = x.topk_ids.contiguous(), x.topk_weights.float().contiguous()
@@ -127,79 +136,82 @@ class TritonExperts:
         )  # fmt: skip
         return total
 
-    def _slots(self, x: ExpertInput) -> Tensor:
-        """[M k, H]: each active slot's output, unweighted; rows of inactive slots are not written."""
+    def _compute_all_slots(self, x: ExpertInput) -> Tensor:
+        """Return each active slot's output [M k, H], unweighted; inactive rows are not written."""
         tokens, top_k = x.topk_ids.shape
         num_slots = tokens * top_k
         out = self._new(num_slots, self.spec.hidden_size)
         if not num_slots:
             return out
-        triton.set_allocator(_scratch)  # in this thread's context: descriptors made on the device need memory
+        triton.set_allocator(_allocate)  # for this thread: descriptors made on the device need memory
         ids = x.topk_ids.contiguous()
         limits = self.limits(tokens, num_slots)
-        plan = make_plan(ids, self.spec.num_experts, self.table.gate_up, limits, self._tall)
+        plan = plan_tiles(ids, self.spec.num_experts, self.table.gate_up, limits, self._tall)
         hidden = self._new(num_slots, self._width)
         for bucket in limits.launched:
             if bucket == MANY:
-                self._gate_up_many(self._permuted(x, ids, plan, limits), hidden, plan)
+                self._gate_up_tiled(self._permute(x, ids, plan, limits), hidden, plan)
             else:
-                self._gate_up_few(x, hidden, plan, bucket)
+                self._gate_up_small(x, hidden, plan, bucket)
         for bucket in limits.launched:
-            self._down_rows(hidden, out, plan, bucket)
+            self._down_bucket(hidden, out, plan, bucket)
         return out
 
     def limits(self, tokens: int, num_slots: int) -> Limits:
-        """Where the rows of a batch of this shape go."""
+        """Return the bucket limits for a batch of ``tokens`` entries and ``num_slots`` slots."""
         if self.spec.row_invariant:
             return Limits(0, NO_LIMIT)  # one bucket, whatever the batch
-        return limits_of(self.table, tokens, num_slots, self.spec.num_experts)
+        return choose_limits(self.table, tokens, num_slots, self.spec.num_experts)
 
-    def _permuted(self, x: ExpertInput, ids: Tensor, plan: Plan, limits: Limits) -> Tensor:
-        """[M k, K]: the hidden states in expert order, of those experts that have many."""
+    def _permute(self, x: ExpertInput, ids: Tensor, plan: TilePlan, limits: Limits) -> Tensor:
+        """Return the hidden states of experts in MANY, in expert order: [M k, K], K the aligned H."""
         k = self._gate_up.shape[2]
         ordered = self._new(ids.numel(), k)
-        rows, columns = _PERMUTED
+        rows, columns = _PERMUTE_BLOCK
         permute_kernel[(triton.cdiv(ids.numel(), rows), triton.cdiv(k, columns))](
-            x.hidden_states, x.rows, ids, plan.slots, plan.offsets, ordered, ids.numel(), limits.few, limits.some,
-            E=self.spec.num_experts, H=self.spec.hidden_size, K=k, TOP_K=ids.shape[1], BM=rows, BK=columns,
-            num_warps=4,
+            x.hidden_states, x.rows, ids, plan.slots, plan.offsets, ordered, ids.numel(), limits.few,
+            limits.some, E=self.spec.num_experts, H=self.spec.hidden_size, K=k, TOP_K=ids.shape[1], BM=rows,
+            BK=columns, num_warps=4,
         )  # fmt: skip
         return ordered
 
-    def _gate_up_many(self, ordered: Tensor, hidden: Tensor, plan: Plan) -> None:
+    def _gate_up_tiled(self, ordered: Tensor, hidden: Tensor, plan: TilePlan) -> None:
+        """Write the activated rows of bucket MANY to ``hidden`` [M k, I]."""
         tile = self.table.gate_up[MANY]
-        gate_up_large[self._grid(tile)](
+        gate_up_tiled[self._persistent_grid(tile)](
             ordered, self._gate_up, self._gate_up_bias, hidden,
             plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, hidden.shape[0], plan.capacity,
             E=self.spec.num_experts, I=self._width, K=self._gate_up.shape[2], **self._activation(),
             **self._launch(tile, MANY), TALL=self._tall,
         )  # fmt: skip
 
-    def _gate_up_few(self, x: ExpertInput, hidden: Tensor, plan: Plan, bucket: int) -> None:
+    def _gate_up_small(self, x: ExpertInput, hidden: Tensor, plan: TilePlan, bucket: int) -> None:
+        """Write the activated rows of bucket FEW or SOME to ``hidden`` [M k, I]."""
         tile = self.table.gate_up[bucket]
-        gate_up_small[self._grid(tile)](
+        gate_up_small[self._persistent_grid(tile)](
             x.hidden_states, self._gate_up, self._gate_up_bias, hidden, x.rows, plan.slots,
             plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, plan.capacity,
             E=self.spec.num_experts, I=self._width, H=self.spec.hidden_size, K=self._gate_up.shape[2],
             TOP_K=x.topk_ids.shape[1], **self._activation(), **self._launch(tile, bucket),
         )  # fmt: skip
 
-    def _down_rows(self, hidden: Tensor, out: Tensor, plan: Plan, bucket: int) -> None:
+    def _down_bucket(self, hidden: Tensor, out: Tensor, plan: TilePlan, bucket: int) -> None:
+        """Write the outputs of one bucket's slots to ``out`` [M k, H]."""
         tile = self.table.down[bucket]
         lists = (plan.slots, plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count)
         shape = {"E": self.spec.num_experts, "I": self._width, "H": self.spec.hidden_size}
         weights = (self._down, self._down_bias)
         if bucket == MANY:
-            down_large[self._grid(tile)](
+            down_tiled[self._persistent_grid(tile)](
                 hidden, *weights, out, *lists, hidden.shape[0], plan.capacity, **shape,
                 **self._launch(tile, bucket), TALL=self._tall,
             )  # fmt: skip
         else:
-            down_small[self._grid(tile)](
+            down_small[self._persistent_grid(tile)](
                 hidden, *weights, out, *lists, plan.capacity, **shape, **self._launch(tile, bucket)
             )
 
-    def _grid(self, tile: Tile) -> tuple[int]:
+    def _persistent_grid(self, tile: Tile) -> tuple[int]:
         return (self.machine.sms * tile.per_sm,)
 
     def _launch(self, tile: Tile, bucket: int) -> dict[str, Any]:
@@ -225,5 +237,5 @@ def _aligned(width: int) -> int:
     return -(-width // _ALIGNED) * _ALIGNED
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")

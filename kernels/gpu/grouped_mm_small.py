@@ -1,19 +1,26 @@
-"""The two products for experts with few rows: weights are the tall operand, tokens the narrow one.
+"""The two products for experts with few rows, with weights as the tall operand.
 
-The matrix unit takes 64 rows or more of its first operand and as few as 8 of its second: with the operands swapped a
-tile of 16 tokens costs what it should. Weights come through tensor descriptors, tokens are gathered by their index.
-Persistent programs share out the bucket's tiles; their number is read on the device.
+The matrix unit takes 64 rows or more of its first operand and as few as 8 of its second: with the operands
+swapped a tile of 16 tokens costs no more than its own arithmetic. Weights are read through tensor
+descriptors, tokens are gathered by their index. Persistent programs share the bucket's tiles, whose number is
+read on the device.
+
+Tensors are contiguous: the stride of a row is its length. Sorted rows are the active slots in expert order.
+Letters: :mod:`xpar.kernels.contracts`; I is rounded up to the alignment of tensor descriptors.
 """
 
 import triton
 import triton.language as tl
 
-from xpar.kernels.gpu.activation import activate, curve
+from xpar.kernels.gpu.activation import activate, activate_without_gate
 
 
 @triton.jit
 def swizzle(tile, num_m, num_n, GROUP: tl.constexpr):
-    """(tile of rows, block of columns) of a tile number: GROUP row tiles go together through the columns."""
+    """Return the tile of rows and the block of columns of a tile number below num_m * num_n.
+
+    GROUP of the num_m tiles of rows go together through the num_n blocks of columns.
+    """
     first = tile // (GROUP * num_n) * GROUP
     size = tl.minimum(num_m - first, GROUP)
     rest = tile % (GROUP * num_n)
@@ -21,8 +28,13 @@ def swizzle(tile, num_m, num_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def source_rows(slot, rows, TOP_K: tl.constexpr, mask):
-    """int64 row of the hidden states that each slot reads."""
+def source_rows(
+    slot,  # block of slot numbers, entry * TOP_K + place
+    rows,  # [M] int64, row of the hidden states that each entry reads; None if entry m reads row m
+    TOP_K: tl.constexpr,  # slots of an entry
+    mask,  # slots that exist
+):
+    """Return the row of the hidden states that each slot reads, int64."""
     entry = slot // TOP_K
     if rows is not None:
         return tl.load(rows + entry, mask=mask, other=0)
@@ -32,16 +44,36 @@ def source_rows(slot, rows, TOP_K: tl.constexpr, mask):
 
 @triton.jit(do_not_specialize=["capacity"])
 def gate_up_small(
-    x, weight, bias, hidden, rows, slots, offsets, tile_expert, tile_row, tile_count, capacity,
-    E: tl.constexpr, I: tl.constexpr, H: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
-    GATED: tl.constexpr, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    BUCKET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
-):  # fmt: skip
-    """``hidden[r] = act(weight[expert] @ x[row of r])`` for the sorted rows r of the bucket.
-
-    ``x`` [N, H], ``weight`` [E, 2I, K] (or [E, I, K]), zero from H to K; ``hidden`` [S, I].
-    """
+    x,  # [N, H], hidden states
+    weight,  # [E, 2I, K], gate rows, then up rows, or [E, I, K] without a gate; zero from H to K
+    bias,  # [E, 2I] or [E, I], or None
+    hidden,  # [M k, I], result, in sorted order
+    rows,  # [M] int64, row of x that each entry reads; None if entry m reads row m
+    slots,  # [M k] int32, slot of each sorted row
+    offsets,  # [E + 1] int32, first sorted row of each expert, then the number of active slots
+    tile_expert,  # [4, capacity] int32, expert of each tile
+    tile_row,  # [4, capacity] int32, first sorted row of each tile
+    tile_count,  # [4] int32, tiles in each list
+    capacity,  # tiles that fit into a list: stride of tile_expert and tile_row
+    E: tl.constexpr,  # experts
+    I: tl.constexpr,  # width of an expert
+    H: tl.constexpr,  # elements of a row of x
+    K: tl.constexpr,  # elements of a row of weight
+    TOP_K: tl.constexpr,  # slots of an entry
+    GATED: tl.constexpr,  # True if the weight has gate and up rows
+    NAME: tl.constexpr,  # name of the activation
+    LIMIT: tl.constexpr,  # its limit, None for no bound
+    ALPHA: tl.constexpr,  # its alpha
+    BETA: tl.constexpr,  # its beta
+    BUCKET: tl.constexpr,  # list of tiles to compute: FEW, SOME or MANY
+    BM: tl.constexpr,  # token rows of a tile
+    BN: tl.constexpr,  # weight rows of a tile
+    BK: tl.constexpr,  # addends of the sum at a time
+    GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
+    PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
+    FLATTEN: tl.constexpr,  # True if the next tile's copies start before this tile's result is stored
+):
+    """Compute ``hidden[r] = act(weight[expert] @ x[row of r] + bias)`` for a bucket's rows r."""
     WIDE: tl.constexpr = 2 * I if GATED else I
     w = tl.make_tensor_descriptor(weight, [E * WIDE, K], [K, 1], [BN, BK])
     num_n = tl.cdiv(I, BN)
@@ -76,19 +108,35 @@ def gate_up_small(
                 up += tl.load(bias + expert * WIDE + I + rn, mask=inside, other=0.0).to(tl.float32)[:, None]
             y = activate(gate, up, NAME, LIMIT, ALPHA, BETA)
         else:
-            y = curve(gate, NAME)
+            y = activate_without_gate(gate, NAME)
         to = hidden + rm.to(tl.int64)[None, :] * I + rn[:, None]
         tl.store(to, y.to(hidden.dtype.element_ty), mask=live[None, :] & inside[:, None])
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def down_small(
-    hidden, weight, bias, out, slots, offsets, tile_expert, tile_row, tile_count, capacity,
-    E: tl.constexpr, I: tl.constexpr, H: tl.constexpr,
-    BUCKET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
-):  # fmt: skip
-    """``out[slot of r] = weight[expert] @ hidden[r]``: each slot is written once. ``weight`` [E, H, I]."""
+    hidden,  # [M k, I], activated rows in sorted order
+    weight,  # [E, H, I]
+    bias,  # [E, H], or None
+    out,  # [M k, H], result, in slot order
+    slots,  # [M k] int32, slot of each sorted row
+    offsets,  # [E + 1] int32, first sorted row of each expert, then the number of active slots
+    tile_expert,  # [4, capacity] int32, expert of each tile
+    tile_row,  # [4, capacity] int32, first sorted row of each tile
+    tile_count,  # [4] int32, tiles in each list
+    capacity,  # tiles that fit into a list: stride of tile_expert and tile_row
+    E: tl.constexpr,  # experts
+    I: tl.constexpr,  # width of an expert
+    H: tl.constexpr,  # elements of a row of out
+    BUCKET: tl.constexpr,  # list of tiles to compute: FEW, SOME or MANY
+    BM: tl.constexpr,  # token rows of a tile
+    BN: tl.constexpr,  # weight rows of a tile
+    BK: tl.constexpr,  # addends of the sum at a time
+    GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
+    PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
+    FLATTEN: tl.constexpr,  # True if the next tile's copies start before this tile's result is stored
+):
+    """Compute ``out[slot of r] = weight[expert] @ hidden[r] + bias``; each slot is written once."""
     w = tl.make_tensor_descriptor(weight, [E * H, I], [I, 1], [BN, BK])
     num_n = tl.cdiv(H, BN)
     num_m = tl.load(tile_count + BUCKET)

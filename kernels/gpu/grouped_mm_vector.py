@@ -1,24 +1,45 @@
-"""The two products for batches of very few tokens: one slot per program, on scalar units, nothing sorted.
+"""The two products for batches of very few tokens, one slot per program, without sorting.
 
-A program holds its slot's expert id and reads a few weight rows of it once, wide and in order. The second product sums
-a token's slots itself, weighted, in float32, so that two launches are the whole layer.
+They run on scalar units.
+
+A program reads its slot's expert id and a few weight rows of that expert once, wide and in order. The second
+product also sums a token's slots, weighted, in float32, so two launches are the whole layer.
+
+Tensors are contiguous: the stride of a row is its length. Letters: :mod:`xpar.kernels.contracts`.
 """
 
 import triton
 import triton.language as tl
 
-from xpar.kernels.gpu.activation import activate, curve
+from xpar.kernels.gpu.activation import activate, activate_without_gate
 from xpar.kernels.gpu.grouped_mm_small import source_rows
 
 
 @triton.jit
 def gate_up_vector(
-    x, weight, bias, hidden, rows, ids,
-    I: tl.constexpr, H: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
-    GATED: tl.constexpr, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """``hidden[slot] = act(weight[expert] @ x[row of slot])``; grid (blocks of columns, slots)."""
+    x,  # [N, H], hidden states
+    weight,  # [E, 2I, K], gate rows, then up rows, or [E, I, K] without a gate
+    bias,  # [E, 2I] or [E, I], or None
+    hidden,  # [M k, I], result, in slot order
+    rows,  # [M] int64, row of x that each entry reads; None if entry m reads row m
+    ids,  # [M k] int32, expert of each slot, -1 for none
+    I: tl.constexpr,  # width of an expert
+    H: tl.constexpr,  # elements of a row of x
+    K: tl.constexpr,  # elements of a row of weight, at least H
+    TOP_K: tl.constexpr,  # slots of an entry
+    GATED: tl.constexpr,  # True if the weight has gate and up rows
+    NAME: tl.constexpr,  # name of the activation
+    LIMIT: tl.constexpr,  # its limit, None for no bound
+    ALPHA: tl.constexpr,  # its alpha
+    BETA: tl.constexpr,  # its beta
+    BN: tl.constexpr,  # columns of a program
+    BK: tl.constexpr,  # addends of the sum at a time
+    STAGES: tl.constexpr,  # copies in flight
+):
+    """Compute ``hidden[slot] = act(weight[expert] @ x[row of slot] + bias)``.
+
+    Grid: blocks of columns, slots.
+    """
     WIDE: tl.constexpr = 2 * I if GATED else I
     slot = tl.program_id(1)
     expert = tl.load(ids + slot)
@@ -43,17 +64,29 @@ def gate_up_vector(
             g += tl.load(bias + expert * WIDE + rn, mask=inside, other=0.0).to(tl.float32)
             if GATED:
                 u += tl.load(bias + expert * WIDE + I + rn, mask=inside, other=0.0).to(tl.float32)
-        y = activate(g, u, NAME, LIMIT, ALPHA, BETA) if GATED else curve(g, NAME)
+        y = activate(g, u, NAME, LIMIT, ALPHA, BETA) if GATED else activate_without_gate(g, NAME)
         tl.store(hidden + slot * I + rn, y.to(hidden.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def down_vector(
-    hidden, weight, bias, out, ids, router_weights,
-    I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """``out[token] = sum over its slots of router weight * (weight[expert] @ hidden[slot])``; grid (columns, tokens)."""
+    hidden,  # [M k, I], activated rows in slot order
+    weight,  # [E, H, I]
+    bias,  # [E, H], or None
+    out,  # [M, H], result
+    ids,  # [M k] int32, expert of each slot, -1 for none
+    router_weights,  # [M k] float32; that of a slot without an expert is not read
+    I: tl.constexpr,  # width of an expert
+    H: tl.constexpr,  # elements of a row of out
+    TOP_K: tl.constexpr,  # slots of an entry
+    BN: tl.constexpr,  # columns of a program
+    BK: tl.constexpr,  # addends of the sum at a time
+    STAGES: tl.constexpr,  # copies in flight
+):
+    """Sum ``router weight * (weight[expert] @ hidden[slot] + bias)`` over each entry's slots.
+
+    Grid: blocks of columns, entries.
+    """
     token = tl.program_id(1)
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     rk = tl.arange(0, BK)
@@ -62,7 +95,8 @@ def down_vector(
     STEPS: tl.constexpr = (I + BK - 1) // BK
     acc = tl.zeros((BN, BK), tl.float32)
     biases = tl.zeros((BN,), tl.float32)
-    # One loop over slots and columns, so that copies of the next slot's weights start before this slot is done.
+    # One loop over slots and columns, so that copies of the next slot's weights start before this slot is
+    # done.
     for step in tl.range(0, TOP_K * STEPS, num_stages=STAGES):
         slot = token * TOP_K + step // STEPS
         k = step % STEPS * BK

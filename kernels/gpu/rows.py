@@ -1,6 +1,7 @@
-"""Gathering and summing rows on a GPU: the functions of :mod:`xpar.kernels.rows` for tensors that live there.
+"""Gathering and summing rows on a GPU, behind :mod:`xpar.kernels.rows`.
 
-Sums are in the order given, in float32, without atomics, and are rounded once. Nothing here waits for the device.
+Sums are in the order given, in float32, without atomics, and are rounded once. No function waits for the
+device. Tensors in kernels are contiguous: the stride of a row is its length.
 """
 
 import torch
@@ -9,18 +10,27 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-_COLUMNS = 1024
-_GATHERED = 8  # rows of one program
+_COLUMNS = 1024  # columns of one program
+_GATHERED_ROWS = 8  # rows of one program
 
 
 @triton.jit
 def weighted_sum_kernel(
-    rows, weights, positions, shared, residual, out,
-    H: tl.constexpr, TOP_K: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``out[m] = sum_j weights[m, j] * rows[positions[m, j]] (+ shared[m]) (+ residual[m])``; grid (M, columns).
+    rows,  # [S, H], outputs of slots
+    weights,  # [M, TOP_K] float32; not read for a slot without a row
+    positions,  # [M, TOP_K] integer, row of each slot, negative for none; if IN_PLACE only the sign counts
+    shared,  # [M, H], added to the sum (the shared experts' output), or None
+    residual,  # [M, H], added to the sum (the decoder's residual), or None
+    out,  # [M, H], result
+    H: tl.constexpr,  # elements of a row
+    TOP_K: tl.constexpr,  # slots of an entry
+    IN_PLACE: tl.constexpr,  # True if slot (m, j) is row m * TOP_K + j of rows
+    BLOCK: tl.constexpr,  # columns of a program
+):
+    """Compute ``out[m]``, the weighted sum of an entry's slots plus ``shared`` and ``residual``.
 
-    IN_PLACE: slot (m, j) is row m TOP_K + j, and ``positions`` only says by a negative value that there is none.
+    ``out[m] = sum_j weights[m, j] * rows[positions[m, j]] + shared[m] + residual[m]``. Grid: entries, blocks
+    of columns.
     """
     entry = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -42,8 +52,18 @@ def weighted_sum_kernel(
 
 
 @triton.jit
-def sum_runs_kernel(rows, index, bounds, out, H: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[t] = sum of rows[index[bounds[t] : bounds[t + 1]]]``; grid (T, columns)."""
+def sum_runs_kernel(
+    rows,  # [N, H]
+    index,  # [bounds[-1]] int64, row of each addend
+    bounds,  # [M + 1] int64, first addend of each sum, then their number
+    out,  # [M, H], result
+    H: tl.constexpr,  # elements of a row
+    BLOCK: tl.constexpr,  # columns of a program
+):
+    """Compute ``out[m]``, the sum of ``rows[index[bounds[m] : bounds[m + 1]]]``.
+
+    Grid: sums, blocks of columns.
+    """
     run = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H
@@ -55,8 +75,16 @@ def sum_runs_kernel(rows, index, bounds, out, H: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit(do_not_specialize=["count"])
-def gather_kernel(x, index, out, count, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[r] = x[index[r]]``; grid (rows, columns)."""
+def gather_kernel(
+    x,  # [N, H]
+    index,  # [count] int64
+    out,  # [count, H], result
+    count,  # rows of the result
+    H: tl.constexpr,  # elements of a row
+    ROWS: tl.constexpr,  # rows of a program
+    BLOCK: tl.constexpr,  # columns of a program
+):
+    """Copy ``out[r] = x[index[r]]``; grid: blocks of rows, blocks of columns."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(index + r, mask=r < count, other=0)
@@ -75,16 +103,23 @@ def weighted_sum(
     residual: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """See :func:`xpar.kernels.rows.weighted_sum`; ``shared`` and ``residual`` [M, H] are added before the rounding.
+    """Return each entry's weighted sum, as :func:`xpar.kernels.rows.weighted_sum` defines it.
 
-    ``in_place``: slot (m, j) is row ``m k + j`` of ``slot_rows``, and ``positions`` [M, k] of any integer dtype only
-    marks the slots that there are none of by a negative value.
+    Args:
+        slot_rows: [S, H].
+        weights: [M, k] float32.
+        positions: [M, k], any integer dtype; negative for no row.
+        out: [M, H] for the result, or None.
+        shared: [M, H], added before the rounding, or None.
+        residual: [M, H], added before the rounding, or None.
+        in_place: True if slot (m, j) is row m k + j of ``slot_rows``; then only the sign of a position
+            counts.
     """
     entries, top_k = positions.shape
     h = slot_rows.shape[1]
-    total = _target(out, slot_rows, entries)
+    total = _choose_target(out, slot_rows, entries)
     if entries and h:
-        weighted_sum_kernel[_grid(entries, h)](
+        weighted_sum_kernel[_row_grid(entries, h)](
             slot_rows, weights.float().contiguous(), positions.contiguous(), shared, residual, total,
             H=h, TOP_K=top_k, IN_PLACE=in_place, BLOCK=_COLUMNS, num_warps=4,
         )  # fmt: skip
@@ -92,12 +127,12 @@ def weighted_sum(
 
 
 def sum_runs(rows: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
-    """See :func:`xpar.kernels.rows.sum_runs`."""
+    """Return the sums that :func:`xpar.kernels.rows.sum_runs` defines."""
     return _sum_between(rows, index, functional.pad(sizes.cumsum(0), (1, 0)))
 
 
 def sum_rows(rows: Tensor, index: Tensor, num_out: int) -> Tensor:
-    """See :func:`xpar.kernels.rows.sum_rows`."""
+    """Return the sums that :func:`xpar.kernels.rows.sum_rows` defines."""
     targets, order = torch.sort(index, stable=True)
     return _sum_between(
         rows, order, torch.searchsorted(targets, torch.arange(num_out + 1, device=rows.device))
@@ -105,32 +140,33 @@ def sum_rows(rows: Tensor, index: Tensor, num_out: int) -> Tensor:
 
 
 def gather_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """See :func:`xpar.kernels.rows.gather_rows`."""
+    """Return the rows that :func:`xpar.kernels.rows.gather_rows` defines."""
     count, h = index.shape[0], x.shape[1]
-    result = _target(out, x, count)
+    result = _choose_target(out, x, count)
     if count and h:
         block = min(_COLUMNS, triton.next_power_of_2(h))
-        gather_kernel[(triton.cdiv(count, _GATHERED), triton.cdiv(h, block))](
-            x.contiguous(), index.contiguous(), result, count, H=h, ROWS=_GATHERED, BLOCK=block, num_warps=4
-        )
+        gather_kernel[(triton.cdiv(count, _GATHERED_ROWS), triton.cdiv(h, block))](
+            x.contiguous(), index.contiguous(), result, count,
+            H=h, ROWS=_GATHERED_ROWS, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return result if out is None or out is result else out.copy_(result)
 
 
 def _sum_between(rows: Tensor, index: Tensor, bounds: Tensor) -> Tensor:
     out = rows.new_empty(bounds.shape[0] - 1, rows.shape[1])
     if out.numel():
-        sum_runs_kernel[_grid(*out.shape)](
+        sum_runs_kernel[_row_grid(*out.shape)](
             rows.contiguous(), index.contiguous(), bounds, out, H=out.shape[1], BLOCK=_COLUMNS, num_warps=4
         )
     return out
 
 
-def _grid(entries: int, width: int) -> tuple[int, int]:
+def _row_grid(entries: int, width: int) -> tuple[int, int]:
     return entries, triton.cdiv(width, _COLUMNS)
 
 
-def _target(out: Tensor | None, like: Tensor, count: int) -> Tensor:
-    """``out`` itself where a kernel can write it."""
+def _choose_target(out: Tensor | None, like: Tensor, count: int) -> Tensor:
+    """Return ``out`` if a kernel can write it, else a new tensor [count, H] like ``like``."""
     if out is not None and out.is_contiguous() and out.dtype == like.dtype:
         return out
     return like.new_empty(count, like.shape[1])

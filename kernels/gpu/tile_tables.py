@@ -1,8 +1,8 @@
-"""Tile shapes and launch parameters of the expert products, per bucket of tokens per expert. Plain data.
+"""Tile shapes and launch parameters of the expert products, as plain data.
 
-Buckets: ``FEW`` (by default up to 16 rows of an expert), ``SOME`` (up to 64), ``MANY`` (more). In the first two the weight tile
-is the tall operand of the matrix unit and the tokens are its narrow side, so that a tile of 16 tokens wastes nothing;
-in the third it is the other way round.
+An expert's bucket follows from the number of its rows: ``FEW`` (by default up to 16), ``SOME`` (up to 64) or
+``MANY`` (more). In the first two the weight tile is the tall operand of the matrix unit and the tokens are
+its narrow side, so that a tile of 16 tokens wastes nothing; in the third it is the other way round.
 """
 
 import json
@@ -13,14 +13,16 @@ from typing import Any
 import torch
 
 FEW, SOME, MANY = range(3)
-NO_LIMIT = 2**31 - 1
+NO_LIMIT = 2**31 - 1  # rows, more than any expert gets
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Which list of tiles an expert's rows are on; the device applies it to the counts that it finds.
+    """The bounds of the buckets, which the device applies to the counts of rows that it finds.
 
-    ``few``, ``some``: most rows of an expert in FEW and in SOME; the others are in MANY.
+    Attributes:
+        few: largest number of rows of an expert in FEW.
+        some: largest number of rows of an expert in SOME; experts with more are in MANY.
     """
 
     few: int
@@ -28,7 +30,7 @@ class Limits:
 
     @property
     def launched(self) -> tuple[int, ...]:
-        """The buckets that can get tiles."""
+        """The buckets that can get tiles, ascending."""
         many = max(self.few, self.some) < NO_LIMIT
         used = (self.few > 0, self.some > self.few, many)
         return tuple(bucket for bucket in (FEW, SOME, MANY) if used[bucket])
@@ -36,12 +38,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Tile:
-    """One product's tile and launch.
+    """The tile and launch of one product in one bucket.
 
-    ``rows`` token rows by ``columns`` weight rows (of the gate and again of the up half in a gated gate-up), ``depth``
-    of the sum at a time. ``stages``: copies in flight. ``per_sm``: programs per multiprocessor. ``group``: tiles of
-    token rows that are walked together for each block of columns. ``flatten``: the next tile's copies start
-    before this one's result is stored.
+    Attributes:
+        rows: token rows of a tile.
+        columns: weight rows of a tile; in a gated gate-up product of the gate half, and as many of the up
+            half.
+        depth: addends of the sum at a time.
+        stages: copies in flight.
+        warps: warps of a program.
+        per_sm: programs per multiprocessor.
+        group: tiles of token rows that go together through the blocks of columns.
+        flatten: True if the next tile's copies start before this tile's result is stored.
     """
 
     rows: int
@@ -56,7 +64,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Vector:
-    """A product with one token on scalar units: ``columns`` weight rows by ``depth`` at a time in a program."""
+    """The block and launch of a product of one slot on scalar units.
+
+    Attributes:
+        columns: weight rows of a program.
+        depth: addends of the sum at a time.
+        stages: copies in flight.
+        warps: warps of a program.
+    """
 
     columns: int
     depth: int
@@ -66,11 +81,18 @@ class Vector:
 
 @dataclass(frozen=True)
 class Table:
-    """All launch parameters of a layer. ``gate_up`` and ``down``: a tile per bucket, with equal ``rows``.
+    """All launch parameters of a layer.
 
-    ``vector_tokens``: batches of up to this many tokens go through ``gate_up_vector`` and ``down_vector``. ``limits``:
-    see :class:`Limits`, of which :func:`limits_of` leaves out what a batch does not need. ``tall``: the last tile of an
-    expert with many rows takes up to half a tile on top, where the expert has no more than those.
+    Attributes:
+        gate_up: a tile for each bucket.
+        down: a tile for each bucket, with the same ``rows`` as in ``gate_up``.
+        gate_up_vector: the first product of batches of few tokens.
+        down_vector: the second product of batches of few tokens.
+        vector_tokens: number of tokens up to which a batch may take the vector products.
+        limits: ``few`` and ``some`` of :class:`Limits`; :func:`choose_limits` skips buckets that a batch does
+            not need.
+        tall: True if the last whole tile of an expert in MANY takes the rest of the expert's rows, up to half
+            a tile, on top.
     """
 
     gate_up: tuple[Tile, Tile, Tile]
@@ -92,39 +114,44 @@ class Table:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; :meth:`from_dict` reads them."""
+        """Return the table as plain JSON values, which :meth:`from_dict` reads."""
         return json.loads(json.dumps(self, default=vars))  # type: ignore[no-any-return]
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Table":
-        """The inverse of :meth:`to_dict`; raises TypeError or KeyError on unknown or missing names."""
+        """Read what :meth:`to_dict` wrote; raise TypeError or KeyError for unknown or missing names."""
         return Table(
-            gate_up=_three(values["gate_up"]),
-            down=_three(values["down"]),
+            gate_up=_tiles_from_dicts(values["gate_up"]),
+            down=_tiles_from_dicts(values["down"]),
             gate_up_vector=Vector(**values["gate_up_vector"]),
             down_vector=Vector(**values["down_vector"]),
             vector_tokens=int(values.get("vector_tokens", 4)),
-            limits=_two(values.get("limits", (16, 64))),
+            limits=_limits_from_list(values.get("limits", (16, 64))),
             tall=bool(values.get("tall", False)),
         )
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the parameters depend on: multiprocessors and compute capability."""
+    """The properties of a GPU that launch parameters depend on.
+
+    Attributes:
+        sms: number of multiprocessors.
+        capability: compute capability, (major, minor).
+    """
 
     sms: int
     capability: tuple[int, int]
 
     @staticmethod
     def of(device: str | torch.device) -> "Machine":
-        """The machine behind a torch device ``cuda`` or ``cuda:N``."""
+        """Read the properties of a torch device ``cuda`` or ``cuda:N``."""
         found = torch.cuda.get_device_properties(device)
         return Machine(found.multi_processor_count, (found.major, found.minor))
 
     @property
     def family(self) -> str:
-        """``hopper``, ``blackwell`` (data centre), ``ampere`` (likewise), or ``small``: 99 KiB of shared memory."""
+        """The key of ``TABLES``: hopper, blackwell or ampere (data centre), or small (99 KiB)."""
         if self.capability[0] in (9, 10):
             return "hopper" if self.capability[0] == 9 else "blackwell"
         return "ampere" if self.capability in ((8, 0), (8, 7)) else "small"
@@ -135,9 +162,10 @@ _SCALAR_DOWN = Vector(columns=4, depth=512, stages=3, warps=4)
 # Measured on an H200, one token of OLMoE and Qwen3-30B layers: 5 to 9 % faster than the two above.
 _HOPPER = Vector(columns=2, depth=2048, stages=3, warps=8)
 _HOPPER_DOWN = Vector(columns=4, depth=1024, stages=3, warps=4)
-# Keys: architecture, bytes per element. MANY of hopper is the fastest of 21 measured on an H200; the rest comes from
-# register and shared-memory counts of compiled kernels: none spills, but tall tiles with a bias or a long activation do,
-# up to 88 bytes a thread, once a tile; gpt-oss has both, and was 7 % faster with them.
+# Keys: architecture, bytes per element. MANY of hopper is the fastest of 21 tables measured on an H200; the
+# others come from register and shared-memory counts of compiled kernels. None spills, except tall tiles with
+# a bias or a long activation: up to 88 bytes a thread, once a tile; gpt-oss has both, and was 7 % faster with
+# tall tiles.
 TABLES: dict[tuple[str, int], Table] = {
     ("hopper", 2): Table(
         gate_up=(
@@ -197,7 +225,8 @@ TABLES: dict[tuple[str, int], Table] = {
         down_vector=_SCALAR_DOWN,
     ),
 }
-# float32 goes through scalar units (IEEE products), where a thread's registers bound the tile; one table for all.
+# float32 goes through scalar units (IEEE products), where a thread's registers bound the tile; one table for
+# all.
 _FLOAT32 = Table(
     gate_up=(
         Tile(16, 64, 32, stages=3, warps=4, per_sm=2),
@@ -215,14 +244,15 @@ _FLOAT32 = Table(
 
 
 def default_table(machine: Machine, dtype: torch.dtype) -> Table:
-    """The checked-in parameters for ``dtype`` on ``machine``."""
+    """Return the checked-in parameters for ``dtype`` on ``machine``."""
     return _FLOAT32 if dtype.itemsize == 4 else TABLES[machine.family, dtype.itemsize]
 
 
 def read_table(path: Path, machine: Machine, dtype: torch.dtype) -> Table | None:
-    """The row of a measured file (JSON: a list of ``{"sms", "capability", "itemsize", "table"}``) for this machine.
+    """Read the measured table for ``machine`` and ``dtype`` from a file; None if it has none.
 
-    None if the file has no such row. Raises ValueError, naming the file, where a row is malformed.
+    The file is a JSON list of ``{"sms", "capability", "itemsize", "table"}``. Raises ValueError, naming the
+    file, for a malformed row.
     """
     for row in json.loads(path.read_text()):
         try:
@@ -235,7 +265,7 @@ def read_table(path: Path, machine: Machine, dtype: torch.dtype) -> Table | None
 
 
 def write_table(path: Path, machine: Machine, dtype: torch.dtype, table: Table) -> None:
-    """Put ``table`` into the file that :func:`read_table` reads, in place of this machine's row; others stay."""
+    """Write ``table`` to the file that :func:`read_table` reads; other machines' rows stay."""
     key = {"sms": machine.sms, "capability": list(machine.capability), "itemsize": dtype.itemsize}
     rows = json.loads(path.read_text()) if path.exists() else []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -244,11 +274,17 @@ def write_table(path: Path, machine: Machine, dtype: torch.dtype, table: Table) 
     path.write_text(json.dumps([*kept, {**key, "table": table.to_dict()}], indent=1) + "\n")
 
 
-def limits_of(table: Table, tokens: int, slots: int, experts: int) -> Limits:
-    """Where the rows of a batch go; known from its shape alone.
+def choose_limits(table: Table, tokens: int, slots: int, experts: int) -> Limits:
+    """Choose the bounds of the buckets from the shape of a batch alone.
 
-    An unused bucket is left out, and with it its launches, by equal or unreachable limits: an expert that gets more
-    rows than foreseen is computed in several tiles of the largest bucket there is.
+    Equal or unreachable bounds leave out buckets that the batch does not need, with their launches. An expert
+    that then gets more rows than foreseen is computed in several tiles of the largest bucket that is left.
+
+    Args:
+        table: the launch parameters.
+        tokens: M, entries of the batch.
+        slots: M k, active or not.
+        experts: E, experts of this rank.
     """
     few, some = table.limits
     average = slots / experts
@@ -259,11 +295,11 @@ def limits_of(table: Table, tokens: int, slots: int, experts: int) -> Limits:
     )
 
 
-def _three(tiles: list[dict[str, Any]]) -> tuple[Tile, Tile, Tile]:
+def _tiles_from_dicts(tiles: list[dict[str, Any]]) -> tuple[Tile, Tile, Tile]:
     few, some, many = (Tile(**tile) for tile in tiles)
     return few, some, many
 
 
-def _two(rows: list[int]) -> tuple[int, int]:
+def _limits_from_list(rows: list[int]) -> tuple[int, int]:
     few, some = map(int, rows)
     return few, some

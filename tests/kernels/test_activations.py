@@ -53,7 +53,7 @@ def formula(a: Activation, g: float, u: float) -> float:
 
 @pytest.mark.parametrize("shape", [(0, 6), (5, 2), (3, 7, 64)], ids=str)
 @pytest.mark.parametrize("activation", EVERY, ids=str)
-def test_formula_gate_half_first(activation, shape, g):
+def test_equals_the_formula_gate_half_first(activation, shape, g):
     packed = torch.randn(shape, generator=g) * 3
     gate, up = packed.chunk(2, dim=-1) if activation.gated else (packed, packed)
     pairs = zip(gate.double().flatten().tolist(), up.double().flatten().tolist(), strict=True)
@@ -64,7 +64,7 @@ def test_formula_gate_half_first(activation, shape, g):
 
 
 @pytest.mark.parametrize("activation", EVERY, ids=str)
-def test_input_is_left_alone(activation, g):
+def test_input_is_unchanged(activation, g):
     packed = torch.randn(4, 8, generator=g)
     before = packed.clone()
     activate(packed, activation)

@@ -1,4 +1,4 @@
-"""Attention is its definition in float64, over shapes, masks, heads that share keys, and layouts."""
+"""Attention equals its definition in float64, for all shapes, masks, shared key heads and layouts."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ MASKS = ("none", "padding", "additive", "of each head", "window", "one row for a
 
 
 def definition(query, key, value, mask, causal, scale):
-    """One product, one softmax, one product, in float64."""
+    """Compute one product, one softmax, one product in float64."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.double().repeat_interleave(groups, 1) for x in (key, value))
     scores = query.double() @ key.transpose(2, 3) * scale
@@ -52,7 +52,7 @@ def mask_of(kind, shape, dtype, g):
 
 
 def inputs(shape, dtype, g):
-    """Queries as a model leaves them, keys and values as a cache with room does: neither contiguous."""
+    """Return queries as models lay them out, keys and values as in a larger cache: none contiguous."""
     b, hq, hk, q, s, d = shape
     query = torch.randn(b, q, hq, d, generator=g).to(dtype).transpose(1, 2)
     key, value = (torch.randn(b, hk, s + 9, d, generator=g).to(dtype)[:, :, :s] for _ in range(2))
@@ -61,8 +61,8 @@ def inputs(shape, dtype, g):
 
 @pytest.fixture(params=["zentorch", "native", "torch"])
 def attention(request):
-    """By each of those that may serve; torch serves what they do not."""
-    reasons = {"zentorch": zen_library.refused(), "native": native_library.refused()}
+    """Return attention with each backend; torch computes the calls that a backend does not support."""
+    reasons = {"zentorch": zen_library.why_unavailable(), "native": native_library.why_unavailable()}
     if reason := reasons.get(request.param):
         pytest.skip(reason)
     return Attention(request.param)
@@ -71,13 +71,13 @@ def attention(request):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_is_its_definition(attention, name, kind, dtype, g):
+def test_equals_its_definition(attention, name, kind, dtype, g):
     shape = SHAPES[name]
     query, key, value = inputs(shape, dtype, g)
     mask = mask_of(kind, shape, dtype, g)
     causal = mask is None and query.shape[2] == key.shape[2] > 1
-    if not attention.serves(query, key, value):
-        assert attention.computed_by(query, key, value, mask) == "torch"
+    if not attention.is_suitable(query, key, value):
+        assert attention.backend_for(query, key, value, mask) == "torch"
         return
     for scale in (shape[5] ** -0.5, 0.3):
         found = attention(query, key, value, mask, causal, scale)
@@ -95,29 +95,29 @@ def test_a_query_that_sees_nothing_gets_zeros(attention, dtype, g):
     assert found[0].any() and not found[1].any()
 
 
-def test_values_narrower_than_keys(attention, g):
-    """Of one query, as in DeepSeek; of many, they are left to the caller."""
+def test_values_may_be_narrower_than_keys(attention, g):
+    """They may for one query, as in DeepSeek; for many queries the call is not suitable."""
     query, key, _ = inputs((2, 4, 4, 1, 20, 48), torch.float32, g)
     value = torch.randn(2, 4, 20, 32, generator=g)
     expected = definition(query, key, value, None, False, 0.2)
     assert torch.allclose(attention(query, key, value, None, False, 0.2).double(), expected, atol=1e-5)
-    assert not attention.serves(query.expand(-1, -1, 20, -1), key, value)
+    assert not attention.is_suitable(query.expand(-1, -1, 20, -1), key, value)
 
 
-def test_numbers_of_a_head_that_lie_apart(attention, g):
+def test_inner_strides_above_one_are_right(attention, g):
     query, key, value = inputs((2, 4, 2, 1, 20, 32), torch.float32, g)
     apart = [torch.stack([x, x * 0], -1)[..., 0] for x in (query, key, value)]
     assert all(x.stride(-1) == 2 for x in apart)
     expected = definition(query, key, value, None, False, 0.2)
     assert torch.allclose(attention(*apart, None, False, 0.2).double(), expected, atol=1e-5)
-    assert not attention.serves(*(x.expand(-1, -1, 20, -1) if x is apart[0] else x for x in apart))
+    assert not attention.is_suitable(*(x.expand(-1, -1, 20, -1) if x is apart[0] else x for x in apart))
 
 
-def test_what_the_native_code_is_asked_for(g, monkeypatch):
-    """One bfloat16 query a sequence, few heads to one of keys, whole vectors, one mask for all heads."""
+def test_native_code_gets_the_calls_it_supports(g, monkeypatch):
+    """It supports one bf16 query a sequence, few heads per key head, whole vectors, one mask for all."""
     asked = []
     monkeypatch.setattr(attention_native, "attend", lambda query, *rest: asked.append(query) or query)
-    monkeypatch.setattr(native_library, "refused", lambda: None)
+    monkeypatch.setattr(native_library, "why_unavailable", lambda: None)
     monkeypatch.setattr(native_library, "lanes", lambda: 16)
     attention = Attention("native")
     head_mask = torch.zeros(1, 4, 1, 20)
@@ -134,21 +134,21 @@ def test_what_the_native_code_is_asked_for(g, monkeypatch):
         asked.clear()
 
 
-def test_who_computes(monkeypatch):
-    """auto takes zentorch, else the package's own where that is the faster, else torch; a name is taken at its word."""
-    monkeypatch.setattr(zen_library, "load", lambda: SimpleNamespace(zentorch_sdpa=None))
+def test_auto_takes_the_fastest_backend(monkeypatch):
+    """Auto is zentorch, else native if that is faster, else torch; a name is that backend or an error."""
+    monkeypatch.setattr(zen_library, "load_operators", lambda: SimpleNamespace(zentorch_sdpa=None))
     call = [torch.zeros(1, 2, 1, 32, dtype=torch.bfloat16) for _ in range(3)]
-    monkeypatch.setattr(attention_native, "serves", lambda *_: True)
+    monkeypatch.setattr(attention_native, "is_supported", lambda *_: True)
     for zen, native, outdone, expected in [
         (None, None, None, "zentorch"),
         ("absent", None, None, "native"),
         ("absent", None, "slower", "torch"),
         ("absent", "not compiled", None, "torch"),
     ]:
-        monkeypatch.setattr(zen_library, "refused", lambda why=zen: why)
-        monkeypatch.setattr(native_library, "refused", lambda why=native: why)
-        monkeypatch.setattr(native_library, "outdone", lambda why=outdone: why)
-        assert Attention().computed_by(*call, None) == expected
-        assert Attention("torch").computed_by(*call, None) == "torch"
-    with pytest.raises(ValueError, match="attention by native: not compiled"):
+        monkeypatch.setattr(zen_library, "why_unavailable", lambda why=zen: why)
+        monkeypatch.setattr(native_library, "why_unavailable", lambda why=native: why)
+        monkeypatch.setattr(native_library, "why_unsuitable", lambda why=outdone: why)
+        assert Attention().backend_for(*call, None) == expected
+        assert Attention("torch").backend_for(*call, None) == "torch"
+    with pytest.raises(ValueError, match="attention='native': not compiled"):
         Attention("native")

@@ -23,7 +23,7 @@ OTHERS = [  # one of each kind that a kernel may compute in another way than the
 
 @dataclass(frozen=True)
 class Case:
-    """``drop``: share of slots whose expert is elsewhere; ``ids``: how the experts are chosen."""
+    """A batch; ``drop``: share of slots whose expert is on another rank, ``ids``: the choice of experts."""
 
     tokens: int
     k: int
@@ -34,7 +34,8 @@ class Case:
     width: int = 192
 
     def __str__(self) -> str:
-        return f"T{self.tokens}-k{self.k}-E{self.experts}-{self.ids}-drop{self.drop}-H{self.hidden}-I{self.width}"
+        sizes = f"T{self.tokens}-k{self.k}-E{self.experts}-{self.ids}-drop{self.drop}"
+        return f"{sizes}-H{self.hidden}-I{self.width}"
 
 
 CASES = [
@@ -55,39 +56,39 @@ CASES = [
 
 
 def specs() -> list[Any]:
-    """Kernel x dtype x activation x bias, with the reason to leave it out where this machine cannot run it."""
+    """Return kernels x dtypes x activations x biases; those that cannot run here are skipped."""
     found = []
-    for record in KERNELS:
-        if "cpu" not in record.devices:
+    for entry in KERNELS:
+        if "cpu" not in entry.devices:
             continue
-        activations = [Activation(name) for name in record.activations]
+        activations = [Activation(name) for name in entry.activations]
         forms = [(a, False) for a in activations]
-        if record.all_activations:
+        if entry.all_activations:
             forms += [(a, a.gated) for a in OTHERS]
-        for dtype, (activation, bias) in itertools.product(record.dtypes, forms):
-            if dtype != torch.bfloat16 and activation.plain and activation.name != "silu":
+        for dtype, (activation, bias) in itertools.product(entry.dtypes, forms):
+            if dtype != torch.bfloat16 and activation.is_plain and activation.name != "silu":
                 continue
             spec = ExpertSpec(8, 128, 192, dtype, activation, bias=bias)
-            reason = record.refuses(spec)
+            reason = entry.why_not(spec)
             marks = [pytest.mark.skip(reason=reason)] if reason else []
-            name = f"{record.name}-{str(dtype).removeprefix('torch.')}-{activation}{'-bias' * bias}"
-            found.append(pytest.param(record, dtype, (activation, bias), id=name, marks=marks))
+            name = f"{entry.name}-{str(dtype).removeprefix('torch.')}-{activation}{'-bias' * bias}"
+            found.append(pytest.param(entry, dtype, (activation, bias), id=name, marks=marks))
     return found
 
 
 def cells() -> list[Any]:
-    """Every one of ``specs`` with every case, less the widths that a kernel's record refuses."""
+    """Return all of ``specs`` with every case, without the widths that a kernel refuses."""
     found = []
     for spec, case in itertools.product(specs(), CASES):
-        record, dtype, (activation, bias) = spec.values
+        entry, dtype, (activation, bias) = spec.values
         sizes = ExpertSpec(case.experts, case.hidden, case.width, dtype, activation, bias=bias)
-        if spec.marks or not record.refuses(sizes):
+        if spec.marks or not entry.why_not(sizes):
             found.append(pytest.param(*spec.values, case, id=f"{spec.id}-{case}", marks=spec.marks))
     return found
 
 
 class Layer:
-    """Random weights and inputs of one case, and what the reference makes of them."""
+    """Random weights and inputs of one case, and the reference's results."""
 
     def __init__(
         self, case: Case, dtype: torch.dtype, form: tuple[Activation, bool], seed: int, **fields: object
@@ -96,7 +97,7 @@ class Layer:
         e, h, i = case.experts, case.hidden, case.width
         activation, bias = form
         self.spec = ExpertSpec(e, h, i, dtype, activation, bias=bias, **fields)  # type: ignore[arg-type]
-        packed = activation.packed(i)
+        packed = activation.gate_up_rows(i)
         self.gate_up = (torch.randn(e, packed, h, generator=g) / h**0.5).to(dtype)
         self.down = (torch.randn(e, h, i, generator=g) / i**0.5).to(dtype)
         self.biases = [torch.randn(e, n, generator=g).to(dtype) for n in (packed, h) if bias]
@@ -143,15 +144,15 @@ def assert_near(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype] * expected.norm(), f"relative error {error / expected.norm():.2e}"
 
 
-def _skip_if_refused(record: object, spec: ExpertSpec) -> None:
-    if reason := record.refuses(spec):  # type: ignore[attr-defined]
+def _skip_if_refused(entry: object, spec: ExpertSpec) -> None:
+    if reason := entry.why_not(spec):  # type: ignore[attr-defined]
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize(("record", "dtype", "form", "case"), cells())
-def test_equals_reference(record, dtype, form, case, fresh_seed):
+@pytest.mark.parametrize(("entry", "dtype", "form", "case"), cells())
+def test_equals_reference(entry, dtype, form, case, fresh_seed):
     layer = Layer(case, dtype, form, fresh_seed)
-    kernel = layer.kernel(record.build)
+    kernel = layer.kernel(entry.build)
     assert_near(kernel.compute(layer.input()), layer.expected(layer.hidden), dtype)
     assert_near(kernel.compute_slots(layer.input()), layer.expected_slots(layer.hidden), dtype)
     beyond = kernel.nbytes() - layer.gate_up.nbytes - layer.down.nbytes
@@ -161,11 +162,11 @@ def test_equals_reference(record, dtype, form, case, fresh_seed):
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.4], ids="drop{}".format)
-@pytest.mark.parametrize(("record", "dtype", "form"), specs())
-def test_rows_and_out(record, dtype, form, drop, g):
+@pytest.mark.parametrize(("entry", "dtype", "form"), specs())
+def test_rows_are_gathered_and_out_is_used(entry, dtype, form, drop, g):
     layer = Layer(Case(tokens=23, k=3, drop=drop), dtype, form, g.initial_seed())
-    _skip_if_refused(record, layer.spec)
-    kernel = layer.kernel(record.build)
+    _skip_if_refused(entry, layer.spec)
+    kernel = layer.kernel(entry.build)
     rows = torch.randint(23, (23,), generator=g)
     expected = layer.expected(layer.hidden[rows])
     whole = torch.full((30, 128), float("nan"), dtype=dtype)
@@ -177,36 +178,36 @@ def test_rows_and_out(record, dtype, form, drop, g):
     assert_near(kernel.compute_slots(layer.input(rows)), layer.expected_slots(layer.hidden[rows]), dtype)
 
 
-@pytest.mark.parametrize(("record", "dtype", "form"), specs())
-def test_rows_that_no_entry_names_are_not_read(record, dtype, form, g):
+@pytest.mark.parametrize(("entry", "dtype", "form"), specs())
+def test_rows_that_no_entry_names_are_not_read(entry, dtype, form, g):
     layer = Layer(Case(tokens=6, k=2), dtype, form, g.initial_seed())
-    kernel = layer.kernel(record.build)
+    kernel = layer.kernel(entry.build)
     poisoned = torch.full((11, 128), float("nan"), dtype=dtype)
     poisoned[2:8] = layer.hidden
     x = ExpertInput(poisoned, layer.ids, layer.weights, torch.arange(2, 8))
     assert_near(kernel.compute(x), layer.expected(layer.hidden), dtype)
 
 
-@pytest.mark.parametrize(("record", "dtype", "form"), specs())
-def test_weights_are_copied_and_kernels_independent(record, dtype, form, fresh_seed):
+@pytest.mark.parametrize(("entry", "dtype", "form"), specs())
+def test_weights_are_copied_and_kernels_independent(entry, dtype, form, fresh_seed):
     case, second_seed = Case(tokens=16, k=2), fresh_seed + 1
     first, second = (Layer(case, dtype, form, seed) for seed in (fresh_seed, second_seed))
-    kernels = [first.kernel(record.build)]
+    kernels = [first.kernel(entry.build)]
     expected = first.expected(first.hidden)
     first.gate_up.zero_(), first.down.zero_()
     for attempt in range(3):  # memory of dropped kernels must not be mistaken for theirs
-        again = second.kernel(record.build)
+        again = second.kernel(entry.build)
         assert_near(again.compute(second.input()), second.expected(second.hidden), dtype)
         second = Layer(case, dtype, form, second_seed + attempt + 1)
         del again
     assert_near(kernels[0].compute(first.input()), expected, dtype)
 
 
-@pytest.mark.parametrize("record", [r for r in KERNELS if "cpu" in r.devices], ids=lambda r: r.name)
-def test_refuses_wrong_weights(record):
+@pytest.mark.parametrize("entry", [r for r in KERNELS if "cpu" in r.devices], ids=lambda r: r.name)
+def test_refuses_wrong_weights(entry):
     spec = ExpertSpec(2, 64, 128, torch.bfloat16, Activation("silu"))
-    _skip_if_refused(record, spec)
-    kernel = record.build(spec)
+    _skip_if_refused(entry, spec)
+    kernel = entry.build(spec)
     gate_up, down = torch.zeros(256, 64), torch.zeros(64, 128)
     with pytest.raises(ValueError, match="expert 2: this rank holds experts 0 to 1"):
         kernel.load_expert(2, gate_up, down)
@@ -225,7 +226,7 @@ def test_refuses_wrong_weights(record):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(128, 192), (1024, 256), (100, 36)], ids=str)
 @pytest.mark.parametrize(
-    ("record", "dtype"),
+    ("entry", "dtype"),
     [
         pytest.param(r, dtype, id=f"{r.name}-{dtype}")
         for r in KERNELS
@@ -233,12 +234,12 @@ def test_refuses_wrong_weights(record):
         for dtype in r.dtypes
     ],
 )
-def test_rows_do_not_depend_on_the_batch(record, dtype, shape, threads, g):
+def test_rows_do_not_depend_on_the_batch(entry, dtype, shape, threads, g):
     case = Case(tokens=300, k=2, experts=4, ids="skewed", hidden=shape[0], width=shape[1])
     form = (Activation("silu", limit=7.0), True)
     layer = Layer(case, dtype, form, g.initial_seed(), row_invariant=True)
-    _skip_if_refused(record, layer.spec)
-    kernel = layer.kernel(record.build)
+    _skip_if_refused(entry, layer.spec)
+    kernel = layer.kernel(entry.build)
     whole = kernel.compute_slots(layer.input()).view(300, 2, -1)
     summed = kernel.compute(layer.input())
     before = torch.get_num_threads()

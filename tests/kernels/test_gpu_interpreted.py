@@ -1,4 +1,4 @@
-"""Runs the tests of the GPU kernels in Triton's interpreter, in processes of their own."""
+"""The tests of ``tests/kernels/gpu``, run in Triton's interpreter in processes of their own."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from launch import clean_environment
 
 FOLDER = Path(__file__).parent / "gpu"
 FORMS = "activations or dtypes or tables"
-# One test must not take minutes on a busy machine: a long file goes in two parts, of which each is what the other leaves.
+# One test must not take minutes on a busy machine, so a long file is split into two complementary parts.
 PARTS = {"test_experts.py": (FORMS, f"not ({FORMS})")}
 
 

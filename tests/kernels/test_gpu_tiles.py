@@ -1,9 +1,10 @@
-"""What is decided about GPU launches on the host: tables, buckets, availability; and that nothing needs Triton."""
+"""Decisions on the host about GPU launches: tables, buckets and availability, all without Triton."""
 
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.gpu import availability
-from xpar.kernels.gpu.tile_tables import TABLES, Machine, default_table, limits_of, read_table
-from xpar.kernels.registry import KERNELS, choose
+from xpar.kernels.gpu.tile_tables import TABLES, Machine, choose_limits, default_table, read_table
+from xpar.kernels.registry import KERNELS, choose_kernel
 
 SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"), "cuda")
 H100 = Machine(sms=132, capability=(9, 0))
@@ -27,7 +28,7 @@ H100 = Machine(sms=132, capability=(9, 0))
 )
 def test_every_row_has_one_launched_bucket(tokens, k, experts, limits):
     table = replace(TABLES["hopper", 2], limits=limits)
-    found = limits_of(table, tokens, tokens * k, experts)
+    found = choose_limits(table, tokens, tokens * k, experts)
     assert found.launched == tuple(sorted(found.launched)) and found.launched
     for count in {1, 16, 17, 64, 65, 257, tokens, tokens * k}:
         bucket = 0 if count <= found.few else 1 if count <= found.some else 2
@@ -47,7 +48,7 @@ def test_every_machine_has_a_table(capability, dtype):
     assert default_table(Machine(100, capability), dtype)
 
 
-def test_measured_file(tmp_path):
+def test_a_measured_table_is_read_from_its_file(tmp_path):
     table = replace(TABLES["hopper", 2], vector_tokens=2, limits=(16, 256))
     row = {"sms": 132, "capability": [9, 0], "itemsize": 2, "table": table.to_dict()}
     path = tmp_path / "tiles.json"
@@ -67,33 +68,30 @@ def test_measured_file(tmp_path):
         read_table(path, H100, torch.bfloat16)
 
 
-def test_reasons_against(monkeypatch):
+def test_missing_triton_and_gpus_are_reasons(monkeypatch):
     monkeypatch.setattr(availability, "find_spec", lambda name: None)
-    assert availability.unavailable(SPEC) == "triton is not installed (pip install triton)"
+    assert availability.why_unavailable(SPEC) == "triton is not installed (pip install triton)"
     monkeypatch.setattr(availability, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert availability.unavailable(SPEC) == "torch sees no GPU here"
+    assert availability.why_unavailable(SPEC) == "torch sees no GPU here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert availability.unavailable(SPEC) == "compute capability 7.5 is below 8.0"
+    assert availability.why_unavailable(SPEC) == "compute capability 7.5 is below 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert availability.unavailable(SPEC) is None
+    assert availability.why_unavailable(SPEC) is None
 
 
-def test_first_on_gpus(monkeypatch):
-    here = tuple(replace(r, unavailable=lambda spec: None) if r.name == "triton" else r for r in KERNELS)
+def test_triton_is_chosen_first_on_gpus(monkeypatch):
+    here = tuple(replace(r, why_unavailable=lambda spec: None) if r.name == "triton" else r for r in KERNELS)
     others = replace(
         SPEC, dtype=torch.float32, row_invariant=True, bias=True, activation=Activation("relu2", gated=False)
     )
     for spec in (SPEC, others):
-        assert choose(spec, kernels=here).record.name == "triton"
-    assert choose(replace(SPEC, device="cpu"), kernels=here).record.name != "triton"
+        assert choose_kernel(spec, kernels=here).name == "triton"
+    assert choose_kernel(replace(SPEC, device="cpu"), kernels=here).name != "triton"
 
 
-def test_import_without_triton():
-    code = (
-        "import sys\nsys.modules['triton'] = None\n"
-        "import xpar.kernels.registry, xpar.kernels.rows, xpar.kernels.gpu.availability, xpar.kernels.gpu.tile_tables\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+def test_imports_need_no_triton():
+    program = Path(__file__).parents[1] / "programs/import_without_triton.py"
+    done = subprocess.run([sys.executable, program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Choosing a kernel, and saying why."""
+"""The choice of an expert kernel, and its reasons."""
 
 from dataclasses import replace
 
@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from xpar.kernels.contracts import Activation, ExpertSpec
-from xpar.kernels.registry import KERNELS, choose
+from xpar.kernels.registry import KERNELS, choose_kernel
 
 SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"))
 ANYWHERE = tuple(
-    replace(r, unavailable=lambda spec: None, outdone=lambda spec: None)
+    replace(r, why_unavailable=lambda spec: None, why_unsuitable=lambda spec: None)
     for r in KERNELS
     if "cpu" in r.devices
 )
 
 
 def test_every_kernel_is_chosen_or_explained():
-    choice = choose(SPEC)
-    names = [choice.record.name, *(name for name, _ in choice.rejected)]
-    assert sorted(names) == sorted(record.name for record in KERNELS)
+    choice = choose_kernel(SPEC)
+    names = [choice.name, *(name for name, _ in choice.rejected)]
+    assert sorted(names) == sorted(entry.name for entry in KERNELS)
     lines = choice.explain().splitlines()
-    assert len(lines) == len(KERNELS) and lines[0].startswith(f"{choice.record.name}: chosen")
+    assert len(lines) == len(KERNELS) and lines[0].startswith(f"{choice.name}: chosen")
     assert all("passed over, " in line for line in lines[1:])
 
 
@@ -35,47 +35,48 @@ def test_every_kernel_is_chosen_or_explained():
     ],
     ids=["bf16", "fp32", "exact", "cuda"],
 )
-def test_first_that_fits(change, chosen, reason):
-    choice = choose(replace(SPEC, **change), kernels=ANYWHERE)
-    assert choice.record.name == chosen
+def test_the_first_that_serves_is_chosen(change, chosen, reason):
+    choice = choose_kernel(replace(SPEC, **change), kernels=ANYWHERE)
+    assert choice.name == chosen
     if reason:
         assert reason in dict(choice.rejected)["zentorch"]
 
 
-def test_what_the_machine_lacks_is_a_reason():
+def test_a_missing_processor_feature_is_a_reason():
     lacking = (
-        replace(ANYWHERE[0], unavailable=lambda spec: "this processor has no avx512_bf16"),
+        replace(ANYWHERE[0], why_unavailable=lambda spec: "this processor has no avx512_bf16"),
         *ANYWHERE[1:],
     )
-    choice = choose(SPEC, kernels=lacking)
-    assert choice.record.name == "native"
+    choice = choose_kernel(SPEC, kernels=lacking)
+    assert choice.name == "native"
     assert choice.rejected[0] == ("zentorch", "this processor has no avx512_bf16")
 
 
-def test_what_is_outdone_serves_by_name_only():
+def test_an_unsuitable_kernel_serves_by_name_only():
     slower = tuple(
-        replace(r, outdone=lambda spec: "slower here") if r.name == "native" else r for r in ANYWHERE[1:]
+        replace(r, why_unsuitable=lambda spec: "slower here") if r.name == "native" else r
+        for r in ANYWHERE[1:]
     )
-    choice = choose(SPEC, kernels=slower)
-    assert choice.record.name == "onednn" and choice.rejected[0] == ("native", "slower here")
-    assert choose(SPEC, "native", kernels=slower).record.name == "native"
+    choice = choose_kernel(SPEC, kernels=slower)
+    assert choice.name == "onednn" and choice.rejected[0] == ("native", "slower here")
+    assert choose_kernel(SPEC, "native", kernels=slower).name == "native"
 
 
-def test_shapes_that_zentorch_was_not_checked_on():
-    zen = next(record for record in KERNELS if record.name == "zentorch")
-    assert zen.refuses(replace(SPEC, intermediate_size=100)) is not None
+def test_zentorch_refuses_shapes_it_was_not_checked_with():
+    zen = next(entry for entry in KERNELS if entry.name == "zentorch")
+    assert zen.why_not(replace(SPEC, intermediate_size=100)) is not None
 
 
-def test_by_name():
-    choice = choose(SPEC, "reference")
-    assert choice.record.name == "reference"
+def test_a_name_chooses_that_kernel_or_says_why_not():
+    choice = choose_kernel(SPEC, "reference")
+    assert choice.name == "reference"
     assert all(reason for _, reason in choice.rejected)
-    with pytest.raises(ValueError, match=r"zentorch.*float32.*one of zentorch, native, onednn"):
-        choose(replace(SPEC, dtype=torch.float32), "zentorch")
+    with pytest.raises(ValueError, match=r"zentorch.*float32.*choose auto or one of onednn"):
+        choose_kernel(replace(SPEC, dtype=torch.float32), "zentorch")
     with pytest.raises(ValueError, match=r"'mkl': there is none of that name.*onednn"):
-        choose(SPEC, "mkl")
+        choose_kernel(SPEC, "mkl")
 
 
-def test_none_fits():
+def test_the_error_gives_every_kernels_reason():
     with pytest.raises(ValueError, match=r"no kernel serves .*\n  zentorch: .*\n  native: .*\n  onednn: "):
-        choose(replace(SPEC, dtype=torch.float64))
+        choose_kernel(replace(SPEC, dtype=torch.float64))

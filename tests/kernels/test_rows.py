@@ -11,7 +11,7 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 
 
 
 def assert_rounded_once(got, exact, scale):
-    """``exact`` in float64; ``scale`` bounds the size of the addends, for sums that cancel."""
+    """Check ``got`` against ``exact`` in float64; ``scale`` bounds the addends, for sums that cancel."""
     smallest = (
         1e-6 if got.dtype == torch.float16 else 0.0
     )  # float16 ends at 2^-24: weights and sums lose bits there
@@ -21,7 +21,7 @@ def assert_rounded_once(got, exact, scale):
 
 @pytest.mark.parametrize("drop", [0.0, 0.3, 1.0], ids="drop{}".format)
 @pytest.mark.parametrize("m,k,experts", [(0, 2, 4), (1, 1, 1), (9, 3, 5), (200, 8, 64)])
-def test_group_by_expert(m, k, experts, drop, g):
+def test_groups_are_a_stable_sort(m, k, experts, drop, g):
     ids = torch.randint(experts, (m, k), generator=g)
     ids = ids.masked_fill(torch.rand(m, k, generator=g) < drop, -1).to(torch.int32)
     groups = rows.group_by_expert(ids, experts)
@@ -44,7 +44,7 @@ def test_group_refuses_foreign_ids():
 @pytest.mark.parametrize("drop", [0.0, 0.3, 1.0], ids="drop{}".format)
 @pytest.mark.parametrize("m,k,h", [(0, 2, 8), (1, 1, 5), (7, 8, 64), (130, 3, 96)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weighted_sum(dtype, m, k, h, drop, g):
+def test_weighted_sum_is_rounded_once(dtype, m, k, h, drop, g):
     slot_rows = torch.randn(m * k, h, generator=g).to(dtype)
     weights = torch.rand(m, k, generator=g) * 2.5
     positions = torch.randperm(m * k, generator=g).view(m, k)
@@ -70,7 +70,7 @@ def test_weighted_sum(dtype, m, k, h, drop, g):
 
 @pytest.mark.parametrize("r,t", [(0, 3), (1, 1), (40, 13), (600, 100)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sums_by_index(dtype, r, t, g):
+def test_sums_by_index_are_rounded_once(dtype, r, t, g):
     source = torch.randn(r, 40, generator=g).to(dtype)
     index = torch.randint(t, (r,), generator=g)
     exact, scale = torch.zeros(t, 40, dtype=torch.float64), torch.zeros(t, 40, dtype=torch.float64)
@@ -78,12 +78,11 @@ def test_sums_by_index(dtype, r, t, g):
         exact[target] += source[row].double()
         scale[target] += source[row].double().abs()
     assert_rounded_once(rows.sum_rows(source, index, t), exact, scale)
-    total = torch.ones(t, 40)
-    assert rows.sum_into(total, source, index) is total
-    assert_rounded_once(total, exact + 1, scale + 1)
+    order, sizes = torch.sort(index, stable=True).indices, torch.bincount(index, minlength=t)
+    assert_rounded_once(rows.sum_runs(source, order, sizes), exact, scale)
 
 
-def test_gather_rows(g):
+def test_gather_rows_is_indexing(g):
     x, index = torch.randn(9, 4, generator=g), torch.tensor([3, 3, 0])
     assert torch.equal(rows.gather_rows(x, index), x[index])
     out = torch.empty(3, 4)

@@ -55,7 +55,7 @@ class Weights:
 def random_weights(spec: ExpertSpec, g: torch.Generator) -> Weights:
     """Weights that keep unit variance."""
     e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
-    packed = spec.activation.packed(i)
+    packed = spec.activation.gate_up_rows(i)
 
     def normal(*shape: int, scale: float) -> Tensor:
         new = torch.empty(*shape, dtype=spec.dtype, device=spec.device)

@@ -9,9 +9,9 @@ from xpar.engine.bench.kernels.cases import Layer, Weights, load, random_input, 
 from xpar.engine.config import RouterConfig
 from xpar.engine.routing import TopKRule
 from xpar.kernels import rows
-from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertKernel, ExpertSpec
 from xpar.kernels.gpu.availability import build
+from xpar.kernels.reference import mlp
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 Check = tuple[str, Callable[[], str]]
@@ -42,12 +42,8 @@ def expected_rows(spec: ExpertSpec, weights: Weights, x: ExpertInput, tokens: Te
     out = torch.zeros(len(tokens), spec.hidden_size, dtype=torch.float64, device=hidden.device)
     for expert in torch.unique(ids[ids >= 0]).tolist():
         row, slot = (ids == expert).nonzero(as_tuple=True)
-        packed = hidden[row] @ weights.gate_up[expert].double().T
-        if weights.biases:
-            packed += weights.biases[0][expert].double()
-        y = activate(packed, spec.activation).double() @ weights.down[expert].double().T
-        if weights.biases:
-            y += weights.biases[1][expert].double()
+        tensors = (weights.gate_up[expert], weights.down[expert], *(bias[expert] for bias in weights.biases))
+        y = mlp(hidden[row], spec.activation, *tensors, dtype=torch.float64)
         out.index_add_(0, row, y * router[row, slot, None])
     return out
 

@@ -74,7 +74,7 @@ def transformers_grouped(spec: ExpertSpec, weights: Weights, foreign: bool) -> C
 def _apply_gate(packed: Tensor, activation: Activation) -> Tensor:
     """In the model's dtype and as separate operations, as transformers' classes do it."""
     gate, up = packed.chunk(2, dim=-1)
-    if activation.plain:
+    if activation.is_plain:
         return functional.silu(gate) * up
     limit = activation.limit
     gate, up = gate.clamp(max=limit), up.clamp(-(limit or 0.0), limit)

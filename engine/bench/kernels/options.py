@@ -8,7 +8,7 @@ import torch
 from xpar.comm.failure import AgreedError
 from xpar.engine.bench.kernels.cases import LAYERS
 from xpar.kernels.contracts import ExpertSpec
-from xpar.kernels.gpu.availability import unavailable
+from xpar.kernels.gpu.availability import why_unavailable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = (1, 3, 16, 64, 257, 1024, 4096)
@@ -47,6 +47,6 @@ def main(args: argparse.Namespace) -> int:
 
 def require_gpu(spec: ExpertSpec) -> None:
     """Raises AgreedError where the Triton kernels cannot run: the command is one process, and this its one line."""
-    reason = unavailable(spec)
+    reason = why_unavailable(spec)
     if reason:
         raise AgreedError(f"the GPU kernels cannot run here: {reason}")

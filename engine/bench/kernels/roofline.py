@@ -44,7 +44,7 @@ def floor_time(spec: ExpertSpec, x: ExpertInput, top: Ceilings) -> float:
     active = x.topk_ids[x.topk_ids >= 0]
     slots, experts = active.numel(), torch.unique(active).numel()
     tokens = x.topk_ids.shape[0]
-    packed = spec.activation.packed(i)
+    packed = spec.activation.gate_up_rows(i)
     gate_up = max(
         2 * slots * packed * h / top.flops,
         (experts * packed * h + tokens * h + slots * i) * size / top.bandwidth,

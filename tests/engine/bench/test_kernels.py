@@ -14,7 +14,7 @@ from xpar.engine.bench.kernels.tile_candidates import candidates, get, parts, pu
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.gpu.availability import use_table
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tile_tables import Machine, Table, Vector, limits_of, read_table, write_table
+from xpar.kernels.gpu.tile_tables import Machine, Table, Vector, choose_limits, read_table, write_table
 
 HOPPER = Machine(sms=132, capability=(9, 0))
 
@@ -104,7 +104,7 @@ def test_where_rows_go_is_chosen_before_tiles(monkeypatch: pytest.MonkeyPatch) -
     kernel = layer_kernel()
     table = replace(kernel.table, limits=(0, 0))
     monkeypatch.setattr(
-        Pretended, "limits", lambda self, *shape: limits_of(self.table, *shape, 16), raising=False
+        Pretended, "limits", lambda self, *shape: choose_limits(self.table, *shape, 16), raising=False
     )
     monkeypatch.setattr(Pretended, "is_tiny", lambda self, x: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

@@ -19,7 +19,7 @@ from xpar.engine.layer.stage_timer import MeasuringTimer
 from xpar.engine.routing import SimulatedLoadRule
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.kernels.contracts import Activation, ExpertSpec
-from xpar.kernels.cpu.processor import multiplies_bfloat16
+from xpar.kernels.cpu.host import multiplies_bfloat16
 from xpar.kernels.registry import KERNELS, KernelEntry
 
 HIDDEN, WIDTH, EXPERTS, FEW = 64, 64, 9, 4
@@ -33,7 +33,7 @@ COVERED = {
     "shared beside": replace(PLAIN, shared=SharedConfig(WIDTH, gated=True)),
 }
 SPEC = ExpertSpec(EXPERTS, HIDDEN, WIDTH, torch.bfloat16, Activation("silu"))
-RECORDS = [record for record in KERNELS if record.one_call is not None and record.refuses(SPEC) is None]
+RECORDS = [record for record in KERNELS if record.fused_routing is not None and record.why_not(SPEC) is None]
 
 
 def layer_at(depth: Depth, config: LayerConfig, kernel: str = "onednn", seed: int = 0) -> MoERunner:

@@ -20,7 +20,7 @@ RECORDS = [
     pytest.param(r, id=r.name, marks=pytest.mark.skipif(bool(why), reason=str(why)))
     for r in LINEAR_KERNELS
     if torch.float32 in r.dtypes
-    for why in [r.refused(torch.float32)]
+    for why in [r.why_not(torch.float32)]
 ]
 FAMILIES: dict[str, tuple[Case, set[str]]] = {
     "qwen2_moe": (

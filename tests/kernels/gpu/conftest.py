@@ -1,6 +1,7 @@
-"""These tests run Triton's interpreter, which has to be chosen before Triton is imported: in processes of their own.
+"""Triton's interpreter for these tests, chosen before Triton is imported, so in processes of their own.
 
-``tests/kernels/test_gpu_interpreted.py`` starts them; by hand: ``TRITON_INTERPRET=1 pytest tests/kernels/gpu``.
+``tests/kernels/test_gpu_interpreted.py`` starts them.
+By hand: ``TRITON_INTERPRET=1 pytest tests/kernels/gpu``.
 """
 
 import os
@@ -18,7 +19,7 @@ else:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """New memory holds NaN, or numbers that are no index: what a kernel does not write shows."""
+    """Fill new memory with NaN, or numbers that are no index, so that values a kernel does not write show."""
     empty, new_empty = torch.empty, torch.Tensor.new_empty
 
     def fill(tensor):

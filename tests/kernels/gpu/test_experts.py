@@ -12,7 +12,7 @@ from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tile_tables import Machine, Table, Tile, Vector
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-# Small, so that every size below needs several tiles, several steps of the sum, and more than one round of programs.
+# Small tiles: every size below needs several tiles, several steps of the sum and several rounds of programs.
 TABLE = Table(
     gate_up=(
         Tile(16, 32, 32, stages=2, warps=4, per_sm=1),
@@ -44,7 +44,10 @@ FORMS = [
 
 @dataclass(frozen=True)
 class Case:
-    """``drop``: share of slots of other ranks; ``skew``: how much likelier the first expert is; the last gets none."""
+    """A batch; ``drop``: share of slots of other ranks, ``skew``: preference for the first expert.
+
+    The last expert gets no slot.
+    """
 
     tokens: int
     k: int
@@ -81,7 +84,7 @@ class Layer:
     def __init__(self, case, dtype, activation, bias, g, row_invariant=False):
         e, h, i = case.experts, case.hidden, case.width
         self.spec = ExpertSpec(e, h, i, dtype, activation, bias=bias, row_invariant=row_invariant)
-        packed = activation.packed(i)
+        packed = activation.gate_up_rows(i)
         self.gate_up = (torch.randn(e, packed, h, generator=g) / h**0.5).to(dtype)
         self.down = (torch.randn(e, h, i, generator=g) / i**0.5).to(dtype)
         self.biases = [torch.randn(e, n, generator=g).to(dtype) for n in (packed, h) if bias]
@@ -138,7 +141,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tables_compute_the_same(name, g):
-    """Last tiles of 20, 33, 32 and 30 of 64 rows after none, one and two whole ones, shared out in other ways."""
+    """Last tiles of 20, 33, 32 and 30 of 64 rows after 0, 1 and 2 whole ones, in other lists of tiles."""
     layer = Layer(Case(371, 1, experts=5, hidden=40, width=72), torch.float16, FORMS[0], True, g)
     ids = torch.arange(4, dtype=torch.int32).repeat_interleave(torch.tensor([84, 97, 160, 30]))
     layer.x.topk_ids[:, 0] = ids[torch.randperm(371, generator=g)]
@@ -148,15 +151,15 @@ def test_tables_compute_the_same(name, g):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [CASES[i] for i in (2, 6, 9)], ids=str)
-def test_dtypes(case, dtype, g):
+def test_dtypes_equal_the_reference(case, dtype, g):
     layer = Layer(case, dtype, FORMS[0], True, g)
     layer.check(layer.kernel(), slots=False)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_activations(form, bias, g):
-    """In each of the three ways to compute a gate-up product; fp32, where a wrong formula cannot hide."""
+def test_activations_equal_the_reference(form, bias, g):
+    """Each of the three gate-up kernels computes every activation; fp32 hides no wrong formula."""
     for case in (Case(2, 1, vector_tokens=4), Case(6, 1)):
         layer = Layer(case, torch.float32, form, bias, g)
         layer.check(layer.kernel(), slots=False)
@@ -194,20 +197,20 @@ def test_rows_do_not_depend_on_the_batch(g):
         assert torch.equal(kernel.compute_slots(x).view(size, 2, -1), slots[pick])
 
 
-def test_batches_take_the_way_meant_for_them(g, monkeypatch):
+def test_batches_reach_every_kernel(g, monkeypatch):
     """The sizes above reach every kernel; without this the comparisons could pass on one of them alone."""
     seen = set()
     for name in (
         "gate_up_vector",
         "gate_up_small",
-        "gate_up_large",
+        "gate_up_tiled",
         "down_vector",
         "down_small",
-        "down_large",
+        "down_tiled",
     ):
         kernel = getattr(experts, name)
 
-        class Noted:
+        class Recording:
             def __getitem__(self, grid, name=name, kernel=kernel):
                 def launch(*args, **kwargs):
                     seen.add((name, kwargs.get("BUCKET")))
@@ -215,17 +218,17 @@ def test_batches_take_the_way_meant_for_them(g, monkeypatch):
 
                 return launch
 
-        monkeypatch.setattr(experts, name, Noted())
+        monkeypatch.setattr(experts, name, Recording())
     for case in (CASES[1], Case(72, 2, experts=5, skew=3.0, hidden=16, width=16)):
         layer = Layer(case, torch.float16, FORMS[0], False, g)
         layer.check(layer.kernel(), slots=False)
-    both = {f"{stage}_{size}" for stage in ("gate_up", "down") for size in ("small", "large")}
+    both = {f"{stage}_{size}" for stage in ("gate_up", "down") for size in ("small", "tiled")}
     assert seen == {("gate_up_vector", None), ("down_vector", None)} | {
-        (name, bucket) for name in both for bucket in ([2] if "large" in name else [0, 1])
+        (name, bucket) for name in both for bucket in ([2] if "tiled" in name else [0, 1])
     }
 
 
-def test_missing_and_wrong_weights():
+def test_missing_and_wrong_weights_are_refused():
     kernel = TritonExperts(
         ExpertSpec(2, 32, 16, torch.float32, FORMS[0]), TABLE, Machine(sms=3, capability=(9, 0))
     )

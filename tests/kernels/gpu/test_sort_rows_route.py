@@ -8,8 +8,8 @@ import torch
 
 from xpar.engine.config import RouterConfig
 from xpar.engine.routing import TopKRule
-from xpar.kernels.gpu import expert_sort, route, rows
-from xpar.kernels.gpu.expert_sort import make_plan, plan_reference
+from xpar.kernels.gpu import route, rows
+from xpar.kernels.gpu.expert_sort import plan_tiles, tile_plan_reference
 from xpar.kernels.gpu.tile_tables import NO_LIMIT, Limits, Tile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,13 +43,12 @@ LARGE = [(550, 2, 130, 0.1, 1024), (120, 20, 7, 0.2, 64)]  # the second: more bl
 @pytest.mark.parametrize(
     ("sizes", "limits"), [*itertools.product(SMALL, LIMITS), *zip(LARGE, LIMITS, strict=False)], ids=str
 )
-def test_plan(sizes, limits, g, monkeypatch):
+def test_plan_is_a_stable_sort_cut_into_tiles(sizes, limits, g):
     tokens, k, experts, drop, block = sizes
-    monkeypatch.setattr(expert_sort, "_BLOCK", block)
     ids = (torch.rand(tokens, k, generator=g) ** 3 * experts).to(torch.int32)  # skewed to the first
     ids[torch.rand(tokens, k, generator=g) < drop] = -1
-    plan = make_plan(ids, experts, TILES, limits)
-    slots, offsets = plan_reference(ids, experts)
+    plan = plan_tiles(ids, experts, TILES, limits, block_slots=block)
+    slots, offsets = tile_plan_reference(ids, experts)
     assert torch.equal(plan.offsets.long(), offsets)
     assert torch.equal(plan.slots[: len(slots)].long(), slots)
     for bucket, expected in enumerate(expected_tiles(offsets.tolist(), limits)):
@@ -61,7 +60,7 @@ def test_plan(sizes, limits, g, monkeypatch):
 
 
 def expected_tiles(offsets, limits):
-    """(expert, first row) of the tiles of each bucket, one row of an expert after the other."""
+    """Return (expert, first row) of the tiles of each bucket, found by a loop over rows."""
     lists = ([], [], [])
     for e, (first, end) in enumerate(pairwise(offsets)):
         count = end - first
@@ -76,7 +75,7 @@ def expected_tiles(offsets, limits):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m,k,h", [(0, 2, 8), (1, 1, 5), (7, 8, 1100)])
 @pytest.mark.parametrize("added", [False, True], ids=["alone", "added"])
-def test_weighted_sum(added, m, k, h, dtype, g):
+def test_weighted_sum_is_rounded_once(added, m, k, h, dtype, g):
     source = torch.randn(m * k, h, generator=g).to(dtype)
     weights = torch.rand(m, k, generator=g) * 2.5
     positions = torch.randperm(m * k, generator=g).view(m, k)
@@ -94,7 +93,7 @@ def test_weighted_sum(added, m, k, h, dtype, g):
     assert rows.weighted_sum(source, weights, positions, out, **more) is out and torch.equal(out, got)
 
 
-def test_weighted_sum_in_place(g):
+def test_weighted_sum_of_slots_in_place(g):
     source, ids = (
         torch.randn(6, 10, generator=g),
         torch.tensor([[3, -1], [0, 0], [-1, -1]], dtype=torch.int32),
@@ -107,7 +106,7 @@ def test_weighted_sum_in_place(g):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("r,t", [(0, 3), (1, 1), (40, 13)])
-def test_sums_by_index(dtype, r, t, g):
+def test_sums_by_index_are_rounded_once(dtype, r, t, g):
     source = torch.randn(r, 40, generator=g).to(dtype)
     index = torch.randint(t, (r,), generator=g)
     exact = torch.zeros(t, 40, dtype=torch.float64).index_add_(0, index, source.double())
@@ -117,7 +116,7 @@ def test_sums_by_index(dtype, r, t, g):
     assert_rounded_once(rows.sum_runs(source, order, sizes), exact, scale)
 
 
-def test_gather_rows(g):
+def test_gather_rows_is_indexing(g):
     for count, h in ((0, 4), (3, 5), (20, 1200)):
         x, index = torch.randn(9, h, generator=g), torch.randint(9, (count,), generator=g)
         assert torch.equal(rows.gather_rows(x, index), x[index])
@@ -141,7 +140,7 @@ ROUTERS = {
 
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("tokens", [0, 1, 50])
-def test_router(name, tokens, g):
+def test_routing_equals_the_rule(name, tokens, g):
     experts, c = ROUTERS[name]
     logits = torch.randn(tokens, experts, generator=g)
     bias = torch.randn(experts, generator=g) if c.correction_bias else None
