@@ -1,1 +1,1 @@
-"""What the commands print: tables, progress, logs, and the manifest that goes into every JSON result."""
+"""What the commands print and write: tables, progress bars, logs, and the JSON document with its manifest."""

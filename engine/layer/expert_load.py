@@ -1,5 +1,6 @@
 """How a layer's load spreads: tokens of each expert, rows moved, imbalance; counted over steps where somebody asks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,12 @@ class ExpertLoad:
     @property
     def expert_imbalance(self) -> float:
         """The busiest expert's pairs over the mean; 1 is even, and what no pair at all makes."""
-        return _imbalance(self.per_expert)
+        return imbalance(self.per_expert)
 
     @property
     def rank_imbalance(self) -> float:
         """The busiest rank's pairs over the mean: how much longer its experts compute."""
-        return _imbalance(self.per_rank)
+        return imbalance(self.per_rank)
 
 
 class LoadCounter:
@@ -75,5 +76,6 @@ class LoadCounter:
         return torch.from_numpy(self.group.exchange(mine.numpy()).sum(axis=0))
 
 
-def _imbalance(pairs: tuple[int, ...]) -> float:
+def imbalance(pairs: Sequence[int]) -> float:
+    """The largest count over the mean: 1 for an even load, and for no load at all."""
     return max(pairs) * len(pairs) / sum(pairs) if sum(pairs) else 1.0

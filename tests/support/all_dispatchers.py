@@ -13,7 +13,7 @@ SHARING = ("shared-memory",)
 """Those that serve ranks of one node only."""
 
 
-def movers(**mark: Any) -> list[Any]:
+def all_dispatchers(**mark: Any) -> list[Any]:
     """Every dispatcher that moves tokens; those of :data:`SHARING` only where all ranks are on one node.
 
     ``mark``: the options of the mark ``mpi`` of the module, which a parameter's mark replaces.

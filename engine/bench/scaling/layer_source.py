@@ -1,4 +1,4 @@
-"""What is measured: a layer of a published shape with random weights, or one of a checkpoint."""
+"""The layer that a study measures: one of a published shape with random weights, or one of a checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.bench.layer import available_bytes
+from xpar.engine.bench.ceilings import available_bytes
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.layer.build import LayerOptions, build_layer, load_layer
 from xpar.engine.layer.reference import layer_reference
@@ -18,7 +18,7 @@ from xpar.engine.synthetic.layer import SyntheticLayer
 
 
 class LayerSource(Protocol):
-    """A layer that can be built on any grid, and its slow, readable reference. ``name``: for people."""
+    """A layer that can be built on any grid, and its slow, readable reference. ``name`` is for people."""
 
     @property
     def name(self) -> str: ...
@@ -30,15 +30,15 @@ class LayerSource(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def build(self, grid: ProcessGrid) -> MoERunner:
-        """Collective over ``grid``; AgreedError where the layer cannot be had on it."""
+        """Build the layer; collective over ``grid``. Raises AgreedError if ``grid`` cannot have the layer."""
 
     def reference(self, x: Tensor) -> Tensor:
-        """[T, H] float32 of ``x`` [T, H], on this rank alone."""
+        """Compute the output [T, H] float32 of ``x`` [T, H] on this rank alone."""
 
 
 @dataclass(frozen=True)
 class ShapeLayer:
-    """``weights``: drawn anew on every grid, the same on each."""
+    """A layer with random weights, which are drawn again on every grid and are the same on each."""
 
     name: str
     weights: SyntheticLayer
@@ -63,7 +63,7 @@ class ShapeLayer:
         return self.weights.reference(x)[0]
 
     def _check_memory(self, grid: ProcessGrid) -> None:
-        """Raise ValueError where this node's ranks would need more memory than it has left."""
+        """Raise ValueError if this node's ranks would need more memory than the node has left."""
         if grid.device.type != "cpu":
             return
         world = grid.world
@@ -78,7 +78,7 @@ class ShapeLayer:
 
 @dataclass(frozen=True)
 class CheckpointLayer:
-    """MoE layer ``layer`` of the checkpoint at ``path``."""
+    """The MoE layer with index ``layer`` of the checkpoint at ``path``."""
 
     path: Path
     layer: int

@@ -13,7 +13,7 @@ from tiny_models import write_model
 
 from xpar.engine.bench.decode_profile import PARTS
 from xpar.engine.cli import parser
-from xpar.engine.commands.bench_generate import _check
+from xpar.engine.commands.bench_generate import check_request
 
 
 @pytest.fixture(scope="module")
@@ -56,4 +56,4 @@ WRONG = {
 def test_wrong_words(model: Path, what: str) -> None:
     words, message = WRONG[what]
     with pytest.raises(ValueError, match=re.escape(message)):
-        _check(parser().parse_args(["bench", "generate", str(model), *words]))
+        check_request(parser().parse_args(["bench", "generate", str(model), *words]))

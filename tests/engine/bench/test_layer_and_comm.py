@@ -9,11 +9,11 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 from launch import mpirun
-from run_commands import in_turn
+from run_commands import run_commands
 
 from xpar.comm.dispatch.expected_traffic import expected_rows
-from xpar.engine.bench.ceilings import Ceilings
-from xpar.engine.bench.peers import IMPLEMENTATIONS, caller, transformers_layer
+from xpar.engine.bench.ceilings import HostCeilings
+from xpar.engine.bench.peers import IMPLEMENTATIONS, block_function, transformers_layer
 from xpar.engine.bench.timing import Times
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import SHAPES, shape_of
@@ -49,7 +49,7 @@ def test_transformers_computes_the_same_layer(name: str, fresh_seed: int) -> Non
     x = torch.randn(9, layer.config.hidden_size, generator=torch.Generator().manual_seed(fresh_seed))
     expected, _ = layer.reference(x)
     for implementation in IMPLEMENTATIONS:
-        got = caller(block, implementation)(x)
+        got = block_function(block, implementation)(x)
         assert (got - expected).norm() <= 1e-5 * expected.norm(), implementation
 
 
@@ -74,8 +74,10 @@ def test_floor_counts_distinct_experts_and_all_slots() -> None:
     ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, -1]] * 100, dtype=torch.int32)
     routing = Routing(ids, torch.ones(ids.shape))
     expert = 3 * layer.hidden_size * layer.intermediate_size
-    assert Ceilings(1e9, 1e30).floor_s(layer, routing, torch.bfloat16) == pytest.approx(7 * expert * 2 / 1e9)
-    assert Ceilings(1e30, 1e9).floor_s(layer, routing, torch.bfloat16) == pytest.approx(
+    assert HostCeilings(1e9, 1e30).floor_s(layer, routing, torch.bfloat16) == pytest.approx(
+        7 * expert * 2 / 1e9
+    )
+    assert HostCeilings(1e30, 1e9).floor_s(layer, routing, torch.bfloat16) == pytest.approx(
         700 * 2 * expert / 1e9
     )
 
@@ -163,7 +165,7 @@ def test_bench_overlap_compares_every_order(tmp_path: Path, n: int) -> None:
 @pytest.fixture(scope="module")
 def said_to_wrong_words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CompletedProcess[str]]:
     commands = [["bench", *words.split()] for words in WRONG]
-    return dict(zip(WRONG, in_turn(2, commands, tmp_path_factory.mktemp("wrong")), strict=True))
+    return dict(zip(WRONG, run_commands(2, commands, tmp_path_factory.mktemp("wrong")), strict=True))
 
 
 @pytest.mark.parametrize("words", WRONG)

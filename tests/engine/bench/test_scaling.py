@@ -16,13 +16,13 @@ from xpar.comm.partition import split_range
 from xpar.engine.bench.scaling import result_folder
 from xpar.engine.bench.scaling.generate_study import AnswerCheck
 from xpar.engine.bench.scaling.inputs import CHECKED, batch, checked_places, checked_tokens
-from xpar.engine.bench.scaling.layer import LayerCheck
 from xpar.engine.bench.scaling.layer_source import ShapeLayer
+from xpar.engine.bench.scaling.layer_study import LayerCheck
 from xpar.engine.bench.scaling.markdown_report import markdown
-from xpar.engine.bench.scaling.options import plan
-from xpar.engine.bench.scaling.plot import figure_of
-from xpar.engine.bench.scaling.points import Point, points_of, relative
+from xpar.engine.bench.scaling.plot import make_figure
+from xpar.engine.bench.scaling.points import Point, points_of, relative_speed
 from xpar.engine.cli import parser
+from xpar.engine.commands.bench_scaling import read_plan
 from xpar.engine.layer.build import LayerOptions
 from xpar.engine.layer.stage_timer import STAGES
 from xpar.engine.synthetic.checkpoint import make_checkpoint
@@ -70,14 +70,14 @@ def test_default_points_of_a_power_of_two_are_not_doubled() -> None:
 )
 def test_wrong_words(words: list[str], message: str) -> None:
     with pytest.raises(ValueError) as raised:
-        plan(parser().parse_args(["bench", "scaling", *words]), NODES)
+        read_plan(parser().parse_args(["bench", "scaling", *words]), NODES)
     assert message in str(raised.value)
 
 
 def test_both_modes_begin_with_the_same_tokens() -> None:
     words = ["bench", "scaling", "olmoe", "--tokens", "96", "--ranks", "3,6"]
-    assert plan(parser().parse_args(words), NODES).per_rank == 32
-    assert plan(parser().parse_args([*words, "--tokens-per-rank", "7"]), NODES).per_rank == 7
+    assert read_plan(parser().parse_args(words), NODES).tokens_per_rank == 32
+    assert read_plan(parser().parse_args([*words, "--tokens-per-rank", "7"]), NODES).tokens_per_rank == 7
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 63, 64, 200])
@@ -155,7 +155,7 @@ def records() -> list[dict[str, Any]]:
                 "manifest": manifest,
             }
         )
-        found[-1].update(relative(found[-1], found[0]))
+        found[-1].update(relative_speed(found[-1], found[0]))
     lost = {
         "mode": "strong",
         "what": "a layer",
@@ -188,7 +188,7 @@ def test_a_wrong_point_is_named() -> None:
 
 
 def test_plot_names_the_baseline_and_shows_the_ideal() -> None:
-    time, efficiency, stages, moved = figure_of(records()).axes
+    time, efficiency, stages, moved = make_figure(records()).axes
     assert efficiency.get_ylabel() == "parallel efficiency (%)\nrelative to 2 ranks x 3 threads on 1 node"
     lines = {line.get_label(): list(line.get_ydata()) for line in time.lines}
     assert lines["ideal, from 2 ranks x 3 threads on 1 node"] == [80, 40, 20]
@@ -206,7 +206,7 @@ def test_plot_of_answers_leaves_out_what_is_not_known() -> None:
     found = copy.deepcopy(records())
     for record in found[1:]:
         del record["stages_ms"], record["dispatch_bytes"]
-    assert [axis.get_title() for axis in figure_of(found).axes] == [
+    assert [axis.get_title() for axis in make_figure(found).axes] == [
         "strong: time",
         "strong: parallel efficiency",
     ]
@@ -319,14 +319,14 @@ def test_a_failure_inside_a_point_ends_the_ranks_outside_it() -> None:
 from xpar.comm import World, run
 from xpar.comm.handshake import DesyncError
 from xpar.engine.bench.scaling.points import points_of
-from xpar.engine.bench.scaling.study import sweep
+from xpar.engine.bench.scaling.study import run_study
 
 class Failing:
     def measure(self, mode):
         raise DesyncError("out of step")
 
 world = World.attach()
-run(lambda: sweep(world, points_of(world.node_of, [2]), lambda inside: Failing(), ["strong"]))
+run(lambda: run_study(world, points_of(world.node_of, [2]), lambda inside: Failing(), ["strong"]))
 """,
     )
     assert job.returncode != 0

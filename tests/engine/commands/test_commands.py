@@ -8,7 +8,7 @@ from subprocess import CompletedProcess
 
 import pytest
 from launch import mpirun
-from run_commands import in_turn
+from run_commands import run_commands
 
 from xpar.engine.architectures.dense_schema import DENSE
 from xpar.engine.cli import parser
@@ -76,7 +76,7 @@ def said_to_wrong_words(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, CompletedProcess[str]]:
     commands = [["run", str(checkpoint), *words.split()] for words in WRONG]
-    return dict(zip(WRONG, in_turn(2, commands, tmp_path_factory.mktemp("wrong")), strict=True))
+    return dict(zip(WRONG, run_commands(2, commands, tmp_path_factory.mktemp("wrong")), strict=True))
 
 
 @pytest.mark.parametrize("words", WRONG)

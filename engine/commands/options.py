@@ -1,0 +1,236 @@
+"""Options that several commands share, and what their values lead to: device, world, checks of numbers.
+
+Importing this module imports neither torch nor MPI: the command line must answer ``--help`` and mistyped options at once.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xpar.comm.grid import ProcessGrid
+    from xpar.comm.world import World
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("bfloat16", "float16", "float32")
+"""Names in :data:`xpar.engine.layer.build.FLOATS`, which cannot be imported here; a test compares the two."""
+DEPTHS = ("auto", "steps", "one-call")
+"""As :data:`xpar.engine.layer.route_and_compute.DEPTHS`."""
+BATCH = 16
+PREFILL_TOKENS = 4096
+AXES = {"tp": "tensor", "dp": "data", "ep": "expert", "etp": "expert-tensor"}
+DEADLINE_S = 60.0
+"""The default of ``--deadline``, which is that of :class:`xpar.comm.watchdog.deadlines.Deadlines`."""
+
+
+def add_grid(p: argparse.ArgumentParser, *axes: str, default: str = "follows from the other axes") -> None:
+    """Add an option for each of the ``axes`` of the process grid; ``default`` explains what leaving it out means."""
+    for axis in axes:
+        p.add_argument(
+            f"--{axis}",
+            type=int,
+            metavar="N",
+            help=f"number of {AXES[axis]}-parallel ranks (default: {default})",
+        )
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
+    """Add ``--device`` and ``--transport``."""
+    p.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="processor to compute on; auto takes the GPUs if every rank sees one (default auto)",
+    )
+    p.add_argument(
+        "--transport",
+        default="auto",
+        metavar="NAME",
+        help="how rows travel between GPUs: auto, nccl, staged or mpi (default auto)",
+    )
+
+
+def add_dispatcher_and_kernel(p: argparse.ArgumentParser) -> None:
+    """Add ``--dispatcher`` and ``--kernel``."""
+    p.add_argument(
+        "--dispatcher", default="auto", metavar="NAME", help="dispatcher that moves the tokens (default auto)"
+    )
+    p.add_argument(
+        "--kernel", default="auto", metavar="NAME", help="kernel that computes the experts (default auto)"
+    )
+
+
+def add_depth(p: argparse.ArgumentParser) -> None:
+    """Add ``--depth``."""
+    p.add_argument(
+        "--depth",
+        choices=DEPTHS,
+        default="auto",
+        help="steps: one call for each step of the layer; one-call: one kernel call for routing and experts "
+        "(default auto: the faster one)",
+    )
+
+
+def add_dense(p: argparse.ArgumentParser) -> None:
+    """Add ``--dense`` and ``--whole-block``, for commands on whole models."""
+    p.add_argument(
+        "--dense",
+        default="auto",
+        metavar="NAME",
+        help="kernel of the dense layers: auto, zentorch, native, onednn, or plain for transformers' own (default auto)",
+    )
+    p.add_argument(
+        "--whole-block",
+        action="store_true",
+        help="replace the model's routers and shared experts by xpar's, too (default: only its routed experts)",
+    )
+
+
+def add_whole_dense(p: argparse.ArgumentParser) -> None:
+    """Add ``--whole-dense``, for commands in which every rank runs as many dense products as the others."""
+    p.add_argument(
+        "--whole-dense",
+        action="store_true",
+        help="give every rank all dense weights (default: the ranks of a node share out the dense products)",
+    )
+
+
+def add_exact(p: argparse.ArgumentParser, result: str = "output bits") -> None:
+    """Add ``--exact``; ``result`` names what then does not depend on the number of ranks."""
+    p.add_argument("--exact", action="store_true", help=f"make {result} independent of the number of ranks")
+
+
+def add_dtype(
+    p: argparse.ArgumentParser, default: str | None = None, explanation: str = "the checkpoint's"
+) -> None:
+    """Add ``--dtype``; ``explanation`` describes the default where ``default`` is None."""
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=default,
+        help=f"floating-point type of weights and tokens (default {default or explanation})",
+    )
+
+
+def add_threads(p: argparse.ArgumentParser, default: str = "its share of the node's cores") -> None:
+    """Add ``--threads``; ``default`` explains what leaving it out means."""
+    p.add_argument(
+        "--threads", type=int, metavar="N", help=f"number of threads per rank (default: {default})"
+    )
+
+
+def add_seed(p: argparse.ArgumentParser, drawn: str = "weights and tokens") -> None:
+    """Add ``--seed`` of the random values that ``drawn`` names."""
+    p.add_argument("--seed", type=int, default=0, metavar="N", help=f"seed of the random {drawn} (default 0)")
+
+
+def add_json(p: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE as one JSON document")
+
+
+def add_watchdog(p: argparse.ArgumentParser, stragglers: bool = False) -> None:
+    """Add ``--deadline`` and ``--debug-collectives``, and ``--stragglers`` for a command that prints that report."""
+    p.add_argument(
+        "--deadline",
+        type=_read_seconds,
+        default=DEADLINE_S,
+        metavar="SECONDS",
+        help="longest time in seconds that a rank may keep the others waiting before the job ends with a report; "
+        f"five times as long while the job starts (default {DEADLINE_S:g})",
+    )
+    p.add_argument(
+        "--debug-collectives",
+        action="store_true",
+        help="compare operation, shapes and dtypes on all ranks before every collective (slow)",
+    )
+    if stragglers:
+        p.add_argument(
+            "--stragglers",
+            action="store_true",
+            help="print at the end how late each rank came to collectives",
+        )
+
+
+def add_verbose(p: argparse.ArgumentParser) -> None:
+    """Add ``-v`` to a command that runs on several ranks."""
+    p.add_argument(
+        "-v", "--verbose", action="store_true", help="print the log of every rank (default: of rank 0 alone)"
+    )
+
+
+def attach(args: argparse.Namespace) -> "World":
+    """Join the MPI job with the options of :func:`add_watchdog`."""
+    from xpar.comm.watchdog.deadlines import Deadlines
+    from xpar.comm.watchdog.watchdog import Watching
+    from xpar.comm.world import World
+
+    watch = Watching(args.debug_collectives, getattr(args, "stragglers", False))
+    return World.attach(deadlines=Deadlines.of_step(args.deadline), watch=watch)
+
+
+def pick_device(world: "World", name: str) -> str:
+    """Return ``cpu`` or ``cuda`` for the value ``name`` of ``--device``; collective over ``world``."""
+    import torch
+
+    seen = world.comm.all_gather_object(torch.cuda.is_available())
+    if name == "auto":
+        return "cuda" if all(seen) else "cpu"
+    return name
+
+
+def job_line(grid: "ProcessGrid") -> str:
+    """Format ranks, nodes, threads, grid and device of a job as one line."""
+    import torch
+
+    from xpar.engine.console.terminal import count
+
+    world, threads = grid.world, count(torch.get_num_threads(), "thread")
+    ranks = f"{count(world.size, 'rank')} on {count(world.num_nodes, 'node')}, {threads} each"
+    return f"{ranks} | {grid.shape} | {device_name(grid)}"
+
+
+def device_name(grid: "ProcessGrid") -> str:
+    """Name the device of ``grid``, and the transport between GPUs."""
+    import torch
+
+    if grid.transport is None:
+        return str(grid.device)
+    return f"{torch.cuda.get_device_name(grid.device)}, {grid.transport.choice.name}"
+
+
+def at_least(**limits: tuple[int | None, int]) -> None:
+    """Raise ValueError for the first option whose ``(value, least)`` does not fit; an absent option has value None."""
+    for name, (value, least) in limits.items():
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def positive(**values: float) -> None:
+    """Raise ValueError for the first option whose value is not above zero."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"--{name} {value:g}: must be positive")
+
+
+def batch_size(args: argparse.Namespace) -> int:
+    """Return ``--batch`` or its default; raise ValueError for a batch that ``--exact`` rules out."""
+    if args.exact and (args.batch or 1) > 1:
+        raise ValueError(
+            f"--exact --batch {args.batch}: sequences of one batch change each other's rounding; leave --batch out"
+        )
+    return int(args.batch or (1 if args.exact else BATCH))
+
+
+def _read_seconds(text: str) -> float:
+    """Read the value of ``--deadline``; the rule is that of ``Deadlines.of_step``, known before torch is imported."""
+    try:
+        seconds = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise argparse.ArgumentTypeError(
+            f"deadline of {seconds:g} s: must be positive and finite; leave it out for {DEADLINE_S:g} s"
+        )
+    return seconds
