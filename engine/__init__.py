@@ -1,4 +1,4 @@
-"""The engine: what a mixture-of-experts layer computes, whole models, and the commands of ``xpar``.
+"""The engine: mixture-of-experts layers, whole models, and the commands of ``xpar``.
 
 The names below are imported when they are first used, so that ``xpar --help`` does not wait for torch.
 """

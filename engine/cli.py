@@ -1,4 +1,4 @@
-"""The command line of ``xpar``. It reads the options before it imports anything that takes long."""
+"""The command line of ``xpar``, which reads the options before it imports torch."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``xpar`` with the words ``argv`` (default: those of this process) and return the exit status."""
+    """Run ``xpar`` with ``argv`` (default: this process's words); return the exit status."""
     keep_freed_memory()
     args = _parse(list(sys.argv[1:] if argv is None else argv))
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class _PrintVersion(argparse.Action):
-    """The option ``--version``, which reads the metadata of the installation only when it is given."""
+    """The option ``--version``, which reads the installed version only when it is given."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -54,5 +54,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _is_first() -> bool:
-    """Whether this process is rank 0 by the launcher's variables: help must not need a working MPI."""
+    """Whether the launcher's variables make this process rank 0: help must not need MPI."""
     return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"

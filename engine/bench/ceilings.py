@@ -1,4 +1,4 @@
-"""The limits of this machine, measured in the same run: memory read per second, operations per second, free memory."""
+"""The limits of this machine, measured in the same run."""
 
 import time
 from collections.abc import Callable
@@ -35,7 +35,10 @@ class HostCeilings:
     flop_per_s: float
 
     def floor_s(self, config: LayerConfig, routing: Routing, dtype: torch.dtype) -> float:
-        """Compute the least seconds of a layer: its chosen experts' weights read once, or every slot computed."""
+        """Compute the least seconds of a layer with this routing.
+
+        The weights of the chosen experts are read once, and every slot is computed; the longer of the two counts.
+        """
         expert = 3 * config.routed_size * config.intermediate_size
         shared = 3 * config.hidden_size * (config.shared.intermediate_size if config.shared else 0)
         active = routing.topk_ids[routing.topk_ids >= 0]
@@ -55,7 +58,7 @@ def measure_host_ceilings(dtype: torch.dtype) -> HostCeilings:
 
 
 def available_bytes() -> float:
-    """Return the memory in bytes that this node can still give; infinity if the system does not tell."""
+    """Return the bytes of memory that this node has left; infinity if the system does not tell."""
     meminfo = Path("/proc/meminfo")
     for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
         if line.startswith("MemAvailable:"):
@@ -73,7 +76,7 @@ def _least_s(attempt: Callable[[], object]) -> float:
 
 
 def _sum_reader() -> Callable[[], object]:
-    """Make a sum over memory: one stream per thread, which does not keep the memory of every processor busy."""
+    """Make a sum over memory. It reads one stream per thread, too few for some processors."""
     return pages.empty((STREAM_BYTES // 8,), torch.int64).fill_(1).sum
 
 
@@ -100,7 +103,7 @@ class GpuCeilings:
     flops: float
 
     def floor_s(self, spec: ExpertSpec, x: ExpertInput) -> float:
-        """Compute the least seconds for gate-up, down and weighted sum as three kernels, each at its nearer limit.
+        """Compute the least seconds of a layer as three kernels: gate-up, down and weighted sum.
 
         Every weight of an expert that has tokens is read once, and so is every row; each result is written once.
         """
@@ -120,7 +123,10 @@ class GpuCeilings:
 
 
 def measure_gpu_ceilings(dtype: torch.dtype = torch.bfloat16) -> GpuCeilings:
-    """Measure the GPU with additions over 1 GiB and large products: the best of three, as clocks need time to rise."""
+    """Measure the GPU with additions over 1 GiB and with large products.
+
+    Each is the best of three, as clocks need time to rise.
+    """
     return GpuCeilings(_gpu_bandwidth(), _gpu_flops(dtype))
 
 

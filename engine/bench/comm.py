@@ -1,4 +1,4 @@
-"""Every dispatcher on random routing: its rows beside the de-duplicated count, its time beside a bare ``MPI_Alltoallv``.
+"""Every dispatcher on random routing, beside a bare ``MPI_Alltoallv`` of the same rows.
 
 Each row of a token is sent once to each rank, or node, that holds any of its experts: the de-duplicated rows.
 """
@@ -53,7 +53,9 @@ def count_tokens(megabytes: float, hidden_size: int, dtype: torch.dtype, rows_pe
 def measure(
     traffic: TokenTraffic, grid: ProcessGrid, names: list[str], rounds: int = ROUNDS
 ) -> list[dict[str, Any]]:
-    """Measure dispatch and combine of each dispatcher, without the experts' work between them; collective.
+    """Measure dispatch and combine of each dispatcher; collective.
+
+    The experts' work between dispatch and combine is not measured.
 
     Args:
         traffic: the tokens.
@@ -76,7 +78,7 @@ def measure(
 
 
 def choose_names(grid: ProcessGrid, num_experts: int, names: list[str]) -> list[str]:
-    """Return ``names``, or if empty those of all dispatchers that serve ``grid`` and send something.
+    """Return ``names``, or if empty all dispatchers that serve ``grid`` and send something.
 
     Raises ValueError for a name that does not serve ``grid``.
     """
@@ -148,7 +150,7 @@ class DispatchTrial:
 
 
 class BareExchange:
-    """The de-duplicated rows through ``MPI_Alltoallv`` there and back, between prepared buffers: the bound to meet."""
+    """The same rows through ``MPI_Alltoallv`` there and back, between prepared buffers."""
 
     def __init__(
         self, group: Communicator, routing: Routing, placement: Placement, traffic: TokenTraffic
@@ -162,7 +164,7 @@ class BareExchange:
         self.recv_buffer = torch.ones(sum(self.recv), width, dtype=traffic.dtype)
 
     def step(self) -> tuple[float, float, float]:
-        """Send the rows there and back once; return the seconds of nothing, there, and back. Collective."""
+        """Send the rows there and back; return the seconds of nothing, there, and back. Collective."""
         self.group.barrier()
         begin = time.perf_counter()
         self.group.all_to_all_v(self.send_buffer, self.send, self.recv, out=self.recv_buffer).wait()

@@ -1,4 +1,4 @@
-"""Decoding on this job's ranks with the loop of ``xpar generate``, and the time of each part of a step."""
+"""Decoding with the loop of ``xpar generate``, and the time of each part of a step."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""Decoding with a whole model on this job's ranks, beside transformers in one process: from one run, in turn, checked."""
+"""Decoding with a whole model on this job's ranks, beside transformers in one process."""
 
 import resource
 import statistics
@@ -81,7 +81,9 @@ def gather_peak_bytes(grid: ProcessGrid) -> list[int]:
 
 
 def gather_resident_bytes(grid: ProcessGrid, path: Path) -> list[int]:
-    """Return the memory in bytes that each rank has now, with all code that the model of ``path`` needs; collective.
+    """Return the bytes of memory that each rank has now; collective.
+
+    The code that the model of ``path`` needs is imported first, so that its memory is not taken for weights.
 
     On a system that does not tell (outside of Linux), the result is the peak.
     """
@@ -94,7 +96,7 @@ def gather_resident_bytes(grid: ProcessGrid, path: Path) -> list[int]:
 
 
 def _import_code(path: Path) -> None:
-    """Import what loading the model of ``path`` would import, so that its memory is not taken for weights."""
+    """Import everything that loading the model of ``path`` would import."""
     if find_spec("transformers"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -106,7 +108,7 @@ def _import_code(path: Path) -> None:
 
 @dataclass(frozen=True)
 class LoadingMemory:
-    """The memory of one rank in bytes: resident before it loads, its peak after, and its weights."""
+    """The bytes of memory of one rank: before it loads, its peak after, and its weights."""
 
     before: int
     peak: int
@@ -151,13 +153,16 @@ def _ask_peer(peer: DecodingPeer | None, name: str, ids: torch.Tensor, new_token
 
 
 def _find_contenders(theirs: dict[str, list[Decoded]]) -> list[str]:
-    """Return the implementations that may still be the fastest; rounds of the others would take most of the time."""
+    """Return the implementations that may still be the fastest.
+
+    Rounds of the others would take most of the time.
+    """
     step_ms = {name: decoded[0].step_ms for name, decoded in theirs.items() if decoded}
     return [name for name, ms in step_ms.items() if ms < FAR * min(step_ms.values())]
 
 
 def _compare(request: DecodeRequest, ours: list[Decoded], theirs: dict[str, list[Decoded]]) -> dict[str, Any]:
-    """Compare the medians over the rounds with the fastest of transformers' implementations at this batch."""
+    """Compare medians over the rounds with the fastest of transformers' implementations."""
     step_ms = {name: statistics.median(d.step_ms for d in decoded) for name, decoded in theirs.items()}
     best = min(step_ms, key=lambda name: step_ms[name])
     mine = statistics.median(d.step_ms for d in ours)

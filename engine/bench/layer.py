@@ -128,7 +128,7 @@ class LayerBench:
         return statistics.median(floors) * 1e3 / self.grid.world.num_nodes
 
     def _compute_errors(self, tokens: int, x: Tensor) -> dict[str, float]:
-        """Compute each contender's ||y - reference|| / ||reference|| on ``x`` on rank 0, and send them to all."""
+        """Compute each contender's ||y - reference|| / ||reference|| on ``x``, on rank 0 for all."""
         outputs = {
             name: self._gather_output(forward(self._local_tokens(x)))
             for name, forward in self.forwards.items()
@@ -174,6 +174,6 @@ class LayerBench:
 
 
 def best_ratio(times: dict[str, Times]) -> float | None:
-    """Return how many times longer the faster of transformers' implementations takes, if it was measured."""
+    """Return how many times longer transformers' faster implementation takes, if measured."""
     peers = [times[name] for name in IMPLEMENTATIONS if name in times]
     return times["xpar"].ratio(min(peers, key=lambda t: t.median_ms)) if peers else None

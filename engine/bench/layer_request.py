@@ -1,4 +1,4 @@
-"""The request of ``xpar bench layer``, and the weights and inputs that every process derives from it."""
+"""The request of ``xpar bench layer``, and the weights and inputs that follow from it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Every order in which a layer can compute its shared experts, measured and compared bit for bit."""
+"""The orders in which a layer can compute its shared experts, measured and compared."""
 
 import time
 from collections.abc import Callable
@@ -57,7 +57,10 @@ class OverlapBench:
         ]
 
     def measure(self, tokens: int) -> dict[str, Any]:
-        """Measure medians in ms and how many times longer the order ``none`` takes; name orders with other bits."""
+        """Measure every order with ``tokens`` tokens per rank, relative to the order ``none``.
+
+        ``differ`` names the orders whose output has other bits.
+        """
         inputs = [self._draw_input(tokens, n) for n in range(BATCHES)]
         captured = self._is_capturable(tokens)
         forwards = {order.value: self._make_forward(order, tokens, captured) for order in self.orders}
@@ -97,7 +100,7 @@ class OverlapBench:
         return call
 
     def _measure_shared_ms(self, inputs: list[Tensor]) -> float:
-        """Measure the shared experts alone on the slowest rank, in ms: the most that any order can save."""
+        """Measure the shared experts alone on the slowest rank, in ms: the most to be saved."""
         shared = self.runner.shared
         assert shared is not None  # the request's shape has some
         calls = [lambda x=x: shared(x) for x in inputs]

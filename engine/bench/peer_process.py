@@ -74,7 +74,7 @@ class PeerProcess:
 
 
 class LayerPeer(PeerProcess):
-    """The peers of ``xpar bench layer``: transformers' layer, and this layer with all threads of the node."""
+    """The peers of ``xpar bench layer``: transformers' layer, and this layer in one process."""
 
     def __init__(self, request: LayerRequest, threads: int) -> None:
         super().__init__(serve_layer, request, threads)
@@ -86,7 +86,7 @@ class LayerPeer(PeerProcess):
         return float(self.ask("time", name, tokens, number))
 
     def output(self, name: str, tokens: int, number: int, rows: int) -> Tensor:
-        """Compute the output [rows, H] float32 of contender ``name`` for the first rows of batch ``number``."""
+        """Compute the output [rows, H] float32 of ``name`` for the first rows of a batch."""
         return torch.tensor(self.ask("output", name, tokens, number, rows))
 
 
@@ -119,7 +119,7 @@ class DecodingPeer(PeerProcess):
 
 
 def serve_layer(pipe: Connection, request: LayerRequest, threads: int) -> None:
-    """Run the process of :class:`LayerPeer`: build the contenders, then answer until the process is killed."""
+    """Run the process of :class:`LayerPeer`: build the layers, then answer until killed."""
     keep_freed_memory()  # as the ranks do
     torch.set_num_threads(threads)
     ceilings = measure_host_ceilings(request.dtype)
@@ -159,7 +159,7 @@ def _build_forwards(request: LayerRequest, threads: int) -> dict[str, Callable[[
 
 
 def serve_model(pipe: Connection, path: Path, dtype: torch.dtype, threads: int, device: torch.device) -> None:
-    """Run the process of :class:`DecodingPeer`: load the model, then answer until the process is killed."""
+    """Run the process of :class:`DecodingPeer`: load the model, then answer until killed."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -180,7 +180,7 @@ def serve_model(pipe: Connection, path: Path, dtype: torch.dtype, threads: int, 
 def _decode(
     model: Any, implementation: str, ids: Tensor, new_tokens: int
 ) -> tuple[float, list[float], list[list[int]], Any]:
-    """Run the leanest loop around transformers' forward: greedy, its cache, no padding, nothing of ``generate``."""
+    """Decode greedily with the leanest loop around transformers' forward and its cache."""
     from transformers import DynamicCache
 
     model.set_experts_implementation(PREFILL)
@@ -198,7 +198,7 @@ def _decode(
 
 
 def _now(device: torch.device) -> float:
-    """Read the clock when all work of ``device`` is done, as a sampler that draws a token has to wait for it."""
+    """Read the clock when all work of ``device`` is done: drawing a token waits for it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

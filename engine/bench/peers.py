@@ -15,7 +15,7 @@ DECODE_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 
 
 def transformers_layer(hf_config: Mapping[str, Any], layer: SyntheticLayer) -> nn.Module:
-    """Build the MoE block of the one-layer model that ``hf_config`` describes, with the weights of ``layer``."""
+    """Build the MoE block of the model of ``hf_config`` with the weights of ``layer``."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {k: v for k, v in hf_config.items() if k not in ("model_type", "dtype", "architectures")}
@@ -29,7 +29,7 @@ def transformers_layer(hf_config: Mapping[str, Any], layer: SyntheticLayer) -> n
 
 
 def block_function(block: nn.Module, implementation: str) -> Callable[[Tensor], Tensor]:
-    """Make a function [T, H] -> [T, H] of ``block`` that computes the experts with ``implementation``."""
+    """Make a function [T, H] -> [T, H] of ``block`` with an implementation of its experts."""
 
     @torch.no_grad()
     def call(x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def block_function(block: nn.Module, implementation: str) -> Callable[[Tensor], 
 
 
 def _fill(block: nn.Module, layer: SyntheticLayer) -> None:
-    """Copy the weights of ``layer`` into ``block``; raise ValueError for a tensor that ``layer`` has not."""
+    """Copy the weights of ``layer`` into ``block``; raise ValueError for a missing one."""
     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     gate_up, down = tensors.pop("experts.gate_up_proj"), tensors.pop("experts.down_proj")
     for expert in range(layer.config.num_experts):

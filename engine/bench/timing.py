@@ -1,4 +1,4 @@
-"""Timing: several contenders in turn over the ranks of a job, calls on a GPU, and peak memory."""
+"""Timing of several contenders in turn, and of calls on a GPU; peak memory."""
 
 import resource
 import statistics
@@ -45,14 +45,16 @@ class Times:
         return min(self.seconds) * 1e3
 
     def ratio(self, other: "Times") -> float:
-        """Return how many times longer ``other`` takes, as median over rounds, so that slow moments cancel."""
+        """Return how many times longer ``other`` takes: a median over rounds cancels slow moments."""
         return statistics.median(o / s for o, s in zip(other.seconds, self.seconds, strict=True))
 
 
 def take_turns(
     comm: Communicator, contenders: Sequence[Contender], batches: int, seconds: float
 ) -> dict[str, Times]:
-    """Run every contender once per round, so that a slow minute of the machine falls on all of them. Collective.
+    """Run every contender once per round; collective.
+
+    A slow minute of the machine then falls on all of them.
 
     Args:
         comm: the ranks that take part.
@@ -87,7 +89,7 @@ def _run_once(comm: Communicator, contender: Contender, batch: int) -> float:
 
 
 def graph_time(calls: Sequence[Callable[[], object]], budget: float = 0.15) -> float:
-    """Measure the median seconds per call over replays of one CUDA graph that holds ``calls`` in turn.
+    """Measure the median seconds per call of one CUDA graph that holds ``calls`` in turn.
 
     Calls on different random inputs read other experts' weights each time, so that a small batch does not find all
     its weights in cache. ``budget``: seconds to spend on replays.
@@ -102,7 +104,7 @@ def graph_time(calls: Sequence[Callable[[], object]], budget: float = 0.15) -> f
 
 
 def eager_time(calls: Sequence[Callable[[], object]], budget: float = 0.15) -> float:
-    """Measure the seconds per call of a loop over ``calls`` that waits for the GPU only at its end."""
+    """Measure the seconds per call of a loop that waits for the GPU only at its end."""
 
     def loop() -> None:
         for call in calls:

@@ -1,4 +1,6 @@
-"""The sub-commands of ``xpar``: reading options and printing results. Only :mod:`xpar.engine.cli` imports this room.
+"""The sub-commands of ``xpar``: reading options and printing results.
+
+Only :mod:`xpar.engine.cli` imports this room.
 
 ``parsers.py`` has the options of every command and imports nothing that takes long. A command's own module has
 ``main(args)``, which returns the exit status; it is imported when the command is chosen.

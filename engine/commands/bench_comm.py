@@ -18,7 +18,7 @@ from xpar.engine.layer.build import FLOATS
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure on every rank; return 1 if a result is wrong or a row travelled more often than it must."""
+    """Measure on every rank; return 1 if a result or a number of rows is wrong."""
     world = attach(args)
     start_logging(world, args.verbose)
     traffic = agreed(world.comm, lambda: _read_traffic(args))
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _read_traffic(args: argparse.Namespace) -> TokenTraffic:
-    """Check the whole request before any rank sends anything; the number of tokens follows for each size."""
+    """Check the whole request before any rank sends anything."""
     at_least(
         hidden=(args.hidden, 1), experts=(args.experts, 1), top_k=(args.top_k, 1), threads=(args.threads, 1)
     )
@@ -86,6 +86,9 @@ def _table(results: list[dict[str, Any]]) -> Table:
 
 
 def _crossing_cells(result: dict[str, Any]) -> tuple[str, str]:
-    """Format the rows that leave a node and their expected number, which all-gather has not: it sends every token."""
+    """Format the rows that leave a node and their expected number.
+
+    All-gather has none: it sends every token.
+    """
     expected = "" if result["dispatcher"] == "allgather" else f"{result['rows_across_expected']:.0f}"
     return str(result["rows_across_nodes"]), expected

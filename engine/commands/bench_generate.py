@@ -1,4 +1,4 @@
-"""``xpar bench generate``: decoding with a checkpoint's whole model, beside transformers in one process."""
+"""``xpar bench generate``: decode with a whole model beside transformers in one process."""
 
 import argparse
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""``xpar bench layer``: a layer of a published shape beside transformers and beside one process with all threads."""
+"""``xpar bench layer``: a layer beside transformers and beside one process."""
 
 import argparse
 from functools import partial

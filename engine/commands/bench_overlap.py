@@ -1,4 +1,4 @@
-"""``xpar bench overlap``: a layer's shared experts computed at every moment that is possible, and compared."""
+"""``xpar bench overlap``: compare the moments at which shared experts can be computed."""
 
 import argparse
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""``xpar bench scaling``: measure a layer or a model on more and more ranks of the job, and write the report."""
+"""``xpar bench scaling``: measure a layer or a model on more and more ranks of the job."""
 
 import argparse
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from xpar.engine.synthetic.shapes import SHAPES
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command on every rank; return 1 if an output is wrong or no point could be measured."""
+    """Run on every rank; return 1 if an output is wrong or no point could be measured."""
     if args.redraw:
         return _redraw(args.redraw)
     if args.source is None:
@@ -158,7 +158,7 @@ def _read_dtype(args: argparse.Namespace, checkpoint: Checkpoint) -> torch.dtype
 
 
 def _layer_study(args: argparse.Namespace, world: World, axes: Axes, plan: Plan) -> Study:
-    """Make the study of a layer; rank 0 computes the reference before the first point begins. Collective."""
+    """Make the study of a layer, for which rank 0 computes the reference; collective."""
     source = plan.source
     assert not isinstance(source, Request)
 
@@ -195,7 +195,7 @@ def _generate_study(args: argparse.Namespace, world: World, axes: Axes, plan: Pl
 
 
 def _redraw(folder: Path) -> int:
-    """Write report and plot again in one process without MPI: results may be looked at on another machine."""
+    """Write report and plot again without MPI: results may be looked at on another machine."""
     try:
         no_plot = result_folder.write_report(folder, result_folder.read(folder))
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""``xpar doctor``: list what this installation and this launch have, and say how to fix what is wrong."""
+"""``xpar doctor``: describe this installation and this launch, and how to fix them."""
 
 import argparse
 import os
@@ -186,7 +186,7 @@ def _find_notes(ranks: list[RankFacts]) -> list[str]:
 
 
 def _find_gpu_problems(ranks: list[RankFacts]) -> list[str]:
-    """Return a line for ranks without a GPU beside others that have one, and for each GPU of several ranks."""
+    """Return a line if only some ranks have a GPU, and for each GPU of several ranks."""
     found = []
     with_gpu = [rank for rank, p in enumerate(ranks) if p.gpu is not None]
     if 0 < len(with_gpu) < len(ranks):

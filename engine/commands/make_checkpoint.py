@@ -1,4 +1,4 @@
-"""``xpar make-checkpoint``: write random weights in the real format of a model family. Needs no MPI."""
+"""``xpar make-checkpoint``: write random weights in the format of a model family."""
 
 import argparse
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what their values lead to: device, world, checks of numbers.
+"""The options that several commands share, and the checks of their values.
 
 Importing this module imports neither torch nor MPI: the command line must answer ``--help`` and mistyped options at once.
 """
@@ -25,7 +25,7 @@ DEADLINE_S = 60.0
 
 
 def add_grid(p: argparse.ArgumentParser, *axes: str, default: str = "follows from the other axes") -> None:
-    """Add an option for each of the ``axes`` of the process grid; ``default`` explains what leaving it out means."""
+    """Add an option for each of the ``axes`` of the process grid; ``default`` is for the help."""
     for axis in axes:
         p.add_argument(
             f"--{axis}",
@@ -88,7 +88,7 @@ def add_dense(p: argparse.ArgumentParser) -> None:
 
 
 def add_whole_dense(p: argparse.ArgumentParser) -> None:
-    """Add ``--whole-dense``, for commands in which every rank runs as many dense products as the others."""
+    """Add ``--whole-dense``, for commands whose ranks run equally many dense products."""
     p.add_argument(
         "--whole-dense",
         action="store_true",
@@ -131,7 +131,7 @@ def add_json(p: argparse.ArgumentParser) -> None:
 
 
 def add_watchdog(p: argparse.ArgumentParser, stragglers: bool = False) -> None:
-    """Add ``--deadline`` and ``--debug-collectives``, and ``--stragglers`` for a command that prints that report."""
+    """Add ``--deadline``, ``--debug-collectives`` and, if the command has it, ``--stragglers``."""
     p.add_argument(
         "--deadline",
         type=_read_seconds,
@@ -171,7 +171,7 @@ def attach(args: argparse.Namespace) -> "World":
 
 
 def pick_device(world: "World", name: str) -> str:
-    """Return ``cpu`` or ``cuda`` for the value ``name`` of ``--device``; collective over ``world``."""
+    """Return ``cpu`` or ``cuda`` for the value ``name`` of ``--device``; collective."""
     import torch
 
     seen = world.comm.all_gather_object(torch.cuda.is_available())
@@ -201,7 +201,10 @@ def device_name(grid: "ProcessGrid") -> str:
 
 
 def at_least(**limits: tuple[int | None, int]) -> None:
-    """Raise ValueError for the first option whose ``(value, least)`` does not fit; an absent option has value None."""
+    """Raise ValueError for the first option whose ``(value, least)`` does not fit.
+
+    An option that is not given has the value None.
+    """
     for name, (value, least) in limits.items():
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
@@ -215,7 +218,7 @@ def positive(**values: float) -> None:
 
 
 def batch_size(args: argparse.Namespace) -> int:
-    """Return ``--batch`` or its default; raise ValueError for a batch that ``--exact`` rules out."""
+    """Return ``--batch`` or its default; raise ValueError if ``--exact`` rules it out."""
     if args.exact and (args.batch or 1) > 1:
         raise ValueError(
             f"--exact --batch {args.batch}: sequences of one batch change each other's rounding; leave --batch out"
@@ -224,7 +227,7 @@ def batch_size(args: argparse.Namespace) -> int:
 
 
 def _read_seconds(text: str) -> float:
-    """Read the value of ``--deadline``; the rule is that of ``Deadlines.of_step``, known before torch is imported."""
+    """Read the value of ``--deadline`` by the rule of ``Deadlines.of_step``."""
     try:
         seconds = float(text)
     except ValueError as error:

@@ -25,7 +25,7 @@ SIZES = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a command, whose ``module``, if given, adds the options when the command is chosen."""
+    """The parser of a command; a ``module`` adds the options when the command is chosen."""
 
     def __init__(self, *args: Any, module: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,7 +40,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class WritableFamilies:
-    """The model families that ``xpar make-checkpoint`` can write, read from their tables when they are needed."""
+    """The model families that ``xpar make-checkpoint`` can write, imported when needed."""
 
     def __iter__(self) -> Iterator[str]:
         from xpar.engine.architectures.dense_schema import DENSE

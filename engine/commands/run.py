@@ -1,4 +1,4 @@
-"""``xpar run``: run the MoE layers of a checkpoint expert-parallel on random tokens, measure and verify them."""
+"""``xpar run``: run the MoE layers of a checkpoint on random tokens and verify them."""
 
 import argparse
 from functools import partial
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
-    """Check the whole request before any rank loads or sends anything; return the layers and their dtype."""
+    """Check the whole request before any rank loads anything; return layers and dtype."""
     at_least(tokens=(args.tokens, 0), steps=(args.steps, 1), threads=(args.threads, 1))
     with Checkpoint(args.checkpoint) as checkpoint:
         layers = args.layers or list(moe_layers(find(checkpoint.config), checkpoint.config))
@@ -135,7 +135,7 @@ def _relative_error(
 def _explain(
     console: Console, args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype
 ) -> None:
-    """Print why the dispatcher and the kernel of ``layer`` are chosen, and how its steps are taken."""
+    """Print why the dispatcher and the kernel of ``layer`` are chosen, and its steps."""
     with Checkpoint(args.checkpoint) as checkpoint:
         config = read_layer_config(checkpoint, layer)
 

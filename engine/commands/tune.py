@@ -1,4 +1,4 @@
-"""``xpar tune``: search the tile shapes of the GPU kernels for one layer, on this machine, in under two minutes."""
+"""``xpar tune``: search the tile shapes of the GPU kernels for one layer."""
 
 import argparse
 import time
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _read_layer(args: argparse.Namespace) -> LayerCase:
-    """Return the layer as one GPU of the job computes it; raise ValueError for one that does not exist."""
+    """Return the layer as one GPU of the job has it; raise ValueError if there is none."""
     at_least(ep=(args.ep, 1), configs=(args.configs, 1), tokens=(min(args.tokens), 1))
     config = _read_config(args)
     if config.num_experts % args.ep:
@@ -71,7 +71,10 @@ def _read_config(args: argparse.Namespace) -> LayerConfig:
 def _search_and_write(
     args: argparse.Namespace, layer: LayerCase, dtype: torch.dtype, console: Console, deadline: float
 ) -> None:
-    """Search a tile table until ``deadline``, a value of ``time.perf_counter()``, and write it to ``args.out``."""
+    """Search a tile table and write it to ``args.out``.
+
+    ``deadline``: value of ``time.perf_counter()`` after which nothing new is tried.
+    """
     # Triton is an optional package.
     from xpar.engine.bench.kernels.tile_search import Cell, group_by_part, search
     from xpar.kernels.gpu.experts import TritonExperts

@@ -1,1 +1,1 @@
-"""What the commands print and write: tables, progress bars, logs, and the JSON document with its manifest."""
+"""The output of the commands: tables, progress bars, logs, and JSON documents."""

@@ -1,4 +1,4 @@
-"""The figures and tables that ``xpar run`` prints for each layer, and at its end for the ranks."""
+"""The figures and tables of ``xpar run``: of each layer, and of late ranks."""
 
 import statistics
 from collections.abc import Sequence

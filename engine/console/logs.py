@@ -9,7 +9,7 @@ LOGGER = "xpar"
 
 
 def start_logging(world: World, verbose: bool) -> None:
-    """Show this process's log from INFO on rank 0, or on every rank if ``verbose``; otherwise from WARNING."""
+    """Show this process's log: from INFO on rank 0 or if ``verbose``, otherwise from WARNING."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"[rank {world.rank}] %(message)s"))
     logger = logging.getLogger(LOGGER)

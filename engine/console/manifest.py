@@ -1,4 +1,4 @@
-"""The JSON document of a run: its results, and the manifest that a reader needs to repeat the run."""
+"""The JSON document of a run: its results, and the manifest to repeat the run."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def grid_manifest(
 
 
 def world_manifest(world: World) -> dict[str, Any]:
-    """Describe any run: versions, this node's machine, the time, the place of each rank, and the command."""
+    """Describe any run: versions, this node, the time, the place of each rank, the command."""
     return {
         "versions": {
             "xpar": version("xpar"),
@@ -69,7 +69,7 @@ def world_manifest(world: World) -> dict[str, Any]:
 
 
 def program_name(path: str) -> str:
-    """Return ``xpar`` for ``python -m xpar.engine``, otherwise the name of the script ``path`` without its folder."""
+    """Return ``xpar`` for ``python -m xpar.engine``, otherwise the script's name alone."""
     name = Path(path).name
     return "xpar" if name == "__main__.py" else name
 

@@ -20,14 +20,14 @@ def make_console(world: World) -> Console:
 
 
 def progress(world: World, items: Sequence[T], doing: str) -> Iterator[T]:
-    """Yield ``items`` and move a bar on rank 0's stderr, if that is a terminal; the bar vanishes with the last item."""
+    """Yield ``items`` and move a bar on rank 0's stderr, if that is a terminal."""
     console = Console(stderr=True)
     shown = world.rank == 0 and console.is_terminal
     yield from track(items, doing, console=console, transient=True, disable=not shown)
 
 
 class Meter:
-    """A progress bar on rank 0's stderr that its owner moves. It shows on a terminal only, and vanishes at the end.
+    """A progress bar on rank 0's stderr, if that is a terminal; it vanishes at the end.
 
     ``total``: the number that ``advance`` and ``show`` count up to. ``in_bytes``: that number is one of bytes.
     """

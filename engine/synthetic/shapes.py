@@ -31,7 +31,7 @@ class Shape:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def hf_config(self, scale: float = 1.0) -> dict[str, Any]:
-        """Make the ``config.json`` of a model with one such layer; ``scale`` multiplies H and I, not E and k."""
+        """Make the ``config.json`` of a one-layer model; ``scale`` multiplies H and I alone."""
         from xpar.engine.synthetic.config import make_config
 
         if not 0 < scale <= 1:

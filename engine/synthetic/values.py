@@ -34,18 +34,21 @@ def fill_random(name: str, tensor: Tensor, generator: torch.Generator) -> None:
 
 
 def fill_table(table: Tensor, experts: int, generator: torch.Generator) -> None:
-    """Draw k different ones of ``experts`` experts for each row of ``table`` [vocabulary, k] int64, in place."""
+    """Draw k different experts for each row of ``table`` [vocabulary, k] int64, in place."""
     keys = torch.rand(table.shape[0], experts, generator=generator)
     table.copy_(keys.topk(table.shape[1], dim=-1).indices)
 
 
 def random_tokens(tokens: int, hidden_size: int, seed: int) -> Tensor:
-    """Draw hidden states [tokens, hidden_size] float32, the same on every rank and for every number of ranks."""
+    """Draw hidden states [tokens, hidden_size] float32, the same on every rank."""
     return torch.randn(tokens, hidden_size, generator=torch.Generator().manual_seed(seed))
 
 
 def random_token_ids(tokens: int, config: LayerConfig, seed: int) -> Tensor | None:
-    """Draw ids [tokens] int64, the same on every rank, for a layer that routes by token id; None for any other."""
+    """Draw ids [tokens] int64, the same on every rank, for a layer that routes by token id.
+
+    For any other layer the result is None.
+    """
     if config.router.choice != "hash":
         return None
     generator = torch.Generator().manual_seed(seed)

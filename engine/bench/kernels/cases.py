@@ -54,7 +54,10 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a layer: ``gate_up`` [E, 2I, H], ``down`` [E, H, I], ``biases`` [E, 2I] and [E, H], or none."""
+    """The weights of a layer.
+
+    ``gate_up`` [E, 2I, H]. ``down`` [E, H, I]. ``biases`` [E, 2I] and [E, H], or none.
+    """
 
     gate_up: Tensor
     down: Tensor
@@ -112,13 +115,16 @@ def random_input(
 
 
 def random_inputs(spec: ExpertSpec, layer: LayerCase, tokens: int, g: torch.Generator) -> list[ExpertInput]:
-    """Draw several inputs to time in turn: few tokens read only some experts, and the next input must read others."""
+    """Draw several inputs to time in turn.
+
+    Few tokens read only some experts, and the next input must read others.
+    """
     copies = 8 if tokens <= 64 else 4 if tokens <= 1024 else 2
     return [random_input(spec, tokens, layer.top_k, layer.of, g) for _ in range(copies)]
 
 
 def require_gpu(spec: ExpertSpec) -> None:
-    """Raise AgreedError, shown as one line, if the Triton kernels cannot run here. Needs neither Triton nor a GPU."""
+    """Raise AgreedError, shown as one line, if the Triton kernels cannot run here."""
     reason = unavailable(spec)
     if reason:
         raise AgreedError(f"the GPU kernels cannot run here: {reason}")

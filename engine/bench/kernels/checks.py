@@ -1,4 +1,4 @@
-"""Checks of the GPU kernels: against float64, on memory full of NaN, in a CUDA graph, and bit for bit by row."""
+"""Checks of the GPU kernels: against float64, in a CUDA graph, and bit for bit by row."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,13 +33,13 @@ ACTIVATIONS = [
 
 
 def poison(device: torch.device) -> None:
-    """Leave NaN in the memory that the allocator gives out next, so that a value that no kernel writes is found."""
+    """Leave NaN in the memory that the allocator gives out next, to find unwritten values."""
     blocks = [torch.full((n,), float("nan"), device=device) for n in (1 << 8, 1 << 16, 1 << 22, 1 << 28)]
     del blocks
 
 
 def expected_rows(spec: ExpertSpec, weights: Weights, x: ExpertInput, tokens: Tensor) -> Tensor:
-    """Compute the outputs [len(tokens), H] float64 of some tokens of ``x``, one expert at a time."""
+    """Compute the outputs [len(tokens), H] float64 of some tokens of ``x``, expert by expert."""
     hidden = (x.hidden_states if x.rows is None else x.hidden_states[x.rows])[tokens].double()
     ids, router = x.topk_ids[tokens], x.topk_weights[tokens].double()
     out = torch.zeros(len(tokens), spec.hidden_size, dtype=torch.float64, device=hidden.device)
@@ -77,7 +77,7 @@ def require_near(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -
 
 
 def small_checks(g: torch.Generator) -> Iterator[Check]:
-    """Yield the checks on small layers: rows, router, activations, dtypes, row invariance, graph, long offsets."""
+    """Yield the checks on small layers, the shortest first."""
     yield "rows", partial(check_rows, g)
     yield "router", partial(check_router, g)
     for dtype in TOLERANCE:
@@ -101,7 +101,9 @@ def layer_checks(
 def check_tokens(
     layer: LayerCase, kernel: ExpertKernel, weights: Weights, g: torch.Generator, tokens: int
 ) -> str:
-    """Check a layer on a skewed step with an empty expert: all rows are finite, and 16 tokens equal float64.
+    """Check a layer on a skewed step with an empty expert.
+
+    All rows must be finite, and 16 of them near float64.
 
     Args:
         layer: the layer.
@@ -125,7 +127,10 @@ def check_tokens(
 
 
 def check_activation(dtype: torch.dtype, activation: Activation, g: torch.Generator) -> str:
-    """Check ``compute`` and ``compute_slots``: all buckets, ragged widths, rows by index, slots with id -1."""
+    """Check ``compute`` and ``compute_slots`` with one activation.
+
+    The inputs have all buckets, ragged widths, rows by index, and slots with id -1.
+    """
     errors = []
     shapes = [(200, 136, True), (500, 260, False)]
     for hidden, width, bias in (
@@ -172,7 +177,7 @@ def check_row_invariance(dtype: torch.dtype, g: torch.Generator) -> str:
 
 
 def check_graph(g: torch.Generator) -> str:
-    """Check that a captured call uses the inputs' values at the time of its replay, twice with the same bits."""
+    """Check that a captured call uses its inputs' values at replay, twice with the same bits."""
     spec = ExpertSpec(16, 512, 256, torch.bfloat16, Activation("silu"), str(g.device))
     weights = random_weights(spec, g)
     kernel = build(spec)

@@ -1,4 +1,4 @@
-"""Peers of the GPU kernels: other ways to compute the same layer on the same weights, all their steps included."""
+"""The peers of the GPU kernels: other ways to compute the same layer on the same weights."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ ComputeExperts = Callable[[ExpertInput], Tensor]
 
 
 def torch_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) -> ComputeExperts:
-    """Build torch's grouped products with a sort, a gather, the activation and a sum over slots around them.
+    """Build torch's grouped products, with sort, gather, activation and sum around them.
 
     ``has_dropped``: some slots have id -1, which costs further steps.
     """
@@ -47,7 +47,7 @@ def torch_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) -> Comp
 
 
 def transformers_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) -> ComputeExperts:
-    """Build transformers' own ``grouped_mm`` experts; raise ImportError if that package has none.
+    """Build transformers' own ``grouped_mm`` experts; raise ImportError if it has none.
 
     ``has_dropped``: as for :func:`torch_grouped`.
     """
@@ -79,7 +79,7 @@ def transformers_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) 
 
 
 def _apply_gate(packed: Tensor, activation: Activation) -> Tensor:
-    """Apply the activation in the model's dtype and as separate operations, as transformers' classes do it."""
+    """Apply the activation in the model's dtype by separate operations, as transformers does."""
     gate, up = packed.chunk(2, dim=-1)
     if activation.plain:
         return functional.silu(gate) * up

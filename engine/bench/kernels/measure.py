@@ -1,4 +1,4 @@
-"""The run of ``xpar bench kernels``: checks, then times beside the peers and the limits of the GPU.
+"""The run of ``xpar bench kernels``: checks, then times beside peers and the GPU's limits.
 
 A cell, one layer with one number of tokens, may fail without stopping the others.
 """
@@ -52,7 +52,7 @@ class KernelBench:
         self.console.print(f"{time.perf_counter() - self.begin:6.1f} s  {text}", soft_wrap=True, markup=False)
 
     def attempt(self, name: str, action: Callable[[], Any], seconds: float = 150.0) -> Any:
-        """Return the result of ``action``; on any error print the traceback, note the failure, and return None.
+        """Return the result of ``action``; on any error report the failure and return None.
 
         An action that takes longer than ``seconds`` ends the process.
         """
@@ -225,7 +225,7 @@ def _is_device_lost() -> bool:
 
 
 def _times_table(rows: list[dict[str, Any]]) -> RichTable:
-    """Make the table of times: microseconds, the share of the floor, and how much longer each peer takes."""
+    """Make the table of times in microseconds, beside the floor and the peers."""
     peers = [name for name in CONTENDERS if any(f"{name} graph" in row for row in rows)]
     columns = ("model", "M", "floor us", "graph us", "of floor", "eager us")
     table = RichTable(*columns, title="xpar expert kernels")

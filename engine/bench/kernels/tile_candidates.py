@@ -1,4 +1,4 @@
-"""Values to try for each part of a tile table: neighbours of the present value, then others that fit the GPU.
+"""The values to try for each part of a tile table: neighbours first, then any that fit.
 
 A part is named ``limits`` or ``tall`` (where rows go), or by a stage and a bucket of rows, such as ``down 2`` or
 ``gate_up vector``.
@@ -80,7 +80,7 @@ def replace_value(table: Table, part: str, value: Value) -> Table:
 
 
 def candidates(kernel: TritonExperts, part: str, limit: int) -> list[Value]:
-    """Return up to ``limit`` values for ``part``, the most likely first, without the present one."""
+    """Return up to ``limit`` new values for ``part``, the most likely first."""
     present = get_value(kernel.table, part)
     if isinstance(present, tuple):
         others: list[Value] = [value for value in _LIMITS if value != present]
@@ -98,7 +98,7 @@ def candidates(kernel: TritonExperts, part: str, limit: int) -> list[Value]:
 
 
 def _neighbours(present: Tile | Vector, fields: dict[str, tuple[Any, ...]]) -> Iterator[Tile | Vector]:
-    """Yield values with one field changed to a value next to the present one; the nearest of every field first."""
+    """Yield values with one field changed to a neighbouring value, the nearest first."""
     for step in (1, -1, 2, -2):
         for name, values in fields.items():
             at = values.index(getattr(present, name)) + step if getattr(present, name) in values else -1
@@ -113,7 +113,7 @@ def _combinations(present: Tile | Vector, fields: dict[str, tuple[Any, ...]]) ->
 
 
 def _fits(kernel: TritonExperts, part: str, value: Tile | Vector) -> bool:
-    """Whether ``value`` fits the GPU by rough counts of registers and shared memory, and loads enough at a time."""
+    """Whether ``value`` fits registers and shared memory, roughly, and loads enough at a time."""
     stage, which = part.split()
     if isinstance(value, Vector):
         return 8 <= value.columns * value.depth // (32 * value.warps) <= 64

@@ -1,4 +1,4 @@
-"""The search for a tile table: each part of the table by itself, judged over all cells that use the part.
+"""The search for a tile table: each part by itself, judged over all cells that use it.
 
 A cell is one layer with one number of tokens.
 """
@@ -52,7 +52,10 @@ class TileTrial:
 
 @dataclass(frozen=True)
 class TileResult:
-    """The times of a trial relative to the first table, by the cell's name; ``mean`` is their geometric mean."""
+    """The times of a trial relative to the first table, by the cell's name.
+
+    ``mean``: their geometric mean.
+    """
 
     trial: TileTrial
     ratios: dict[str, float]
@@ -132,7 +135,7 @@ def search(cells: list[Cell], limit: int, note: Callable[[str], None], deadline:
 
 
 def _improve(table: Table, results: list[TileResult], note: Callable[[str], None]) -> Table:
-    """Return ``table`` with the best value of each part that is worth it, and note the winners of each part."""
+    """Return ``table`` with the best value of each part, if it is worth it; note the winners."""
     for part in sorted({r.trial.part for r in results}):
         tried = [r for r in results if r.trial.part == part]
         winner = min(tried, key=lambda r: r.mean)
@@ -152,7 +155,7 @@ def with_table(kernel: TritonExperts, table: Table) -> TritonExperts:
 def _find_sound(
     found: list[TileTrial], expected: dict[str, Tensor], note: Callable[[str], None], deadline: float
 ) -> list[TileTrial]:
-    """Return the trials that compile and compute the same for all their cells, until ``deadline``.
+    """Return the trials that compile and keep the result of all their cells.
 
     Compiling is most of a search, and most of it happens outside the interpreter lock: threads share it out.
     """
@@ -202,7 +205,7 @@ def _time_trials(
 
 
 def _group_by_code(cells: tuple[Cell, ...]) -> list[list[Cell]]:
-    """Group the cells that run the same compiled kernels: two threads at once would compile them twice."""
+    """Group cells that run the same compiled kernels: two threads would compile them twice."""
     groups: dict[ExpertSpec, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.kernel.spec, []).append(cell)
@@ -210,7 +213,7 @@ def _group_by_code(cells: tuple[Cell, ...]) -> list[list[Cell]]:
 
 
 def _format_winners(part: str, results: list[TileResult]) -> str:
-    """Format the best value over all cells, the best value of each cell, and all values of an early part."""
+    """Format the best value over all cells, of each cell, and all values of an early part."""
     best = min(results, key=lambda r: r.mean)
     lines = [f"{part}: {best.mean:.3f} {_plain(best.trial.value)} ({_listed(best.ratios)})"]
     for name in best.ratios:

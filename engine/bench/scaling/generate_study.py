@@ -1,4 +1,4 @@
-"""The scaling study of a whole model: the prompts of a file, answered on more and more ranks."""
+"""The scaling study of a whole model that answers the prompts of a file."""
 
 import json
 import statistics
@@ -26,7 +26,7 @@ MOST_ROUNDS = 5
 
 
 class AnswerCheck:
-    """The check of answers on rank 0 of the job: each is compared with the first answer to the same prompt.
+    """The check of answers on rank 0: each must equal the first answer to its prompt.
 
     ``exact``: answers must be the same. Otherwise another number of ranks rounds in another way, and a text may differ.
     """

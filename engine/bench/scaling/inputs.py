@@ -1,4 +1,4 @@
-"""Random tokens that depend only on their place in the job, so that every number of ranks computes the same tokens."""
+"""Random tokens that depend only on their place in the job, not on the number of ranks."""
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ def count_batches(tokens: int) -> int:
 
 
 def checked_tokens(hidden_size: int, seed: int) -> Tensor:
-    """Draw the checked tokens [CHECKED, H] float32, which every batch holds at :func:`checked_places`."""
+    """Draw the tokens [CHECKED, H] float32 that every batch has at :func:`checked_places`."""
     return _draw(CHECKED, hidden_size, (seed, 0, 0))
 
 
 def checked_places(tokens: int) -> list[int]:
-    """Return the places of the first checked tokens among ``tokens``, as many as there are places."""
+    """Return the places of the checked tokens among ``tokens``; at most all places."""
     found = min(CHECKED, tokens)
     return [i * tokens // found for i in range(found)]
 

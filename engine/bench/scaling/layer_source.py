@@ -1,4 +1,4 @@
-"""The layer that a study measures: one of a published shape with random weights, or one of a checkpoint."""
+"""The layer that a study measures: a published shape, or a layer of a checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from xpar.engine.synthetic.layer import SyntheticLayer
 
 
 class LayerSource(Protocol):
-    """A layer that can be built on any grid, and its slow, readable reference. ``name`` is for people."""
+    """A layer that can be built on any grid, and its slow, readable reference."""
 
     @property
     def name(self) -> str: ...
@@ -30,7 +30,7 @@ class LayerSource(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def build(self, grid: ProcessGrid) -> MoERunner:
-        """Build the layer; collective over ``grid``. Raises AgreedError if ``grid`` cannot have the layer."""
+        """Build the layer; collective. Raises AgreedError if ``grid`` cannot have the layer."""
 
     def reference(self, x: Tensor) -> Tensor:
         """Compute the output [T, H] float32 of ``x`` [T, H] on this rank alone."""

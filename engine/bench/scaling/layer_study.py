@@ -1,4 +1,4 @@
-"""The scaling study of one layer: its time, stages, bytes and load at each point, and the check of its output.
+"""The scaling study of one layer: time, stages, bytes, load, and the check of its output.
 
 C is the number of tokens whose output is compared.
 """
@@ -29,7 +29,7 @@ from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
 
 @dataclass(frozen=True)
 class Axes:
-    """The arrangement of the ranks of every point. An axis of None follows from the number of ranks."""
+    """The arrangement of the ranks of every point; an axis of None follows from the others."""
 
     tp: int | None = None
     ep: int | None = None
@@ -38,7 +38,7 @@ class Axes:
     transport: str = "auto"
 
     def make_grid(self, world: World) -> ProcessGrid:
-        """Make the process grid of ``world``; collective. Raises AgreedError if the axes do not fit the ranks."""
+        """Make the process grid of ``world``; collective. Raises AgreedError if it does not fit."""
         return ProcessGrid.create(
             world, tp=self.tp, ep=self.ep, etp=self.etp, device=self.device, transport=self.transport
         )
@@ -188,7 +188,7 @@ class LayerPoint:
         return drawn.to(self.source.dtype).to(self.grid.device)
 
     def _gather_stages(self, timers: Sequence[MeasuringTimer]) -> dict[str, dict[str, float]]:
-        """Gather the medians over steps in ms: the mean over ranks, which add up to a step, and the slowest rank's."""
+        """Gather the medians over steps in ms: the mean over ranks, and the slowest rank's."""
         mine = {s: statistics.median(t.seconds[s] for t in timers) * 1e3 for s in STAGES}
         gathered = self.grid.world.comm.all_gather_object(mine)
         return {
@@ -197,7 +197,7 @@ class LayerPoint:
         }
 
     def _gather_loads(self, traffic: Sequence[Traffic], timers: Sequence[MeasuringTimer]) -> dict[str, Any]:
-        """Gather the bytes of a dispatch, as mean over all steps, and the imbalance of (token, expert) pairs."""
+        """Gather the mean bytes of a dispatch, and the imbalance of (token, expert) pairs."""
         node_of = [self.grid.world.node_of[r] for r in self.grid.moe.world_ranks]
         here = node_of[self.grid.moe.rank]
         is_away = [node != here for node in node_of]

@@ -35,7 +35,7 @@ ANSWERS = (
 
 
 def markdown(results: Sequence[Result], plot: str | None) -> str:
-    """Write the report on the results of one run; ``plot`` is the file name of the plot, if there is one."""
+    """Write the report on the results of one run; ``plot``: file name of the plot, if any."""
     parts = [f"# Scaling of {results[0]['what']}", _setting(results)]
     if plot is not None:
         parts.append(f"![time, efficiency, stages and bytes]({plot})")

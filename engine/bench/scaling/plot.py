@@ -1,4 +1,4 @@
-"""The plot of a study: time, parallel efficiency, stages and bytes over ranks, with a row for each mode."""
+"""The plot of a study: time, efficiency, stages and bytes over ranks, a row per mode."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -147,7 +147,7 @@ PANELS: dict[str, Panel] = {
 
 
 def _over_ranks(axis: Any, results: Sequence[Result], what: str, label: str) -> None:
-    """Label the axis of ranks: logarithmic, with a tick at each point, and with nodes if there are several."""
+    """Label the logarithmic axis of ranks with a tick at each point."""
     from matplotlib.ticker import NullLocator
 
     names, label_x = _places(results)

@@ -1,4 +1,4 @@
-"""The folder of a study: JSON lines as results come, then the report, and the plot if it can be drawn."""
+"""The folder of a study: results as JSON lines, the report, and the plot."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A scaling study: the ranks of one point after another measure while the others sleep; every result is kept at once."""
+"""A scaling study: one point after another measures while the other ranks sleep."""
 
 import gc
 import time
@@ -37,7 +37,7 @@ class StudyStep(Protocol):
     """The thing to measure, ready on the ranks of one point."""
 
     def measure(self, mode: str) -> Result:
-        """Measure ``mode``; collective over the point's ranks. The result is complete on their first rank."""
+        """Measure ``mode``; collective. The result is complete on the point's first rank."""
 
     def manifest(self) -> dict[str, Any]:
         """Describe the point, so that a reader can repeat it."""
@@ -111,7 +111,7 @@ def _measure_modes(inside: World, study: Study, modes: Sequence[str]) -> list[tu
 
 
 def _add_relative_speed(before: Sequence[Result], result: Result) -> None:
-    """Add to a measured ``result`` its speed relative to the smallest point of its mode, which came first."""
+    """Add to a measured ``result`` its speed relative to the first point of its mode."""
     if "reason" in result:
         return
     same = [r for r in before if r["mode"] == result["mode"] and "reason" not in r]
