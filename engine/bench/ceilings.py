@@ -27,8 +27,8 @@ GPU_MATRIX = 8192
 class HostCeilings:
     """The limits of the host with all threads of this process.
 
-    ``bytes_per_s`` of reading memory once. ``flop_per_s`` of a square product in the layer's dtype or in float32,
-    whichever this processor computes faster.
+    ``bytes_per_s`` of reading memory once. ``flop_per_s`` of a square product in the layer's dtype or in
+    float32, whichever this processor computes faster.
     """
 
     bytes_per_s: float
@@ -37,7 +37,8 @@ class HostCeilings:
     def floor_s(self, config: LayerConfig, routing: Routing, dtype: torch.dtype) -> float:
         """Compute the least seconds of a layer with this routing.
 
-        The weights of the chosen experts are read once, and every slot is computed; the longer of the two counts.
+        The weights of the chosen experts are read once, and every slot is computed; the longer of the two
+        counts.
         """
         expert = 3 * config.routed_size * config.intermediate_size
         shared = 3 * config.hidden_size * (config.shared.intermediate_size if config.shared else 0)
@@ -95,8 +96,8 @@ def _product_reader() -> Callable[[], object]:
 class GpuCeilings:
     """The limits of one GPU.
 
-    ``bandwidth``: bytes per second of an addition, read and written. ``flops``: FLOP per second of a square product
-    of random values.
+    ``bandwidth``: bytes per second of an addition, read and written. ``flops``: FLOP per second of a square
+    product of random values.
     """
 
     bandwidth: float
@@ -105,7 +106,8 @@ class GpuCeilings:
     def floor_s(self, spec: ExpertSpec, x: ExpertInput) -> float:
         """Compute the least seconds of a layer as three kernels: gate-up, down and weighted sum.
 
-        Every weight of an expert that has tokens is read once, and so is every row; each result is written once.
+        Every weight of an expert that has tokens is read once, and so is every row; each result is written
+        once.
         """
         size, h, i = spec.dtype.itemsize, spec.hidden_size, spec.intermediate_size
         active = x.topk_ids[x.topk_ids >= 0]
@@ -133,7 +135,8 @@ def measure_gpu_ceilings(dtype: torch.dtype = torch.bfloat16) -> GpuCeilings:
 def _gpu_bandwidth() -> float:
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    # No copy: in a graph a copy becomes a node for the copy engines, which move two thirds of what a kernel does.
+    # No copy: in a graph a copy becomes a node for the copy engines, which move two thirds of what a
+    # kernel moves.
     seconds = min(graph_time([lambda: torch.add(source, 1.0, out=target)]) for _ in range(3))
     return 2 * source.nbytes / seconds
 

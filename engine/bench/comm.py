@@ -100,8 +100,8 @@ def choose_names(grid: ProcessGrid, num_experts: int, names: list[str]) -> list[
 def count_deduplicated(topk_ids: Tensor, placement: Placement, node_of: list[int] | None) -> int:
     """Count the rows that ``topk_ids`` [T, k] need, one by one.
 
-    A token needs one row per rank that holds any of its experts. If ``node_of``, the node of each rank, is given, it
-    needs one row per node.
+    A token needs one row per rank that holds any of its experts. If ``node_of``, the node of each rank, is
+    given, it needs one row per node.
     """
     ranks = goes_to(topk_ids, placement)
     if node_of is None:
@@ -113,8 +113,8 @@ def count_deduplicated(topk_ids: Tensor, placement: Placement, node_of: list[int
 class DispatchTrial:
     """One dispatcher with its input.
 
-    The experts are the identity, so that the result is known: each token times the sum of its weights. ``error``: the
-    largest relative error so far.
+    The experts are the identity, so that the result is known: each token times the sum of its weights.
+    ``error``: the largest relative error so far.
     """
 
     def __init__(self, dispatcher: Dispatcher, traffic: TokenTraffic) -> None:

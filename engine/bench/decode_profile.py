@@ -20,15 +20,17 @@ from xpar.engine.layer.stage_timer import MeasuringTimer
 from xpar.engine.models.loader import LoadedModel
 
 PARTS = ("attention", "router", "experts", "communication", "head", "agreement", "rest")
-"""The parts of a step. ``agreement``: the exchange before the step. ``rest``: norms, caches, sampling, Python."""
+"""The parts of a step. ``agreement``: the exchange before the step. ``rest``: norms, caches, sampling,
+Python."""
 
 
 @dataclass(frozen=True)
 class Decoded:
     """The result of one decoding.
 
-    ``prefill_s``: seconds of the step that reads the prompts. ``step_ms``: median of the steps that follow, each of one
-    token per sequence. ``tokens``: [B][new tokens]. ``logits``: [B, V] float32 behind the prompts.
+    ``prefill_s``: seconds of the step that reads the prompts. ``step_ms``: median of the steps that follow,
+    each of one token per sequence. ``tokens``: [B][new tokens]. ``logits``: [B, V] float32 behind the
+    prompts.
     """
 
     prefill_s: float
@@ -70,7 +72,8 @@ def decode(
         ids: prompts [B, P] int64.
         new_tokens: number of tokens to add to each prompt.
         on_agreement: called with the seconds of the agreement before each step.
-        captured: replay steps as CUDA graphs where ``xpar generate`` does so; otherwise launch each part of each step.
+        captured: replay steps as CUDA graphs where ``xpar generate`` does so; otherwise launch each part of
+            each step.
 
     Returns:
         Times, tokens and logits.
@@ -152,8 +155,8 @@ def measure_parts(comm: Communicator, loaded: LoadedModel, ids: Tensor, new_toke
 def _timed(loaded: LoadedModel, timer: MeasuringTimer) -> Iterator[dict[str, float]]:
     """Measure a model while the context is open.
 
-    Yields the seconds of attention, router and head, which the model's own modules compute. ``timer`` gets the stages of
-    the expert layers.
+    Yields the seconds of attention, router and head, which the model's own modules compute. ``timer`` gets
+    the stages of the expert layers.
     """
     seconds = {"attention": 0.0, "router": 0.0, "head": 0.0}
     handles = []

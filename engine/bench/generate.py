@@ -31,8 +31,8 @@ FAR = 2.0
 class DecodeRequest:
     """What to decode.
 
-    ``batch``: number of sequences of the whole job. ``rounds``: how often each side runs, in turn, after one round that
-    is not counted. ``seed``: of the prompts.
+    ``batch``: number of sequences of the whole job. ``rounds``: how often each side runs, in turn, after one
+    round that is not counted. ``seed``: of the prompts.
     """
 
     batch: int

@@ -28,8 +28,8 @@ CHECKED_TOKENS = 64
 class LayerBench:
     """The contenders of ``xpar bench layer``, built once. Every method is collective.
 
-    ``forwards``: the ways of this job's ranks through the layer, by name. ``peer_names``: the contenders in the process
-    of the peers, which rank 0 starts.
+    ``forwards``: the ways of this job's ranks through the layer, by name. ``peer_names``: the contenders in
+    the process of the peers, which rank 0 starts.
     """
 
     def __init__(self, request: LayerRequest, grid: ProcessGrid) -> None:

@@ -10,7 +10,8 @@ from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
 
 BATCHES = 8
-"""Number of different inputs that the rounds go through: few tokens meet other experts each time, not those in cache."""
+"""Number of different inputs that the rounds go through: few tokens meet other experts each time, not those
+in cache."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class LayerRequest:
         scale: factor on H and I.
         tokens: numbers of tokens of the whole job.
         dtype: dtype of weights and tokens.
-        compare: ``transformers``; ``solo``: this layer in one process with all threads of the node; ``steps``: this
-            layer with every step taken by itself.
+        compare: ``transformers``; ``solo``: this layer in one process with all threads of the node;
+            ``steps``: this layer with every step taken by itself.
         seconds: measuring time for each contender and number of tokens.
         seed: seed of weights and tokens.
         dispatcher: name of the dispatcher, or ``auto``.

@@ -26,8 +26,8 @@ REPLAYS = 20
 class OverlapRequest:
     """What to measure.
 
-    ``shape``, ``scale``: the layer's sizes, and the factor on H and I. ``tokens``: numbers of tokens of each rank.
-    ``seconds``: measuring time for each number of tokens. ``seed``: of weights and tokens.
+    ``shape``, ``scale``: the layer's sizes, and the factor on H and I. ``tokens``: numbers of tokens of each
+    rank. ``seconds``: measuring time for each number of tokens. ``seed``: of weights and tokens.
     """
 
     shape: Shape

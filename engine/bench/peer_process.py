@@ -1,10 +1,10 @@
 """The peers of a measurement, in a process of their own with all threads of the node.
 
-They need their own process because libraries remember how many threads they first ran with (zentorch does), while this
-job's ranks have their share of the cores. The process sleeps while the ranks work.
+They need their own process because libraries remember how many threads they first ran with (zentorch does),
+while this job's ranks have their share of the cores. The process sleeps while the ranks work.
 
-One protocol serves both kinds of peers: the process sends a first value when it is ready, and then one answer for each
-question. A ValueError in place of a value is raised where the question was asked.
+One protocol serves both kinds of peers: the process sends a first value when it is ready, and then one
+answer for each question. A ValueError in place of a value is raised where the question was asked.
 """
 
 import multiprocessing
@@ -111,8 +111,8 @@ class DecodingPeer(PeerProcess):
             new_tokens: number of tokens to add to each prompt.
 
         Returns:
-            Seconds of the prompts, seconds of each step after, tokens [B][new_tokens], and the logits [B, V] float32
-            behind the prompts.
+            Seconds of the prompts, seconds of each step after, tokens [B][new_tokens], and the logits [B, V]
+            float32 behind the prompts.
         """
         prefill_s, step_s, tokens, logits = self.ask(implementation, ids.tolist(), new_tokens)
         return prefill_s, step_s, tokens, torch.from_numpy(logits)

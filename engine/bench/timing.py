@@ -22,7 +22,8 @@ WARM_UP_ROUNDS = 2
 class Contender:
     """One way to do the work that is measured.
 
-    ``call`` runs batch number n and returns its seconds. ``alone``: only rank 0 calls it, and the other ranks sleep.
+    ``call`` runs batch number n and returns its seconds. ``alone``: only rank 0 calls it, and the other ranks
+    sleep.
     """
 
     name: str
@@ -91,8 +92,8 @@ def _run_once(comm: Communicator, contender: Contender, batch: int) -> float:
 def graph_time(calls: Sequence[Callable[[], object]], budget: float = 0.15) -> float:
     """Measure the median seconds per call of one CUDA graph that holds ``calls`` in turn.
 
-    Calls on different random inputs read other experts' weights each time, so that a small batch does not find all
-    its weights in cache. ``budget``: seconds to spend on replays.
+    Calls on different random inputs read other experts' weights each time, so that a small batch does not
+    find all its weights in cache. ``budget``: seconds to spend on replays.
     """
     rehearse(lambda: [call() for call in calls], 1, torch.device("cuda", torch.cuda.current_device()))
     torch.cuda.synchronize()

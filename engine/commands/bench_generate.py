@@ -26,8 +26,8 @@ from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import make_console, progress
 
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
-"""Largest relative difference of logits. Roundings add up over the layers and turn near ties of the router; a model
-with wrong experts is off by 0.5 and more."""
+"""Largest relative difference of logits. Roundings add up over the layers and turn near ties of the router; a
+model with wrong experts is off by 0.5 and more."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -82,7 +82,8 @@ def check_request(args: argparse.Namespace) -> torch.dtype:
     at_least(prompt_tokens=(args.prompt_tokens, 1), rounds=(args.rounds, 1), threads=(args.threads, 1))
     if min(args.batch) < 1 or args.new_tokens < 3:
         raise ValueError(
-            f"--batch {min(args.batch)} --new-tokens {args.new_tokens}: at least 1, and 3 to see a step that continues"
+            f"--batch {min(args.batch)} --new-tokens {args.new_tokens}: at least 1, and 3 to see "
+            "a step that continues"
         )
     return model_session.dtype_of(args)
 

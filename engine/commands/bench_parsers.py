@@ -9,7 +9,8 @@ from xpar.engine.synthetic.shapes import SHAPES
 
 COMPARE = ("transformers", "solo", "steps")
 MODES = ("strong", "weak")
-"""As :data:`xpar.engine.bench.scaling.points.MODES`, which cannot be imported here; a test compares the two."""
+"""As :data:`xpar.engine.bench.scaling.points.MODES`, which cannot be imported here; a test compares the
+two."""
 KERNEL_LAYERS = ("olmoe", "qwen3-30b", "mixtral", "gpt-oss", "qwen3-235b", "deepseek-v3-slice")
 """As :data:`xpar.engine.bench.kernels.cases.LAYERS`."""
 KERNEL_TOKENS = (1, 3, 16, 64, 257, 1024, 4096)
@@ -190,7 +191,7 @@ def add_scaling(p: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="file of prompts: measure how the whole model of the checkpoint answers them (default: one layer)",
+        help="file of prompts that the whole model of the checkpoint answers (default: measure one layer)",
     )
     p.add_argument(
         "--ranks", metavar="N,N", help="numbers of ranks to measure (default: powers of two, and all)"

@@ -77,7 +77,8 @@ def main(args: argparse.Namespace) -> int:
 def read_plan(args: argparse.Namespace, node_of: tuple[int, ...]) -> Plan:
     """Check the whole request before any rank builds or writes anything.
 
-    ``node_of``: the node of each rank of the job. Raises ValueError or OSError for a request that cannot be met.
+    ``node_of``: the node of each rank of the job. Raises ValueError or OSError for a request that cannot be
+    met.
     """
     at_least(
         tokens=(args.tokens, 1),
@@ -184,8 +185,8 @@ def _generate_study(args: argparse.Namespace, world: World, axes: Axes, plan: Pl
         least = largest if "weak" in plan.modes else 1
         if len(work.queue) < least:
             raise ValueError(
-                f"--prompts {args.prompts}: {count(len(work.queue), 'prompt')}, and the weak mode gives each of "
-                f"{largest} ranks at least one; use a longer file, or --only strong"
+                f"--prompts {args.prompts}: {count(len(work.queue), 'prompt')}, and the weak mode gives each "
+                f"of {largest} ranks at least one; use a longer file, or --only strong"
             )
 
     agreed(world.comm, check_prompts)

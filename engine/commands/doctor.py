@@ -37,8 +37,8 @@ WHOLE_CORE = 0.99
 class RankFacts:
     """The facts that one rank finds out about itself.
 
-    ``cores``: this rank's share of the node's cores. ``asked``: value of OMP_NUM_THREADS, 0 if it is no number.
-    ``shm_free``: free bytes in /dev/shm. ``cpu``: the instruction set that torch uses.
+    ``cores``: this rank's share of the node's cores. ``asked``: value of OMP_NUM_THREADS, 0 if it is no
+    number. ``shm_free``: free bytes in /dev/shm. ``cpu``: the instruction set that torch uses.
     """
 
     host: str
@@ -144,8 +144,8 @@ def _find_problems(world: World, ranks: list[RankFacts]) -> list[str]:
     hosts = sorted({p.host for p in ranks if p.shm_free < LITTLE_SHM})
     if hosts:
         found.append(
-            f"/dev/shm has less than {LITTLE_SHM >> 20} MB free on {', '.join(hosts)}, which MPI needs inside a "
-            "node: remove stale files there, or start the container with a larger --shm-size"
+            f"/dev/shm has less than {LITTLE_SHM >> 20} MB free on {', '.join(hosts)}, which MPI needs "
+            "inside a node: remove stale files there, or start the container with a larger --shm-size"
         )
     found += _find_gpu_problems(ranks)
     if len({p.cpu for p in ranks}) > 1:
@@ -158,22 +158,23 @@ def _find_problems(world: World, ranks: list[RankFacts]) -> list[str]:
 def _find_notes(ranks: list[RankFacts]) -> list[str]:
     """Return a line for each thing that a job survives and its user should know."""
     found = [
-        f"{SHARED_FILES} on {p.host} has {p.leftovers.nbytes / 1e6:.1f} MB in {p.leftovers.files} files of MPI jobs "
-        "that were killed, and one can stop a later job's MPI_Init: while nothing of yours runs there, "
+        f"{SHARED_FILES} on {p.host} has {p.leftovers.nbytes / 1e6:.1f} MB in {p.leftovers.files} files of MPI "
+        "jobs that were killed, and one can stop a later job's MPI_Init: while nothing of yours runs there, "
         f"rm {SHARED_FILES}/{{{','.join(f'{prefix}*' for prefix in PREFIXES)}}}"
         for p in ranks
         if p.leftovers.files
     ]
     crowded = {p.host: p.cores for p in ranks if p.cores < WHOLE_CORE}
     found += [
-        f"ranks on {host} have {cores:.2g} of a core each, and wait for one another: start fewer on a node, or "
-        "give each its own (srun --cpus-per-task, mpirun -bind-to core)"
+        f"ranks on {host} have {cores:.2g} of a core each, and wait for one another: start fewer on a node, "
+        "or give each its own (srun --cpus-per-task, mpirun -bind-to core)"
         for host, cores in crowded.items()
     ]
     bound = {p.host: p for p in ranks if p.asked > p.threads}
     found += [
         f"ranks on {host} may use {p.threads} of their cores, and OMP_NUM_THREADS is {p.asked}: unset "
-        "OMP_PROC_BIND, which binds Python itself to one core, or let the launcher give a rank as many (srun --cpus-per-task)"
+        "OMP_PROC_BIND, which binds Python itself to one core, or let the launcher give a rank as many "
+        "(srun --cpus-per-task)"
         for host, p in bound.items()
     ]
     ranks_per_node = list(Counter(p.node for p in ranks).values())
@@ -198,7 +199,7 @@ def _find_gpu_problems(ranks: list[RankFacts]) -> list[str]:
     uuids = [p.gpu.gpu.uuid if p.gpu else f"none {r}" for r, p in enumerate(ranks)]
     for uuid, sharing in shared_gpus(uuids).items():
         found.append(
-            f"ranks {', '.join(map(str, sharing))} share GPU {uuid}, and with it its memory and speed: start as many "
-            "ranks a node as it has GPUs"
+            f"ranks {', '.join(map(str, sharing))} share GPU {uuid}, and with it its memory and speed: start as "
+            "many ranks a node as it has GPUs"
         )
     return found

@@ -1,6 +1,7 @@
 """The options that several commands share, and the checks of their values.
 
-Importing this module imports neither torch nor MPI: the command line must answer ``--help`` and mistyped options at once.
+Importing this module imports neither torch nor MPI: the command line must answer ``--help`` and mistyped
+options at once.
 """
 
 import argparse
@@ -78,12 +79,14 @@ def add_dense(p: argparse.ArgumentParser) -> None:
         "--dense",
         default="auto",
         metavar="NAME",
-        help="kernel of the dense layers: auto, zentorch, native, onednn, or plain for transformers' own (default auto)",
+        help="kernel of the dense layers: auto, zentorch, native, onednn, or plain for transformers' own "
+        "(default auto)",
     )
     p.add_argument(
         "--whole-block",
         action="store_true",
-        help="replace the model's routers and shared experts by xpar's, too (default: only its routed experts)",
+        help="replace the model's routers and shared experts by xpar's, too "
+        "(default: only its routed experts)",
     )
 
 
@@ -137,8 +140,8 @@ def add_watchdog(p: argparse.ArgumentParser, stragglers: bool = False) -> None:
         type=_read_seconds,
         default=DEADLINE_S,
         metavar="SECONDS",
-        help="longest time in seconds that a rank may keep the others waiting before the job ends with a report; "
-        f"five times as long while the job starts (default {DEADLINE_S:g})",
+        help="longest time in seconds that a rank may keep the others waiting before the job ends with a "
+        f"report; five times as long while the job starts (default {DEADLINE_S:g})",
     )
     p.add_argument(
         "--debug-collectives",
@@ -221,7 +224,8 @@ def batch_size(args: argparse.Namespace) -> int:
     """Return ``--batch`` or its default; raise ValueError if ``--exact`` rules it out."""
     if args.exact and (args.batch or 1) > 1:
         raise ValueError(
-            f"--exact --batch {args.batch}: sequences of one batch change each other's rounding; leave --batch out"
+            f"--exact --batch {args.batch}: sequences of one batch change each other's rounding; "
+            "leave --batch out"
         )
     return int(args.batch or (1 if args.exact else BATCH))
 

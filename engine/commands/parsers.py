@@ -89,7 +89,8 @@ def add_command(
         name: the word on the command line.
         purpose: the line that help prints.
         add_options: adds the options to the command's parser.
-        module: the module of :mod:`xpar.engine.commands` whose ``main`` runs the command (default: by ``name``).
+        module: the module of :mod:`xpar.engine.commands` whose ``main`` runs the command (default: by
+            ``name``).
     """
     p = subparsers.add_parser(name, help=purpose, description=purpose)
     add_options(p)

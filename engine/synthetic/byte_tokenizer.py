@@ -10,7 +10,7 @@ SPECIAL = ("<s>", "</s>")
 
 
 def write_byte_tokenizer(path: Path, vocab: int) -> None:
-    """Write the tokenizer of a model of ``vocab`` tokens into the folder ``path``. Needs transformers.
+    """Write the tokenizer for ``vocab`` tokens into the folder ``path``. Needs transformers.
 
     Raises ValueError for fewer tokens than there are bytes.
     """

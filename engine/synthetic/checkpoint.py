@@ -54,8 +54,8 @@ def make_checkpoint(
         seed: seed of the weights.
         overrides: further values of ``config.json``, such as ``first_k_dense_replace``.
         max_shard_bytes: largest size of a file.
-        writer: ``transformers`` for that package's model classes, ``own`` for this package's tables of names, ``auto``
-            for transformers if it is installed.
+        writer: ``transformers`` for that package's model classes, ``own`` for this package's tables of names,
+            ``auto`` for transformers if it is installed.
 
     Returns:
         The ``config.json``.

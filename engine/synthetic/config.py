@@ -94,7 +94,10 @@ def _head_dim(model_type: str, head: int) -> dict[str, int]:
 
 
 def _dense_width(model_type: str, width: int) -> dict[str, int]:
-    """Return the key of the dense layers' width, unless the family has no dense layer: it may mean the experts'."""
+    """Return the key of the dense layers' width, if the family has dense layers.
+
+    In other families the key may be the experts' by another name.
+    """
     return {} if DENSE[model_type].dense_key is None else {"intermediate_size": width}
 
 
@@ -111,7 +114,10 @@ def _layer_kinds(arch: Architecture, layers: int) -> dict[str, list[str]]:
 
 
 def _shared_keys(arch: Architecture, shared: int | None, intermediate: int) -> dict[str, int]:
-    """Return the keys of ``shared`` shared experts; raise CheckpointError for a number that the family has not."""
+    """Return the keys of ``shared`` shared experts.
+
+    Raises CheckpointError for a number that the family does not have.
+    """
     if arch.shared is None:
         if shared:
             raise CheckpointError(f"shared={shared}: {arch.model_type} has no shared experts; leave it out")
@@ -131,7 +137,7 @@ def _shared_keys(arch: Architecture, shared: int | None, intermediate: int) -> d
 
 
 def _group_keys(arch: Architecture, experts: int, top_k: int) -> dict[str, Any]:
-    """Return the keys of grouped routing: half of 8, 4 or 2 groups, if the experts divide into them."""
+    """Return the keys of grouped routing: half of 8, 4 or 2 groups, if the experts divide."""
     if not arch.num_expert_group.names:
         return {}
     fitting = (g for g in (8, 4, 2) if experts % g == 0 and experts >= max(2 * g, 2 * top_k))

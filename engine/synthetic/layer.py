@@ -1,7 +1,7 @@
 """A layer with random weights that need not be stored.
 
-The weights of each expert are drawn from the seed and the expert's id. So every rank draws only the experts it holds, and
-a reference can draw any expert again.
+The weights of each expert are drawn from the seed and the expert's id. So every rank draws only the experts
+it holds, and a reference can draw any expert again.
 """
 
 from collections.abc import Sequence
@@ -29,19 +29,19 @@ from xpar.kernels.contracts import Routing
 class SyntheticLayer:
     """The random weights of one layer.
 
-    Experts have gate and up [2I, H], gate rows first, or [I, H] without a gate, and down [H, I]. Biases, correction bias,
-    expert scale and the table of token ids exist if the configuration has them.
+    Experts have gate and up [2I, H], gate rows first, or [I, H] without a gate, and down [H, I]. Biases,
+    correction bias, expert scale and the table of token ids exist if the configuration has them.
     """
 
     def __init__(self, config: LayerConfig, dtype: torch.dtype, seed: int) -> None:
         self.config, self.dtype, self.seed = config, dtype, seed
 
     def expert(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Draw ``gate_up`` and ``down`` of a global expert id; the same on every rank and at every call."""
+        """Draw ``gate_up`` and ``down`` of a global expert id, the same at every call."""
         return self._mlp(expert, self.config.intermediate_size, self.config.routed_size)
 
     def biases(self, expert: int) -> tuple[Tensor, Tensor] | None:
-        """Draw the biases of a global expert id: [2I], or [I] without a gate, and [H]; None without biases."""
+        """Draw the biases [2I] or [I], and [H], of a global expert id; None without biases."""
         c = self.config
         if not c.bias:
             return None
@@ -109,7 +109,7 @@ class SyntheticLayer:
         rows: slice = ALL,
         shared_rows: slice = ALL,
     ) -> LayerWeights:
-        """Draw what ``load_layer_weights`` of :mod:`xpar.engine.architectures.layer_weights` reads from a checkpoint.
+        """Draw what ``layer_weights.load_layer_weights`` reads from a checkpoint.
 
         Args:
             experts: global ids of the experts to draw.

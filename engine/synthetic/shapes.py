@@ -18,8 +18,8 @@ TILE = 64
 class Shape:
     """The MoE layer of one model, in the numbers of its ``config.json``.
 
-    ``hidden``: H. ``intermediate``: I. ``experts``: E. ``top_k``: k. ``shared``: number of shared experts, None for
-    the family's default. ``overrides``: further values of ``config.json``.
+    ``hidden``: H. ``intermediate``: I. ``experts``: E. ``top_k``: k. ``shared``: number of shared experts,
+    None for the family's default. ``overrides``: further values of ``config.json``.
     """
 
     model_type: str

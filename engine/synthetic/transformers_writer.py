@@ -1,4 +1,4 @@
-"""Random checkpoints written by transformers' own model classes, which are an optional extra."""
+"""Random checkpoints written by transformers' own model classes, an optional extra."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -19,7 +19,8 @@ STRONG = (".gate.weight", ".gate.wg.weight", ".router.", "down_proj", ".w2", "ou
 def fill_random(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     """Draw the values of the tensor called ``name`` in place; its last dimension is its fan-in.
 
-    A tensor of all experts that is stored as [in, out] is scaled by the size of its other dimension, which is the same.
+    A tensor of all experts that is stored as [in, out] is scaled by the size of its other dimension, which is
+    the same.
     """
     if name.endswith(ONES):
         tensor.fill_(1.0)
@@ -28,7 +29,8 @@ def fill_random(name: str, tensor: Tensor, generator: torch.Generator) -> None:
         # Readers that keep a router's bias in bfloat16 and those that keep it in float32 then choose alike.
         tensor.copy_(tensor.bfloat16())
     else:
-        # 2 for gates: logits of spread 2 prefer some experts. 2 for down: silu(g) u has size 0.6 for unit g and u.
+        # 2 for gates: logits of spread 2 prefer some experts. 2 for down: silu(g) u has size 0.6 for unit g
+        # and u.
         gain = 2.0 if any(part in name for part in STRONG) else 1.0
         tensor.normal_(0.0, gain / math.sqrt(tensor.shape[-1]), generator=generator)
 

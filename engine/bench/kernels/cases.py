@@ -19,8 +19,8 @@ _GPT_OSS = Activation("silu", limit=7.0, alpha=1.702, beta=1.0)
 class LayerCase:
     """The expert layer of a model, as one GPU has it.
 
-    ``hidden``: H. ``width``: I. ``experts``: number of experts on this GPU, of ``of`` in the model. ``top_k``: number of
-    experts that each token chooses among all of the model's.
+    ``hidden``: H. ``width``: I. ``experts``: number of experts on this GPU, of ``of`` in the model.
+    ``top_k``: number of experts that each token chooses among all of the model's.
     """
 
     name: str

@@ -262,8 +262,9 @@ def check_router(g: torch.Generator) -> str:
         bias = torch.randn(experts, generator=g, device=g.device) if c.correction_bias else None
         expected = TopKRule(c, None if bias is None else bias.cpu()).route(None, logits.cpu())
         got = route.select_experts(
-            logits, c.top_k, scoring=c.scoring, renormalize=c.renormalize, num_expert_group=c.num_expert_group,
-            topk_group=c.topk_group, group_score=c.group_score, correction_bias=bias,
+            logits, c.top_k, scoring=c.scoring, renormalize=c.renormalize,
+            num_expert_group=c.num_expert_group, topk_group=c.topk_group, group_score=c.group_score,
+            correction_bias=bias,
             routed_scaling_factor=c.routed_scaling_factor,
         )  # fmt: skip
         same = (got.topk_ids.cpu() == expected.topk_ids).all(1)

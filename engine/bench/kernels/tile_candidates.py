@@ -1,7 +1,7 @@
 """The values to try for each part of a tile table: neighbours first, then any that fit.
 
-A part is named ``limits`` or ``tall`` (where rows go), or by a stage and a bucket of rows, such as ``down 2`` or
-``gate_up vector``.
+A part is named ``limits`` or ``tall`` (where rows go), or by a stage and a bucket of rows, such as
+``down 2`` or ``gate_up vector``.
 """
 
 import itertools
@@ -18,7 +18,8 @@ STAGES = ("gate_up", "down")
 Value = Tile | Vector | tuple[int, int] | bool
 """The value of one part."""
 _LIMITS = (
-    (16, 128), (0, 64), (16, 256), (32, 128), (0, 128), (32, 64), (0, 256), (16, 32), (0, 0), (16, 16), (64, 128),
+    (16, 128), (0, 64), (16, 256), (32, 128), (0, 128), (32, 64), (0, 256), (16, 32), (0, 0),
+    (16, 16), (64, 128),
 )  # fmt: skip
 _SHARED = 225 << 10  # bytes of shared memory of a multiprocessor that its programs may use together
 _FIELDS: dict[str, tuple[Any, ...]] = {

@@ -77,8 +77,8 @@ def group_by_part(cells: list[Cell]) -> dict[str, tuple[Cell, ...]]:
 def make_trials(cells: list[Cell], limit: int, early: bool) -> list[TileTrial]:
     """Make up to ``limit`` trials for every part that any cell uses.
 
-    The trials go in rounds over the parts, so that a deadline leaves out the least likely values of each. ``early``: of
-    the parts that must be chosen first, or of the others.
+    The trials go in rounds over the parts, so that a deadline leaves out the least likely values of each.
+    ``early``: of the parts that must be chosen first, or of the others.
     """
     rounds: list[tuple[int, TileTrial]] = []
     for part, users in group_by_part(cells).items():
@@ -102,8 +102,9 @@ def search(cells: list[Cell], limit: int, note: Callable[[str], None], deadline:
         deadline: value of ``time.perf_counter()`` after which nothing new is timed.
 
     Returns:
-        As plain values: ``table``, made of the best values if it is faster, otherwise the first table; the ``seconds``
-        of each cell with the first table, their ``ratios`` with the new one, and everything that was ``measured``.
+        As plain values: ``table``, made of the best values if it is faster, otherwise the first table; the
+        ``seconds`` of each cell with the first table, their ``ratios`` with the new one, and everything that
+        was ``measured``.
     """
     start = best = cells[0].kernel.table
     expected = {cell.name: cell.kernel.compute(cell.inputs[0]).double() for cell in cells}

@@ -28,7 +28,8 @@ MOST_ROUNDS = 5
 class AnswerCheck:
     """The check of answers on rank 0: each must equal the first answer to its prompt.
 
-    ``exact``: answers must be the same. Otherwise another number of ranks rounds in another way, and a text may differ.
+    ``exact``: answers must be the same. Otherwise another number of ranks rounds in another way, and a text
+    may differ.
     """
 
     def __init__(self, exact: bool) -> None:
@@ -52,7 +53,8 @@ class GenerateStudy:
     Attributes:
         axes: the arrangement of the ranks.
         request: the request of ``xpar generate``, whose ``out`` is a folder for the answers.
-        work: every prompt of the file. In the weak mode a point of n ranks answers the first n of ``largest`` parts.
+        work: every prompt of the file. In the weak mode a point of n ranks answers the first n of ``largest``
+            parts.
         tokenizer: the checkpoint's tokenizer.
         options: how the model is spread over the ranks.
         largest: number of ranks of the largest point.

@@ -6,9 +6,11 @@ from torch import Tensor
 BLOCK = 64
 """Number of tokens drawn together, so that a rank draws its own and few others."""
 CHECKED = 64
-"""Number of tokens whose output is compared; they are spread evenly over the job, so that every rank has some."""
+"""Number of tokens whose output is compared; they are spread evenly over the job, so that every rank has
+some."""
 BATCHES = 8
-"""Number of different inputs that the rounds go through: few tokens meet other experts each time, not those in cache."""
+"""Number of different inputs that the rounds go through: few tokens meet other experts each time, not those
+in cache."""
 MANY_TOKENS = 4096
 """With so many tokens every batch meets all experts, and two batches suffice."""
 

@@ -11,26 +11,27 @@ Result = Mapping[str, Any]
 WORK = {"strong": "the same {unit} in all", "weak": "the same {unit} a rank"}
 
 THREADS = (
-    "Every rank computes with {threads} at every point, also where it could have more cores: a point with twice "
-    "the ranks has twice the threads."
+    "Every rank computes with {threads} at every point, also where it could have more cores: a point with "
+    "twice the ranks has twice the threads."
 )
 BANDWIDTH = (
-    "Ranks of one node share its memory's bandwidth. A single rank has all of it, which makes it a fast baseline; "
-    "points of whole nodes compare like with like."
+    "Ranks of one node share its memory's bandwidth. A single rank has all of it, which makes it a fast "
+    "baseline; points of whole nodes compare like with like."
 )
 SPEED = (
-    "Speed is tokens a second, of the slowest rank; parallel efficiency is the speed of a rank over that of a rank "
-    "of the baseline, which the column's head names."
+    "Speed is tokens a second, of the slowest rank; parallel efficiency is the speed of a rank over that of "
+    "a rank of the baseline, which the column's head names."
 )
 
 BYTES = (
-    "MB are the payload of one dispatch, of all ranks together; the way back is not in them. With the dispatcher "
-    "hierarchical a row counts once for each node that it goes to, and what ranks read there in place does not count."
+    "MB are the payload of one dispatch, of all ranks together; the way back is not in them. With the "
+    "dispatcher hierarchical a row counts once for each node that it goes to, and what ranks read there in "
+    "place does not count."
 )
 
 ANSWERS = (
-    "Answers are compared with those that the smallest point gave to the same prompts. Without --exact another "
-    "number of ranks rounds otherwise, and a text may take another turn."
+    "Answers are compared with those that the smallest point gave to the same prompts. Without --exact "
+    "another number of ranks rounds otherwise, and a text may take another turn."
 )
 
 

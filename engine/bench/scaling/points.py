@@ -42,7 +42,8 @@ def points_of(
         nodes: numbers of whole nodes.
 
     Returns:
-        The points in ascending order; without ``ranks`` and ``nodes``, powers of two up to all ranks, and all ranks.
+        The points in ascending order; without ``ranks`` and ``nodes``, powers of two up to all ranks, and all
+        ranks.
 
     Raises:
         ValueError: more ranks or nodes than the job has.
@@ -76,7 +77,8 @@ def baseline_name(baseline: Mapping[str, int]) -> str:
 def relative_speed(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
     """Compute speed-up and parallel efficiency of ``result`` relative to ``baseline``.
 
-    Speed is in tokens per second. Efficiency is the speed per rank over the baseline's speed per rank, in both modes.
+    Speed is in tokens per second. Efficiency is the speed per rank over the baseline's speed per rank, in
+    both modes.
     """
     speedup = result["tokens_per_s"] / baseline["tokens_per_s"]
     return {

@@ -22,8 +22,8 @@ Result = dict[str, Any]
 class Plan:
     """What to measure.
 
-    ``name``: for people. ``source``: the layer, or a request for a whole model whose ``out`` is the folder of the
-    answers. ``tokens_per_rank``: in the weak mode of a layer.
+    ``name``: for people. ``source``: the layer, or a request for a whole model whose ``out`` is the folder of
+    the answers. ``tokens_per_rank``: in the weak mode of a layer.
     """
 
     name: str
@@ -47,7 +47,8 @@ class StudyStep(Protocol):
 
 
 Study = Callable[[World], StudyStep]
-"""Makes the thing to measure ready on a world; collective. Raises AgreedError with the reason if that is impossible."""
+"""Makes the thing to measure ready on a world; collective. Raises AgreedError with the reason if that is
+impossible."""
 
 
 def run_study(
@@ -67,8 +68,8 @@ def run_study(
         keep: called with each result as soon as it is known, on rank 0 alone.
 
     Returns:
-        One result per point and mode, the same on every rank. A point that cannot be measured has a ``reason`` in place
-        of figures.
+        One result per point and mode, the same on every rank. A point that cannot be measured has a
+        ``reason`` in place of figures.
     """
     results: list[Result] = []
     for point in points:
@@ -92,7 +93,8 @@ def _measure_point(world: World, point: Point, study: Study, modes: Sequence[str
     try:
         found = _measure_modes(inside, study, modes)
     except CollectiveError as error:
-        # The ranks outside, and perhaps some inside, know nothing of the error: only the job's end ends their waiting.
+        # The ranks outside, and perhaps some inside, know nothing of the error: only the job's end ends
+        # their waiting.
         raise RuntimeError(f"{point}: {error}") from error
     gc.collect()  # frees the weights of this point before those of the next are made
     inside.comm.close()
