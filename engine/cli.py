@@ -39,7 +39,7 @@ class _PrintVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        print(f"xpar {version('xpar')}")  # noqa: T201 - as argparse's own action does
+        sys.stdout.write(f"xpar {version('xpar')}\n")
         parser.exit()
 
 

@@ -158,8 +158,8 @@ def _find_problems(world: World, ranks: list[RankFacts]) -> list[str]:
 def _find_notes(ranks: list[RankFacts]) -> list[str]:
     """Return a line for each thing that a job survives and its user should know."""
     found = [
-        f"{SHARED_FILES} on {p.host} has {p.leftovers.nbytes / 1e6:.1f} MB in {p.leftovers.files} files of MPI "
-        "jobs that were killed, and one can stop a later job's MPI_Init: while nothing of yours runs there, "
+        f"{SHARED_FILES} on {p.host} has {p.leftovers.nbytes / 1e6:.1f} MB in {p.leftovers.files} files "
+        "of MPI jobs that were killed, and one can stop a later job's MPI_Init: while nothing of yours runs there, "
         f"rm {SHARED_FILES}/{{{','.join(f'{prefix}*' for prefix in PREFIXES)}}}"
         for p in ranks
         if p.leftovers.files
@@ -199,7 +199,7 @@ def _find_gpu_problems(ranks: list[RankFacts]) -> list[str]:
     uuids = [p.gpu.gpu.uuid if p.gpu else f"none {r}" for r, p in enumerate(ranks)]
     for uuid, sharing in shared_gpus(uuids).items():
         found.append(
-            f"ranks {', '.join(map(str, sharing))} share GPU {uuid}, and with it its memory and speed: start as "
-            "many ranks a node as it has GPUs"
+            f"ranks {', '.join(map(str, sharing))} share GPU {uuid}, and with it its memory and speed: "
+            "start as many ranks a node as it has GPUs"
         )
     return found

@@ -53,7 +53,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_words(model: Path, what: str) -> None:
+def test_a_wrong_request_names_the_option(model: Path, what: str) -> None:
     words, message = WRONG[what]
     with pytest.raises(ValueError, match=re.escape(message)):
         check_request(parser().parse_args(["bench", "generate", str(model), *words]))

@@ -43,7 +43,9 @@ NODES = (0, 0, 0, 1, 1, 2)
     ],
     ids=["default", "ranks", "nodes", "both"],
 )
-def test_points(ranks: list[int] | None, nodes: list[int] | None, expected: list[tuple[int, int]]) -> None:
+def test_points_follow_ranks_and_nodes(
+    ranks: list[int] | None, nodes: list[int] | None, expected: list[tuple[int, int]]
+) -> None:
     assert points_of(NODES, ranks, nodes) == [Point(*point) for point in expected]
 
 
@@ -68,7 +70,7 @@ def test_default_points_of_a_power_of_two_are_not_doubled() -> None:
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_words(words: list[str], message: str) -> None:
+def test_a_wrong_request_names_the_option(words: list[str], message: str) -> None:
     with pytest.raises(ValueError) as raised:
         read_plan(parser().parse_args(["bench", "scaling", *words]), NODES)
     assert message in str(raised.value)

@@ -128,7 +128,7 @@ def test_a_point_that_cannot_be_is_named_and_the_next_one_measured(world: World)
     assert records[-1]["baseline"] == {"ranks": world.size, "nodes": world.num_nodes, "threads": threads}
 
 
-def test_a_layer_that_cannot_be_built_is_a_reason_too(world: World) -> None:
+def test_a_layer_that_cannot_be_built_is_the_reason_of_its_point(world: World) -> None:
     layer = small("pigeon", False)
     study = LayerStudy(layer, Axes(), TOKENS, 33, 0.01, 5, None)
     records = run_study(world, points_of(world.node_of, [world.size]), study, ["strong"])
