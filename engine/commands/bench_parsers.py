@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xpar.engine.commands import options
+from xpar.engine.commands.options import add_number
 from xpar.engine.synthetic.shapes import SHAPES
 
 COMPARE = ("transformers", "solo", "steps")
@@ -13,13 +14,12 @@ MODES = ("strong", "weak")
 two."""
 KERNEL_LAYERS = ("olmoe", "qwen3-30b", "mixtral", "gpt-oss", "qwen3-235b", "deepseek-v3-slice")
 """As :data:`xpar.engine.bench.kernels.cases.LAYERS`."""
-KERNEL_TOKENS = (1, 3, 16, 64, 257, 1024, 4096)
 
 
 def add_layer(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar bench layer``."""
     _add_shape(p)
-    _add_tokens(p, (1, 4, 16, 64, 256, 1024), "the whole job")
+    add_number(p, "--tokens", "numbers of tokens of the whole job to measure", (1, 4, 16, 64, 256, 1024))
     p.add_argument(
         "--compare",
         nargs="*",
@@ -28,37 +28,21 @@ def add_layer(p: argparse.ArgumentParser) -> None:
         help="what to measure beside the layer. transformers: the model's own layer; solo: this layer in one "
         "process with all threads of the node; steps: one call for each step of the layer (default: nothing)",
     )
-    _add_seconds(p, 2.0, "per contender and number of tokens")
+    add_number(p, "--seconds", "measuring time in seconds per contender and number of tokens", 2.0)
     options.add_dispatcher_and_kernel(p)
     options.add_exact(p)
     options.add_depth(p)
-    p.add_argument(
-        "--micro-batches",
-        type=int,
-        default=1,
-        metavar="N",
-        help="measure the layer also with its tokens split into N parts that overlap (default 1: no split)",
-    )
+    add_number(p, "--micro-batches", "measure the layer also split into N parts that overlap", 1)
     options.add_grid(p, "tp", "dp", "ep", "etp")
-    options.add_dtype(p, "bfloat16")
     _add_common(p)
 
 
 def add_comm(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar bench comm``."""
-    p.add_argument(
-        "--megabytes",
-        type=float,
-        nargs="+",
-        default=[0.0625, 1, 16],
-        metavar="MB",
-        help="payload of each rank's dispatch, in MB of 2^20 bytes (default 0.0625 1 16)",
-    )
-    p.add_argument("--hidden", type=int, default=2048, metavar="H", help="hidden size (default 2048)")
-    p.add_argument("--experts", type=int, default=64, metavar="E", help="number of experts (default 64)")
-    p.add_argument(
-        "--top-k", type=int, default=8, metavar="K", help="number of experts per token (default 8)"
-    )
+    add_number(p, "--megabytes", "payload of each rank's dispatch, in MB of 2^20 bytes", (0.0625, 1, 16))
+    add_number(p, "--hidden", "hidden size H", 2048)
+    add_number(p, "--experts", "number of experts", 64)
+    add_number(p, "--top-k", "number of experts per token", 8)
     p.add_argument(
         "--dispatchers",
         nargs="+",
@@ -67,22 +51,15 @@ def add_comm(p: argparse.ArgumentParser) -> None:
         help="dispatchers to measure (default: every one that serves the grid and sends something)",
     )
     options.add_grid(p, "tp", "dp", "ep", "etp")
-    options.add_dtype(p, "bfloat16")
     _add_common(p)
 
 
 def add_overlap(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar bench overlap``."""
     _add_shape(p, "with shared experts")
-    p.add_argument(
-        "--experts",
-        type=int,
-        metavar="E",
-        help="number of routed experts, to use less memory (default: the shape's)",
-    )
-    _add_tokens(p, (1, 16, 64, 256, 1024), "each rank")
-    _add_seconds(p, 2.0, "per number of tokens")
-    options.add_dtype(p, "bfloat16")
+    add_number(p, "--experts", "number of routed experts, to use less memory", None, "the shape's")
+    add_number(p, "--tokens", "numbers of tokens of each rank to measure", (1, 16, 64, 256, 1024))
+    add_number(p, "--seconds", "measuring time in seconds per number of tokens", 2.0)
     options.add_device(p)
     _add_common(p)
 
@@ -90,31 +67,10 @@ def add_overlap(p: argparse.ArgumentParser) -> None:
 def add_generate(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar bench generate``."""
     p.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors files")
-    p.add_argument(
-        "--batch",
-        type=int,
-        nargs="+",
-        default=[1, 16],
-        metavar="N",
-        help="numbers of sequences of the whole job (default 1 16)",
-    )
-    p.add_argument(
-        "--prompt-tokens", type=int, default=64, metavar="N", help="number of tokens per prompt (default 64)"
-    )
-    p.add_argument(
-        "--new-tokens",
-        type=int,
-        default=33,
-        metavar="N",
-        help="number of tokens that each sequence is continued by, greedily (default 33)",
-    )
-    p.add_argument(
-        "--rounds",
-        type=int,
-        default=3,
-        metavar="N",
-        help="number of measured runs of each side, in turn, after one that is not measured (default 3)",
-    )
+    add_number(p, "--batch", "numbers of sequences of the whole job", (1, 16))
+    add_number(p, "--prompt-tokens", "number of tokens per prompt", 64)
+    add_number(p, "--new-tokens", "number of tokens that each sequence is continued by, greedily", 33)
+    add_number(p, "--rounds", "number of measured runs of each side, after one that is not measured", 3)
     options.add_exact(p)
     options.add_grid(p, "ep", "etp", default="see docs/generate.md, How it runs")
     options.add_device(p)
@@ -139,13 +95,8 @@ def add_kernels(p: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"layers to measure (default: all of {', '.join(KERNEL_LAYERS)})",
     )
-    _add_tokens(p, KERNEL_TOKENS, "a step")
-    p.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16"),
-        default="bfloat16",
-        help="floating-point type of weights and tokens (default bfloat16)",
-    )
+    add_number(p, "--tokens", "numbers of tokens of a step to measure", (1, 3, 16, 64, 257, 1024, 4096))
+    options.add_dtype(p, "bfloat16", choices=("bfloat16", "float16"))
     p.add_argument(
         "--compare",
         default="torch,transformers",
@@ -158,24 +109,11 @@ def add_kernels(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--sweep", action="store_true", help="search one tile table for all the layers instead of comparing"
     )
-    p.add_argument(
-        "--configs",
-        type=int,
-        default=24,
-        metavar="N",
-        help="number of values that a sweep tries for each part of the table (default 24)",
-    )
+    add_number(p, "--configs", "number of values that a sweep tries for each part of the table", 24)
     p.add_argument("--table", type=Path, metavar="FILE", help="tile table to use (default: the built-in one)")
     p.add_argument("--write-table", type=Path, metavar="FILE", help="file for the table that a sweep finds")
-    p.add_argument(
-        "--seconds",
-        type=float,
-        default=440.0,
-        help="time in seconds after which nothing new is started (default 440)",
-    )
-    p.add_argument(
-        "--seed", type=int, metavar="N", help="seed of the random inputs (default: a new one each run)"
-    )
+    add_number(p, "--seconds", "time in seconds after which nothing new is started", 440.0)
+    add_number(p, "--seed", "seed of the random inputs", None, "a new one each run")
     options.add_json(p)
 
 
@@ -193,57 +131,28 @@ def add_scaling(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file of prompts that the whole model of the checkpoint answers (default: measure one layer)",
     )
-    p.add_argument(
-        "--ranks", metavar="N,N", help="numbers of ranks to measure (default: powers of two, and all)"
-    )
-    p.add_argument(
-        "--nodes", metavar="N,N", help="numbers of whole nodes to measure, instead of or with --ranks"
-    )
+    p.add_argument("--ranks", metavar="N,N", help="numbers of ranks (default: powers of two, and all)")
+    p.add_argument("--nodes", metavar="N,N", help="numbers of whole nodes, instead of or with --ranks")
     p.add_argument("--only", choices=MODES, help="mode to measure (default: both)")
-    p.add_argument(
-        "--tokens",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="number of tokens of the whole job in the strong mode (default 4096)",
-    )
-    p.add_argument(
-        "--tokens-per-rank",
-        type=int,
-        metavar="N",
-        help="number of tokens of each rank in the weak mode (default: as in the smallest strong point)",
-    )
-    p.add_argument(
-        "--layer", type=int, help="index of the checkpoint's layer to measure (default: its first MoE layer)"
-    )
+    add_number(p, "--tokens", "number of tokens of the whole job in the strong mode", 4096)
+    smallest = "as in the smallest strong point"
+    add_number(p, "--tokens-per-rank", "number of tokens of each rank in the weak mode", None, smallest)
+    add_number(p, "--layer", "index of the checkpoint's layer to measure", None, "its first MoE layer")
     _add_scale(p)
-    p.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=32,
-        metavar="N",
-        help="maximum number of tokens per answer (default 32)",
-    )
-    p.add_argument(
-        "--batch",
-        type=int,
-        metavar="N",
-        help=f"number of sequences that a rank runs at a time (default {options.BATCH}; 1 with --exact)",
-    )
-    _add_seconds(p, 1.0, "per mode and point")
+    add_number(p, "--max-new-tokens", "maximum number of tokens per answer", 32)
+    batch = f"{options.BATCH}; 1 with --exact"
+    add_number(p, "--batch", "number of sequences that a rank runs at a time", None, batch)
+    add_number(p, "--seconds", "measuring time in seconds per mode and point", 1.0)
     options.add_grid(p, "tp", "ep", "etp")
     options.add_device(p)
     options.add_dispatcher_and_kernel(p)
     options.add_exact(p)
-    options.add_dtype(p, explanation="the checkpoint's; bfloat16 for a shape")
+    options.add_dtype(p, otherwise="the checkpoint's; bfloat16 for a shape")
     options.add_seed(p)
     options.add_threads(p, "its share of the node's cores; 1 with --prompts --exact")
+    out = Path("scaling")
     p.add_argument(
-        "--out",
-        type=Path,
-        default=Path("scaling"),
-        metavar="DIR",
-        help="directory of the results (default scaling)",
+        "--out", type=Path, default=out, metavar="DIR", help=f"directory of results (default {out})"
     )
     p.add_argument(
         "--redraw",
@@ -272,36 +181,12 @@ def _add_shape(p: argparse.ArgumentParser, which: str = "with random weights") -
 
 
 def _add_scale(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--scale",
-        type=float,
-        default=1.0,
-        help="factor on H and I of the shape, above 0 and up to 1 (default 1)",
-    )
-
-
-def _add_tokens(p: argparse.ArgumentParser, default: tuple[int, ...], whose: str) -> None:
-    p.add_argument(
-        "--tokens",
-        type=int,
-        nargs="+",
-        default=list(default),
-        metavar="N",
-        help=f"numbers of tokens of {whose} to measure (default {' '.join(map(str, default))})",
-    )
-
-
-def _add_seconds(p: argparse.ArgumentParser, default: float, each: str) -> None:
-    p.add_argument(
-        "--seconds",
-        type=float,
-        default=default,
-        help=f"measuring time in seconds {each} (default {default:g})",
-    )
+    add_number(p, "--scale", "factor on H and I of the shape, above 0 and up to 1", 1.0)
 
 
 def _add_common(p: argparse.ArgumentParser) -> None:
     """Add what the measurements of layers and dispatchers share."""
+    options.add_dtype(p, "bfloat16")
     options.add_seed(p)
     options.add_threads(p)
     options.add_json(p)

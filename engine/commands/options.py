@@ -6,6 +6,7 @@ options at once.
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,20 +21,52 @@ DEPTHS = ("auto", "steps", "one-call")
 """As :data:`xpar.engine.layer.route_and_compute.DEPTHS`."""
 BATCH = 16
 PREFILL_TOKENS = 4096
-AXES = {"tp": "tensor", "dp": "data", "ep": "expert", "etp": "expert-tensor"}
+AXES = {
+    "tp": ("tensor", "ranks / dp, or 1"),
+    "dp": ("data", "ranks / tp"),
+    "ep": ("expert", "ranks / etp"),
+    "etp": ("expert-tensor", "1"),
+}
+"""Axis of the process grid -> its name, and its default, as :func:`xpar.comm.grid.resolve` computes it."""
 DEADLINE_S = 60.0
 """The default of ``--deadline``, which is that of :class:`xpar.comm.watchdog.deadlines.Deadlines`."""
 
 
-def add_grid(p: argparse.ArgumentParser, *axes: str, default: str = "follows from the other axes") -> None:
-    """Add an option for each of the ``axes`` of the process grid; ``default`` is for the help."""
+def add_number(
+    p: argparse.ArgumentParser,
+    name: str,
+    meaning: str,
+    default: float | Sequence[float] | None,
+    otherwise: str = "",
+) -> None:
+    """Add an option that takes a number, or several if ``default`` has several.
+
+    Args:
+        p: the parser.
+        name: the option with its dashes.
+        meaning: the help without the default, with the unit.
+        default: the default, whose type is that of the numbers; None for an int that need not be given.
+        otherwise: what the command does without a number, for a default of None.
+    """
+    several = isinstance(default, Sequence)
+    values: Sequence[float] = (
+        default if isinstance(default, Sequence) else () if default is None else (default,)
+    )
+    p.add_argument(
+        name,
+        type=float if any(isinstance(value, float) for value in values) else int,
+        nargs="+" if several else None,
+        default=list(values) if several else default,
+        metavar="N",
+        help=f"{meaning} (default{' ' if values else ': '}{' '.join(f'{v:g}' for v in values) or otherwise})",
+    )
+
+
+def add_grid(p: argparse.ArgumentParser, *axes: str, default: str | None = None) -> None:
+    """Add an option for each of the ``axes`` of the process grid; ``default`` replaces that in ``AXES``."""
     for axis in axes:
-        p.add_argument(
-            f"--{axis}",
-            type=int,
-            metavar="N",
-            help=f"number of {AXES[axis]}-parallel ranks (default: {default})",
-        )
+        name, usual = AXES[axis]
+        add_number(p, f"--{axis}", f"number of {name}-parallel ranks", None, default or usual)
 
 
 def add_device(p: argparse.ArgumentParser) -> None:
@@ -105,27 +138,25 @@ def add_exact(p: argparse.ArgumentParser, result: str = "output bits") -> None:
 
 
 def add_dtype(
-    p: argparse.ArgumentParser, default: str | None = None, explanation: str = "the checkpoint's"
+    p: argparse.ArgumentParser,
+    default: str | None = None,
+    otherwise: str = "the checkpoint's",
+    choices: Sequence[str] = DTYPES,
 ) -> None:
-    """Add ``--dtype``; ``explanation`` describes the default where ``default`` is None."""
-    p.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default=default,
-        help=f"floating-point type of weights and tokens (default {default or explanation})",
-    )
+    """Add ``--dtype`` with some ``choices``; ``otherwise`` explains a ``default`` of None."""
+    shown = f" {default}" if default else f": {otherwise}"
+    meaning = f"floating-point type of weights and tokens (default{shown})"
+    p.add_argument("--dtype", choices=choices, default=default, help=meaning)
 
 
 def add_threads(p: argparse.ArgumentParser, default: str = "its share of the node's cores") -> None:
     """Add ``--threads``; ``default`` explains what leaving it out means."""
-    p.add_argument(
-        "--threads", type=int, metavar="N", help=f"number of threads per rank (default: {default})"
-    )
+    add_number(p, "--threads", "number of threads per rank", None, default)
 
 
 def add_seed(p: argparse.ArgumentParser, drawn: str = "weights and tokens") -> None:
     """Add ``--seed`` of the random values that ``drawn`` names."""
-    p.add_argument("--seed", type=int, default=0, metavar="N", help=f"seed of the random {drawn} (default 0)")
+    add_number(p, "--seed", f"seed of the random {drawn}", 0)
 
 
 def add_json(p: argparse.ArgumentParser) -> None:

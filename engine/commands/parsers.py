@@ -11,17 +11,11 @@ from typing import Any
 
 from xpar.engine.commands import options
 from xpar.engine.commands.bench_parsers import MEASUREMENTS
+from xpar.engine.commands.options import add_number
 from xpar.engine.synthetic.shapes import SHAPES
 
 Subparsers = argparse._SubParsersAction
 AddOptions = Callable[[argparse.ArgumentParser], None]
-SIZES = {
-    "layers": (2, "number of decoder layers"),
-    "experts": (8, "number of experts per layer"),
-    "hidden": (256, "hidden size H"),
-    "intermediate": (128, "width I of each expert"),
-    "vocab": (256, "number of tokens of the vocabulary"),
-}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -101,27 +95,15 @@ def add_command(
 def add_run(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar run``."""
     p.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors files")
+    add_number(p, "--tokens", "number of tokens of the whole job, split over the data-parallel ranks", 512)
     p.add_argument(
-        "--tokens",
-        type=int,
-        default=512,
-        metavar="N",
-        help="number of tokens of the whole job, split over the data-parallel ranks (default 512)",
-    )
-    p.add_argument(
-        "--layers",
-        type=int,
-        nargs="+",
-        metavar="LAYER",
-        help="indices of the MoE layers to run (default: all)",
+        "--layers", type=int, nargs="+", metavar="N", help="indices of the MoE layers to run (default: all)"
     )
     options.add_grid(p, "tp", "dp", "ep", "etp")
     options.add_device(p)
     options.add_dispatcher_and_kernel(p)
     options.add_depth(p)
-    p.add_argument(
-        "--tiles", type=Path, metavar="FILE", help="tile table of the GPU kernel, written by xpar tune"
-    )
+    p.add_argument("--tiles", type=Path, metavar="FILE", help="tile table of the GPU kernel, from xpar tune")
     options.add_dtype(p)
     options.add_exact(p)
     p.add_argument(
@@ -130,13 +112,7 @@ def add_run(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--explain", action="store_true", help="print why this dispatcher and this kernel were chosen"
     )
-    p.add_argument(
-        "--steps",
-        type=int,
-        default=5,
-        metavar="N",
-        help="number of measured forwards per layer, after one that is not measured (default 5)",
-    )
+    add_number(p, "--steps", "number of measured forwards per layer, after one that is not measured", 5)
     options.add_seed(p, "tokens")
     options.add_threads(p)
     options.add_json(p)
@@ -153,38 +129,17 @@ def add_tune(p: argparse.ArgumentParser) -> None:
         "--layer",
         type=int,
         dest="index",
-        metavar="LAYER",
+        metavar="N",
         help="index of the checkpoint's MoE layer (default: its first)",
     )
-    p.add_argument(
-        "--ep",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of expert-parallel ranks of the job: the GPU has E / N experts (default 1)",
-    )
-    p.add_argument(
-        "--tokens",
-        type=int,
-        nargs="+",
-        default=[1, 16, 64, 256, 1024, 4096],
-        metavar="N",
-        help="numbers of tokens that come to this GPU in one step (default 1 16 64 256 1024 4096)",
-    )
+    add_number(p, "--ep", "number of expert-parallel ranks of the job: the GPU has E / N experts", 1)
+    add_number(p, "--tokens", "numbers of tokens of this GPU in one step", (1, 16, 64, 256, 1024, 4096))
     options.add_dtype(p, "bfloat16")
-    p.add_argument(
-        "--configs", type=int, default=60, metavar="N", help="number of values to try in all (default 60)"
-    )
-    p.add_argument(
-        "--seconds",
-        type=float,
-        default=110.0,
-        help="time in seconds after which no new value is tried (default 110)",
-    )
+    add_number(p, "--configs", "number of values to try in all", 60)
+    add_number(p, "--seconds", "time in seconds after which no new value is tried", 110.0)
     options.add_seed(p)
-    p.add_argument(
-        "--out", type=Path, default=Path("tiles.json"), help="file of the table (default tiles.json)"
-    )
+    out = Path("tiles.json")
+    p.add_argument("--out", type=Path, default=out, metavar="FILE", help=f"file of the table (default {out})")
 
 
 def add_make_checkpoint(p: argparse.ArgumentParser) -> None:
@@ -196,22 +151,13 @@ def add_make_checkpoint(p: argparse.ArgumentParser) -> None:
         help="model family, by the model_type of its config.json: %(choices)s",
     )
     p.add_argument("directory", metavar="DIR", type=Path, help="new or empty directory")
-    for name, (default, meaning) in SIZES.items():
-        p.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{meaning} (default {default})"
-        )
-    p.add_argument(
-        "--top-k",
-        type=int,
-        metavar="N",
-        help="number of experts per token (default 2, or 1 for a family that takes no more)",
-    )
-    p.add_argument(
-        "--shared",
-        type=int,
-        metavar="N",
-        help="number of shared experts (default: 1 for a family that has shared experts)",
-    )
+    add_number(p, "--layers", "number of decoder layers", 2)
+    add_number(p, "--experts", "number of experts per layer", 8)
+    add_number(p, "--hidden", "hidden size H", 256)
+    add_number(p, "--intermediate", "width I of each expert", 128)
+    add_number(p, "--vocab", "number of tokens of the vocabulary", 256)
+    add_number(p, "--top-k", "number of experts per token", None, "2, or 1 for a family that takes no more")
+    add_number(p, "--shared", "number of shared experts", None, "1 for a family that has shared experts")
     options.add_dtype(p, "bfloat16")
     options.add_seed(p, "weights")
     p.add_argument(
