@@ -35,7 +35,7 @@ class LayerBench:
     def __init__(self, request: LayerRequest, grid: ProcessGrid) -> None:
         self.request, self.grid = request, grid
         self.comm = grid.world.comm
-        self.weights = request.weights()
+        self.weights = request.make_weights()
         self.config = self.weights.config
         agreed(self.comm, self._check_memory, "bench layer")
         self.runner = agreed(self.comm, self._build, "bench layer")
@@ -48,7 +48,7 @@ class LayerBench:
 
     def measure(self, tokens: int) -> dict[str, Any]:
         """Measure times, ratios, errors and stages with ``tokens`` tokens in the whole job."""
-        inputs = [self.request.input(tokens, number) for number in range(BATCHES)]
+        inputs = [self.request.draw_input(tokens, number) for number in range(BATCHES)]
         contenders = [self._make_contender(name, inputs) for name in self.forwards]
         contenders += [self._make_peer_contender(name, tokens) for name in self.peer_names]
         times = take_turns(self.comm, contenders, BATCHES, self.request.seconds * len(contenders))

@@ -52,11 +52,11 @@ class LayerRequest:
         """The entries of ``compare`` that a process beside the job computes."""
         return tuple(name for name in self.compare if name != "steps")
 
-    def weights(self) -> SyntheticLayer:
+    def make_weights(self) -> SyntheticLayer:
         """Make the layer's weights, the same in every process."""
         return SyntheticLayer(self.shape.layer(self.scale), self.dtype, self.seed)
 
-    def input(self, tokens: int, number: int) -> Tensor:
+    def draw_input(self, tokens: int, number: int) -> Tensor:
         """Draw batch ``number`` of ``BATCHES``: [tokens, H], the same in every process."""
         generator = torch.Generator().manual_seed(self.seed * BATCHES + number)
         width = self.shape.layer(self.scale).hidden_size

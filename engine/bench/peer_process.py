@@ -134,7 +134,7 @@ def serve_layer(pipe: Connection, request: LayerRequest, threads: int) -> None:
         what, name, tokens, number, *rows = pipe.recv()
         key = (tokens, number)
         if key not in inputs:
-            inputs[key] = request.input(*key)
+            inputs[key] = request.draw_input(*key)
         if what == "output":
             pipe.send(forwards[name](inputs[key][: rows[0]]).float().numpy())
             continue
@@ -145,7 +145,7 @@ def serve_layer(pipe: Connection, request: LayerRequest, threads: int) -> None:
 
 def _build_forwards(request: LayerRequest, threads: int) -> dict[str, Callable[[Tensor], Tensor]]:
     """Build the peers that ``request.compare`` names: name -> forward [T, H] -> [T, H]."""
-    weights = request.weights()
+    weights = request.make_weights()
     forwards: dict[str, Callable[[Tensor], Tensor]] = {}
     if "solo" in request.compare:
         options = LayerOptions(kernel=request.kernel, exact=request.exact)

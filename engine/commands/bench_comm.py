@@ -10,7 +10,7 @@ from rich.table import Table
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.comm import TOLERANCE, TokenTraffic, measure_sizes
-from xpar.engine.commands.options import at_least, attach, positive
+from xpar.engine.commands.options import at_least, attach, check_positive
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import count, make_console
@@ -55,7 +55,7 @@ def _read_traffic(args: argparse.Namespace) -> TokenTraffic:
         raise ValueError(
             f"--top-k {args.top_k}: a token goes to at most every expert once; at most {args.experts}"
         )
-    positive(megabytes=min(args.megabytes))
+    check_positive(megabytes=min(args.megabytes))
     return TokenTraffic(0, args.hidden, args.experts, args.top_k, FLOATS[args.dtype], args.seed)
 
 

@@ -11,7 +11,7 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.layer import LayerBench
 from xpar.engine.bench.layer_request import LayerRequest
-from xpar.engine.commands.options import at_least, attach, positive
+from xpar.engine.commands.options import at_least, attach, check_positive
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import count, make_console, progress
@@ -62,7 +62,7 @@ def _read_request(args: argparse.Namespace) -> LayerRequest:
     """Check the whole request before any rank builds anything."""
     shape = shape_of(args.shape)
     at_least(tokens=(min(args.tokens), 1), threads=(args.threads, 1), micro_batches=(args.micro_batches, 1))
-    positive(seconds=args.seconds)
+    check_positive(seconds=args.seconds)
     shape.layer(args.scale)
     return LayerRequest(
         shape=shape,

@@ -11,7 +11,7 @@ from rich.table import Table
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.overlap import OverlapBench, OverlapRequest
-from xpar.engine.commands.options import at_least, attach, device_name, pick_device, positive
+from xpar.engine.commands.options import at_least, attach, check_positive, device_name, pick_device
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import make_console, progress
@@ -52,7 +52,7 @@ def _read_request(args: argparse.Namespace) -> OverlapRequest:
     """Check the whole request before any rank builds anything."""
     shape = shape_of(args.shape)
     at_least(tokens=(min(args.tokens), 1), experts=(args.experts, 1), threads=(args.threads, 1))
-    positive(seconds=args.seconds)
+    check_positive(seconds=args.seconds)
     shape = shape if args.experts is None else replace(shape, experts=args.experts)
     if shape.layer(args.scale).shared is None:
         with_shared = [name for name, s in SHAPES.items() if s.layer().shared is not None]

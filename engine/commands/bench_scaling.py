@@ -16,11 +16,18 @@ from xpar.engine.bench.scaling import result_folder
 from xpar.engine.bench.scaling.generate_study import AnswerCheck, GenerateStudy
 from xpar.engine.bench.scaling.layer_source import CheckpointLayer, LayerSource, ShapeLayer
 from xpar.engine.bench.scaling.layer_study import Axes, LayerCheck, LayerStudy
-from xpar.engine.bench.scaling.markdown_report import format_check, measured, wrong
-from xpar.engine.bench.scaling.points import MODES, Point, baseline_name, points_of, read_numbers
+from xpar.engine.bench.scaling.markdown_report import format_check, select_measured, select_wrong
+from xpar.engine.bench.scaling.points import MODES, Point, choose_points, format_baseline, read_numbers
 from xpar.engine.bench.scaling.study import Plan, Study, run_study
 from xpar.engine.checkpoint.reader import Checkpoint
-from xpar.engine.commands.options import PREFILL_TOKENS, at_least, attach, batch_size, pick_device, positive
+from xpar.engine.commands.options import (
+    PREFILL_TOKENS,
+    at_least,
+    attach,
+    batch_size,
+    check_positive,
+    pick_device,
+)
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.terminal import count, make_console
 from xpar.engine.generation.request import Request, read_request
@@ -71,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
         patient=True,
     )
     console.print(_format_end(args.out, results, no_plot), soft_wrap=True)
-    return int(bool(wrong(results)) or not measured(results))
+    return int(bool(select_wrong(results)) or not select_measured(results))
 
 
 def read_plan(args: argparse.Namespace, node_of: tuple[int, ...]) -> Plan:
@@ -87,8 +94,8 @@ def read_plan(args: argparse.Namespace, node_of: tuple[int, ...]) -> Plan:
         batch=(args.batch, 1),
         threads=(args.threads, 1),
     )
-    positive(seconds=args.seconds)
-    points = points_of(node_of, read_numbers("--ranks", args.ranks), read_numbers("--nodes", args.nodes))
+    check_positive(seconds=args.seconds)
+    points = choose_points(node_of, read_numbers("--ranks", args.ranks), read_numbers("--nodes", args.nodes))
     source = _read_generate_request(args) if args.prompts else _read_layer_source(args)
     return Plan(
         name=Path(args.source).name if isinstance(source, Request) else source.name,
@@ -214,7 +221,7 @@ def _format_point(result: Mapping[str, Any]) -> str:
     if "reason" in result:
         return f"{head}: cannot be measured: {result['reason']}"
     speed = f"{result['ms']['median']:.4g} ms, {result['tokens_per_s']:.4g} tokens/s"
-    baseline = baseline_name(result["baseline"])
+    baseline = format_baseline(result["baseline"])
     efficiency = f"parallel efficiency {result['efficiency']:.0%} relative to {baseline}"
     return f"{head}: {speed}, {efficiency}; {format_check(result)}"
 
@@ -224,5 +231,5 @@ def _format_end(folder: Path, results: list[dict[str, Any]], no_plot: str | None
     files = f"{folder / result_folder.LINES}, {result_folder.REPORT}"
     if no_plot is None:
         return f"{files} and {result_folder.PLOT} are written"
-    again = f", then xpar bench scaling --redraw {folder}" if measured(results) else ""
+    again = f", then xpar bench scaling --redraw {folder}" if select_measured(results) else ""
     return f"{files} are written; no plot: {no_plot}{again}"

@@ -244,7 +244,7 @@ def at_least(**limits: tuple[int | None, int]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
-def positive(**values: float) -> None:
+def check_positive(**values: float) -> None:
     """Raise ValueError for the first option whose value is not above zero."""
     for name, value in values.items():
         if not value > 0:

@@ -20,18 +20,18 @@ def count_batches(tokens: int) -> int:
     return BATCHES if tokens < MANY_TOKENS else 2
 
 
-def checked_tokens(hidden_size: int, seed: int) -> Tensor:
-    """Draw the tokens [CHECKED, H] float32 that every batch has at :func:`checked_places`."""
+def draw_checked_tokens(hidden_size: int, seed: int) -> Tensor:
+    """Draw the tokens [CHECKED, H] float32 that every batch has at :func:`place_checked_tokens`."""
     return _draw(CHECKED, hidden_size, (seed, 0, 0))
 
 
-def checked_places(tokens: int) -> list[int]:
+def place_checked_tokens(tokens: int) -> list[int]:
     """Return the places of the checked tokens among ``tokens``; at most all places."""
     found = min(CHECKED, tokens)
     return [i * tokens // found for i in range(found)]
 
 
-def batch(tokens: int, mine: slice, hidden_size: int, seed: int, number: int) -> Tensor:
+def draw_batch(tokens: int, mine: slice, hidden_size: int, seed: int, number: int) -> Tensor:
     """Draw this rank's tokens of one batch.
 
     Args:
@@ -48,8 +48,8 @@ def batch(tokens: int, mine: slice, hidden_size: int, seed: int, number: int) ->
     blocks = [_draw(BLOCK, hidden_size, (seed, number + 1, block)) for block in range(first, last)]
     drawn = torch.cat(blocks) if blocks else torch.empty(0, hidden_size)
     own = drawn[mine.start - first * BLOCK :][: mine.stop - mine.start]
-    checked = checked_tokens(hidden_size, seed)
-    for index, place in enumerate(checked_places(tokens)):
+    checked = draw_checked_tokens(hidden_size, seed)
+    for index, place in enumerate(place_checked_tokens(tokens)):
         if mine.start <= place < mine.stop:
             own[place - mine.start] = checked[index]
     return own

@@ -17,7 +17,12 @@ from xpar.comm.failure import AgreedError
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.partition import split_range
 from xpar.comm.world import World
-from xpar.engine.bench.scaling.inputs import batch, checked_places, checked_tokens, count_batches
+from xpar.engine.bench.scaling.inputs import (
+    count_batches,
+    draw_batch,
+    draw_checked_tokens,
+    place_checked_tokens,
+)
 from xpar.engine.bench.scaling.layer_source import LayerSource
 from xpar.engine.bench.timing import WARM_UP_ROUNDS, Contender, take_turns
 from xpar.engine.console.manifest import grid_manifest
@@ -55,7 +60,7 @@ class LayerCheck:
 
     def __init__(self, source: LayerSource, seed: int, exact: bool) -> None:
         self.limit, self.exact = TOLERANCE[source.dtype], exact
-        self.reference = source.reference(checked_tokens(source.hidden_size, seed).to(source.dtype))
+        self.reference = source.reference(draw_checked_tokens(source.hidden_size, seed).to(source.dtype))
         self.first: Tensor | None = None
 
     def judge(self, output: Tensor) -> Mapping[str, Any]:
@@ -184,7 +189,7 @@ class LayerPoint:
         return {"dispatcher": self.runner.dispatcher.name, "kernel": kernel}
 
     def _make_input(self, tokens: int, mine: slice, number: int) -> Tensor:
-        drawn = batch(tokens, mine, self.source.hidden_size, self.seed, number)
+        drawn = draw_batch(tokens, mine, self.source.hidden_size, self.seed, number)
         return drawn.to(self.source.dtype).to(self.grid.device)
 
     def _gather_stages(self, timers: Sequence[MeasuringTimer]) -> dict[str, dict[str, float]]:
@@ -217,6 +222,6 @@ class LayerPoint:
 
     def _compute_checked(self, tokens: int, mine: slice, x: Tensor) -> Tensor:
         """Compute the output [C, H] of the checked tokens, gathered from all ranks."""
-        places = [p - mine.start for p in checked_places(tokens) if mine.start <= p < mine.stop]
+        places = [p - mine.start for p in place_checked_tokens(tokens) if mine.start <= p < mine.stop]
         rows = self.runner(x).cpu()[places if self.grid.tp.rank == 0 else []]
         return self.grid.world.comm.all_gather_v(rows)

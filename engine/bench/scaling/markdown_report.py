@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xpar.engine.bench.scaling.points import MODES, baseline_name
+from xpar.engine.bench.scaling.points import MODES, format_baseline
 from xpar.engine.console.terminal import count
 from xpar.engine.layer.stage_timer import STAGES
 
@@ -35,7 +35,7 @@ ANSWERS = (
 )
 
 
-def markdown(results: Sequence[Result], plot: str | None) -> str:
+def format_report(results: Sequence[Result], plot: str | None) -> str:
     """Write the report on the results of one run; ``plot``: file name of the plot, if any."""
     parts = [f"# Scaling of {results[0]['what']}", _setting(results)]
     if plot is not None:
@@ -47,14 +47,14 @@ def markdown(results: Sequence[Result], plot: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def measured(results: Sequence[Result], mode: str | None = None) -> list[Result]:
+def select_measured(results: Sequence[Result], mode: str | None = None) -> list[Result]:
     """Return the results with figures, of ``mode`` or of both modes."""
     return [r for r in results if "reason" not in r and mode in (None, r["mode"])]
 
 
-def wrong(results: Sequence[Result]) -> list[Result]:
+def select_wrong(results: Sequence[Result]) -> list[Result]:
     """Return the results whose output is wrong."""
-    return [r for r in measured(results) if not r["correct"]]
+    return [r for r in select_measured(results) if not r["correct"]]
 
 
 def _setting(results: Sequence[Result]) -> str:
@@ -78,7 +78,7 @@ def _setting(results: Sequence[Result]) -> str:
 
 
 def _mode(mode: str, results: Sequence[Result]) -> list[str]:
-    found = measured(results)
+    found = select_measured(results)
     unit = "prompts" if any("prompts" in r for r in found) else "tokens"
     parts = [f"## {mode.capitalize()} scaling: {WORK[mode].format(unit=unit)}"]
     if found:
@@ -90,7 +90,7 @@ def _mode(mode: str, results: Sequence[Result]) -> list[str]:
     if lost:
         parts.append("### Points that could not be measured")
         parts.append("\n".join(f"- {_place(r)}: {r['reason']}" for r in lost))
-    bad = wrong(found)
+    bad = select_wrong(found)
     if bad:
         parts.append("### Points whose output is wrong")
         parts.append("\n".join(f"- {_place(r)}: {format_check(r)}" for r in bad))
@@ -98,7 +98,7 @@ def _mode(mode: str, results: Sequence[Result]) -> list[str]:
 
 
 def _figures(found: Sequence[Result]) -> str:
-    baseline = baseline_name(found[0]["baseline"])
+    baseline = format_baseline(found[0]["baseline"])
     answers = "prompts" in found[0]
     head = ["ranks", "nodes", *(("prompts",) if answers else ()), "tokens", "ms (min to max)", "tokens/s"]
     head += [f"speed-up over {baseline}", f"parallel efficiency, relative to {baseline}", "imbalance"]
@@ -118,7 +118,7 @@ def _figures(found: Sequence[Result]) -> str:
                 r["dispatcher"],
             ]
         rows.append([*row, format_check(r)])
-    return table([*head, "check"], rows)
+    return format_table([*head, "check"], rows)
 
 
 def _stages(found: Sequence[Result]) -> str:
@@ -126,7 +126,7 @@ def _stages(found: Sequence[Result]) -> str:
         [r["ranks"], *(f"{r['stages_ms'][s]['mean']:.3f} / {r['stages_ms'][s]['max']:.3f}" for s in STAGES)]
         for r in found
     ]
-    return table(["ranks", *STAGES], rows)
+    return format_table(["ranks", *STAGES], rows)
 
 
 def format_check(result: Result) -> str:
@@ -144,7 +144,7 @@ def _place(result: Result) -> str:
     return f"{count(result['ranks'], 'rank')} on {count(result['nodes'], 'node')}"
 
 
-def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+def format_table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """Format a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

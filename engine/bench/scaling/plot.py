@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from xpar.engine.bench.scaling.markdown_report import Result, measured
-from xpar.engine.bench.scaling.points import MODES, baseline_name
+from xpar.engine.bench.scaling.markdown_report import Result, select_measured
+from xpar.engine.bench.scaling.points import MODES, format_baseline
 from xpar.engine.console.terminal import count
 from xpar.engine.layer.stage_timer import STAGES
 
@@ -42,14 +42,14 @@ def make_figure(results: Sequence[Result]) -> Any:
     """Make the matplotlib figure of the results; a panel whose figures they lack is left out."""
     from matplotlib.figure import Figure
 
-    found = measured(results)
-    modes = [mode for mode in MODES if measured(found, mode)]
+    found = select_measured(results)
+    modes = [mode for mode in MODES if select_measured(found, mode)]
     panels = [panel for key, panel in PANELS.items() if all(key in r for r in found)]
     figure = Figure(figsize=(5.0 * len(panels), 4.4 * len(modes) + 0.6), layout="constrained")
     axes = figure.subplots(len(modes), len(panels), squeeze=False)
     for row, mode in zip(axes, modes, strict=True):
         for axis, panel in zip(row, panels, strict=True):
-            panel(axis, measured(found, mode))
+            panel(axis, select_measured(found, mode))
     figure.suptitle(
         f"{found[0]['what']}: {count(found[0]['threads'], 'thread')} a rank at every point", fontsize=14
     )
@@ -65,7 +65,7 @@ def _time(axis: Any, results: Sequence[Result]) -> None:
     ]
     shrink = [first["ranks"] / r["ranks"] * r["tokens"] / first["tokens"] for r in results]
     ideal = [first["ms"]["median"] * part for part in shrink]
-    axis.plot(ranks, ideal, "--", color=BLACK, label=f"ideal, from {baseline_name(first['baseline'])}")
+    axis.plot(ranks, ideal, "--", color=BLACK, label=f"ideal, from {format_baseline(first['baseline'])}")
     axis.errorbar(
         ranks, middle, yerr=spread, fmt="o-", color=BLUE, capsize=3, label="measured: median, min to max"
     )
@@ -76,7 +76,7 @@ def _time(axis: Any, results: Sequence[Result]) -> None:
 
 
 def _efficiency(axis: Any, results: Sequence[Result]) -> None:
-    baseline = baseline_name(results[0]["baseline"])
+    baseline = format_baseline(results[0]["baseline"])
     values = [100 * r["efficiency"] for r in results]
     axis.axhline(100, linestyle="--", color=BLACK, label="ideal")
     axis.plot([r["ranks"] for r in results], values, "s-", color=RED, label="measured")

@@ -31,7 +31,7 @@ def read_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
-def points_of(
+def choose_points(
     node_of: Sequence[int], ranks: Sequence[int] | None = None, nodes: Sequence[int] | None = None
 ) -> list[Point]:
     """Choose the points of a job.
@@ -61,12 +61,12 @@ def points_of(
     return [Point(n, node_of[n - 1] + 1) for n in sorted(wanted)]
 
 
-def baseline_of(result: Mapping[str, Any]) -> dict[str, int]:
+def describe_baseline(result: Mapping[str, Any]) -> dict[str, int]:
     """Return the numbers that a figure relative to ``result`` must name."""
     return {key: result[key] for key in ("ranks", "nodes", "threads")}
 
 
-def baseline_name(baseline: Mapping[str, int]) -> str:
+def format_baseline(baseline: Mapping[str, int]) -> str:
     """Format a baseline: ``1 rank x 2 threads on 1 node``."""
     return (
         f"{count(baseline['ranks'], 'rank')} x {count(baseline['threads'], 'thread')} "
@@ -74,7 +74,7 @@ def baseline_name(baseline: Mapping[str, int]) -> str:
     )
 
 
-def relative_speed(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
+def compute_relative_speed(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
     """Compute speed-up and parallel efficiency of ``result`` relative to ``baseline``.
 
     Speed is in tokens per second. Efficiency is the speed per rank over the baseline's speed per rank, in
@@ -84,5 +84,5 @@ def relative_speed(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> di
     return {
         "speedup": speedup,
         "efficiency": speedup * baseline["ranks"] / result["ranks"],
-        "baseline": baseline_of(baseline),
+        "baseline": describe_baseline(baseline),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xpar.engine.bench.scaling import plot
-from xpar.engine.bench.scaling.markdown_report import markdown, measured
+from xpar.engine.bench.scaling.markdown_report import format_report, select_measured
 
 LINES, REPORT, PLOT = "scaling.jsonl", "report.md", "scaling.png"
 
@@ -39,8 +39,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def write_report(folder: Path, results: Sequence[Mapping[str, Any]]) -> str | None:
     """Write report and plot; return the reason if there is no plot."""
-    no_plot = "no point was measured" if not measured(results) else plot.find_missing()
+    no_plot = "no point was measured" if not select_measured(results) else plot.find_missing()
     if no_plot is None:
         plot.draw(results, folder / PLOT)
-    (folder / REPORT).write_text(markdown(results, PLOT if no_plot is None else None))
+    (folder / REPORT).write_text(format_report(results, PLOT if no_plot is None else None))
     return no_plot

@@ -10,7 +10,7 @@ from xpar.comm.failure import AgreedError
 from xpar.comm.handshake import CollectiveError
 from xpar.comm.world import World
 from xpar.engine.bench.scaling.layer_source import LayerSource
-from xpar.engine.bench.scaling.points import MODES, Point, relative_speed
+from xpar.engine.bench.scaling.points import MODES, Point, compute_relative_speed
 from xpar.engine.bench.timing import SETTLE_S
 from xpar.engine.console.manifest import world_manifest
 from xpar.engine.generation.request import Request
@@ -117,4 +117,4 @@ def _add_relative_speed(before: Sequence[Result], result: Result) -> None:
     if "reason" in result:
         return
     same = [r for r in before if r["mode"] == result["mode"] and "reason" not in r]
-    result.update(relative_speed(result, same[0] if same else result))
+    result.update(compute_relative_speed(result, same[0] if same else result))

@@ -10,10 +10,10 @@ from xpar.comm import World
 from xpar.comm.dispatch.base import goes_to
 from xpar.comm.failure import AgreedError
 from xpar.comm.placement import Placement
-from xpar.engine.bench.scaling.inputs import batch, count_batches
+from xpar.engine.bench.scaling.inputs import count_batches, draw_batch
 from xpar.engine.bench.scaling.layer_source import ShapeLayer
 from xpar.engine.bench.scaling.layer_study import Axes, LayerCheck, LayerStudy
-from xpar.engine.bench.scaling.points import points_of
+from xpar.engine.bench.scaling.points import choose_points
 from xpar.engine.bench.scaling.study import run_study
 from xpar.engine.layer.build import LayerOptions
 from xpar.engine.synthetic.layer import SyntheticLayer
@@ -43,7 +43,7 @@ def test_every_point_is_measured_and_right(world: World, exact: bool) -> None:
     check = LayerCheck(layer, 5, exact) if world.rank == 0 else None
     heard: list[dict[str, Any]] = []
     study = LayerStudy(layer, Axes(), TOKENS, 33, 0.01, 5, check)
-    points = points_of(world.node_of)
+    points = choose_points(world.node_of)
     records = run_study(world, points, study, keep=heard.append)
     assert [(r["mode"], r["ranks"]) for r in records] == [
         (m, p.ranks) for p in points for m in ("strong", "weak")
@@ -70,7 +70,7 @@ def test_bytes_are_those_of_the_routing(world: World) -> None:
     layer = small("alltoall", False)
     check = LayerCheck(layer, 5, False) if world.rank == 0 else None
     study = LayerStudy(layer, Axes(), TOKENS, 33, 0.01, 5, check)
-    (record,) = run_study(world, points_of(world.node_of, [world.size]), study, ["strong"])
+    (record,) = run_study(world, choose_points(world.node_of, [world.size]), study, ["strong"])
     count = count_batches(TOKENS)
     run = [0, count - 1, *(r % count for r in range(record["steps"]))]
     router = layer.weights.make_router()
@@ -79,7 +79,7 @@ def test_bytes_are_those_of_the_routing(world: World) -> None:
     node = torch.tensor(world.node_of)
     away = across = slots = torch.zeros(world.size)
     for number in run:
-        ids = router.route(batch(TOKENS, slice(0, TOKENS), 64, 5, number)).topk_ids
+        ids = router.route(draw_batch(TOKENS, slice(0, TOKENS), 64, 5, number)).topk_ids
         placement = Placement.blocks(7, world.size)
         goes = goes_to(ids, placement)
         away = away + (goes & (torch.arange(world.size)[:, None] != home)).sum(1)
@@ -108,7 +108,7 @@ def test_ranks_outside_a_point_leave_the_cores_alone(world: World) -> None:
             pass
 
     begin, began = time.process_time(), time.monotonic()
-    run_study(world, points_of(world.node_of, [1]), lambda inside: Busy(), ["strong"])
+    run_study(world, choose_points(world.node_of, [1]), lambda inside: Busy(), ["strong"])
     used, elapsed = time.process_time() - begin, time.monotonic() - began
     # One that spins has its share of a busy machine, all of an idle one.
     assert used >= 0.2 if world.rank == 0 else used < 0.05 + 0.05 * elapsed
@@ -119,7 +119,7 @@ def test_a_point_that_cannot_be_is_named_and_the_next_one_measured(world: World)
     layer = small("auto", False)
     check = LayerCheck(layer, 5, False) if world.rank == 0 else None
     study = LayerStudy(layer, Axes(tp=world.size), TOKENS, 33, 0.01, 5, check)
-    records = run_study(world, points_of(world.node_of, [1, world.size]), study, ["weak"])
+    records = run_study(world, choose_points(world.node_of, [1, world.size]), study, ["weak"])
     if world.size > 1:
         assert f"tp={world.size} does not divide 1 ranks" in records[0]["reason"]
         assert "ms" not in records[0] and records[0]["manifest"]["node_map"]
@@ -131,7 +131,7 @@ def test_a_point_that_cannot_be_is_named_and_the_next_one_measured(world: World)
 def test_a_layer_that_cannot_be_built_is_the_reason_of_its_point(world: World) -> None:
     layer = small("pigeon", False)
     study = LayerStudy(layer, Axes(), TOKENS, 33, 0.01, 5, None)
-    records = run_study(world, points_of(world.node_of, [world.size]), study, ["strong"])
+    records = run_study(world, choose_points(world.node_of, [world.size]), study, ["strong"])
     assert all("'pigeon'" in r["reason"] for r in records)
     with pytest.raises(AgreedError, match="'pigeon'"):
         study(world)
