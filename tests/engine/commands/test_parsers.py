@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from launch import clean_environment
 
+import xpar.engine
 from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.engine.bench.kernels.cases import LAYERS
 from xpar.engine.bench.scaling.points import MODES
@@ -103,6 +104,12 @@ def test_a_deadline_that_is_none_is_refused(seconds: str, capsys: pytest.Capture
     assert "--deadline" in capsys.readouterr().err
     with pytest.raises(ValueError):
         Deadlines.of_step(float(seconds))
+
+
+def test_every_exported_name_of_the_engine_can_be_used() -> None:
+    assert all(callable(getattr(xpar.engine, name)) for name in xpar.engine.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'MoERuner'"):
+        _ = xpar.engine.MoERuner
 
 
 def test_only_the_command_line_imports_commands() -> None:
