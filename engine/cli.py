@@ -15,11 +15,11 @@ RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``xpar`` with ``argv`` (default: this process's words); return the exit status."""
-    keep_freed_memory()
     args = _parse(list(sys.argv[1:] if argv is None else argv))
 
     from xpar.comm.failure import run
 
+    keep_freed_memory()  # not before torch is imported, which frees much
     return run(lambda: int(args.main(args)))
 
 

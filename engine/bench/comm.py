@@ -196,16 +196,10 @@ def _collect_result(
     steps: list[tuple[tuple[float, ...], tuple[float, ...]]],
     node_of: list[int],
 ) -> dict[str, Any]:
-    """Collect the figures of one dispatcher from all ranks; collective.
+    """Collect the figures of one dispatcher from all ranks of ``group``; collective.
 
-    Args:
-        group: the expert group.
-        trial: the dispatcher after its last step.
-        steps: for each round the seconds of this dispatcher's step and of the bare exchange's step.
-        node_of: the node of each rank of the group.
-
-    Returns:
-        Rows and bytes of all ranks together, and times in ms of the slowest rank, as medians over the rounds.
+    ``steps``: for each round the seconds of this dispatcher's step and of the bare exchange's step. Returns
+    rows and bytes of all ranks together, and times in ms of the slowest rank, as medians over the rounds.
     """
     plan, placement = trial.plan, trial.dispatcher.placement
     assert plan is not None

@@ -63,7 +63,7 @@ def add_number(
 
 
 def add_grid(p: argparse.ArgumentParser, *axes: str, default: str | None = None) -> None:
-    """Add an option for each of the ``axes`` of the process grid; ``default`` replaces that in ``AXES``."""
+    """Add an option for each of ``axes``; ``default`` replaces the explanation in ``AXES``."""
     for axis in axes:
         name, usual = AXES[axis]
         add_number(p, f"--{axis}", f"number of {name}-parallel ranks", None, default or usual)

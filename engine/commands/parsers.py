@@ -66,7 +66,8 @@ def add_commands(subparsers: "Subparsers[CommandParser]") -> None:
     add_command(
         subparsers, "make-checkpoint", "write a checkpoint with random weights (no MPI)", add_make_checkpoint
     )
-    add_command(subparsers, "doctor", "check MPI, nodes, threads, GPUs and optional packages", lambda p: None)
+    purpose = "check MPI, nodes, threads, GPUs and optional packages"
+    add_command(subparsers, "doctor", purpose, lambda p: None)
 
 
 def add_command(
@@ -76,15 +77,9 @@ def add_command(
     add_options: AddOptions,
     module: str | None = None,
 ) -> None:
-    """Add one command with its options.
+    """Add a command with the options that ``add_options`` adds; help prints its ``purpose``.
 
-    Args:
-        subparsers: where the command is added.
-        name: the word on the command line.
-        purpose: the line that help prints.
-        add_options: adds the options to the command's parser.
-        module: the module of :mod:`xpar.engine.commands` whose ``main`` runs the command (default: by
-            ``name``).
+    The function ``main`` of ``module`` in :mod:`xpar.engine.commands` runs it (default: the module of its name).
     """
     p = subparsers.add_parser(name, help=purpose, description=purpose)
     add_options(p)

@@ -105,18 +105,9 @@ def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: t
 def _relative_error(
     path: Path, grid: ProcessGrid, layer: int, tokens: Tensor, ids: Tensor | None, output: Tensor
 ) -> float:
-    """Compare the outputs of all ranks with the reference; collective.
+    """Compute ||output - reference|| / ||reference|| over the outputs of all ranks; collective.
 
-    Args:
-        path: the checkpoint.
-        grid: the process grid.
-        layer: index of the layer.
-        tokens: hidden states [T, H] of the whole job.
-        ids: token ids [T] int64 of the whole job, for a layer that routes by them.
-        output: this rank's output [own T, H].
-
-    Returns:
-        ||output - reference|| / ||reference||, which rank 0 computes, on every rank.
+    ``tokens`` [T, H] and ``ids`` [T] are those of the whole job, ``output`` is this rank's.
     """
     kept = output.cpu() if grid.tp.rank == 0 else output.cpu()[:0]
     complete = grid.world.comm.all_gather_v(kept)

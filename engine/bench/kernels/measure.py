@@ -179,16 +179,7 @@ def _time_cell(
     inputs: list[ExpertInput],
     ceilings: GpuCeilings | None,
 ) -> None:
-    """Time every contender at one number of tokens.
-
-    Args:
-        bench: the run, which gets the times.
-        layer: the layer.
-        kernel: its kernel with ``weights`` loaded.
-        weights: its weights.
-        inputs: the steps to time in turn, all of one number of tokens.
-        ceilings: the limits of the GPU, if they could be measured.
-    """
+    """Time every contender on ``inputs`` in turn, which are all of one number of tokens."""
     cell = f"{layer.name} M={inputs[0].topk_ids.shape[0]}"
     row: dict[str, Any] = {"model": layer.name, "tokens": inputs[0].topk_ids.shape[0]}
     if ceilings:
