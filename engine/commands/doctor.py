@@ -159,8 +159,8 @@ def _find_notes(ranks: list[RankFacts]) -> list[str]:
     """Return a line for each thing that a job survives and its user should know."""
     found = [
         f"{SHARED_FILES} on {p.host} has {p.leftovers.nbytes / 1e6:.1f} MB in {p.leftovers.files} files "
-        "of MPI jobs that were killed, and one can stop a later job's MPI_Init: while nothing of yours runs there, "
-        f"rm {SHARED_FILES}/{{{','.join(f'{prefix}*' for prefix in PREFIXES)}}}"
+        "of MPI jobs that were killed, and one can stop a later job's MPI_Init: while nothing of yours runs "
+        f"there, rm {SHARED_FILES}/{{{','.join(f'{prefix}*' for prefix in PREFIXES)}}}"
         for p in ranks
         if p.leftovers.files
     ]

@@ -79,7 +79,7 @@ def add_command(
 ) -> None:
     """Add a command with the options that ``add_options`` adds; help prints its ``purpose``.
 
-    The function ``main`` of ``module`` in :mod:`xpar.engine.commands` runs it (default: the module of its name).
+    ``main`` of ``module`` in :mod:`xpar.engine.commands` runs the command (default: the module of its name).
     """
     p = subparsers.add_parser(name, help=purpose, description=purpose)
     add_options(p)
