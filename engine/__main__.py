@@ -1,4 +1,4 @@
-"""``python -m mpi4py -m xpar.engine``: the command ``xpar`` where console scripts are not on PATH."""
+"""The command ``xpar`` as ``python -m mpi4py -m xpar.engine``, for console scripts that are not on PATH."""
 
 import sys
 

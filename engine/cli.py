@@ -1,4 +1,4 @@
-"""The command ``xpar``: one module of ``xpar.engine.commands`` per sub-command."""
+"""The command line of ``xpar``, which reads the options before it imports torch."""
 
 import argparse
 import contextlib
@@ -6,41 +6,53 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
-from xpar.comm.failure import run as run_guarded
-from xpar.engine.commands import COMMANDS
+from xpar.engine.commands.parsers import CommandParser, add_commands
 from xpar.engine.models.malloc import keep_freed_memory
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``xpar`` with the words ``argv`` (the process's own by default) and return its exit status."""
-    keep_freed_memory()
+    """Run ``xpar`` with ``argv`` (default: this process's words); return the exit status."""
     args = _parse(list(sys.argv[1:] if argv is None else argv))
-    return run_guarded(lambda: int(args.main(args)))
+
+    from xpar.comm.failure import run
+
+    keep_freed_memory()  # not before torch is imported, which frees much
+    return run(lambda: int(args.main(args)))
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of ``xpar``."""
+    """Build the parser of the command line. Neither torch nor MPI is imported."""
     top = argparse.ArgumentParser(
         prog="xpar", description="MPI-native expert-parallel engine for mixture-of-experts models."
     )
-    top.add_argument("--version", action="version", version=f"xpar {version('xpar')}")
-    subparsers = top.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.register(subparsers)
+    top.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
+    add_commands(top.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser))
     return top
 
 
+class _PrintVersion(argparse.Action):
+    """The option ``--version``, which reads the installed version only when it is given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"xpar {version('xpar')}\n")
+        parser.exit()
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Every rank reads the same words; the first one answers for all."""
-    shown = contextlib.nullcontext() if _is_first() else contextlib.redirect_stderr(io.StringIO())
-    with shown, contextlib.nullcontext() if _is_first() else contextlib.redirect_stdout(io.StringIO()):
+    """Parse ``argv`` on every rank; only the first rank prints help and errors."""
+    silent = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        if not _is_first():
+            stack.enter_context(contextlib.redirect_stderr(silent))
+            stack.enter_context(contextlib.redirect_stdout(silent))
         return parser().parse_args(argv)
 
 
 def _is_first() -> bool:
-    """Whether this process speaks for the job. The launcher's variables: help must not need a working MPI."""
+    """Whether the launcher's variables make this process rank 0: help must not need MPI."""
     return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"

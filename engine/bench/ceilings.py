@@ -1,34 +1,45 @@
-"""What this machine can do at most, measured in the same run: bytes read a second, and operations of a product."""
+"""The limits of this machine, measured in the same run."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from xpar.engine.bench.timing import graph_time
 from xpar.engine.config import LayerConfig
-from xpar.kernels.contracts import Routing
+from xpar.kernels.contracts import ExpertInput, ExpertSpec, Routing
 from xpar.kernels.cpu import host, native_library
 from xpar.kernels.cpu.native_library import PackedWeights
 
 STREAM_BYTES = 1 << 29
+"""Bytes that are read to measure the host's memory: more than its caches hold."""
 MATRIX = 2048
+"""Rows and columns of the host's square product."""
 REPEATS = 5
+GPU_MATRIX = 8192
+"""Rows and columns of the GPU's square product."""
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """``bytes_per_s`` of reading memory once, ``flop_per_s`` of a square product, with all threads of this process.
+class HostCeilings:
+    """The limits of the host with all threads of this process.
 
-    Of products in the layer's dtype or in float32, whichever this processor is faster at.
+    ``bytes_per_s`` of reading memory once. ``flop_per_s`` of a square product in the layer's dtype or in
+    float32, whichever this processor computes faster.
     """
 
     bytes_per_s: float
     flop_per_s: float
 
     def floor_s(self, config: LayerConfig, routing: Routing, dtype: torch.dtype) -> float:
-        """No layer is faster: the weights of the experts that were chosen are read once, and every slot is computed."""
+        """Compute the least seconds of a layer with this routing.
+
+        The weights of the chosen experts are read once, and every slot is computed; the longer of the two
+        counts.
+        """
         expert = 3 * config.routed_size * config.intermediate_size
         shared = 3 * config.hidden_size * (config.shared.intermediate_size if config.shared else 0)
         active = routing.topk_ids[routing.topk_ids >= 0]
@@ -37,32 +48,41 @@ class Ceilings:
         return max(weights / self.bytes_per_s, work / self.flop_per_s)
 
 
-def measure_ceilings(dtype: torch.dtype) -> Ceilings:
-    """The best of a few tries, and of the ways to read that there are."""
+def measure_host_ceilings(dtype: torch.dtype) -> HostCeilings:
+    """Measure the host: the best of a few attempts, and of all available ways to read memory."""
     single = torch.randn(MATRIX, MATRIX)
     factors = [single.to(kind) for kind in (dtype, torch.float32)]
-    readers = [_summing] if native_library.why_unavailable() else [_summing, _multiplying]
+    readers = [_sum_reader] if native_library.why_unavailable() else [_sum_reader, _product_reader]
     read = min(_least_s(reader()) for reader in readers)
     product = min(_least_s(partial(torch.matmul, factor, factor)) for factor in factors)
-    return Ceilings(STREAM_BYTES / read, 2 * MATRIX**3 / product)
+    return HostCeilings(STREAM_BYTES / read, 2 * MATRIX**3 / product)
+
+
+def available_bytes() -> float:
+    """Return the bytes of memory that this node has left; infinity if the system does not tell."""
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return float(line.split()[1]) * 1024
+    return float("inf")
 
 
 def _least_s(attempt: Callable[[], object]) -> float:
-    spent = []
+    seconds = []
     for _ in range(REPEATS):
         begin = time.perf_counter()
         attempt()
-        spent.append(time.perf_counter() - begin)
-    return min(spent)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
-def _summing() -> Callable[[], object]:
-    """One stream a thread, which does not keep the memory of every processor busy."""
+def _sum_reader() -> Callable[[], object]:
+    """Make a sum over memory. It reads one stream per thread, too few for some processors."""
     return host.empty_in_huge_pages((STREAM_BYTES // 8,), torch.int64).fill_(1).sum
 
 
-def _multiplying() -> Callable[[], object]:
-    """A row by weights of that size, several streams a thread and asked for ahead."""
+def _product_reader() -> Callable[[], object]:
+    """Make a product of one row by weights of that size: several streams per thread, prefetched."""
     count = STREAM_BYTES // (2 * MATRIX**2)
     weights = PackedWeights(count, MATRIX, MATRIX, False, native_library.lanes())
     weight = torch.ones(MATRIX, MATRIX, dtype=torch.bfloat16)
@@ -70,3 +90,58 @@ def _multiplying() -> Callable[[], object]:
         weights.load(expert, weight)
     rows, spans = torch.zeros(count, dtype=torch.int64), [(e, e, e + 1) for e in range(count)]
     return partial(weights.multiply, weight[:1], spans, rows)
+
+
+@dataclass(frozen=True)
+class GpuCeilings:
+    """The limits of one GPU.
+
+    ``bandwidth``: bytes per second of an addition, read and written. ``flops``: FLOP per second of a square
+    product of random values.
+    """
+
+    bandwidth: float
+    flops: float
+
+    def floor_s(self, spec: ExpertSpec, x: ExpertInput) -> float:
+        """Compute the least seconds of a layer as three kernels: gate-up, down and weighted sum.
+
+        Every weight of an expert that has tokens is read once, and so is every row; each result is written
+        once.
+        """
+        size, h, i = spec.dtype.itemsize, spec.hidden_size, spec.intermediate_size
+        active = x.topk_ids[x.topk_ids >= 0]
+        slots, experts = active.numel(), torch.unique(active).numel()
+        tokens = x.topk_ids.shape[0]
+        packed = spec.activation.gate_up_rows(i)
+        gate_up = max(
+            2 * slots * packed * h / self.flops,
+            (experts * packed * h + tokens * h + slots * i) * size / self.bandwidth,
+        )
+        down = max(
+            2 * slots * h * i / self.flops, (experts * h * i + slots * (i + h)) * size / self.bandwidth
+        )
+        return float(gate_up + down) + (slots + tokens) * h * size / self.bandwidth
+
+
+def measure_gpu_ceilings(dtype: torch.dtype = torch.bfloat16) -> GpuCeilings:
+    """Measure the GPU with additions over 1 GiB and with large products.
+
+    Each is the best of three, as clocks need time to rise.
+    """
+    return GpuCeilings(_gpu_bandwidth(), _gpu_flops(dtype))
+
+
+def _gpu_bandwidth() -> float:
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    # No copy: in a graph a copy becomes a node for the copy engines, which move two thirds of what a
+    # kernel moves.
+    seconds = min(graph_time([lambda: torch.add(source, 1.0, out=target)]) for _ in range(3))
+    return 2 * source.nbytes / seconds
+
+
+def _gpu_flops(dtype: torch.dtype) -> float:
+    a, b = (torch.randn(GPU_MATRIX, GPU_MATRIX, device="cuda").to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * GPU_MATRIX**3 / min(graph_time([lambda: torch.mm(a, b, out=out)]) for _ in range(3))

@@ -1,4 +1,7 @@
-"""Every dispatcher on random routing: rows against the de-duplicated count, time against a bare ``MPI_Alltoallv``."""
+"""Every dispatcher on random routing, beside a bare ``MPI_Alltoallv`` of the same rows.
+
+Each row of a token is sent once to each rank, or node, that holds any of its experts: the de-duplicated rows.
+"""
 
 import statistics
 import time
@@ -20,12 +23,17 @@ from xpar.kernels.contracts import ExpertInput, Routing
 from xpar.kernels.rows import gather_rows
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Largest relative error of a result."""
 ROUNDS = 30
+"""Number of measured rounds; two before are not measured."""
 
 
 @dataclass(frozen=True)
 class TokenTraffic:
-    """One size of message. ``tokens``: of this rank; every rank has as many."""
+    """The tokens of one measurement, and how they are routed.
+
+    ``tokens``: of each rank. ``top_k``: experts per token. ``seed``: of tokens and routing.
+    """
 
     tokens: int
     hidden_size: int
@@ -35,31 +43,46 @@ class TokenTraffic:
     seed: int
 
 
-def tokens_for(megabytes: float, hidden_size: int, dtype: torch.dtype, rows_a_token: float) -> int:
-    """Tokens whose rows make about ``megabytes`` (of 2^20 bytes)."""
-    return max(1, round(megabytes * 2**20 / (hidden_size * dtype.itemsize * rows_a_token)))
+def count_tokens(megabytes: float, hidden_size: int, dtype: torch.dtype, rows_per_token: float) -> int:
+    """Return the number of tokens whose rows make about ``megabytes`` MB of 2^20 bytes."""
+    return max(1, round(megabytes * 2**20 / (hidden_size * dtype.itemsize * rows_per_token)))
 
 
 def measure(
     traffic: TokenTraffic, grid: ProcessGrid, names: list[str], rounds: int = ROUNDS
 ) -> list[dict[str, Any]]:
-    """One record a dispatcher; collective. Dispatch and combine are timed, the experts' work between them is not."""
+    """Measure dispatch and combine of each dispatcher; collective.
+
+    The experts' work between dispatch and combine is not measured.
+
+    Args:
+        traffic: the tokens.
+        grid: the process grid.
+        names: the dispatchers.
+        rounds: number of measured rounds.
+
+    Returns:
+        One result per dispatcher.
+    """
     placement = Placement.blocks(traffic.num_experts, grid.shape.ep, grid.shape.etp)
     trials = [DispatchTrial(choose_dispatcher(grid, placement, name).dispatcher, traffic) for name in names]
     node_of = [grid.world.node_of[r] for r in grid.moe.world_ranks]
     bare = BareExchange(grid.moe, trials[0].routing, placement, traffic)
     steps = [[trial.step() for trial in trials] + [bare.step()] for _ in range(rounds + 2)][2:]
     return [
-        _record(grid.moe, trial, [(row[i], row[-1]) for row in steps], node_of)
+        _collect_result(grid.moe, trial, [(row[i], row[-1]) for row in steps], node_of)
         for i, trial in enumerate(trials)
     ]
 
 
-def usable(grid: ProcessGrid, num_experts: int, names: list[str]) -> list[str]:
-    """``names``, or those of all dispatchers that serve ``grid`` and send something; ValueError if one does not."""
+def choose_names(grid: ProcessGrid, num_experts: int, names: list[str]) -> list[str]:
+    """Return ``names``, or if empty all dispatchers that serve ``grid`` and send something.
+
+    Raises ValueError for a name that does not serve ``grid``.
+    """
     placement = Placement.blocks(num_experts, grid.shape.ep, grid.shape.etp)
 
-    def works(name: str) -> bool:
+    def serves(name: str) -> bool:
         try:
             choose_dispatcher_class(grid, placement, name)
         except ValueError:
@@ -69,11 +92,15 @@ def usable(grid: ProcessGrid, num_experts: int, names: list[str]) -> list[str]:
     for name in names:
         choose_dispatcher_class(grid, placement, name)
     moving = [cls.name for cls in DISPATCHERS if cls.capabilities.moves_rows(grid.world.num_nodes)]
-    return names or [name for name in moving if works(name)]
+    return names or [name for name in moving if serves(name)]
 
 
-def deduplicated(topk_ids: Tensor, placement: Placement, node_of: list[int] | None) -> int:
-    """Rows of [T, k] ``topk_ids``, counted one by one: one a rank that holds any of a token's experts, or one a node."""
+def count_deduplicated(topk_ids: Tensor, placement: Placement, node_of: list[int] | None) -> int:
+    """Count the rows that ``topk_ids`` [T, k] need, one by one.
+
+    A token needs one row per rank that holds any of its experts. If ``node_of``, the node of each rank, is
+    given, it needs one row per node.
+    """
     ranks = destination_mask(topk_ids, placement)
     if node_of is None:
         return int(ranks.sum())
@@ -82,7 +109,11 @@ def deduplicated(topk_ids: Tensor, placement: Placement, node_of: list[int] | No
 
 
 class DispatchTrial:
-    """One dispatcher with its input. The experts are the identity, so that the result is known: x times its weights."""
+    """One dispatcher with its input.
+
+    The experts are the identity, so that the result is known: each token times the sum of its weights.
+    ``error``: the largest relative error so far.
+    """
 
     def __init__(self, dispatcher: Dispatcher, traffic: TokenTraffic) -> None:
         self.dispatcher, self.traffic = dispatcher, traffic
@@ -93,7 +124,7 @@ class DispatchTrial:
         self.error = 0.0
 
     def step(self) -> tuple[float, float, float]:
-        """Seconds of plan, dispatch, combine on this rank."""
+        """Run plan, dispatch and combine once; return the seconds of each on this rank. Collective."""
         group, t = self.dispatcher.group, self.traffic
         group.barrier()
         begin = time.perf_counter()
@@ -117,7 +148,7 @@ class DispatchTrial:
 
 
 class BareExchange:
-    """The same rows through ``MPI_Alltoallv`` there and back, from and to memory that is ready: the bound to meet."""
+    """The same rows through ``MPI_Alltoallv`` there and back, between prepared buffers."""
 
     def __init__(
         self, group: Communicator, routing: Routing, placement: Placement, traffic: TokenTraffic
@@ -127,101 +158,116 @@ class BareExchange:
         mine = torch.tensor(self.send)
         self.recv = group.all_to_all_v(mine, [1] * group.size, [1] * group.size).wait().tolist()
         width = traffic.hidden_size
-        self.leaving = torch.ones(sum(self.send), width, dtype=traffic.dtype)
-        self.arriving = torch.ones(sum(self.recv), width, dtype=traffic.dtype)
+        self.send_buffer = torch.ones(sum(self.send), width, dtype=traffic.dtype)
+        self.recv_buffer = torch.ones(sum(self.recv), width, dtype=traffic.dtype)
 
     def step(self) -> tuple[float, float, float]:
-        """Seconds of nothing, there, and back."""
+        """Send the rows there and back; return the seconds of nothing, there, and back. Collective."""
         self.group.barrier()
         begin = time.perf_counter()
-        self.group.all_to_all_v(self.leaving, self.send, self.recv, out=self.arriving).wait()
+        self.group.all_to_all_v(self.send_buffer, self.send, self.recv, out=self.recv_buffer).wait()
         there = time.perf_counter()
         self.group.barrier()
         back = time.perf_counter()
-        self.group.all_to_all_v(self.arriving, self.recv, self.send, out=self.leaving).wait()
+        self.group.all_to_all_v(self.recv_buffer, self.recv, self.send, out=self.send_buffer).wait()
         return 0.0, there - begin, time.perf_counter() - back
 
 
 def random_routing(traffic: TokenTraffic, generator: torch.Generator) -> Routing:
-    """Uniform and distinct experts, weights that add up to one."""
+    """Draw uniform, distinct experts for each token, with weights that add up to one."""
     scores = torch.rand(traffic.tokens, traffic.num_experts, generator=generator)
     weights = torch.rand(traffic.tokens, traffic.top_k, generator=generator) + 0.1
     return Routing(scores.topk(traffic.top_k).indices.to(torch.int32), weights / weights.sum(1, keepdim=True))
 
 
 def identity_experts(arrived: ExpertInput, out: Tensor | None) -> Tensor:
-    """Each row times the sum of its local weights."""
+    """Multiply each row by the sum of its local weights; the result is in ``out``, if given."""
     rows = arrived.hidden_states if arrived.rows is None else gather_rows(arrived.hidden_states, arrived.rows)
     weights = arrived.topk_weights.masked_fill(arrived.topk_ids < 0, 0.0).sum(1, keepdim=True)
     outputs = (rows.float() * weights).to(rows.dtype)
     return outputs if out is None else out.copy_(outputs)
 
 
-def _record(
+def _collect_result(
     group: Communicator,
     trial: DispatchTrial,
     steps: list[tuple[tuple[float, ...], tuple[float, ...]]],
     node_of: list[int],
 ) -> dict[str, Any]:
+    """Collect the figures of one dispatcher from all ranks of ``group``; collective.
+
+    ``steps``: for each round the seconds of this dispatcher's step and of the bare exchange's step. Returns
+    rows and bytes of all ranks together, and times in ms of the slowest rank, as medians over the rounds.
+    """
     plan, placement = trial.plan, trial.dispatcher.placement
     assert plan is not None
     granularity = trial.dispatcher.capabilities.row_granularity
     by_node = granularity == "node"
     across = sum(n for n, node in zip(plan.traffic.sent, node_of, strict=True) if node != node_of[group.rank])
-    everyone = group.all_gather_object(
+    gathered = group.all_gather_object(
         (
             steps,
             plan.traffic.rows,
             plan.traffic.combined_rows,
-            deduplicated(trial.routing.topk_ids, placement, node_of if by_node else None),
+            count_deduplicated(trial.routing.topk_ids, placement, node_of if by_node else None),
             trial.error,
             across,
         )
     )
     slowest = [
-        [[max(r[0][s][w][i] for r in everyone) for i in range(3)] for w in range(2)]
+        [[max(r[0][s][w][i] for r in gathered) for i in range(3)] for w in range(2)]
         for s in range(len(steps))
     ]
     ours = Times(tuple(s[0][1] + s[0][2] for s in slowest))
     bare = Times(tuple(s[1][1] + s[1][2] for s in slowest))
     row_bytes = trial.traffic.hidden_size * trial.traffic.dtype.itemsize
-    rows = sum(r[1] for r in everyone)
+    rows = sum(r[1] for r in gathered)
     return {
         "dispatcher": trial.dispatcher.name,
-        "row_granularity": granularity,
         "tokens_per_rank": trial.traffic.tokens,
         "rows": rows,
-        "rows_deduplicated": sum(r[3] for r in everyone),
+        "row_granularity": granularity,
+        "rows_deduplicated": sum(r[3] for r in gathered),
         "rows_expected": expected_rows(
             trial.traffic.num_experts, trial.traffic.top_k, len(set(node_of)) if by_node else group.size
         )
         * trial.traffic.tokens
         * group.size,
-        "rows_across_nodes": sum(r[5] for r in everyone),
+        "rows_across_nodes": sum(r[5] for r in gathered),
         "rows_across_expected": expected_crossings(
             trial.traffic.num_experts, trial.traffic.top_k, placement.etp, node_of, by_node
         )
         * trial.traffic.tokens
         * group.size,
-        "rows_back": sum(r[2] for r in everyone),
+        "rows_back": sum(r[2] for r in gathered),
         "bytes_per_rank": rows * row_bytes / group.size,
         "plan_ms": statistics.median(s[0][0] for s in slowest) * 1e3,
         "dispatch_ms": statistics.median(s[0][1] for s in slowest) * 1e3,
         "combine_ms": statistics.median(s[0][2] for s in slowest) * 1e3,
         "bare_alltoallv_ms": bare.median_ms,
         "ratio_to_bare": bare.ratio(ours),
-        "rel_error": max(r[4] for r in everyone),
+        "rel_error": max(r[4] for r in gathered),
     }
 
 
-def run(
+def measure_sizes(
     base: TokenTraffic, grid: ProcessGrid, megabytes: list[float], names: list[str]
 ) -> list[dict[str, Any]]:
-    """All sizes, all dispatchers; collective."""
+    """Measure every dispatcher at every size; collective.
+
+    Args:
+        base: the traffic, whose number of tokens follows from each size.
+        grid: the process grid.
+        megabytes: sizes of each rank's dispatch in MB of 2^20 bytes.
+        names: the dispatchers; empty for all that serve ``grid``.
+
+    Returns:
+        One result per size and dispatcher.
+    """
     rows = expected_rows(base.num_experts, base.top_k, grid.moe.size)
-    names = agreed(grid.world.comm, lambda: usable(grid, base.num_experts, names), "bench comm")
-    records = []
+    names = agreed(grid.world.comm, lambda: choose_names(grid, base.num_experts, names), "bench comm")
+    results = []
     for size in megabytes:
-        traffic = replace(base, tokens=tokens_for(size, base.hidden_size, base.dtype, rows))
-        records += [{"megabytes": size, **record} for record in measure(traffic, grid, names)]
-    return records
+        traffic = replace(base, tokens=count_tokens(size, base.hidden_size, base.dtype, rows))
+        results += [{"megabytes": size, **result} for result in measure(traffic, grid, names)]
+    return results

@@ -1,7 +1,4 @@
-"""What ``xpar bench generate`` runs on this job's ranks: the loop of ``xpar generate`` on prompts of one length.
-
-B sequences of the whole job, P tokens of a prompt, V vocabulary.
-"""
+"""Decoding with the loop of ``xpar generate``, and the time of each part of a step."""
 
 import statistics
 import time
@@ -24,14 +21,17 @@ from xpar.engine.models.loader import LoadedModel
 from xpar.engine.models.model_layer import timed
 
 PARTS = ("attention", "router", "experts", "communication", "head", "agreement", "rest")
-"""Of a step. ``agreement``: the exchange before it. ``rest``: norms, caches, sampling, Python."""
+"""The parts of a step. ``agreement``: the exchange before the step. ``rest``: norms, caches, sampling,
+Python."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """``prefill_s``: of the step that reads the prompts. ``step_ms``: median of those that follow, a token each.
+    """The result of one decoding.
 
-    ``tokens`` [B][new tokens]; ``logits`` [B, V] float32 behind the prompts.
+    ``prefill_s``: seconds of the step that reads the prompts. ``step_ms``: median of the steps that follow,
+    each of one token per sequence. ``tokens``: [B][new tokens]. ``logits``: [B, V] float32 behind the
+    prompts.
     """
 
     prefill_s: float
@@ -42,7 +42,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class RecordedSampling(Sampling):
-    """Greedy, and remembers the first logits that it sees."""
+    """Greedy sampling that keeps the first logits that it gets, in ``seen``."""
 
     seen: list[Tensor] = field(default_factory=list)
 
@@ -52,8 +52,8 @@ class RecordedSampling(Sampling):
         return super().choose(logits, generators)
 
 
-def prompts(batch: int, length: int, vocab: int, seed: int) -> Tensor:
-    """[B, P] int64, the same in every process."""
+def draw_prompts(batch: int, length: int, vocab: int, seed: int) -> Tensor:
+    """Draw prompts [B, P] int64, the same in every process."""
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed + batch))
 
 
@@ -62,25 +62,35 @@ def decode(
     loaded: LoadedModel,
     ids: Tensor,
     new_tokens: int,
-    agreeing: Callable[[float], None] = lambda seconds: None,
-    recorded: bool = True,
+    on_agreement: Callable[[float], None] = lambda seconds: None,
+    captured: bool = True,
 ) -> Decoded:
-    """Answer prompts ``ids`` [B, P] with ``new_tokens`` tokens each; collective. ``agreeing`` hears each agreement's seconds.
+    """Continue prompts greedily; collective.
 
-    ``recorded``: replay steps as ``xpar generate`` does, where it does; else launch each part of each.
+    Args:
+        comm: the ranks of the job.
+        loaded: the model.
+        ids: prompts [B, P] int64.
+        new_tokens: number of tokens to add to each prompt.
+        on_agreement: called with the seconds of the agreement before each step.
+        captured: replay steps as CUDA graphs where ``xpar generate`` does so; otherwise launch each part of
+            each step.
+
+    Returns:
+        Times, tokens and logits.
     """
     sampling = RecordedSampling()
-    told: list[float] = []
-    asked = [0.0]
+    step_begins: list[float] = []
+    polled = [0.0]
     records: list[Record] = []
 
     def stop() -> bool:
-        asked[0] = time.perf_counter()
+        polled[0] = time.perf_counter()
         return False
 
     def tell(_: Progress) -> None:
-        told.append(time.perf_counter())
-        agreeing(told[-1] - asked[0])
+        step_begins.append(time.perf_counter())
+        on_agreement(step_begins[-1] - polled[0])
 
     job = LockstepCallbacks(
         total=len(ids),
@@ -92,36 +102,43 @@ def decode(
         tell=tell,
     )
     comm.barrier()
-    recorder = DecodeGraph.of(loaded) if recorded else None
-    sequences = DecodeBatch(loaded, sampling, StopConditions(new_tokens), recorder)
-    run_lockstep(comm, sequences, -(-len(ids) // comm.size), job)
-    steps = [after - before for before, after in pairwise(told)]
+    graph = DecodeGraph.of(loaded) if captured else None
+    batch = DecodeBatch(loaded, sampling, StopConditions(new_tokens), graph)
+    run_lockstep(comm, batch, -(-len(ids) // comm.size), job)
+    steps = [after - before for before, after in pairwise(step_begins)]
     logits = [part for parts in comm.all_gather_object(sampling.seen) for part in parts]
     tokens = [r["tokens"] for r in sorted(records, key=lambda r: int(r["place"]))]
     return Decoded(steps[0], statistics.median(steps[1:]) * 1e3, tokens, torch.cat(logits))
 
 
-def where_time_goes(
-    comm: Communicator, loaded: LoadedModel, ids: Tensor, new_tokens: int
-) -> dict[str, float]:
-    """Milliseconds of each of ``PARTS`` in a step that continues sequences, on rank 0, mean over the steps.
+def measure_parts(comm: Communicator, loaded: LoadedModel, ids: Tensor, new_tokens: int) -> dict[str, float]:
+    """Measure each of ``PARTS`` in a step that continues sequences; collective.
 
-    A replayed step has no parts: these are of steps that are launched.
+    A replayed CUDA graph has no parts, so that every step is launched.
+
+    Args:
+        comm: the ranks of the job.
+        loaded: the model.
+        ids: prompts [B, P] int64.
+        new_tokens: number of tokens to add to each prompt.
+
+    Returns:
+        Milliseconds of each part on this rank, as mean over the steps.
     """
-    clock, agreement = MeasuringTimer(loaded.layers[0].runner.grid.device), [0.0]
-    with _timed(loaded, clock) as hooked:
+    timer, agreement = MeasuringTimer(loaded.device), [0.0]
+    with _timed(loaded, timer) as hooked:
 
-        def agreeing(seconds: float) -> None:
+        def on_agreement(seconds: float) -> None:
             agreement.append(seconds)
             if len(agreement) == 3:  # the prompts have been read: their step is not counted
-                for seconds_of in (clock.seconds, hooked):
+                for seconds_of in (timer.seconds, hooked):
                     seconds_of.update(dict.fromkeys(seconds_of, 0.0))
                 begin.append(time.perf_counter())
 
         begin: list[float] = []
-        decode(comm, loaded, ids, new_tokens, agreeing, recorded=False)
+        decode(comm, loaded, ids, new_tokens, on_agreement, captured=False)
         whole = time.perf_counter() - begin[0]
-    spent = clock.read().seconds
+    spent = timer.read().seconds
     steps = new_tokens - 1
     parts = {
         "attention": hooked["attention"],
@@ -136,11 +153,15 @@ def where_time_goes(
 
 
 @contextmanager
-def _timed(loaded: LoadedModel, clock: MeasuringTimer) -> Iterator[dict[str, float]]:
-    """Seconds of attention, router and head, which the model's own modules compute; ``clock`` gets the layers' stages."""
+def _timed(loaded: LoadedModel, timer: MeasuringTimer) -> Iterator[dict[str, float]]:
+    """Measure a model while the context is open.
+
+    Yields the seconds of attention, router and head, which the model's own modules compute. ``timer`` gets
+    the stages of the expert layers.
+    """
     seconds = {"attention": 0.0, "router": 0.0, "head": 0.0}
     handles = []
-    for module, part in _modules(loaded.model):
+    for module, part in _find_modules(loaded.model):
         begin = [0.0]
 
         def before(*_: object, begin: list[float] = begin) -> None:
@@ -151,14 +172,15 @@ def _timed(loaded: LoadedModel, clock: MeasuringTimer) -> Iterator[dict[str, flo
 
         handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
-        with timed(loaded.layers, clock):
+        with timed(loaded.layers, timer):
             yield seconds
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _modules(model: Any) -> Iterator[tuple[torch.nn.Module, str]]:
+def _find_modules(model: Any) -> Iterator[tuple[torch.nn.Module, str]]:
+    """Yield the modules that are timed, each with its part of a step."""
     yield model.get_output_embeddings(), "head"
     for _, module in model.named_modules():
         if type(module).__name__.endswith("Attention"):

@@ -1,4 +1,4 @@
-"""A whole model on this job's ranks beside transformers in one process: both from one run, in turn, checked."""
+"""Decoding with a whole model on this job's ranks, beside transformers in one process."""
 
 import resource
 import statistics
@@ -13,22 +13,27 @@ import torch
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.bench.decode_profile import Decoded, decode, prompts, where_time_goes
-from xpar.engine.bench.decoding_peer import IMPLEMENTATIONS, DecodingPeer
-from xpar.engine.bench.timing import SETTLE_S
+from xpar.engine.bench.decode_profile import Decoded, decode, draw_prompts, measure_parts
+from xpar.engine.bench.peer_process import DecodingPeer
+from xpar.engine.bench.peers import DECODE_IMPLEMENTATIONS
+from xpar.engine.bench.timing import SETTLE_S, peak_bytes
 from xpar.engine.layer.reference import relative_error
 from xpar.engine.models.loader import LoadedModel
 from xpar.kernels.cpu import zen_library
 
 LEAST_TOKENS = 3
-"""That show a step that continues."""
+"""Fewest new tokens with which a step that continues sequences can be measured."""
 FAR = 2.0
-"""Times as long as the fastest: that is no contender."""
+"""An implementation that takes this many times as long as the fastest is no contender."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """``batch``: sequences of the whole job. ``rounds``: how often each side runs, in turn; one before is not counted."""
+class DecodeRequest:
+    """What to decode.
+
+    ``batch``: number of sequences of the whole job. ``rounds``: how often each side runs, in turn, after one
+    round that is not counted. ``seed``: of the prompts.
+    """
 
     batch: int
     prompt_tokens: int
@@ -37,45 +42,61 @@ class Run:
     seed: int
 
 
-def measure(grid: ProcessGrid, loaded: LoadedModel, peer: DecodingPeer | None, run: Run) -> dict[str, Any]:
-    """Both sides' figures on ``run``, the same on every rank; ``peer``: on rank 0. Collective."""
-    comm = grid.world.comm
-    ids = prompts(run.batch, run.prompt_tokens, loaded.model.config.get_text_config().vocab_size, run.seed)
-    ours: list[Decoded] = []
-    theirs: dict[str, list[Decoded]] = {name: [] for name in IMPLEMENTATIONS}
-    for turn in range(run.rounds + 1):
-        ours.append(decode(comm, loaded, ids, run.new_tokens))
-        for name, decoded in theirs.items():
-            # The first round only tells which are contenders.
-            asking = partial(_ask, peer, name, ids, run.new_tokens if turn else LEAST_TOKENS)
-            decoded += agreed(comm, asking, "bench generate", patient=True)
-        if turn == 0:
-            theirs = {name: theirs[name] for name in comm.all_gather_object(_fast(theirs))[0]}
-    parts = where_time_goes(comm, loaded, ids, run.new_tokens)
-    record = _compare(run, ours[1:], {n: d[1:] for n, d in theirs.items()}) if peer else {}
-    told: dict[str, Any] = comm.all_gather_object(record | {"step_parts_ms": parts})[0]
-    return told
+def measure(
+    grid: ProcessGrid, loaded: LoadedModel, peer: DecodingPeer | None, request: DecodeRequest
+) -> dict[str, Any]:
+    """Decode on both sides in turn and compare them; collective.
 
+    Args:
+        grid: the process grid.
+        loaded: the model on the grid.
+        peer: transformers' process, on rank 0; None on the other ranks.
+        request: what to decode.
 
-def peak_bytes(grid: ProcessGrid) -> list[int]:
-    """The most memory that each rank had at any time; collective."""
-    return grid.world.comm.all_gather_object(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def resident_bytes(grid: ProcessGrid, path: Path) -> list[int]:
-    """What each rank has in memory now, all code that the model of ``path`` brings among it; collective.
-
-    Where the system does not tell (outside of Linux), the most that it had.
+    Returns:
+        The figures of both sides, the same on every rank.
     """
-    agreed(grid.world.comm, lambda: _bring_code(path))
+    comm, new_tokens = grid.world.comm, request.new_tokens
+    vocab = loaded.model.config.get_text_config().vocab_size
+    ids = draw_prompts(request.batch, request.prompt_tokens, vocab, request.seed)
+    ours: list[Decoded] = []
+    theirs: dict[str, list[Decoded]] = {name: [] for name in DECODE_IMPLEMENTATIONS}
+    for turn in range(request.rounds + 1):
+        ours.append(decode(comm, loaded, ids, new_tokens))
+        for name, decoded in theirs.items():
+            # The first round only finds out which implementations are contenders.
+            ask = partial(_ask_peer, peer, name, ids, new_tokens if turn else LEAST_TOKENS)
+            decoded += agreed(comm, ask, "bench generate", patient=True)
+        if turn == 0:
+            theirs = {name: theirs[name] for name in comm.all_gather_object(_find_contenders(theirs))[0]}
+    parts = measure_parts(comm, loaded, ids, new_tokens)
+    result = _compare(request, ours[1:], {n: d[1:] for n, d in theirs.items()}) if peer else {}
+    complete: dict[str, Any] = comm.all_gather_object(result | {"step_parts_ms": parts})[0]
+    return complete
+
+
+def gather_peak_bytes(grid: ProcessGrid) -> list[int]:
+    """Return the most memory in bytes that each rank had at any time; collective."""
+    return grid.world.comm.all_gather_object(peak_bytes())
+
+
+def gather_resident_bytes(grid: ProcessGrid, path: Path) -> list[int]:
+    """Return the bytes of memory that each rank has now; collective.
+
+    The code that the model of ``path`` needs is imported first, so that its memory is not taken for weights.
+
+    On a system that does not tell (outside of Linux), the result is the peak.
+    """
+    agreed(grid.world.comm, lambda: _import_code(path))
     try:
         now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
-        return peak_bytes(grid)
+        return gather_peak_bytes(grid)
     return grid.world.comm.all_gather_object(now)
 
 
-def _bring_code(path: Path) -> None:
+def _import_code(path: Path) -> None:
+    """Import everything that loading the model of ``path`` would import."""
     if find_spec("transformers"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -87,7 +108,7 @@ def _bring_code(path: Path) -> None:
 
 @dataclass(frozen=True)
 class LoadingMemory:
-    """Of one rank, in bytes: resident before it loads, its peak after, and the weights that it then holds."""
+    """The bytes of memory of one rank: before it loads, its peak after, and its weights."""
 
     before: int
     peak: int
@@ -95,18 +116,24 @@ class LoadingMemory:
 
     @property
     def beyond(self) -> float:
-        """What loading took at its peak beyond the weights, as a fraction of them."""
+        """The memory that loading took at its peak beyond the weights, as a fraction of the weights."""
         return (self.peak - self.before) / self.weights - 1
 
 
-def loading_memory(grid: ProcessGrid, loaded: LoadedModel, before: list[int]) -> list[LoadingMemory]:
-    """Of every rank, right after loading; ``before``: of :func:`resident_bytes`. Collective."""
+def gather_loading_memory(grid: ProcessGrid, loaded: LoadedModel, before: list[int]) -> list[LoadingMemory]:
+    """Return the memory of every rank right after loading; collective.
+
+    ``before``: result of :func:`gather_resident_bytes` before loading.
+    """
     weights = grid.world.comm.all_gather_object(loaded.dense_bytes + loaded.expert_bytes)
-    return [LoadingMemory(*m) for m in zip(before, peak_bytes(grid), weights, strict=True)]
+    return [LoadingMemory(*m) for m in zip(before, gather_peak_bytes(grid), weights, strict=True)]
 
 
 def start_peer(grid: ProcessGrid, path: Path, dtype: torch.dtype) -> DecodingPeer | None:
-    """On rank 0; the others sleep until it has its model. Collective; raises one error on every rank."""
+    """Start transformers' process on rank 0 while the other ranks sleep; None on those.
+
+    Collective; raises one error on every rank.
+    """
     world = grid.world
 
     def start() -> DecodingPeer | None:
@@ -117,7 +144,7 @@ def start_peer(grid: ProcessGrid, path: Path, dtype: torch.dtype) -> DecodingPee
     return agreed(world.comm, start, "bench generate", patient=True)
 
 
-def _ask(peer: DecodingPeer | None, name: str, ids: torch.Tensor, new_tokens: int) -> list[Decoded]:
+def _ask_peer(peer: DecodingPeer | None, name: str, ids: torch.Tensor, new_tokens: int) -> list[Decoded]:
     if peer is None:
         return []
     time.sleep(SETTLE_S)
@@ -125,14 +152,17 @@ def _ask(peer: DecodingPeer | None, name: str, ids: torch.Tensor, new_tokens: in
     return [Decoded(prefill_s, statistics.median(steps) * 1e3, tokens, logits)]
 
 
-def _fast(theirs: dict[str, list[Decoded]]) -> list[str]:
-    """Those that may still turn out to be the best: the others' rounds would take most of the time."""
+def _find_contenders(theirs: dict[str, list[Decoded]]) -> list[str]:
+    """Return the implementations that may still be the fastest.
+
+    Rounds of the others would take most of the time.
+    """
     step_ms = {name: decoded[0].step_ms for name, decoded in theirs.items() if decoded}
     return [name for name, ms in step_ms.items() if ms < FAR * min(step_ms.values())]
 
 
-def _compare(run: Run, ours: list[Decoded], theirs: dict[str, list[Decoded]]) -> dict[str, Any]:
-    """Medians over the rounds; the best of transformers' implementations at this batch is what we are compared with."""
+def _compare(request: DecodeRequest, ours: list[Decoded], theirs: dict[str, list[Decoded]]) -> dict[str, Any]:
+    """Compare medians over the rounds with the fastest of transformers' implementations."""
     step_ms = {name: statistics.median(d.step_ms for d in decoded) for name, decoded in theirs.items()}
     best = min(step_ms, key=lambda name: step_ms[name])
     mine = statistics.median(d.step_ms for d in ours)
@@ -140,9 +170,9 @@ def _compare(run: Run, ours: list[Decoded], theirs: dict[str, list[Decoded]]) ->
     ratio = statistics.median(t.step_ms / o.step_ms for t, o in zip(theirs[best], ours, strict=True))
     same = sum(a == b for a, b in zip(ours[0].tokens, theirs[best][0].tokens, strict=True))
     return {
-        "batch": run.batch,
+        "batch": request.batch,
         "step_ms": {"xpar": mine} | step_ms,
-        "tokens_per_s": {n: run.batch / ms * 1e3 for n, ms in ({"xpar": mine} | step_ms).items()},
+        "tokens_per_s": {n: request.batch / ms * 1e3 for n, ms in ({"xpar": mine} | step_ms).items()},
         "prefill_s": {
             "xpar": statistics.median(d.prefill_s for d in ours),
             best: statistics.median(d.prefill_s for d in theirs[best]),

@@ -1,9 +1,8 @@
-"""A layer of a named shape on this job's ranks, beside other ways to take its steps, transformers, and one process alone."""
+"""A layer of a published shape on this job's ranks, measured beside its peers."""
 
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,10 +10,10 @@ from torch import Tensor
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.partition import split_range
-from xpar.engine.bench.ceilings import Ceilings
-from xpar.engine.bench.peer_process import PeerProcess
+from xpar.engine.bench.ceilings import HostCeilings, available_bytes
+from xpar.engine.bench.layer_request import BATCHES, LayerRequest
+from xpar.engine.bench.peer_process import LayerPeer
 from xpar.engine.bench.peers import IMPLEMENTATIONS
-from xpar.engine.bench.request import BATCHES, Request
 from xpar.engine.bench.timing import Contender, Times, take_turns
 from xpar.engine.layer.build import build_layer, with_options
 from xpar.engine.layer.micro_batches import MicroBatches
@@ -26,31 +25,38 @@ from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
 
 CHECKED_TOKENS = 64
+"""Number of tokens whose output is compared with the reference."""
 
 
 class LayerBench:
-    """The contenders, built once; :meth:`measure` times them at one number of tokens. Collective throughout."""
+    """The contenders of ``xpar bench layer``, built once. Every method is collective.
 
-    def __init__(self, request: Request, grid: ProcessGrid) -> None:
+    ``forwards``: the ways of this job's ranks through the layer, by name. ``peer_names``: the contenders in
+    the process of the peers, which rank 0 starts.
+    """
+
+    def __init__(self, request: LayerRequest, grid: ProcessGrid) -> None:
         self.request, self.grid = request, grid
         self.comm = grid.world.comm
-        self.weights = request.weights()
+        self.weights = request.make_weights()
         self.config = self.weights.config
         agreed(self.comm, self._check_memory, "bench layer")
         self.runner = agreed(self.comm, self._build, "bench layer")
-        self.ours = agreed(self.comm, self._ways, "bench layer")
+        self.forwards = agreed(self.comm, self._build_forwards, "bench layer")
         self.peers = agreed(self.comm, self._start_peers, "bench layer", patient=True)
-        self.names: list[str] = self.comm.all_gather_object(self.peers.names if self.peers else [])[0]
-        self.ceilings: Ceilings = self.comm.all_gather_object(self.peers.ceilings if self.peers else None)[0]
+        self.peer_names: list[str] = self.comm.all_gather_object(self.peers.names if self.peers else [])[0]
+        self.ceilings: HostCeilings = self.comm.all_gather_object(
+            self.peers.ceilings if self.peers else None
+        )[0]
 
     def measure(self, tokens: int) -> dict[str, Any]:
-        """Times, ratios, errors and stages with ``tokens`` tokens in the whole job."""
-        inputs = [self.request.input(tokens, number) for number in range(BATCHES)]
-        contenders = [self._way(name, inputs) for name in self.ours]
-        contenders += [self._peer(name, tokens) for name in self.names]
+        """Measure times, ratios, errors and stages with ``tokens`` tokens in the whole job."""
+        inputs = [self.request.draw_input(tokens, number) for number in range(BATCHES)]
+        contenders = [self._make_contender(name, inputs) for name in self.forwards]
+        contenders += [self._make_peer_contender(name, tokens) for name in self.peer_names]
         times = take_turns(self.comm, contenders, BATCHES, self.request.seconds * len(contenders))
         ours = times["xpar"]
-        floor_ms = self._floor_ms(inputs)
+        floor_ms = self._compute_floor_ms(inputs)
         return {
             "tokens": tokens,
             "ms": {name: {"median": t.median_ms, "min": t.min_ms} for name, t in times.items()},
@@ -58,95 +64,97 @@ class LayerBench:
             "transformers_best": best_ratio(times),
             "floor_ms": floor_ms,
             "of_floor": floor_ms / ours.median_ms,
-            "rel_error": self._errors(tokens, inputs[0][:CHECKED_TOKENS]),
-            "stages_ms": self._stages(inputs),
+            "rel_error": self._compute_errors(tokens, inputs[0][:CHECKED_TOKENS]),
+            "stages_ms": self._measure_stages(inputs),
             "tokens_per_s": tokens / ours.median_ms * 1e3,
         }
 
     def close(self) -> None:
-        """End the peers' process."""
+        """End the process of the peers."""
         if self.peers:
             self.peers.close()
-
-    # -- pieces ---------------------------------------------------------------------------------------------
 
     def _build(self) -> MoERunner:
         r = self.request
         options = LayerOptions(r.dispatcher, r.kernel, r.exact, depth=r.depth)
         return build_layer(self.config, self.grid, r.dtype, self.weights.read, options)
 
-    def _ways(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """This job's ways through the layer, by name; all on the same weights."""
-        ways: dict[str, Callable[[Tensor], Tensor]] = {"xpar": self.runner}
+    def _build_forwards(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Build the forwards [T, H] -> [T, H] of this job's ranks, all on the same weights."""
+        forwards: dict[str, Callable[[Tensor], Tensor]] = {"xpar": self.runner}
         if "steps" in self.request.compare:
             if not isinstance(self.runner, FusedRunner):
                 raise ValueError(
                     "--compare steps: the layer takes its steps one by one already; leave it out"
                 )
-            ways["steps"] = with_options(self.runner, depth="steps")
+            forwards["steps"] = with_options(self.runner, depth="steps")
         if (count := self.request.micro_batches) > 1:
-            ways[f"{count} micro-batches"] = MicroBatches(self.runner, count)
-        return ways
+            forwards[f"{count} micro-batches"] = MicroBatches(self.runner, count)
+        return forwards
 
-    def _start_peers(self) -> PeerProcess | None:
+    def _start_peers(self) -> LayerPeer | None:
         world = self.grid.world
-        return PeerProcess(self.request, world.threads() * world.local_size) if world.rank == 0 else None
+        return LayerPeer(self.request, world.threads() * world.local_size) if world.rank == 0 else None
 
-    def _peer(self, name: str, tokens: int) -> Contender:
+    def _make_peer_contender(self, name: str, tokens: int) -> Contender:
         return Contender(
             name, lambda n: self.peers.seconds(name, tokens, n) if self.peers else 0.0, alone=True
         )
 
-    def _mine(self, x: Tensor) -> Tensor:
+    def _local_tokens(self, x: Tensor) -> Tensor:
+        """Return this rank's part of the tokens ``x`` [T, H] of the whole job."""
         return x[split_range(x.shape[0], self.grid.dp.size, self.grid.dp.rank)]
 
-    def _way(self, name: str, inputs: list[Tensor]) -> Contender:
+    def _make_contender(self, name: str, inputs: list[Tensor]) -> Contender:
         def timed(number: int) -> float:
-            mine = self._mine(inputs[number])
+            mine = self._local_tokens(inputs[number])
             begin = time.perf_counter()
-            self.ours[name](mine)
+            self.forwards[name](mine)
             return time.perf_counter() - begin
 
         return Contender(name, timed)
 
-    def _floor_ms(self, inputs: list[Tensor]) -> float:
-        """Median over the batches; the nodes share the work."""
+    def _compute_floor_ms(self, inputs: list[Tensor]) -> float:
+        """Compute the least time in ms, as median over the batches; the nodes divide the work."""
         router = self.weights.make_router()
         c, dtype = self.config, self.request.dtype
         floors = [self.ceilings.floor_s(c, router.route(x), dtype) for x in inputs]
         return statistics.median(floors) * 1e3 / self.grid.world.num_nodes
 
-    def _errors(self, tokens: int, x: Tensor) -> dict[str, float]:
-        """Each contender's ||y - ref|| / ||ref|| on ``x``, judged by rank 0, known to all."""
-        outputs = {name: self._whole(way(self._mine(x))) for name, way in self.ours.items()}
+    def _compute_errors(self, tokens: int, x: Tensor) -> dict[str, float]:
+        """Compute each contender's ||y - reference|| / ||reference|| on ``x``, on rank 0 for all."""
+        outputs = {
+            name: self._gather_output(forward(self._local_tokens(x)))
+            for name, forward in self.forwards.items()
+        }
 
-        def judge() -> dict[str, float]:
+        def compare() -> dict[str, float]:
             if self.peers is None:
                 return {}
             reference, _ = self.weights.reference(x)
-            theirs = {name: self.peers.output(name, tokens, 0, x.shape[0]) for name in self.names}
+            theirs = {name: self.peers.output(name, tokens, 0, x.shape[0]) for name in self.peer_names}
             return {name: relative_error(y, reference) for name, y in (outputs | theirs).items()}
 
-        errors = agreed(self.comm, judge, "bench layer", patient=True)
+        errors = agreed(self.comm, compare, "bench layer", patient=True)
         return dict(self.comm.all_gather_object(errors)[0])
 
-    def _whole(self, output: Tensor) -> Tensor:
-        """The outputs of all dp ranks."""
+    def _gather_output(self, output: Tensor) -> Tensor:
+        """Gather the outputs of all dp ranks: [T, H]."""
         return self.comm.all_gather_v(output if self.grid.tp.rank == 0 else output[:0])
 
-    def _stages(self, inputs: list[Tensor]) -> dict[str, float]:
-        """Median over steps, maximum over ranks, in ms."""
-        clocks = [MeasuringTimer(self.grid.device) for _ in inputs]
-        for clock, x in zip(clocks, inputs, strict=True):
+    def _measure_stages(self, inputs: list[Tensor]) -> dict[str, float]:
+        """Measure each stage in ms: the median over steps of the slowest rank."""
+        timers = [MeasuringTimer(self.grid.device) for _ in inputs]
+        for timer, x in zip(timers, inputs, strict=True):
             self.comm.barrier()
-            self.runner(self._mine(x), observers=Observers(clock, clock))
-        clocks = [clock.read() for clock in clocks]
-        mine = {s: statistics.median(c.seconds[s] for c in clocks) * 1e3 for s in STAGES}
+            self.runner(self._local_tokens(x), observers=Observers(timer, timer))
+        timers = [timer.read() for timer in timers]
+        mine = {s: statistics.median(t.seconds[s] for t in timers) * 1e3 for s in STAGES}
         everyone = self.comm.all_gather_object(mine)
         return {s: max(ms[s] for ms in everyone) for s in STAGES}
 
     def _check_memory(self) -> None:
-        """Raise ValueError where this node's ranks would need more memory than it has left; observed, not assumed."""
+        """Raise ValueError if this node's ranks would need more memory than the node has left."""
         world, whole = self.grid.world, self.weights.nbytes()
         ranks = world.node_of.count(world.node)
         peers = whole * len(self.request.peers) if world.node == 0 else 0
@@ -160,14 +168,6 @@ class LayerBench:
 
 
 def best_ratio(times: dict[str, Times]) -> float | None:
-    """How many times longer the faster of transformers' implementations takes."""
+    """Return how many times longer transformers' faster implementation takes, if measured."""
     peers = [times[name] for name in IMPLEMENTATIONS if name in times]
     return times["xpar"].ratio(min(peers, key=lambda t: t.median_ms)) if peers else None
-
-
-def available_bytes() -> float:
-    """Memory that this node can still give, in bytes."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) * 1024
-    return float("inf")

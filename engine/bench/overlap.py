@@ -1,8 +1,7 @@
-"""What each order of the shared experts brings, beside computing them after everything else; outputs compared."""
+"""The orders in which a layer can compute its shared experts, measured and compared."""
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor
 
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.bench.kernels.timing import graph_time
-from xpar.engine.bench.timing import Contender, take_turns
+from xpar.engine.bench.timing import Contender, graph_time, host_time, take_turns
 from xpar.engine.layer.build import build_layer, with_options
 from xpar.engine.layer.cuda_graph import CapturedLayer, check_capturable
 from xpar.engine.layer.shared_expert_overlap import Overlap, SharedOrder
@@ -19,13 +17,18 @@ from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
 
 BATCHES = 4
+"""Number of different inputs that the rounds go through."""
 REPLAYS = 20
-"""Calls between two looks at the clock on a GPU: one is shorter than what the look costs."""
+"""Calls between two readings of the clock on a GPU: one call is shorter than a reading takes."""
 
 
 @dataclass(frozen=True)
 class OverlapRequest:
-    """``tokens``: of each rank. ``seconds``: time for each order and number of tokens."""
+    """What to measure.
+
+    ``shape``, ``scale``: the layer's sizes, and the factor on H and I. ``tokens``: numbers of tokens of each
+    rank. ``seconds``: measuring time for each number of tokens. ``seed``: of weights and tokens.
+    """
 
     shape: Shape
     scale: float
@@ -36,7 +39,10 @@ class OverlapRequest:
 
 
 class OverlapBench:
-    """One layer with shared experts on ``grid``; collective. On GPUs it is recorded as a CUDA graph where it can be."""
+    """One layer with shared experts on ``grid``. Every method is collective.
+
+    On GPUs the layer is captured as a CUDA graph if that is possible.
+    """
 
     def __init__(self, request: OverlapRequest, grid: ProcessGrid) -> None:
         self.request, self.grid, self.comm = request, grid, grid.world.comm
@@ -51,75 +57,71 @@ class OverlapBench:
         ]
 
     def measure(self, tokens: int) -> dict[str, Any]:
-        """Medians in ms, how many times longer the order ``none`` takes, and whether all orders gave its bits."""
-        inputs = [self._input(tokens, n) for n in range(BATCHES)]
-        recorded = self._can_record(tokens)
-        ways = {order.value: self._way(order, tokens, recorded) for order in self.orders}
-        differ = self._that_differ(ways, inputs[0])
-        contenders = [self._contender(name, way, inputs) for name, way in ways.items()]
+        """Measure every order with ``tokens`` tokens per rank, relative to the order ``none``.
+
+        ``differ`` names the orders whose output has other bits.
+        """
+        inputs = [self._draw_input(tokens, n) for n in range(BATCHES)]
+        captured = self._is_capturable(tokens)
+        forwards = {order.value: self._make_forward(order, tokens, captured) for order in self.orders}
+        differ = self._find_different(forwards, inputs[0])
+        contenders = [self._make_contender(name, f, inputs) for name, f in forwards.items()]
         times = take_turns(self.comm, contenders, BATCHES, self.request.seconds)
         none = times[SharedOrder.NONE.value]
         return {
             "tokens": tokens,
-            "recorded": recorded,
+            "recorded": captured,
             "chosen": Overlap(SharedOrder.AUTO, self.grid.device).order_of(tokens).value,
             "ms": {name: t.median_ms for name, t in times.items()},
-            "shared_ms": self._shared_ms(inputs),
+            "shared_ms": self._measure_shared_ms(inputs),
             "ratio": {name: t.ratio(none) for name, t in times.items()},
             "differ": differ,
         }
 
-    def _can_record(self, tokens: int) -> bool:
+    def _is_capturable(self, tokens: int) -> bool:
         try:
             check_capturable(self.runner, tokens)
         except ValueError:
             return False
         return True
 
-    def _way(self, order: SharedOrder, tokens: int, recorded: bool) -> Callable[[Tensor], Tensor]:
+    def _make_forward(self, order: SharedOrder, tokens: int, captured: bool) -> Callable[[Tensor], Tensor]:
+        """Make the layer's forward that computes the shared experts in ``order``."""
         runner = with_options(self.runner, shared_order=order)
-        return CapturedLayer(runner, tokens) if recorded else runner
+        return CapturedLayer(runner, tokens) if captured else runner
 
-    def _shared_ms(self, inputs: list[Tensor]) -> float:
-        """Of the shared experts by themselves, the slowest rank's: what the best order can save at most."""
+    def _measure_shared_ms(self, inputs: list[Tensor]) -> float:
+        """Measure the shared experts alone on the slowest rank, in ms: the most to be saved."""
         shared = self.runner.shared
         assert shared is not None  # the request's shape has some
         calls = [lambda x=x: shared(x) for x in inputs]
         measure = graph_time if self.grid.device.type == "cuda" else host_time
         return float(max(self.comm.all_gather_object(measure(calls) * 1e3)))
 
-    def _contender(self, name: str, way: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Contender:
+    def _make_contender(
+        self, name: str, forward: Callable[[Tensor], Tensor], inputs: list[Tensor]
+    ) -> Contender:
         on_gpu = self.grid.device.type == "cuda"
 
         def timed(number: int) -> float:
             calls = REPLAYS if on_gpu else 1
             begin = time.perf_counter()
             for _ in range(calls):
-                way(inputs[number])
+                forward(inputs[number])
             if on_gpu:
                 torch.cuda.synchronize(self.grid.device)
             return (time.perf_counter() - begin) / calls
 
         return Contender(name, timed)
 
-    def _that_differ(self, ways: dict[str, Callable[[Tensor], Tensor]], x: Tensor) -> list[str]:
-        """Orders whose output on any rank has other bits than that of ``none``."""
-        outputs = {name: way(x).clone() for name, way in ways.items()}
+    def _find_different(self, forwards: dict[str, Callable[[Tensor], Tensor]], x: Tensor) -> list[str]:
+        """Return the orders whose output on any rank has other bits than that of the order ``none``."""
+        outputs = {name: forward(x).clone() for name, forward in forwards.items()}
         expected = outputs[SharedOrder.NONE.value]
         mine = [name for name, y in outputs.items() if not torch.equal(y, expected)]
         return sorted({name for names in self.comm.all_gather_object(mine) for name in names})
 
-    def _input(self, tokens: int, number: int) -> Tensor:
+    def _draw_input(self, tokens: int, number: int) -> Tensor:
         seed = (self.request.seed * BATCHES + number) * self.comm.size + self.comm.rank
         drawn = torch.randn(tokens, self.config.hidden_size, generator=torch.Generator().manual_seed(seed))
         return drawn.to(self.request.dtype).to(self.grid.device)
-
-
-def host_time(calls: Sequence[Callable[[], object]]) -> float:
-    """Median seconds of a call, over a few rounds."""
-    times = []
-    for call in [*calls] * 5:
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)

@@ -1,60 +1,66 @@
-"""The other contenders, in a process of their own with all threads of the node.
+"""The peers of a measurement, in a process of their own with all threads of the node.
 
-A process of their own because libraries remember how many threads they first ran with (zentorch does), while this
-job's ranks have their share of the cores. The process sleeps while the ranks work.
+They need their own process because libraries remember how many threads they first ran with (zentorch does),
+while this job's ranks have their share of the cores. The process sleeps while the ranks work.
+
+One protocol serves both kinds of peers: the process sends a first value when it is ready, and then one
+answer for each question. A ValueError in place of a value is raised where the question was asked.
 """
 
 import multiprocessing
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xpar.comm.grid import ProcessGrid
-from xpar.engine.bench.ceilings import Ceilings, measure_ceilings
-from xpar.engine.bench.peers import IMPLEMENTATIONS, caller, transformers_layer
-from xpar.engine.bench.request import Request
+from xpar.comm.communicator import SoloCommunicator
+from xpar.comm.grid import GridShape, ProcessGrid
+from xpar.comm.world import World
+from xpar.engine.bench.ceilings import HostCeilings, measure_host_ceilings
+from xpar.engine.bench.layer_request import LayerRequest
+from xpar.engine.bench.peers import IMPLEMENTATIONS, block_function, transformers_layer
+from xpar.engine.bench.timing import peak_bytes
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.models.malloc import keep_freed_memory
 
-START_TIMEOUT_S = 600.0
+PREFILL = "grouped_mm"
+"""transformers' experts for reading prompts: batched_mm copies the weights of every token's experts."""
 
 
 class PeerProcess:
-    """Starts the process, waits until it has its weights, and asks it for runs."""
+    """A process that runs ``serve(pipe, *args)``. The constructor waits until it is ready.
 
-    def __init__(self, request: Request, threads: int) -> None:
+    ``first``: the first value that the process sent. Raises RuntimeError for a process that ends or is late.
+    """
+
+    start_timeout_s = 600.0
+    answer_timeout_s = 120.0
+
+    def __init__(self, serve: Callable[..., None], *args: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, request, threads), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, *args), daemon=True)
         self._process.start()
         theirs.close()
-        self.ceilings, self.names = self._started()
+        self.first = self._receive(self.start_timeout_s)
 
-    def seconds(self, name: str, tokens: int, number: int) -> float:
-        """How long contender ``name`` took for batch ``number``."""
-        self._pipe.send(("time", name, tokens, number))
-        return float(self._answer())
-
-    def output(self, name: str, tokens: int, number: int, rows: int) -> Tensor:
-        """[rows, H]: its output for the first rows of that batch, as float32."""
-        self._pipe.send(("output", name, tokens, number, rows))
-        return torch.tensor(self._answer())
+    def ask(self, *question: Any) -> Any:
+        """Send ``question`` and wait for its answer."""
+        self._pipe.send(question)
+        return self._receive(self.answer_timeout_s)
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.join()
 
-    def _started(self) -> tuple[Ceilings, list[str]]:
-        ceilings, names = self._answer(START_TIMEOUT_S)
-        return ceilings, names
-
-    def _answer(self, timeout: float = 120.0) -> Any:
+    def _receive(self, timeout: float) -> Any:
         if not self._pipe.poll(timeout):
             raise RuntimeError(f"the process of the peers has not answered for {timeout:g} s")
         try:
@@ -68,41 +74,150 @@ class PeerProcess:
         return answer
 
 
-def serve(pipe: Connection, request: Request, threads: int) -> None:
-    """The process: build, then answer until it is killed."""
+class LayerPeer(PeerProcess):
+    """The peers of ``xpar bench layer``: transformers' layer, and this layer in one process."""
+
+    def __init__(self, request: LayerRequest, threads: int) -> None:
+        super().__init__(serve_layer, request, threads)
+        self.ceilings: HostCeilings = self.first[0]
+        self.names: list[str] = self.first[1]
+
+    def seconds(self, name: str, tokens: int, number: int) -> float:
+        """Measure how many seconds contender ``name`` takes for batch ``number``."""
+        return float(self.ask("time", name, tokens, number))
+
+    def output(self, name: str, tokens: int, number: int, rows: int) -> Tensor:
+        """Compute the output [rows, H] float32 of ``name`` for the first rows of a batch."""
+        return torch.tensor(self.ask("output", name, tokens, number, rows))
+
+
+class DecodingPeer(PeerProcess):
+    """The peer of ``xpar bench generate``: transformers' own model with all experts."""
+
+    start_timeout_s = 1800.0  # loading a large model takes minutes
+    answer_timeout_s = 600.0
+
+    def __init__(self, path: Path, dtype: torch.dtype, threads: int, device: torch.device) -> None:
+        super().__init__(serve_model, path, dtype, threads, device)
+        self.peak_bytes = int(self.first)
+
+    def decode(
+        self, implementation: str, ids: Tensor, new_tokens: int
+    ) -> tuple[float, list[float], list[list[int]], Tensor]:
+        """Continue prompts greedily.
+
+        Args:
+            implementation: one of :data:`xpar.engine.bench.peers.DECODE_IMPLEMENTATIONS`.
+            ids: prompts [B, P] int64.
+            new_tokens: number of tokens to add to each prompt.
+
+        Returns:
+            Seconds of the prompts, seconds of each step after, tokens [B][new_tokens], and the logits [B, V]
+            float32 behind the prompts.
+        """
+        prefill_s, step_s, tokens, logits = self.ask(implementation, ids.tolist(), new_tokens)
+        return prefill_s, step_s, tokens, torch.from_numpy(logits)
+
+
+def serve_layer(pipe: Connection, request: LayerRequest, threads: int) -> None:
+    """Run the process of :class:`LayerPeer`: build the layers, then answer until killed."""
     keep_freed_memory()  # as the ranks do
     torch.set_num_threads(threads)
-    ceilings = measure_ceilings(request.dtype)
+    ceilings = measure_host_ceilings(request.dtype)
     try:
-        calls = contenders(request, threads)
+        forwards = _build_forwards(request, threads)
     except (ValueError, ImportError) as error:
         pipe.send(ValueError(str(error)))
         return
-    pipe.send((ceilings, list(calls)))
+    pipe.send((ceilings, list(forwards)))
     inputs: dict[tuple[int, int], Tensor] = {}
     while True:
         what, name, tokens, number, *rows = pipe.recv()
         key = (tokens, number)
         if key not in inputs:
-            inputs[key] = request.input(*key)
+            inputs[key] = request.draw_input(*key)
         if what == "output":
-            pipe.send(calls[name](inputs[key][: rows[0]]).float().numpy())
+            pipe.send(forwards[name](inputs[key][: rows[0]]).float().numpy())
             continue
         begin = time.perf_counter()
-        calls[name](inputs[key])
+        forwards[name](inputs[key])
         pipe.send(time.perf_counter() - begin)
 
 
-def contenders(request: Request, threads: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What ``request.compare`` names, with weights in place."""
-    weights = request.weights()
-    calls: dict[str, Callable[[Tensor], Tensor]] = {}
+def _build_forwards(request: LayerRequest, threads: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Build the peers that ``request.compare`` names: name -> forward [T, H] -> [T, H]."""
+    weights = request.make_weights()
+    forwards: dict[str, Callable[[Tensor], Tensor]] = {}
     if "solo" in request.compare:
         options = LayerOptions(kernel=request.kernel, exact=request.exact)
-        calls["solo"] = build_layer(
-            weights.config, ProcessGrid.single(threads), request.dtype, weights.read, options
+        forwards["solo"] = build_layer(
+            weights.config, single_rank_grid(threads), request.dtype, weights.read, options
         )
     if "transformers" in request.compare:
         block = transformers_layer(request.shape.hf_config(request.scale), weights)
-        calls |= {name: caller(block, name) for name in IMPLEMENTATIONS}
-    return calls
+        forwards |= {name: block_function(block, name) for name in IMPLEMENTATIONS}
+    return forwards
+
+
+def serve_model(pipe: Connection, path: Path, dtype: torch.dtype, threads: int, device: torch.device) -> None:
+    """Run the process of :class:`DecodingPeer`: load the model, then answer until killed."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
+    except (ValueError, OSError) as error:
+        pipe.send(ValueError(str(error)))
+        return
+    pipe.send(peak_bytes())
+    while True:
+        implementation, ids, new_tokens = pipe.recv()
+        pipe.send(_decode(model, implementation, torch.tensor(ids, device=device), new_tokens))
+
+
+@torch.inference_mode()
+def _decode(
+    model: Any, implementation: str, ids: Tensor, new_tokens: int
+) -> tuple[float, list[float], list[list[int]], Any]:
+    """Decode greedily with the leanest loop around transformers' forward and its cache."""
+    from transformers import DynamicCache
+
+    model.set_experts_implementation(PREFILL)
+    cache, begin = DynamicCache(config=model.config), time.perf_counter()
+    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    first, tokens = logits, [logits.argmax(-1)]
+    times = [_now(ids.device)]
+    model.set_experts_implementation(implementation)
+    while len(tokens) < new_tokens:
+        out = model(tokens[-1][:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens.append(out.logits[:, -1].float().argmax(-1))
+        times.append(_now(ids.device))
+    steps = [after - before for before, after in pairwise(times)]
+    return times[0] - begin, steps, torch.stack(tokens, 1).tolist(), first.cpu().numpy()
+
+
+def _now(device: torch.device) -> float:
+    """Read the clock when all work of ``device`` is done: drawing a token waits for it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def single_rank_grid(threads: int) -> ProcessGrid:
+    """Make the process grid of a process outside MPI, with ``threads`` threads."""
+    alone = SoloCommunicator()
+    world = World(alone, (0,), ("",), 0, 1, float(threads), "none", (0,))
+    return ProcessGrid(
+        world=world,
+        shape=GridShape(1, 1, 1, 1, 1),
+        tp=alone,
+        dp=alone,
+        ep=alone,
+        etp=alone,
+        edp=alone,
+        moe=alone,
+        node=alone,
+        moe_node=alone,
+    )

@@ -1,20 +1,30 @@
-"""Timing several ways of doing one thing in turn, so that a slow minute of the machine falls on all of them."""
+"""Timing of several contenders in turn, and of calls on a GPU; peak memory."""
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from xpar.comm.communicator import Communicator
+from xpar.engine.layer.cuda_graph import rehearse
 
 SETTLE_S = 0.01
 """Threads of a pool spin for some milliseconds after their last work, on cores that other ranks use next."""
 LEAST_ROUNDS, MOST_ROUNDS = 5, 60
+WARM_UP_ROUNDS = 2
+"""Rounds of :func:`take_turns` before those that it counts."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way. ``call`` runs batch number n and returns its seconds; ``alone``: rank 0 calls it, the others sleep."""
+    """One way to do the work that is measured.
+
+    ``call`` runs batch number n and returns its seconds. ``alone``: only rank 0 calls it, and the other ranks
+    sleep.
+    """
 
     name: str
     call: Callable[[int], float]
@@ -23,7 +33,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of every round, those of the slowest rank."""
+    """The seconds of every round, each of the slowest rank."""
 
     seconds: tuple[float, ...]
 
@@ -36,29 +46,38 @@ class Times:
         return min(self.seconds) * 1e3
 
     def ratio(self, other: "Times") -> float:
-        """How many times longer ``other`` takes: the median over rounds, so that slow moments cancel."""
+        """Return how many times longer ``other`` takes: a median over rounds cancels slow moments."""
         return statistics.median(o / s for o, s in zip(other.seconds, self.seconds, strict=True))
 
 
 def take_turns(
     comm: Communicator, contenders: Sequence[Contender], batches: int, seconds: float
 ) -> dict[str, Times]:
-    """Run every contender once a round on that round's batch; collective. About ``seconds`` long in all.
+    """Run every contender once per round; collective.
 
-    Two rounds warm up and say how many rounds fit, at least 5.
+    A slow minute of the machine then falls on all of them.
+
+    Args:
+        comm: the ranks that take part.
+        contenders: the ways that are compared; all run the same batch in a round.
+        batches: number of different batches, which the rounds go through.
+        seconds: about how long to measure in all. Two rounds before say how many rounds fit: 5 to 60.
+
+    Returns:
+        The times of each contender by its name.
     """
-    warm = _round(comm, contenders, 0) + _round(comm, contenders, batches - 1)
+    warm = _run_round(comm, contenders, 0) + _run_round(comm, contenders, batches - 1)
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(2 * seconds / max(sum(warm), 1e-9))))
-    table = [_round(comm, contenders, r % batches) for r in range(rounds)]
+    table = [_run_round(comm, contenders, r % batches) for r in range(rounds)]
     return {c.name: Times(tuple(row[i] for row in table)) for i, c in enumerate(contenders)}
 
 
-def _round(comm: Communicator, contenders: Sequence[Contender], batch: int) -> list[float]:
-    mine = [_once(comm, contender, batch) for contender in contenders]
+def _run_round(comm: Communicator, contenders: Sequence[Contender], batch: int) -> list[float]:
+    mine = [_run_once(comm, contender, batch) for contender in contenders]
     return [max(times) for times in zip(*comm.all_gather_object(mine), strict=True)]
 
 
-def _once(comm: Communicator, contender: Contender, batch: int) -> float:
+def _run_once(comm: Communicator, contender: Contender, batch: int) -> float:
     comm.barrier()
     if not contender.alone:
         return contender.call(batch)
@@ -68,3 +87,68 @@ def _once(comm: Communicator, contender: Contender, batch: int) -> float:
         time.sleep(SETTLE_S)
     comm.barrier(patient=True)
     return elapsed
+
+
+def graph_time(calls: Sequence[Callable[[], object]], budget: float = 0.15) -> float:
+    """Measure the median seconds per call of one CUDA graph that holds ``calls`` in turn.
+
+    Calls on different random inputs read other experts' weights each time, so that a small batch does not
+    find all its weights in cache. ``budget``: seconds to spend on replays.
+    """
+    rehearse(lambda: [call() for call in calls], 1, torch.device("cuda", torch.cuda.current_device()))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return _event_time(graph.replay, budget) / len(calls)
+
+
+def eager_time(calls: Sequence[Callable[[], object]], budget: float = 0.15) -> float:
+    """Measure the seconds per call of a loop that waits for the GPU only at its end."""
+
+    def loop() -> None:
+        for call in calls:
+            call()
+
+    loop()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - begin < budget:
+        start = time.perf_counter()
+        loop()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / len(calls)
+
+
+def host_time(calls: Sequence[Callable[[], object]], rounds: int = 5) -> float:
+    """Measure the median seconds of a call on the CPU over ``rounds`` rounds of ``calls``."""
+    times = []
+    for call in [*calls] * rounds:
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def _event_time(action: Callable[[], object], budget: float) -> float:
+    """Measure the median seconds of ``action`` between two events on the GPU."""
+    action()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - begin < budget and len(times) < 200):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        action()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last) / 1e3)
+    return statistics.median(times)
+
+
+def peak_bytes() -> int:
+    """Return the most memory in bytes that this process had at any time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

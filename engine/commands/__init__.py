@@ -1,5 +1,7 @@
-"""The `xpar` sub-commands, one module each: ``register(subparsers)`` adds it, ``main(args)`` runs it."""
+"""The sub-commands of ``xpar``: reading options and printing results.
 
-from xpar.engine.commands import bench, doctor, evaluate, generate, make_checkpoint, run, score, tune
+Only :mod:`xpar.engine.cli` imports this room.
 
-COMMANDS = (run, generate, score, evaluate, bench, tune, make_checkpoint, doctor)
+``parsers.py`` has the options of every command and imports nothing that takes long. A command's own module
+has ``main(args)``, which returns the exit status; it is imported when the command is chosen.
+"""

@@ -1,4 +1,4 @@
-"""``xpar doctor``: what this installation and this launch have, what is wrong, and the command that fixes it."""
+"""``xpar doctor``: describe this installation and this launch, and how to fix them."""
 
 import argparse
 import os
@@ -28,12 +28,18 @@ OPTIONAL = {
     "nccl4py": "NCCL between GPUs: pip install --no-deps nccl4py cuda-pathfinder",
 }
 LITTLE_SHM = 256 << 20
+"""Bytes free in /dev/shm below which MPI may fail inside a node."""
 WHOLE_CORE = 0.99
+"""Cores per rank below which ranks wait for one another."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """What one rank sees of itself. ``asked``: OMP_NUM_THREADS, 0 where it is no number."""
+class RankFacts:
+    """The facts that one rank finds out about itself.
+
+    ``cores``: this rank's share of the node's cores. ``asked``: value of OMP_NUM_THREADS, 0 if it is no
+    number. ``shm_free``: free bytes in /dev/shm. ``cpu``: the instruction set that torch uses.
+    """
 
     host: str
     node: int
@@ -47,22 +53,16 @@ class Place:
     leftovers: StaleFiles
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the sub-command."""
-    p = subparsers.add_parser("doctor", help="check MPI, nodes, threads, GPUs and optional packages")
-    p.set_defaults(main=main)
-
-
 def main(args: argparse.Namespace) -> int:
-    """Print on rank 0; 1 if something would stop a job."""
+    """Print the facts of all ranks on rank 0; return 1 if something would stop a job."""
     world = World.attach(allow_singleton=True)
-    places: list[Place] = world.comm.all_gather_object(_place(world))
+    ranks: list[RankFacts] = world.comm.all_gather_object(_find_facts(world))
     console = make_console(world)
     _print_software(console, world)
-    _print_ranks(console, places)
-    _print_transport(console, places)
-    problems = _problems(world, places)
-    for note in _notes(places):
+    _print_ranks(console, ranks)
+    _print_transport(console, ranks)
+    problems = _find_problems(world, ranks)
+    for note in _find_notes(ranks):
         console.print(f"note: {note}", soft_wrap=True)
     for problem in problems:
         console.print(f"problem: {problem}", soft_wrap=True)
@@ -71,10 +71,10 @@ def main(args: argparse.Namespace) -> int:
     return int(bool(problems))
 
 
-def _place(world: World) -> Place:
+def _find_facts(world: World) -> RankFacts:
     stat = os.statvfs(SHARED_FILES)
     gpu = collect_facts(find_gpu(world.local_rank)) if torch.cuda.is_available() else None
-    return Place(
+    return RankFacts(
         host=world.hosts[world.rank],
         node=world.node,
         local_rank=world.local_rank,
@@ -92,18 +92,18 @@ def _print_software(console: Console, world: World) -> None:
     mpi = " ".join(world.library.splitlines()[0].split())
     console.print(f"xpar {version('xpar')}, Python {platform.python_version()}, torch {torch.__version__}")
     console.print(f"mpi4py {version('mpi4py')} on {mpi}", soft_wrap=True)
-    for name, what in OPTIONAL.items():
-        console.print(
-            f"{name}: {_installed(name) or f'not installed ({what})'}", soft_wrap=True, markup=False
-        )
+    for name, purpose in OPTIONAL.items():
+        state = _installed_version(name) or f"not installed ({purpose})"
+        console.print(f"{name}: {state}", soft_wrap=True, markup=False)
     native = native_library.why_unavailable() or f"{32 * native_library.lanes()} bits wide"
     console.print(f"native CPU kernel: {native}", soft_wrap=True, markup=False)
     console.print(
-        f"NCCL: {_nccl()}, NVIDIA driver: {driver_version() or 'none'}", soft_wrap=True, markup=False
+        f"NCCL: {_find_nccl()}, NVIDIA driver: {driver_version() or 'none'}", soft_wrap=True, markup=False
     )
 
 
-def _nccl() -> str:
+def _find_nccl() -> str:
+    """Return version and path of the NCCL library, or the reason why there is none."""
     try:
         library = open_library()
     except ValueError as error:
@@ -111,93 +111,95 @@ def _nccl() -> str:
     return f"{version_text(library.version())} at {library.path()}"
 
 
-def _installed(name: str) -> str | None:
+def _installed_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None if find_spec(name) is None else "present"
 
 
-def _print_ranks(console: Console, places: list[Place]) -> None:
+def _print_ranks(console: Console, ranks: list[RankFacts]) -> None:
     table = Table("rank", "node", "host", "local rank", "threads", "CPU", "/dev/shm free", "GPU")
-    for rank, p in enumerate(places):
+    for rank, p in enumerate(ranks):
         shm = f"{p.shm_free / 1e9:.1f} GB"
         gpu = "none" if p.gpu is None else str(p.gpu.gpu)
         table.add_row(str(rank), str(p.node), p.host, str(p.local_rank), str(p.threads), p.cpu, shm, gpu)
     console.print(table)
 
 
-def _print_transport(console: Console, places: list[Place]) -> None:
-    facts = [p.gpu for p in places if p.gpu is not None]
-    if len(facts) == len(places) > 1:
+def _print_transport(console: Console, ranks: list[RankFacts]) -> None:
+    facts = [p.gpu for p in ranks if p.gpu is not None]
+    if len(facts) == len(ranks) > 1:
         console.print(f"between GPUs\n{choose_transport(facts).explain()}", soft_wrap=True, markup=False)
 
 
-def _problems(world: World, places: list[Place]) -> list[str]:
+def _find_problems(world: World, ranks: list[RankFacts]) -> list[str]:
+    """Return a line for each thing that would stop a job or change its result."""
     found = []
     if world.size == 1:
         try:
             refuse_singletons(dict(os.environ), world.library)
         except LaunchError as trap:
             found.append(str(trap))
-    hosts = sorted({p.host for p in places if p.shm_free < LITTLE_SHM})
+    hosts = sorted({p.host for p in ranks if p.shm_free < LITTLE_SHM})
     if hosts:
         found.append(
-            f"/dev/shm has less than {LITTLE_SHM >> 20} MB free on {', '.join(hosts)}, which MPI needs inside a node: "
-            "remove stale files there, or start the container with a larger --shm-size"
+            f"/dev/shm has less than {LITTLE_SHM >> 20} MB free on {', '.join(hosts)}, which MPI needs "
+            "inside a node: remove stale files there, or start the container with a larger --shm-size"
         )
-    found += _gpu_problems(places)
-    if len({p.cpu for p in places}) > 1:
+    found += _find_gpu_problems(ranks)
+    if len({p.cpu for p in ranks}) > 1:
         found.append(
             "ranks run on different kinds of processor; bits may differ between them: choose one kind"
         )
     return found
 
 
-def _notes(places: list[Place]) -> list[str]:
-    """What a job survives, and its user should know."""
+def _find_notes(ranks: list[RankFacts]) -> list[str]:
+    """Return a line for each thing that a job survives and its user should know."""
     found = [
-        f"{SHARED_FILES} on {p.host} has {p.leftovers.nbytes / 1e6:.1f} MB in {p.leftovers.files} files of MPI jobs that "
-        "were killed, and one can stop a later job's MPI_Init: while nothing of yours runs there, "
-        f"rm {SHARED_FILES}/{{{','.join(f'{prefix}*' for prefix in PREFIXES)}}}"
-        for p in places
+        f"{SHARED_FILES} on {p.host} has {p.leftovers.nbytes / 1e6:.1f} MB in {p.leftovers.files} files "
+        "of MPI jobs that were killed, and one can stop a later job's MPI_Init: while nothing of yours runs "
+        f"there, rm {SHARED_FILES}/{{{','.join(f'{prefix}*' for prefix in PREFIXES)}}}"
+        for p in ranks
         if p.leftovers.files
     ]
-    crowded = {p.host: p.cores for p in places if p.cores < WHOLE_CORE}
+    crowded = {p.host: p.cores for p in ranks if p.cores < WHOLE_CORE}
     found += [
-        f"ranks on {host} have {cores:.2g} of a core each, and wait for one another: start fewer on a node, or give each "
-        "its own (srun --cpus-per-task, mpirun -bind-to core)"
+        f"ranks on {host} have {cores:.2g} of a core each, and wait for one another: start fewer on a node, "
+        "or give each its own (srun --cpus-per-task, mpirun -bind-to core)"
         for host, cores in crowded.items()
     ]
-    bound = {p.host: p for p in places if p.asked > p.threads}
+    bound = {p.host: p for p in ranks if p.asked > p.threads}
     found += [
-        f"ranks on {host} may use {p.threads} of their cores, and OMP_NUM_THREADS is {p.asked}: unset OMP_PROC_BIND, which "
-        "binds Python itself to one core, or let the launcher give a rank as many (srun --cpus-per-task)"
+        f"ranks on {host} may use {p.threads} of their cores, and OMP_NUM_THREADS is {p.asked}: unset "
+        "OMP_PROC_BIND, which binds Python itself to one core, or let the launcher give a rank as many "
+        "(srun --cpus-per-task)"
         for host, p in bound.items()
     ]
-    ranks = list(Counter(p.node for p in places).values())
-    if len(set(ranks)) > 1:
+    ranks_per_node = list(Counter(p.node for p in ranks).values())
+    if len(set(ranks_per_node)) > 1:
         found.append(
-            f"the nodes have {', '.join(map(str, ranks))} ranks, and the fullest sets the pace: "
+            f"the nodes have {', '.join(map(str, ranks_per_node))} ranks, and the fullest sets the pace: "
             "say how many on each (srun --ntasks-per-node, mpirun -ppn)"
         )
     return found
 
 
-def _gpu_problems(places: list[Place]) -> list[str]:
+def _find_gpu_problems(ranks: list[RankFacts]) -> list[str]:
+    """Return a line if only some ranks have a GPU, and for each GPU of several ranks."""
     found = []
-    with_gpu = [rank for rank, p in enumerate(places) if p.gpu is not None]
-    if 0 < len(with_gpu) < len(places):
-        without = sorted(set(range(len(places))) - set(with_gpu))
+    with_gpu = [rank for rank, p in enumerate(ranks) if p.gpu is not None]
+    if 0 < len(with_gpu) < len(ranks):
+        without = sorted(set(range(len(ranks))) - set(with_gpu))
         found.append(
             f"ranks {', '.join(map(str, without))} see no GPU and the others do: give every task one (srun "
             "--gpus-per-node, mpirun on nodes of one kind), or compute on the CPU"
         )
-    for uuid, ranks in shared_gpus(
-        [p.gpu.gpu.uuid if p.gpu else f"none {r}" for r, p in enumerate(places)]
-    ).items():
+    uuids = [p.gpu.gpu.uuid if p.gpu else f"none {r}" for r, p in enumerate(ranks)]
+    for uuid, sharing in shared_gpus(uuids).items():
         found.append(
-            f"ranks {', '.join(map(str, ranks))} share GPU {uuid}, and with it its memory and speed: start as many "
-            "ranks a node as it has GPUs"
+            f"ranks {', '.join(map(str, sharing))} share GPU {uuid}, and with it its memory and speed: "
+            "start as many ranks a node as it has GPUs"
         )
     return found

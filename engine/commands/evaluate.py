@@ -13,16 +13,15 @@ import torch
 from xpar.comm.failure import agreed
 from xpar.engine.commands import model_session
 from xpar.engine.commands.model_session import BATCH, PREFILL_TOKENS
-from xpar.engine.commands.watching import attach
+from xpar.engine.commands.options import attach
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.terminal import make_console
 from xpar.engine.generation.service import Service
 from xpar.engine.generation.tokenizer import Tokenizer
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the sub-command."""
-    p = subparsers.add_parser("evaluate", help="lm-evaluation-harness on a whole model")
+def add_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     p.add_argument(
         "checkpoint", type=Path, help="directory with config.json, safetensors files and tokenizer"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from xpar.comm.failure import agreed
 from xpar.engine.commands import model_session
 from xpar.engine.commands.model_session import BATCH, PREFILL_TOKENS
-from xpar.engine.commands.watching import attach
+from xpar.engine.commands.options import attach
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.terminal import make_console
 from xpar.engine.generation.generate import generate
@@ -17,9 +17,8 @@ from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.tokenizer import Tokenizer
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the sub-command."""
-    p = subparsers.add_parser("generate", help="answer every prompt of a file with a whole model")
+def add_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     p.add_argument(
         "checkpoint", type=Path, help="directory with config.json, safetensors files and tokenizer"
     )

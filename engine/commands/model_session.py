@@ -16,9 +16,7 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
 from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
 from xpar.engine.checkpoint.reader import Checkpoint
-from xpar.engine.commands.run import job_line, pick_device
-from xpar.engine.commands.watching import add_watching
-from xpar.engine.console.logs import add_verbose
+from xpar.engine.commands.options import add_verbose, add_watchdog, job_line, pick_device
 from xpar.engine.console.terminal import Meter, count
 from xpar.engine.generation.answer_file import errors_path
 from xpar.engine.generation.lockstep import Progress
@@ -55,7 +53,7 @@ def add_grid_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--threads", type=int, help="threads a rank (default: its share of the cores; 1 with --exact)"
     )
-    add_watching(p)
+    add_watchdog(p)
     add_verbose(p)
 
 

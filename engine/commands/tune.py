@@ -1,4 +1,4 @@
-"""``xpar tune``: search the tile shapes of the GPU kernels for one layer, on this machine, in under two minutes."""
+"""``xpar tune``: search the tile shapes of the GPU kernels for one layer."""
 
 import argparse
 import time
@@ -9,61 +9,44 @@ from rich.console import Console
 
 from xpar.comm.failure import AgreedError
 from xpar.engine.architectures.layer_config import find, moe_layers
-from xpar.engine.bench.kernels.cases import Layer
-from xpar.engine.bench.kernels.options import require_gpu
+from xpar.engine.bench.kernels.cases import (
+    LayerCase,
+    load_experts,
+    random_inputs,
+    random_weights,
+    require_gpu,
+)
 from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.commands.options import at_least
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.build import FLOATS, read_layer_config
-from xpar.engine.synthetic.shapes import SHAPES, shape_of
-
-TOKENS = (1, 16, 64, 256, 1024, 4096)
-CONFIGS = 60
-
-
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the sub-command."""
-    p = subparsers.add_parser("tune", help="search tile shapes for a layer on this GPU (one process, no MPI)")
-    p.add_argument("layer", metavar="SHAPE|DIR", help=f"a checkpoint, or one of {', '.join(SHAPES)}")
-    p.add_argument("--layer", type=int, dest="index", help="MoE layer of the checkpoint (default: the first)")
-    p.add_argument("--ep", type=int, default=1, help="expert-parallel ranks of the job: the GPU holds E / ep")
-    p.add_argument(
-        "--tokens", type=int, nargs="+", default=list(TOKENS), help="that come to this GPU at once"
-    )
-    p.add_argument("--dtype", choices=sorted(FLOATS), default="bfloat16", help="default bfloat16")
-    p.add_argument("--configs", type=int, default=CONFIGS, help=f"tried in all (default {CONFIGS})")
-    p.add_argument("--seconds", type=float, default=110.0, help="try nothing new after this long")
-    p.add_argument("--seed", type=int, default=0, help="seed of weights and tokens")
-    p.add_argument("--out", type=Path, default=Path("tiles.json"), help="table to write (default tiles.json)")
-    p.set_defaults(main=main)
+from xpar.engine.synthetic.shapes import shape_of
 
 
 def main(args: argparse.Namespace) -> int:
-    """Search, say what was gained, write the table."""
+    """Search, print what was gained, and write the table."""
     begin = time.perf_counter()
     try:
-        layer = _layer(args)
+        layer = _read_layer(args)
     except ValueError as error:
         raise AgreedError(str(error)) from None  # there is one process: shown as one line
     dtype = FLOATS[args.dtype]
     require_gpu(layer.spec(dtype))
     console = Console(highlight=False)
-    _tune(args, layer, dtype, console, begin + args.seconds)
+    _search_and_write(args, layer, dtype, console, begin + args.seconds)
     console.print(f"{args.out}: written after {time.perf_counter() - begin:.0f} s", soft_wrap=True)
     return 0
 
 
-def _layer(args: argparse.Namespace) -> Layer:
-    """The layer that one GPU of the job computes; ValueError for one that there is not."""
-    for name, least in (("ep", 1), ("configs", 1), ("tokens", 1)):
-        value = min(args.tokens) if name == "tokens" else getattr(args, name)
-        if value < least:
-            raise ValueError(f"--{name} {value}: must be at least {least}")
-    config = _config(args)
+def _read_layer(args: argparse.Namespace) -> LayerCase:
+    """Return the layer as one GPU of the job has it; raise ValueError if there is none."""
+    at_least(ep=(args.ep, 1), configs=(args.configs, 1), tokens=(min(args.tokens), 1))
+    config = _read_config(args)
     if config.num_experts % args.ep:
         raise ValueError(
             f"--ep {args.ep}: must divide {config.num_experts} experts, so that all GPUs hold as many"
         )
-    return Layer(
+    return LayerCase(
         args.layer,
         config.routed_size,
         config.intermediate_size,
@@ -74,7 +57,8 @@ def _layer(args: argparse.Namespace) -> Layer:
     )
 
 
-def _config(args: argparse.Namespace) -> LayerConfig:
+def _read_config(args: argparse.Namespace) -> LayerConfig:
+    """Read the layer's configuration from a checkpoint, or from the table of shapes."""
     if not Path(args.layer).is_dir():
         if args.index is not None:
             raise ValueError(f"--layer {args.index}: {args.layer} is no checkpoint; leave --layer out")
@@ -84,24 +68,29 @@ def _config(args: argparse.Namespace) -> LayerConfig:
         return read_layer_config(checkpoint, first if args.index is None else args.index)
 
 
-def _tune(
-    args: argparse.Namespace, layer: Layer, dtype: torch.dtype, console: Console, deadline: float
+def _search_and_write(
+    args: argparse.Namespace, layer: LayerCase, dtype: torch.dtype, console: Console, deadline: float
 ) -> None:
-    from xpar.engine.bench.kernels.cases import load, random_inputs, random_weights
-    from xpar.engine.bench.kernels.tile_search import Cell, parts_of, search
+    """Search a tile table and write it to ``args.out``.
+
+    ``deadline``: value of ``time.perf_counter()`` after which nothing new is tried.
+    """
+    # Triton is an optional package.
+    from xpar.engine.bench.kernels.tile_search import Cell, group_by_part, search
     from xpar.kernels.gpu.experts import TritonExperts
     from xpar.kernels.gpu.tile_tables import Machine, Table, write_table
 
-    g = torch.Generator("cuda").manual_seed(args.seed)
+    generator = torch.Generator("cuda").manual_seed(args.seed)
     kernel = TritonExperts(layer.spec(dtype))
-    load(kernel, random_weights(kernel.spec, g))
+    load_experts(kernel, random_weights(kernel.spec, generator))
     cells = [
-        Cell(f"M={m}", kernel, random_inputs(kernel.spec, layer, m, g)) for m in sorted(set(args.tokens))
+        Cell(f"M={tokens}", kernel, random_inputs(kernel.spec, layer, tokens, generator))
+        for tokens in sorted(set(args.tokens))
     ]
-    each = max(1, args.configs // len(parts_of(cells)))
+    values_per_part = max(1, args.configs // len(group_by_part(cells)))
 
     def note(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
-    found = search(cells, each, note, deadline)
+    found = search(cells, values_per_part, note, deadline)
     write_table(args.out, Machine.of("cuda"), dtype, Table.from_dict(found["table"]))

@@ -1,1 +1,1 @@
-"""What the commands print: tables, progress, logs, and the manifest that goes into every JSON result."""
+"""The output of the commands: tables, progress bars, logs, and JSON documents."""

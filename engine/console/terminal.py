@@ -1,4 +1,4 @@
-"""What people see: rank 0's standard output, and a progress bar on its stderr for steps that take long."""
+"""Output for people: the console of rank 0 and, on its stderr, progress bars for long steps."""
 
 from collections.abc import Iterator, Sequence
 from typing import Self, TypeVar
@@ -10,26 +10,27 @@ from xpar.comm.world import World
 
 T = TypeVar("T")
 WIDTH = 130
-"""Columns of what goes to a file or a batch log, which has no width of its own."""
+"""Columns of output that goes to a file or a batch log, which has no width of its own."""
 
 
 def make_console(world: World) -> Console:
-    """The console of rank 0; those of other ranks print nothing."""
+    """Make the console of this rank; only that of rank 0 prints."""
     console = Console(quiet=world.rank != 0, highlight=False)
     return console if console.is_terminal else Console(quiet=console.quiet, highlight=False, width=WIDTH)
 
 
 def progress(world: World, items: Sequence[T], doing: str) -> Iterator[T]:
-    """``items`` one by one; the bar vanishes with the last, and shows only where stderr is a terminal."""
+    """Yield ``items`` and move a bar on rank 0's stderr, if that is a terminal."""
     console = Console(stderr=True)
     shown = world.rank == 0 and console.is_terminal
     yield from track(items, doing, console=console, transient=True, disable=not shown)
 
 
 class Meter:
-    """A bar on rank 0's stderr that its owner moves; shows only where stderr is a terminal, and vanishes at the end.
+    """A progress bar on rank 0's stderr, if that is a terminal; it vanishes at the end.
 
-    ``total``: what ``advance`` and ``show`` count to. ``in_bytes``: whether that is bytes.
+    ``total``: the number that ``advance`` and ``show`` count up to. ``in_bytes``: that number is one of
+    bytes.
     """
 
     def __init__(self, world: World, doing: str, total: int, in_bytes: bool = False) -> None:
@@ -54,18 +55,18 @@ class Meter:
         self._bar.stop()
 
     def set_total(self, total: int) -> None:
-        """``total`` is what there is to do, once that is known."""
+        """Set the number to count up to, once it is known."""
         self._bar.update(self._task, total=total)
 
     def advance(self, amount: int) -> None:
-        """``amount`` more is done."""
+        """Count ``amount`` more."""
         self._bar.advance(self._task, amount)
 
     def show(self, done: int, note: str) -> None:
-        """``done`` of all is done; ``note`` stands beside it."""
+        """Set the count to ``done`` and print ``note`` beside the bar."""
         self._bar.update(self._task, completed=done, note=note)
 
 
 def count(number: int, what: str) -> str:
-    """``1 rank``, ``2 ranks``."""
+    """Format a number with its noun: ``1 rank``, ``2 ranks``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"

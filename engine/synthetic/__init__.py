@@ -1,1 +1,4 @@
-"""Layers, checkpoints and tokenizers that are made up: random weights in the real formats, for tests and benchmarks."""
+"""Made-up layers, checkpoints, tokenizers and tokens, for tests and benchmarks.
+
+Letters in shapes: T tokens, H hidden size, I width of an expert, E experts, k experts per token.
+"""

@@ -1,4 +1,7 @@
-"""A tokenizer for checkpoints with random weights: one token a byte, and where there is room a begin and an end."""
+"""A tokenizer for checkpoints with random weights: one token per byte.
+
+A vocabulary with room for them also has a begin and an end token.
+"""
 
 from pathlib import Path
 
@@ -7,9 +10,9 @@ SPECIAL = ("<s>", "</s>")
 
 
 def write_byte_tokenizer(path: Path, vocab: int) -> None:
-    """Write it into the folder ``path``, for a model of ``vocab`` tokens; ValueError for fewer than there are bytes.
+    """Write the tokenizer for ``vocab`` tokens into the folder ``path``. Needs transformers.
 
-    Needs transformers.
+    Raises ValueError for fewer tokens than there are bytes.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Random checkpoints in the real format of a model family, for demonstrations, tests and benchmarks."""
+"""Random checkpoints in the real format of a model family."""
 
 import importlib.util
 import json
@@ -38,12 +38,30 @@ def make_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     writer: Writer = "auto",
 ) -> Mapping[str, Any]:
-    """Write a random checkpoint of family ``model_type`` into the new or empty directory ``path``; return its config.
+    """Write a random checkpoint. The same arguments give the same bytes.
 
-    ``shared``: number of shared experts, each ``intermediate`` wide; default one where the family has them.
-    ``overrides``: further ``config.json`` values, such as ``first_k_dense_replace``. ``writer``: ``transformers`` uses
-    that package's model classes, ``own`` this package's tables of names, ``auto`` the first if it is installed. The
-    same arguments give the same bytes. Raises ``ValueError`` for sizes that make no layer, before anything is written.
+    Args:
+        model_type: the family, as in ``config.json``.
+        path: a new or empty directory.
+        layers: number of decoder layers.
+        experts: number of experts per layer.
+        hidden: hidden size H.
+        intermediate: width I of each expert.
+        top_k: number of experts per token.
+        shared: number of shared experts, each I wide (default: one for a family that has shared experts).
+        vocab: number of tokens of the vocabulary.
+        dtype: dtype of the weights.
+        seed: seed of the weights.
+        overrides: further values of ``config.json``, such as ``first_k_dense_replace``.
+        max_shard_bytes: largest size of a file.
+        writer: ``transformers`` for that package's model classes, ``own`` for this package's tables of names,
+            ``auto`` for transformers if it is installed.
+
+    Returns:
+        The ``config.json``.
+
+    Raises:
+        ValueError: the sizes make no layer, or ``path`` is not empty; nothing is written.
     """
     config = make_config(
         model_type,
@@ -81,7 +99,7 @@ def make_checkpoint(
 
 
 def tensor_plans(arch: Architecture, config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[TensorPlan]:
-    """Every tensor of the checkpoint, in the order of the model."""
+    """Yield every tensor of the checkpoint, in the order of the model."""
     sizes = dimensions(config)
     moe = set(moe_layers(arch, config))
 
@@ -108,6 +126,7 @@ def _random(plan: TensorPlan, generator: torch.Generator) -> Tensor:
 def _moe_plans(
     arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
 ) -> Iterator[TensorPlan]:
+    """Yield the tensors of one MoE layer."""
     hidden, logits = config.hidden_size, config.num_logits
 
     def plan(name: str | None, *shape: int, dtype: torch.dtype = dtype) -> Iterator[TensorPlan]:
@@ -132,7 +151,16 @@ def _moe_plans(
 def mlp_plans(
     names: MlpNames, layer: int, experts: int, width: int, hidden: int, dtype: torch.dtype
 ) -> Iterator[TensorPlan]:
-    """The tensors of ``experts`` MLPs of ``width`` in the form of ``names``."""
+    """Yield the tensors of some MLPs.
+
+    Args:
+        names: names and layout of the tensors.
+        layer: index of the layer.
+        experts: number of MLPs.
+        width: width I of each.
+        hidden: size H of their input and output.
+        dtype: dtype of the tensors.
+    """
 
     def matrix(
         name: str | None, shape: tuple[int, int], transposed: bool

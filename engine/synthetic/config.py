@@ -1,4 +1,4 @@
-"""The ``config.json`` of a model of a known family in sizes of one's choice."""
+"""The ``config.json`` of a model of a known family in any sizes."""
 
 import math
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def make_config(
     dtype: torch.dtype = torch.bfloat16,
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The ``config.json`` of such a checkpoint, checked. Arguments as for :func:`make_checkpoint`."""
+    """Make and check a ``config.json``; see :func:`make_checkpoint` for arguments and errors."""
     arch = find({"model_type": model_type})
     if model_type not in DENSE:
         raise CheckpointError(f"{model_type}: can be read, not written; choose one of {', '.join(DENSE)}")
@@ -76,12 +76,12 @@ def make_config(
 
 
 def usual_top_k(model_type: str) -> int:
-    """Two experts a token, one where the family takes no more."""
+    """Return 2 experts per token, or 1 for a family that takes no more."""
     return 1 if find({"model_type": model_type}).weight_on_input else 2
 
 
 def _set(config: dict[str, Any], name: str, value: Any) -> None:
-    """``config[name] = value``; ``a.b`` sets key b of the object a."""
+    """Set ``config[name]``; the name ``a.b`` is key b of the object a."""
     *path, last = name.split(".")
     for part in path:
         config = config.setdefault(part, {})
@@ -89,27 +89,35 @@ def _set(config: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _head_dim(model_type: str, head: int) -> dict[str, int]:
-    """Only some families take the head size as a key of its own."""
+    """Return the key of the head size, which only some families have."""
     return {"head_dim": head} if DENSE[model_type].head_dim else {}
 
 
 def _dense_width(model_type: str, width: int) -> dict[str, int]:
-    """Where no layer is dense, the key may be the experts' by another name."""
+    """Return the key of the dense layers' width, if the family has dense layers.
+
+    In other families the key may be the experts' by another name.
+    """
     return {} if DENSE[model_type].dense_key is None else {"intermediate_size": width}
 
 
 def _dense_layers(arch: Architecture) -> dict[str, int]:
-    """Every layer MoE unless overridden."""
+    """Return the key that makes every layer a MoE layer."""
     return dict.fromkeys(arch.layers.first_dense.names[:1], 0)
 
 
 def _layer_kinds(arch: Architecture, layers: int) -> dict[str, list[str]]:
-    return (
-        dict.fromkeys(arch.layers.kinds[:1], [arch.layers.moe_kinds[0]] * layers) if arch.layers.kinds else {}
-    )
+    """Return the key of the kinds of layers, for a family that lists them."""
+    if not arch.layers.kinds:
+        return {}
+    return dict.fromkeys(arch.layers.kinds[:1], [arch.layers.moe_kinds[0]] * layers)
 
 
 def _shared_keys(arch: Architecture, shared: int | None, intermediate: int) -> dict[str, int]:
+    """Return the keys of ``shared`` shared experts.
+
+    Raises CheckpointError for a number that the family does not have.
+    """
     if arch.shared is None:
         if shared:
             raise CheckpointError(f"shared={shared}: {arch.model_type} has no shared experts; leave it out")
@@ -129,7 +137,7 @@ def _shared_keys(arch: Architecture, shared: int | None, intermediate: int) -> d
 
 
 def _group_keys(arch: Architecture, experts: int, top_k: int) -> dict[str, Any]:
-    """Groups as the family uses them, if the experts divide: the better half of 8, 4 or 2 groups."""
+    """Return the keys of grouped routing: half of 8, 4 or 2 groups, if the experts divide."""
     if not arch.num_expert_group.names:
         return {}
     fitting = (g for g in (8, 4, 2) if experts % g == 0 and experts >= max(2 * g, 2 * top_k))

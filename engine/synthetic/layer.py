@@ -1,6 +1,7 @@
-"""A layer with random weights that need not be stored: each expert's are drawn from the seed and its number.
+"""A layer with random weights that need not be stored.
 
-Every rank draws only the experts it holds, and a reference can draw any of them again.
+The weights of each expert are drawn from the seed and the expert's id. So every rank draws only the experts
+it holds, and a reference can draw any expert again.
 """
 
 from collections.abc import Sequence
@@ -26,20 +27,21 @@ from xpar.kernels.contracts import Routing
 
 
 class SyntheticLayer:
-    """Weights of one layer as ``dtype``; experts are [2I, H], gate rows first, or [I, H] without a gate, and [H, I].
+    """The random weights of one layer.
 
-    Biases, correction bias, expert scale and table of token ids: where the configuration has them.
+    Experts have gate and up [2I, H], gate rows first, or [I, H] without a gate, and down [H, I]. Biases,
+    correction bias, expert scale and the table of token ids exist if the configuration has them.
     """
 
     def __init__(self, config: LayerConfig, dtype: torch.dtype, seed: int) -> None:
         self.config, self.dtype, self.seed = config, dtype, seed
 
     def expert(self, expert: int) -> tuple[Tensor, Tensor]:
-        """``gate_up``, ``down`` of a global expert id; the same on every rank and at every call."""
+        """Draw ``gate_up`` and ``down`` of a global expert id, the same at every call."""
         return self._mlp(expert, self.config.intermediate_size, self.config.routed_size)
 
     def biases(self, expert: int) -> tuple[Tensor, Tensor] | None:
-        """Those of the products of a global expert id, packed [2I] or [I] and [H], or None."""
+        """Draw the biases [2I] or [I], and [H], of a global expert id; None without biases."""
         c = self.config
         if not c.bias:
             return None
@@ -47,7 +49,7 @@ class SyntheticLayer:
         return packed[0], self._draw("down_bias", 2 * expert + 1, 1, c.routed_size)[0]
 
     def shared(self) -> SharedWeights | None:
-        """The shared experts as one MLP, or None."""
+        """Draw the shared experts as one MLP; None without shared experts."""
         shared = self.config.shared
         if shared is None:
             return None
@@ -57,7 +59,7 @@ class SyntheticLayer:
         return SharedWeights(*self._mlp(-2, shared.intermediate_size, self.config.hidden_size), gate)
 
     def latent(self) -> LatentWeights | None:
-        """The products around the routed experts, or None."""
+        """Draw the projections around the routed experts; None without a latent space."""
         hidden, latent = self.config.hidden_size, self.config.latent_size
         if latent is None:
             return None
@@ -67,14 +69,14 @@ class SyntheticLayer:
         )
 
     def norm(self) -> NormWeights | None:
-        """The scale of the routed experts' norm, or None."""
+        """Draw the scale of the routed experts' norm; None without a norm."""
         if self.config.router.norm_eps is None:
             return None
         generator = torch.Generator().manual_seed(self.seed)
         return NormWeights(torch.rand(self.config.hidden_size, generator=generator) + 0.5)
 
     def router(self) -> RouterWeights:
-        """The gate, and what else the router has."""
+        """Draw the gate and the other tensors of the router."""
         c, r = self.config, self.config.router
         generator = torch.Generator().manual_seed(self.seed)
         correction = torch.randn(c.num_logits, generator=generator) * 0.01
@@ -89,13 +91,13 @@ class SyntheticLayer:
         )
 
     def output_bias(self) -> Tensor | None:
-        """[H], or None."""
+        """Draw the bias [H] of the output; None without that bias."""
         return (
             self._draw("output_bias", -8, 1, self.config.hidden_size)[0] if self.config.output_bias else None
         )
 
     def make_router(self) -> Router:
-        """The router by itself, as a reference uses it."""
+        """Make the router by itself, as a reference uses it."""
         return make_router(self.router(), self.config)
 
     def read(
@@ -107,7 +109,18 @@ class SyntheticLayer:
         rows: slice = ALL,
         shared_rows: slice = ALL,
     ) -> LayerWeights:
-        """What :func:`xpar.engine.architectures.layer_weights.load_layer_weights` reads from a checkpoint."""
+        """Draw what ``layer_weights.load_layer_weights`` reads from a checkpoint.
+
+        Args:
+            experts: global ids of the experts to draw.
+            sink: called with the tensors of each expert.
+            dtype: not used; the weights have the dtype of the layer.
+            rows: slice of the experts' width I.
+            shared_rows: slice of the shared experts' width.
+
+        Returns:
+            The other weights of the layer.
+        """
         for index, expert in enumerate(experts):
             sink(index, *self._sliced(*self.expert(expert), rows), *self._sliced_biases(expert, rows))
         shared = self.shared()
@@ -116,14 +129,17 @@ class SyntheticLayer:
         return LayerWeights(self.router(), shared, self.output_bias(), self.latent(), self.norm())
 
     def reference(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """The layer in float32 from the same rounded weights: [T, H], and the routing. One expert at a time."""
+        """Compute the layer in float32, one expert at a time: the output [T, H], and the routing.
+
+        ``hidden_states`` [T, H]. ``input_ids`` [T] int64, for a layer that routes by token id.
+        """
         routing = self.make_router().route(hidden_states, None, input_ids)
         experts = ((e, MlpTensors(*self.expert(e), *(self.biases(e) or ()))) for e in chosen_experts(routing))
         weights = (self.shared(), self.config, self.output_bias(), self.latent(), self.norm())
         return slot_order_sum_reference(hidden_states, routing, experts, *weights), routing
 
     def nbytes(self) -> int:
-        """Bytes of all experts together, shared ones included."""
+        """Return the bytes of all experts together, shared experts included."""
         c = self.config
         routed = 3 * c.num_experts * c.intermediate_size * c.routed_size
         shared = 3 * c.shared.intermediate_size * c.hidden_size if c.shared else 0
@@ -144,7 +160,7 @@ class SyntheticLayer:
         return torch.cat([half[rows] for half in halves]), down[:, rows]
 
     def _sliced_biases(self, expert: int, rows: slice) -> tuple[Tensor, ...]:
-        """The down bias comes with the first slice alone: it counts once."""
+        """Slice the biases; the down bias is not zero in the first slice alone, as it counts once."""
         biases = self.biases(expert)
         if biases is None:
             return ()

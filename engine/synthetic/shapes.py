@@ -1,20 +1,26 @@
-"""MoE layers of published models by name, for benchmarks: the numbers of their ``config.json``."""
+"""Sizes of MoE layers of published models, by name, for benchmarks.
+
+Importing this module imports no torch: the help of the commands lists the names.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from xpar.engine.architectures.layer_config import find, layer_config
-from xpar.engine.config import LayerConfig
-from xpar.engine.synthetic.config import make_config
+if TYPE_CHECKING:
+    from xpar.engine.config import LayerConfig
 
 TILE = 64
-"""Scaled widths are multiples of this, as those of published models are."""
+"""Scaled widths are multiples of TILE, as the widths of published models are."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One model's layer: family, H, I, E, k, number of shared experts, and further config values."""
+    """The MoE layer of one model, in the numbers of its ``config.json``.
+
+    ``hidden``: H. ``intermediate``: I. ``experts``: E. ``top_k``: k. ``shared``: number of shared experts,
+    None for the family's default. ``overrides``: further values of ``config.json``.
+    """
 
     model_type: str
     hidden: int
@@ -25,7 +31,9 @@ class Shape:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def hf_config(self, scale: float = 1.0) -> dict[str, Any]:
-        """The ``config.json`` of a one-layer model; ``scale`` multiplies H and I, not E and k."""
+        """Make the ``config.json`` of a one-layer model; ``scale`` multiplies H and I alone."""
+        from xpar.engine.synthetic.config import make_config
+
         if not 0 < scale <= 1:
             raise ValueError(f"scale={scale:g}: widths are scaled by a factor above 0 and up to 1")
         return make_config(
@@ -39,8 +47,10 @@ class Shape:
             overrides=self.overrides,
         )
 
-    def layer(self, scale: float = 1.0) -> LayerConfig:
-        """What the layer is, as the engine sees it."""
+    def layer(self, scale: float = 1.0) -> "LayerConfig":
+        """Make the engine's configuration of the layer; ``scale`` as for :meth:`hf_config`."""
+        from xpar.engine.architectures.layer_config import find, layer_config
+
         config = self.hf_config(scale)
         return layer_config(find(config), config, 0)
 
@@ -60,7 +70,7 @@ SHAPES: Mapping[str, Shape] = {
 
 
 def shape_of(name: str) -> Shape:
-    """The shape called ``name``; ValueError with all names if there is none."""
+    """Return the shape called ``name``; raise ValueError with all names for any other."""
     if name not in SHAPES:
         raise ValueError(f"shape {name!r} is not known; choose one of {', '.join(SHAPES)}")
     return SHAPES[name]

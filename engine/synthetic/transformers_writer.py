@@ -1,4 +1,4 @@
-"""Writes a random checkpoint through transformers' own model classes; that package is an optional extra."""
+"""Random checkpoints written by transformers' own model classes, an optional extra."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +18,20 @@ def write_with_transformers(
     generator: torch.Generator,
     max_shard_bytes: int,
 ) -> None:
-    """Build the model of ``config``, fill its tensors by :func:`fill_random`, and save it to ``path``."""
+    """Build a model, fill its tensors with random values, and save it.
+
+    Args:
+        path: directory of the checkpoint.
+        config: the ``config.json``.
+        dtype: dtype of the weights.
+        generator: draws the values.
+        max_shard_bytes: largest size of a file.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {key: value for key, value in config.items() if key != "model_type"}
     hf_config = AutoConfig.for_model(config["model_type"], **values)
-    with torch.device("meta"):  # weights are drawn once, here, not first by the model's own initialisation
+    with torch.device("meta"):  # saves the model's own initialisation, which would be overwritten
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.to_empty(device="cpu")
     with torch.no_grad():

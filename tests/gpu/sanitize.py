@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT / ".typing")]
 import torch
 
 from xpar.engine.bench.kernels import checks
-from xpar.engine.bench.kernels.cases import load, random_input, random_weights
+from xpar.engine.bench.kernels.cases import load_experts, random_input, random_weights
 from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.gpu.availability import build
 
@@ -30,7 +30,7 @@ def main() -> None:
         spec = ExpertSpec(6, 200, 136, torch.bfloat16, Activation("silu"), "cuda", bias=True)
         weights, kernel = random_weights(spec, g), build(spec)
         kernel.table = replace(kernel.table, tall=tall)
-        load(kernel, weights)
+        load_experts(kernel, weights)
         for tokens in (1, 33, 300, 1200):
             x = random_input(spec, tokens, 2, 8, g, skewed=True)
             expected = checks.expected_rows(spec, weights, x, torch.arange(tokens, device="cuda"))

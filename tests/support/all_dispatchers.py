@@ -13,7 +13,7 @@ SINGLE_NODE = {cls.name for cls in DISPATCHERS if cls.capabilities.single_node}
 """Names of the dispatchers that serve ranks of one node only."""
 
 
-def movers(**mark: Any) -> list[Any]:
+def all_dispatchers(**mark: Any) -> list[Any]:
     """Return every name of ``MOVERS`` as a parameter.
 
     Those of ``SINGLE_NODE`` only run with all ranks on one node.

@@ -1,4 +1,4 @@
-"""Several ``xpar`` commands in one MPI job, for tests of what commands say: a start costs every rank seconds."""
+"""Run several ``xpar`` commands in one MPI job: a start costs every rank seconds."""
 
 import json
 import subprocess
@@ -8,28 +8,10 @@ from pathlib import Path
 
 from launch import mpirun
 
-# Each rank's descriptors 1 and 2 lead to files of its own, so that nothing is taken for another command's.
-PROGRAM = """
-import json, os, sys
-from mpi4py import MPI
-from xpar.engine.cli import main
-folder, commands = sys.argv[1], json.loads(sys.argv[2])
-for i, words in enumerate(commands):
-    for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
-        stream.flush()
-        with open(f"{folder}/{i}.{MPI.COMM_WORLD.rank}.{name}", "wb") as file:
-            os.dup2(file.fileno(), stream.fileno())
-    try:
-        status = main(words)
-    except SystemExit as end:
-        status = end.code
-    with open(f"{folder}/{i}.{MPI.COMM_WORLD.rank}.status", "w") as file:
-        file.write(str(status))
-    MPI.COMM_WORLD.Barrier()
-"""
+PROGRAM = Path(__file__).parent.parent / "programs" / "commands.py"
 
 
-def in_turn(
+def run_commands(
     n: int,
     commands: Sequence[Sequence[str]],
     folder: Path,
@@ -37,12 +19,22 @@ def in_turn(
     timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """What ``xpar`` says to each of ``commands`` on ``n`` ranks, which run them one after the other in one process each.
+    """Run ``xpar`` with each of ``commands`` on ``n`` ranks, one command after the other in one process per rank.
 
-    ``folder``: an empty one. Exit status: the largest of the ranks'. Output: rank 0's, then rank 1's, and so on.
-    Raises AssertionError, with all that was said, if a command ends the job or leaves a rank waiting.
+    Args:
+        n: number of ranks.
+        commands: the words of each command.
+        folder: an empty folder for the output.
+        timeout: seconds for all commands together.
+        env: added to the environment.
+
+    Returns:
+        For each command the largest exit status of the ranks, and the output of rank 0, then of rank 1, and so on.
+
+    Raises:
+        AssertionError: a command ended the job or left a rank waiting; the message has all output.
     """
-    words = [sys.executable, "-m", "mpi4py", "-c", PROGRAM, str(folder), json.dumps([*map(list, commands)])]
+    words = [sys.executable, "-m", "mpi4py", str(PROGRAM), str(folder), json.dumps([*map(list, commands)])]
     try:
         job = str(mpirun(n, words, timeout=timeout, env=env))
     except TimeoutError as late:

@@ -1,19 +1,27 @@
-"""The layers that are measured, and random inputs for them."""
+"""The expert layers that are measured, and their random weights and inputs."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from xpar.comm.failure import AgreedError
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertKernel, ExpertSpec
+from xpar.kernels.gpu.availability import why_unavailable
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _SILU = Activation("silu")
 _GPT_OSS = Activation("silu", limit=7.0, alpha=1.702, beta=1.0)
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A model's expert layer: this GPU holds ``experts`` of ``of``; tokens choose ``top_k`` among all of them."""
+class LayerCase:
+    """The expert layer of a model, as one GPU has it.
+
+    ``hidden``: H. ``width``: I. ``experts``: number of experts on this GPU, of ``of`` in the model.
+    ``top_k``: number of experts that each token chooses among all of the model's.
+    """
 
     name: str
     hidden: int
@@ -25,6 +33,7 @@ class Layer:
     bias: bool = False
 
     def spec(self, dtype: torch.dtype, device: str = "cuda", row_invariant: bool = False) -> ExpertSpec:
+        """Make the description of the layer that a kernel is chosen by."""
         return ExpertSpec(
             self.experts, self.hidden, self.width, dtype, self.activation, device, row_invariant, self.bias
         )
@@ -33,19 +42,22 @@ class Layer:
 LAYERS = {
     layer.name: layer
     for layer in (
-        Layer("olmoe", 2048, 1024, 64, 8, 64),
-        Layer("qwen3-30b", 2048, 768, 128, 8, 128),
-        Layer("mixtral", 4096, 14336, 8, 2, 8),
-        Layer("gpt-oss", 2880, 2880, 128, 4, 128, _GPT_OSS, bias=True),
-        Layer("qwen3-235b", 4096, 1536, 128, 8, 128),
-        Layer("deepseek-v3-slice", 7168, 2048, 64, 8, 256),
+        LayerCase("olmoe", 2048, 1024, 64, 8, 64),
+        LayerCase("qwen3-30b", 2048, 768, 128, 8, 128),
+        LayerCase("mixtral", 4096, 14336, 8, 2, 8),
+        LayerCase("gpt-oss", 2880, 2880, 128, 4, 128, _GPT_OSS, bias=True),
+        LayerCase("qwen3-235b", 4096, 1536, 128, 8, 128),
+        LayerCase("deepseek-v3-slice", 7168, 2048, 64, 8, 256),
     )
 }
 
 
 @dataclass(frozen=True)
 class Weights:
-    """``gate_up`` [E, 2I, H], ``down`` [E, H, I], biases [E, 2I] and [E, H] or nothing."""
+    """The weights of a layer.
+
+    ``gate_up`` [E, 2I, H]. ``down`` [E, H, I]. ``biases`` [E, 2I] and [E, H], or none.
+    """
 
     gate_up: Tensor
     down: Tensor
@@ -53,7 +65,7 @@ class Weights:
 
 
 def random_weights(spec: ExpertSpec, g: torch.Generator) -> Weights:
-    """Weights that keep unit variance."""
+    """Draw weights that keep the variance of unit inputs."""
     e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
     packed = spec.activation.gate_up_rows(i)
 
@@ -67,8 +79,8 @@ def random_weights(spec: ExpertSpec, g: torch.Generator) -> Weights:
     return Weights(normal(e, packed, h, scale=h**-0.5), normal(e, h, i, scale=i**-0.5), biases)
 
 
-def load(kernel: ExpertKernel, weights: Weights) -> None:
-    """Hand every expert to ``kernel``."""
+def load_experts(kernel: ExpertKernel, weights: Weights) -> None:
+    """Load every expert of ``weights`` into ``kernel``."""
     for e in range(kernel.spec.num_experts):
         kernel.load_expert(e, weights.gate_up[e], weights.down[e], *(b[e] for b in weights.biases))
 
@@ -76,9 +88,18 @@ def load(kernel: ExpertKernel, weights: Weights) -> None:
 def random_input(
     spec: ExpertSpec, tokens: int, top_k: int, of: int, g: torch.Generator, *, skewed: bool = False
 ) -> ExpertInput:
-    """``tokens`` random rows, each with ``top_k`` different experts of ``of``; slots of foreign experts are -1.
+    """Draw one step's tokens and their experts.
 
-    ``skewed``: one expert gets most tokens, one none, one slot in ten is dropped.
+    Args:
+        spec: the layer's description; it holds the first experts of the model.
+        tokens: number of tokens T.
+        top_k: number of different experts per token.
+        of: number of experts of the model.
+        g: generator on the device of ``spec``.
+        skewed: one expert gets most tokens, one gets none, and one slot in ten is dropped.
+
+    Returns:
+        Hidden states [T, H] and slots [T, k]; a slot of an expert that ``spec`` does not hold has id -1.
     """
     scores = torch.rand(tokens, of, generator=g, device=spec.device)
     if skewed and of > top_k:
@@ -93,7 +114,17 @@ def random_input(
     return ExpertInput(hidden, ids, weights / weights.sum(1, keepdim=True))
 
 
-def random_inputs(spec: ExpertSpec, layer: Layer, tokens: int, g: torch.Generator) -> list[ExpertInput]:
-    """Inputs to time in turn: with few tokens each reads only some experts, and the next must read others."""
+def random_inputs(spec: ExpertSpec, layer: LayerCase, tokens: int, g: torch.Generator) -> list[ExpertInput]:
+    """Draw several inputs to time in turn.
+
+    Few tokens read only some experts, and the next input must read others.
+    """
     copies = 8 if tokens <= 64 else 4 if tokens <= 1024 else 2
     return [random_input(spec, tokens, layer.top_k, layer.of, g) for _ in range(copies)]
+
+
+def require_gpu(spec: ExpertSpec) -> None:
+    """Raise AgreedError, shown as one line, if the Triton kernels cannot run here."""
+    reason = why_unavailable(spec)
+    if reason:
+        raise AgreedError(f"the GPU kernels cannot run here: {reason}")

@@ -1,11 +1,12 @@
-"""Is every kernel right? Against float64 on fresh random data, on poisoned memory, in a graph, bit for bit by row."""
+"""Checks of the GPU kernels: against float64, in a CUDA graph, and bit for bit by row."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from xpar.engine.bench.kernels.cases import Layer, Weights, load, random_input, random_weights
+from xpar.engine.bench.kernels.cases import LayerCase, Weights, load_experts, random_input, random_weights
 from xpar.engine.config import RouterConfig
 from xpar.engine.routing import TopKRule
 from xpar.kernels import rows
@@ -14,8 +15,10 @@ from xpar.kernels.gpu.availability import build
 from xpar.kernels.reference import mlp
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+"""Largest relative error of a result."""
 Check = tuple[str, Callable[[], str]]
-FORMS = [
+"""Name of a check, and a function that returns its result as text or raises AssertionError."""
+ACTIVATIONS = [
     Activation("silu"),
     Activation("silu", limit=7.0, alpha=1.702, beta=1.0),
     Activation("gelu"),
@@ -30,13 +33,13 @@ FORMS = [
 
 
 def poison(device: torch.device) -> None:
-    """Leave NaN in the memory that the allocator hands out next, so that what nobody wrote shows."""
-    held = [torch.full((n,), float("nan"), device=device) for n in (1 << 8, 1 << 16, 1 << 22, 1 << 28)]
-    del held
+    """Leave NaN in the memory that the allocator gives out next, to find unwritten values."""
+    blocks = [torch.full((n,), float("nan"), device=device) for n in (1 << 8, 1 << 16, 1 << 22, 1 << 28)]
+    del blocks
 
 
 def expected_rows(spec: ExpertSpec, weights: Weights, x: ExpertInput, tokens: Tensor) -> Tensor:
-    """float64 outputs [len(tokens), H] of some tokens, one expert at a time."""
+    """Compute the outputs [len(tokens), H] float64 of some tokens of ``x``, expert by expert."""
     hidden = (x.hidden_states if x.rows is None else x.hidden_states[x.rows])[tokens].double()
     ids, router = x.topk_ids[tokens], x.topk_weights[tokens].double()
     out = torch.zeros(len(tokens), spec.hidden_size, dtype=torch.float64, device=hidden.device)
@@ -49,7 +52,20 @@ def expected_rows(spec: ExpertSpec, weights: Weights, x: ExpertInput, tokens: Te
 
 
 def require_near(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> str:
-    """The relative error as text; raises AssertionError above the dtype's tolerance (NaN included)."""
+    """Compare a result with its expected value.
+
+    Args:
+        got: the result, of any shape.
+        expected: its expected value, float64 of the same shape.
+        dtype: the dtype whose tolerance applies.
+        what: name of the result for the message.
+
+    Returns:
+        The relative error as text.
+
+    Raises:
+        AssertionError: the error is above the tolerance, or NaN.
+    """
     error = float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
     if not error <= TOLERANCE[dtype]:
         raise AssertionError(f"{what}: relative error {error:.2e} exceeds {TOLERANCE[dtype]:.0e}")
@@ -57,29 +73,45 @@ def require_near(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -
 
 
 def small_checks(g: torch.Generator) -> Iterator[Check]:
-    """Cheap ones first: rows, router, every activation and dtype, row invariance, a graph, offsets past 2^31."""
-    yield "rows", lambda: check_rows(g)
-    yield "router", lambda: check_router(g)
+    """Yield the checks on small layers, the shortest first."""
+    yield "rows", partial(check_rows, g)
+    yield "router", partial(check_router, g)
     for dtype in TOLERANCE:
-        for form in FORMS:
-            if dtype == torch.bfloat16 or form in FORMS[:2]:
-                yield f"{_name(dtype)} {form}", lambda d=dtype, f=form: check_form(d, f, g)  # type: ignore[misc]
+        for activation in ACTIVATIONS:
+            if dtype == torch.bfloat16 or activation in ACTIVATIONS[:2]:
+                yield f"{_name(dtype)} {activation}", partial(check_activation, dtype, activation, g)
     for dtype in TOLERANCE:
-        yield f"row invariance {_name(dtype)}", lambda d=dtype: check_row_invariance(d, g)  # type: ignore[misc]
-    yield "graph", lambda: check_graph(g)
-    yield "offsets past 2^31", lambda: check_long(g)
+        yield f"row invariance {_name(dtype)}", partial(check_row_invariance, dtype, g)
+    yield "graph", partial(check_graph, g)
+    yield "offsets past 2^31", partial(check_long, g)
 
 
-def layer_checks(layer: Layer, spec: ExpertSpec, kernel: ExpertKernel, weights: Weights, g: torch.Generator,
-                 tokens: tuple[int, ...]) -> Iterator[Check]:  # fmt: skip
-    """The whole layer for each number of tokens, skewed, with an empty expert; 16 tokens of each in float64."""
+def layer_checks(
+    layer: LayerCase, kernel: ExpertKernel, weights: Weights, g: torch.Generator, tokens: tuple[int, ...]
+) -> Iterator[Check]:
+    """Yield a check of the whole layer for each number of tokens; see :func:`check_tokens`."""
     for m in tokens:
-        yield f"{layer.name} M={m}", lambda m=m: check_tokens(layer, spec, kernel, weights, g, m)  # type: ignore[misc]
+        yield f"{layer.name} M={m}", partial(check_tokens, layer, kernel, weights, g, m)
 
 
 def check_tokens(
-    layer: Layer, spec: ExpertSpec, kernel: ExpertKernel, weights: Weights, g: torch.Generator, tokens: int
+    layer: LayerCase, kernel: ExpertKernel, weights: Weights, g: torch.Generator, tokens: int
 ) -> str:
+    """Check a layer on a skewed step with an empty expert.
+
+    All rows must be finite, and 16 of them near float64.
+
+    Args:
+        layer: the layer.
+        kernel: its kernel with ``weights`` loaded.
+        weights: its weights.
+        g: generator of the step.
+        tokens: number of tokens of the step.
+
+    Returns:
+        The relative error as text.
+    """
+    spec = kernel.spec
     x = random_input(spec, tokens, layer.top_k, layer.of, g, skewed=True)
     sample = torch.randperm(tokens, generator=g, device=g.device)[:16]
     expected = expected_rows(spec, weights, x, sample)
@@ -90,15 +122,20 @@ def check_tokens(
     return require_near(got[sample], expected, spec.dtype, "sampled tokens")
 
 
-def check_form(dtype: torch.dtype, form: Activation, g: torch.Generator) -> str:
-    """All buckets, ragged widths, rows by index, foreign slots; ``compute`` and ``compute_slots``."""
+def check_activation(dtype: torch.dtype, activation: Activation, g: torch.Generator) -> str:
+    """Check ``compute`` and ``compute_slots`` with one activation.
+
+    The inputs have all buckets, ragged widths, rows by index, and slots with id -1.
+    """
     errors = []
     shapes = [(200, 136, True), (500, 260, False)]
-    for hidden, width, bias in shapes if form == FORMS[0] and dtype == torch.bfloat16 else shapes[:1]:
-        spec = ExpertSpec(6, hidden, width, dtype, form, str(g.device), bias=bias)
+    for hidden, width, bias in (
+        shapes if activation == ACTIVATIONS[0] and dtype == torch.bfloat16 else shapes[:1]
+    ):
+        spec = ExpertSpec(6, hidden, width, dtype, activation, str(g.device), bias=bias)
         weights = random_weights(spec, g)
         kernel = build(spec)
-        load(kernel, weights)
+        load_experts(kernel, weights)
         for m in (1, 33, 300, 1200):
             x = random_input(spec, m, 2, 8, g, skewed=True)
             index = torch.randint(m, (m,), generator=g, device=g.device)
@@ -118,10 +155,11 @@ def check_form(dtype: torch.dtype, form: Activation, g: torch.Generator) -> str:
 
 
 def check_row_invariance(dtype: torch.dtype, g: torch.Generator) -> str:
+    """Check that a row-invariant kernel gives a row the same bits in batches of any size."""
     spec = ExpertSpec(8, 512, 256, dtype, Activation("silu"), str(g.device), row_invariant=True)
     weights = random_weights(spec, g)
     kernel = build(spec)
-    load(kernel, weights)
+    load_experts(kernel, weights)
     x = random_input(spec, 700, 2, 8, g)
     whole, summed = kernel.compute_slots(x).view(700, 2, -1), kernel.compute(x)
     for m in (1, 2, 5, 16, 17, 64, 100, 513):
@@ -135,11 +173,11 @@ def check_row_invariance(dtype: torch.dtype, g: torch.Generator) -> str:
 
 
 def check_graph(g: torch.Generator) -> str:
-    """A captured call computes with whatever its inputs hold when it is replayed, twice with the same bits."""
+    """Check that a captured call uses its inputs' values at replay, twice with the same bits."""
     spec = ExpertSpec(16, 512, 256, torch.bfloat16, Activation("silu"), str(g.device))
     weights = random_weights(spec, g)
     kernel = build(spec)
-    load(kernel, weights)
+    load_experts(kernel, weights)
     for m in (2, 40, 500):
         x = random_input(spec, m, 4, 16, g)
         kernel.compute(x)
@@ -148,9 +186,9 @@ def check_graph(g: torch.Generator) -> str:
             out = kernel.compute(x)
         kernel.compute(random_input(spec, 4 * m, 4, 16, g))  # a larger call in between takes no memory away
         new = random_input(spec, m, 4, 16, g, skewed=True)
-        for held, fresh in ((x.hidden_states, new.hidden_states), (x.topk_ids, new.topk_ids),
+        for captured, fresh in ((x.hidden_states, new.hidden_states), (x.topk_ids, new.topk_ids),
                             (x.topk_weights, new.topk_weights)):  # fmt: skip
-            held.copy_(fresh)
+            captured.copy_(fresh)
         poison(g.device)
         graph.replay()
         first = out.clone()
@@ -163,11 +201,11 @@ def check_graph(g: torch.Generator) -> str:
 
 
 def check_long(g: torch.Generator) -> str:
-    """More slot elements than a 32-bit index counts."""
+    """Check a step whose slots have more elements than a 32-bit index counts."""
     spec = ExpertSpec(4, 7168, 64, torch.bfloat16, Activation("silu"), str(g.device))
     weights = random_weights(spec, g)
     kernel = build(spec)
-    load(kernel, weights)
+    load_experts(kernel, weights)
     tokens = (1 << 31) // (4 * spec.hidden_size) + 5000
     x = random_input(spec, tokens, 4, 4, g)
     sample = torch.cat([torch.arange(8), torch.arange(tokens - 8, tokens)]).to(g.device)
@@ -177,7 +215,7 @@ def check_long(g: torch.Generator) -> str:
 
 
 def check_rows(g: torch.Generator) -> str:
-    """Gathering and sums on the GPU against the same functions on the CPU, in float64 there."""
+    """Check gathering and sums of rows against torch in float64."""
     errors = []
     for dtype in TOLERANCE:
         source = torch.randn(600, 1300, generator=g, device=g.device).to(dtype)
@@ -204,7 +242,7 @@ def check_rows(g: torch.Generator) -> str:
 
 
 def check_router(g: torch.Generator) -> str:
-    """Ids equal to the CPU's, weights near them."""
+    """Check the router: ids equal to the CPU's, and weights near the CPU's."""
     from xpar.kernels.gpu import route
 
     configs = {
@@ -220,8 +258,9 @@ def check_router(g: torch.Generator) -> str:
         bias = torch.randn(experts, generator=g, device=g.device) if c.correction_bias else None
         expected = TopKRule(c, None if bias is None else bias.cpu()).route(None, logits.cpu())
         got = route.select_experts(
-            logits, c.top_k, scoring=c.scoring, renormalize=c.renormalize, num_expert_group=c.num_expert_group,
-            topk_group=c.topk_group, group_score=c.group_score, correction_bias=bias,
+            logits, c.top_k, scoring=c.scoring, renormalize=c.renormalize,
+            num_expert_group=c.num_expert_group, topk_group=c.topk_group, group_score=c.group_score,
+            correction_bias=bias,
             routed_scaling_factor=c.routed_scaling_factor,
         )  # fmt: skip
         same = (got.topk_ids.cpu() == expected.topk_ids).all(1)

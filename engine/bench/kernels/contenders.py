@@ -1,4 +1,4 @@
-"""Other ways to compute the same layer on the same weights, with all that they need around their products."""
+"""The peers of the GPU kernels: other ways to compute the same layer on the same weights."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,11 +11,15 @@ from xpar.engine.bench.kernels.cases import Weights
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 
-Contender = Callable[[ExpertInput], Tensor]
+ComputeExperts = Callable[[ExpertInput], Tensor]
+"""Computes the outputs [T, H] of a step."""
 
 
-def torch_grouped(spec: ExpertSpec, weights: Weights, foreign: bool) -> Contender:
-    """torch's grouped products between a sort, a gather, the activation and a sum over slots."""
+def torch_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) -> ComputeExperts:
+    """Build torch's grouped products, with sort, gather, activation and sum around them.
+
+    ``has_dropped``: some slots have id -1, which costs further steps.
+    """
     product = getattr(functional, "grouped_mm", None) or torch._grouped_mm
     gate_up, down = weights.gate_up.transpose(1, 2), weights.down.transpose(1, 2)
     experts = spec.num_experts
@@ -23,27 +27,30 @@ def torch_grouped(spec: ExpertSpec, weights: Weights, foreign: bool) -> Contende
     def compute(x: ExpertInput) -> Tensor:
         tokens, top_k = x.topk_ids.shape
         flat = x.topk_ids.reshape(-1)
-        ids, order = torch.sort(flat.masked_fill(flat < 0, experts) if foreign else flat)
+        ids, order = torch.sort(flat.masked_fill(flat < 0, experts) if has_dropped else flat)
         ends = torch.histc(ids, bins=experts, min=0, max=experts - 1).cumsum(0, dtype=torch.int32)
         rows = x.hidden_states[order // top_k]
         packed = product(rows, gate_up, offs=ends)
-        its = ids.clamp(max=experts - 1) if foreign else ids
+        expert_of_row = ids.clamp(max=experts - 1) if has_dropped else ids
         if weights.biases:
-            packed = packed + weights.biases[0][its]
+            packed = packed + weights.biases[0][expert_of_row]
         y = product(activate(packed, spec.activation), down, offs=ends)
         if weights.biases:
-            y = y + weights.biases[1][its]
+            y = y + weights.biases[1][expert_of_row]
         slots = torch.empty_like(y)
         slots[order] = y
-        if foreign:
+        if has_dropped:
             slots.masked_fill_((flat < 0)[:, None], 0.0)
         return torch.einsum("mkh,mk->mh", slots.view(tokens, top_k, -1), x.topk_weights.to(y.dtype))
 
     return compute
 
 
-def transformers_grouped(spec: ExpertSpec, weights: Weights, foreign: bool) -> Contender:
-    """transformers' own ``grouped_mm`` experts on these weights; raises ImportError where there are none."""
+def transformers_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) -> ComputeExperts:
+    """Build transformers' own ``grouped_mm`` experts; raise ImportError if it has none.
+
+    ``has_dropped``: as for :func:`torch_grouped`.
+    """
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     module = SimpleNamespace(
@@ -57,13 +64,13 @@ def transformers_grouped(spec: ExpertSpec, weights: Weights, foreign: bool) -> C
         has_post_expert_norm=False,
         is_transposed=False,
         is_concatenated=True,
-        _is_expert_parallel=foreign,
+        _is_expert_parallel=has_dropped,
         _apply_gate=lambda packed: _apply_gate(packed, spec.activation),
     )
 
     def compute(x: ExpertInput) -> Tensor:
         ids = x.topk_ids
-        if foreign:
+        if has_dropped:
             ids = ids.masked_fill(ids < 0, spec.num_experts)
         result: Tensor = grouped_mm_experts_forward(module, x.hidden_states, ids.long(), x.topk_weights)
         return result
@@ -72,7 +79,7 @@ def transformers_grouped(spec: ExpertSpec, weights: Weights, foreign: bool) -> C
 
 
 def _apply_gate(packed: Tensor, activation: Activation) -> Tensor:
-    """In the model's dtype and as separate operations, as transformers' classes do it."""
+    """Apply the activation in the model's dtype by separate operations, as transformers does."""
     gate, up = packed.chunk(2, dim=-1)
     if activation.is_plain:
         return functional.silu(gate) * up
@@ -81,8 +88,7 @@ def _apply_gate(packed: Tensor, activation: Activation) -> Tensor:
     return gate * torch.sigmoid(gate * activation.alpha) * (up + activation.beta)
 
 
-# ``foreign``: some slots are -1, which costs the others extra steps.
-CONTENDERS: dict[str, Callable[[ExpertSpec, Weights, bool], Contender]] = {
+CONTENDERS: dict[str, Callable[[ExpertSpec, Weights, bool], ComputeExperts]] = {
     "torch": torch_grouped,
     "transformers": transformers_grouped,
 }

@@ -1,4 +1,8 @@
-"""What may be tried in a tile table: neighbours of what it holds first, then random others that fit a multiprocessor."""
+"""The values to try for each part of a tile table: neighbours first, then any that fit.
+
+A part is named ``limits`` or ``tall`` (where rows go), or by a stage and a bucket of rows, such as
+``down 2`` or ``gate_up vector``.
+"""
 
 import itertools
 import random
@@ -12,10 +16,12 @@ from xpar.kernels.gpu.tile_tables import FEW, MANY, Table, Tile, Vector
 
 STAGES = ("gate_up", "down")
 Value = Tile | Vector | tuple[int, int] | bool
+"""The value of one part."""
 _LIMITS = (
-    (16, 128), (0, 64), (16, 256), (32, 128), (0, 128), (32, 64), (0, 256), (16, 32), (0, 0), (16, 16), (64, 128),
+    (16, 128), (0, 64), (16, 256), (32, 128), (0, 128), (32, 64), (0, 256), (16, 32), (0, 0),
+    (16, 16), (64, 128),
 )  # fmt: skip
-_SHARED = 225 << 10  # bytes of a multiprocessor that its programs may use together
+_SHARED = 225 << 10  # bytes of shared memory of a multiprocessor that its programs may use together
 _FIELDS: dict[str, tuple[Any, ...]] = {
     "columns": (64, 128, 256),
     "depth": (32, 64, 128, 256),
@@ -34,7 +40,7 @@ _VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
 
 
 def parts(kernel: TritonExperts, x: ExpertInput) -> tuple[str, ...]:
-    """The parts of the kernel's table that a batch like ``x`` is computed with."""
+    """Name the parts of the kernel's table that a batch like ``x`` is computed with."""
     if kernel.is_tiny(x):
         return tuple(f"{stage} vector" for stage in STAGES)
     buckets = kernel.limits(x.topk_ids.shape[0], x.topk_ids.numel()).launched
@@ -42,26 +48,26 @@ def parts(kernel: TritonExperts, x: ExpertInput) -> tuple[str, ...]:
     return ("limits", *tall, *(f"{stage} {bucket}" for bucket in buckets for stage in STAGES))
 
 
-def early(part: str) -> bool:
-    """Whether ``part`` is to be chosen before the tiles: it says where rows go."""
+def is_early(part: str) -> bool:
+    """Whether ``part`` must be chosen before the tiles, because it decides where rows go."""
     return part in ("limits", "tall")
 
 
-def get(table: Table, part: str) -> Value:
-    """What ``table`` holds in ``part``."""
+def get_value(table: Table, part: str) -> Value:
+    """Return the value of ``part`` in ``table``."""
     if part == "limits":
         return table.limits
     if part == "tall":
         return table.tall
     stage, which = part.split()
-    held: Tile | Vector = (
+    value: Tile | Vector = (
         getattr(table, f"{stage}_vector") if which == "vector" else getattr(table, stage)[int(which)]
     )
-    return held
+    return value
 
 
-def put(table: Table, part: str, value: Value) -> Table:
-    """``table`` with ``value`` in ``part``."""
+def replace_value(table: Table, part: str, value: Value) -> Table:
+    """Return a copy of ``table`` with ``value`` in ``part``."""
     if isinstance(value, tuple):
         return replace(table, limits=value)
     if isinstance(value, bool):
@@ -75,37 +81,40 @@ def put(table: Table, part: str, value: Value) -> Table:
 
 
 def candidates(kernel: TritonExperts, part: str, limit: int) -> list[Value]:
-    """Up to ``limit`` values for ``part``, without the present one."""
-    held = get(kernel.table, part)
-    if isinstance(held, tuple):
-        others: list[Value] = [value for value in _LIMITS if value != held]
+    """Return up to ``limit`` new values for ``part``, the most likely first."""
+    present = get_value(kernel.table, part)
+    if isinstance(present, tuple):
+        others: list[Value] = [value for value in _LIMITS if value != present]
         return others[:limit]
-    if isinstance(held, bool):
-        return [not held]
-    fields = _VECTOR_FIELDS if isinstance(held, Vector) else _FIELDS
-    near: list[Value] = [v for v in _neighbours(held, fields) if _fits(kernel, part, v)]
+    if isinstance(present, bool):
+        return [not present]
+    fields = _VECTOR_FIELDS if isinstance(present, Vector) else _FIELDS
+    near: list[Value] = [v for v in _neighbours(present, fields) if _fits(kernel, part, v)]
     if len(near) >= limit:
         return near[:limit]
-    far = [v for v in _all(held, fields) if v != held and v not in near and _fits(kernel, part, v)]
+    far = [
+        v for v in _combinations(present, fields) if v != present and v not in near and _fits(kernel, part, v)
+    ]
     return near + random.Random(0).sample(far, min(limit - len(near), len(far)))
 
 
-def _neighbours(held: Tile | Vector, fields: dict[str, tuple[Any, ...]]) -> Iterator[Tile | Vector]:
-    """One field changed at a time, to the values next to the present one; the nearest of every field first."""
+def _neighbours(present: Tile | Vector, fields: dict[str, tuple[Any, ...]]) -> Iterator[Tile | Vector]:
+    """Yield values with one field changed to a neighbouring value, the nearest first."""
     for step in (1, -1, 2, -2):
         for name, values in fields.items():
-            at = values.index(getattr(held, name)) + step if getattr(held, name) in values else -1
+            at = values.index(getattr(present, name)) + step if getattr(present, name) in values else -1
             if 0 <= at < len(values):
-                yield replace(held, **{name: values[at]})
+                yield replace(present, **{name: values[at]})
 
 
-def _all(held: Tile | Vector, fields: dict[str, tuple[Any, ...]]) -> Iterator[Tile | Vector]:
+def _combinations(present: Tile | Vector, fields: dict[str, tuple[Any, ...]]) -> Iterator[Tile | Vector]:
+    """Yield every combination of values of ``fields``."""
     for chosen in itertools.product(*fields.values()):
-        yield replace(held, **dict(zip(fields, chosen, strict=True)))
+        yield replace(present, **dict(zip(fields, chosen, strict=True)))
 
 
 def _fits(kernel: TritonExperts, part: str, value: Tile | Vector) -> bool:
-    """By rough counts of registers and shared memory, and with enough bytes in flight to be worth a trial."""
+    """Whether ``value`` fits registers and shared memory, roughly, and loads enough at a time."""
     stage, which = part.split()
     if isinstance(value, Vector):
         return 8 <= value.columns * value.depth // (32 * value.warps) <= 64

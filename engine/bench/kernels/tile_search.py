@@ -1,4 +1,7 @@
-"""Searches a tile table for some layers and batches: each part of it on its own, judged over all that use the part."""
+"""The search for a tile table: each part by itself, judged over all cells that use it.
+
+A cell is one layer with one number of tokens.
+"""
 
 import copy
 import math
@@ -12,34 +15,34 @@ import torch
 from torch import Tensor
 
 from xpar.engine.bench.kernels.checks import require_near
-from xpar.engine.bench.kernels.tile_candidates import candidates, early, parts, put
-from xpar.engine.bench.kernels.timing import graph_time
+from xpar.engine.bench.kernels.tile_candidates import candidates, is_early, parts, replace_value
+from xpar.engine.bench.timing import graph_time
 from xpar.kernels.contracts import ExpertInput, ExpertSpec
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tile_tables import Table
 
-_WORTH = 0.99  # of the present time: less gained than this is noise
+_WORTH = 0.99  # fraction of the present time above which a gain is noise
 _THREADS = 16
-_COMPILING = 0.55  # of the time that is left
+_COMPILING = 0.55  # fraction of the remaining time that compiling may take
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One layer with one number of tokens, and random inputs that are timed in turn."""
+    """One layer with one number of tokens, and its random inputs, which are timed in turn."""
 
     name: str
     kernel: TritonExperts
     inputs: list[ExpertInput]
 
     def seconds(self, table: Table) -> float:
-        """Per call, under ``table``."""
+        """Measure the seconds per call with ``table``."""
         other = with_table(self.kernel, table)
         return graph_time([lambda x=x: other.compute(x) for x in self.inputs], budget=0.04)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
 class TileTrial:
-    """A table with another value in ``part``, and the cells that this concerns."""
+    """A table with another ``value`` in ``part``, and the cells that use the part."""
 
     part: str
     value: Any
@@ -48,8 +51,11 @@ class TileTrial:
 
 
 @dataclass(frozen=True)
-class Result:
-    """``ratios``: time relative to the table searched from, by the cell's name; ``mean``: their geometric mean."""
+class TileResult:
+    """The times of a trial relative to the first table, by the cell's name.
+
+    ``mean``: their geometric mean.
+    """
 
     trial: TileTrial
     ratios: dict[str, float]
@@ -59,48 +65,62 @@ class Result:
         return math.exp(sum(map(math.log, self.ratios.values())) / len(self.ratios))
 
 
-def parts_of(cells: list[Cell]) -> dict[str, tuple[Cell, ...]]:
-    """Every part of the table that some cell uses, and the cells that do."""
+def group_by_part(cells: list[Cell]) -> dict[str, tuple[Cell, ...]]:
+    """Return every part of the table that any cell uses, with the cells that use it."""
     users: dict[str, list[Cell]] = {}
     for cell in cells:
         for part in parts(cell.kernel, cell.inputs[0]):
             users.setdefault(part, []).append(cell)
-    return {part: tuple(its) for part, its in sorted(users.items())}
+    return {part: tuple(found) for part, found in sorted(users.items())}
 
 
-def trials(cells: list[Cell], limit: int, first: bool) -> list[TileTrial]:
-    """Up to ``limit`` values for every part that some cell uses, of those to be chosen first or of the others.
+def make_trials(cells: list[Cell], limit: int, early: bool) -> list[TileTrial]:
+    """Make up to ``limit`` trials for every part that any cell uses.
 
-    In rounds over the parts, so that a deadline takes the least likely values of each.
+    The trials go in rounds over the parts, so that a deadline leaves out the least likely values of each.
+    ``early``: of the parts that must be chosen first, or of the others.
     """
     rounds: list[tuple[int, TileTrial]] = []
-    for part, its in parts_of(cells).items():
-        if early(part) == first:
-            for place, value in enumerate(candidates(its[0].kernel, part, limit)):
-                rounds.append((place, TileTrial(part, value, put(its[0].kernel.table, part, value), its)))
+    for part, users in group_by_part(cells).items():
+        if is_early(part) == early:
+            kernel = users[0].kernel
+            for place, value in enumerate(candidates(kernel, part, limit)):
+                table = replace_value(kernel.table, part, value)
+                rounds.append((place, TileTrial(part, value, table, users)))
     return [trial for _, trial in sorted(rounds, key=lambda pair: pair[0])]
 
 
 def search(cells: list[Cell], limit: int, note: Callable[[str], None], deadline: float) -> dict[str, Any]:
-    """The table made of the best value of each part, if it is faster, else the present one; plain values.
+    """Search the best value of each part: first where rows go, then the tiles for that.
 
-    Where rows go is chosen first, then tiles for that; all cells start from one table. ``deadline``: a
-    ``time.perf_counter()``; nothing new is timed after it. A trial that does not compile, does not fit the machine
-    or computes anything else than the present table is noted and left out.
+    A trial that does not compile, does not fit the machine or changes the result is noted and left out.
+
+    Args:
+        cells: all start from one table.
+        limit: largest number of values to try for each part.
+        note: called with each line of the report.
+        deadline: value of ``time.perf_counter()`` after which nothing new is timed.
+
+    Returns:
+        As plain values: ``table``, made of the best values if it is faster, otherwise the first table; the
+        ``seconds`` of each cell with the first table, their ``ratios`` with the new one, and everything that
+        was ``measured``.
     """
     start = best = cells[0].kernel.table
     expected = {cell.name: cell.kernel.compute(cell.inputs[0]).double() for cell in cells}
     base = {cell.name: cell.seconds(start) for cell in cells}
     note(", ".join(f"{name} {s * 1e6:.1f} us" for name, s in base.items()))
-    measured: list[Result] = []
-    for first in (True, False):
+    measured: list[TileResult] = []
+    for early in (True, False):
         now = [replace(cell, kernel=with_table(cell.kernel, best)) for cell in cells]
         remaining = deadline - time.perf_counter()
-        sound = _sound(trials(now, limit, first), expected, note, deadline - (1 - _COMPILING) * remaining)
+        sound = _find_sound(
+            make_trials(now, limit, early), expected, note, deadline - (1 - _COMPILING) * remaining
+        )
         present = {cell.name: cell.seconds(best) for cell in now}
-        results = _measure(sound, present, note, deadline)
+        results = _time_trials(sound, present, note, deadline)
         measured += results
-        best = _improved(best, results, note)
+        best = _improve(best, results, note)
     for cell in cells:
         got = with_table(cell.kernel, best).compute(cell.inputs[0])
         require_near(got, expected[cell.name], cell.kernel.spec.dtype, f"{cell.name} under the new table")
@@ -115,33 +135,33 @@ def search(cells: list[Cell], limit: int, note: Callable[[str], None], deadline:
     }
 
 
-def _improved(table: Table, results: list[Result], note: Callable[[str], None]) -> Table:
-    """``table`` with the best value of each part that is worth it; a line or more about each part."""
+def _improve(table: Table, results: list[TileResult], note: Callable[[str], None]) -> Table:
+    """Return ``table`` with the best value of each part, if it is worth it; note the winners."""
     for part in sorted({r.trial.part for r in results}):
-        its = [r for r in results if r.trial.part == part]
-        winner = min(its, key=lambda r: r.mean)
-        note(_winners(part, its))
+        tried = [r for r in results if r.trial.part == part]
+        winner = min(tried, key=lambda r: r.mean)
+        note(_format_winners(part, tried))
         if winner.mean < _WORTH:
-            table = put(table, part, winner.trial.value)
+            table = replace_value(table, part, winner.trial.value)
     return table
 
 
 def with_table(kernel: TritonExperts, table: Table) -> TritonExperts:
-    """The same weights under another table."""
+    """Return a kernel with the same weights and another table."""
     other = copy.copy(kernel)
     other.table = table
     return other
 
 
-def _sound(
+def _find_sound(
     found: list[TileTrial], expected: dict[str, Tensor], note: Callable[[str], None], deadline: float
 ) -> list[TileTrial]:
-    """The trials that compile and compute the same for all their cells.
+    """Return the trials that compile and keep the result of all their cells.
 
-    Compiling is most of a search, and most of it happens outside the interpreter lock.
+    Compiling is most of a search, and most of it happens outside the interpreter lock: threads share it out.
     """
 
-    def reason(unit: tuple[TileTrial, list[Cell]]) -> str | None:
+    def find_fault(unit: tuple[TileTrial, list[Cell]]) -> str | None:
         trial, same_code = unit
         try:
             for cell in same_code:
@@ -153,9 +173,9 @@ def _sound(
             return repr(why)[:200]
         return None
 
-    units = [(trial, same) for trial in found for same in _by_code(trial.cells)]
+    units = [(trial, same) for trial in found for same in _group_by_code(trial.cells)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        reasons = list(pool.map(reason, units))
+        reasons = list(pool.map(find_fault, units))
     torch.cuda.synchronize()
     bad = {id(trial): why for (trial, _), why in zip(units, reasons, strict=True) if why is not None}
     for trial in found:
@@ -167,10 +187,11 @@ def _sound(
     return [trial for trial in found if id(trial) not in bad]
 
 
-def _measure(
+def _time_trials(
     sound: list[TileTrial], base: dict[str, float], note: Callable[[str], None], deadline: float
-) -> list[Result]:
-    results: list[Result] = []
+) -> list[TileResult]:
+    """Time the trials relative to the seconds ``base`` of each cell, until ``deadline``."""
+    results: list[TileResult] = []
     for trial in sound:
         if time.perf_counter() > deadline:
             note(f"  {len(sound) - len(results)} of {len(sound)} trials came too late to be timed")
@@ -180,20 +201,20 @@ def _measure(
         except Exception as why:  # noqa: BLE001 - one configuration must not end the search
             note(f"  left out: {trial.part} {_plain(trial.value)}: {why!r}"[:300])
             continue
-        results.append(Result(trial, ratios))
+        results.append(TileResult(trial, ratios))
     return results
 
 
-def _by_code(cells: tuple[Cell, ...]) -> list[list[Cell]]:
-    """Cells that run the same compiled kernels together: two threads at once would compile them twice."""
+def _group_by_code(cells: tuple[Cell, ...]) -> list[list[Cell]]:
+    """Group cells that run the same compiled kernels: two threads would compile them twice."""
     groups: dict[ExpertSpec, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.kernel.spec, []).append(cell)
     return list(groups.values())
 
 
-def _winners(part: str, results: list[Result]) -> str:
-    """The best of all cells together, then each cell's own, then all values of what has few."""
+def _format_winners(part: str, results: list[TileResult]) -> str:
+    """Format the best value over all cells, of each cell, and all values of an early part."""
     best = min(results, key=lambda r: r.mean)
     lines = [f"{part}: {best.mean:.3f} {_plain(best.trial.value)} ({_listed(best.ratios)})"]
     for name in best.ratios:
@@ -201,7 +222,7 @@ def _winners(part: str, results: list[Result]) -> str:
         if own is not best:
             lines.append(f"    {name}: {own.ratios[name]:.3f} {_plain(own.trial.value)}")
     for r in sorted(results, key=lambda r: r.mean):
-        if r is not best and early(part):
+        if r is not best and is_early(part):
             lines.append(f"    {r.mean:.3f} {_plain(r.trial.value)} ({_listed(r.ratios)})")
     return "\n".join(lines)
 

@@ -1,42 +1,55 @@
-"""Tokens that depend on their place in the job alone: every number of ranks computes the same ones."""
+"""Random tokens that depend only on their place in the job, not on the number of ranks."""
 
 import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Tokens drawn together, so that a rank draws its own and few others."""
+"""Number of tokens drawn together, so that a rank draws its own and few others."""
 CHECKED = 64
-"""Tokens whose output is compared; they lie evenly spread over the job, so that every rank has some."""
+"""Number of tokens whose output is compared; they are spread evenly over the job, so that every rank has
+some."""
 BATCHES = 8
-"""Different inputs that the rounds go through: at few tokens each meets other experts, not those in cache."""
+"""Number of different inputs that the rounds go through: few tokens meet other experts each time, not those
+in cache."""
 MANY_TOKENS = 4096
-"""So many meet all experts in every batch, and two batches do."""
+"""With so many tokens every batch meets all experts, and two batches suffice."""
 
 
-def batches(tokens: int) -> int:
-    """How many different inputs ``tokens`` tokens of the whole job are measured with."""
+def count_batches(tokens: int) -> int:
+    """Return the number of different inputs for ``tokens`` tokens of the whole job."""
     return BATCHES if tokens < MANY_TOKENS else 2
 
 
-def checked_tokens(hidden_size: int, seed: int) -> Tensor:
-    """[CHECKED, H] float32: those that every batch holds, see :func:`checked_places`."""
+def draw_checked_tokens(hidden_size: int, seed: int) -> Tensor:
+    """Draw the tokens [CHECKED, H] float32 that every batch has at :func:`place_checked_tokens`."""
     return _draw(CHECKED, hidden_size, (seed, 0, 0))
 
 
-def checked_places(tokens: int) -> list[int]:
-    """Where the first checked tokens lie among ``tokens``: all of them, or as many as there are places."""
+def place_checked_tokens(tokens: int) -> list[int]:
+    """Return the places of the checked tokens among ``tokens``; at most all places."""
     found = min(CHECKED, tokens)
     return [i * tokens // found for i in range(found)]
 
 
-def batch(tokens: int, mine: slice, hidden_size: int, seed: int, number: int) -> Tensor:
-    """[len(mine), H] float32: the tokens ``mine`` of the ``tokens`` of batch ``number``."""
+def draw_batch(tokens: int, mine: slice, hidden_size: int, seed: int, number: int) -> Tensor:
+    """Draw this rank's tokens of one batch.
+
+    Args:
+        tokens: number of tokens of the whole job.
+        mine: places of this rank's tokens.
+        hidden_size: H.
+        seed: seed of all batches.
+        number: number of the batch.
+
+    Returns:
+        The tokens [len(mine), H] float32.
+    """
     first, last = mine.start // BLOCK, -(-mine.stop // BLOCK)
     blocks = [_draw(BLOCK, hidden_size, (seed, number + 1, block)) for block in range(first, last)]
     drawn = torch.cat(blocks) if blocks else torch.empty(0, hidden_size)
     own = drawn[mine.start - first * BLOCK :][: mine.stop - mine.start]
-    checked = checked_tokens(hidden_size, seed)
-    for index, place in enumerate(checked_places(tokens)):
+    checked = draw_checked_tokens(hidden_size, seed)
+    for index, place in enumerate(place_checked_tokens(tokens)):
         if mine.start <= place < mine.stop:
             own[place - mine.start] = checked[index]
     return own

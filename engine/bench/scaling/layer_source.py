@@ -1,4 +1,4 @@
-"""What is measured: a layer of a published shape with random weights, or one of a checkpoint."""
+"""The layer that a study measures: a published shape, or a layer of a checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.bench.layer import available_bytes
+from xpar.engine.bench.ceilings import available_bytes
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.layer.build import build_layer, load_layer
 from xpar.engine.layer.options import LayerOptions
@@ -19,7 +19,7 @@ from xpar.engine.synthetic.layer import SyntheticLayer
 
 
 class LayerSource(Protocol):
-    """A layer that can be built on any grid, and its slow, readable reference. ``name``: for people."""
+    """A layer that can be built on any grid, and its slow, readable reference."""
 
     @property
     def name(self) -> str: ...
@@ -31,15 +31,15 @@ class LayerSource(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def build(self, grid: ProcessGrid) -> MoERunner:
-        """Collective over ``grid``; AgreedError where the layer cannot be had on it."""
+        """Build the layer; collective. Raises AgreedError if ``grid`` cannot have the layer."""
 
     def reference(self, x: Tensor) -> Tensor:
-        """[T, H] float32 of ``x`` [T, H], on this rank alone."""
+        """Compute the output [T, H] float32 of ``x`` [T, H] on this rank alone."""
 
 
 @dataclass(frozen=True)
 class ShapeLayer:
-    """``weights``: drawn anew on every grid, the same on each."""
+    """A layer with random weights, which are drawn again on every grid and are the same on each."""
 
     name: str
     weights: SyntheticLayer
@@ -64,7 +64,7 @@ class ShapeLayer:
         return self.weights.reference(x)[0]
 
     def _check_memory(self, grid: ProcessGrid) -> None:
-        """Raise ValueError where this node's ranks would need more memory than it has left."""
+        """Raise ValueError if this node's ranks would need more memory than the node has left."""
         if grid.device.type != "cpu":
             return
         world = grid.world
@@ -79,7 +79,7 @@ class ShapeLayer:
 
 @dataclass(frozen=True)
 class CheckpointLayer:
-    """MoE layer ``layer`` of the checkpoint at ``path``."""
+    """The MoE layer with index ``layer`` of the checkpoint at ``path``."""
 
     path: Path
     layer: int

@@ -1,64 +1,65 @@
-"""What a sweep found, as Markdown: every figure that is relative names what it is relative to."""
+"""The report of a study in Markdown. Every relative figure names its baseline."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xpar.engine.bench.scaling.points import MODES, baseline_name
+from xpar.engine.bench.scaling.points import MODES, format_baseline
 from xpar.engine.console.terminal import count
 from xpar.engine.layer.stage_timer import STAGES
 
-Record = Mapping[str, Any]
+Result = Mapping[str, Any]
 WORK = {"strong": "the same {unit} in all", "weak": "the same {unit} a rank"}
 
-HELD = (
-    "Every rank computes with {threads} at every point, also where it could have more cores: a point with twice the "
-    "ranks has twice the threads."
+THREADS = (
+    "Every rank computes with {threads} at every point, also where it could have more cores: a point with "
+    "twice the ranks has twice the threads."
 )
 BANDWIDTH = (
-    "Ranks of one node share its memory's bandwidth. A single rank has all of it, which makes it a fast baseline; points "
-    "of whole nodes compare like with like."
+    "Ranks of one node share its memory's bandwidth. A single rank has all of it, which makes it a fast "
+    "baseline; points of whole nodes compare like with like."
 )
 SPEED = (
-    "Speed is tokens a second, of the slowest rank; parallel efficiency is the speed of a rank over that of a rank of the "
-    "baseline, which the column's head names."
+    "Speed is tokens a second, of the slowest rank; parallel efficiency is the speed of a rank over that of "
+    "a rank of the baseline, which the column's head names."
 )
 
 BYTES = (
-    "MB are the payload of one dispatch, of all ranks together; the way back is not in them. With the dispatcher hierarchical "
-    "a row counts once for each node that it goes to, and what ranks read there in place does not count."
+    "MB are the payload of one dispatch, of all ranks together; the way back is not in them. With the "
+    "dispatcher hierarchical a row counts once for each node that it goes to, and what ranks read there in "
+    "place does not count."
 )
 
 ANSWERS = (
-    "Answers are compared with those that the smallest point gave to the same prompts. Without --exact another number of "
-    "ranks rounds otherwise, and a text may take another turn."
+    "Answers are compared with those that the smallest point gave to the same prompts. Without --exact "
+    "another number of ranks rounds otherwise, and a text may take another turn."
 )
 
 
-def markdown(records: Sequence[Record], plot: str | None) -> str:
-    """The report on ``records``, which are of one run. ``plot``: file name of the plot, if there is one."""
-    parts = [f"# Scaling of {records[0]['what']}", _setting(records)]
+def format_report(results: Sequence[Result], plot: str | None) -> str:
+    """Write the report on the results of one run; ``plot``: file name of the plot, if any."""
+    parts = [f"# Scaling of {results[0]['what']}", _setting(results)]
     if plot is not None:
         parts.append(f"![time, efficiency, stages and bytes]({plot})")
     for mode in MODES:
-        own = [r for r in records if r["mode"] == mode]
+        own = [r for r in results if r["mode"] == mode]
         if own:
             parts += _mode(mode, own)
     return "\n\n".join(parts) + "\n"
 
 
-def measured(records: Sequence[Record], mode: str | None = None) -> list[Record]:
-    """Those with figures, of ``mode`` or of both."""
-    return [r for r in records if "reason" not in r and mode in (None, r["mode"])]
+def select_measured(results: Sequence[Result], mode: str | None = None) -> list[Result]:
+    """Return the results with figures, of ``mode`` or of both modes."""
+    return [r for r in results if "reason" not in r and mode in (None, r["mode"])]
 
 
-def wrong(records: Sequence[Record]) -> list[Record]:
-    """Those whose output is not what it must be."""
-    return [r for r in measured(records) if not r["correct"]]
+def select_wrong(results: Sequence[Result]) -> list[Result]:
+    """Return the results whose output is wrong."""
+    return [r for r in select_measured(results) if not r["correct"]]
 
 
-def _setting(records: Sequence[Record]) -> str:
-    """Machine, versions, command, and what was held constant."""
-    largest = max(records, key=lambda r: r["ranks"])["manifest"]
+def _setting(results: Sequence[Result]) -> str:
+    """List machine, versions, command, and what was the same at every point."""
+    largest = max(results, key=lambda r: r["ranks"])["manifest"]
     versions = largest["versions"]
     threads = largest["threads"]
     machine, nodes = largest["machine"], dict.fromkeys(n["host"] for n in largest["node_map"])
@@ -67,17 +68,17 @@ def _setting(records: Sequence[Record]) -> str:
         f"{machine['processor']}, {machine['cores']} cores a node; {num_nodes}: {', '.join(nodes)}",
         f"xpar {versions['xpar']}, torch {versions['torch']}, {versions['mpi']}, Python {versions['python']}",
         f"{largest['time']}, `{' '.join(largest['command'])}`",
-        HELD.format(threads=count(threads, "thread")),
+        THREADS.format(threads=count(threads, "thread")),
         BANDWIDTH,
         SPEED,
-        *((BYTES,) if any("dispatch_bytes" in r for r in records) else ()),
-        *((ANSWERS,) if any("prompts" in r for r in records) else ()),
+        *((BYTES,) if any("dispatch_bytes" in r for r in results) else ()),
+        *((ANSWERS,) if any("prompts" in r for r in results) else ()),
     )
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _mode(mode: str, records: Sequence[Record]) -> list[str]:
-    found = measured(records)
+def _mode(mode: str, results: Sequence[Result]) -> list[str]:
+    found = select_measured(results)
     unit = "prompts" if any("prompts" in r for r in found) else "tokens"
     parts = [f"## {mode.capitalize()} scaling: {WORK[mode].format(unit=unit)}"]
     if found:
@@ -85,19 +86,19 @@ def _mode(mode: str, records: Sequence[Record]) -> list[str]:
     if any("stages_ms" in r for r in found):
         parts.append("### Stages, ms: medians over steps, mean over ranks / slowest rank")
         parts.append(_stages(found))
-    lost = [r for r in records if "reason" in r]
+    lost = [r for r in results if "reason" in r]
     if lost:
         parts.append("### Points that could not be measured")
         parts.append("\n".join(f"- {_place(r)}: {r['reason']}" for r in lost))
-    bad = wrong(found)
+    bad = select_wrong(found)
     if bad:
         parts.append("### Points whose output is wrong")
-        parts.append("\n".join(f"- {_place(r)}: {check_of(r)}" for r in bad))
+        parts.append("\n".join(f"- {_place(r)}: {format_check(r)}" for r in bad))
     return parts
 
 
-def _figures(found: Sequence[Record]) -> str:
-    baseline = baseline_name(found[0]["baseline"])
+def _figures(found: Sequence[Result]) -> str:
+    baseline = format_baseline(found[0]["baseline"])
     answers = "prompts" in found[0]
     head = ["ranks", "nodes", *(("prompts",) if answers else ()), "tokens", "ms (min to max)", "tokens/s"]
     head += [f"speed-up over {baseline}", f"parallel efficiency, relative to {baseline}", "imbalance"]
@@ -116,34 +117,34 @@ def _figures(found: Sequence[Record]) -> str:
                 f"{sent['to_other_nodes'] / 1e6:.3g}",
                 r["dispatcher"],
             ]
-        rows.append([*row, check_of(r)])
-    return table([*head, "check"], rows)
+        rows.append([*row, format_check(r)])
+    return format_table([*head, "check"], rows)
 
 
-def _stages(found: Sequence[Record]) -> str:
+def _stages(found: Sequence[Result]) -> str:
     rows = [
         [r["ranks"], *(f"{r['stages_ms'][s]['mean']:.3f} / {r['stages_ms'][s]['max']:.3f}" for s in STAGES)]
         for r in found
     ]
-    return table(["ranks", *STAGES], rows)
+    return format_table(["ranks", *STAGES], rows)
 
 
-def check_of(record: Record) -> str:
-    """What was checked and how it came out, in a few words."""
-    if "answers_compared" in record:
-        same, compared = record["answers_same"], record["answers_compared"]
+def format_check(result: Result) -> str:
+    """Format the check of an output and its verdict in a few words."""
+    if "answers_compared" in result:
+        same, compared = result["answers_same"], result["answers_compared"]
         text = f"{same} of {compared} answers as at the smallest point"
     else:
-        text = f"relative error {record['rel_error']:.1e} of at most {record['tolerance']:.0e}"
-        text += {None: "", True: ", same bits", False: ", OTHER BITS"}[record.get("same_bits")]
-    return text if record["correct"] else f"WRONG: {text}"
+        text = f"relative error {result['rel_error']:.1e} of at most {result['tolerance']:.0e}"
+        text += {None: "", True: ", same bits", False: ", OTHER BITS"}[result.get("same_bits")]
+    return text if result["correct"] else f"WRONG: {text}"
 
 
-def _place(record: Record) -> str:
-    return f"{count(record['ranks'], 'rank')} on {count(record['nodes'], 'node')}"
+def _place(result: Result) -> str:
+    return f"{count(result['ranks'], 'rank')} on {count(result['nodes'], 'node')}"
 
 
-def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+def format_table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """Format a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""Which parts of a job are measured, and what a point's speed is worth beside that of the baseline."""
+"""The points of a study, and the speed of a point relative to the baseline."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 from xpar.engine.console.terminal import count
 
 MODES = ("strong", "weak")
-"""The same work in all, or the same work a rank."""
+"""strong: the same work at every point. weak: the same work per rank."""
 
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """The first ``ranks`` ranks of the job, which lie on its first ``nodes`` nodes."""
+    """The first ``ranks`` ranks of the job, which are on its first ``nodes`` nodes."""
 
     ranks: int
     nodes: int
@@ -21,8 +21,8 @@ class Point:
         return f"{count(self.ranks, 'rank')} on {count(self.nodes, 'node')}"
 
 
-def numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    """``1,2,4`` as numbers; None where nothing was given. Raises ValueError that names ``option``."""
+def read_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Read ``1,2,4`` as numbers; None stays None. Raises ValueError that names ``option``."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
@@ -31,13 +31,22 @@ def numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
-def points_of(
+def choose_points(
     node_of: Sequence[int], ranks: Sequence[int] | None = None, nodes: Sequence[int] | None = None
 ) -> list[Point]:
-    """Ascending points of a job whose rank r lies on node ``node_of[r]``, an ascending sequence.
+    """Choose the points of a job.
 
-    ``ranks``: numbers of ranks; ``nodes``: numbers of whole nodes. By default powers of two up to all ranks, and all.
-    Raises ValueError for more than the job has.
+    Args:
+        node_of: the node of each rank, ascending.
+        ranks: numbers of ranks.
+        nodes: numbers of whole nodes.
+
+    Returns:
+        The points in ascending order; without ``ranks`` and ``nodes``, powers of two up to all ranks, and all
+        ranks.
+
+    Raises:
+        ValueError: more ranks or nodes than the job has.
     """
     size, num_nodes = len(node_of), node_of[-1] + 1
     for what, asked, most in (("ranks", ranks, size), ("nodes", nodes, num_nodes)):
@@ -52,28 +61,28 @@ def points_of(
     return [Point(n, node_of[n - 1] + 1) for n in sorted(wanted)]
 
 
-def baseline_of(record: Mapping[str, Any]) -> dict[str, int]:
-    """What a figure relative to ``record`` must name."""
-    return {key: record[key] for key in ("ranks", "nodes", "threads")}
+def describe_baseline(result: Mapping[str, Any]) -> dict[str, int]:
+    """Return the numbers that a figure relative to ``result`` must name."""
+    return {key: result[key] for key in ("ranks", "nodes", "threads")}
 
 
-def baseline_name(baseline: Mapping[str, int]) -> str:
-    """``1 rank x 2 threads on 1 node``."""
+def format_baseline(baseline: Mapping[str, int]) -> str:
+    """Format a baseline: ``1 rank x 2 threads on 1 node``."""
     return (
         f"{count(baseline['ranks'], 'rank')} x {count(baseline['threads'], 'thread')} "
         f"on {count(baseline['nodes'], 'node')}"
     )
 
 
-def relative(record: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """Speed-up and parallel efficiency of ``record`` and what they are relative to.
+def compute_relative_speed(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
+    """Compute speed-up and parallel efficiency of ``result`` relative to ``baseline``.
 
-    Speed is tokens a second; efficiency is the speed of a rank over that of a rank of the baseline, for the same work
-    in all (strong) and the same work a rank (weak) alike.
+    Speed is in tokens per second. Efficiency is the speed per rank over the baseline's speed per rank, in
+    both modes.
     """
-    speedup = record["tokens_per_s"] / baseline["tokens_per_s"]
+    speedup = result["tokens_per_s"] / baseline["tokens_per_s"]
     return {
         "speedup": speedup,
-        "efficiency": speedup * baseline["ranks"] / record["ranks"],
-        "baseline": baseline_of(baseline),
+        "efficiency": speedup * baseline["ranks"] / result["ranks"],
+        "baseline": describe_baseline(baseline),
     }

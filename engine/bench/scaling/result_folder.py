@@ -1,4 +1,4 @@
-"""The folder of a sweep: JSON lines as they come, then the report, and the plot where it can be drawn."""
+"""The folder of a study: results as JSON lines, the report, and the plot."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,42 +6,41 @@ from pathlib import Path
 from typing import Any
 
 from xpar.engine.bench.scaling import plot
-from xpar.engine.bench.scaling.markdown_report import markdown, measured
+from xpar.engine.bench.scaling.markdown_report import format_report, select_measured
 
 LINES, REPORT, PLOT = "scaling.jsonl", "report.md", "scaling.png"
 
 
 def open_folder(folder: Path) -> None:
-    """Make ``folder``; ValueError if it holds a sweep already."""
+    """Make ``folder``; raise ValueError if it holds a study already."""
     if (folder / LINES).exists():
         raise ValueError(f"{folder / LINES}: exists; move it away, or give another --out")
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def append(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write one record: what a job that is cut off had measured is there."""
+def append(folder: Path, result: Mapping[str, Any]) -> None:
+    """Append one result at once, so that a job that is cut off leaves what it had measured."""
     with open(folder / LINES, "a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(result) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The records in ``folder``; ValueError, OSError where there are none."""
+    """Read the results in ``folder``; raise ValueError or OSError if it has none."""
     lines = (folder / LINES).read_text().splitlines()
     try:
-        records = [json.loads(line) for line in lines if line.strip()]
+        results = [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
         raise ValueError(f"{folder / LINES}: {error}; not the JSON lines of xpar bench scaling") from None
-    if not records or not all(
-        isinstance(r, dict) and {"mode", "what", "manifest"} <= r.keys() for r in records
-    ):
+    required = {"mode", "what", "manifest"}
+    if not results or not all(isinstance(r, dict) and required <= r.keys() for r in results):
         raise ValueError(f"{folder / LINES}: holds no records of xpar bench scaling")
-    return records
+    return results
 
 
-def write_report(folder: Path, records: Sequence[Mapping[str, Any]]) -> str | None:
-    """Write report and plot; why there is no plot, if there is none."""
-    why = "no point was measured" if not measured(records) else plot.missing()
-    if why is None:
-        plot.draw(records, folder / PLOT)
-    (folder / REPORT).write_text(markdown(records, PLOT if why is None else None))
-    return why
+def write_report(folder: Path, results: Sequence[Mapping[str, Any]]) -> str | None:
+    """Write report and plot; return the reason if there is no plot."""
+    no_plot = "no point was measured" if not select_measured(results) else plot.find_missing()
+    if no_plot is None:
+        plot.draw(results, folder / PLOT)
+    (folder / REPORT).write_text(format_report(results, PLOT if no_plot is None else None))
+    return no_plot

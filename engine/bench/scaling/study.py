@@ -1,92 +1,120 @@
-"""Point after point: its ranks measure, the others sleep, and what was found is kept before the next one begins."""
+"""A scaling study: one point after another measures while the other ranks sleep."""
 
 import gc
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from xpar.comm.failure import AgreedError
 from xpar.comm.handshake import CollectiveError
 from xpar.comm.world import World
-from xpar.engine.bench.scaling.points import MODES, Point, relative
+from xpar.engine.bench.scaling.layer_source import LayerSource
+from xpar.engine.bench.scaling.points import MODES, Point, compute_relative_speed
 from xpar.engine.bench.timing import SETTLE_S
-from xpar.engine.console.report import surroundings
+from xpar.engine.console.manifest import world_manifest
+from xpar.engine.generation.request import Request
 
-Record = dict[str, Any]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    ``name``: for people. ``source``: the layer, or a request for a whole model whose ``out`` is the folder of
+    the answers. ``tokens_per_rank``: in the weak mode of a layer.
+    """
+
+    name: str
+    points: tuple[Point, ...]
+    modes: tuple[str, ...]
+    source: LayerSource | Request
+    tokens_per_rank: int
 
 
 class StudyStep(Protocol):
-    """What is measured, ready on the ranks of one point."""
+    """The thing to measure, ready on the ranks of one point."""
 
-    def measure(self, mode: str) -> Record:
-        """The figures of ``mode``; collective over the point's ranks. Complete on their first rank."""
+    def measure(self, mode: str) -> Result:
+        """Measure ``mode``; collective. The result is complete on the point's first rank."""
 
     def manifest(self) -> dict[str, Any]:
-        """What a reader needs to repeat the point."""
+        """Describe the point, so that a reader can repeat it."""
 
     def close(self) -> None:
-        """Give everything back; collective."""
+        """Give back everything that the point holds; collective."""
 
 
 Study = Callable[[World], StudyStep]
-"""Makes it ready on a world, collective over it; AgreedError, with the reason, where that cannot be."""
+"""Makes the thing to measure ready on a world; collective. Raises AgreedError with the reason if that is
+impossible."""
 
 
-def sweep(
+def run_study(
     world: World,
     points: Sequence[Point],
     study: Study,
     modes: Sequence[str] = MODES,
-    keep: Callable[[Record], None] = lambda record: None,
-) -> list[Record]:
-    """A record for every mode and point, in ascending order of points; collective over ``world``.
+    keep: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Measure every point in every mode; collective over ``world``.
 
-    A point that cannot be measured has a ``reason`` in place of figures. ``keep`` hears each record, on rank 0 only. All
-    ranks return the same.
+    Args:
+        world: all ranks of the job.
+        points: the points in ascending order.
+        study: makes the thing to measure ready on a point.
+        modes: the modes to measure.
+        keep: called with each result as soon as it is known, on rank 0 alone.
+
+    Returns:
+        One result per point and mode, the same on every rank. A point that cannot be measured has a
+        ``reason`` in place of figures.
     """
-    records: list[Record] = []
+    results: list[Result] = []
     for point in points:
-        found = _at(world, point, study, modes)
-        # The ranks outside the point wait here; asleep, so that those inside have the cores.
+        found = _measure_point(world, point, study, modes)
+        # The ranks outside the point wait here asleep, so that the ranks inside have the cores.
         world.comm.barrier(patient=True)
-        for record in world.comm.all_gather_object(found)[0]:
-            _compare(records, record)
+        for result in world.comm.all_gather_object(found)[0]:
+            _add_relative_speed(results, result)
             if world.rank == 0:
-                keep(record)
-            records.append(record)
-    return records
+                keep(result)
+            results.append(result)
+    return results
 
 
-def _at(world: World, point: Point, study: Study, modes: Sequence[str]) -> list[Record]:
-    """The records of one point, complete on rank 0, which takes part in all of them."""
+def _measure_point(world: World, point: Point, study: Study, modes: Sequence[str]) -> list[Result]:
+    """Measure one point; the results are complete on rank 0, which takes part in every point."""
     inside = world.first(point.ranks)
     if inside is None:
         return []
     time.sleep(SETTLE_S)
     try:
-        found = _measured(inside, study, modes)
+        found = _measure_modes(inside, study, modes)
     except CollectiveError as error:
-        # The ranks outside, and perhaps some inside, know nothing of it: only what ends the job ends their waiting.
+        # The ranks outside, and perhaps some inside, know nothing of the error: only the job's end ends
+        # their waiting.
         raise RuntimeError(f"{point}: {error}") from error
-    gc.collect()  # weights go before those of the next point come
+    gc.collect()  # frees the weights of this point before those of the next are made
     inside.comm.close()
     return [{"mode": mode, "ranks": point.ranks, "nodes": point.nodes, **figures} for mode, figures in found]
 
 
-def _measured(inside: World, study: Study, modes: Sequence[str]) -> list[tuple[str, Record]]:
+def _measure_modes(inside: World, study: Study, modes: Sequence[str]) -> list[tuple[str, Result]]:
     try:
-        station = study(inside)
-    except AgreedError as why:
-        return [(mode, {"reason": str(why), "manifest": surroundings(inside)}) for mode in modes]
-    figures = [(mode, station.measure(mode)) for mode in modes]
-    manifest = station.manifest()
-    station.close()
-    return [(mode, {**record, "manifest": manifest}) for mode, record in figures]
+        step = study(inside)
+    except AgreedError as error:
+        return [(mode, {"reason": str(error), "manifest": world_manifest(inside)}) for mode in modes]
+    figures = [(mode, step.measure(mode)) for mode in modes]
+    manifest = step.manifest()
+    step.close()
+    return [(mode, {**result, "manifest": manifest}) for mode, result in figures]
 
 
-def _compare(before: Sequence[Record], record: Record) -> None:
-    """Give a measured ``record`` its speed relative to the first of its mode, which is the smallest."""
-    if "reason" in record:
+def _add_relative_speed(before: Sequence[Result], result: Result) -> None:
+    """Add to a measured ``result`` its speed relative to the first point of its mode."""
+    if "reason" in result:
         return
-    same = [r for r in before if r["mode"] == record["mode"] and "reason" not in r]
-    record.update(relative(record, same[0] if same else record))
+    same = [r for r in before if r["mode"] == result["mode"] and "reason" not in r]
+    result.update(compute_relative_speed(result, same[0] if same else result))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from all_dispatchers import movers
+from all_dispatchers import all_dispatchers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,7 +116,7 @@ def routing_of(tokens: int, k: int, num_experts: int, generator: torch.Generator
     return Routing(ids, 2.0 ** -torch.randint(0, 4, (tokens, k), generator=generator))
 
 
-@pytest.mark.parametrize("dispatcher", [*movers(), "hierarchical"])
+@pytest.mark.parametrize("dispatcher", [*all_dispatchers(), "hierarchical"])
 @settings(max_examples=40)
 @given(data=st.data())
 def test_plan_dispatch_combine(grid: ProcessGrid, dispatcher: str, data: st.DataObject) -> None:

@@ -13,7 +13,7 @@ from tiny_models import write_model
 
 from xpar.engine.bench.decode_profile import PARTS
 from xpar.engine.cli import parser
-from xpar.engine.commands.bench_generate import _check
+from xpar.engine.commands.bench_generate import check_request
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_words(model: Path, what: str) -> None:
+def test_a_wrong_request_names_the_option(model: Path, what: str) -> None:
     words, message = WRONG[what]
     with pytest.raises(ValueError, match=re.escape(message)):
-        _check(parser().parse_args(["bench", "generate", str(model), *words]))
+        check_request(parser().parse_args(["bench", "generate", str(model), *words]))

@@ -7,10 +7,10 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
-from run_commands import in_turn
+from run_commands import run_commands
 
 from xpar.engine.bench.kernels import tile_search
-from xpar.engine.bench.kernels.tile_candidates import candidates, get, parts, put
+from xpar.engine.bench.kernels.tile_candidates import candidates, get_value, parts, replace_value
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.gpu.availability import use_table
 from xpar.kernels.gpu.experts import TritonExperts
@@ -46,10 +46,10 @@ def test_candidates_are_new_fit_and_differ() -> None:
         few, many = candidates(kernel, part, 5), candidates(kernel, part, 30)
         assert len(few) == 5 and few == many[:5] and len(set(many)) == len(many)
         for value in many:
-            assert value != get(kernel.table, part)
-            assert get(put(kernel.table, part, value), part) == value
+            assert value != get_value(kernel.table, part)
+            assert get_value(replace_value(kernel.table, part, value), part) == value
     (other,) = candidates(kernel, "tall", 5)
-    assert other != kernel.table.tall and put(kernel.table, "tall", other).tall == other
+    assert other != kernel.table.tall and replace_value(kernel.table, "tall", other).tall == other
 
 
 class Pretended:
@@ -114,7 +114,7 @@ def test_where_rows_go_is_chosen_before_tiles(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(tile_search.Cell, "seconds", seconds)
     cells = [tile_search.Cell("a", Pretended(table), [batch(400)])]  # type: ignore[arg-type]
-    assert "down 1" not in tile_search.parts_of(cells)
+    assert "down 1" not in tile_search.group_by_part(cells)
     result = tile_search.search(cells, 12, lambda text: None, time.perf_counter() + 60)
     found = Table.from_dict(result["table"])
     assert found.limits[1] >= 128 and found.down[1].per_sm == 1
@@ -160,7 +160,7 @@ WRONG = {
 @pytest.fixture(scope="module")
 def said_without_a_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CompletedProcess[str]]:
     folder, commands = tmp_path_factory.mktemp("wrong"), [words.split() for words in WRONG]
-    return dict(zip(WRONG, in_turn(1, commands, folder, env={"CUDA_VISIBLE_DEVICES": ""}), strict=True))
+    return dict(zip(WRONG, run_commands(1, commands, folder, env={"CUDA_VISIBLE_DEVICES": ""}), strict=True))
 
 
 @pytest.mark.parametrize("words", WRONG)

@@ -2,24 +2,21 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 import torch
-from launch import mpirun
-from run_commands import in_turn
+from run_commands import run_commands
 
 from xpar.comm.dispatch.expected_traffic import expected_rows
-from xpar.engine.bench.ceilings import Ceilings
-from xpar.engine.bench.peers import IMPLEMENTATIONS, caller, transformers_layer
+from xpar.engine.bench.ceilings import HostCeilings
+from xpar.engine.bench.peers import IMPLEMENTATIONS, block_function, transformers_layer
 from xpar.engine.bench.timing import Times
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import SHAPES, shape_of
 from xpar.kernels.contracts import Routing
 
-XPAR = [sys.executable, "-m", "xpar.engine"]
 SMALL = 0.0625
 
 
@@ -49,7 +46,7 @@ def test_transformers_computes_the_same_layer(name: str, fresh_seed: int) -> Non
     x = torch.randn(9, layer.config.hidden_size, generator=torch.Generator().manual_seed(fresh_seed))
     expected, _ = layer.reference(x)
     for implementation in IMPLEMENTATIONS:
-        got = caller(block, implementation)(x)
+        got = block_function(block, implementation)(x)
         assert (got - expected).norm() <= 1e-5 * expected.norm(), implementation
 
 
@@ -74,42 +71,72 @@ def test_floor_counts_distinct_experts_and_all_slots() -> None:
     ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, -1]] * 100, dtype=torch.int32)
     routing = Routing(ids, torch.ones(ids.shape))
     expert = 3 * layer.hidden_size * layer.intermediate_size
-    assert Ceilings(1e9, 1e30).floor_s(layer, routing, torch.bfloat16) == pytest.approx(7 * expert * 2 / 1e9)
-    assert Ceilings(1e30, 1e9).floor_s(layer, routing, torch.bfloat16) == pytest.approx(
+    assert HostCeilings(1e9, 1e30).floor_s(layer, routing, torch.bfloat16) == pytest.approx(
+        7 * expert * 2 / 1e9
+    )
+    assert HostCeilings(1e30, 1e9).floor_s(layer, routing, torch.bfloat16) == pytest.approx(
         700 * 2 * expert / 1e9
     )
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_bench_layer_prints_every_contender(tmp_path: Path, n: int) -> None:
-    out = tmp_path / "layer.json"
-    words = ["olmoe", "--scale", str(SMALL), "--tokens", "1", "70", "--seconds", "0.05", "--json", str(out)]
-    # One rank has a kernel that covers several steps; on three, parts of a step can overlap.
-    more = ["--micro-batches", "2", "--dispatcher", "alltoall"] if n > 1 else []
-    compare = ["transformers", "solo", *(["steps"] if n == 1 else [])]
-    job = mpirun(n, [*XPAR, "bench", "layer", *words, *more, "--compare", *compare], timeout=120)
+LAYER = f"bench layer olmoe --scale {SMALL} --tokens 1 70 --seconds 0.05 --compare transformers solo"
+# One rank has a kernel that covers several steps; on three, parts of a step can overlap.
+LAYER_MORE = {1: "steps", 3: "--micro-batches 2 --dispatcher alltoall"}
+COMM = "bench comm --megabytes 0.01 --hidden 64 --experts 7 --top-k 3"
+OVERLAP = f"bench overlap deepseek-v2-lite --experts 7 --scale {SMALL} --tokens 1 5 --seconds 0.05"
+
+
+def run_measurements(n: int, folder: Path) -> dict[str, CompletedProcess[str]]:
+    """Run every measurement for ``n`` ranks in one start; each writes NAME.json into ``folder``."""
+    commands = {"layer": f"{LAYER} {LAYER_MORE[n]}", "overlap": OVERLAP} | ({"comm": COMM} if n > 1 else {})
+    words = [[*text.split(), "--json", str(folder / f"{name}.json")] for name, text in commands.items()]
+    return dict(zip(commands, run_commands(n, words, folder, timeout=240), strict=True))
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def measured(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path, dict[str, CompletedProcess[str]]]:
+    folder = tmp_path_factory.mktemp("measured")
+    return request.param, folder, run_measurements(request.param, folder)
+
+
+Measured = tuple[int, Path, dict[str, CompletedProcess[str]]]
+
+
+def test_bench_layer_measures_every_contender(measured: Measured) -> None:
+    n, folder, jobs = measured
+    job = jobs["layer"]
     assert job.returncode == 0, job.stdout + job.stderr
-    document = json.loads(out.read_text())
+    document = json.loads((folder / "layer.json").read_text())
     assert document["manifest"]["grid"]["ep"] == n
-    for record, tokens in zip(document["results"], (1, 70), strict=True):
-        assert record["tokens"] == tokens
+    for result, tokens in zip(document["results"], (1, 70), strict=True):
+        assert result["tokens"] == tokens
         way = "2 micro-batches" if n > 1 else "steps"
-        assert set(record["ratio"]) == {"grouped_mm", "eager", "solo", way}
-        assert set(record["rel_error"]) == {"xpar", "grouped_mm", "eager", "solo", way}
+        assert set(result["ratio"]) == {"grouped_mm", "eager", "solo", way}
+        assert set(result["rel_error"]) == {"xpar", "grouped_mm", "eager", "solo", way}
         # Where bf16 logits tie at the k-th place, transformers may take the other expert for a token.
         limits = {"xpar": 1e-2, "solo": 1e-2, way: 1e-2, "grouped_mm": 0.3, "eager": 0.3}
-        assert all(0 < e < limits[name] for name, e in record["rel_error"].items()), record["rel_error"]
-        assert all(0 < ms["min"] <= ms["median"] for ms in record["ms"].values())
-        assert record["transformers_best"] in (record["ratio"]["grouped_mm"], record["ratio"]["eager"])
-        assert record["floor_ms"] > 0
+        assert all(0 < e < limits[name] for name, e in result["rel_error"].items()), result["rel_error"]
+        assert all(0 < ms["min"] <= ms["median"] for ms in result["ms"].values())
+        assert result["transformers_best"] in (result["ratio"]["grouped_mm"], result["ratio"]["eager"])
+        assert result["floor_ms"] > 0
     assert job.stdout.count("tokens/s") == 1
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_bench_comm_moves_the_deduplicated_rows(tmp_path: Path, n: int) -> None:
-    out = tmp_path / "comm.json"
-    words = ["--megabytes", "0.01", "--hidden", "64", "--experts", "7", "--top-k", "3", "--json", str(out)]
-    job = mpirun(n, [*XPAR, "bench", "comm", *words], timeout=120)
+def test_bench_overlap_compares_every_order(measured: Measured) -> None:
+    _, folder, jobs = measured
+    job = jobs["overlap"]
+    assert job.returncode == 0, job.stdout + job.stderr
+    document = json.loads((folder / "overlap.json").read_text())
+    assert document["manifest"]["dtype"] == "bfloat16" and document["manifest"]["seed"] == 0
+    for result, tokens in zip(document["results"], (1, 5), strict=True):
+        assert result["tokens"] == tokens and result["differ"] == [] and not result["recorded"]
+        assert list(result["ratio"]) == ["none", "before", "during_dispatch", "during_combine"]
+        assert result["ratio"]["none"] == 1.0 and result["chosen"] in result["ms"] and result["shared_ms"] > 0
+
+
+def check_comm(job: CompletedProcess[str], out: Path) -> None:
     assert job.returncode == 0, job.stdout + job.stderr
     results = json.loads(out.read_text())["results"]
     assert [r["dispatcher"] for r in results] == ["shared-memory", "allgather", "alltoall"]
@@ -118,7 +145,14 @@ def test_bench_comm_moves_the_deduplicated_rows(tmp_path: Path, n: int) -> None:
         assert r["rows_back"] == r["rows_deduplicated"]
         if r["dispatcher"] != "allgather":
             assert r["rows"] == r["rows_deduplicated"]
+        # The routing is drawn from the default seed, so that this holds always or never.
         assert abs(r["rows_deduplicated"] / r["rows_expected"] - 1) < 0.2
+
+
+@pytest.mark.parametrize("measured", [3], indirect=True)
+def test_bench_comm_moves_the_deduplicated_rows_on_three_ranks(measured: Measured) -> None:
+    _, folder, jobs = measured
+    check_comm(jobs["comm"], folder / "comm.json")
 
 
 WRONG = {
@@ -126,6 +160,7 @@ WRONG = {
     "layer olmoe --scale 2": "scale=2: widths are scaled",
     f"layer olmoe --scale {SMALL} --micro-batches 2 --dispatcher shared-memory": "holds one step's rows at a time",
     "layer olmoe --tokens 0": "--tokens 0: must be at least 1",
+    "layer olmoe --seconds 0": "--seconds 0: must be positive",
     "layer deepseek-v3 --compare solo": "GB are left; use --scale",
     "comm --top-k 65": "--top-k 65: a token goes to at most every expert once",
     "comm --megabytes -1": "--megabytes -1: must be positive",
@@ -135,39 +170,27 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_bench_overlap_compares_every_order(tmp_path: Path, n: int) -> None:
-    out = tmp_path / "overlap.json"
-    words = [
-        "deepseek-v2-lite",
-        "--experts",
-        "7",
-        "--scale",
-        str(SMALL),
-        "--tokens",
-        "1",
-        "5",
-        "--seconds",
-        "0.05",
-    ]
-    job = mpirun(n, [*XPAR, "bench", "overlap", *words, "--json", str(out)], timeout=120)
-    assert job.returncode == 0, job.stdout + job.stderr
-    document = json.loads(out.read_text())
-    assert document["manifest"]["command"][:3] == ["xpar", "bench", "overlap"]
-    for record, tokens in zip(document["results"], (1, 5), strict=True):
-        assert record["tokens"] == tokens and record["differ"] == [] and not record["recorded"]
-        assert list(record["ratio"]) == ["none", "before", "during_dispatch", "during_combine"]
-        assert record["ratio"]["none"] == 1.0 and record["chosen"] in record["ms"] and record["shared_ms"] > 0
-
-
 @pytest.fixture(scope="module")
-def said_to_wrong_words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CompletedProcess[str]]:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, CompletedProcess[str]]]:
+    """All wrong requests on two ranks, and ``xpar bench comm``, which writes comm.json into the folder."""
+    folder = tmp_path_factory.mktemp("wrong")
     commands = [["bench", *words.split()] for words in WRONG]
-    return dict(zip(WRONG, in_turn(2, commands, tmp_path_factory.mktemp("wrong")), strict=True))
+    right = [*COMM.split(), "--json", str(folder / "comm.json")]
+    jobs = run_commands(2, [*commands, right], folder)
+    return folder, dict(zip([*WRONG, "comm"], jobs, strict=True))
+
+
+def test_bench_comm_moves_the_deduplicated_rows_on_two_ranks(
+    two_ranks: tuple[Path, dict[str, CompletedProcess[str]]],
+) -> None:
+    folder, jobs = two_ranks
+    check_comm(jobs["comm"], folder / "comm.json")
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_wrong_words_are_one_line(said_to_wrong_words: dict[str, CompletedProcess[str]], words: str) -> None:
-    job = said_to_wrong_words[words]
+def test_a_wrong_request_is_one_line(
+    two_ranks: tuple[Path, dict[str, CompletedProcess[str]]], words: str
+) -> None:
+    job = two_ranks[1][words]
     assert job.returncode == 1
     assert job.stderr.count(WRONG[words]) == 1 and "Traceback" not in job.stderr, job.stderr

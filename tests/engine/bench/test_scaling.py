@@ -15,14 +15,14 @@ from xpar.comm.failure import AgreedError
 from xpar.comm.partition import split_range
 from xpar.engine.bench.scaling import result_folder
 from xpar.engine.bench.scaling.generate_study import AnswerCheck
-from xpar.engine.bench.scaling.inputs import CHECKED, batch, checked_places, checked_tokens
-from xpar.engine.bench.scaling.layer import LayerCheck
+from xpar.engine.bench.scaling.inputs import CHECKED, draw_batch, draw_checked_tokens, place_checked_tokens
 from xpar.engine.bench.scaling.layer_source import ShapeLayer
-from xpar.engine.bench.scaling.markdown_report import markdown
-from xpar.engine.bench.scaling.options import plan
-from xpar.engine.bench.scaling.plot import figure_of
-from xpar.engine.bench.scaling.points import Point, points_of, relative
+from xpar.engine.bench.scaling.layer_study import LayerCheck
+from xpar.engine.bench.scaling.markdown_report import format_report
+from xpar.engine.bench.scaling.plot import make_figure
+from xpar.engine.bench.scaling.points import Point, choose_points, compute_relative_speed
 from xpar.engine.cli import parser
+from xpar.engine.commands.bench_scaling import read_plan
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.stage_timer import STAGES
 from xpar.engine.synthetic.checkpoint import make_checkpoint
@@ -30,6 +30,7 @@ from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
 
 XPAR = [sys.executable, "-m", "xpar.engine"]
+PROGRAMS = Path(__file__).parents[2] / "programs"
 NODES = (0, 0, 0, 1, 1, 2)
 
 
@@ -43,12 +44,16 @@ NODES = (0, 0, 0, 1, 1, 2)
     ],
     ids=["default", "ranks", "nodes", "both"],
 )
-def test_points(ranks: list[int] | None, nodes: list[int] | None, expected: list[tuple[int, int]]) -> None:
-    assert points_of(NODES, ranks, nodes) == [Point(*point) for point in expected]
+def test_points_follow_ranks_and_nodes(
+    ranks: list[int] | None, nodes: list[int] | None, expected: list[tuple[int, int]]
+) -> None:
+    assert choose_points(NODES, ranks, nodes) == [Point(*point) for point in expected]
 
 
 def test_default_points_of_a_power_of_two_are_not_doubled() -> None:
-    assert [p.ranks for p in points_of([0] * 8)] == [1, 2, 4, 8] and [p.ranks for p in points_of([0])] == [1]
+    assert [p.ranks for p in choose_points([0] * 8)] == [1, 2, 4, 8] and [
+        p.ranks for p in choose_points([0])
+    ] == [1]
 
 
 @pytest.mark.parametrize(
@@ -68,30 +73,30 @@ def test_default_points_of_a_power_of_two_are_not_doubled() -> None:
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_words(words: list[str], message: str) -> None:
+def test_a_wrong_request_names_the_option(words: list[str], message: str) -> None:
     with pytest.raises(ValueError) as raised:
-        plan(parser().parse_args(["bench", "scaling", *words]), NODES)
+        read_plan(parser().parse_args(["bench", "scaling", *words]), NODES)
     assert message in str(raised.value)
 
 
 def test_both_modes_begin_with_the_same_tokens() -> None:
     words = ["bench", "scaling", "olmoe", "--tokens", "96", "--ranks", "3,6"]
-    assert plan(parser().parse_args(words), NODES).per_rank == 32
-    assert plan(parser().parse_args([*words, "--tokens-per-rank", "7"]), NODES).per_rank == 7
+    assert read_plan(parser().parse_args(words), NODES).tokens_per_rank == 32
+    assert read_plan(parser().parse_args([*words, "--tokens-per-rank", "7"]), NODES).tokens_per_rank == 7
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 63, 64, 200])
 def test_tokens_depend_on_their_place_alone(tokens: int, fresh_seed: int) -> None:
-    whole = batch(tokens, slice(0, tokens), 8, fresh_seed, 2)
+    whole = draw_batch(tokens, slice(0, tokens), 8, fresh_seed, 2)
     for ranks in (2, 3, 7):
-        parts = [batch(tokens, split_range(tokens, ranks, r), 8, fresh_seed, 2) for r in range(ranks)]
+        parts = [draw_batch(tokens, split_range(tokens, ranks, r), 8, fresh_seed, 2) for r in range(ranks)]
         assert torch.equal(torch.cat(parts), whole)
     assert len(torch.unique(whole, dim=0)) == tokens
-    places = checked_places(tokens)
+    places = place_checked_tokens(tokens)
     assert len(set(places)) == min(CHECKED, tokens)
-    assert torch.equal(whole[places], checked_tokens(8, fresh_seed)[: len(places)])
+    assert torch.equal(whole[places], draw_checked_tokens(8, fresh_seed)[: len(places)])
     if tokens > CHECKED:
-        assert not torch.equal(whole, batch(tokens, slice(0, tokens), 8, fresh_seed, 3))
+        assert not torch.equal(whole, draw_batch(tokens, slice(0, tokens), 8, fresh_seed, 3))
 
 
 def test_a_wrong_layer_is_found() -> None:
@@ -155,7 +160,7 @@ def records() -> list[dict[str, Any]]:
                 "manifest": manifest,
             }
         )
-        found[-1].update(relative(found[-1], found[0]))
+        found[-1].update(compute_relative_speed(found[-1], found[0]))
     lost = {
         "mode": "strong",
         "what": "a layer",
@@ -168,7 +173,7 @@ def records() -> list[dict[str, Any]]:
 
 
 def test_no_efficiency_without_its_baseline() -> None:
-    text = markdown(records(), "scaling.png")
+    text = format_report(records(), "scaling.png")
     assert [r.get("efficiency") for r in records()] == [None, 1.0, 0.8, 0.5]
     lines = text.splitlines()
     head = next(line for line in lines if line.startswith("| ranks | nodes"))
@@ -184,11 +189,13 @@ def test_no_efficiency_without_its_baseline() -> None:
 def test_a_wrong_point_is_named() -> None:
     found = records()
     found[-1].update(rel_error=0.5, correct=False)
-    assert "- 8 ranks on 2 nodes: WRONG: relative error 5.0e-01 of at most 1e-02" in markdown(found, None)
+    assert "- 8 ranks on 2 nodes: WRONG: relative error 5.0e-01 of at most 1e-02" in format_report(
+        found, None
+    )
 
 
 def test_plot_names_the_baseline_and_shows_the_ideal() -> None:
-    time, efficiency, stages, moved = figure_of(records()).axes
+    time, efficiency, stages, moved = make_figure(records()).axes
     assert efficiency.get_ylabel() == "parallel efficiency (%)\nrelative to 2 ranks x 3 threads on 1 node"
     lines = {line.get_label(): list(line.get_ydata()) for line in time.lines}
     assert lines["ideal, from 2 ranks x 3 threads on 1 node"] == [80, 40, 20]
@@ -206,7 +213,7 @@ def test_plot_of_answers_leaves_out_what_is_not_known() -> None:
     found = copy.deepcopy(records())
     for record in found[1:]:
         del record["stages_ms"], record["dispatch_bytes"]
-    assert [axis.get_title() for axis in figure_of(found).axes] == [
+    assert [axis.get_title() for axis in make_figure(found).axes] == [
         "strong: time",
         "strong: parallel efficiency",
     ]
@@ -313,21 +320,6 @@ def test_command_answers_the_same_on_every_number_of_ranks(tmp_path: Path) -> No
 
 
 def test_a_failure_inside_a_point_ends_the_ranks_outside_it() -> None:
-    job = mpirun(
-        3,
-        """
-from xpar.comm import World, run
-from xpar.comm.handshake import DesyncError
-from xpar.engine.bench.scaling.points import points_of
-from xpar.engine.bench.scaling.study import sweep
-
-class Failing:
-    def measure(self, mode):
-        raise DesyncError("out of step")
-
-world = World.attach()
-run(lambda: sweep(world, points_of(world.node_of, [2]), lambda inside: Failing(), ["strong"]))
-""",
-    )
+    job = mpirun(3, [sys.executable, "-m", "mpi4py", str(PROGRAMS / "failing_point.py")])
     assert job.returncode != 0
     assert "RuntimeError: 2 ranks on 1 node: out of step" in job.stderr

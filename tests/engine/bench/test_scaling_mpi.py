@@ -10,12 +10,11 @@ from xpar.comm import World
 from xpar.comm.dispatch.base import destination_mask
 from xpar.comm.failure import AgreedError
 from xpar.comm.placement import Placement
-from xpar.engine.bench.scaling.inputs import batch, batches
-from xpar.engine.bench.scaling.layer import LayerCheck
+from xpar.engine.bench.scaling.inputs import count_batches, draw_batch
 from xpar.engine.bench.scaling.layer_source import ShapeLayer
-from xpar.engine.bench.scaling.layer_study import Axes, LayerStudy
-from xpar.engine.bench.scaling.points import points_of
-from xpar.engine.bench.scaling.study import sweep
+from xpar.engine.bench.scaling.layer_study import Axes, LayerCheck, LayerStudy
+from xpar.engine.bench.scaling.points import choose_points
+from xpar.engine.bench.scaling.study import run_study
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
@@ -44,8 +43,8 @@ def test_every_point_is_measured_and_right(world: World, exact: bool) -> None:
     check = LayerCheck(layer, 5, exact) if world.rank == 0 else None
     heard: list[dict[str, Any]] = []
     study = LayerStudy(layer, Axes(), TOKENS, 33, 0.01, 5, check)
-    points = points_of(world.node_of)
-    records = sweep(world, points, study, keep=heard.append)
+    points = choose_points(world.node_of)
+    records = run_study(world, points, study, keep=heard.append)
     assert [(r["mode"], r["ranks"]) for r in records] == [
         (m, p.ranks) for p in points for m in ("strong", "weak")
     ]
@@ -71,8 +70,8 @@ def test_bytes_are_those_of_the_routing(world: World) -> None:
     layer = small("alltoall", False)
     check = LayerCheck(layer, 5, False) if world.rank == 0 else None
     study = LayerStudy(layer, Axes(), TOKENS, 33, 0.01, 5, check)
-    (record,) = sweep(world, points_of(world.node_of, [world.size]), study, ["strong"])
-    count = batches(TOKENS)
+    (record,) = run_study(world, choose_points(world.node_of, [world.size]), study, ["strong"])
+    count = count_batches(TOKENS)
     run = [0, count - 1, *(r % count for r in range(record["steps"]))]
     router = layer.weights.make_router()
     shares = [len(range(TOKENS)[r :: world.size]) for r in range(world.size)]
@@ -80,7 +79,7 @@ def test_bytes_are_those_of_the_routing(world: World) -> None:
     node = torch.tensor(world.node_of)
     away = across = slots = torch.zeros(world.size)
     for number in run:
-        ids = router.route(batch(TOKENS, slice(0, TOKENS), 64, 5, number)).topk_ids
+        ids = router.route(draw_batch(TOKENS, slice(0, TOKENS), 64, 5, number)).topk_ids
         placement = Placement.blocks(7, world.size)
         goes = destination_mask(ids, placement)
         away = away + (goes & (torch.arange(world.size)[:, None] != home)).sum(1)
@@ -109,7 +108,7 @@ def test_ranks_outside_a_point_leave_the_cores_alone(world: World) -> None:
             pass
 
     begin, began = time.process_time(), time.monotonic()
-    sweep(world, points_of(world.node_of, [1]), lambda inside: Busy(), ["strong"])
+    run_study(world, choose_points(world.node_of, [1]), lambda inside: Busy(), ["strong"])
     used, elapsed = time.process_time() - begin, time.monotonic() - began
     # One that spins has its share of a busy machine, all of an idle one.
     assert used >= 0.2 if world.rank == 0 else used < 0.05 + 0.05 * elapsed
@@ -120,7 +119,7 @@ def test_a_point_that_cannot_be_is_named_and_the_next_one_measured(world: World)
     layer = small("auto", False)
     check = LayerCheck(layer, 5, False) if world.rank == 0 else None
     study = LayerStudy(layer, Axes(tp=world.size), TOKENS, 33, 0.01, 5, check)
-    records = sweep(world, points_of(world.node_of, [1, world.size]), study, ["weak"])
+    records = run_study(world, choose_points(world.node_of, [1, world.size]), study, ["weak"])
     if world.size > 1:
         assert f"tp={world.size} does not divide 1 ranks" in records[0]["reason"]
         assert "ms" not in records[0] and records[0]["manifest"]["node_map"]
@@ -129,10 +128,10 @@ def test_a_point_that_cannot_be_is_named_and_the_next_one_measured(world: World)
     assert records[-1]["baseline"] == {"ranks": world.size, "nodes": world.num_nodes, "threads": threads}
 
 
-def test_a_layer_that_cannot_be_built_is_a_reason_too(world: World) -> None:
+def test_a_layer_that_cannot_be_built_is_the_reason_of_its_point(world: World) -> None:
     layer = small("pigeon", False)
     study = LayerStudy(layer, Axes(), TOKENS, 33, 0.01, 5, None)
-    records = sweep(world, points_of(world.node_of, [world.size]), study, ["strong"])
+    records = run_study(world, choose_points(world.node_of, [world.size]), study, ["strong"])
     assert all("'pigeon'" in r["reason"] for r in records)
     with pytest.raises(AgreedError, match="'pigeon'"):
         study(world)

@@ -1,46 +1,49 @@
-"""The commands as a user types them, and what they say to wrong words."""
+"""The commands as a user types them, and what they say to wrong options."""
 
 import json
 import re
-import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from launch import mpirun
-from run_commands import in_turn
+import torch
+from run_commands import run_commands
 
 from xpar.engine.architectures.dense_schema import DENSE
+from xpar.engine.architectures.layer_config import find, moe_layers
+from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.cli import parser
+from xpar.engine.layer.build import read_layer_config
+from xpar.engine.layer.reference import layer_reference
+from xpar.engine.synthetic.values import random_token_ids, random_tokens
 
-XPAR = [sys.executable, "-m", "xpar.engine"]
+Done = CompletedProcess[str]
+
+
+def make(family: str, path: Path, *words: str) -> int:
+    """Run ``xpar make-checkpoint`` in this process: it needs no MPI, and a start costs seconds."""
+    args = parser().parse_args(["make-checkpoint", family, str(path), *words])
+    return int(args.main(args))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("made") / "qwen2"
-    job = mpirun(1, [*XPAR, "make-checkpoint", "qwen2_moe", str(path), "--writer", "own"])
-    assert job.returncode == 0, job.stderr
-    assert "2 layers of 8 experts" in job.stdout
+    assert make("qwen2_moe", path, "--writer", "own") == 0
     return path
 
 
-@pytest.mark.parametrize("n", [1, 3])  # on two: test_run_verifies
-def test_run_verifies_and_writes_json(checkpoint: Path, tmp_path: Path, n: int) -> None:
-    out = tmp_path / "figures.json"
-    words = [
+def verify_words(checkpoint: Path, out: Path) -> list[str]:
+    return [
         "run",
         str(checkpoint),
-        "--tokens",
-        "41",
-        "--steps",
-        "2",
-        "--verify",
-        "--explain",
-        "--json",
+        *["--tokens", "41", "--steps", "2", "--verify", "--explain", "--json"],
         str(out),
     ]
-    job = mpirun(n, [*XPAR, *words])
+
+
+def check_verified(job: Done, out: Path, n: int) -> None:
+    """Check what ``xpar run --verify --explain --json`` printed and wrote on ``n`` ranks."""
     assert job.returncode == 0, job.stdout + job.stderr
     assert job.stdout.count("tokens/s") == 2  # one table a layer, from rank 0 only
     first = 8 // n + (8 % n > 0)
@@ -60,68 +63,30 @@ def test_run_verifies_and_writes_json(checkpoint: Path, tmp_path: Path, n: int) 
         assert set(layer["stages"]) == {"route", "plan", "dispatch", "compute", "combine", "shared", "finish"}
 
 
-WRONG = {
-    "--tp 3": "tp=3 does not divide 2 ranks; tp must be one of 1, 2",
-    "--kernel abacus": "kernel='abacus'",
-    "--tiles tiles.json --device cpu": "has no tile table; leave tiles out",
-    "--dispatcher replicated": "hold different tokens",
-    "--layers 9": "layer 9 has no experts",
-    "--tokens -1": "--tokens -1: must be at least 0",
-    "--exact --etp 2": "use etp=1",
-}
+def test_run_verifies_on_one_rank(checkpoint: Path, tmp_path: Path) -> None:
+    (job,) = run_commands(1, [verify_words(checkpoint, tmp_path / "figures.json")], tmp_path)
+    check_verified(job, tmp_path / "figures.json", 1)
+
+
+LOGGED = "--tokens 4 --steps 3 --layers 1 --kernel onednn -v --stragglers --debug-collectives --deadline 90"
 
 
 @pytest.fixture(scope="module")
-def said_to_wrong_words(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, CompletedProcess[str]]:
-    commands = [["run", str(checkpoint), *words.split()] for words in WRONG]
-    return dict(zip(WRONG, in_turn(2, commands, tmp_path_factory.mktemp("wrong")), strict=True))
+def three_ranks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Done]]:
+    """Three commands on three ranks in one start; the first one writes a document."""
+    folder = tmp_path_factory.mktemp("three")
+    out = folder / "figures.json"
+    commands = [verify_words(checkpoint, out), ["run", str(checkpoint), *LOGGED.split()], ["doctor"]]
+    return out, run_commands(3, commands, folder)
 
 
-@pytest.mark.parametrize("words", WRONG)
-def test_wrong_words_are_one_line(said_to_wrong_words: dict[str, CompletedProcess[str]], words: str) -> None:
-    job = said_to_wrong_words[words]
-    assert job.returncode == 1
-    assert job.stderr.count(WRONG[words]) == 1 and "Traceback" not in job.stderr
+def test_run_verifies_on_three_ranks(three_ranks: tuple[Path, list[Done]]) -> None:
+    out, jobs = three_ranks
+    check_verified(jobs[0], out, 3)
 
 
-def test_missing_checkpoint_and_unknown_command(tmp_path: Path) -> None:
-    job = mpirun(2, [*XPAR, "run", str(tmp_path / "nowhere")])
-    assert job.returncode == 1 and job.stderr.count("nowhere: not a directory") == 1
-    job = mpirun(2, [*XPAR, "frobnicate"])
-    assert job.returncode == 2 and job.stderr.count("invalid choice") == 1
-
-
-def test_truncated_shard_is_one_error_on_all_ranks(tmp_path: Path) -> None:
-    path = tmp_path / "olmoe"
-    assert make("olmoe", path) == 0
-    shard = next(path.glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1000])
-    job = mpirun(2, [*XPAR, "run", str(path), "--kernel", "onednn"])
-    assert job.returncode == 1 and job.stderr.count("xpar: error:") == 1 and shard.name in job.stderr
-
-
-def test_make_checkpoint_keeps_what_is_there(checkpoint: Path) -> None:
-    job = mpirun(1, [*XPAR, "make-checkpoint", "olmoe", str(checkpoint)])
-    assert job.returncode == 1 and "is not empty" in job.stderr and "Traceback" not in job.stderr
-
-
-def test_log_lines_carry_their_rank_and_v_shows_all(checkpoint: Path) -> None:
-    words = [
-        *XPAR,
-        "run",
-        str(checkpoint),
-        "--tokens",
-        "4",
-        "--steps",
-        "3",
-        "--layers",
-        "1",
-        "--kernel",
-        "onednn",
-    ]
-    verbose = mpirun(3, [*words, "-v", "--stragglers", "--debug-collectives", "--deadline", "90"])
+def test_log_lines_carry_their_rank_and_v_shows_all(three_ranks: tuple[Path, list[Done]]) -> None:
+    verbose = three_ranks[1][1]
     assert verbose.returncode == 0, verbose.stderr
     assert "how late each rank came" in " ".join(verbose.stdout.split())
     for rank, experts in enumerate(("0-2", "3-5", "6-7")):
@@ -129,40 +94,86 @@ def test_log_lines_carry_their_rank_and_v_shows_all(checkpoint: Path) -> None:
     assert "[rank" not in verbose.stdout
 
 
-@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
-def test_a_deadline_that_is_none(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        parser().parse_args(["generate", "model", "--prompts", "p", f"--deadline={seconds}"])
-    assert "--deadline" in capsys.readouterr().err
-
-
-def test_doctor_lists_every_rank() -> None:
-    job = mpirun(3, [*XPAR, "doctor"])
+def test_doctor_lists_every_rank(three_ranks: tuple[Path, list[Done]]) -> None:
+    job = three_ranks[1][2]
     assert job.returncode == 0, job.stdout + job.stderr
     assert "no problems found" in job.stdout and "mpi4py" in job.stdout
+    rows = [line.split("│")[1].strip() for line in job.stdout.splitlines() if line.startswith("│")]
+    assert rows == ["0", "1", "2"]
 
 
-def make(family: str, path: Path) -> int:
-    """The command in this process: it needs no MPI, and a start costs seconds."""
-    args = parser().parse_args(["make-checkpoint", family, str(path), "--hidden", "64"])
-    return int(args.main(args))
+VERIFIED = {
+    "biases": ("gpt_oss", ["--etp", "2"]),
+    "identity experts": ("longcat_flash", ["--tp", "2"]),
+    "weight on input": ("llama4_text", ["--exact"]),
+}
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    folder = tmp_path_factory.mktemp("families")
+    commands = []
+    for family, options in VERIFIED.values():
+        assert make(family, folder / family, "--hidden", "64") == 0
+        words = ["run", str(folder / family), "--tokens", "33", "--steps", "1", "--verify", *options]
+        commands.append(words)
+    return dict(zip(VERIFIED, run_commands(2, commands, folder), strict=True))
+
+
+@pytest.mark.parametrize("case", VERIFIED)
+def test_run_verifies_families(verified: dict[str, Done], case: str) -> None:
+    job = verified[case]
+    assert job.returncode == 0 and "relative error" in job.stdout, job.stdout + job.stderr
+
+
+WRONG = {
+    "run {made} --tp 3": "tp=3 does not divide 2 ranks; tp must be one of 1, 2",
+    "run {made} --kernel abacus": "kernel='abacus'",
+    "run {made} --tiles tiles.json --device cpu": "has no tile table; leave tiles out",
+    "run {made} --dispatcher replicated": "hold different tokens",
+    "run {made} --layers 9": "layer 9 has no experts",
+    "run {made} --tokens -1": "--tokens -1: must be at least 0",
+    "run {made} --exact --etp 2": "use etp=1",
+    "run {folder}/nowhere": "nowhere: not a directory",
+    "run {folder}/truncated --kernel onednn": "model.safetensors",
+    "make-checkpoint olmoe {made}": "is not empty",
+    "frobnicate": "invalid choice",
+    "run {made} --dtype int8": "invalid choice",
+    "run": "the following arguments are required",
+}
+USAGE = ("frobnicate", "run {made} --dtype int8", "run")
+"""Those that the parser refuses, with the exit status of usage errors."""
+
+
+@pytest.fixture(scope="module")
+def refused(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    folder = tmp_path_factory.mktemp("wrong")
+    assert make("olmoe", folder / "truncated", "--hidden", "64") == 0
+    shard = next((folder / "truncated").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    commands = [words.format(made=checkpoint, folder=folder).split() for words in WRONG]
+    return dict(zip(WRONG, run_commands(2, commands, folder), strict=True))
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_request_is_one_error_on_all_ranks(refused: dict[str, Done], words: str) -> None:
+    job = refused[words]
+    assert job.returncode == (2 if words in USAGE else 1)
+    assert job.stderr.count(WRONG[words]) == 1 and "Traceback" not in job.stderr, job.stderr
+    assert job.stderr.count("error:") == 1
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_every_family_can_be_made_with_the_defaults(
-    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_every_family_can_be_made_with_the_defaults_and_computed(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], fresh_seed: int
 ) -> None:
-    assert make(family, tmp_path / "made") == 0
+    assert make(family, tmp_path / "made", "--hidden", "64") == 0
     assert f"{family}, 2 layers of 8 experts" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [("gpt_oss", ["--etp", "2"]), ("longcat_flash", ["--tp", "2"]), ("llama4_text", ["--exact"])],
-    ids=["biases", "identity experts", "weight on input"],
-)
-def test_run_verifies(family: str, options: list[str], tmp_path: Path) -> None:
-    assert make(family, tmp_path / family) == 0
-    words = ["run", str(tmp_path / family), "--tokens", "33", "--steps", "1", "--verify", *options]
-    job = mpirun(2, [*XPAR, *words])
-    assert job.returncode == 0, job.stdout + job.stderr
+    with Checkpoint(tmp_path / "made") as made:
+        layer = moe_layers(find(made.config), made.config)[-1]
+        config = read_layer_config(made, layer)
+        assert (config.num_experts, config.hidden_size) == (8, 64)
+        x, ids = random_tokens(5, 64, fresh_seed), random_token_ids(5, config, fresh_seed)
+        output, routing = layer_reference(made, layer, x, input_ids=ids)
+    assert output.shape == (5, 64) and bool(torch.isfinite(output).all()) and float(output.norm()) > 0
+    assert routing.topk_ids.shape == (5, config.router.top_k)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from launch import mpirun
 from moe_families import Case
-from run_commands import in_turn
+from run_commands import run_commands
 from tiny_models import prompts, write_model
 
 from xpar.engine.checkpoint.tensor_file import CheckpointError
@@ -177,7 +177,7 @@ def test_resume_with_nothing_left_or_other_options(
     out, alike = tmp_path / "out.jsonl", ["--exact", "--batch", "1", "--resume"]
     out.write_bytes(b"".join(sorted(expected.splitlines(keepends=True))))
     commands = [words_of(model, file, out, *alike, *more) for more in ((), ("--seed", "5"))]
-    again, changed = in_turn(2, commands, tmp_path)
+    again, changed = run_commands(2, commands, tmp_path)
     assert again.returncode == 0 and "tokens/s" not in again.stdout
     assert changed.returncode == 1 and changed.stderr.count("line 1 was answered with another model") == 1
     assert out.read_bytes() == expected

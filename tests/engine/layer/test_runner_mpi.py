@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from all_dispatchers import fitting, movers, pairs
+from all_dispatchers import all_dispatchers, fitting, pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_families import ONE_PER_FAMILY, Case, transformers_block, transformers_output
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.mpi(deadline=120)
 GridOf = Callable[..., ProcessGrid]
-MOVERS = movers(deadline=120)
+MOVERS = all_dispatchers(deadline=120)
 TOKENS = 11
 BASIC = ONE_PER_FAMILY[:6]
 # Biases; weight on the input; identity experts; an output bias; no gate.
@@ -199,7 +199,7 @@ def test_uneven_and_empty_ranks(world: World, checkpoints: dict[str, Path], data
         assert torch.allclose(output, alone(x, logits)[mine], atol=1e-5)
 
 
-@pytest.mark.parametrize("dispatcher", movers(deadline=120))
+@pytest.mark.parametrize("dispatcher", all_dispatchers(deadline=120))
 def test_nan_logits_on_one_rank_are_one_error_everywhere(
     world: World, checkpoints: dict[str, Path], dispatcher: str
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from all_dispatchers import movers
+from all_dispatchers import all_dispatchers
 from moe_families import ONE_PER_FAMILY, Case
 from safetensors.torch import load_file, save_file
 from tiny_models import BYTES, cases, plain_model, write_model
@@ -91,7 +91,7 @@ def test_logits_are_those_of_transformers(
             assert error(logits, plain_model(root / name)(ids).logits) < 1e-5
 
 
-@pytest.mark.parametrize("dispatcher", movers(deadline=120))
+@pytest.mark.parametrize("dispatcher", all_dispatchers(deadline=120))
 def test_every_dispatcher_and_copies_of_experts(
     world: World, root: Path, fresh_seed: int, dispatcher: str
 ) -> None:

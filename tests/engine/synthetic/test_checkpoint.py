@@ -1,4 +1,4 @@
-"""Random checkpoints: same arguments, same bytes; what makes no model is refused before anything is written."""
+"""Random checkpoints: same arguments, same bytes; sizes that make no model are refused before anything is written."""
 
 import hashlib
 import importlib.util
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from moe_families import ONE_PER_FAMILY, SIZES, Case, transformers_block, transformers_output
+from safetensors.torch import load_file
 
 from xpar.engine.architectures.layer_config import find, layer_config
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
@@ -35,19 +36,19 @@ def test_the_seed_decides_the_bytes(case: Case, writer: str, tmp_path: Path, fre
     "case", [case for case in ONE_PER_FAMILY if len(case.writers) == 2], ids=lambda case: case.name
 )
 def test_both_writers_make_the_same_tensors(case: Case, tmp_path: Path, fresh_seed: int) -> None:
-    places: list[dict[str, Any]] = []
+    written: list[dict[str, Any]] = []
     for writer in ("own", "transformers"):
         case.write(tmp_path / writer, writer, torch.float32, fresh_seed)
-        file = Checkpoint(tmp_path / writer)._file_of("lm_head.weight")
-        places.append({name: (entry.dtype, entry.shape) for name, entry in file.entries.items()})
-    assert places[0] == places[1]
+        tensors = load_file(tmp_path / writer / "model.safetensors")
+        written.append({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    assert written[0] == written[1]
     configs = [Checkpoint(tmp_path / writer).config for writer in ("own", "transformers")]
     arch = find(configs[0])
     assert layer_config(arch, configs[0], case.layer) == layer_config(arch, configs[1], case.layer)
 
 
 @pytest.mark.parametrize("writer", ["own", "transformers"])
-def test_shards(writer: str, tmp_path: Path, fresh_seed: int) -> None:
+def test_a_large_checkpoint_is_split_into_files(writer: str, tmp_path: Path, fresh_seed: int) -> None:
     case = Case("qwen2_moe", "qwen2_moe")
     case.write(tmp_path, writer, torch.float32, fresh_seed, max_shard_bytes=200_000)
     files = list(tmp_path.glob("model-*.safetensors"))
@@ -70,7 +71,9 @@ def test_without_transformers_the_own_writer_serves(
 @pytest.mark.parametrize(
     "model_type, key, shared", [("qwen2_moe", "shared_expert_intermediate_size", 3 * 48)]
 )
-def test_shared_width(model_type: str, key: str, shared: int, tmp_path: Path) -> None:
+def test_the_width_of_all_shared_experts_is_written(
+    model_type: str, key: str, shared: int, tmp_path: Path
+) -> None:
     config = make_checkpoint(model_type, tmp_path / "x", **SIZES, shared=3, writer="own")
     assert config[key] == shared
 
@@ -78,7 +81,7 @@ def test_shared_width(model_type: str, key: str, shared: int, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "model_type", ["cohere2_moe", "dbrx", "jamba", "jetmoe", "longcat_flash", "nemotron_h", "qwen3_next"]
 )
-def test_what_the_own_writer_lacks_is_said_before_anything_is_written(
+def test_a_family_that_the_own_writer_lacks_is_refused_before_anything_is_written(
     model_type: str, tmp_path: Path
 ) -> None:
     with pytest.raises(
@@ -110,7 +113,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("model_type, change, message", BAD.values(), ids=BAD.keys())
-def test_what_makes_no_model_is_refused(
+def test_sizes_that_make_no_model_are_refused(
     model_type: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=message):

@@ -1,0 +1,63 @@
+"""The request of ``xpar bench layer``, and the weights and inputs that follow from it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xpar.engine.layer.options import Depth
+from xpar.engine.synthetic.layer import SyntheticLayer
+from xpar.engine.synthetic.shapes import Shape
+
+BATCHES = 8
+"""Number of different inputs that the rounds go through: few tokens meet other experts each time, not those
+in cache."""
+
+
+@dataclass(frozen=True)
+class LayerRequest:
+    """What to measure.
+
+    Attributes:
+        shape: the layer's sizes.
+        scale: factor on H and I.
+        tokens: numbers of tokens of the whole job.
+        dtype: dtype of weights and tokens.
+        compare: ``transformers``; ``solo``: this layer in one process with all threads of the node;
+            ``steps``: this layer with every step taken by itself.
+        seconds: measuring time for each contender and number of tokens.
+        seed: seed of weights and tokens.
+        dispatcher: name of the dispatcher, or ``auto``.
+        kernel: name of the kernel, or ``auto``.
+        exact: the layer's mode whose bits do not depend on the number of ranks.
+        depth: whether one kernel call covers several steps.
+        micro_batches: if more than 1, the layer is measured in that many overlapping parts, too.
+    """
+
+    shape: Shape
+    scale: float
+    tokens: tuple[int, ...]
+    dtype: torch.dtype
+    compare: tuple[str, ...]
+    seconds: float
+    seed: int
+    dispatcher: str = "auto"
+    kernel: str = "auto"
+    exact: bool = False
+    depth: Depth = "auto"
+    micro_batches: int = 1
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The entries of ``compare`` that a process beside the job computes."""
+        return tuple(name for name in self.compare if name != "steps")
+
+    def make_weights(self) -> SyntheticLayer:
+        """Make the layer's weights, the same in every process."""
+        return SyntheticLayer(self.shape.layer(self.scale), self.dtype, self.seed)
+
+    def draw_input(self, tokens: int, number: int) -> Tensor:
+        """Draw batch ``number`` of ``BATCHES``: [tokens, H], the same in every process."""
+        generator = torch.Generator().manual_seed(self.seed * BATCHES + number)
+        width = self.shape.layer(self.scale).hidden_size
+        return torch.randn(tokens, width, generator=generator).to(self.dtype)

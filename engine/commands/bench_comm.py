@@ -1,0 +1,94 @@
+"""``xpar bench comm``: every dispatcher beside a bare ``MPI_Alltoallv`` of the same rows."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from xpar.comm.failure import agreed
+from xpar.comm.grid import ProcessGrid
+from xpar.engine.bench.comm import TOLERANCE, TokenTraffic, measure_sizes
+from xpar.engine.commands.options import at_least, attach, check_positive
+from xpar.engine.console.logs import start_logging
+from xpar.engine.console.manifest import grid_manifest, write_result
+from xpar.engine.console.terminal import count, make_console
+from xpar.engine.layer.build import FLOATS
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure on every rank; return 1 if a result or a number of rows is wrong."""
+    world = attach(args)
+    start_logging(world, args.verbose)
+    traffic = agreed(world.comm, lambda: _read_traffic(args))
+    torch.set_num_threads(args.threads or world.threads())
+    grid = ProcessGrid.create(world, tp=args.tp, dp=args.dp, ep=args.ep, etp=args.etp)
+    console = make_console(world)
+    if grid.moe.size == 1:
+        console.print(
+            "an expert group of one rank sends nothing: start more ranks (mpirun -n 2), or give --ep"
+        )
+        return 1
+    results = measure_sizes(traffic, grid, args.megabytes, args.dispatchers)
+    job = f"{count(world.size, 'rank')} on {count(world.num_nodes, 'node')}"
+    console.print(f"{job} | {grid.shape} | {world.library.splitlines()[0]}", soft_wrap=True)
+    console.print(_table(results))
+    if args.json:
+        manifest = grid_manifest(grid, traffic.dtype, "all", "identity", args.seed)
+        write = partial(write_result, args.json, manifest, {"results": results})
+        agreed(world.comm, lambda: None if world.rank else write())
+    wrong = [r for r in results if not r["rel_error"] <= TOLERANCE[traffic.dtype]]
+    more = [r for r in results if r["row_granularity"] != "all" and r["rows"] != r["rows_deduplicated"]]
+    for r in wrong + more:
+        rows = f"{r['rows']} rows of {r['rows_deduplicated']}"
+        console.print(f"{r['dispatcher']}: relative error {r['rel_error']:.1e}, {rows}")
+    return int(bool(wrong or more))
+
+
+def _read_traffic(args: argparse.Namespace) -> TokenTraffic:
+    """Check the whole request before any rank sends anything."""
+    at_least(
+        hidden=(args.hidden, 1), experts=(args.experts, 1), top_k=(args.top_k, 1), threads=(args.threads, 1)
+    )
+    if args.top_k > args.experts:
+        raise ValueError(
+            f"--top-k {args.top_k}: a token goes to at most every expert once; at most {args.experts}"
+        )
+    check_positive(megabytes=min(args.megabytes))
+    return TokenTraffic(0, args.hidden, args.experts, args.top_k, FLOATS[args.dtype], args.seed)
+
+
+def _table(results: list[dict[str, Any]]) -> Table:
+    title = "dispatch + combine beside a bare MPI_Alltoallv of the same rows there and back"
+    table = Table(title=title, title_justify="left")
+    several_nodes = any(r["rows_across_nodes"] for r in results)
+    crossing = ("crossing", "expected") if several_nodes else ()
+    for column in (
+        *("MB", "dispatcher", "rows", "dedup.", "expected", *crossing),
+        *("plan ms", "dispatch", "combine", "bare", "ratio", "error"),
+    ):
+        is_name = column == "dispatcher"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
+    for r in results:
+        table.add_row(
+            f"{r['bytes_per_rank'] / 2**20:.2f}",
+            r["dispatcher"],
+            str(r["rows"]),
+            str(r["rows_deduplicated"]),
+            f"{r['rows_expected']:.0f}",
+            *(_crossing_cells(r) if several_nodes else ()),
+            *(f"{r[key]:.3f}" for key in ("plan_ms", "dispatch_ms", "combine_ms", "bare_alltoallv_ms")),
+            f"{r['ratio_to_bare']:.2f}",
+            f"{r['rel_error']:.0e}",
+        )
+    return table
+
+
+def _crossing_cells(result: dict[str, Any]) -> tuple[str, str]:
+    """Format the rows that leave a node and their expected number.
+
+    All-gather has none: it sends every token.
+    """
+    expected = "" if result["row_granularity"] == "all" else f"{result['rows_across_expected']:.0f}"
+    return str(result["rows_across_nodes"]), expected

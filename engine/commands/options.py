@@ -1,0 +1,274 @@
+"""The options that several commands share, and the checks of their values.
+
+Importing this module imports neither torch nor MPI: the command line must answer ``--help`` and mistyped
+options at once.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xpar.comm.grid import ProcessGrid
+    from xpar.comm.world import World
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("bfloat16", "float16", "float32")
+"""Names in :data:`xpar.engine.layer.build.FLOATS`, which cannot be imported here; a test compares the two."""
+DEPTHS = ("auto", "steps", "one-call")
+"""As :data:`xpar.engine.layer.route_and_compute.DEPTHS`."""
+BATCH = 16
+PREFILL_TOKENS = 4096
+AXES = {
+    "tp": ("tensor", "ranks / dp, or 1"),
+    "dp": ("data", "ranks / tp"),
+    "ep": ("expert", "ranks / etp"),
+    "etp": ("expert-tensor", "1"),
+}
+"""Axis of the process grid -> its name, and its default, as :func:`xpar.comm.grid.resolve` computes it."""
+DEADLINE_S = 60.0
+"""The default of ``--deadline``, which is that of :class:`xpar.comm.watchdog.deadlines.Deadlines`."""
+
+
+def add_number(
+    p: argparse.ArgumentParser,
+    name: str,
+    meaning: str,
+    default: float | Sequence[float] | None,
+    otherwise: str = "",
+) -> None:
+    """Add an option that takes a number, or several if ``default`` has several.
+
+    Args:
+        p: the parser.
+        name: the option with its dashes.
+        meaning: the help without the default, with the unit.
+        default: the default, whose type is that of the numbers; None for an int that need not be given.
+        otherwise: what the command does without a number, for a default of None.
+    """
+    several = isinstance(default, Sequence)
+    values: Sequence[float] = (
+        default if isinstance(default, Sequence) else () if default is None else (default,)
+    )
+    p.add_argument(
+        name,
+        type=float if any(isinstance(value, float) for value in values) else int,
+        nargs="+" if several else None,
+        default=list(values) if several else default,
+        metavar="N",
+        help=f"{meaning} (default{' ' if values else ': '}{' '.join(f'{v:g}' for v in values) or otherwise})",
+    )
+
+
+def add_grid(p: argparse.ArgumentParser, *axes: str, default: str | None = None) -> None:
+    """Add an option for each of ``axes``; ``default`` replaces the explanation in ``AXES``."""
+    for axis in axes:
+        name, usual = AXES[axis]
+        add_number(p, f"--{axis}", f"number of {name}-parallel ranks", None, default or usual)
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
+    """Add ``--device`` and ``--transport``."""
+    p.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="processor to compute on; auto takes the GPUs if every rank sees one (default auto)",
+    )
+    p.add_argument(
+        "--transport",
+        default="auto",
+        metavar="NAME",
+        help="how rows travel between GPUs: auto, nccl, staged or mpi (default auto)",
+    )
+
+
+def add_dispatcher_and_kernel(p: argparse.ArgumentParser) -> None:
+    """Add ``--dispatcher`` and ``--kernel``."""
+    p.add_argument(
+        "--dispatcher", default="auto", metavar="NAME", help="dispatcher that moves the tokens (default auto)"
+    )
+    p.add_argument(
+        "--kernel", default="auto", metavar="NAME", help="kernel that computes the experts (default auto)"
+    )
+
+
+def add_depth(p: argparse.ArgumentParser) -> None:
+    """Add ``--depth``."""
+    p.add_argument(
+        "--depth",
+        choices=DEPTHS,
+        default="auto",
+        help="steps: one call for each step of the layer; one-call: one kernel call for routing and experts "
+        "(default auto: the faster one)",
+    )
+
+
+def add_dense(p: argparse.ArgumentParser) -> None:
+    """Add ``--dense`` and ``--whole-block``, for commands on whole models."""
+    p.add_argument(
+        "--dense",
+        default="auto",
+        metavar="NAME",
+        help="kernel of the dense layers: auto, zentorch, native, onednn, or plain for transformers' own "
+        "(default auto)",
+    )
+    p.add_argument(
+        "--whole-block",
+        action="store_true",
+        help="replace the model's routers and shared experts by xpar's, too "
+        "(default: only its routed experts)",
+    )
+
+
+def add_whole_dense(p: argparse.ArgumentParser) -> None:
+    """Add ``--whole-dense``, for commands whose ranks run equally many dense products."""
+    p.add_argument(
+        "--whole-dense",
+        action="store_true",
+        help="give every rank all dense weights (default: the ranks of a node share out the dense products)",
+    )
+
+
+def add_exact(p: argparse.ArgumentParser, result: str = "output bits") -> None:
+    """Add ``--exact``; ``result`` names what then does not depend on the number of ranks."""
+    p.add_argument("--exact", action="store_true", help=f"make {result} independent of the number of ranks")
+
+
+def add_dtype(
+    p: argparse.ArgumentParser,
+    default: str | None = None,
+    otherwise: str = "the checkpoint's",
+    choices: Sequence[str] = DTYPES,
+) -> None:
+    """Add ``--dtype`` with some ``choices``; ``otherwise`` explains a ``default`` of None."""
+    shown = f" {default}" if default else f": {otherwise}"
+    meaning = f"floating-point type of weights and tokens (default{shown})"
+    p.add_argument("--dtype", choices=choices, default=default, help=meaning)
+
+
+def add_threads(p: argparse.ArgumentParser, default: str = "its share of the node's cores") -> None:
+    """Add ``--threads``; ``default`` explains what leaving it out means."""
+    add_number(p, "--threads", "number of threads per rank", None, default)
+
+
+def add_seed(p: argparse.ArgumentParser, drawn: str = "weights and tokens") -> None:
+    """Add ``--seed`` of the random values that ``drawn`` names."""
+    add_number(p, "--seed", f"seed of the random {drawn}", 0)
+
+
+def add_json(p: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE as one JSON document")
+
+
+def add_watchdog(p: argparse.ArgumentParser, stragglers: bool = False) -> None:
+    """Add ``--deadline``, ``--debug-collectives`` and, if the command has it, ``--stragglers``."""
+    p.add_argument(
+        "--deadline",
+        type=_read_seconds,
+        default=DEADLINE_S,
+        metavar="SECONDS",
+        help="longest time in seconds that a rank may keep the others waiting before the job ends with a "
+        f"report; five times as long while the job starts (default {DEADLINE_S:g})",
+    )
+    p.add_argument(
+        "--debug-collectives",
+        action="store_true",
+        help="compare operation, shapes and dtypes on all ranks before every collective (slow)",
+    )
+    if stragglers:
+        p.add_argument(
+            "--stragglers",
+            action="store_true",
+            help="print at the end how late each rank came to collectives",
+        )
+
+
+def add_verbose(p: argparse.ArgumentParser) -> None:
+    """Add ``-v`` to a command that runs on several ranks."""
+    p.add_argument(
+        "-v", "--verbose", action="store_true", help="print the log of every rank (default: of rank 0 alone)"
+    )
+
+
+def attach(args: argparse.Namespace) -> "World":
+    """Join the MPI job with the options of :func:`add_watchdog`."""
+    from xpar.comm.watchdog.deadlines import Deadlines
+    from xpar.comm.watchdog.watchdog import WatchdogOptions
+    from xpar.comm.world import World
+
+    watch = WatchdogOptions(args.debug_collectives, getattr(args, "stragglers", False))
+    return World.attach(deadlines=Deadlines.of_step(args.deadline), watchdog=watch)
+
+
+def pick_device(world: "World", name: str) -> str:
+    """Return ``cpu`` or ``cuda`` for the value ``name`` of ``--device``; collective."""
+    import torch
+
+    seen = world.comm.all_gather_object(torch.cuda.is_available())
+    if name == "auto":
+        return "cuda" if all(seen) else "cpu"
+    return name
+
+
+def job_line(grid: "ProcessGrid") -> str:
+    """Format ranks, nodes, threads, grid and device of a job as one line."""
+    import torch
+
+    from xpar.engine.console.terminal import count
+
+    world, threads = grid.world, count(torch.get_num_threads(), "thread")
+    ranks = f"{count(world.size, 'rank')} on {count(world.num_nodes, 'node')}, {threads} each"
+    return f"{ranks} | {grid.shape} | {device_name(grid)}"
+
+
+def device_name(grid: "ProcessGrid") -> str:
+    """Name the device of ``grid``, and the transport between GPUs."""
+    import torch
+
+    if grid.transport is None:
+        return str(grid.device)
+    return f"{torch.cuda.get_device_name(grid.device)}, {grid.transport.choice.name}"
+
+
+def at_least(**limits: tuple[int | None, int]) -> None:
+    """Raise ValueError for the first option whose ``(value, least)`` does not fit.
+
+    An option that is not given has the value None.
+    """
+    for name, (value, least) in limits.items():
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def check_positive(**values: float) -> None:
+    """Raise ValueError for the first option whose value is not above zero."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"--{name} {value:g}: must be positive")
+
+
+def batch_size(args: argparse.Namespace) -> int:
+    """Return ``--batch`` or its default; raise ValueError if ``--exact`` rules it out."""
+    if args.exact and (args.batch or 1) > 1:
+        raise ValueError(
+            f"--exact --batch {args.batch}: sequences of one batch change each other's rounding; "
+            "leave --batch out"
+        )
+    return int(args.batch or (1 if args.exact else BATCH))
+
+
+def _read_seconds(text: str) -> float:
+    """Read the value of ``--deadline`` by the rule of ``Deadlines.of_step``."""
+    try:
+        seconds = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise argparse.ArgumentTypeError(
+            f"deadline of {seconds:g} s: must be positive and finite; leave it out for {DEADLINE_S:g} s"
+        )
+    return seconds
