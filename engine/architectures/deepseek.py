@@ -91,6 +91,13 @@ DEEPSEEK_V4 = Architecture(
         count=Key(("n_shared_experts",), 1),
         names=mlp(_FFN + ".shared_experts", gate="w1", up="w3", down="w2"),
     ),
+    renamings=(
+        (".ffn.", ".mlp."),
+        (".gate.bias", ".gate.e_score_correction_bias"),
+        (".shared_experts.w1.", ".shared_experts.gate_proj."),
+        (".shared_experts.w2.", ".shared_experts.down_proj."),
+        (".shared_experts.w3.", ".shared_experts.up_proj."),
+    ),
     rules=(
         Rule("scoring_func", ("sqrtsoftplus",), "the family scores with the root of softplus"),
         Rule("norm_topk_prob", (True,), "the family renormalises"),
@@ -146,5 +153,6 @@ NEMOTRON_H = replace(
     latent=LatentSchema(
         Key(("moe_latent_size",), 0), _MIXER + ".fc1_latent_proj.weight", _MIXER + ".fc2_latent_proj.weight"
     ),
+    renamings=(("backbone.layers.", "model.layers."),),
     rules=(Rule("mlp_bias", (False,), "biases of its MLPs are not read"),),
 )

@@ -19,7 +19,7 @@ ACTIVATIONS: Mapping[str, ActivationName] = {
     "relu2": "relu2",
 }
 
-__all__ = ["ACTIVATIONS", "ARCHITECTURES", "find", "layer_config", "moe_layers"]
+__all__ = ["ACTIVATIONS", "ARCHITECTURES", "find", "layer_config", "moe_layers", "require_moe_layers"]
 
 
 def find(hf_config: Mapping[str, Any]) -> Architecture:
@@ -53,6 +53,16 @@ def moe_layers(arch: Architecture, hf_config: Mapping[str, Any]) -> tuple[int, .
     remainder = pattern.remainder.get(hf_config, int)
     return tuple(
         i for i in range(first, end) if (i + pattern.step_offset) % step == remainder and i not in dense
+    )
+
+
+def require_moe_layers(arch: Architecture, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return :func:`moe_layers`; raise :class:`CheckpointError` for a model that has none."""
+    if layers := moe_layers(arch, hf_config):
+        return layers
+    raise CheckpointError(
+        f"config.json: no layer of this model of model_type={arch.model_type!r} is a mixture of experts; "
+        "xpar spreads experts over ranks, so use a program for dense models"
     )
 
 

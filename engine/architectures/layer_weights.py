@@ -22,6 +22,7 @@ from xpar.engine.architectures.mlp_weights import (
     read_mlp,
 )
 from xpar.engine.architectures.schema import Architecture
+from xpar.engine.architectures.stored_names import resolve_names
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
 from xpar.engine.routing.router import FusedGateRouter, Router
@@ -126,6 +127,7 @@ def load_router(
     checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
 ) -> RouterWeights:
     """The gate weight, and the biases and the table that the family has for this layer."""
+    arch = resolve_names(checkpoint, arch, layer)
     experts, hidden = config.num_logits, config.hidden_size
     gate_dtype = torch.float32 if arch.gate_dtype == "float32" else dtype
     gate = load_tensor(checkpoint, arch.router.format(layer=layer), (experts, hidden), gate_dtype)
@@ -162,6 +164,7 @@ def load_shared(
     rows: slice = ALL,
 ) -> SharedWeights | None:
     """The shared experts as one MLP, ``rows`` of its width; None where the layer has none."""
+    arch = resolve_names(checkpoint, arch, layer)
     if config.shared is None or arch.shared is None:
         return None
     hidden = config.hidden_size
@@ -178,6 +181,7 @@ def load_output_bias(
     checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
 ) -> Tensor | None:
     """The bias [H] that is added once to every token's output, or None."""
+    arch = resolve_names(checkpoint, arch, layer)
     if arch.output_bias is None:
         return None
     return load_tensor(checkpoint, arch.output_bias.format(layer=layer), (config.hidden_size,), dtype)
@@ -187,6 +191,7 @@ def load_latent(
     checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
 ) -> LatentWeights | None:
     """The two products around the routed experts; None where those are as wide as the model."""
+    arch = resolve_names(checkpoint, arch, layer)
     if arch.latent is None or config.latent_size is None:
         return None
     hidden, latent = config.hidden_size, config.latent_size
@@ -200,6 +205,7 @@ def load_norm(
     checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig
 ) -> NormWeights | None:
     """The scale of the norm before the routed experts, float32; None where they read the tokens as they are."""
+    arch = resolve_names(checkpoint, arch, layer)
     if arch.norm is None:
         return None
     name = arch.norm.experts_scale.format(layer=layer)
@@ -219,8 +225,15 @@ def stream_experts(
     unknown = [e for e in experts if not 0 <= e < config.num_experts]
     if unknown:
         raise ValueError(f"experts {unknown} of layer {layer}: ids are 0 to {config.num_experts - 1}")
+    arch = resolve_names(checkpoint, arch, layer)
     place = MlpPlace(
-        arch.experts, layer, config.routed_size, config.intermediate_size, rows, experts=config.num_experts
+        arch.experts,
+        layer,
+        config.routed_size,
+        config.intermediate_size,
+        rows,
+        experts=config.num_experts,
+        spare=config.router.zero_experts,
     )
     out = mlp_buffers(place, dtype)
     for index, expert in enumerate(experts):

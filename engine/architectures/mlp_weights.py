@@ -32,7 +32,8 @@ class MlpTensors(NamedTuple):
 class MlpPlace:
     """Which MLP of a checkpoint, what part of it, and what its tensors must look like.
 
-    ``layer``, ``expert``: fill the names. ``experts``: how many a tensor that holds them all has.
+    ``layer``, ``expert``: fill the names. ``experts``: how many a tensor that holds them all has. ``spare``:
+    how many entries more such a tensor may have, for experts without weights; none of these is read.
     """
 
     names: MlpNames
@@ -42,6 +43,7 @@ class MlpPlace:
     rows: slice
     expert: int = 0
     experts: int = 1
+    spare: int = 0
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -153,6 +155,8 @@ def _read_matrix(
         above = place.expert * shape[0]
         rows, expect = slice(above + start, above + stop), (place.experts * shape[0], shape[1])
     full = name.format(layer=place.layer, expert=place.expert)
+    if index is not None and checkpoint.entry(full).shape == (place.experts + place.spare, *shape):
+        expect = (place.experts + place.spare, *shape)
     direct = None if transposed else out
     read = load_tensor(checkpoint, full, expect, out.dtype, rows=rows, cols=cols, out=direct, index=index)
     if transposed:

@@ -77,6 +77,8 @@ class LayerPattern:
 
 
 Storage = Literal["single", "stacked", "rows"]
+Renaming = tuple[str, str]
+"""(A part of a tensor's name, what other tools that write checkpoints of the family have in its place)."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,8 @@ class Architecture:
     which the group keys are ignored. ``gate_dtype``: ``float32`` for a gate that stays float32 whatever the
     model's dtype. ``bias``: the correction bias [E], stored as [1, E] if ``bias_is_row``; ``gate_bias``: the bias [E] of
     the logits; ``output_bias``: a bias [H] of the layer's output; ``hashed``: layers that route by token id; ``expert_scale``: a
-    factor [E] of each expert's weight. The other fields say what goes into a :class:`LayerConfig`.
+    factor [E] of each expert's weight. ``renamings``: other spellings of the names, any of which a checkpoint may
+    have (:mod:`xpar.engine.architectures.stored_names`). The other fields say what goes into a :class:`LayerConfig`.
     """
 
     model_type: str
@@ -226,4 +229,5 @@ class Architecture:
     hashed: HashSchema | None = None
     expert_scale: str | None = None
     norm: NormSchema | None = None
+    renamings: tuple[Renaming, ...] = ()
     rules: tuple[Rule, ...] = ()

@@ -1,7 +1,15 @@
 """Further families that store each expert's tensors by themselves."""
 
 from xpar.engine.architectures.schema import Architecture, Key, LayerPattern, Rule, SharedSchema
-from xpar.engine.architectures.tensor_names import BLOCK, EXPERTS, LAYER, MIXTRAL_BLOCK, MIXTRAL_EXPERTS, mlp
+from xpar.engine.architectures.tensor_names import (
+    BLOCK,
+    EXPERTS,
+    LAYER,
+    MIXTRAL_BLOCK,
+    MIXTRAL_EXPERTS,
+    MIXTRAL_RENAMINGS,
+    mlp,
+)
 
 MIXTRAL = Architecture(
     model_type="mixtral",
@@ -10,6 +18,7 @@ MIXTRAL = Architecture(
     intermediate_size=Key(("intermediate_size",)),
     router=MIXTRAL_BLOCK + ".gate.weight",
     experts=MIXTRAL_EXPERTS,
+    renamings=MIXTRAL_RENAMINGS,
     renormalize=Key(default=True),
 )
 
@@ -21,6 +30,7 @@ MINIMAX_M2 = Architecture(
     router=MIXTRAL_BLOCK + ".gate.weight",
     bias=MIXTRAL_BLOCK + ".e_score_correction_bias",
     experts=MIXTRAL_EXPERTS,
+    renamings=MIXTRAL_RENAMINGS,
     scoring=Key(default="sigmoid"),
     renormalize=Key(default=True),
     rules=(
@@ -38,6 +48,7 @@ PHIMOE = Architecture(
     top_k=Key(("num_experts_per_tok",), 2),
     router=MIXTRAL_BLOCK + ".gate.weight",
     experts=MIXTRAL_EXPERTS,
+    renamings=(*MIXTRAL_RENAMINGS, (".gate.weight", ".router.weight")),
     choice="sparsemixer",
     renormalize=Key(default=False),
     jitter_eps=Key(("router_jitter_noise",), 0.01),
@@ -54,6 +65,7 @@ ERNIE4_5_MOE = Architecture(
     bias=BLOCK + ".moe_statics.e_score_correction_bias",
     bias_is_row=True,
     experts=EXPERTS,
+    renamings=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
     layers=LayerPattern(
         first_dense=Key(("moe_layer_start_index",), 1),
         last=Key(("moe_layer_end_index",), -1),

@@ -54,6 +54,11 @@ GRANITEMOE = Architecture(
         gate_up=MIXTRAL_BLOCK + ".input_linear.weight",
         storage="stacked",
     ),
+    renamings=(
+        (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+        (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+        (".router.layer.weight", ".router.weight"),
+    ),
     choice="logits",
     renormalize=Key(default=False),
 )

@@ -13,6 +13,8 @@ BLOCK = LAYER + ".mlp"
 EXPERTS = mlp(BLOCK + ".experts.{expert}")
 MIXTRAL_BLOCK = LAYER + ".block_sparse_moe"
 MIXTRAL_EXPERTS = mlp(MIXTRAL_BLOCK + ".experts.{expert}", gate="w1", up="w3", down="w2")
+MIXTRAL_RENAMINGS = ((".block_sparse_moe.", ".mlp."),)
+"""transformers 5 names its own modules so."""
 
 DEEPSEEK_SHARED = SharedSchema(
     width=Key(("moe_intermediate_size",)),

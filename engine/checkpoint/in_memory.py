@@ -1,6 +1,6 @@
 """The weights of a model that is in memory, as if they were a checkpoint: what reads the one reads the other."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class InMemory(Checkpoint):
     def bytes_read(self) -> int:
         return 0
 
-    def names(self) -> Iterable[str]:
+    def names(self) -> Collection[str]:
         return self._tensors.keys()
 
     def entry(self, name: str) -> TensorEntry:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -59,8 +59,11 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that ``config.json`` declares for the model."""
-        name = str(self.config.get("dtype") or self.config.get("torch_dtype"))
+        """The dtype that ``config.json`` declares for the model, or for the language model inside of it."""
+        inner = self.config.get("text_config")
+        configs = [self.config, inner] if isinstance(inner, Mapping) else [self.config]
+        declared = (config.get(key) for config in configs for key in ("dtype", "torch_dtype"))
+        name = str(next((value for value in declared if value), None))
         if name not in CONFIG_DTYPES:
             raise CheckpointError(
                 f"{self.path / 'config.json'}: dtype={name!r} is not one of {', '.join(CONFIG_DTYPES)}; "
@@ -68,12 +71,16 @@ class Checkpoint:
             )
         return CONFIG_DTYPES[name]
 
-    def names(self) -> Iterable[str]:
+    def names(self) -> Collection[str]:
         """Names of all tensors; reads a header only where there is no index."""
         if self._weight_map is not None:
             return self._weight_map.keys()
         file = self._files.get(SINGLE) or self._files.setdefault(SINGLE, TensorFile(self.path / SINGLE))
         return file.entries.keys()
+
+    def weight_files(self) -> list[str]:
+        """Return the names of the files that hold its tensors, in order."""
+        return [SINGLE] if self._weight_map is None else sorted(set(self._weight_map.values()))
 
     def entry(self, name: str) -> TensorEntry:
         """Stored dtype, shape and place of tensor ``name``."""

@@ -24,6 +24,7 @@ from xpar.engine.commands.options import at_least, attach
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import make_console, progress
+from xpar.engine.models.kv_cache import check_generates
 
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 """Largest relative difference of logits. Roundings add up over the layers and turn near ties of the router; a
@@ -84,6 +85,7 @@ def check_request(args: argparse.Namespace) -> torch.dtype:
             f"--batch {min(args.batch)} --new-tokens {args.new_tokens}: at least 1, and 3 to see "
             "a step that continues"
         )
+    check_generates(args.checkpoint)
     return model_session.dtype_of(args)
 
 

@@ -5,6 +5,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
+from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.options import add_verbose, add_watchdog, job_line, pick_device
 from xpar.engine.console.terminal import Meter, count
@@ -82,6 +83,22 @@ def check_files(prompts: Path, out: Path, resume: bool, option: str) -> None:
         raise ValueError(f"{out}: exists; give --resume to keep its answers, or another --out")
     if not out.parent.is_dir():
         raise ValueError(f"{out}: its folder does not exist; make it, or give another --out")
+    for path, what in ((out, "answers"), (errors_path(out), "refused lines")):
+        if path.exists() and path.samefile(prompts):
+            raise ValueError(f"{path}: {what} would be written over {option}; give another --out")
+
+
+def exact_with(args: argparse.Namespace, grid: ProcessGrid) -> tuple[tuple[str, str], ...]:
+    """What the bits of exact mode depend on besides the request; () without ``--exact``."""
+    if not args.exact:
+        return ()
+    return (
+        ("device", grid.device.type),
+        ("threads", str(torch.get_num_threads())),
+        ("kernel", args.kernel),
+        ("whole-block", "yes" if args.whole_block else "no"),
+        *((name, version(name)) for name in ("torch", "transformers")),
+    )
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
@@ -108,7 +125,7 @@ def _etp(args: argparse.Namespace, world: World, device: str) -> int | None:
         return etp
     with Checkpoint(args.checkpoint) as checkpoint:
         arch, config = find(checkpoint.config), checkpoint.config
-        return slices(world.size, [layer_config(arch, config, n) for n in moe_layers(arch, config)])
+        return slices(world.size, [layer_config(arch, config, n) for n in require_moe_layers(arch, config)])
 
 
 def add_whole_dense(p: argparse.ArgumentParser) -> None:
@@ -162,14 +179,35 @@ def meter(world: World, doing: str, work: Workload) -> Iterator[Callable[[Progre
         yield tell
 
 
-def counts(request: RequestBase, work: Workload, new: int, what: str) -> str:
-    """What was done, in one line; what is left and what was refused, if anything. ``what``: as ``prompts answered``."""
-    before = work.answered
+def counts(request: RequestBase, work: Workload, new: int, failed: int, what: str) -> str:
+    """What was done, in one line; what is left, what was refused and what failed, if anything.
+
+    ``what``: as ``prompts answered``. ``new``, ``failed``: how many of this run.
+    """
+    before, failed = work.answered, work.failed + failed
     text = f"{request.out}: {new + before} of {len(work.order)} {what}"
     text += f", {before} of them before" if before else ""
-    text += f"; {count(work.refused, 'line')} refused, see {errors_path(request.out)}" if work.refused else ""
-    left = len(work.order) - new - before
+    errors = [f"{count(work.refused, 'line')} refused"] if work.refused else []
+    errors += [f"{failed} failed in the model"] if failed else []
+    text += f"; {', '.join(errors)}, see {errors_path(request.out)}" if errors else ""
+    left = len(work.order) - new - before - failed
     return text + (f"; stopped by SIGTERM, {left} are left: run again with --resume" if left else "")
+
+
+def check_any_answered(comm: Communicator, request: RequestBase, work: Workload, failed: int) -> None:
+    """Raise one error on every rank where the model failed on all prompts that it was given, in this run and before.
+
+    Then the checkpoint or the dtype is at fault, and a script must not take the job for done. ``failed``: of this run.
+    """
+
+    def check() -> None:
+        if 0 < len(work.order) == failed + work.failed:
+            raise ValueError(
+                f"the model failed on all of {count(len(work.order), 'line')} that it was given, see "
+                f"{errors_path(request.out)}; check the checkpoint, or use another --dtype"
+            )
+
+    agreed(comm, check)
 
 
 def speed(outcome: RunSummary) -> str:

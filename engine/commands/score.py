@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from xpar.comm.communicator import Communicator
@@ -57,21 +58,24 @@ def _run(args: argparse.Namespace, told: Callable[[], bool]) -> int:
     request = agreed(world.comm, lambda: _request(args, world.rank == 0))
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)
+    request = replace(request, exact_with=model_session.exact_with(args, grid))
     tokens = agreed(world.comm, lambda: Tokenizer(request.checkpoint))
     work = read_request(world.comm, request, tokens, args.resume)
     done = "texts scored"
     if not work.queue:
         finish_only(world.comm, request, work)
-        console.print(model_session.counts(request, work, 0, done), soft_wrap=True)
+        console.print(model_session.counts(request, work, 0, 0, done), soft_wrap=True)
+        model_session.check_any_answered(world.comm, request, work, 0)
         console.print(_total(world.comm, request), soft_wrap=True)
         return 0
     loaded = model_session.load(args, grid, request.dtype, console)
     with model_session.meter(world, "scoring", work) as tell:
         outcome = score(world.comm, request, work, loaded, told, tell)
-    console.print(model_session.counts(request, work, outcome.answers, done), soft_wrap=True)
+    console.print(model_session.counts(request, work, outcome.answers, outcome.failed, done), soft_wrap=True)
     console.print(_total(world.comm, request), soft_wrap=True)
     console.print(model_session.speed(outcome), soft_wrap=True)
     console.print(model_session.memory(world.comm), soft_wrap=True)
+    model_session.check_any_answered(world.comm, request, work, outcome.failed)
     return 0
 
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from xpar.comm.failure import AgreedError
-from xpar.engine.architectures.layer_config import find, moe_layers
+from xpar.engine.architectures.layer_config import find, require_moe_layers
 from xpar.engine.bench.kernels.cases import (
     LayerCase,
     load_experts,
@@ -64,7 +64,7 @@ def _read_config(args: argparse.Namespace) -> LayerConfig:
             raise ValueError(f"--layer {args.index}: {args.layer} is no checkpoint; leave --layer out")
         return shape_of(args.layer).layer()
     with Checkpoint(Path(args.layer)) as checkpoint:
-        first = moe_layers(find(checkpoint.config), checkpoint.config)[0]
+        first = require_moe_layers(find(checkpoint.config), checkpoint.config)[0]
         return read_layer_config(checkpoint, first if args.index is None else args.index)
 
 

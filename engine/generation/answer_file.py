@@ -1,7 +1,7 @@
-"""The file of answers, on the rank that keeps it: nothing written is lost, whatever ends the job.
+"""The files of answers and of errors, on the rank that keeps them: nothing written is lost, whatever ends the job.
 
-Answers are appended as they come, each batch forced to the disk. A line is an answer only once its newline is there.
-When the last one has come the file is replaced, in one step, by one in the order of the prompts.
+Answers, and the failures of prompts that the model could not answer, are appended as they come, each batch forced to the disk. A line is an answer only once its newline is there.
+When the last one has come each file is replaced, in one step, by one in the order of the prompts.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xpar.engine.generation.prompts import BadLine
+from xpar.engine.generation.settings import differences
 
 Record = Mapping[str, Any]
 
@@ -21,11 +22,16 @@ def errors_path(out: Path) -> Path:
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.errors.jsonl")
 
 
-def write_errors(out: Path, bad: Iterable[BadLine]) -> None:
-    """Write the lines that are no prompts beside ``out``; where there are none, no such file stays behind."""
-    lines = [_line(entry.record()) for entry in bad]
-    if lines:
-        _replace(errors_path(out), lines)
+def is_failure(record: Record) -> bool:
+    """Whether ``record`` says why a prompt has no answer."""
+    return "error" in record
+
+
+def write_errors(out: Path, bad: Iterable[BadLine], failures: Iterable[Record] = ()) -> None:
+    """Write the lines that are no prompts, and ``failures``, beside ``out``; where there are none, no such file stays."""
+    records = sorted([*(entry.record() for entry in bad), *failures], key=lambda record: record["line"])
+    if records:
+        _replace(errors_path(out), map(_line, records))
     else:
         errors_path(out).unlink(missing_ok=True)
 
@@ -43,22 +49,47 @@ def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str,
         record = _record(raw)
         if record is None:
             raise ValueError(f"{out}: line {line} is no answer of xpar generate or score; give another --out")
-        if record["settings"] != settings:
-            raise ValueError(
-                f"{out}: line {line} was answered with another model, sampling, dtype or limit; resume with the options "
-                "of that run, or give another --out"
-            )
+        _check_settings(out, line, record, settings)
         if record["hash"] in hashes:
             answers[record["hash"]] = record
     return answers
 
 
+def read_failures(out: Path, hashes: Collection[str], settings: str) -> dict[str, Record]:
+    """Prompt's hash -> failure, of those beside ``out`` that are about one of ``hashes``; {} where ``out`` is not there.
+
+    Lines that are no prompts are left out, as they are read anew. Raises ValueError for one of other ``settings``.
+    """
+    failures: dict[str, Record] = {}
+    path = errors_path(out)
+    if not out.exists() or not path.exists():
+        return failures
+    for line, raw in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        record = _record(raw)
+        if record is not None and is_failure(record) and isinstance(record.get("line"), int):
+            _check_settings(path, line, record, settings)
+            if record["hash"] in hashes:
+                failures[record["hash"]] = record
+    return failures
+
+
+def _check_settings(path: Path, line: int, record: Record, settings: str) -> None:
+    if record["settings"] == settings:
+        return
+    what = ", ".join(differences(str(record["settings"]), settings)) or "of an earlier version of xpar"
+    raise ValueError(
+        f"{path}: line {line} was answered with another model or other options; different: {what}. Resume with those of that "
+        "run, or give another --out"
+    )
+
+
 def _record(raw: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and {"hash", "settings"} <= record.keys() else None
+    known = isinstance(record, dict) and isinstance(record.get("hash"), str) and "settings" in record
+    return record if known else None
 
 
 def open_answer_file(out: Path, answers: Iterable[Record]) -> None:
@@ -67,15 +98,51 @@ def open_answer_file(out: Path, answers: Iterable[Record]) -> None:
 
 
 class AnswerFile:
-    """Appends to ``out``, a file that :func:`open_answer_file` has left."""
+    """Appends answers to ``out``, a file that :func:`open_answer_file` has left, and failures to the file beside it.
+
+    ``failed``: how many failures it was given.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out
+        self.failed = 0
+        self._answers = _Appender(out)
+        self._errors: _Appender | None = None
+
+    def append(self, records: Collection[Record]) -> None:
+        """Write ``records`` and wait until they are on the disk. OSError where it is full; what was kept before stays."""
+        failures = [record for record in records if is_failure(record)]
+        if failures:
+            self._errors = self._errors or _Appender(errors_path(self.out))
+            self._errors.append(failures)
+            self.failed += len(failures)
+        self._answers.append(record for record in records if not is_failure(record))
+
+    def close(self) -> None:
+        self._answers.close()
+        if self._errors is not None:
+            self._errors.close()
+
+    def finish(self, order: Mapping[str, int]) -> None:
+        """Close, and put the lines in the order that ``order`` (hash -> place) gives; errors in that of their lines."""
+        self.close()
+        lines = self.out.read_bytes().splitlines(keepends=True)
+        _replace(self.out, sorted(lines, key=lambda line: order[json.loads(line)["hash"]]))
+        if self.failed:
+            path = errors_path(self.out)
+            errors = path.read_bytes().splitlines(keepends=True)
+            _replace(path, sorted(errors, key=lambda line: json.loads(line)["line"]))
+
+
+class _Appender:
+    """A file that grows by whole records, which are on the disk when they are said to be written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         # Open as long as the job answers; without a buffer, which would be written once more when the process ends.
-        self._file: FileIO = open(out, "ab", buffering=0)  # noqa: SIM115
+        self._file: FileIO = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, records: Iterable[Record]) -> None:
-        """Write ``records`` and wait until they are on the disk. OSError where it is full; what was kept before stays."""
         try:
             text = memoryview(b"".join(_line(record) for record in records))
             while text:
@@ -83,22 +150,19 @@ class AnswerFile:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OSError(
-                f"{self.out}: cannot be written ({error.strerror}); the answers before are kept: make room, then run again "
+                f"{self.path}: cannot be written ({error.strerror}); the answers before are kept: make room, then run again "
                 "with --resume"
             ) from None
 
     def close(self) -> None:
         self._file.close()
 
-    def finish(self, order: Mapping[str, int]) -> None:
-        """Close, and put the lines in the order that ``order`` (hash -> place) gives."""
-        self.close()
-        lines = self.out.read_bytes().splitlines(keepends=True)
-        _replace(self.out, sorted(lines, key=lambda line: order[json.loads(line)["hash"]]))
-
 
 def _line(record: Record) -> bytes:
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and UTF-8 cannot
+        return (json.dumps(record) + "\n").encode()
 
 
 def _replace(path: Path, lines: Iterable[bytes]) -> None:

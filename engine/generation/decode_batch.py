@@ -10,12 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from xpar.engine.generation.logits_processors import Processors, choose_tokens
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.models.attention import backends
 from xpar.engine.models.growing import new_cache
-from xpar.engine.models.kv_cache import KvCache, mask
+from xpar.engine.models.isolation import not_finite, rows_isolated
+from xpar.engine.models.kv_cache import KvCache, describe_other_states, mask, other_states
 from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.rows import SeparateRows
 
 Finish = Literal["end", "stop", "length"]
 
@@ -24,7 +27,9 @@ Finish = Literal["end", "stop", "length"]
 class RunningSequence:
     """A prompt being answered. ``place``: its number among the job's prompts. ``ids``: the prompt's tokens.
 
-    ``answer``: tokens so far, an end token not among them. ``finish``: why it is complete, or None.
+    ``answer``: tokens so far, an end token not among them. ``finish``: why it is complete, or None. ``failure``: why it
+    cannot be answered, or None. ``alone``: it was read with others and failed, and is to be read once more without them.
+    ``processors``: change its logits before a token is chosen. ``stopped``: as for :class:`StopConditions`, of this prompt alone.
     """
 
     place: int
@@ -32,6 +37,20 @@ class RunningSequence:
     generator: torch.Generator
     answer: list[int] = field(default_factory=list)
     finish: Finish | None = None
+    failure: str | None = None
+    alone: bool = False
+    processors: Processors | None = None
+    stopped: Callable[[Sequence[int]], bool] = lambda answer: False
+
+    @property
+    def ended(self) -> bool:
+        """Whether no token follows."""
+        return self.finish is not None or self.failure is not None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt's and the answer's."""
+        return [*self.ids, *self.answer]
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,7 @@ class StopConditions:
             running.finish = "end"
             return
         running.answer.append(token)
-        if self.stopped(running.answer):
+        if self.stopped(running.answer) or running.stopped(running.answer):
             running.finish = "stop"
         elif len(running.answer) >= self.max_new_tokens:
             running.finish = "length"
@@ -68,16 +87,20 @@ class DecodeBatch:
         limits: StopConditions,
         recorder: DecodeGraph | None = None,
     ) -> None:
+        if states := other_states(loaded.model.config):
+            raise ValueError(describe_other_states(loaded.model.config, states))
         self._loaded, self._sampling, self._limits = loaded, sampling, limits
         self._recorder = recorder
+        self._rows = SeparateRows(loaded.model)
         self._past: KvCache | None = None
+        self._alone: list[RunningSequence] = []
         self.running: list[RunningSequence] = []
         self.tokens = 0
 
     @property
     def occupied(self) -> int:
-        """How many are running."""
-        return len(self.running)
+        """How many are running, or are to be read once more."""
+        return len(self.running) + len(self._alone)
 
     def slots(self) -> int:
         """(token, expert) pairs that this rank's experts have computed."""
@@ -86,22 +109,33 @@ class DecodeBatch:
     @torch.inference_mode()
     def begin(self, new: list[RunningSequence]) -> list[RunningSequence]:
         """Read the prompts of ``new`` and draw their first tokens; return those that are complete already."""
-        lengths = tuple(len(r.ids) for r in new)
+        lengths = tuple(len(r.tokens) for r in new)
         columns = max(lengths)
-        ids = torch.zeros(len(new), columns, dtype=torch.int64)
-        for row, r in enumerate(new):
-            ids[row, columns - len(r.ids) :] = torch.tensor(r.ids)
-        logits, past = self._forward(ids, lengths, None)
+        # A row's padding is its own first token: nothing is computed of tokens that no text has.
+        ids = torch.tensor([[r.tokens[0]] * (columns - len(r.tokens)) + r.tokens for r in new])
+        with rows_isolated(self._loaded.layers):
+            logits, past = self._forward(ids, lengths, None)
         self.running += new
         self._past = past if self._past is None else self._past.join(past)
         return self._advance(new, logits)
 
     @torch.inference_mode()
     def advance(self) -> list[RunningSequence]:
-        """Draw the next token of every running sequence; return those that it completes."""
+        """Draw the next token of every running sequence; return those that it completes.
+
+        Where a model needs the whole past of a sequence anew, that one alone is read again and gets its next token.
+        Where a sequence is to be read alone, that is done instead.
+        """
+        if self._alone:
+            return self.begin([self._alone.pop(0)])
         assert self._past is not None
+        for row, r in enumerate(self.running):
+            if self._rows.needs_whole_past(len(r.ids) + len(r.answer)):
+                self._keep([other for other in range(len(self.running)) if other != row])
+                return self.begin([r])
         ids = torch.tensor([[r.answer[-1]] for r in self.running])
-        logits, self._past = self._continue(ids, self._past)
+        with rows_isolated(self._loaded.layers):
+            logits, self._past = self._continue(ids, self._past)
         return self._advance(self.running, logits)
 
     @torch.inference_mode()
@@ -110,17 +144,52 @@ class DecodeBatch:
         self._loaded.join()
 
     def _advance(self, drawn: list[RunningSequence], logits: Tensor) -> list[RunningSequence]:
-        tokens = self._sampling.choose(logits, [r.generator for r in drawn])
-        self.tokens += len(tokens)
-        for r, token in zip(drawn, tokens, strict=True):
-            self._limits.take(r, token)
-        complete = [r for r in drawn if r.finish is not None]
-        if complete:
-            kept = [row for row, r in enumerate(self.running) if r.finish is None]
-            assert self._past is not None
-            self._past = self._past.select(kept)
-            self.running = [self.running[row] for row in kept]
-        return complete
+        for r, token in zip(drawn, self._draw(drawn, logits), strict=True):
+            if token is None:
+                self._fail(r, among=len(drawn))
+            else:
+                self._take(r, token)
+        ended = [r for r in drawn if r.ended]
+        waiting = {r.place for r in self._alone}
+        kept = [row for row, r in enumerate(self.running) if not r.ended and r.place not in waiting]
+        if len(kept) < len(self.running):
+            self._keep(kept)
+        return ended
+
+    def _draw(self, drawn: list[RunningSequence], logits: Tensor) -> list[int | None]:
+        """The next token of each row of ``logits``, None of one that is not finite."""
+        try:
+            return [*choose_tokens(self._sampling, logits, drawn)]
+        except ValueError:
+            rows = torch.isfinite(logits).all(dim=-1).nonzero()[:, 0].tolist()
+            if len(rows) == len(drawn):
+                raise
+        chosen = choose_tokens(self._sampling, logits[rows], [drawn[row] for row in rows]) if rows else []
+        tokens = dict(zip(rows, chosen, strict=True))
+        return [tokens.get(row) for row in range(len(drawn))]
+
+    def _take(self, running: RunningSequence, token: int) -> None:
+        """Whatever goes wrong with one answer's text is that answer's failure."""
+        self.tokens += 1
+        try:
+            self._limits.take(running, token)
+        except Exception as error:  # noqa: BLE001 - the other rows, and the other ranks, go on
+            running.failure = f"the tokenizer does not decode its answer ({type(error).__name__}: {error})"
+
+    def _fail(self, running: RunningSequence, among: int) -> None:
+        """A first token that is not finite may be the fault of padding, which a prompt that is read alone does not have."""
+        if among > 1 and not running.answer and not running.alone:
+            running.alone = True
+            self._alone.append(running)
+            return
+        place = len(running.ids) + len(running.answer)
+        running.failure = not_finite("logits", place, self._loaded.dtype)
+
+    def _keep(self, rows: list[int]) -> None:
+        """Let go of all running sequences but those at ``rows``."""
+        assert self._past is not None
+        self._past = self._past.select(rows)
+        self.running = [self.running[row] for row in rows]
 
     def _continue(self, ids: Tensor, past: KvCache) -> tuple[Tensor, KvCache]:
         if self._recorder is not None and (replayed := self._recorder.step(ids, past)):
@@ -136,7 +205,7 @@ class DecodeBatch:
         seen = mask(lengths, columns)
         places = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         device = self._loaded.device
-        with backends(device):
+        with backends(device), self._rows.of_lengths(lengths):
             out: Any = self._loaded.model(
                 input_ids=ids.to(device),
                 # Without padding a causal model needs no mask, and its attention is faster.

@@ -1,19 +1,18 @@
 """Answering a file of prompts on all ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from xpar.comm.communicator import Communicator
 from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence
 from xpar.engine.generation.decode_batch import StopConditions as Ends
+from xpar.engine.generation.detokenizer import Detokenizer, Stops
 from xpar.engine.generation.lockstep import Progress, Record
+from xpar.engine.generation.logits_processors import make_processors
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.request import Request, WorkItem, Workload
 from xpar.engine.generation.run_file import BatchLimits, RunSummary, first_line, last_line, process_file
-from xpar.engine.generation.tokenizer import Tokenizer, first_stop
+from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.loader import LoadedModel
-
-TOKENS_PER_CHARACTER = 4
-"""At most: a tokenizer of bytes may need one for each byte of a character."""
 
 
 def generate(
@@ -26,46 +25,39 @@ def generate(
     tell: Callable[[Progress], None] = lambda progress: None,
 ) -> RunSummary:
     """Answer ``work.queue`` into ``request.out``; collective. ``told`` and ``tell``: see :func:`process_file`."""
-    stopped = stop_test(request.stops, tokens)
-    ends = Ends(request.max_new_tokens, tokens.ends, stopped)
+    stops = Stops(request.stops, tokens.ids_of(request.stop_tokens))
+    detokenizer = tokens.detokenizer()
+    sampling, most = request.sampling, request.max_new_tokens
 
     def start(place: int, question: WorkItem) -> RunningSequence:
-        return RunningSequence(place, question.ids, request.sampling.generator(question.hash))
+        ids = question.ids
+        processors = make_processors(dict(sampling.settings), ids, most, tokens.ends)
+        stopped = detokenizer.stop_test(ids, stops)
+        generator = sampling.generator(question.hash)
+        return RunningSequence(place, ids, generator, processors=processors, stopped=stopped)
 
     return process_file(
         comm,
         request,
         work,
-        DecodeBatch(loaded, request.sampling, ends, DecodeGraph.of(loaded)),
+        DecodeBatch(loaded, sampling, Ends(most, tokens.ends), DecodeGraph.of(loaded)),
         BatchLimits(request.batch, request.prefill_tokens),
         start,
-        lambda r: _record(work, work.queue[r.place], r, tokens, request.stops),
+        lambda r: _record(work, r, detokenizer, stops, request.keep_special),
         told,
         tell,
     )
 
 
-def stop_test(stops: tuple[str, ...], tokens: Tokenizer) -> Callable[[Sequence[int]], bool]:
-    """Whether an answer's tokens have just completed one of ``stops``."""
-    tail = TOKENS_PER_CHARACTER * (max(map(len, stops), default=0) + 1)
-
-    def stopped(ids: Sequence[int]) -> bool:
-        # The end alone is decoded first: the whole answer at every token would cost its length squared.
-        if not stops or first_stop(tokens.decode(ids[-tail:]), stops) is None:
-            return False
-        return first_stop(tokens.decode(ids), stops) is not None
-
-    return stopped
-
-
 def _record(
-    work: Workload, question: WorkItem, running: RunningSequence, tokens: Tokenizer, stops: tuple[str, ...]
+    work: Workload, running: RunningSequence, detokenizer: Detokenizer, stops: Stops, keep_special: bool
 ) -> Record:
-    text = tokens.decode(running.answer)
+    question = work.queue[running.place]
     return {
         **first_line(question),
-        "text": text[: first_stop(text, stops)],
+        "text": detokenizer.cut(question.ids, running.answer, stops, keep_special),
         "tokens": len(running.answer),
         "finish": running.finish,
+        "token_ids": running.answer,
         **last_line(question, work),
     }

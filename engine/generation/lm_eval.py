@@ -3,9 +3,11 @@
 The harness runs on rank 0 and asks; see :mod:`xpar.engine.generation.service`.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from xpar.engine.generation.generation_defaults import DRAWS, OTHER_WAYS, SETTABLE, ModelDefaults, settle
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.service import Continuations, Prompts, Service
 
@@ -13,6 +15,9 @@ NAME = "xpar"
 POSITIONS = 2048
 """Of a model that names no limit, as the harness takes it."""
 MAX_NEW_TOKENS = 256
+log = logging.getLogger("xpar.models")
+UNLIMITED = 10**9
+"""More positions than any model has: what tokenizers name that know no limit."""
 
 
 def model_class() -> type["LmEvalAdapter"]:
@@ -41,8 +46,10 @@ class LmEvalAdapter:
     def __init__(self, service: Service, path: str) -> None:
         super().__init__()
         self.service, self.path = service, path
+        self.is_warned = False
         self.tokenizer = service.tokens.tokenizer
-        self.max_length = service.tokens.positions or POSITIONS
+        limit = getattr(self.tokenizer, "model_max_length", None) or UNLIMITED
+        self.max_length = service.tokens.window or (int(limit) if limit < UNLIMITED else POSITIONS)
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
@@ -53,8 +60,12 @@ class LmEvalAdapter:
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has nothing before it."""
-        begin = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else int(begin)
+        prefix = self.service.tokens.prefix_id
+        if prefix is None:
+            raise ValueError(
+                "the tokenizer names no token that begins or ends texts; the harness asks for one"
+            )
+        return prefix
 
     @property
     def tokenizer_name(self) -> str:
@@ -62,10 +73,22 @@ class LmEvalAdapter:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        begin = self.tokenizer.bos_token
-        if add_special_tokens is None and begin and string.startswith(begin):
+        if add_special_tokens is None and self.service.tokens.begins_itself(string):
             given = {"add_special_tokens": False}  # a chat template has written it already
         return list(self.tokenizer(string, **given)["input_ids"])
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness cuts, but for what the tokenizer puts behind every text, which is in neither part."""
+        ids, first = self.service.tokens.join(context, continuation)
+        if not self.is_warned and self.service.tokens.spans_join(context, continuation, ids):
+            self.is_warned = True
+            log.warning(
+                "a token spans the end of the context %r and the beginning of the continuation %r: only what stands behind it is "
+                "scored, as the harness defines it; further ones are not reported",
+                context[-40:],
+                continuation[:40],
+            )
+        return ids[:first], ids[first:]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -86,9 +109,11 @@ class LmEvalAdapter:
     ) -> list[tuple[float, bool]]:
         """Of (anything, context, continuation): the sum over the continuation, and whether it is greedy."""
         texts = []
-        for _words, context, continuation in requests:
+        for words, context, continuation in requests:
+            if not context or not continuation or len(continuation) > self.max_length:
+                raise ValueError(_refusal(words, len(context), len(continuation), self.max_length))
             ids = [*context, *continuation][-(self.max_length + 1) :]
-            texts.append((ids, max(1, len(ids) - len(continuation))))
+            texts.append((ids, len(ids) - len(continuation)))
         return list(self.service.ask(Continuations(tuple(texts))))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -108,7 +133,8 @@ class LmEvalAdapter:
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         groups: dict[tuple[Sampling, int, tuple[str, ...]], list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(_options(request.args[1]), []).append(number)
+            groups.setdefault(_options(request.args[1], self.service.tokens.defaults), []).append(number)
+        end = self.tokenizer.decode([self.eot_token_id]) if self.tokenizer.eos_token_id is not None else ""
         texts = [""] * len(requests)
         for (sampling, most, stops), numbers in groups.items():
             room = self.max_length - most
@@ -117,20 +143,34 @@ class LmEvalAdapter:
                     f"max_gen_toks={most}: the model has {self.max_length} positions; ask for fewer"
                 )
             prompts = tuple(self.tok_encode(requests[n].args[0])[-room:] for n in numbers)
-            answers = self.service.ask(Prompts(prompts, most, stops, sampling))
+            # The harness's own backend ends answers at the tokenizer's end token, whatever the model's defaults name.
+            answers = self.service.ask(Prompts(prompts, most, (*stops, *([end] if end else [])), sampling))
             for number, text in zip(numbers, answers, strict=True):
                 texts[number] = text
         return texts
 
 
-def _options(given: Mapping[str, Any]) -> tuple[Sampling, int, tuple[str, ...]]:
-    """The harness's words for a way to draw."""
+def _refusal(words: Any, context: int, continuation: int, most: int) -> str:
+    """Why a pair of so many tokens, of the texts ``words`` if they are known, cannot be scored."""
+    if not context:
+        why = "the context has no tokens, and the tokenizer begins texts with none"
+    elif not continuation:
+        why = "no token of the two is the continuation's alone, so that there is nothing to score"
+    else:
+        why = f"the continuation has {continuation} tokens, and the model positions for {most}"
+    pair = "" if words is None else f"context {words[0][-40:]!r}, continuation {words[1][:40]!r}: "
+    return f"{pair}{why}; change the task's texts"
+
+
+def _options(given: Mapping[str, Any], defaults: ModelDefaults) -> tuple[Sampling, int, tuple[str, ...]]:
+    """The harness's words for a way to generate, before the model's own defaults, as its backend for transformers does."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     options = normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS)
-    temperature = float(options.get("temperature") or 0.0)
-    stops = tuple(stop for stop in options["until"] if stop)
-    if temperature == 0.0:
-        return Sampling(), int(options["max_gen_toks"]), stops
-    sampling = Sampling(temperature, int(options.get("top_k") or 0), float(options.get("top_p") or 1.0))
-    return sampling, int(options["max_gen_toks"]), stops
+    known = {name: options[name] for name in (*SETTABLE, *OTHER_WAYS) if name in options}
+    if not known.get("do_sample"):
+        known = {name: value for name, value in known.items() if name not in DRAWS}
+    most = int(options["max_gen_toks"])
+    generation = settle(defaults, known, most)
+    stops = (*(stop for stop in options["until"] if stop), *generation.stops)
+    return generation.sampling, most, stops

@@ -4,10 +4,13 @@ What cannot be one is a value too, with its line number, so that the rest of the
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from xpar.engine.generation.text_lines import decode, read_lines
 
 Id = str | int
 JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
@@ -33,13 +36,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is no prompt, and why."""
+    """A line that is no prompt, and why. ``id``: the file's own, where it could be read."""
 
     line: int
     error: str
+    id: Id | None = None
 
     def record(self) -> dict[str, Any]:
-        return {"line": self.line, "error": self.error}
+        """Return the line of the file of errors."""
+        return {"line": self.line, **({} if self.id is None else {"id": self.id}), "error": self.error}
 
 
 Form = Callable[[Mapping[str, Any]], tuple[str, str | None]]
@@ -55,11 +60,12 @@ def prompt_form(value: Mapping[str, Any]) -> tuple[str, None]:
 
 def text_form(value: Mapping[str, Any]) -> tuple[str, str | None]:
     """``{"text": …}`` or ``{"context": …, "continuation": …}``, which is to be scored."""
-    parts = [name for name in ("text", "context", "continuation") if isinstance(value.get(name), str)]
-    if parts == ["text"]:
-        return value["text"], None
-    if parts == ["context", "continuation"]:
-        return value["continuation"], value["context"]
+    parts = [name for name in ("text", "context", "continuation") if value.get(name) is not None]
+    if all(isinstance(value[name], str) for name in parts):
+        if parts == ["text"]:
+            return value["text"], None
+        if parts == ["context", "continuation"]:
+            return value["continuation"], value["context"]
     raise ValueError(
         'must be an object with a text "text", or with two, "context" and "continuation", such as {"id": "a1", "text": "…"}'
     )
@@ -68,33 +74,25 @@ def text_form(value: Mapping[str, Any]) -> tuple[str, str | None]:
 def read_prompts(path: Path, form: Form = prompt_form) -> tuple[list[Prompt], list[BadLine]]:
     """All prompts of ``path`` in order, and all lines that are none; empty lines are neither.
 
-    A file whose name ends in .jsonl, .ndjson or .json holds JSON lines of ``form``. Raises OSError.
+    A file whose name ends in .jsonl, .ndjson or .json holds JSON lines of ``form``. Raises OSError, and ValueError for a
+    file that as a whole is not UTF-8.
     """
     prompts: list[Prompt] = []
     bad: list[BadLine] = []
     lines_of: dict[Id, int] = {}
     in_json = path.suffix.lower() in JSON_SUFFIXES
-    for line, raw in _lines(path):
+    for line, raw in read_lines(path):
         try:
-            text = raw.decode("utf-8")
+            text = decode(raw)
             prompt = _json_prompt(line, text, form) if in_json else Prompt(line, None, text)
             if prompt.id is not None and lines_of.setdefault(prompt.id, line) != line:
-                raise ValueError(f"id {prompt.id!r} is that of line {lines_of[prompt.id]}; ids must differ")
+                raise ValueError(
+                    f"id {reprlib.repr(prompt.id)} is that of line {lines_of[prompt.id]}; ids must differ"
+                )
             prompts.append(prompt)
-        except UnicodeDecodeError as error:
-            bad.append(BadLine(line, f"byte {error.start} is not UTF-8; save the file as UTF-8"))
         except ValueError as error:
             bad.append(BadLine(line, str(error)))
     return prompts, bad
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines end in a newline and nothing else: a prompt may hold any other separator that Unicode knows."""
-    with open(path, "rb") as file:
-        for line, raw in enumerate(file, start=1):
-            text = raw.rstrip(b"\r\n")
-            if text.strip():
-                yield line, text
 
 
 def _json_prompt(line: int, text: str, form: Form) -> Prompt:
@@ -104,10 +102,10 @@ def _json_prompt(line: int, text: str, form: Form) -> Prompt:
         raise ValueError(f"not JSON ({error})") from None
     scored, context = form(value if isinstance(value, Mapping) else {})
     name = value.get("id")
+    if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
+        raise ValueError(f"id {reprlib.repr(name)} must be a text or a whole number")
     try:
         json.dumps([name, scored, context], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is no character") from None
-    if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
-        raise ValueError(f"id {name!r} must be a text or a whole number")
     return Prompt(line, name, scored, context)

@@ -2,20 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.partition import split_range
-from xpar.engine.checkpoint.reader import Checkpoint
-from xpar.engine.generation.answer_file import open_answer_file, read_answers, write_errors
+from xpar.engine.generation.answer_file import open_answer_file, read_answers, read_failures, write_errors
+from xpar.engine.generation.fingerprint import fingerprint
 from xpar.engine.generation.prompts import BadLine, Form, Prompt, prompt_form, read_prompts, text_form
 from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.settings import settings_text
 from xpar.engine.generation.tokenizer import Tokenizer
 
 
@@ -48,8 +49,11 @@ class RequestBase(Protocol):
     def form(self) -> Form:
         """Of the file's JSON lines."""
 
-    def settings(self, config: Mapping[str, Any]) -> str:
-        """A digest of all that decides an answer besides its prompt."""
+    def settings(self) -> Mapping[str, object]:
+        """Return the options that decide an answer, by name; the prompt and the checkpoint are not among them."""
+
+    def check(self, tokens: Tokenizer) -> None:
+        """Raise ValueError for options under which the model could take no line at all."""
 
     def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
         """The prompt as tokens; ValueError if the model cannot take it."""
@@ -57,10 +61,12 @@ class RequestBase(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """Answers. ``stops``: texts that end an answer and are not part of it. ``batch``: sequences that a rank runs at a time.
+    """Answers. ``stops``: texts that end an answer and are not part of it. ``stop_tokens``: ids or names of tokens that do.
+    ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time.
     ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read alone.
 
     ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if they were the same.
+    ``exact_with``: names and values of what else the bits of exact mode depend on, such as the kernel.
     """
 
     checkpoint: Path
@@ -74,22 +80,36 @@ class Request:
     prefill_tokens: int = 4096
     dtype: torch.dtype = torch.float32
     exact: bool = False
+    exact_with: tuple[tuple[str, str], ...] = ()
+    stop_tokens: tuple[str, ...] = ()
+    keep_special: bool = False
 
     @property
     def form(self) -> Form:
         return prompt_form
 
-    def settings(self, config: Mapping[str, Any]) -> str:
-        decisive = {
-            "sampling": asdict(self.sampling),
-            "max_new_tokens": self.max_new_tokens,
-            "stops": self.stops,
+    def settings(self) -> Mapping[str, object]:
+        sampling = asdict(self.sampling)
+        further = dict(sampling.pop("settings"))
+        return {
+            "command": "generate",
+            **{name.replace("_", "-"): value for name, value in sampling.items()},
+            **{f"set-{name}": value for name, value in sorted(further.items())},
+            "max-new-tokens": self.max_new_tokens,
+            "stop": tuple(sorted(set(self.stops))),
+            "stop-token": tuple(sorted(set(self.stop_tokens))),
+            "keep-special-tokens": self.keep_special,
             "chat": self.chat,
-            "dtype": str(self.dtype),
-            "exact": self.exact,
-            "config": dict(config),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **_exactness(self.exact, self.exact_with),
         }
-        return digest(decisive)
+
+    def check(self, tokens: Tokenizer) -> None:
+        if tokens.positions is not None and self.max_new_tokens >= tokens.positions:
+            raise ValueError(
+                f"--max-new-tokens {self.max_new_tokens}: the model has {tokens.positions} positions for prompt and "
+                f"answer together; give at most {tokens.positions - 1}"
+            )
 
     def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
         ids = tokens.encode(prompt.text)
@@ -98,6 +118,7 @@ class Request:
             raise ValueError(
                 f"{len(ids)} tokens, and the model has positions for {limit} besides --max-new-tokens; shorten it"
             )
+        check_ids(ids, tokens)
         return WorkItem(prompt, ids, digest([prompt.key, prompt.text]))
 
 
@@ -106,7 +127,7 @@ class ScoreRequest:
     """Log-probabilities. ``batch``: texts that a rank reads at a time. ``prefill_tokens``: tokens that it reads in one
     forward; a longer text is read alone, in pieces of that many.
 
-    ``dtype``, ``exact``: as for :class:`Request`.
+    ``dtype``, ``exact``, ``exact_with``: as for :class:`Request`.
     """
 
     checkpoint: Path
@@ -116,19 +137,23 @@ class ScoreRequest:
     prefill_tokens: int = 4096
     dtype: torch.dtype = torch.float32
     exact: bool = False
+    exact_with: tuple[tuple[str, str], ...] = ()
 
     @property
     def form(self) -> Form:
         return text_form
 
-    def settings(self, config: Mapping[str, Any]) -> str:
-        decisive = {
-            "score": True,
-            "dtype": str(self.dtype),
-            "exact": self.prefill_tokens if self.exact else None,  # pieces of another length round otherwise
-            "config": dict(config),
+    def settings(self) -> Mapping[str, object]:
+        return {
+            "command": "score",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            # Pieces of another length round otherwise.
+            "prefill-tokens": self.prefill_tokens if self.exact else None,
+            **_exactness(self.exact, self.exact_with),
         }
-        return digest(decisive)
+
+    def check(self, tokens: Tokenizer) -> None:
+        """Raise nothing: every text decides for itself."""
 
     def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
         ids, first = tokens.encode_pair(prompt.context, prompt.text)
@@ -140,6 +165,7 @@ class ScoreRequest:
             raise ValueError(
                 f"{len(ids)} tokens, and the model has positions for {tokens.positions}; shorten it"
             )
+        check_ids(ids, tokens)
         return WorkItem(prompt, ids, digest([prompt.key, prompt.context, prompt.text]), first)
 
 
@@ -147,7 +173,8 @@ class ScoreRequest:
 class Workload:
     """The same on every rank. ``queue``: what is to be answered, longest prompt first. ``order``: hash -> place of
     every question in the file. ``answered``: how many answers an earlier run left. ``refused``: lines that are no
-    prompts. ``settings``: digest of what all answers have in common.
+    prompts. ``failed``: prompts that the model could not answer in an earlier run. ``settings``: what all answers have in
+    common, as one text.
     """
 
     queue: tuple[WorkItem, ...]
@@ -155,44 +182,79 @@ class Workload:
     answered: int
     refused: int
     settings: str
+    failed: int = 0
 
 
 def read_request(comm: Communicator, request: RequestBase, tokens: Tokenizer, resume: bool) -> Workload:
     """Read the prompts, and with ``resume`` the answers there are; write what cannot be a prompt. Collective.
 
-    Rank 0 reads and writes; raises one error on every rank if it cannot.
+    Rank 0 reads and writes, and writes nothing before it has read everything; raises one error on every rank if it cannot.
     """
     first = comm.rank == 0
-    config = agreed(comm, lambda: Checkpoint(request.checkpoint).config)
-    read = agreed(comm, lambda: read_prompts(request.prompts, request.form) if first else ([], []))
+    agreed(comm, lambda: request.check(tokens))
+    read = agreed(
+        comm, lambda: read_prompts(request.prompts, request.form) if first else ([], []), patient=True
+    )
     prompts, bad = comm.all_gather_object(read)[0]
-    settings = request.settings(config)
+    settings = settings_text(
+        {**request.settings(), "ends": sorted(tokens.ends), **fingerprint(comm, request.checkpoint)}
+    )
     part = split_range(len(prompts), comm.size, comm.rank)
-    encoded = agreed(comm, lambda: [_question(request, p, tokens) for p in prompts[part]])
+    encoded = agreed(comm, lambda: [_question(request, p, tokens) for p in prompts[part]], patient=True)
     everyones = [entry for entries in comm.all_gather_object(encoded) for entry in entries]
     questions = [entry for entry in everyones if isinstance(entry, WorkItem)]
     bad = sorted(bad + [e for e in everyones if isinstance(e, BadLine)], key=lambda e: e.line)
 
-    def settle() -> set[str]:
+    def settle() -> tuple[set[str], set[str]]:
         if not first:
-            return set()
-        write_errors(request.out, bad)
-        kept = read_answers(request.out, {q.hash for q in questions}, settings) if resume else {}
+            return set(), set()
+        hashes = {q.hash for q in questions}
+        kept = read_answers(request.out, hashes, settings) if resume else {}
+        failures = read_failures(request.out, hashes - kept.keys(), settings) if resume else {}
+        write_errors(request.out, bad, failures.values())
         open_answer_file(request.out, kept.values())
-        return set(kept)
+        return set(kept), set(failures)
 
-    done = comm.all_gather_object(agreed(comm, settle))[0]
-    queue = [q for q in questions if q.hash not in done]
+    done, failed = comm.all_gather_object(agreed(comm, settle))[0]
+    queue = [q for q in questions if q.hash not in done | failed]
     queue.sort(key=lambda q: (-len(q.ids), q.prompt.line))
     order = {q.hash: place for place, q in enumerate(questions)}
-    return Workload(tuple(queue), order, len(done), len(bad), settings)
+    return Workload(tuple(queue), order, len(done), len(bad), settings, len(failed))
+
+
+def check_ids(ids: Sequence[int], tokens: Tokenizer) -> None:
+    """Raise ValueError for a token that the model's embedding has no row for."""
+    if tokens.vocabulary is not None and ids and max(ids) >= tokens.vocabulary:
+        token = max(ids)
+        text = tokens.tokenizer.convert_ids_to_tokens(token)
+        raise ValueError(
+            f"token {token} ({text!r}) is one of the tokenizer's alone: the model's embedding has rows for "
+            f"0 to {tokens.vocabulary - 1}; leave its text out, or use the tokenizer that belongs to the model"
+        )
 
 
 def _question(request: RequestBase, prompt: Prompt, tokens: Tokenizer) -> WorkItem | BadLine:
+    """Make the question of ``prompt``; whatever that raises, in a template or a tokenizer, refuses this line alone."""
     try:
         return request.question(prompt, tokens)
     except ValueError as error:
-        return BadLine(prompt.line, str(error))
+        return BadLine(prompt.line, str(error) or "ValueError", prompt.id)
+    except BaseException as error:
+        # A tokenizer in Rust that panics raises what is no Exception.
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        where = "the chat template or the tokenizer" if getattr(request, "chat", False) else "the tokenizer"
+        return BadLine(
+            prompt.line, f"{where} does not take it ({type(error).__name__}: {_brief(error)})", prompt.id
+        )
+
+
+def _brief(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _exactness(exact: bool, exact_with: tuple[tuple[str, str], ...]) -> Mapping[str, object]:
+    return {"exact": exact, **(dict(exact_with) if exact else {})}
 
 
 def digest(value: object) -> str:

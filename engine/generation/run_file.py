@@ -15,15 +15,19 @@ from xpar.engine.generation.steps import LocalBatch, R
 
 @dataclass(frozen=True)
 class RunSummary:
-    """``complete``: False if a signal ended it early. ``progress``: of this run, at its end."""
+    """``complete``: False if a signal ended it early. ``progress``: of this run, at its end.
+
+    ``failed``: prompts that the model could not answer.
+    """
 
     complete: bool
     progress: Progress
     seconds: float
+    failed: int = 0
 
     @property
     def answers(self) -> int:
-        return self.progress.done
+        return self.progress.done - self.failed
 
     @property
     def tokens(self) -> int:
@@ -53,7 +57,8 @@ def process_file(
 
     ``start(place, question)``: what ``steps`` begins for a question. ``record``: what is written of a complete one.
     ``told``: whether this rank was told to stop; if any was, all end after the step they are in, with everything
-    written that was complete. ``tell`` hears where the job is before each step.
+    written that was complete. ``tell`` hears where the job is before each step. A row that the model could not work on,
+    or whose record cannot be made, is written as a failure beside ``request.out``, and the others go on.
     """
     file = agreed(comm, lambda: AnswerFile(request.out) if comm.rank == 0 else None)
     begin = time.monotonic()
@@ -68,14 +73,15 @@ def process_file(
         total=len(work.queue),
         start=lambda place: start(place, work.queue[place]),
         at_once=lambda place: max(1, limits.tokens // len(work.queue[place].ids)),
-        record=record,
+        record=lambda row: _record_or_failure(row, work, record),
         write=lambda records: file.append(records) if file else None,
         stop=told,
         tell=note,
     )
     complete = run_lockstep(comm, steps, limits.batch, job)
     agreed(comm, lambda: _close(file, complete, work.order), "writing answers")
-    return RunSummary(complete, latest, time.monotonic() - begin)
+    failed = comm.all_gather_object(file.failed if file else 0)[0]
+    return RunSummary(complete, latest, time.monotonic() - begin, failed)
 
 
 def finish_only(comm: Communicator, request: RequestBase, work: Workload) -> None:
@@ -97,6 +103,16 @@ def first_line(question: WorkItem) -> Record:
 def last_line(question: WorkItem, work: Workload) -> Record:
     """How a record ends: what a later run compares."""
     return {"hash": question.hash, "settings": work.settings}
+
+
+def _record_or_failure(row: R, work: Workload, record: Callable[[R], Record]) -> Record:
+    question, why = work.queue[row.place], row.failure
+    if why is None:
+        try:
+            return record(row)
+        except Exception as error:  # noqa: BLE001 - one row's answer must not end the job
+            why = f"its answer cannot be written ({type(error).__name__}: {error})"
+    return {**first_line(question), "error": why, **last_line(question, work)}
 
 
 def watch_for_stop() -> Callable[[], bool]:

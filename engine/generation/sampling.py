@@ -1,13 +1,24 @@
-"""Choosing the next token. The arithmetic of temperature, top-k and top-p is transformers' own."""
+"""Choosing the next token. The arithmetic of temperature, top-k, top-p and their like is transformers' own."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 NOT_FINITE = "the model's logits are not finite; check the checkpoint, or use another --dtype"
+
+CUTS = {
+    "min_p": "MinPLogitsWarper",
+    "typical_p": "TypicalLogitsWarper",
+    "epsilon_cutoff": "EpsilonLogitsWarper",
+    "eta_cutoff": "EtaLogitsWarper",
+}
+"""Transformers' classes that leave unlikely tokens out of a draw, behind top-k and top-p."""
+DRAW_SETTINGS = ("top_h", *CUTS)
 
 
 @dataclass(frozen=True)
@@ -16,12 +27,15 @@ class Sampling:
 
     ``top_k``: draw among the k likeliest, 0 among all. ``top_p``: among the likeliest whose probabilities add up to
     p. ``seed``: of the draws; each prompt's depend on it and on the prompt alone, not on ranks or neighbours.
+    ``settings``: further (name, value) of transformers' generation config, lists as tuples: further ways to leave
+    unlikely tokens out of a draw, and those of :mod:`xpar.engine.generation.logits_processors`.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -60,12 +74,38 @@ class Sampling:
         ]
 
     def _warped(self, logits: Tensor) -> Tensor:
-        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+        for warper in self.warpers():
+            logits = warper(None, logits)
+        return logits
 
-        warped: Tensor = TemperatureLogitsWarper(self.temperature)(None, logits)
+    def warpers(self) -> list[Any]:
+        """Transformers' warpers of a draw, in the order in which its ``generate`` applies them.
+
+        Raises ValueError for a value that one of them does not take.
+        """
+        import transformers
+
+        warpers: list[Any] = [partial(_temper, transformers.TemperatureLogitsWarper(self.temperature))]
+        settings = dict(self.settings)
+        if "top_h" in settings:
+            warpers.append(transformers.TopHLogitsWarper(settings["top_h"]))
         if self.top_k:
-            warped = TopKLogitsWarper(self.top_k)(None, warped)
-        return TopPLogitsWarper(self.top_p)(None, warped) if self.top_p < 1.0 else warped
+            warpers.append(transformers.TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            warpers.append(transformers.TopPLogitsWarper(self.top_p))
+        return warpers + [
+            getattr(transformers, kind)(settings[n]) for n, kind in CUTS.items() if n in settings
+        ]
+
+
+def _temper(warper: Any, ids: None, logits: Tensor) -> Tensor:
+    """Divide logits by the temperature, as ``warper`` does, without an overflow at temperatures near 0."""
+    warped: Tensor = warper(ids, logits)
+    over = ~torch.isfinite(warped).all(dim=-1, keepdim=True)
+    if not bool(over.any()):
+        return warped
+    # From logits whose largest is 0 the others become minus infinity, and the likeliest token is drawn.
+    return torch.where(over, warper(ids, logits - logits.amax(dim=-1, keepdim=True)), warped)
 
 
 def _likeliest(logits: Tensor) -> Tensor:

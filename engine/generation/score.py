@@ -77,8 +77,18 @@ def perplexity(tokens: int, logprob: float) -> float | None:
         return None
 
 
+def logprobs_of(scored: ScoredText) -> list[float]:
+    """The log-probabilities of a complete text; RuntimeError unless there is one for each token that was asked for."""
+    asked = len(scored.ids) - scored.first
+    if len(scored.logprobs) != asked:
+        raise RuntimeError(
+            f"{len(scored.logprobs)} tokens scored of {asked} that were asked for; report this"
+        )
+    return scored.logprobs
+
+
 def _record(question: WorkItem, scored: ScoredText, work: Workload) -> Record:
-    logprobs = [round(logprob, DIGITS) for logprob in scored.logprobs]
+    logprobs = [round(logprob, DIGITS) for logprob in logprobs_of(scored)]
     total = math.fsum(logprobs)
     return {
         **first_line(question),

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from xpar.engine.models.growing import new_cache
+from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.lm_head import Head
 from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.rows import SeparateRows
 
 
 @dataclass
@@ -19,6 +21,9 @@ class ScoredText:
     """A text being scored. ``place``: its number among the job's. ``first``: of ``ids``, the first that is scored.
 
     ``logprobs``: of ids[first:], natural logarithms, so far. ``greedy``: whether each of them is the likeliest token.
+    ``length``: tokens of the forward whose result is wanted, for models that treat long texts otherwise;
+    None: of all ``ids``.
+    ``failure``: why it cannot be scored, or None.
     """
 
     place: int
@@ -26,30 +31,41 @@ class ScoredText:
     first: int
     logprobs: list[float] = field(default_factory=list)
     greedy: bool = True
+    length: int | None = None
+    failure: str | None = None
 
     @property
     def inputs(self) -> list[int]:
         """What the model reads: nothing is asked about what follows the last token."""
         return self.ids[:-1]
 
+    @property
+    def whole(self) -> int:
+        """Tokens of the text, those that are not read among them."""
+        return len(self.ids) if self.length is None else self.length
+
 
 class ScoreBatch:
     """The texts of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
     ``batch``: texts read together at most. ``piece``: tokens of one text read in one forward; a longer one is read in
-    several, and alone. ``tokens``: how many have been scored so far.
+    several, and alone. A model that keeps more than keys and values between two pieces reads every text in one
+    forward. ``tokens``: how many have been scored so far.
     """
 
     def __init__(self, loaded: LoadedModel, batch: int, piece: int) -> None:
         self._loaded, self._batch, self._piece = loaded, batch, piece
         self._head = Head(loaded.model)
+        self._in_pieces = loaded.is_cache_of_keys_and_values
+        self._rows = SeparateRows(loaded.model)
         self._reading: _Reading | None = None
+        self._alone: list[ScoredText] = []
         self.tokens = 0
 
     @property
     def occupied(self) -> int:
-        """All slots while a text is being read in pieces."""
-        return 0 if self._reading is None else self._batch
+        """All slots while a text is being read in pieces, or is to be read once more."""
+        return self._batch if self._reading is not None or self._alone else 0
 
     def slots(self) -> int:
         """(token, expert) pairs that this rank's experts have computed."""
@@ -57,34 +73,44 @@ class ScoreBatch:
 
     @torch.inference_mode()
     def begin(self, new: list[ScoredText]) -> list[ScoredText]:
-        """Score ``new``, all of them unless it is one that is longer than a piece."""
-        if len(new) == 1 and len(new[0].inputs) > self._piece:
+        """Score ``new``, all of them unless it is one that is longer than a piece.
+
+        A text whose numbers are not finite is read once more without others, whose padding may be at fault.
+        """
+        if self._in_pieces and len(new) == 1 and len(new[0].inputs) > self._piece:
             self._reading = _Reading(new[0], new_cache())
             return self.advance()
-        ids = torch.zeros(len(new), max(len(s.inputs) for s in new), dtype=torch.int64)
-        for row, s in enumerate(new):
-            ids[row, : len(s.inputs)] = torch.tensor(s.inputs)
-        # Padding stands on the right, where a causal model's tokens do not see it.
-        hidden_states = self._head.hidden_states(input_ids=ids.to(self._loaded.device), use_cache=False)
+        columns = max(len(s.inputs) for s in new)
+        # Padding stands on the right, where a causal model's tokens do not see it. It is a token of the text
+        # itself, so that nothing is computed of tokens that no text has.
+        rows = [s.inputs + s.ids[:1] * (columns - len(s.inputs)) for s in new]
+        ids = torch.tensor(rows, dtype=torch.int64)
+        with self._rows.of_lengths([s.whole for s in new]), rows_isolated(self._loaded.layers):
+            hidden_states = self._head.hidden_states(input_ids=ids.to(self._loaded.device), use_cache=False)
         for row, s in enumerate(new):
             self._take(s, hidden_states[row, : len(s.inputs)], 0)
-        return new
+        if len(new) == 1:
+            return new
+        self._alone += [ScoredText(s.place, s.ids, s.first) for s in new if s.failure is not None]
+        return [s for s in new if s.failure is None]
 
     @torch.inference_mode()
     def advance(self) -> list[ScoredText]:
-        """Read the next piece of a long text; return it if that was the last."""
-        assert self._reading is not None
+        """Read the next piece of a long text, and return it if that was the last; or one text that is to be read alone."""
+        if self._reading is None:
+            return self.begin([self._alone.pop(0)])
         text, begin = self._reading.text, self._reading.read
         piece = text.inputs[begin : begin + self._piece]
-        hidden_states = self._head.hidden_states(
-            input_ids=torch.tensor([piece], device=self._loaded.device),
-            position_ids=torch.arange(begin, begin + len(piece), device=self._loaded.device)[None],
-            past_key_values=self._reading.cache,
-            use_cache=True,
-        )
+        with self._rows.of_lengths([text.whole]), rows_isolated(self._loaded.layers):
+            hidden_states = self._head.hidden_states(
+                input_ids=torch.tensor([piece], device=self._loaded.device),
+                position_ids=torch.arange(begin, begin + len(piece), device=self._loaded.device)[None],
+                past_key_values=self._reading.cache,
+                use_cache=True,
+            )
         self._take(text, hidden_states[0], begin)
         self._reading.read += len(piece)
-        if self._reading.read < len(text.inputs):
+        if self._reading.read < len(text.inputs) and text.failure is None:
             return []
         self._reading = None
         return [text]
@@ -99,10 +125,14 @@ class ScoreBatch:
         first = max(text.first, begin + 1)
         rows = hidden_states[first - 1 - begin :]
         targets = text.ids[first : first + len(rows)]
-        for logprobs, greedy in self._head.scores(rows, torch.tensor(targets, device=rows.device)):
-            text.logprobs += logprobs
-            text.greedy &= greedy
-        self.tokens += len(targets)
+        try:
+            for logprobs, greedy in self._head.scores(rows, torch.tensor(targets, device=rows.device)):
+                text.logprobs += logprobs
+                text.greedy &= greedy
+                self.tokens += len(logprobs)
+        except ValueError:
+            # The scores of this text are not finite; the other texts, and the other ranks, go on.
+            text.failure = not_finite("logits", begin + len(hidden_states), self._loaded.dtype)
 
 
 @dataclass

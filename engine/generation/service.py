@@ -3,19 +3,23 @@
 Questions come as tokens and are answered in memory, by the same loop that works through a file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from xpar.comm.communicator import Communicator
+from xpar.comm.failure import agreed
 from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
-from xpar.engine.generation.generate import stop_test
+from xpar.engine.generation.detokenizer import Stops
 from xpar.engine.generation.lockstep import LockstepCallbacks, Record, run_lockstep
+from xpar.engine.generation.logits_processors import make_processors
 from xpar.engine.generation.recorder import DecodeGraph
+from xpar.engine.generation.request import check_ids
 from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.score import logprobs_of
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
 from xpar.engine.generation.steps import LocalBatch, R
-from xpar.engine.generation.tokenizer import Tokenizer, first_stop
+from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.loader import LoadedModel
 
 
@@ -28,7 +32,10 @@ class Continuations:
 
 @dataclass(frozen=True)
 class Prompts:
-    """To be answered, alike: tokens of each prompt. Answer: its text, cut at the first of ``stops``."""
+    """To be answered, alike: tokens of each prompt. Answer: its text, cut at the first of ``stops``.
+
+    The text is that of the answer's tokens alone, as the evaluation harness decodes them.
+    """
 
     prompts: tuple[list[int], ...]
     max_new_tokens: int
@@ -49,7 +56,10 @@ class Service:
         self.batch, self.prefill_tokens = batch, prefill_tokens
 
     def ask(self, question: Continuations | Prompts) -> list[Any]:
-        """The answer to each part of ``question``, in order."""
+        """The answer to each part of ``question``, in order.
+
+        Raises one error on every rank for a part that the model cannot answer; it names the part.
+        """
         self._tell(question)
         return self._work(question)
 
@@ -73,32 +83,36 @@ class Service:
     def _score(self, question: Continuations) -> list[Any]:
         def start(place: int) -> ScoredText:
             ids, first = question.texts[place]
-            return ScoredText(place, ids, first)
+            # As the harness's own models do: what is read is the whole text.
+            return ScoredText(place, ids, first, length=len(ids) - 1)
 
         def value(scored: ScoredText) -> Record:
-            return {"place": scored.place, "value": (sum(scored.logprobs), scored.greedy)}
+            return {"place": scored.place, "value": (sum(logprobs_of(scored)), scored.greedy)}
 
         steps = ScoreBatch(self.loaded, self.batch, self.prefill_tokens)
         return self._run(steps, [ids for ids, _ in question.texts], start, value)
 
     def _answer(self, question: Prompts) -> list[Any]:
-        stops, sampling = question.stops, question.sampling
-        limits = StopConditions(question.max_new_tokens, self.tokens.ends, stop_test(stops, self.tokens))
+        stops, sampling, most = Stops(question.stops), question.sampling, question.max_new_tokens
+        limits = StopConditions(most, self.tokens.ends)
+        detokenizer = self.tokens.detokenizer(in_context=False)
 
         def start(place: int) -> RunningSequence:
             ids = question.prompts[place]
-            return RunningSequence(place, ids, sampling.generator(str(ids)))
+            processors = make_processors(dict(sampling.settings), ids, most, self.tokens.ends)
+            stopped = detokenizer.stop_test(ids, stops)
+            generator = sampling.generator(str(ids))
+            return RunningSequence(place, ids, generator, processors=processors, stopped=stopped)
 
         def value(running: RunningSequence) -> Record:
-            text = self.tokens.decode(running.answer)
-            return {"place": running.place, "value": text[: first_stop(text, stops)]}
+            return {
+                "place": running.place,
+                "value": detokenizer.cut(running.ids, running.answer, stops),
+            }
 
-        return self._run(
-            DecodeBatch(self.loaded, sampling, limits, DecodeGraph.of(self.loaded)),
-            question.prompts,
-            start,
-            value,
-        )
+        recorder = DecodeGraph.of(self.loaded)
+        steps = agreed(self.comm, lambda: DecodeBatch(self.loaded, sampling, limits, recorder), "generating")
+        return self._run(steps, question.prompts, start, value)
 
     def _run(
         self,
@@ -108,20 +122,50 @@ class Service:
         value: Callable[[R], Record],
     ) -> list[Any]:
         """The value of each of ``ids``, on rank 0, of records with its place; longest first, so that no rank begins a long one last."""
+        agreed(self.comm, lambda: self._check(ids))
         order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
         values: dict[int, Any] = {}
+        failures: dict[int, str] = {}
 
         def write(records: list[Record]) -> None:
-            values.update((r["place"], r["value"]) for r in records)
+            failures.update((r["place"], r["failure"]) for r in records if "failure" in r)
+            values.update((r["place"], r["value"]) for r in records if "value" in r)
 
         job = LockstepCallbacks(
             total=len(ids),
             start=lambda turn: start(order[turn]),
             at_once=lambda turn: max(1, self.prefill_tokens // max(1, len(ids[order[turn]]))),
-            record=value,
+            record=lambda row: _record(row, value),
             write=write,
             stop=lambda: False,
             tell=lambda progress: None,
         )
         run_lockstep(self.comm, steps, self.batch, job)
+        agreed(self.comm, lambda: _refuse(failures, len(ids)))
         return [values[place] for place in sorted(values)]
+
+    def _check(self, ids: Sequence[list[int]]) -> None:
+        for place, tokens in enumerate(ids):
+            try:
+                check_ids(tokens, self.tokens)
+            except ValueError as error:
+                raise ValueError(f"text {place + 1} of {len(ids)}: {error}") from None
+
+
+def _record(row: R, value: Callable[[R], Record]) -> Record:
+    """What goes wrong with one answer's text must not leave the other ranks waiting."""
+    failure = row.failure
+    if failure is None:
+        try:
+            return value(row)
+        except Exception as error:  # noqa: BLE001 - raised once all are done, on every rank
+            failure = f"its answer cannot be given ({type(error).__name__}: {error})"
+    return {"place": row.place, "failure": failure}
+
+
+def _refuse(failures: Mapping[int, str], total: int) -> None:
+    """A program has no file for what failed, and numbers without it would be of another set of texts."""
+    if failures:
+        place = min(failures)
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise ValueError(f"text {place + 1} of {total}{more}: {failures[place]}")

@@ -2,8 +2,15 @@
 
 from typing import Protocol, TypeVar
 
-R = TypeVar("R")
-"""A prompt or text that is being worked on."""
+
+class Row(Protocol):
+    """A prompt or text that is being worked on. ``place``: its number among the job's. ``failure``: why it cannot be, or None."""
+
+    place: int
+    failure: str | None
+
+
+R = TypeVar("R", bound=Row)
 
 
 class LocalBatch(Protocol[R]):

@@ -1,25 +1,35 @@
 """Text to token ids and back, with the tokenizer of the checkpoint's folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from xpar.engine.checkpoint.tensor_file import CheckpointError
+from xpar.engine.generation.detokenizer import Detokenizer, first_stop
+from xpar.engine.generation.generation_defaults import FILE, read_defaults
 
+__all__ = ["TOKENIZER_FILES", "Tokenizer", "first_stop"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 class Tokenizer:
-    """``chat``: a prompt is what a user says, and goes through the checkpoint's chat template.
+    """The tokenizer of a checkpoint, and what the checkpoint says about its tokens.
 
-    ``ends``: ids that end an answer: the generation config's, the model config's and the tokenizer's.
+    ``chat``: a prompt is what a user says, and goes through the checkpoint's chat template.
     ``tokenizer``: transformers' own.
+    ``ends``: ids that end an answer: those that transformers' ``generate`` takes, of ``generation_config.json`` or, where
+    there is none, of ``config.json``; the tokenizer's where neither file nor id is there.
+    ``defaults``: of its generation config. ``ends_note``: a line that says where they are from.
     ``positions``: the most tokens that the model knows places for, prompt and answer together, or None.
+    ``window``: tokens of the longest texts that the configuration names, or None; a model whose rotary factors
+    are computed for every length takes longer ones.
+    ``vocabulary``: rows of the model's embedding; the tokenizer may have more tokens, which the model does not know.
     Raises :class:`CheckpointError` for a folder without a tokenizer, and for ``chat`` without a template.
     """
 
     def __init__(self, path: Path, chat: bool = False) -> None:
-        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+        from transformers import AutoConfig, AutoTokenizer
 
         if not any((path / name).exists() for name in TOKENIZER_FILES):
             raise CheckpointError(
@@ -30,16 +40,21 @@ class Tokenizer:
         if chat and not self.tokenizer.chat_template:
             raise CheckpointError(f"{path}: its tokenizer has no chat template; leave --chat out")
         config = AutoConfig.from_pretrained(path).get_text_config()
-        self.positions: int | None = getattr(config, "max_position_embeddings", None)
-        given = [self.tokenizer.eos_token_id, config.eos_token_id]
-        if (path / "generation_config.json").exists():
-            given.append(GenerationConfig.from_pretrained(path).eos_token_id)
-        self.ends = frozenset(
-            int(end)
-            for ends in given
-            for end in (ends if isinstance(ends, list) else [ends])
-            if end is not None
-        )
+        self.window: int | None = getattr(config, "max_position_embeddings", None)
+        self.positions = None if _has_dynamic_factors(config) else self.window
+        self.vocabulary: int | None = getattr(config, "vocab_size", None)
+        self.defaults = read_defaults(path)
+        self.ends, self.ends_note = self._find_ends()
+
+    def _find_ends(self) -> tuple[frozenset[int], str]:
+        ends, source, own = self.defaults.ends, self.defaults.source, self.tokenizer.eos_token_id
+        if not ends and source != FILE and own is not None:
+            ends, source = frozenset({int(own)}), "the tokenizer"
+        names = ", ".join(f"{end} {self.tokenizer.convert_ids_to_tokens(end)!r}" for end in sorted(ends))
+        note = f"end tokens: {names or 'none'} ({source})"
+        if own is not None and own not in ends:
+            note += f"; the tokenizer's own, {own} {self.tokenizer.eos_token!r}, ends no answer unless --stop-token {own}"
+        return ends, note
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, with what the tokenizer puts around a text; ValueError if there are none."""
@@ -52,24 +67,122 @@ class Tokenizer:
             raise ValueError("the tokenizer makes no tokens of it")
         return [int(token) for token in ids]
 
+    def encode_open(self, text: str, special: bool = True) -> list[int]:
+        """Ids of a text that goes on: what the tokenizer puts behind a text is left out. ``special``: what it puts before, not."""
+        ids = [int(token) for token in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
+        return ids[: len(ids) - self._behind] if special else ids
+
+    @cached_property
+    def _behind(self) -> int:
+        """How many tokens the tokenizer puts behind every text."""
+        bare, whole = (
+            self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
+        )
+        places = range(len(whole) - len(bare) + 1)
+        begin = next((n for n in places if whole[n : n + len(bare)] == bare), None)
+        return 0 if begin is None or not bare else len(whole) - len(bare) - begin
+
+    @property
+    def prefix_id(self) -> int | None:
+        """The token before a text that has nothing before it, as the evaluation harness takes it: begin, else end."""
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        prefix: int | None = begin if begin is not None else end
+        return prefix
+
+    def begins_itself(self, text: str) -> bool:
+        """Whether ``text`` is written with the token that the tokenizer would put before it."""
+        return self.prefix_id is not None and text.startswith(self.tokenizer.decode([self.prefix_id]))
+
     def encode_pair(self, context: str | None, text: str) -> tuple[list[int], int]:
         """Ids of ``context`` and ``text`` as one, and the place of the first that is to be scored.
 
-        Without a context that is the second: nothing stands before the first. Spaces at the end of a context go to
-        the text, as tokens mostly begin with their space (that is how the evaluation harness cuts, too).
+        Without a context that is the second: nothing stands before the first. Else as the evaluation harness cuts
+        (``TemplateLM._encode_pair``): blanks at the end of a context go to the text, as tokens mostly begin with their
+        blank; an empty context is the token that begins texts. But what a tokenizer puts behind every text is in neither.
+
+        Raises:
+            ValueError: nothing is left to be scored, or a token spans the end of the context.
         """
-        if not context:
+        if context is None:
             return self.encode(text), 1
+        ids, first = self.join(context, text)
         head = context.rstrip()
-        ids = self.encode(context + text)
-        return ids, max(1, len(self.encode(head)) if head else 1)
+        if self.spans_join(context, text, ids):
+            raise ValueError(
+                f"a token spans the end of the context and the beginning of the continuation "
+                f"({head[-12:]!r} and {(context + text)[len(head) :][:12]!r}), so that no tokens are the continuation's alone; "
+                "let it begin with a word"
+            )
+        if len(ids) == first:
+            raise ValueError(
+                "nothing to score: the tokenizer makes no tokens of the continuation; give more text"
+            )
+        return ids, first
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+    def join(self, context: str, text: str) -> tuple[list[int], int]:
+        """As :meth:`encode_pair`, but without looking at what is left to be scored; there may be none."""
+        head = context.rstrip()
+        special = not self.begins_itself(context)
+        before = self.encode_open(head, special) if head else []
+        if not before:  # an empty context, or one of blanks
+            ids, prefix = self.encode_open(context + text, special=False), self.prefix_id
+            if prefix is None:
+                raise ValueError(
+                    "an empty context, and the tokenizer has no token that begins texts; give a context"
+                )
+            return (ids, 1) if ids[:1] == [prefix] else ([prefix, *ids], 1)
+        ids = self.encode_open(context + text, special)
+        return ids, min(len(before), len(ids))
+
+    def spans_join(self, context: str, text: str, ids: list[int]) -> bool:
+        """Whether ``ids``, which :meth:`join` gave, do not begin with the tokens of the context and nothing of the text."""
+        head, whole = context.rstrip(), context + text
+        if not head:
+            return False
+        special = not self.begins_itself(head)
+        before = self.encode_open(head, special)
+        if ids[: len(before)] != before:
+            return True
+        if not self.tokenizer.is_fast:
+            return False
+        # Characters that the vocabulary lacks may make one unknown token on both sides.
+        places = self.tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+        return any(begin < len(head) < end for begin, end in places)
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of ``ids`` as the beginning of a text. ``special``: with the special tokens' names."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+    def detokenizer(self, in_context: bool = True) -> Detokenizer:
+        """What makes text of answers; ``in_context``: behind their prompts, else each alone."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special = {int(n) for n, token in added.items() if token.special} | set(
+            self.tokenizer.all_special_ids
+        )
+        return Detokenizer(self.tokenizer, frozenset(special), in_context)
+
+    def ids_of(self, words: Iterable[str]) -> frozenset[int]:
+        """Ids of tokens that are given as numbers or by their names in the vocabulary; ValueError for what is neither."""
+        return frozenset(self._id_of(word) for word in words)
+
+    def _id_of(self, word: str) -> int:
+        if word.isascii() and word.isdigit():
+            if self.vocabulary is not None and int(word) >= self.vocabulary:
+                raise ValueError(f"--stop-token {word}: the model has tokens 0 to {self.vocabulary - 1}")
+            return int(word)
+        found = self.tokenizer.get_vocab().get(word)
+        if found is None:
+            raise ValueError(
+                f"--stop-token {word}: the vocabulary has no such token; give its id or its name there, or --stop for text"
+            )
+        return int(found)
 
 
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the earliest of ``stops`` begins in ``text``, or None."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return min(places, default=None)
+def _has_dynamic_factors(config: Any) -> bool:
+    """Say whether rotary factors are computed for each length behind ``max_position_embeddings``."""
+    given: Any = getattr(config, "rope_parameters", None) or {}
+    kinds = list(given.values()) if all(isinstance(value, dict) for value in given.values()) else [given]
+    # A fixed ``alpha``, as Hunyuan has, scales every text alike.
+    return any(kind.get("rope_type") == "dynamic" and not kind.get("alpha") for kind in kinds)

@@ -19,7 +19,9 @@ from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.runner import MoERunner
+from xpar.engine.models.isolation import bad_rows, cleared, spoiled
 from xpar.engine.models.model_layer import ModelLayer
+from xpar.engine.routing.router import Router
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ BLOCKS = {
         "model.layers.{layer}.block_sparse_moe", beside="model.layers.{layer}.shared_mlp"
     ),
     "llama4_text": Block("model.layers.{layer}.feed_forward", pair=True),
+    "llama4": Block("model.layers.{layer}.feed_forward", pair=True),
     "jamba": Block("model.layers.{layer}.feed_forward"),
     "nemotron_h": Block("model.layers.{layer}.mixer"),
     "dbrx": Block("transformer.blocks.{layer}.ffn"),
@@ -66,8 +69,19 @@ class BlockLayer(nn.Module, ModelLayer):
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Any:
         """Compute ``[..., H]`` for ``[..., H]``."""
         shape = hidden_states.shape
-        output = self.runner(hidden_states.reshape(-1, shape[-1]), observers=self.observers)
+        output = self._compute_rows(hidden_states.reshape(-1, shape[-1]))
         return (output.view(shape), None) if self.pair else output.view(shape)
+
+    def _compute_rows(self, hidden_states: Tensor) -> Tensor:
+        """Compute ``[T, H]``. The logits are made here where a row of them may not be finite."""
+        runner, router = self.runner, self.runner.router
+        if not self.isolates_rows or not isinstance(router, Router):
+            output: Tensor = runner(hidden_states, observers=self.observers)
+            return output
+        logits = router.logits(hidden_states)
+        rows = bad_rows(hidden_states, logits)
+        output = runner(cleared(rows, hidden_states), cleared(rows, logits), observers=self.observers)
+        return spoiled(rows, output)
 
 
 class NoModule(nn.Module):
@@ -80,6 +94,11 @@ class NoModule(nn.Module):
 def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tuple[str, ...]]:
     """Layer -> name of its block and of what is beside it, ascending; raises :class:`CheckpointError` where the model has none."""
     arch = find(hf_config)
+    if arch.norm is not None:
+        raise CheckpointError(
+            f"model_type={arch.model_type!r}: no module of {type(model).__name__} is a whole block of router "
+            "and experts; leave whole_block (--whole-block) out"
+        )
     block = BLOCKS.get(arch.model_type, Block())
     there = {name for name, _ in model.named_modules()}
     found: dict[int, tuple[str, ...]] = {}

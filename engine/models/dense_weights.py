@@ -4,45 +4,67 @@ Tensor names and their place in the model are transformers' own: its table of re
 tensor becomes.
 """
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator
+from xpar.engine.architectures.stored_names import alone
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 
+log = logging.getLogger("xpar.models")
+T = TypeVar("T")
+PIECE_BYTES = 16 * 2**20
+"""Bytes of a tensor that are read at a time where the tensor is only compared."""
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def sources(model: Any, checkpoint: Checkpoint, foreign: tuple[str, ...]) -> dict[str, str]:
     """Parameter or buffer of ``model`` -> the stored tensor it comes from, in the model's order.
 
-    ``foreign``: what the names of parameters begin with that others fill. Raises :class:`CheckpointError` for a parameter that the checkpoint lacks, and for one that would have to be
-    computed from several tensors.
+    ``foreign``: what the names of parameters begin with that others fill. Of parameters that the model ties,
+    those that the checkpoint has. Raises :class:`CheckpointError` for a parameter that the checkpoint lacks under
+    its own name and that of every parameter tied to it, and for one that would have to be computed from several
+    tensors.
     """
     stored = _by_target(model, checkpoint)
-    tied: Mapping[str, str] = model.all_tied_weights_keys
+    groups = tied_groups(model)
     found, missing = {}, []
     for key in model.state_dict():
-        if key.startswith(foreign) or key in tied:
+        if key.startswith(foreign):
             continue
-        other = next((target for target, source in tied.items() if source == key), "")
-        name = stored.get(key) or stored.get(other)
-        if name is None:
+        if key in stored:
+            found[key] = stored[key]
+        elif not any(other in stored for other in groups.get(key, ())):
             missing.append(key)
-        else:
-            found[key] = name
     if missing:
+        ties: Mapping[str, str] = getattr(model, "_tied_weights_keys", None) or {}
+        head = (
+            "; if its head is its embedding, set tie_word_embeddings to true where config.json describes "
+            "the language model"
+        )
         raise CheckpointError(
             f"{checkpoint.path}: has no tensor for {', '.join(missing[:3])}"
             f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; the checkpoint is incomplete, or "
             f"model_type={checkpoint.config.get('model_type')!r} in its config.json is not the family of its weights"
+            f"{head if set(missing) <= {*ties, *ties.values()} else ''}"
         )
     return found
+
+
+def tied_groups(model: Any) -> dict[str, tuple[str, ...]]:
+    """Each parameter of ``model`` that its config ties, and all parameters that are tied together with it."""
+    tied: Mapping[str, str] = model.all_tied_weights_keys
+    groups: dict[str, list[str]] = {}
+    for target, source in tied.items():
+        groups.setdefault(source, [source]).append(target)
+    return {key: tuple(group) for group in groups.values() for key in group}
 
 
 def load_dense(
@@ -58,20 +80,49 @@ def load_dense(
 
     ``plan``, ``foreign``: as of :func:`sources`. Rank 0 of the node reads each tensor and sends it to the others. ``loaded``
     hears the bytes of each. What goes wrong on that rank is raised as one :class:`CheckpointError` on all of the node.
+    Parameters that the model's config ties are tied as transformers does it: where the checkpoint has one of
+    them, or equal tensors. Tensors that differ stay apart, whatever the config says.
     """
     kept = model._get_dtype_plan(dtype)
     empty = model.state_dict()
+    groups = tied_groups(model)
     tensors: dict[str, Tensor] = {}
     for key, name in plan.items():
-        tensor = torch.empty(empty[key].shape, dtype=_dtype_of(key, dtype, kept))
-        _read_on_first(checkpoint, name, tensor, node)
+        kind = _dtype_of(key, dtype, kept)
+        twin = next((tensors[other] for other in groups.get(key, ()) if other in tensors), None)
+        if twin is not None and _on_first(partial(_is_equal, checkpoint, name, twin), node):
+            loaded(twin.nbytes)
+            continue
+        tensor = torch.empty(empty[key].shape, dtype=kind)
+        _on_first(partial(_read, checkpoint, name, tensor), node)
         tensors[key] = node.broadcast(tensor)
         loaded(tensor.nbytes)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.requires_grad_(False)
-    model.tie_weights()
+    _tie(model, tensors, node.rank == 0)
     restore_buffers(model, foreign)
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _tie(model: Any, tensors: Mapping[str, Tensor], warns: bool) -> None:
+    """Tie the parameters that the config of ``model`` ties, but for pairs that differ.
+
+    A pair of which both are in ``tensors`` differs; ``warns``: say so in the log.
+    """
+    tied: dict[str, str] = model.all_tied_weights_keys
+    for target, source in list(tied.items()):
+        if target in tensors and source in tensors:
+            tied.pop(target)
+            if warns:
+                log.warning(
+                    "%s and %s differ in the checkpoint: they stay apart, although its config ties them",
+                    target,
+                    source,
+                )
+    # transformers may tie in either direction, by what is missing.
+    model.tie_weights(
+        missing_keys={key for key in tied_groups(model) if key not in tensors}, recompute_mapping=False
+    )
 
 
 def restore_buffers(model: Any, foreign: tuple[str, ...]) -> None:
@@ -105,11 +156,19 @@ def _by_target(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state = model.state_dict()
-    found = {}
+    root = next(iter(state)).partition(".")[0]
+    found: dict[str, str] = {}
     for name in checkpoint.names():
-        key, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if converted is None:
-            found[key] = name
+        # As transformers does it; then as if the language model stood alone, or was saved without its head.
+        for candidate in (name, alone(name), f"{root}.{name}"):
+            key, converted = rename_source_key(
+                candidate, renamings, converters, model.base_model_prefix, state
+            )
+            if converted is not None:
+                break
+            if key in state:
+                found.setdefault(key, name)
+                break
     return found
 
 
@@ -121,16 +180,35 @@ def _dtype_of(key: str, dtype: torch.dtype, plan: Mapping[str, torch.dtype]) -> 
     return dtype
 
 
-def _read_on_first(checkpoint: Checkpoint, name: str, out: Tensor, node: Communicator) -> None:
-    problem = None
+def _on_first(read: Callable[[], T], node: Communicator) -> T:
+    """Call ``read`` on rank 0 of the node and return its value, or raise its error, on all ranks.
+
+    Collective over ``node``. The value travels pickled and must be small.
+    """
+    outcome: tuple[Any, str | None] = (None, None)
     if node.rank == 0:
         try:
-            _read(checkpoint, name, out)
+            outcome = read(), None
         except (ValueError, OSError) as error:
-            problem = str(error)
-    problem = node.all_gather_object(problem)[0]
+            outcome = None, str(error)
+    result, problem = node.all_gather_object(outcome)[0]
     if problem is not None:
         raise CheckpointError(problem)
+    value: T = result
+    return value
+
+
+def _is_equal(checkpoint: Checkpoint, name: str, tensor: Tensor) -> bool:
+    """Compare the stored tensor ``name``, converted to the dtype of ``tensor``, with it, some rows at a time."""
+    shape = checkpoint.entry(name).shape
+    if shape != tuple(tensor.shape) or not shape:
+        return False
+    step = max(1, PIECE_BYTES * shape[0] // max(1, tensor.nbytes))
+    for begin in range(0, shape[0], step):
+        rows = slice(begin, min(begin + step, shape[0]))
+        if not torch.equal(checkpoint.read(name, rows=rows).to(tensor.dtype), tensor[rows]):
+            return False
+    return True
 
 
 def _read(checkpoint: Checkpoint, name: str, out: Tensor) -> None:

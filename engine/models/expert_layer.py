@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xpar.engine.layer.runner import MoERunner
+from xpar.engine.models.isolation import bad_rows, cleared, spoiled
 from xpar.engine.models.model_layer import ModelLayer
 from xpar.engine.routing.given import GivenRouting
 
@@ -37,15 +38,19 @@ class ExpertLayer(ModelLayer):
             topk_weights: ``[T, k]`` floating.
 
         Returns:
-            ``[T, H]`` in the layer's dtype.
+            ``[T, H]`` in the layer's dtype. With ``isolates_rows`` rows that are not finite come out as NaN.
 
         Raises:
-            AgreedError: Any rank's arguments do not fit or are not finite; the same error on every rank.
+            AgreedError: Any rank's arguments do not fit, or are not finite; the same error on every rank.
         """
-        config = self.runner.config
-        given = GivenRouting(topk_ids, topk_weights, config.num_experts, config.router.top_k)
-        output: Tensor = self.runner(hidden_states, router=given, observers=self.observers)
-        return output
+        # On a GPU nothing is looked at, so as not to wait: NaN passes through the products of its own row.
+        looks = self.isolates_rows and not hidden_states.is_cuda
+        rows = bad_rows(hidden_states, topk_weights) if looks else None
+        config, check_finite = self.runner.config, not self.isolates_rows
+        x, ids, weights = (cleared(rows, part) for part in (hidden_states, topk_ids, topk_weights))
+        given = GivenRouting(ids, weights, config.num_experts, config.router.top_k, check_finite)
+        output: Tensor = self.runner(x, router=given, observers=self.observers)
+        return spoiled(rows, output)
 
     def join(self) -> None:
         k, tokens = self.runner.config.router.top_k, self._no_tokens()

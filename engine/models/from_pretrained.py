@@ -11,7 +11,7 @@ from torch import Tensor
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
+from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
 from xpar.engine.config import LayerConfig
 from xpar.engine.models import expert_layer
 from xpar.engine.models.expert_layer import ATTRIBUTE, ExpertLayer, attach
@@ -59,7 +59,7 @@ class LazyExpertLayer:
 def _config_of(module: Any) -> LayerConfig:
     hf_config = module.config.to_dict()
     arch = find(hf_config)
-    first, *others = [layer_config(arch, hf_config, layer) for layer in moe_layers(arch, hf_config)]
+    first, *others = [layer_config(arch, hf_config, layer) for layer in require_moe_layers(arch, hf_config)]
     if any(other != first for other in others):
         raise ValueError(
             f"{type(module).__name__}: the layers of this model differ, and an experts module does not know which it is; "

@@ -19,32 +19,34 @@ class Head:
     """A causal language model in two halves: hidden states first, then the logits of some of them at a time.
 
     The second half is the model's own forward around hidden states that are there already, so that whatever a family
-    does to its logits (Granite and Cohere scale them) is done.
+    does to its logits (Granite and Cohere scale them, Gemma bounds them) is done.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._known = _Known()
+        self._owner, self._name = find_decoder(model)
+        self._given = _Given()
 
     def hidden_states(self, **inputs: Any) -> Tensor:
         """[B, S, H] after the last layer; ``inputs`` are transformers'."""
         with backends(next(self._model.parameters()).device):
-            out: Tensor = self._model.base_model(**inputs).last_hidden_state
-        return out
+            output = getattr(self._owner, self._name)(**inputs)
+        self._given.form = type(output)
+        hidden_states: Tensor = output.last_hidden_state
+        return hidden_states
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, V], in the model's dtype."""
-        name = self._model.base_model_prefix
-        base = self._model._modules[name]
-        self._known.hidden_states = hidden_states[None]
-        self._model._modules[name] = self._known
+        """[T, H] -> [T, V], in the dtype that the model gives them."""
+        decoder = self._owner._modules[self._name]
+        self._given.hidden_states = hidden_states[None]
+        self._owner._modules[self._name] = self._given
         try:
             ids = torch.zeros(1, hidden_states.shape[0], dtype=torch.int64, device=hidden_states.device)
-            out: Tensor = self._model(input_ids=ids, use_cache=False).logits
+            out: Tensor = self._owner(input_ids=ids, use_cache=False).logits
             return out[0]
         finally:
-            self._model._modules[name] = base
-            self._known.hidden_states = None
+            self._owner._modules[self._name] = decoder
+            self._given.hidden_states = None
 
     def scores(self, hidden_states: Tensor, targets: Tensor) -> Iterator[tuple[list[float], bool]]:
         """[T, H], [T] -> log-probabilities of ``targets``, and whether all are the likeliest, some rows at a time.
@@ -63,12 +65,29 @@ class Head:
             yield chosen.tolist(), bool((logits.argmax(dim=1) == wanted).all())
 
 
-class _Known(torch.nn.Module):
-    """Stands where the model's layers stand, and gives what they gave."""
+def find_decoder(model: Any) -> tuple[Any, str]:
+    """Find the module that makes logits and the name of its child that makes hidden states.
+
+    The first has the head, the second the embedding; neither is called alike in all families, and what
+    transformers calls ``base_model`` is sometimes neither. Raises ValueError for a model without them.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    path = next((name for name, module in model.named_modules() if module is head), None)
+    if head is not None and path is not None:
+        owner = model.get_submodule(path.rpartition(".")[0])
+        for name, child in owner.named_children():
+            if child is not head and any(module is embedding for module in child.modules()):
+                return owner, name
+    raise ValueError(f"{type(model).__name__}: has no head beside a decoder; it gives no logits of tokens")
+
+
+class _Given(torch.nn.Module):
+    """A stand-in for the decoder that returns known hidden states in a value of type ``form``."""
 
     hidden_states: Tensor | None = None
+    form: Any = None
 
     def forward(self, *_: object, **__: object) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden_states)
+        return (self.form or MoeModelOutputWithPast)(last_hidden_state=self.hidden_states)

@@ -13,13 +13,15 @@ from xpar.comm.column_parallel import ROUND_BYTES, ColumnParallel
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.shared_window import SHARED_FILES, free_bytes
-from xpar.engine.architectures.layer_config import find, layer_config
+from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
 from xpar.engine.architectures.layer_weights import stream_experts
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
 from xpar.engine.models.block_layer import build_block
 from xpar.engine.models.dense_weights import load_dense, sources
 from xpar.engine.models.expert_layer import IMPLEMENTATION, ExpertLayer, register
+from xpar.engine.models.hf_config import read_hf_config
+from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.malloc import give_back_freed_memory
 from xpar.engine.models.order import CollectiveModule, forward_order
 from xpar.engine.models.packed_linear import ColumnParallelLinear, group_by_input, pack_model
@@ -64,6 +66,11 @@ class LoadedModel:
     def slices_dense(self) -> bool:
         """Whether the ranks of a node share out its dense products."""
         return len(self.joints) > len(self.layers)
+
+    @property
+    def is_cache_of_keys_and_values(self) -> bool:
+        """Whether keys and values are all that the model keeps of a sequence's past."""
+        return not other_states(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -180,9 +187,13 @@ def _empty_model(
     """The model without memory, and what of each MoE layer makes way, in ascending order."""
     if find_spec("transformers") is None:
         raise ValueError("whole models need transformers (pip install 'xpar[hf]')")
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    hf_config = AutoConfig.from_pretrained(checkpoint.path)
+    # What no command can do is said before transformers builds anything.
+    arch = find(checkpoint.config)
+    for layer in require_moe_layers(arch, checkpoint.config):
+        layer_config(arch, checkpoint.config, layer)
+    hf_config = read_hf_config(checkpoint.path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.eval()

@@ -20,11 +20,14 @@ class ModelLayer(Protocol):
         runner: The layer; every rank of its grid calls it together.
         observers: Who measures the calls.
         slot_counter: Counts the slots of all calls.
+        isolates_rows: Give NaN for rows that are not finite, where an error would end the work of all ranks;
+            see :mod:`xpar.engine.models.isolation`.
     """
 
     runner: MoERunner
     observers: Observers
     slot_counter: SlotCounter
+    isolates_rows: bool
 
     @property
     def slots(self) -> int:
@@ -44,7 +47,7 @@ class ModelLayer(Protocol):
         self.runner(self._no_tokens(), observers=self.observers)
 
     def _observe(self, runner: MoERunner) -> None:
-        self.runner = runner
+        self.runner, self.isolates_rows = runner, False
         self.observers = Observers.default(runner.grid.device)
         self.reset_slots()
 

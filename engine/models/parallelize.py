@@ -8,7 +8,7 @@ import torch
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
+from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
 from xpar.engine.architectures.mlp_weights import MlpPlace, MlpTensors, mlp_buffers, read_mlp
 from xpar.engine.architectures.schema import MlpNames
 from xpar.engine.checkpoint.in_memory import InMemory
@@ -77,8 +77,15 @@ def build_moe_modules(
             experts.kernel.load_expert(index, *tensors)
             loaded(sum(t.nbytes for t in tensors if t is not None))
     return ExpertLayer(
-        MoERunner(config, grid, None, experts, dtype=dtype, options=options.of_layer(), layer=layer)
+        MoERunner(
+            experts_alone(config), grid, None, experts, dtype=dtype, options=options.of_layer(), layer=layer
+        )
     )
+
+
+def experts_alone(config: LayerConfig) -> LayerConfig:
+    """Describe the routed experts of a layer as a layer of their own, whose tokens are the experts' input."""
+    return replace(config, hidden_size=config.routed_size, latent_size=None, shared=None, output_bias=False)
 
 
 def parallelize(
@@ -151,8 +158,9 @@ def moe_modules(
     arch = find(hf_config)
     if why := LAYERS_ALONE.get(arch.model_type):
         raise CheckpointError(f"model_type={arch.model_type!r}: {why}; xpar run computes its layers")
+    layers = require_moe_layers(arch, hf_config)
     experts = experts_modules(model)
-    if not whole_block and sorted(experts) == sorted(moe_layers(arch, hf_config)):
+    if not whole_block and sorted(experts) == sorted(layers):
         names = {id(module): name for name, module in model.named_modules()}
         return {n: MoeModules((names[id(module)],), (module,), True) for n, module in sorted(experts.items())}
     return {

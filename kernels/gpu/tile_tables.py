@@ -254,7 +254,7 @@ def read_table(path: Path, machine: Machine, dtype: torch.dtype) -> Table | None
     The file is a JSON list of ``{"sms", "capability", "itemsize", "table"}``. Raises ValueError, naming the
     file, for a malformed row.
     """
-    for row in json.loads(path.read_text()):
+    for row in json.loads(path.read_bytes()):
         try:
             key = (int(row["sms"]), tuple(row["capability"]), int(row["itemsize"]))
             if key == (machine.sms, machine.capability, dtype.itemsize):
@@ -267,7 +267,7 @@ def read_table(path: Path, machine: Machine, dtype: torch.dtype) -> Table | None
 def write_table(path: Path, machine: Machine, dtype: torch.dtype, table: Table) -> None:
     """Write ``table`` to the file that :func:`read_table` reads; other machines' rows stay."""
     key = {"sms": machine.sms, "capability": list(machine.capability), "itemsize": dtype.itemsize}
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = json.loads(path.read_bytes()) if path.exists() else []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: not a file of tile tables; name another one")
     kept = [row for row in rows if {name: row.get(name) for name in key} != key]

@@ -14,6 +14,7 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
 from xpar.engine.bench.scaling.layer_study import Axes
 from xpar.engine.console.manifest import grid_manifest
+from xpar.engine.generation.answer_file import errors_path
 from xpar.engine.generation.generate import generate
 from xpar.engine.generation.request import Request, Workload
 from xpar.engine.generation.run_file import RunSummary
@@ -141,7 +142,7 @@ class GenerateStudyStep:
     def _answer(self, prompts: int) -> RunSummary:
         """Answer the first ``prompts`` prompts of the file; collective."""
         s, comm, out = self.study, self.grid.world.comm, self._answer_file(prompts)
-        agreed(comm, lambda: out.unlink(missing_ok=True) if comm.rank == 0 else None)
+        agreed(comm, lambda: _remove_answers(out) if comm.rank == 0 else None)
         queue = tuple(q for q in s.work.queue if s.work.order[q.hash] < prompts)
         return generate(
             comm, replace(s.request, out=out), replace(s.work, queue=queue), s.tokenizer, self.loaded
@@ -151,7 +152,13 @@ class GenerateStudyStep:
         return self.study.request.out / f"{prompts}-prompts-{self.grid.world.size}-ranks.jsonl"
 
 
+def _remove_answers(out: Path) -> None:
+    """Remove a file of answers, and the file of its errors."""
+    for path in (out, errors_path(out)):
+        path.unlink(missing_ok=True)
+
+
 def _read_answers(path: Path) -> dict[str, str]:
     """Read a file of answers: the hash of each prompt -> its answer."""
-    results: Sequence[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
+    results: Sequence[dict[str, Any]] = [json.loads(line) for line in path.read_bytes().splitlines()]
     return {r["hash"]: r["text"] for r in results}

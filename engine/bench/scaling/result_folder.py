@@ -26,7 +26,7 @@ def append(folder: Path, result: Mapping[str, Any]) -> None:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """Read the results in ``folder``; raise ValueError or OSError if it has none."""
-    lines = (folder / LINES).read_text().splitlines()
+    lines = (folder / LINES).read_bytes().splitlines()
     try:
         results = [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:

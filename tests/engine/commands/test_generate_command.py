@@ -248,7 +248,7 @@ def shortened(self, *args, **kwargs):
     return read_into(self, *args, **kwargs)
 
 def full(self, records):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (350, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))
     append(self, records)
 
 read_into, append = tensor_file.TensorFile.read_into, results.AnswerFile.append
@@ -277,4 +277,4 @@ def test_a_full_disk_is_one_error_and_keeps_what_was_written(model: Path, tmp_pa
     text = f"xpar: error: writing answers: rank 0: {out}: cannot be written (File too large)"
     assert job.stderr.count(text) == 1, job.stderr
     written = out.read_bytes()
-    assert len(written) == 350 and "hash" in json.loads(written.partition(b"\n")[0])
+    assert len(written) == 700 and "hash" in json.loads(written.partition(b"\n")[0])

@@ -160,6 +160,17 @@ def test_draws_follow_the_probabilities_that_are_left(fresh_seed: int) -> None:
     assert [sampling.choose(logits, [other])[0] for _ in range(50)] != drawn[:50]
 
 
+def test_a_temperature_near_zero_is_the_likeliest_token() -> None:
+    """Logits over such a temperature overflow; a row beside them, whose do not, is drawn as if it were alone."""
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 5.0]])
+    sampling = Sampling(temperature=1e-40)
+    assert sampling.choose(logits, [sampling.generator("x"), sampling.generator("y")]) == [1, 2]
+    mixed = torch.tensor([[0.0, 3.0e38, 1.0], [1.0, 1.5, 2.0]])
+    warm = Sampling(temperature=0.5, top_k=2)
+    assert torch.equal(warm._warped(mixed)[1], warm._warped(mixed[1:])[0])
+    assert warm.choose(mixed, [warm.generator("x"), warm.generator("y")])[0] == 1
+
+
 def test_limits() -> None:
     def run(limits: StopConditions, tokens: list[int]) -> tuple[list[int], str | None]:
         running = RunningSequence(0, [1], torch.Generator())

@@ -1,0 +1,76 @@
+"""The options that say how tokens are chosen, before the defaults of the model's own generation config."""
+
+import argparse
+import json
+from typing import Any
+
+from xpar.engine.generation.generation_defaults import (
+    MAX_NEW_TOKENS,
+    SETTABLE,
+    Generation,
+    ModelDefaults,
+    read_defaults,
+    settle,
+)
+
+
+def add_generation_options(p: argparse.ArgumentParser) -> None:
+    """How many tokens, and how each is chosen."""
+    own = "default: the model's own"
+    p.add_argument("--max-new-tokens", type=int, help=f"of an answer ({own}, else {MAX_NEW_TOKENS})")
+    p.add_argument("--temperature", type=float, help=f"0: the likeliest token, no draw ({own}, else 0)")
+    p.add_argument("--top-k", type=int, help=f"draw among this many ({own}, else all)")
+    p.add_argument("--top-p", type=float, help=f"draw among those that make up this probability ({own})")
+    p.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another entry of transformers' generation config, its value as JSON; repeatable",
+    )
+    p.add_argument(
+        "--no-generation-config",
+        action="store_true",
+        help="leave the model's own defaults out, its end tokens excepted",
+    )
+
+
+def generation_of(args: argparse.Namespace) -> Generation:
+    """What the options and the checkpoint say; raises ValueError for what cannot be done."""
+    defaults = read_defaults(args.checkpoint)
+    if args.no_generation_config:
+        defaults = ModelDefaults(defaults.source, {"eos_token_id": sorted(defaults.ends)})
+    given = _given(args, defaults)
+    return settle(defaults, given, args.max_new_tokens, tuple(args.stop), args.seed)
+
+
+def _given(args: argparse.Namespace, defaults: ModelDefaults) -> dict[str, Any]:
+    given = dict(_setting(words) for words in args.set)
+    draws = given.get("do_sample", defaults.values.get("do_sample"))
+    if args.temperature is not None:
+        draws = given["do_sample"] = args.temperature != 0.0
+        given["temperature"] = args.temperature
+        if draws and "top_k" not in defaults.values:
+            given.setdefault("top_k", 0)
+    for name, everything in (("top_k", 0), ("top_p", 1.0)):
+        value = getattr(args, name)
+        if value is not None:
+            given[name] = value
+            if not draws and value != everything:
+                raise ValueError(
+                    "top-k and top-p choose among draws, and temperature 0 draws nothing; set temperature"
+                )
+    return given
+
+
+def _setting(words: str) -> tuple[str, Any]:
+    name, is_given, value = words.partition("=")
+    if not is_given or name not in SETTABLE:
+        raise ValueError(f"--set {words}: must be NAME=VALUE with a name of {', '.join(SETTABLE)}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise ValueError(
+            f"--set {words}: the value must be JSON, such as 1.2, true, null or [3, 4]"
+        ) from None

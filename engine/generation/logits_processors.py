@@ -1,0 +1,182 @@
+"""Changes to a sequence's logits that depend on its tokens: penalties, bans and forced tokens, by transformers' classes.
+
+V vocabulary, S tokens so far.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from xpar.engine.generation.sampling import NOT_FINITE, Sampling
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""ids [1, S] int64 and logits [1, V] float32 -> logits [1, V]."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The facts about one prompt that processors are made from.
+
+    ``ids``: its tokens. ``longest``: tokens of prompt and answer together at most. ``ends``: end tokens.
+    ``is_begin_forced``: whether the first token after a single one is given.
+    """
+
+    ids: Sequence[int]
+    longest: int
+    ends: Sequence[int]
+    is_begin_forced: bool
+
+
+def _make_bad_words(value: Any, prompt: Prompt) -> Any:
+    from transformers import NoBadWordsLogitsProcessor
+
+    return NoBadWordsLogitsProcessor(value, list(prompt.ends) or None)
+
+
+def _make_min_length(value: Any, prompt: Prompt) -> Any:
+    from transformers import MinLengthLogitsProcessor
+
+    return MinLengthLogitsProcessor(value, list(prompt.ends)) if prompt.ends else None
+
+
+def _make_min_new_tokens(value: Any, prompt: Prompt) -> Any:
+    from transformers import MinNewTokensLengthLogitsProcessor
+
+    if not prompt.ends:
+        return None
+    return MinNewTokensLengthLogitsProcessor(len(prompt.ids), value, list(prompt.ends))
+
+
+def _make_decay(value: Any, prompt: Prompt) -> Any:
+    from transformers import ExponentialDecayLengthPenalty
+
+    if not prompt.ends:
+        raise ValueError("exponential_decay_length_penalty raises end tokens, and the model has none")
+    return ExponentialDecayLengthPenalty(tuple(value), list(prompt.ends), len(prompt.ids))
+
+
+def _make(name: str, *more: Callable[[Prompt], Any]) -> Callable[[Any, Prompt], Any]:
+    """A maker of transformers' class ``name``, whose arguments are the value and ``more`` of the prompt."""
+
+    def make(value: Any, prompt: Prompt) -> Any:
+        import transformers
+
+        return getattr(transformers, name)(value, *(argument(prompt) for argument in more))
+
+    return make
+
+
+def _ids(prompt: Prompt) -> Tensor:
+    return torch.tensor([prompt.ids])
+
+
+def _make_begin(value: Any, prompt: Prompt) -> Any:
+    from transformers import SuppressTokensAtBeginLogitsProcessor
+
+    given = prompt.is_begin_forced and len(prompt.ids) == 1
+    return SuppressTokensAtBeginLogitsProcessor(value, len(prompt.ids) + given)
+
+
+def _make_forced_end(value: Any, prompt: Prompt) -> Any:
+    from transformers import ForcedEOSTokenLogitsProcessor
+
+    return ForcedEOSTokenLogitsProcessor(prompt.longest, value)
+
+
+def _make_repair(value: Any, prompt: Prompt) -> Any:
+    from transformers import InfNanRemoveLogitsProcessor
+
+    return InfNanRemoveLogitsProcessor()
+
+
+MAKERS: dict[str, Callable[[Any, Prompt], Any]] = {
+    "sequence_bias": _make("SequenceBiasLogitsProcessor"),
+    "encoder_repetition_penalty": _make("EncoderRepetitionPenaltyLogitsProcessor", _ids),
+    "repetition_penalty": _make("RepetitionPenaltyLogitsProcessor"),
+    "no_repeat_ngram_size": _make("NoRepeatNGramLogitsProcessor"),
+    "encoder_no_repeat_ngram_size": _make("EncoderNoRepeatNGramLogitsProcessor", _ids),
+    "bad_words_ids": _make_bad_words,
+    "min_length": _make_min_length,
+    "min_new_tokens": _make_min_new_tokens,
+    "forced_bos_token_id": _make("ForcedBOSTokenLogitsProcessor"),
+    "forced_eos_token_id": _make_forced_end,
+    "remove_invalid_values": _make_repair,
+    "exponential_decay_length_penalty": _make_decay,
+    "suppress_tokens": _make("SuppressTokensLogitsProcessor"),
+    "begin_suppress_tokens": _make_begin,
+}
+"""By the name in transformers' generation config, in the order in which ``generate`` applies them."""
+
+
+@dataclass(frozen=True)
+class Processors:
+    """The processors of one sequence. ``repairs``: whether they take logits that are not finite."""
+
+    chain: tuple[Processor, ...]
+    repairs: bool
+
+    def __call__(self, ids: Sequence[int], logits: Tensor) -> Tensor:
+        """Logits [V] float32 after the tokens ``ids`` -> [V]; ValueError if they are not finite."""
+        if not self.repairs and not bool(torch.isfinite(logits).all()):
+            raise ValueError(NOT_FINITE)
+        seen, row = torch.tensor([ids]), logits[None]
+        for processor in self.chain:
+            row = processor(seen, row)
+        return row[0]
+
+
+def make_processors(
+    settings: Mapping[str, Any], prompt: Sequence[int], max_new_tokens: int, ends: Collection[int]
+) -> Processors | None:
+    """The processors of one prompt's sequence, or None where ``settings`` name none.
+
+    Args:
+        settings: values by their names in transformers' generation config; others than ``MAKERS`` are left out.
+        prompt: the prompt's tokens.
+        max_new_tokens: bound of the answer.
+        ends: end tokens.
+
+    Raises:
+        ValueError: a value that transformers' class does not take.
+    """
+    given = Prompt(prompt, len(prompt) + max_new_tokens, sorted(ends), "forced_bos_token_id" in settings)
+    made = [make(_thaw(settings[name]), given) for name, make in MAKERS.items() if name in settings]
+    chain = tuple(processor for processor in made if processor is not None)
+    return Processors(chain, "remove_invalid_values" in settings) if chain else None
+
+
+def _thaw(value: Any) -> Any:
+    """Tuples as the lists that transformers asks for."""
+    return [_thaw(part) for part in value] if isinstance(value, tuple) else value
+
+
+class Drawn(Protocol):
+    """A sequence whose next token is drawn."""
+
+    ids: list[int]
+    answer: list[int]
+    generator: torch.Generator
+    processors: Processors | None
+
+
+def choose_tokens(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) -> list[int]:
+    """The next token of each of ``drawn`` by its row of ``logits`` [B, V], any floating dtype.
+
+    Raises ValueError if a row is not finite.
+    """
+    generators = [r.generator for r in drawn]
+    if all(r.processors is None for r in drawn):
+        return sampling.choose(logits, generators)
+    rows = logits.float().cpu()  # in float32, as transformers does
+    processed = torch.stack(
+        [
+            row if r.processors is None else r.processors([*r.ids, *r.answer], row)
+            for r, row in zip(drawn, rows, strict=True)
+        ]
+    )
+    # A banned token is as unlikely as a number can say, a forced one as likely; NaN stays, and is the model's error.
+    bounds = torch.finfo(processed.dtype)
+    return sampling.choose(processed.clamp(bounds.min, bounds.max), generators)
