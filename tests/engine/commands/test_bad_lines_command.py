@@ -157,7 +157,7 @@ def check(out: Path, ids: Sequence[str], bad: dict[int, str], alone: dict[str, s
 KILLER = """
 import os, signal, sys
 from xpar.engine import cli
-from xpar.engine.models import results
+from xpar.engine.generation import answer_file as results
 
 def append(self, records):
     whole(self, records)

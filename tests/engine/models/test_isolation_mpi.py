@@ -12,7 +12,7 @@ from tiny_models import CLEAR, END, Plain, cases, greedy, plain_model, prompts, 
 
 from xpar.comm import AgreedError, ProcessGrid, World
 from xpar.comm.handshake import RemoteRankError
-from xpar.engine.generation.generate import Outcome, generate
+from xpar.engine.generation.generate import RunSummary, generate
 from xpar.engine.generation.request import Request, ScoreRequest, read_request
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score import score
@@ -91,7 +91,7 @@ def records(path: Path) -> dict[int, dict[str, Any]]:
 
 def answers(
     world: World, loaded: LoadedModel, model: Path, folder: Path, texts: list[str], **wanted: Any
-) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]], Outcome]:
+) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]], RunSummary]:
     """Line -> answer, line -> error, and the outcome."""
     file, out = folder / "prompts.txt", folder / "out.jsonl"
     if world.rank == 0:
