@@ -69,7 +69,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("counts", ["equal", "uneven", "empty"])
 @pytest.mark.parametrize("dtype", MOVED, ids=str)
-def test_all_gather(
+def test_an_all_gather_brings_the_rows_of_all_ranks(
     group: Communicator, host: Communicator, fresh_seed: int, dtype: torch.dtype, counts: str
 ) -> None:
     rows = [{"equal": 3, "uneven": (2 * r) % 5, "empty": 0}[counts] for r in range(group.size)]
@@ -81,7 +81,7 @@ def test_all_gather(
 
 @pytest.mark.parametrize("skip", [False, True], ids=["all", "own_skipped"])
 @pytest.mark.parametrize("dtype", MOVED, ids=str)
-def test_all_to_all(
+def test_an_all_to_all_brings_what_mpi_brings(
     group: Communicator, host: Communicator, fresh_seed: int, dtype: torch.dtype, skip: bool
 ) -> None:
     def count(source: int, target: int) -> int:
@@ -128,7 +128,9 @@ def test_broadcast_and_split(group: Communicator, fresh_seed: int) -> None:
 @settings(max_examples=25)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["whole", "early", "early-large"])
-def test_dispatchers_as_on_a_gpu(group: Communicator, kind: str, data: st.DataObject) -> None:
+def test_dispatchers_that_work_as_on_a_gpu_give_the_reference(
+    group: Communicator, kind: str, data: st.DataObject
+) -> None:
     """Uneven and empty ranks, sliced experts, ranks without experts, dropped slots, exact mode."""
     size, rank = group.size, group.rank
     etp = data.draw(st.sampled_from([n for n in (1, 2) if size % n == 0]), label="etp")

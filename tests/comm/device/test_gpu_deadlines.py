@@ -30,7 +30,7 @@ class Scripted:
         self.aborted += 1
 
 
-def test_settling() -> None:
+def test_polling_ends_with_success_failure_or_the_deadline() -> None:
     poll_until_done(Scripted(IN_PROGRESS, IN_PROGRESS, SUCCESS), None, 5.0, "x")  # type: ignore[arg-type]
     with pytest.raises(NcclError, match="gather: NCCL result 6: no route"):
         poll_until_done(Scripted(IN_PROGRESS, 6), None, 5.0, "gather")  # type: ignore[arg-type]

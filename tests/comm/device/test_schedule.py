@@ -29,7 +29,7 @@ def play(schedules: list[Schedule], sources: list[list[str]], targets: list[list
 
 
 @given(table=tables(), data=st.data())
-def test_exchange(table: list[list[int]], data: st.DataObject) -> None:
+def test_an_exchange_moves_every_row_once(table: list[list[int]], data: st.DataObject) -> None:
     size = len(table)
     skips = data.draw(st.lists(st.sampled_from([None, "own"]), min_size=size, max_size=size))
     columns = [[table[s][t] for s in range(size)] for t in range(size)]
@@ -49,7 +49,7 @@ def test_exchange(table: list[list[int]], data: st.DataObject) -> None:
 
 
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=6))
-def test_gather(counts: list[int]) -> None:
+def test_a_gather_brings_every_rank_all_rows(counts: list[int]) -> None:
     size = len(counts)
     schedules = [gather_schedule(r, counts) for r in range(size)]
     sources = [[f"{r}.{i}" for i in range(counts[r])] for r in range(size)]

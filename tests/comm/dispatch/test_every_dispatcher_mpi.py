@@ -119,7 +119,9 @@ def routing_of(tokens: int, k: int, num_experts: int, generator: torch.Generator
 @pytest.mark.parametrize("dispatcher", [*all_dispatchers(), "hierarchical"])
 @settings(max_examples=40)
 @given(data=st.data())
-def test_plan_dispatch_combine(grid: ProcessGrid, dispatcher: str, data: st.DataObject) -> None:
+def test_plan_dispatch_combine_equals_the_reference(
+    grid: ProcessGrid, dispatcher: str, data: st.DataObject
+) -> None:
     """Ranks and experts are uneven, some ranks have no tokens or no experts.
 
     Some slots are dropped, and sizes change.
