@@ -73,10 +73,7 @@ def _apply_without_gate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def _apply_with_parameters(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """Return the gated forms with parameters, computed in float32.
-
-    Low precision would cost most at their bounds.
-    """
+    """Return the gated forms with parameters, in float32, which their bounds need."""
     limit = float("inf") if activation.limit is None else activation.limit
     if activation.name == "situ":
         bounded = up if activation.limit is None else limit * torch.tanh(up / limit)

@@ -211,10 +211,7 @@ class ExpertKernel(Protocol):
         """
 
     def compute_slots(self, x: ExpertInput) -> Tensor:
-        """Return each active slot's output, unweighted, in (entry, slot) order: [S, H].
-
-        The dtype is ``spec.dtype``.
-        """
+        """Return each active slot's output in ``spec.dtype``, unweighted, in slot order: [S, H]."""
 
     def nbytes(self) -> int:
         """Return the bytes that the weights occupy."""

@@ -16,10 +16,7 @@ ELEMENTS_PER_CALL = 32768  # torch gives at least so many elements to one thread
 
 
 def position_invariant(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Return ``function(*tensors)``, a new tensor whose bits do not depend on the position.
-
-    ``function`` is elementwise; ``tensors`` have one shape and dtype.
-    """
+    """Return an elementwise ``function(*tensors)`` whose bits do not depend on the position."""
     if tensors[0].is_cuda:  # a GPU has one thread per element and no rest
         return function(*tensors)
     shape, count = tensors[0].shape, tensors[0].numel()

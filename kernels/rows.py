@@ -183,10 +183,7 @@ def _split_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sum_consecutive(rows: Tensor, index: Tensor, sizes: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum consecutive runs of ``rows[index]``, weighted if ``weights`` is given.
-
-    Run m has ``sizes[m]`` rows.
-    """
+    """Sum runs of ``rows[index]``, run m of ``sizes[m]`` rows, weighted if ``weights`` is given."""
     offsets = functional.pad(sizes.cumsum(0), (1, 0))
     return functional.embedding_bag(
         index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True

@@ -131,10 +131,5 @@ class Attention:
 
 
 def _group_by_key_head(x: Tensor, key_heads: int) -> Tensor:
-    """Reshape [B, Hq, 1, ...] to [B, Hk, Hq / Hk, ...].
-
-    The queries that share a key head become rows of one product.
-
-    A mask for all heads, [B, 1, 1, S], is returned as it is.
-    """
+    """Reshape [B, Hq, 1, ...] to [B, Hk, Hq / Hk, ...]; a mask for all heads stays as it is."""
     return x if x.shape[1] == 1 else x.reshape(x.shape[0], key_heads, -1, x.shape[3])

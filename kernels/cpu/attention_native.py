@@ -79,10 +79,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a mask of booleans (True takes part) to addends of scores, 0 or -inf.
-
-    The result has dtype ``dtype``; a mask of numbers is returned as it is.
-    """
+    """Convert booleans (True takes part) to addends of scores in ``dtype``; numbers stay."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))

@@ -41,10 +41,7 @@ _retired: list[mmap.mmap] = []
 
 
 def why_unavailable(spec: ExpertSpec) -> str | None:
-    """Return the reason why this kernel cannot serve ``spec`` here, or None.
-
-    Does not import zentorch.
-    """
+    """Return why this kernel cannot serve ``spec`` here, or None; does not import zentorch."""
     if reason := zen_library.why_unavailable():
         return reason
     if spec.bias:
@@ -55,10 +52,7 @@ def why_unavailable(spec: ExpertSpec) -> str | None:
 
 
 class Arena:
-    """A block of zeroed memory whose addresses are never used again in the process.
-
-    Its pages are freed with the arena. ``nbytes``: size in bytes.
-    """
+    """A block of zeroed bytes; pages are freed with it, addresses are never used again."""
 
     def __init__(self, nbytes: int) -> None:
         self._memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -18,10 +18,7 @@ from xpar.kernels.cpu.linear_zen import ZenLinear
 
 
 class LinearKernel(Protocol):
-    """The product ``x @ weight.T + bias`` with a weight [N, K] that is packed once.
-
-    The plain copy of the weight is not kept.
-    """
+    """The product ``x @ weight.T + bias`` of a weight [N, K] packed once, without a plain copy."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [M, N] for ``x`` [M, K], contiguous, in the weight's dtype; M may be 0."""
@@ -52,10 +49,7 @@ class LinearEntry:
     why_unsuitable: Callable[[], str | None] = lambda: None
 
     def why_not(self, dtype: torch.dtype) -> str | None:
-        """Return the reason why it cannot serve weights of ``dtype`` here, or None.
-
-        Imports nothing heavy.
-        """
+        """Return why it cannot serve weights of ``dtype`` here, or None; imports nothing heavy."""
         if self.dtypes is None or dtype in self.dtypes:
             return self.why_unavailable(dtype)
         names = " and ".join(str(one)[6:] for one in self.dtypes)

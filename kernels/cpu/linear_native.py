@@ -7,10 +7,7 @@ from xpar.kernels.cpu.native_library import PackedWeights
 
 
 class NativeLinear:
-    """A dense product in bfloat16; the bits of a row do not depend on the other rows.
-
-    Implements :class:`~xpar.kernels.cpu.linear.LinearKernel`.
-    """
+    """A dense product in bfloat16; the bits of a row do not depend on the other rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape = weight.shape

@@ -1,7 +1,4 @@
-"""Dense products from weights in the blocked layout of oneDNN.
-
-Not every processor has such a layout for every dtype.
-"""
+"""Dense products from weights in the blocked layout of oneDNN, if the processor has one."""
 
 from functools import cache
 from typing import cast
@@ -13,10 +10,7 @@ from torch.nn import functional
 
 @cache
 def why_not_packed(dtype: torch.dtype) -> str | None:
-    """Return the reason why weights of ``dtype`` cannot be packed here, or None.
-
-    The answer comes from packing a small one.
-    """
+    """Return why weights of ``dtype`` cannot be packed here, or None; packs one to find out."""
     if not torch._C._has_mkldnn:
         return "this torch was built without oneDNN"
     try:
@@ -30,8 +24,6 @@ def why_not_packed(dtype: torch.dtype) -> str | None:
 
 class PackedLinear:
     """A dense product with a weight packed by oneDNN.
-
-    Implements :class:`~xpar.kernels.cpu.linear.LinearKernel`.
 
     The product of a row has the same bits whatever the other rows are, except that in float32 a single row
     may differ from the same row among several.
@@ -50,10 +42,7 @@ class PackedLinear:
 
 
 class PlainLinear:
-    """A dense product with a row-major copy of the weight, for dtypes that oneDNN cannot pack.
-
-    Implements :class:`~xpar.kernels.cpu.linear.LinearKernel`.
-    """
+    """A dense product with a row-major copy, for dtypes that oneDNN cannot pack."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape = weight.shape
@@ -71,10 +60,7 @@ Linear = PackedLinear | PlainLinear
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """Pack ``weight`` [N, K] if this processor can, else copy it.
-
-    ``bias`` [N] is cast to the weight's dtype.
-    """
+    """Pack ``weight`` [N, K] if this processor can, else copy it; ``bias`` is cast to its dtype."""
     return PlainLinear(weight, bias) if why_not_packed(weight.dtype) else PackedLinear(weight, bias)
 
 

@@ -21,10 +21,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 class ZenLinear:
-    """A dense product by zentorch, which also takes ``x`` with more leading dimensions.
-
-    Implements :class:`~xpar.kernels.cpu.linear.LinearKernel`.
-    """
+    """A dense product by zentorch, which also takes ``x`` with more leading dimensions."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape, self._bias = weight.shape, bias

@@ -44,10 +44,7 @@ def run_attention(call: ctypes.Structure) -> None:
 
 @cache
 def lanes() -> int:
-    """Return the float32 numbers in a vector of this processor, 16 or 8.
-
-    The layout of packed weights depends on it.
-    """
+    """Return the float32 numbers in a vector here, 16 or 8; packed weights are laid out by it."""
     return int(_load().xpar_lanes())
 
 
@@ -68,10 +65,7 @@ class PackedWeights:
         self._bias = torch.zeros(num_experts, panels * self._columns) if has_bias else None
 
     def load(self, expert: int, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Copy ``weight`` [N, K] and ``bias`` [N] of an expert, rounded to bfloat16.
-
-        The object keeps no view of them.
-        """
+        """Copy ``weight`` [N, K] and ``bias`` [N] of an expert, rounded to bfloat16."""
         weight = weight.to(torch.bfloat16).contiguous()
         if weight.shape != (self.outputs, self.inputs):
             raise ValueError(f"weight is {tuple(weight.shape)}, expected {(self.outputs, self.inputs)}")

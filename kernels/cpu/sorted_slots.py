@@ -7,10 +7,7 @@ from xpar.kernels.rows import active_rows, weighted_sum
 
 
 class SortedSlots:
-    """A base class with ``compute`` and ``compute_slots`` of expert kernels.
-
-    They follow :class:`~xpar.kernels.contracts.ExpertKernel`.
-    """
+    """A base class with ``compute`` and ``compute_slots`` of expert kernels."""
 
     def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
         slot_rows, positions = self._sorted_slots(x)

@@ -20,10 +20,7 @@ _SETTINGS = {"ZENDNNL_GRP_MATMUL_ALGO": "3", "ZENDNNL_API_LOG_LEVEL": "1"}
 
 
 def why_unavailable() -> str | None:
-    """Return the reason why zentorch cannot be used on this machine, or None.
-
-    Does not import zentorch.
-    """
+    """Return why zentorch cannot be used on this machine, or None; does not import it."""
     if find_spec("zentorch") is None:
         return "zentorch is not installed (pip install 'xpar[zen]')"
     try:

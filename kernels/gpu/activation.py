@@ -2,7 +2,8 @@
 
 Formulas: :mod:`xpar.kernels.activations`.
 
-x, gate and up are float32 blocks of any one shape.
+x, gate and up are float32 blocks of any one shape; NAME, LIMIT (None for no bound), ALPHA and BETA are the
+fields of :class:`~xpar.kernels.contracts.Activation`.
 """
 
 import triton
@@ -20,26 +21,17 @@ def tanh(x):
 
 
 @triton.jit
-def clamp_max(
-    x,
-    LIMIT: tl.constexpr,  # upper bound, in units of x
-):
+def clamp_max(x, LIMIT: tl.constexpr):
     return tl.where(x > LIMIT, LIMIT, x)  # unlike tl.minimum this keeps NaN
 
 
 @triton.jit
-def clamp(
-    x,
-    LIMIT: tl.constexpr,  # bound on both sides, in units of x
-):
+def clamp(x, LIMIT: tl.constexpr):
     return tl.where(x < -LIMIT, -LIMIT, clamp_max(x, LIMIT))
 
 
 @triton.jit
-def activate_without_gate(
-    x,
-    NAME: tl.constexpr,  # "silu", "gelu", "gelu_tanh" or "relu2"
-):
+def activate_without_gate(x, NAME: tl.constexpr):
     """Apply the function of single values."""
     if NAME == "silu":
         y = x * sigmoid(x)
@@ -55,14 +47,7 @@ def activate_without_gate(
 
 
 @triton.jit
-def activate(
-    gate,  # gate half
-    up,  # up half
-    NAME: tl.constexpr,  # name of the activation
-    LIMIT: tl.constexpr,  # bound of the gate and of the up half, None for no bound
-    ALPHA: tl.constexpr,  # factor inside the sigmoid of silu
-    BETA: tl.constexpr,  # addend of the up half of silu; bound of the gate of situ
-):
+def activate(gate, up, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
     """Apply the activation with a gate."""
     if NAME == "situ":
         if LIMIT is not None:

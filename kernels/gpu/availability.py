@@ -31,10 +31,7 @@ def build(spec: ExpertSpec) -> ExpertKernel:
 
 
 def use_table(kernel: ExpertKernel, path: Path) -> None:
-    """Set the tile table of ``kernel`` to the one for this machine in the file ``path``.
-
-    Raises ValueError if the kernel has no tile table, or the file has none for this machine and dtype.
-    """
+    """Set ``kernel.table`` to the one for this machine in ``path``; ValueError without one."""
     from xpar.kernels.gpu.tile_tables import read_table
 
     if kernel.name != "triton":

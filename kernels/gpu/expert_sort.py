@@ -94,10 +94,7 @@ def write_tiles(
 
 @triton.jit
 def sort_block(ids, begin, end, E: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the experts and the slots of a block in stable order.
-
-    Slots without an expert come last, as expert E.
-    """
+    """Return experts and slots of a block in stable order; slots without an expert come last."""
     place = tl.arange(0, BLOCK)
     expert = tl.load(ids + begin + place, mask=begin + place < end, other=-1)
     key = tl.sort(tl.where(expert < 0, E, expert) * BLOCK + place)
@@ -268,10 +265,7 @@ def plan_tiles(
 
 
 def tile_plan_reference(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Return ``slots``, without inactive ones, and ``offsets`` of a plan by definition.
-
-    Both are int64 on the CPU.
-    """
+    """Return ``slots``, without inactive ones, and ``offsets`` by definition: int64, on the CPU."""
     flat = topk_ids.reshape(-1).cpu()
     slots = torch.sort(flat, stable=True).indices[int((flat < 0).sum()) :]
     counts = torch.bincount(flat[flat >= 0], minlength=experts)

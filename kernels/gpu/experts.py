@@ -103,10 +103,7 @@ class TritonExperts:
         return sum(t.nbytes for t in tensors if t is not None)
 
     def _device(self) -> AbstractContextManager[object]:
-        """Return a context in which the weights' device is the current one.
-
-        Triton launches on the current device, whatever device the arguments are on.
-        """
+        """Return a context with the weights' device as the current one, on which Triton launches."""
         on_gpu = self._down.is_cuda
         return torch.cuda.device(self._down.device) if on_gpu else nullcontext()
 

@@ -17,10 +17,7 @@ from xpar.kernels.gpu.activation import activate, activate_without_gate
 
 @triton.jit
 def swizzle(tile, num_m, num_n, GROUP: tl.constexpr):
-    """Return the tile of rows and the block of columns of a tile number below num_m * num_n.
-
-    GROUP of the num_m tiles of rows go together through the num_n blocks of columns.
-    """
+    """Return tile of rows and block of columns of a tile; GROUP tiles go through them together."""
     first = tile // (GROUP * num_n) * GROUP
     size = tl.minimum(num_m - first, GROUP)
     rest = tile % (GROUP * num_n)
@@ -28,13 +25,8 @@ def swizzle(tile, num_m, num_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def source_rows(
-    slot,  # block of slot numbers, entry * TOP_K + place
-    rows,  # [M] int64, row of the hidden states that each entry reads; None if entry m reads row m
-    TOP_K: tl.constexpr,  # slots of an entry
-    mask,  # slots that exist
-):
-    """Return the row of the hidden states that each slot reads, int64."""
+def source_rows(slot, rows, TOP_K: tl.constexpr, mask):
+    """Return the row of the hidden states that each of the existing (``mask``) slots reads, int64."""
     entry = slot // TOP_K
     if rows is not None:
         return tl.load(rows + entry, mask=mask, other=0)

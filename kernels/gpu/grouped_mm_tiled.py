@@ -212,11 +212,8 @@ def locate_tile(
 
 
 @triton.jit
-def first_tile_after(
-    done,  # tiles of a first list, which the programs took in turn
-    PROGRAMS: tl.constexpr,  # programs of the launch
-):
-    """Return this program's first tile in a second list: the program next in turn gets tile 0."""
+def first_tile_after(done, PROGRAMS: tl.constexpr):
+    """Return this program's first tile in a list that follows one of ``done`` tiles."""
     return (tl.program_id(0) + PROGRAMS - done % PROGRAMS) % PROGRAMS
 
 

@@ -36,10 +36,7 @@ def gate_up_vector(
     BK: tl.constexpr,  # addends of the sum at a time
     STAGES: tl.constexpr,  # copies in flight
 ):
-    """Compute ``hidden[slot] = act(weight[expert] @ x[row of slot] + bias)``.
-
-    Grid: blocks of columns, slots.
-    """
+    """Compute ``hidden[slot] = act(weight[expert] @ x[row] + bias)``; grid: columns, slots."""
     WIDE: tl.constexpr = 2 * I if GATED else I
     slot = tl.program_id(1)
     expert = tl.load(ids + slot)

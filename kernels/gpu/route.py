@@ -28,17 +28,14 @@ def take_largest(values, column, NONE: tl.constexpr):
 
 @triton.jit
 def keep_best_groups(
-    choice,  # [BT, experts rounded up] float32, scores to choose by
-    column,  # int32, number of each expert
-    SIZE: tl.constexpr,  # experts of a group
-    GROUPS: tl.constexpr,  # groups
-    KEPT: tl.constexpr,  # groups to keep
-    TWO: tl.constexpr,  # True if a group's score is the sum of its two largest, False if its largest
-    WIDTH: tl.constexpr,  # a power of 2 of at least GROUPS
-    NONE: tl.constexpr,  # score of the experts of other groups in the result
-    BT: tl.constexpr,  # tokens of a program
-):
-    """Return ``choice`` with the experts outside the best KEPT groups at NONE."""
+    choice, column, SIZE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TWO: tl.constexpr,
+    WIDTH: tl.constexpr, NONE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Return ``choice`` [BT, experts] with the experts outside the best KEPT groups at NONE.
+
+    ``column`` has the number of each expert, SIZE is the experts of a group, WIDTH a power of 2 of at least
+    GROUPS.
+    """
     group = tl.arange(0, WIDTH)
     scores = tl.full((BT, WIDTH), NONE, tl.float32)
     for i in tl.static_range(GROUPS):

@@ -60,10 +60,7 @@ def sum_runs_kernel(
     H: tl.constexpr,  # elements of a row
     BLOCK: tl.constexpr,  # columns of a program
 ):
-    """Compute ``out[m]``, the sum of ``rows[index[bounds[m] : bounds[m + 1]]]``.
-
-    Grid: sums, blocks of columns.
-    """
+    """Sum ``rows[index[bounds[m] : bounds[m + 1]]]``; grid: sums, blocks of columns."""
     run = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H

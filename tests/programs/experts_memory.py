@@ -1,4 +1,4 @@
-"""Print the bytes of a layer's weights, and the peak of the process above what it held before the layer.
+"""Print the bytes of a layer's weights, and the growth of the process's peak memory.
 
 Argument: the name of the expert kernel.
 """

@@ -1,4 +1,4 @@
-"""Import everything of the kernels that must not need Triton, in a process where it cannot be imported."""
+"""Import the kernels' modules that must not need Triton, where it cannot be imported."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Compute with the compiled products and with torch, and print the number of OpenMP runtimes loaded."""
+"""Compute with compiled products and with torch, and print the number of OpenMP runtimes."""
 
 import sys
 from pathlib import Path

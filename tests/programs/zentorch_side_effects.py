@@ -1,4 +1,4 @@
-"""Build and load zentorch's experts; fail if torch's products, settings or the environment changed by it."""
+"""Build zentorch's experts, and fail if that changed torch or the environment."""
 
 import os
 
