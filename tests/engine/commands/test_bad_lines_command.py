@@ -13,7 +13,7 @@ import pytest
 import torch
 from launch import mpirun
 from moe_families import Case
-from run_commands import in_turn
+from run_commands import run_commands
 from safetensors.torch import load_file, save_file
 from tiny_models import prompts, write_model
 from tokenizers import Tokenizer
@@ -183,7 +183,7 @@ def lines(
         b"\n".join(line for n, line in enumerate(whole, start=1) if n not in bad)
     )
     (folder / "jobs").mkdir()
-    [job] = in_turn(1, [words_of(model, folder / "good.jsonl", folder / "good.out")], folder / "jobs")
+    [job] = run_commands(1, [words_of(model, folder / "good.jsonl", folder / "good.out")], folder / "jobs")
     assert job.returncode == 0 and "refused" not in job.stdout, job.stderr
     alone = {record["id"]: record["text"] for record in records(folder / "good.out")}
     return folder / "all.jsonl", ids, bad, alone
@@ -200,7 +200,7 @@ def test_no_line_ends_a_job(
     assert killed.returncode != 0
     assert len(records(out)) + sum("hash" in r for r in records(tmp_path / "out.errors.jsonl")) > 0
     (tmp_path / "jobs").mkdir()
-    resumed, again, fresh = in_turn(
+    resumed, again, fresh = run_commands(
         n,
         [
             words_of(model, file, out, "--resume"),
@@ -225,7 +225,7 @@ def test_texts_that_cannot_be_scored_end_no_job(model: Path, tmp_path: Path) -> 
     (tmp_path / "jobs").mkdir()
     words = ["score", str(model), "--texts", str(tmp_path / "t.jsonl"), "--dtype", "float16"]
     block = [*words, "--whole-block", "--out", str(tmp_path / "block.jsonl")]
-    one, again, whole = in_turn(2, [words, [*words, "--resume"], block], tmp_path / "jobs")
+    one, again, whole = run_commands(2, [words, [*words, "--resume"], block], tmp_path / "jobs")
     assert whole.returncode == 0, whole.stderr
     assert [r["line"] for r in records(tmp_path / "block.jsonl")] == [1, 5, 7]
     assert one.returncode == again.returncode == 0, one.stderr
@@ -240,7 +240,7 @@ def test_a_model_that_answers_nothing_is_an_error(model: Path, tmp_path: Path) -
     (tmp_path / "p.txt").write_text("~\na~\n")
     (tmp_path / "jobs").mkdir()
     words = ["generate", str(model), "--prompts", str(tmp_path / "p.txt"), "--dtype", "float16"]
-    for job in in_turn(2, [words, [*words, "--resume"]], tmp_path / "jobs"):
+    for job in run_commands(2, [words, [*words, "--resume"]], tmp_path / "jobs"):
         assert job.returncode == 1
         assert job.stderr.count("the model failed on all of 2 lines that it was given, see ") == 1
     assert [r["line"] for r in records(tmp_path / "p.answers.errors.jsonl")] == [1, 2]
@@ -260,14 +260,14 @@ def test_answers_of_two_models_do_not_mix(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     words = [words_of(path, tmp_path / "p.jsonl", out) for path in (model, other, edited)]
     (tmp_path / "jobs").mkdir()
-    [first] = in_turn(1, words[:1], tmp_path / "jobs")
+    [first] = run_commands(1, words[:1], tmp_path / "jobs")
     assert first.returncode == 0, first.stderr
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": 2}\n{"prompt": "b"}\n{"prompt": 3}\n')
     before = {path.name: path.read_bytes() for path in tmp_path.glob("out*")}
     changes = [[*words[1], "--resume"], [*words[2], "--resume"], [*words[0], "--resume", "--stop", "x"]]
     changes.append([*words[0], "--resume", "--max-new-tokens", "9"])
     for job, what in zip(
-        in_turn(2, changes, tmp_path / "jobs"),
+        run_commands(2, changes, tmp_path / "jobs"),
         ("different: weights.", "generation-config", "different: stop.", "max-new-tokens (4, now 9)."),
         strict=True,
     ):
@@ -294,7 +294,7 @@ def test_words_that_leave_no_room_or_no_file(model: Path, tmp_path: Path) -> Non
     }  # fmt: skip
     (tmp_path / "jobs").mkdir()
     for job, message in zip(
-        in_turn(2, [[*base, *words] for words in cases.values()], tmp_path / "jobs"), cases, strict=True
+        run_commands(2, [[*base, *words] for words in cases.values()], tmp_path / "jobs"), cases, strict=True
     ):
         assert job.returncode == 1 and job.stderr.count(message) == 1, job.stderr
     assert file.read_text() == '{"prompt": "a"}\n'
