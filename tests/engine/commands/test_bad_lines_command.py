@@ -16,7 +16,7 @@ from moe_families import Case
 from run_commands import run_commands
 from safetensors.torch import load_file, save_file
 from tiny_models import prompts, write_model
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as FastTokenizer
 
 from xpar.engine.generation.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its tokenizer has a token that the model does not; in float16 the token of a tilde overflows."""
     path = tmp_path_factory.mktemp("made") / "olmoe"
     write_model(Case("olmoe", "olmoe"), path, torch.float32, 3, hidden=64)
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer = FastTokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.add_special_tokens(["<|extra|>"])
     tilde = tokenizer.encode("~").ids[0]
     tokenizer.save(str(path / "tokenizer.json"))
