@@ -1,14 +1,15 @@
 """A trial exchange over peer memory by the real kernels, compared on every rank."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.watchdog.deadlines import Deadlines
 
 if TYPE_CHECKING:
-    from xpar.comm.device.peer_memory import PeerMemory
+    from xpar.kernels.gpu.one_sided import Peers
 
 WIDTH = 64
 """Values of a row of the trial."""
@@ -16,12 +17,22 @@ TURNS_A_SECOND = 20_000
 """What the interpreter counts in place of nanoseconds."""
 
 
+class MappedMemory(Protocol):
+    """What the trial uses of a :class:`~xpar.comm.device.peer_memory.PeerMemory`."""
+
+    group: Communicator
+    device: torch.device
+
+    def peers(self, front_bytes: int, limit: int) -> "Peers":
+        """Return what kernels need to reach the peers."""
+
+
 def waiting_limit(seconds: float, device: torch.device) -> int:
     """Return ``seconds`` as the kernels count: nanoseconds, or turns in the interpreter."""
     return int(seconds * (1e9 if device.type == "cuda" else TURNS_A_SECOND))
 
 
-def try_exchange(memory: "PeerMemory", deadlines: Deadlines) -> None:
+def try_exchange(memory: MappedMemory, deadlines: Deadlines) -> None:
     """Send one row from every rank to every rank and back, and compare; collective.
 
     Raises AgreedError on every rank where a row is wrong, or missing after the deadline for a new connection.
@@ -29,7 +40,7 @@ def try_exchange(memory: "PeerMemory", deadlines: Deadlines) -> None:
     agreed(memory.group, lambda: _exchange(memory, deadlines.connect), "the trial exchange")
 
 
-def _exchange(memory: "PeerMemory", seconds: float) -> None:
+def _exchange(memory: MappedMemory, seconds: float) -> None:
     from xpar.kernels.gpu.one_sided import Exchange, Step
 
     size, rank, device = memory.group.size, memory.group.rank, memory.device

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from launch import mpirun
 
-FOLDER = Path(__file__).parent / "one_sided"
+FOLDER = Path(__file__).parents[2] / "one_sided"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
