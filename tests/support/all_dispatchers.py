@@ -7,13 +7,11 @@ import pytest
 
 from xpar.comm.dispatch.choose import DISPATCHERS
 
-MOVERS = [
-    cls.name
-    for cls in DISPATCHERS
-    if cls.capabilities.moves_rows(num_nodes=1) and "cpu" in cls.capabilities.devices
-]
+ON_HOST = [cls for cls in DISPATCHERS if "cpu" in cls.capabilities.devices]
+"""The dispatchers that move host memory; the others have tests of their own."""
+MOVERS = [cls.name for cls in ON_HOST if cls.capabilities.moves_rows(num_nodes=1)]
 """Names of the dispatchers that move rows on one node; ``hierarchical`` has tests of its own."""
-SINGLE_NODE = {cls.name for cls in DISPATCHERS if cls.capabilities.single_node}
+SINGLE_NODE = {cls.name for cls in ON_HOST if cls.capabilities.single_node}
 """Names of the dispatchers that serve ranks of one node only."""
 
 
@@ -39,7 +37,7 @@ def pairs(cases: Iterable[Any], names: Iterable[Any]) -> list[Any]:
 
 def fitting(num_nodes: int) -> list[str]:
     """Return the names of the dispatchers that move rows in a group on ``num_nodes`` nodes."""
-    capabilities = {cls.name: cls.capabilities for cls in DISPATCHERS}
+    capabilities = {cls.name: cls.capabilities for cls in ON_HOST}
     return [
         n
         for n, c in capabilities.items()
