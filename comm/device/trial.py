@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 WIDTH = 64
 """Values of a row of the trial."""
-TURNS_A_SECOND = 20_000
+TURNS_A_SECOND = 2_000
 """What the interpreter counts in place of nanoseconds."""
 
 

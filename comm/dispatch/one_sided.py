@@ -31,6 +31,9 @@ from xpar.kernels.contracts import ExpertInput, Routing, Slots
 if TYPE_CHECKING:
     from xpar.kernels.gpu.one_sided import Exchange, Step
 
+ALIGNED = 16
+"""Bytes of the widest load."""
+
 
 @dataclass
 class OneSidedPlan:
@@ -115,7 +118,7 @@ class OneSidedDispatcher(Dispatcher):
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
         detail: OneSidedPlan = plan.dispatcher_state
-        x = hidden_states.contiguous()
+        x = _aligned(hidden_states)
         step = replace(detail.step, row_bytes=x.shape[1] * x.element_size())
         exchange = detail.exchange = self.window.exchange(step)
         exchange.dispatch(x, detail.ids, detail.weights, self._owner, self._local, self.placement.etp)
@@ -129,7 +132,7 @@ class OneSidedDispatcher(Dispatcher):
         exchange = _begun(plan)
         if plan.exact:
             return self.combine_slots(Slots(_spread(outputs, exchange.topk_ids)), plan)
-        exchange.rows_home(outputs.contiguous())
+        exchange.rows_home(_aligned(outputs))
         return Pending(lambda: self._sum(exchange, plan))
 
     def combine_slots(self, slots: Slots, plan: DispatchPlan) -> Pending[Distributed]:
@@ -181,6 +184,12 @@ def _begun(plan: DispatchPlan) -> "Exchange":
     if exchange is None:
         raise RuntimeError("combine before dispatch: no row has a place yet")
     return exchange
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return ``x`` contiguous, and at an address that words of any width, and wide loads, may begin at."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNED else x
 
 
 def _spread(outputs: Tensor, ids: Tensor) -> Tensor:

@@ -61,6 +61,13 @@ def run_lockstep(comm: Communicator, sequences: LocalBatch[R], batch: int, job: 
 
     Returns False if a rank was told to stop before all were done; what was complete by then is written.
     """
+    try:
+        return _answer(comm, sequences, batch, job)
+    finally:
+        sequences.agree(None, ())  # layers that are called outside of these steps agree for themselves again
+
+
+def _answer(comm: Communicator, sequences: LocalBatch[R], batch: int, job: LockstepCallbacks[R]) -> bool:
     answers: list[Record] = []
     given = written = step = 0
     last = time.monotonic()
@@ -79,9 +86,9 @@ def run_lockstep(comm: Communicator, sequences: LocalBatch[R], batch: int, job: 
         if any(kept) and (over or facts.status & FLUSH):
             _collect(comm, answers, job.write)
             answers, written, last = [], written + sum(kept), time.monotonic()
-        sequences.agree(None if over or any(parts) else facts.work, readiness)
         if over:
             return not stop
+        sequences.agree(None if any(parts) else facts.work, readiness)
         first = given + sum(parts[: comm.rank])
         given += sum(parts)
         complete = _forward(sequences, [job.start(place) for place in range(first, first + parts[comm.rank])])

@@ -94,6 +94,16 @@ def test_copies_of_experts(group: Communicator, shared: PeerWindow, fresh_seed: 
     assert torch.equal(*outputs)
 
 
+def test_rows_at_odd_addresses(group: Communicator, shared: PeerWindow) -> None:
+    """A view may begin in the middle of a word, and be strided."""
+    mover = OneSidedDispatcher(group, Placement.blocks(2, group.size), shared)
+    memory = torch.arange(2 * 8 + 1).to(torch.bfloat16)
+    routing = Routing(torch.tensor([[0, 1], [1, 0]], dtype=torch.int32).t(), torch.ones(2, 2).t())
+    for x in (memory[1:].view(2, 8), memory[1:].view(2, 8)[:, ::2], memory[1:].view(8, 2).t()):
+        got, _ = through(mover, x, routing, False, "rows")
+        assert torch.equal(got, answer(x, routing))
+
+
 def test_opaque_rows(group: Communicator, shared: PeerWindow, fresh_seed: int) -> None:
     """Quantised values with their scales beside them arrive as the bytes that they were; results keep their own dtype."""
     size, rank = group.size, group.rank

@@ -104,7 +104,7 @@ def test_the_window_grows_and_keeps_what_is_recorded(group: Communicator, window
 @pytest.mark.mpi(min_size=2, deadline=120)
 def test_a_missing_rank_is_named_after_the_deadline(group: Communicator) -> None:
     """The kernel marks the window, tells the host and ends; later kernels pass at once; the window is refused."""
-    window = PeerWindow(group, HOST, Deadlines(connect=30, finish=0.2))
+    window = PeerWindow(group, HOST, Deadlines(connect=30, finish=2))
     step = step_of((1,) * group.size)
     exchange = window.exchange(step)
     group.barrier()
@@ -115,13 +115,13 @@ def test_a_missing_rank_is_named_after_the_deadline(group: Communicator) -> None
         begin = time.monotonic()
         exchange.dispatch(rows, ids, weights, owner, local)
         first = time.monotonic() - begin
-        expected = f"exchange 1: rank {last} has not sent its rows of tokens 0.2 s after rank {group.rank}"
+        expected = f"exchange 1: rank {last} has not sent its rows of tokens 2 s after rank {group.rank}"
         assert expected in str(window.problem())
         with pytest.raises(CollectiveError, match="has not sent its rows of tokens"):
             window.check()
         begin = time.monotonic()
         exchange.dispatch(rows, ids, weights, owner, local)
-        assert time.monotonic() - begin < max(0.5 * first, 0.2)
+        assert time.monotonic() - begin < 0.5 * first
     else:
         assert window.problem() is None
     group.barrier()

@@ -107,3 +107,15 @@ def test_a_late_operation_ends_the_job_everywhere() -> None:
     assert time.monotonic() - begin < 25 and job.returncode != 0
     assert "[rank 1 on " in job.stderr and "all_to_all_v of 7 rows: not done on the GPU 0.5 s" in job.stderr
     assert "in main" in job.stderr  # the stack of the thread that waits
+
+
+def test_what_is_always_asked_is_reported_once_it_is_wrong() -> None:
+    """Without any operation to follow, as during replays of a recording."""
+    found: list[str] = []
+    reported, wrong = threading.Event(), threading.Event()
+    watch = Watch(lambda text: (found.append(text), reported.set()), pause=0.01)
+    watch.always(lambda: "rank 1 is missing" if wrong.is_set() else None)
+    assert not reported.wait(0.1)
+    wrong.set()
+    assert reported.wait(5) and found == ["rank 1 is missing"]
+    watch.close()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xpar.kernels import reference
-from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
+from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec, Slots
 from xpar.kernels.gpu import experts
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tile_tables import Machine, Table, Tile, Vector
@@ -183,6 +183,21 @@ def test_out_is_used(g):
         assert whole[:2].isnan().all() and whole[-2:].isnan().all()
         apart = torch.empty(case.tokens, 128, dtype=torch.bfloat16)[:, ::2]
         assert kernel.compute(layer.x, out=apart) is apart and torch.equal(apart, expected)
+
+
+def test_unsummed_slots_lie_at_their_places(g):
+    """Where the kernel sums very few tokens at no cost it returns the sums, but never in exact mode."""
+    for case, sums in ((Case(3, 2, vector_tokens=4, experts=12), True), (Case(20, 2), False)):
+        layer = Layer(case, torch.bfloat16, FORMS[0], False, g)
+        kernel, active = layer.kernel(), layer.x.topk_ids.reshape(-1) >= 0
+        slots = kernel.compute_unsummed(layer.x, exact=True)
+        assert isinstance(slots, Slots) and slots.rows.shape == (active.numel(), 64)
+        assert torch.equal(slots.rows[active], kernel.compute_slots(layer.x))
+        found = kernel.compute_unsummed(layer.x)
+        if sums:
+            assert torch.equal(found, kernel.compute(layer.x))
+        else:
+            assert torch.equal(found.rows[active], slots.rows[active])
 
 
 def test_rows_do_not_depend_on_the_batch(g):
