@@ -5,7 +5,8 @@ from typing import Any
 
 from xpar.comm.partition import spans
 from xpar.engine.architectures import ARCHITECTURES
-from xpar.engine.architectures.schema import Architecture, lookup, present
+from xpar.engine.architectures.config_key import has_key, lookup
+from xpar.engine.architectures.schema import Architecture
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.kernels.contracts import Activation, ActivationName
@@ -101,7 +102,7 @@ def _activation(arch: Architecture, hf_config: Mapping[str, Any]) -> Activation:
         )
     return Activation(
         ACTIVATIONS[name],
-        gated=arch.experts.gated,
+        gated=arch.experts.is_gated,
         limit=None if schema.limit is None else float(schema.limit.get(hf_config, float)),
         alpha=float(schema.alpha.get(hf_config, float)),
         beta=float(schema.beta.get(hf_config, float)),
@@ -111,7 +112,9 @@ def _activation(arch: Architecture, hf_config: Mapping[str, Any]) -> Activation:
 def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -> RouterConfig:
     grouped = arch.groups_if is None or lookup(hf_config, arch.groups_if[0]) == arch.groups_if[1]
     scaling = float(arch.routed_scaling_factor.get(hf_config, float))
-    table = arch.hashed if arch.hashed is not None and arch.hashed.holds(hf_config, layer) else None
+    table = arch.hash_routing
+    if table is not None and not table.applies_to(hf_config, layer):
+        table = None
     return RouterConfig(
         top_k=arch.top_k.get(hf_config, int, layer),
         scoring=arch.scoring.get(hf_config, str),
@@ -119,7 +122,7 @@ def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
         num_expert_group=arch.num_expert_group.get(hf_config, int) if grouped else 1,
         topk_group=arch.topk_group.get(hf_config, int) if grouped else 1,
         group_score=arch.group_score,
-        correction_bias=arch.bias is not None and table is None,
+        correction_bias=arch.correction_bias is not None and table is None,
         routed_scaling_factor=scaling * _share(arch, hf_config),
         logits_dtype=arch.logits_dtype,
         choice=arch.choice if table is None else "hash",
@@ -162,7 +165,7 @@ def _check_rules(arch: Architecture, hf_config: Mapping[str, Any]) -> None:
         )
     for rule in arch.rules:
         value = lookup(hf_config, rule.key)
-        absent = value is None and (rule.null or not present(hf_config, rule.key))
+        absent = value is None and (rule.allows_null or not has_key(hf_config, rule.key))
         if not absent and value not in rule.allowed:
             allowed = " or ".join(repr(v) for v in rule.allowed)
             raise CheckpointError(

@@ -130,7 +130,7 @@ def load_router(
     arch = resolve_names(checkpoint, arch, layer)
     experts, hidden = config.num_logits, config.hidden_size
     gate_dtype = torch.float32 if arch.gate_dtype == "float32" else dtype
-    gate = load_tensor(checkpoint, arch.router.format(layer=layer), (experts, hidden), gate_dtype)
+    gate = load_tensor(checkpoint, arch.gate.format(layer=layer), (experts, hidden), gate_dtype)
     gate_bias = correction = table = scale = None
     if arch.norm is not None:
         factor = load_tensor(checkpoint, arch.norm.gate_scale.format(layer=layer), (hidden,), torch.float32)
@@ -139,19 +139,19 @@ def load_router(
         scale = load_tensor(checkpoint, arch.expert_scale.format(layer=layer), (experts,), torch.float32)
     if arch.gate_bias is not None:
         gate_bias = load_tensor(checkpoint, arch.gate_bias.format(layer=layer), (experts,), gate_dtype)
-    if arch.hashed is not None and config.router.choice == "hash":
+    if arch.hash_routing is not None and config.router.choice == "hash":
         table = load_table(
             checkpoint,
-            arch.hashed.table.format(layer=layer),
+            arch.hash_routing.table.format(layer=layer),
             (config.router.vocabulary, config.router.top_k),
             config.num_experts,
         )
-    if arch.bias is not None and config.router.correction_bias:
-        shape = (1, experts) if arch.bias_is_row else (experts,)
+    if arch.correction_bias is not None and config.router.correction_bias:
+        shape = (1, experts) if arch.correction_bias_is_row else (experts,)
         # Choices hang on small differences of this bias; families keep it in float32 whatever the model's dtype.
-        correction = load_tensor(checkpoint, arch.bias.format(layer=layer), shape, torch.float32).view(
-            experts
-        )
+        correction = load_tensor(
+            checkpoint, arch.correction_bias.format(layer=layer), shape, torch.float32
+        ).view(experts)
     return RouterWeights(gate, correction, gate_bias, scale, table)
 
 

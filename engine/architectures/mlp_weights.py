@@ -56,7 +56,7 @@ def mlp_buffers(place: MlpPlace, dtype: torch.dtype) -> MlpTensors:
     """Uninitialised tensors for :func:`read_mlp` to fill."""
     start, stop = place.bounds
     width = stop - start
-    packed = 2 * width if place.names.gated else width
+    packed = 2 * width if place.names.is_gated else width
     biased = place.names.down_bias is not None
     return MlpTensors(
         torch.empty(packed, place.hidden, dtype=dtype),

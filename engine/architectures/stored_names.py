@@ -15,15 +15,15 @@ from xpar.engine.architectures.schema import Architecture, MlpNames, Renaming
 from xpar.engine.checkpoint.reader import Checkpoint
 
 PARTS = (
-    "router",
-    "bias",
+    "gate",
     "gate_bias",
+    "correction_bias",
     "output_bias",
     "expert_scale",
     "experts",
     "shared",
     "latent",
-    "hashed",
+    "hash_routing",
     "norm",
 )
 """The fields of :class:`~xpar.engine.architectures.schema.Architecture` that hold names of tensors."""
@@ -71,7 +71,7 @@ def stacked_form(value: Any) -> MlpNames | None:
     if not isinstance(value, MlpNames) or "{expert}" not in value.down:
         return None
     prefix = value.down.partition(".{expert}")[0]
-    gated = value.gated
+    gated = value.is_gated
     return MlpNames(
         gate=None,
         up=None if gated else f"{prefix}.up_proj",

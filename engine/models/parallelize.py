@@ -18,7 +18,6 @@ from xpar.engine.layer.expert_shard import build_expert_shard
 from xpar.engine.layer.options import ExpertOptions, LayerOptions
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.models.block_layer import (
-    LAYERS_ALONE,
     BlockLayer,
     NoModule,
     block_modules,
@@ -156,7 +155,7 @@ def moe_modules(
 ) -> dict[int, MoeModules]:
     """Of each MoE layer, ascending: its experts, or where they cannot be provided or ``whole_block`` is asked, its block."""
     arch = find(hf_config)
-    if why := LAYERS_ALONE.get(arch.model_type):
+    if why := arch.why_layers_only:
         raise CheckpointError(f"model_type={arch.model_type!r}: {why}; xpar run computes its layers")
     layers = require_moe_layers(arch, hf_config)
     experts = experts_modules(model)

@@ -113,7 +113,8 @@ def test_moe_layers_are_those_of_transformers(made: Made) -> None:
     with Checkpoint(made.path) as checkpoint:
         arch = find(checkpoint.config)
         ours = moe_layers(arch, checkpoint.config)
-    blocks = [made.model.get_submodule(made.case.module.format(layer=i)) for i in range(3)]
+    path = made.case.architecture.block.path
+    blocks = [made.model.get_submodule(path.format(layer=i)) for i in range(3)]
     assert ours == tuple(i for i in range(3) if hasattr(blocks[i], "router") or hasattr(blocks[i], "experts"))
 
 

@@ -145,7 +145,7 @@ def test_three_of_eight_experts(case: Case, path: Path) -> None:
     experts = sum(t.nbytes for tensors in loaded.values() for t in tensors)
     assert bytes_read == small_bytes(weights, path) + experts
     arch = find({"model_type": case.model_type})
-    assert torch.equal(weights.router.gate, stored[arch.router.format(layer=case.layer)])
+    assert torch.equal(weights.router.gate, stored[arch.gate.format(layer=case.layer)])
     assert (weights.router.correction_bias is not None) == (case.model_type in WITH_CORRECTION)
     assert (weights.shared is not None) == (case.model_type in WITH_SHARED)
     assert (weights.router.gate_bias is not None) == (case.model_type == "gpt_oss")

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from xpar.engine.architectures.config_key import Key
 from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
 from xpar.engine.architectures.nested import part_of
-from xpar.engine.architectures.schema import Key
 from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.kernels.contracts import Activation
@@ -235,9 +235,7 @@ def test_a_language_model_inside_a_larger_one_is_the_same() -> None:
     deepseek = find({"model_type": "deepseek_v2"})
     moved = part_of(deepseek, "vision", "Vision", config="text", tensors="language.")
     assert moved.groups_if == ("text.topk_method", "group_limited_greedy")
-    assert moved.rules[0].key == "text.topk_method" and moved.router.startswith(
-        "language.model.layers.{layer}"
-    )
+    assert moved.rules[0].key == "text.topk_method" and moved.gate.startswith("language.model.layers.{layer}")
     nemotron = part_of(find(NEMOTRON), "vision", "Vision", config="text", tensors="language.")
     assert moe_layers(nemotron, {"text": NEMOTRON}) == (1, 5)
 
