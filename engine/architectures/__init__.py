@@ -1,9 +1,10 @@
 """The known model families and the layers that they describe.
 
-A family is one :class:`~xpar.engine.architectures.schema.Architecture` in the file of its ``model_type``. A new
-family is a new file and an entry of ``ARCHITECTURES``, because no code asks for a family by its name.
+A family is one :class:`~xpar.engine.architectures.schema.Architecture` in the file of its ``model_type``. A
+new family is a new file and an entry of ``ARCHITECTURES``, because no code asks for a family by its name.
 
-Letters in shapes: T tokens, H hidden size, I width of an expert, E experts, k experts per token, L latent size.
+Letters in shapes: T tokens, H hidden size, I width of an expert, E experts, k experts per token, L latent
+size.
 """
 
 from xpar.engine.architectures.cohere2_moe import COHERE2_MOE

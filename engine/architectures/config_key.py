@@ -9,10 +9,10 @@ from xpar.engine.checkpoint.tensor_file import CheckpointError
 
 @dataclass(frozen=True)
 class Key:
-    """A value of ``config.json``: the first of ``names`` that is there and not null, else ``default``.
+    """A value of ``config.json``, by one or more names.
 
-    The name ``a.b`` is key b of the object a. A key without names is a constant of the family. A key without
-    a default is required.
+    It is that of the first of ``names`` that is there and not null, else ``default``. The name ``a.b`` is key
+    b of the object a. A key without names is a constant of the family. A key without a default is required.
     """
 
     names: tuple[str, ...] = ()

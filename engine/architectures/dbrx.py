@@ -1,4 +1,4 @@
-"""DBRX, whose config has its experts in an object and whose tensors have one expert below the other."""
+"""DBRX: nested config keys, and tensors that have the rows of one expert below the other."""
 
 from xpar.engine.architectures.config_key import Key
 from xpar.engine.architectures.schema import (

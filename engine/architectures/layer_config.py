@@ -1,4 +1,4 @@
-"""What a layer of a given ``config.json`` is, by the tables of :mod:`xpar.engine.architectures`."""
+"""The configuration of a layer, made from a ``config.json`` and the family that it names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,12 +19,16 @@ ACTIVATIONS: Mapping[str, ActivationName] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
+"""The activations of ``config.json``, by the names of the kernels."""
 
 __all__ = ["ACTIVATIONS", "ARCHITECTURES", "find", "layer_config", "moe_layers", "require_moe_layers"]
 
 
 def find(hf_config: Mapping[str, Any]) -> Architecture:
-    """The family of a parsed ``config.json``, by its ``model_type``."""
+    """Return the family of a parsed ``config.json``, by its ``model_type``.
+
+    Raises :class:`CheckpointError` for a family that is not known.
+    """
     model_type = hf_config.get("model_type")
     for arch in ARCHITECTURES:
         if arch.model_type == model_type:
@@ -34,7 +38,7 @@ def find(hf_config: Mapping[str, Any]) -> Architecture:
 
 
 def moe_layers(arch: Architecture, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Indices of the layers whose feed-forward part is a mixture of experts, ascending."""
+    """Return the indices of the MoE layers, ascending."""
     pattern = arch.layers
     kinds = next((v for name in pattern.kinds if (v := lookup(hf_config, name)) is not None), None)
     if kinds is not None:
@@ -68,7 +72,10 @@ def require_moe_layers(arch: Architecture, hf_config: Mapping[str, Any]) -> tupl
 
 
 def layer_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -> LayerConfig:
-    """What layer ``layer`` is. Raises :class:`CheckpointError` where the config is wrong or the layer is not MoE."""
+    """Make the configuration of layer ``layer``.
+
+    Raises :class:`CheckpointError` for a config that is wrong and for a layer that is not MoE.
+    """
     _check_rules(arch, hf_config)
     layers = moe_layers(arch, hf_config)
     if layer not in layers:
@@ -123,7 +130,7 @@ def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
         topk_group=arch.topk_group.get(hf_config, int) if grouped else 1,
         group_score=arch.group_score,
         correction_bias=arch.correction_bias is not None and table is None,
-        routed_scaling_factor=scaling * _share(arch, hf_config),
+        routed_scaling_factor=scaling * _output_factor(arch, hf_config),
         logits_dtype=arch.logits_dtype,
         choice=arch.choice if table is None else "hash",
         expert_scale=arch.expert_scale is not None,
@@ -137,8 +144,8 @@ def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
     )
 
 
-def _share(arch: Architecture, hf_config: Mapping[str, Any]) -> float:
-    """Of a mean of routed and shared output each is half; of a sum, all."""
+def _output_factor(arch: Architecture, hf_config: Mapping[str, Any]) -> float:
+    """Return the factor on routed and on shared output: 0.5 for their average, 1 for their sum."""
     if arch.shared is None or not _shared_width(arch, hf_config, 0):
         return 1.0
     return 0.5 if arch.shared.combination.get(hf_config, str) == "average" else 1.0
@@ -154,7 +161,7 @@ def _shared_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
     width = _shared_width(arch, hf_config, layer)
     if arch.shared is None or not width:
         return None
-    return SharedConfig(width, gated=arch.shared.gate is not None, scale=_share(arch, hf_config))
+    return SharedConfig(width, gated=arch.shared.gate is not None, scale=_output_factor(arch, hf_config))
 
 
 def _check_rules(arch: Architecture, hf_config: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Nemotron-H: the router of DeepSeek-V3, and experts without a gate, in some models in a latent space."""
+"""Nemotron-H: the router of DeepSeek-V3, and experts without a gate or in a latent space."""
 
 from xpar.engine.architectures.config_key import Key
 from xpar.engine.architectures.schema import (

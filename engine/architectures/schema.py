@@ -1,6 +1,7 @@
-"""The data that make up a model family: config keys, tensor names, and the layers that these describe.
+"""The data of a model family: config keys, tensor names, and the layers that they describe.
 
-If a ``config.json`` leaves a key out, the default is that of the family's configuration class in transformers.
+If a ``config.json`` leaves a key out, the default is that of the family's configuration class in
+transformers.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from xpar.engine.config import TINY, Choice
 
 Storage = Literal["single", "stacked", "rows"]
 Renaming = tuple[str, str]
-"""(A part of a tensor's name, its replacement in files of other tools that write checkpoints of the family)."""
+"""(A part of a tensor's name, its replacement in checkpoints that another tool wrote)."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class LayerPattern:
     Layer i is one if ``first_dense <= i <= last`` and ``(i + step_offset) % step == remainder``, unless
     ``dense_list`` contains i. ``last`` = -1 stands for the last layer of the model.
 
-    Two keys of a config replace the rule: ``moe_list`` lists the MoE layers; ``kinds`` are names of a list, or
-    string of letters, with the kind of every layer, and MoE layers have one of ``moe_kinds``. With
+    Two keys of a config replace the rule: ``moe_list`` lists the MoE layers; ``kinds`` are names of a list,
+    or string of letters, with the kind of every layer, and MoE layers have one of ``moe_kinds``. With
     ``kinds_required`` a config must have such a list.
     """
 
@@ -45,9 +46,9 @@ class LayerPattern:
 class MlpNames:
     """The names of the tensors of one MLP, or of all experts, and their form.
 
-    ``gate`` and ``up`` are [I, H] and ``down`` is [H, I]. ``gate_up`` [2I, H] stands in place of the first two:
-    the gate rows first or, if ``interleaved``, gate and up rows in turn. An MLP without a gate has ``up`` and
-    ``down`` alone. Biases have the order of ``gate_up``.
+    ``gate`` and ``up`` are [I, H] and ``down`` is [H, I]. ``gate_up`` [2I, H] stands in place of the first
+    two: the gate rows first or, if ``interleaved``, gate and up rows in turn. An MLP without a gate has
+    ``up`` and ``down`` alone. Biases have the order of ``gate_up``.
 
     ``storage``: ``single``, one tensor for each MLP; ``stacked``, one for all experts, with E as its first
     dimension; ``rows``, one for all experts, [E I, H], with one expert's rows below the other's.
@@ -115,8 +116,9 @@ class NormSchema:
 class HashSchema:
     """The layers that route by token id, without a correction bias.
 
-    ``table``: the tensor [vocabulary, k] of expert ids by token id. ``kinds``: names of a config's list of the
-    kind of every layer, which is ``kind`` for these layers. Without such a list they are the first ``count``.
+    ``table``: the tensor [vocabulary, k] of expert ids by token id. ``kinds``: names of a config's list of
+    the kind of every layer, which is ``kind`` for these layers. Without such a list they are the first
+    ``count``.
     """
 
     table: str
@@ -135,7 +137,7 @@ class HashSchema:
 
 @dataclass(frozen=True)
 class Rule:
-    """A config key that must have one of the ``allowed`` values, or be absent, for the reason ``why``.
+    """A config key that must be absent or have an ``allowed`` value, for the reason ``why``.
 
     Null counts as absent if ``allows_null``.
     """
@@ -160,8 +162,8 @@ class ActivationSchema:
 class BlockSchema:
     """The module of transformers' model that is the whole MoE block of a layer.
 
-    ``returns_pair``: its forward returns a second value. ``beside``: a module whose output the model adds to the
-    block's, and which is a part of xpar's layer.
+    ``returns_pair``: its forward returns a second value. ``beside``: a module whose output the model adds to
+    the block's, and which is a part of xpar's layer.
     """
 
     path: str = "model.layers.{layer}.mlp"
@@ -171,9 +173,10 @@ class BlockSchema:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family. Names of tensors are templates with ``{layer}`` and, for experts, ``{expert}``.
+    """A model family.
 
-    The fields that are not explained here make the :class:`~xpar.engine.config.LayerConfig`.
+    Names of tensors are templates with ``{layer}`` and, for experts, ``{expert}``. The fields that are not
+    explained here make the :class:`~xpar.engine.config.LayerConfig`.
 
     Args:
         model_type: the family's name in ``config.json``.

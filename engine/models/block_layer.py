@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
 from xpar.engine.architectures.layer_weights import load_layer_weights
-from xpar.engine.checkpoint.in_memory import InMemory
+from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.options import LayerOptions
@@ -93,10 +93,10 @@ def build_block(
     return BlockLayer(runner, arch.block.returns_pair)
 
 
-def weights_of(model: Any, hf_config: dict[str, Any], names: Iterable[str]) -> InMemory:
+def weights_of(model: Any, hf_config: dict[str, Any], names: Iterable[str]) -> InMemoryCheckpoint:
     """The weights of ``model``'s modules ``names``, by their names in a checkpoint."""
     from transformers.core_model_loading import revert_weight_conversion
 
     prefixes = tuple(f"{name}." for name in names)
     state = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
-    return InMemory(hf_config, revert_weight_conversion(model, state))
+    return InMemoryCheckpoint(hf_config, revert_weight_conversion(model, state))

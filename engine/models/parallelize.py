@@ -11,7 +11,7 @@ from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
 from xpar.engine.architectures.mlp_weights import MlpPlace, MlpTensors, mlp_buffers, read_mlp
 from xpar.engine.architectures.schema import MlpNames
-from xpar.engine.checkpoint.in_memory import InMemory
+from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.expert_shard import build_expert_shard
@@ -219,7 +219,7 @@ def rows_of(module: Any, config: LayerConfig) -> ReadLayer:
         up_transposed=module.is_transposed,
         down_transposed=module.is_transposed,
     )
-    weights = InMemory({}, dict(module.named_parameters()))
+    weights = InMemoryCheckpoint({}, dict(module.named_parameters()))
     dtype = next(module.parameters()).dtype
 
     def read(experts: Sequence[int], rows: slice) -> Experts:

@@ -23,8 +23,8 @@ def fill_random(
 ) -> None:
     """Draw the values of the tensor called ``name`` in place; its last dimension is its fan-in.
 
-    ``schema`` adds names to ``ONES`` and ``STRONG``. A tensor of all experts that is stored as [in, out] is scaled by the size of its other dimension, which is
-    the same.
+    ``schema`` adds names to ``ONES`` and ``STRONG``. A tensor of all experts that is stored as [in, out] is
+    scaled by the size of its other dimension, which is the same.
     """
     if name.endswith(ONES + schema.ones):
         tensor.fill_(1.0)

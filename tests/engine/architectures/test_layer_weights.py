@@ -83,7 +83,7 @@ def small_bytes(weights: LayerWeights, path: Path) -> int:
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert taken from whole tensors: gate rows or None, up rows, down, and the biases in the same order."""
+    """Take an expert from whole tensors: gate rows or None, up rows, down, and their biases."""
 
     gate: torch.Tensor | None
     up: torch.Tensor
