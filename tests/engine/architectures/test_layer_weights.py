@@ -75,7 +75,7 @@ def small_bytes(weights: LayerWeights, path: Path) -> int:
     kept += [shared.gate_up, shared.down, shared.gate] if shared is not None else []
     kept += [weights.latent.enter, weights.latent.leave] if weights.latent is not None else []
     count = 8 + int.from_bytes(data[:8], "little") + sum(t.nbytes for t in kept if t is not None)
-    name = find(stored.config).bias
+    name = find(stored.config).correction_bias
     if bias is not None and name is not None:
         count += bias.numel() * {"F32": 4, "BF16": 2}[stored.entry(name.format(layer=LAYER)).dtype]
     return count
@@ -83,7 +83,7 @@ def small_bytes(weights: LayerWeights, path: Path) -> int:
 
 @dataclass(frozen=True)
 class Expert:
-    """Take an expert from whole tensors: gate rows or None, up rows, down, and their biases."""
+    """An expert as cut from whole tensors: gate rows or None, up rows, down, and their biases."""
 
     gate: torch.Tensor | None
     up: torch.Tensor
