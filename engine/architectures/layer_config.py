@@ -1,11 +1,12 @@
-"""What a layer of a given ``config.json`` is, by the tables of :mod:`xpar.engine.architectures`."""
+"""The configuration of a layer, made from a ``config.json`` and the family that it names."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from xpar.comm.partition import spans
 from xpar.engine.architectures import ARCHITECTURES
-from xpar.engine.architectures.schema import Architecture, lookup, present
+from xpar.engine.architectures.config_key import has_key, lookup
+from xpar.engine.architectures.schema import Architecture
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.kernels.contracts import Activation, ActivationName
@@ -18,12 +19,16 @@ ACTIVATIONS: Mapping[str, ActivationName] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
+"""The activations of ``config.json``, by the names of the kernels."""
 
 __all__ = ["ACTIVATIONS", "ARCHITECTURES", "find", "layer_config", "moe_layers", "require_moe_layers"]
 
 
 def find(hf_config: Mapping[str, Any]) -> Architecture:
-    """The family of a parsed ``config.json``, by its ``model_type``."""
+    """Return the family of a parsed ``config.json``, by its ``model_type``.
+
+    Raises :class:`CheckpointError` for a family that is not known.
+    """
     model_type = hf_config.get("model_type")
     for arch in ARCHITECTURES:
         if arch.model_type == model_type:
@@ -33,7 +38,7 @@ def find(hf_config: Mapping[str, Any]) -> Architecture:
 
 
 def moe_layers(arch: Architecture, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Indices of the layers whose feed-forward part is a mixture of experts, ascending."""
+    """Return the indices of the MoE layers, ascending."""
     pattern = arch.layers
     kinds = next((v for name in pattern.kinds if (v := lookup(hf_config, name)) is not None), None)
     if kinds is not None:
@@ -67,7 +72,10 @@ def require_moe_layers(arch: Architecture, hf_config: Mapping[str, Any]) -> tupl
 
 
 def layer_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -> LayerConfig:
-    """What layer ``layer`` is. Raises :class:`CheckpointError` where the config is wrong or the layer is not MoE."""
+    """Make the configuration of layer ``layer``.
+
+    Raises :class:`CheckpointError` for a config that is wrong and for a layer that is not MoE.
+    """
     _check_rules(arch, hf_config)
     layers = moe_layers(arch, hf_config)
     if layer not in layers:
@@ -101,7 +109,7 @@ def _activation(arch: Architecture, hf_config: Mapping[str, Any]) -> Activation:
         )
     return Activation(
         ACTIVATIONS[name],
-        gated=arch.experts.gated,
+        gated=arch.experts.is_gated,
         limit=None if schema.limit is None else float(schema.limit.get(hf_config, float)),
         alpha=float(schema.alpha.get(hf_config, float)),
         beta=float(schema.beta.get(hf_config, float)),
@@ -111,7 +119,9 @@ def _activation(arch: Architecture, hf_config: Mapping[str, Any]) -> Activation:
 def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int) -> RouterConfig:
     grouped = arch.groups_if is None or lookup(hf_config, arch.groups_if[0]) == arch.groups_if[1]
     scaling = float(arch.routed_scaling_factor.get(hf_config, float))
-    table = arch.hashed if arch.hashed is not None and arch.hashed.holds(hf_config, layer) else None
+    table = arch.hash_routing
+    if table is not None and not table.applies_to(hf_config, layer):
+        table = None
     return RouterConfig(
         top_k=arch.top_k.get(hf_config, int, layer),
         scoring=arch.scoring.get(hf_config, str),
@@ -119,8 +129,8 @@ def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
         num_expert_group=arch.num_expert_group.get(hf_config, int) if grouped else 1,
         topk_group=arch.topk_group.get(hf_config, int) if grouped else 1,
         group_score=arch.group_score,
-        correction_bias=arch.bias is not None and table is None,
-        routed_scaling_factor=scaling * _share(arch, hf_config),
+        correction_bias=arch.correction_bias is not None and table is None,
+        routed_scaling_factor=scaling * _output_factor(arch, hf_config),
         logits_dtype=arch.logits_dtype,
         choice=arch.choice if table is None else "hash",
         expert_scale=arch.expert_scale is not None,
@@ -134,8 +144,8 @@ def _router_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
     )
 
 
-def _share(arch: Architecture, hf_config: Mapping[str, Any]) -> float:
-    """Of a mean of routed and shared output each is half; of a sum, all."""
+def _output_factor(arch: Architecture, hf_config: Mapping[str, Any]) -> float:
+    """Return the factor on routed and on shared output: 0.5 for their average, 1 for their sum."""
     if arch.shared is None or not _shared_width(arch, hf_config, 0):
         return 1.0
     return 0.5 if arch.shared.combination.get(hf_config, str) == "average" else 1.0
@@ -151,7 +161,7 @@ def _shared_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
     width = _shared_width(arch, hf_config, layer)
     if arch.shared is None or not width:
         return None
-    return SharedConfig(width, gated=arch.shared.gate is not None, scale=_share(arch, hf_config))
+    return SharedConfig(width, gated=arch.shared.gate is not None, scale=_output_factor(arch, hf_config))
 
 
 def _check_rules(arch: Architecture, hf_config: Mapping[str, Any]) -> None:
@@ -162,7 +172,7 @@ def _check_rules(arch: Architecture, hf_config: Mapping[str, Any]) -> None:
         )
     for rule in arch.rules:
         value = lookup(hf_config, rule.key)
-        absent = value is None and (rule.null or not present(hf_config, rule.key))
+        absent = value is None and (rule.allows_null or not has_key(hf_config, rule.key))
         if not absent and value not in rule.allowed:
             allowed = " or ".join(repr(v) for v in rule.allowed)
             raise CheckpointError(

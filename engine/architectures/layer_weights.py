@@ -1,8 +1,8 @@
-"""One rank's share of a layer's weights, read from a checkpoint one tensor at a time.
+"""One rank's part of a layer's weights, read from a checkpoint one tensor at a time.
 
-Experts are streamed through one set of buffers into the kernel that will keep them, so that no second copy of a
-layer ever exists. H hidden size, E experts, I expert width, Is width of the shared experts; ``rows`` is this rank's
-part of I (of Is) under tensor parallelism, I_r (Is_r) wide.
+Experts are streamed through one set of buffers into the kernel that keeps them, so that no second copy of a
+layer exists. Is is the width of the shared experts. Under tensor parallelism ``rows`` is this rank's part of
+I or of Is, and I_r or Is_r is the width of that part.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,16 +28,16 @@ from xpar.engine.config import LayerConfig
 from xpar.engine.routing.router import FusedGateRouter, Router
 
 Sink = Callable[..., None]
-
-
-T = TypeVar("T", "RouterWeights", "SharedWeights", "LatentWeights", "NormWeights")
+"""Takes (local index, gate_up, down) of an expert, followed by (gate_up_bias, down_bias) if it has biases."""
+Weights = TypeVar("Weights", "RouterWeights", "SharedWeights", "LatentWeights", "NormWeights")
 
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """``gate`` [E, H] and ``gate_bias`` [E] in the gate's dtype, ``correction_bias`` [E] float32; biases or None.
+    """The weights of a router; those that a family does not have are None.
 
-    ``expert_scale`` [E] float32 and ``hash_table`` [vocabulary, k] int64: where the router has them.
+    ``gate`` [E, H] and ``gate_bias`` [E] have the gate's dtype. ``correction_bias`` [E] and ``expert_scale``
+    [E] are float32, ``hash_table`` [vocabulary, k] is int64.
     """
 
     gate: Tensor
@@ -49,7 +49,11 @@ class RouterWeights:
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """``gate_up`` packed rows, ``down`` [H, Is_r], ``gate`` [1, H] of their sigmoid or None."""
+    """The shared experts as one MLP.
+
+    ``gate_up`` has packed rows [2 Is_r, H], ``down`` is [H, Is_r], and ``gate`` is the sigmoid gate [1, H] or
+    None.
+    """
 
     gate_up: Tensor
     down: Tensor
@@ -58,7 +62,7 @@ class SharedWeights:
 
 @dataclass(frozen=True)
 class LatentWeights:
-    """``enter`` [L, H] and ``leave`` [H, L], around the routed experts."""
+    """The projections ``enter`` [L, H] and ``leave`` [H, L] around the routed experts."""
 
     enter: Tensor
     leave: Tensor
@@ -66,14 +70,14 @@ class LatentWeights:
 
 @dataclass(frozen=True)
 class NormWeights:
-    """``scale`` [H] of the routed experts' norm."""
+    """The ``scale`` [H] of the norm before the routed experts."""
 
     scale: Tensor
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What a rank keeps of a layer besides its experts, which went to the sink. ``output_bias``: [H] or None."""
+    """The weights of a layer besides its routed experts. ``output_bias`` is [H] or None."""
 
     router: RouterWeights
     shared: SharedWeights | None
@@ -82,13 +86,13 @@ class LayerWeights:
     norm: NormWeights | None = None
 
     def to(self, device: torch.device) -> "LayerWeights":
-        """The same on ``device``."""
+        """Return the same weights on ``device``."""
         return LayerWeights(
-            _moved(self.router, device),
-            None if self.shared is None else _moved(self.shared, device),
-            _on(self.output_bias, device),
-            None if self.latent is None else _moved(self.latent, device),
-            None if self.norm is None else _moved(self.norm, device),
+            _to_device(self.router, device),
+            None if self.shared is None else _to_device(self.shared, device),
+            _tensor_to(self.output_bias, device),
+            None if self.latent is None else _to_device(self.latent, device),
+            None if self.norm is None else _to_device(self.norm, device),
         )
 
 
@@ -104,12 +108,22 @@ def load_layer_weights(
     rows: slice = ALL,
     shared_rows: slice = ALL,
 ) -> LayerWeights:
-    """Load a rank's share of layer ``layer``, as ``dtype``.
+    """Load a rank's part of layer ``layer``.
 
-    ``experts``: global ids, in the order of their local indices. ``sink(local index, gate_up, down)``, and if
-    ``config.bias`` also (gate_up_bias, down_bias), takes each expert as :meth:`ExpertKernel.load_expert` does, and must
-    not keep the tensors. Raises :class:`CheckpointError` for tensors that are missing, of another shape, quantised, or
-    not finite.
+    Args:
+        checkpoint: the open checkpoint.
+        arch: its family.
+        layer: index of the layer.
+        config: configuration of the layer.
+        experts: global ids of this rank's experts, in the order of their local indices.
+        sink: takes the tensors of each expert, as :meth:`ExpertKernel.load_expert` does, and must not keep
+            them. Biases are among them if ``config.bias``.
+        dtype: dtype of the tensors.
+        rows: this rank's slice of I.
+        shared_rows: this rank's slice of Is.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, is quantised or is not finite.
     """
     weights = LayerWeights(
         load_router(checkpoint, arch, layer, config, dtype),
@@ -126,11 +140,11 @@ def load_layer_weights(
 def load_router(
     checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
 ) -> RouterWeights:
-    """The gate weight, and the biases and the table that the family has for this layer."""
+    """Load the gate, and the biases, the scale and the table that the layer has."""
     arch = resolve_names(checkpoint, arch, layer)
     experts, hidden = config.num_logits, config.hidden_size
     gate_dtype = torch.float32 if arch.gate_dtype == "float32" else dtype
-    gate = load_tensor(checkpoint, arch.router.format(layer=layer), (experts, hidden), gate_dtype)
+    gate = load_tensor(checkpoint, arch.gate.format(layer=layer), (experts, hidden), gate_dtype)
     gate_bias = correction = table = scale = None
     if arch.norm is not None:
         factor = load_tensor(checkpoint, arch.norm.gate_scale.format(layer=layer), (hidden,), torch.float32)
@@ -139,19 +153,20 @@ def load_router(
         scale = load_tensor(checkpoint, arch.expert_scale.format(layer=layer), (experts,), torch.float32)
     if arch.gate_bias is not None:
         gate_bias = load_tensor(checkpoint, arch.gate_bias.format(layer=layer), (experts,), gate_dtype)
-    if arch.hashed is not None and config.router.choice == "hash":
+    if arch.hash_routing is not None and config.router.choice == "hash":
         table = load_table(
             checkpoint,
-            arch.hashed.table.format(layer=layer),
+            arch.hash_routing.table.format(layer=layer),
             (config.router.vocabulary, config.router.top_k),
             config.num_experts,
         )
-    if arch.bias is not None and config.router.correction_bias:
-        shape = (1, experts) if arch.bias_is_row else (experts,)
-        # Choices hang on small differences of this bias; families keep it in float32 whatever the model's dtype.
-        correction = load_tensor(checkpoint, arch.bias.format(layer=layer), shape, torch.float32).view(
-            experts
-        )
+    if arch.correction_bias is not None and config.router.correction_bias:
+        shape = (1, experts) if arch.correction_bias_is_row else (experts,)
+        # Choices hang on small differences of this bias; families keep it in float32 whatever the model's
+        # dtype.
+        correction = load_tensor(
+            checkpoint, arch.correction_bias.format(layer=layer), shape, torch.float32
+        ).view(experts)
     return RouterWeights(gate, correction, gate_bias, scale, table)
 
 
@@ -163,7 +178,7 @@ def load_shared(
     dtype: torch.dtype,
     rows: slice = ALL,
 ) -> SharedWeights | None:
-    """The shared experts as one MLP, ``rows`` of its width; None where the layer has none."""
+    """Load slice ``rows`` of the shared experts; None for a layer without shared experts."""
     arch = resolve_names(checkpoint, arch, layer)
     if config.shared is None or arch.shared is None:
         return None
@@ -180,7 +195,7 @@ def load_shared(
 def load_output_bias(
     checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
 ) -> Tensor | None:
-    """The bias [H] that is added once to every token's output, or None."""
+    """Load the bias [H] that is added once to every token's output; None without that bias."""
     arch = resolve_names(checkpoint, arch, layer)
     if arch.output_bias is None:
         return None
@@ -190,7 +205,7 @@ def load_output_bias(
 def load_latent(
     checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, dtype: torch.dtype
 ) -> LatentWeights | None:
-    """The two products around the routed experts; None where those are as wide as the model."""
+    """Load the projections around the routed experts; None if these are as wide as the model."""
     arch = resolve_names(checkpoint, arch, layer)
     if arch.latent is None or config.latent_size is None:
         return None
@@ -204,7 +219,7 @@ def load_latent(
 def load_norm(
     checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig
 ) -> NormWeights | None:
-    """The scale of the norm before the routed experts, float32; None where they read the tokens as they are."""
+    """Load the float32 scale of the norm before the routed experts; None without that norm."""
     arch = resolve_names(checkpoint, arch, layer)
     if arch.norm is None:
         return None
@@ -221,7 +236,10 @@ def stream_experts(
     dtype: torch.dtype,
     rows: slice = ALL,
 ) -> Iterator[tuple[int, MlpTensors]]:
-    """Yield (position in ``experts``, tensors of that expert); the next step overwrites the tensors."""
+    """Yield (position in ``experts``, tensors of that expert).
+
+    The next step overwrites the tensors. Raises ValueError for ids that the layer does not have.
+    """
     unknown = [e for e in experts if not 0 <= e < config.num_experts]
     if unknown:
         raise ValueError(f"experts {unknown} of layer {layer}: ids are 0 to {config.num_experts - 1}")
@@ -241,12 +259,12 @@ def stream_experts(
         yield index, out
 
 
-def _moved(weights: T, device: torch.device) -> T:
-    there: dict[str, Any] = {name: _on(tensor, device) for name, tensor in vars(weights).items()}
-    return replace(weights, **there)
+def _to_device(weights: Weights, device: torch.device) -> Weights:
+    tensors: dict[str, Any] = {name: _tensor_to(tensor, device) for name, tensor in vars(weights).items()}
+    return replace(weights, **tensors)
 
 
-def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+def _tensor_to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 
 
@@ -257,7 +275,16 @@ def make_router(
     check_finite: bool = True,
     shared_gate: Tensor | None = None,
 ) -> Router:
-    """The layer's router with its weights. ``shared_gate`` [1, H]: a gate to make the logits of in the same product."""
+    """Make the router of a layer.
+
+    Args:
+        weights: weights of the router.
+        config: configuration of the layer.
+        row_invariant: make the bits of a row's logits depend on that row alone.
+        check_finite: raise an error for logits that are not finite.
+        shared_gate: the gate [1, H] of the shared experts, whose logits the router's product makes too, if
+            the two gates have one dtype and no bias.
+    """
     extras: dict[str, Any] = {
         "expert_scale": weights.expert_scale,
         "hash_table": weights.hash_table,
@@ -265,12 +292,12 @@ def make_router(
         "check_finite": check_finite,
     }
     gate, bias = weights.gate, weights.correction_bias
-    if shared_gate is not None and _one_product(config, weights, shared_gate):
+    if shared_gate is not None and _can_fuse_gates(config, weights, shared_gate):
         return FusedGateRouter(config.router, gate, shared_gate, bias, **extras)
     return Router(config.router, gate, bias, gate_bias=weights.gate_bias, **extras)
 
 
-def _one_product(config: LayerConfig, weights: RouterWeights, shared_gate: Tensor) -> bool:
-    """Whether the two gates multiply in one dtype, without a bias."""
-    alike = weights.gate.dtype == shared_gate.dtype and config.router.logits_dtype == "model"
-    return alike and weights.gate_bias is None
+def _can_fuse_gates(config: LayerConfig, weights: RouterWeights, shared_gate: Tensor) -> bool:
+    """Return whether one product can make the logits of both gates: one dtype, no bias."""
+    is_same_dtype = weights.gate.dtype == shared_gate.dtype and config.router.logits_dtype == "model"
+    return is_same_dtype and weights.gate_bias is None

@@ -1,7 +1,8 @@
-"""One MLP's tensors, read from whichever form a checkpoint stores them in; only the bytes of this rank's slice.
+"""The tensors of one MLP, read from any form in which a checkpoint may store them.
 
-H hidden size, I width of the MLP, I_r width of this rank's slice ``rows`` of it; packed rows are the gate rows, then the
-up rows, [2 I_r, H], or the up rows alone, [I_r, H], without a gate.
+Only the bytes of this rank's slice are read. I is the width of the MLP and I_r that of the slice ``rows``.
+Packed rows are the gate rows followed by the up rows, [2 I_r, H]; without a gate, the up rows alone, [I_r,
+H].
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ INTEGERS = frozenset({"I64", "I32", "I16", "U8"})
 
 
 class MlpTensors(NamedTuple):
-    """``gate_up`` packed, ``down`` [H, I_r]; ``gate_up_bias`` packed [2 I_r] and ``down_bias`` [H], or None."""
+    """The packed ``gate_up`` and ``down`` [H, I_r] of one MLP, and their biases or None.
+
+    ``gate_up_bias`` is packed [2 I_r] and ``down_bias`` is [H].
+    """
 
     gate_up: Tensor
     down: Tensor
@@ -30,10 +34,10 @@ class MlpTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class MlpPlace:
-    """Which MLP of a checkpoint, what part of it, and what its tensors must look like.
+    """The place of an MLP in a checkpoint, the slice to read, and the expected shape.
 
-    ``layer``, ``expert``: fill the names. ``experts``: how many a tensor that holds them all has. ``spare``:
-    how many entries more such a tensor may have, for experts without weights; none of these is read.
+    ``layer`` and ``expert`` fill the names; ``hidden`` is H and ``width`` is I. A tensor of all experts has
+    ``experts`` entries, and may have ``spare`` more, for experts without weights, which are not read.
     """
 
     names: MlpNames
@@ -47,16 +51,16 @@ class MlpPlace:
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """First row of the slice, and the row after its last."""
+        """The first row of the slice, and the row after its last."""
         start, stop, _ = self.rows.indices(self.width)
         return start, max(start, stop)
 
 
 def mlp_buffers(place: MlpPlace, dtype: torch.dtype) -> MlpTensors:
-    """Uninitialised tensors for :func:`read_mlp` to fill."""
+    """Allocate the tensors that :func:`read_mlp` fills."""
     start, stop = place.bounds
     width = stop - start
-    packed = 2 * width if place.names.gated else width
+    packed = 2 * width if place.names.is_gated else width
     biased = place.names.down_bias is not None
     return MlpTensors(
         torch.empty(packed, place.hidden, dtype=dtype),
@@ -69,9 +73,9 @@ def mlp_buffers(place: MlpPlace, dtype: torch.dtype) -> MlpTensors:
 def read_mlp(checkpoint: Checkpoint, place: MlpPlace, out: MlpTensors) -> None:
     """Fill ``out`` with the MLP at ``place``.
 
-    Of the slices of one width, that which begins at row 0 brings the down bias and the others zeros: their outputs are
-    added up, and the bias must count once. Raises :class:`CheckpointError` for tensors that are missing, of another
-    shape, quantised, or not finite.
+    The slice that begins at row 0 gets the down bias and other slices get zeros, because the outputs of all
+    slices are added up. Raises :class:`CheckpointError` for a tensor that is missing, has another shape, is
+    quantised or is not finite.
     """
     names = place.names
     _read_packed(checkpoint, place, out.gate_up)
@@ -110,7 +114,10 @@ def _read_packed_bias(checkpoint: Checkpoint, place: MlpPlace, name: str, out: T
 
 
 def _parts(place: MlpPlace, out: Tensor) -> list[tuple[str, int, slice, Tensor]]:
-    """What to read to fill the packed rows ``out``: (tensor, its stored rows, which of them, into which of ``out``)."""
+    """List the reads that fill the packed rows ``out``.
+
+    An entry is (name, number of stored rows, rows to read, part of ``out``).
+    """
     names, width = place.names, place.width
     start, stop = place.bounds
     if names.gate_up is None:
@@ -129,7 +136,7 @@ def _parts(place: MlpPlace, out: Tensor) -> list[tuple[str, int, slice, Tensor]]
 
 
 def _deinterleave(packed: Tensor) -> None:
-    """Gate and up rows in turn -> gate rows, then up rows; in place."""
+    """Move gate rows before up rows, which stand in turn; in place."""
     packed.copy_(torch.cat([packed[0::2], packed[1::2]]))
 
 
@@ -143,7 +150,10 @@ def _read_matrix(
     transposed: bool,
     out: Tensor,
 ) -> None:
-    """``out`` = rows ``rows`` and columns ``cols`` of a matrix that is ``shape`` before any transposition."""
+    """Fill ``out`` with rows ``rows`` and columns ``cols`` of a matrix.
+
+    ``shape``, ``rows`` and ``cols`` are those before a transposition, which ``transposed`` undoes.
+    """
     if transposed:
         shape, rows, cols = (shape[1], shape[0]), cols, rows
     index = None
@@ -184,7 +194,10 @@ def load_tensor(
     out: Tensor | None = None,
     index: int | None = None,
 ) -> Tensor:
-    """:meth:`Checkpoint.read` as ``dtype``, of a tensor that is neither quantised nor, where read, not finite."""
+    """Read a tensor with :meth:`Checkpoint.read`, as ``dtype``.
+
+    Raises :class:`CheckpointError` for a quantised tensor and for values that are not finite.
+    """
     stored = checkpoint.entry(name).dtype
     if stored not in PLAIN_DTYPES:
         raise CheckpointError(
@@ -197,7 +210,11 @@ def load_tensor(
 
 
 def load_table(checkpoint: Checkpoint, name: str, shape: tuple[int, int], num_experts: int) -> Tensor:
-    """Tensor ``name`` of integer expert ids below ``num_experts``, as int64."""
+    """Read tensor ``name`` of integer expert ids, as int64.
+
+    Raises :class:`CheckpointError` for a tensor of another dtype and for ids outside 0 to ``num_experts`` -
+    1.
+    """
     stored = checkpoint.entry(name).dtype
     if stored not in INTEGERS:
         raise CheckpointError(f"tensor {name} is stored as {stored}: a table of expert ids holds integers")
@@ -205,7 +222,8 @@ def load_table(checkpoint: Checkpoint, name: str, shape: tuple[int, int], num_ex
     low, high = (int(table.min()), int(table.max())) if table.numel() else (0, 0)
     if low < 0 or high >= num_experts:
         raise CheckpointError(
-            f"tensor {name} names experts {low} to {high}, the layer has 0 to {num_experts - 1}; restore the checkpoint"
+            f"tensor {name} names experts {low} to {high}, the layer has 0 to {num_experts - 1}; "
+            "restore the checkpoint"
         )
     return table
 
@@ -214,7 +232,8 @@ def _require_finite(tensor: Tensor, name: str, stored: str) -> None:
     def message(bad: Tensor) -> str:
         return (
             f"tensor {name}: {int(bad.sum())} of {tensor.numel()} values are NaN or infinite as "
-            f"{str(tensor.dtype)[6:]} (stored as {stored}); restore the checkpoint, or choose a dtype of wider range"
+            f"{str(tensor.dtype)[6:]} (stored as {stored}); restore the checkpoint, or choose a dtype of "
+            "wider range"
         )
 
     require_finite(tensor, message, CheckpointError)

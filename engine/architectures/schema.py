@@ -1,66 +1,32 @@
-"""What a model family is made of, as data: config keys, tensor names, and the router they describe.
+"""The data of a model family: config keys, tensor names, and the layers that they describe.
 
-Where a ``config.json`` leaves a key out, the default is that of the family's own configuration class in transformers.
+If a ``config.json`` leaves a key out, the default is that of the family's configuration class in
+transformers.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from xpar.engine.checkpoint.tensor_file import CheckpointError
+from xpar.engine.architectures.config_key import Key, lookup
+from xpar.engine.architectures.synthetic_schema import SyntheticSchema
 from xpar.engine.config import TINY, Choice
 
-
-@dataclass(frozen=True)
-class Key:
-    """A value of ``config.json``: the first of ``names`` that is there and not null, else ``default``.
-
-    ``a.b`` is key b of the object a. No names make it a constant of the family; no default makes it required.
-    """
-
-    names: tuple[str, ...] = ()
-    default: Any = None
-
-    def get(self, config: Mapping[str, Any], kind: type, layer: int = 0) -> Any:
-        """The value, checked to be a ``kind`` (int, float, bool, str or list); of a list of them, that of ``layer``."""
-        name = next((n for n in self.names if lookup(config, n) is not None), None)
-        if name is None and self.default is None:
-            raise CheckpointError(f"config.json: {' or '.join(self.names)} is missing; the family needs it")
-        if name is None:
-            return self.default
-        value = lookup(config, name)
-        if isinstance(value, list) and kind is not list:
-            if layer >= len(value):
-                raise CheckpointError(f"config.json: {name} has {len(value)} values, none for layer {layer}")
-            value = value[layer]
-        accepted = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise CheckpointError(f"config.json: {name}={value!r} must be of type {kind.__name__}")
-        return value
-
-
-def lookup(config: Mapping[str, Any], name: str) -> Any:
-    """``config[name]``, or None; ``a.b`` looks into the object ``a``."""
-    value: Any = config
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
-def present(config: Mapping[str, Any], name: str) -> bool:
-    """Whether ``config`` has the key ``name`` at all, be it null."""
-    *path, last = name.split(".")
-    inner = lookup(config, ".".join(path)) if path else config
-    return isinstance(inner, Mapping) and last in inner
+Storage = Literal["single", "stacked", "rows"]
+Renaming = tuple[str, str]
+"""(A part of a tensor's name, its replacement in checkpoints that another tool wrote)."""
 
 
 @dataclass(frozen=True)
 class LayerPattern:
-    """Layer i is MoE if ``first_dense <= i <= last``, ``(i + step_offset) % step == remainder``, not in ``dense_list``.
+    """The rule that says which layers of a model are MoE layers.
 
-    ``last``: -1 for the last one there is. ``moe_list``, where the config has it, lists the MoE layers instead; or
-    ``kinds``, keys of a list, or string of letters, of every layer's kind, of which ``moe_kinds`` are MoE. Where
-    ``kinds_required``, a config must have that.
+    Layer i is one if ``first_dense <= i <= last`` and ``(i + step_offset) % step == remainder``, unless
+    ``dense_list`` contains i. ``last`` = -1 stands for the last layer of the model.
+
+    Two keys of a config replace the rule: ``moe_list`` lists the MoE layers; ``kinds`` are names of a list,
+    or string of letters, with the kind of every layer, and MoE layers have one of ``moe_kinds``. With
+    ``kinds_required`` a config must have such a list.
     """
 
     count: Key = Key(("num_hidden_layers",))
@@ -76,20 +42,17 @@ class LayerPattern:
     kinds_required: bool = False
 
 
-Storage = Literal["single", "stacked", "rows"]
-Renaming = tuple[str, str]
-"""(A part of a tensor's name, what other tools that write checkpoints of the family have in its place)."""
-
-
 @dataclass(frozen=True)
 class MlpNames:
-    """The tensors of one MLP, or of all experts, and how they are stored.
+    """The names of the tensors of one MLP, or of all experts, and their form.
 
-    ``gate`` and ``up`` [I, H], or in their place ``gate_up`` [2I, H], the gate rows first or, if ``interleaved``, gate
-    and up rows in turn; ``down`` [H, I]. An MLP without a gate has ``up`` and ``down``. Biases, if any, have the
-    order of ``gate_up``. ``storage``: ``single``, a tensor for each MLP; ``stacked``, one for all experts, with E as
-    its first dimension; ``rows``, one for all experts, [E I, H], one expert's rows below the other's.
-    ``up_transposed``, ``down_transposed``: stored as [in, out].
+    ``gate`` and ``up`` are [I, H] and ``down`` is [H, I]. ``gate_up`` [2I, H] stands in place of the first
+    two: the gate rows first or, if ``interleaved``, gate and up rows in turn. An MLP without a gate has
+    ``up`` and ``down`` alone. Biases have the order of ``gate_up``.
+
+    ``storage``: ``single``, one tensor for each MLP; ``stacked``, one for all experts, with E as its first
+    dimension; ``rows``, one for all experts, [E I, H], with one expert's rows below the other's.
+    ``up_transposed``, ``down_transposed``: the tensors are stored as [in, out].
     """
 
     gate: str | None
@@ -104,15 +67,17 @@ class MlpNames:
     down_transposed: bool = False
 
     @property
-    def gated(self) -> bool:
+    def is_gated(self) -> bool:
+        """Whether the MLP has a gate."""
         return self.gate is not None or self.gate_up is not None
 
 
 @dataclass(frozen=True)
 class SharedSchema:
-    """Shared experts, stored as one MLP of width ``count * width``; ``gate``: tensor [1, H] of their sigmoid gate.
+    """The shared experts, stored as one MLP of width ``count * width``.
 
-    ``combination``: ``average`` makes the layer's output the mean of the routed and the shared one, not their sum.
+    ``gate``: the tensor [1, H] of a sigmoid gate on the shared output. ``combination``: ``sum`` of routed and
+    shared output, or their ``average``.
     """
 
     width: Key
@@ -124,7 +89,10 @@ class SharedSchema:
 
 @dataclass(frozen=True)
 class LatentSchema:
-    """Tensors ``enter`` [L, H] and ``leave`` [H, L] around the routed experts; a config without ``size`` L has none."""
+    """The tensors ``enter`` [L, H] and ``leave`` [H, L] around the routed experts.
+
+    A config without ``size`` L has neither.
+    """
 
     size: Key
     enter: str
@@ -133,9 +101,10 @@ class LatentSchema:
 
 @dataclass(frozen=True)
 class NormSchema:
-    """Norms inside the layer: the gate and the routed experts read tokens over their root mean square.
+    """The RMS norms inside a layer, before the gate and before the routed experts.
 
-    ``gate_scale``, ``experts_scale``: tensors [H] that multiply those then; the gate's also by ``H ** -0.5``.
+    ``gate_scale``, ``experts_scale``: tensors [H] that multiply normalised tokens. Those of the gate are
+    multiplied by ``H ** -0.5``, too.
     """
 
     epsilon: Key
@@ -145,9 +114,11 @@ class NormSchema:
 
 @dataclass(frozen=True)
 class HashSchema:
-    """Layers whose experts a table [vocabulary, k] of integers names by token id; they have no correction bias.
+    """The layers that route by token id, without a correction bias.
 
-    ``kinds``, keys of a list of every layer's kind, say which by ``kind``; without such a list the first ``count`` are.
+    ``table``: the tensor [vocabulary, k] of expert ids by token id. ``kinds``: names of a config's list of
+    the kind of every layer, which is ``kind`` for these layers. Without such a list they are the first
+    ``count``.
     """
 
     table: str
@@ -156,8 +127,8 @@ class HashSchema:
     kind: str
     count: Key
 
-    def holds(self, config: Mapping[str, Any], layer: int) -> bool:
-        """Whether ``layer`` is one."""
+    def applies_to(self, config: Mapping[str, Any], layer: int) -> bool:
+        """Return whether ``layer`` routes by token id."""
         kinds = next((v for name in self.kinds if (v := lookup(config, name)) is not None), None)
         if kinds is not None:
             return bool(kinds[layer] == self.kind)
@@ -166,17 +137,20 @@ class HashSchema:
 
 @dataclass(frozen=True)
 class Rule:
-    """A config key that, when present, must have one of the ``allowed`` values; null is one unless ``null`` is false."""
+    """A config key that must be absent or have an ``allowed`` value, for the reason ``why``.
+
+    Null counts as absent if ``allows_null``.
+    """
 
     key: str
     allowed: tuple[object, ...]
     why: str
-    null: bool = True
+    allows_null: bool = True
 
 
 @dataclass(frozen=True)
 class ActivationSchema:
-    """The experts' activation: its name, and the bounds and parameters of those that have them."""
+    """The activation of the experts: its name, its bound and its parameters."""
 
     name: Key = Key(("hidden_act",), "silu")
     limit: Key | None = None
@@ -185,22 +159,49 @@ class ActivationSchema:
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A model family. Tensor names are templates with ``{layer}`` and, for experts, ``{expert}``.
+class BlockSchema:
+    """The module of transformers' model that is the whole MoE block of a layer.
 
-    ``model_class``: its entry in the ``architectures`` list of ``config.json``. ``groups_if``: (key, value) without
-    which the group keys are ignored. ``gate_dtype``: ``float32`` for a gate that stays float32 whatever the
-    model's dtype. ``bias``: the correction bias [E], stored as [1, E] if ``bias_is_row``; ``gate_bias``: the bias [E] of
-    the logits; ``output_bias``: a bias [H] of the layer's output; ``hashed``: layers that route by token id; ``expert_scale``: a
-    factor [E] of each expert's weight. ``renamings``: other spellings of the names, any of which a checkpoint may
-    have (:mod:`xpar.engine.architectures.stored_names`). The other fields say what goes into a :class:`LayerConfig`.
+    ``returns_pair``: its forward returns a second value. ``beside``: a module whose output the model adds to
+    the block's, and which is a part of xpar's layer.
+    """
+
+    path: str = "model.layers.{layer}.mlp"
+    returns_pair: bool = False
+    beside: str | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model family.
+
+    Names of tensors are templates with ``{layer}`` and, for experts, ``{expert}``. The fields that are not
+    explained here make the :class:`~xpar.engine.config.LayerConfig`.
+
+    Args:
+        model_type: the family's name in ``config.json``.
+        model_class: its entry in the ``architectures`` list of ``config.json``.
+        gate: the router's weight [E, H].
+        gate_bias: the bias [E] of the logits.
+        gate_dtype: ``float32`` for a gate that stays float32 whatever the model's dtype.
+        correction_bias: the bias [E] of the scores, stored as [1, E] with ``correction_bias_is_row``.
+        expert_scale: a factor [E] of each expert's weight.
+        output_bias: a bias [H] of the layer's output.
+        groups_if: (key, value) without which the keys of groups are ignored.
+        hash_routing: layers that route by token id.
+        renamings: other spellings of the names, any of which a checkpoint may have; see
+            :mod:`xpar.engine.architectures.stored_names`.
+        rules: what a config must say, because nothing else is implemented.
+        block: the module that xpar's layer replaces in a whole model.
+        why_layers_only: why no whole model can be made, only its layers; None if it can.
+        synthetic: what the writers of random checkpoints need; None if none can be written.
     """
 
     model_type: str
     model_class: str
     num_experts: Key
     intermediate_size: Key
-    router: str
+    gate: str
     experts: MlpNames
     top_k: Key = Key(("num_experts_per_tok",))
     hidden_size: Key = Key(("hidden_size",))
@@ -220,14 +221,17 @@ class Architecture:
     zero_experts: Key = Key(default=0)
     jitter_eps: Key = Key(default=0.01)
     gate_dtype: Literal["model", "float32"] = "model"
-    bias: str | None = None
-    bias_is_row: bool = False
     gate_bias: str | None = None
+    correction_bias: str | None = None
+    correction_bias_is_row: bool = False
+    expert_scale: str | None = None
     output_bias: str | None = None
     shared: SharedSchema | None = None
     latent: LatentSchema | None = None
-    hashed: HashSchema | None = None
-    expert_scale: str | None = None
+    hash_routing: HashSchema | None = None
     norm: NormSchema | None = None
     renamings: tuple[Renaming, ...] = ()
     rules: tuple[Rule, ...] = ()
+    block: BlockSchema = BlockSchema()
+    why_layers_only: str | None = None
+    synthetic: SyntheticSchema | None = None

@@ -1,9 +1,9 @@
 """The names under which a checkpoint stores a layer's tensors.
 
-The table of a family has one spelling of each name. The tools that write its checkpoints have several:
-transformers 5 can save experts stacked and in the names of its own modules, and a language model that is one part
-of a larger one has a longer prefix. Each part of a layer is looked up by itself, because transformers renames
-tensor by tensor, too.
+An :class:`~xpar.engine.architectures.schema.Architecture` has one spelling of each name. Tools that write
+checkpoints have several: transformers 5 can save experts stacked and under the names of its own modules, and
+a language model inside a larger model has a longer prefix. Each part of a layer is looked up by itself,
+because transformers renames tensor by tensor, too.
 """
 
 from collections.abc import Collection, Iterator
@@ -15,15 +15,15 @@ from xpar.engine.architectures.schema import Architecture, MlpNames, Renaming
 from xpar.engine.checkpoint.reader import Checkpoint
 
 PARTS = (
-    "router",
-    "bias",
+    "gate",
     "gate_bias",
+    "correction_bias",
     "output_bias",
     "expert_scale",
     "experts",
     "shared",
     "latent",
-    "hashed",
+    "hash_routing",
     "norm",
 )
 """The fields of :class:`~xpar.engine.architectures.schema.Architecture` that hold names of tensors."""
@@ -32,7 +32,7 @@ NESTED = (
     ("language_model.model.", "model."),
     ("language_model.", ""),
 )
-"""(Prefix of a language model inside a larger model, prefix of the same tensors where it stands alone)."""
+"""(Prefix of a language model inside a larger model, prefix of the same tensors in the model by itself)."""
 
 
 def resolve_names(checkpoint: Checkpoint, arch: Architecture, layer: int) -> Architecture:
@@ -52,7 +52,10 @@ def resolve_names(checkpoint: Checkpoint, arch: Architecture, layer: int) -> Arc
 
 
 def spellings(value: Any, renamings: tuple[Renaming, ...]) -> Iterator[Any]:
-    """Yield every known spelling of the names in ``value``, a part of a family; the usual one first."""
+    """Yield every known spelling of ``value``, a part of a family with names.
+
+    The usual spelling comes first.
+    """
     for form in (value, stacked_form(value)):
         if form is None:
             continue
@@ -63,15 +66,15 @@ def spellings(value: Any, renamings: tuple[Renaming, ...]) -> Iterator[Any]:
 
 
 def stacked_form(value: Any) -> MlpNames | None:
-    """Name the same experts as transformers 5 saves them, in tensors that hold all experts.
+    """Name the experts of ``value`` as transformers 5 saves them, in tensors of all experts.
 
-    transformers stacks [I, H] of each expert into [E, I, H], gate rows above up rows. None for a ``value`` that
-    does not name separate experts.
+    transformers stacks [I, H] of each expert into [E, I, H], gate rows above up rows. The result is None if
+    ``value`` does not name separate experts.
     """
     if not isinstance(value, MlpNames) or "{expert}" not in value.down:
         return None
     prefix = value.down.partition(".{expert}")[0]
-    gated = value.gated
+    gated = value.is_gated
     return MlpNames(
         gate=None,
         up=None if gated else f"{prefix}.up_proj",
@@ -81,8 +84,8 @@ def stacked_form(value: Any) -> MlpNames | None:
     )
 
 
-def alone(name: str) -> str:
-    """Name a language model's tensor ``name`` as if that model were not part of a larger one."""
+def standalone_name(name: str) -> str:
+    """Name a language model's tensor ``name`` as in the model by itself."""
     for nested, plain in NESTED:
         if name.startswith(nested):
             return plain + name.removeprefix(nested)
@@ -90,8 +93,8 @@ def alone(name: str) -> str:
 
 
 def _prefixes(name: str) -> tuple[str, ...]:
-    """Spell ``name`` as it is, alone, inside larger models, and as a model without a head has it."""
-    plain = alone(name)
+    """List ``name`` as it is, and with the prefixes of models by themselves, larger and headless."""
+    plain = standalone_name(name)
     bare = plain.partition(".")[2]
     return (
         name,
@@ -118,11 +121,12 @@ def _respell(value: Any, renamings: list[Renaming], number: int) -> Any:
 
 
 def _is_stored(value: Any, stored: Collection[str], layer: int) -> bool:
-    """Tell whether ``stored`` has every tensor that ``value`` names; of experts the first."""
+    """Return whether ``stored`` has every tensor of ``value``; of separate experts, the first."""
     return all(name.format(layer=layer, expert=0) in stored for name in _names(value))
 
 
 def _names(value: Any) -> Iterator[str]:
+    """Yield the names of tensors in ``value``."""
     if isinstance(value, str) and "{layer}" in value:
         yield value
     elif is_dataclass(value) and not isinstance(value, type):

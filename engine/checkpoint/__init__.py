@@ -1,1 +1,4 @@
-"""Tensors in the files of a checkpoint, read by ranges and written in shards. Knows no model family."""
+"""The files of a checkpoint: tensors are read by byte range and written in shards.
+
+Nothing in this room depends on a model family.
+"""

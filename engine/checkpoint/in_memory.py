@@ -1,20 +1,21 @@
-"""The weights of a model that is in memory, as if they were a checkpoint: what reads the one reads the other."""
+"""The weights of a model in memory, with the interface of a checkpoint."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from xpar.engine.checkpoint.reader import Checkpoint
-from xpar.engine.checkpoint.tensor_file import DTYPES, CheckpointError, TensorEntry
-
-NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+from xpar.engine.checkpoint.tensor_file import DTYPE_NAMES, CheckpointError, TensorEntry
 
 
-class InMemory(Checkpoint):
-    """``tensors``: by their names in a checkpoint of the family of ``config``. Reads give views where they can."""
+class InMemoryCheckpoint(Checkpoint):
+    """A :class:`Checkpoint` of tensors in memory.
+
+    ``config``: the model's ``config.json``. ``tensors``: the weights by their names in a checkpoint of the
+    family. Reads return views if no ``out`` is given.
+    """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.path = Path("the model in memory")
@@ -22,18 +23,23 @@ class InMemory(Checkpoint):
         self._tensors = tensors
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing, because no file is open."""
 
     @property
     def bytes_read(self) -> int:
+        """The number 0, because no file is read."""
         return 0
 
     def names(self) -> Collection[str]:
+        """Return the names of all tensors."""
         return self._tensors.keys()
 
     def entry(self, name: str) -> TensorEntry:
+        """Return dtype and shape of tensor ``name``; its place in a file is of no meaning."""
         tensor = self._tensor(name)
-        return TensorEntry(NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, tensor.nbytes)
+        return TensorEntry(
+            DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, tensor.nbytes
+        )
 
     def read(
         self,
@@ -44,6 +50,7 @@ class InMemory(Checkpoint):
         out: Tensor | None = None,
         index: int | None = None,
     ) -> Tensor:
+        """Return tensor ``name`` or a slice of it, as :meth:`Checkpoint.read` does."""
         tensor = self._tensor(name)
         if expect_shape is not None and tuple(tensor.shape) != tuple(expect_shape):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint directory: ``config.json`` and one or many safetensors files, read by byte range."""
+"""A Hugging Face checkpoint directory, whose safetensors files are read by byte range."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from xpar.engine.checkpoint.tensor_file import DTYPES, CheckpointError, TensorEn
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorEntry"]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 CONFIG_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -24,11 +24,11 @@ CONFIG_DTYPES: Mapping[str, torch.dtype] = {
 
 
 class Checkpoint:
-    """Opens a checkpoint directory; reads ``config.json`` and, of the weights, only what is asked for.
+    """A checkpoint directory, of which only the requested bytes are read.
 
-    ``config``: the parsed ``config.json``. ``bytes_read``: bytes taken from the safetensors files so far, headers
-    included. Each file is opened, and its header read, when the first of its tensors is wanted, and once.
-    Raises :class:`CheckpointError` for a directory, file or tensor that is missing, truncated or corrupt.
+    ``config`` is the parsed ``config.json``. A safetensors file is opened, and its header read, once, at the
+    first request for one of its tensors. Methods raise :class:`CheckpointError` for a directory, file or
+    tensor that is missing, truncated or corrupt.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -55,11 +55,12 @@ class Checkpoint:
 
     @property
     def bytes_read(self) -> int:
+        """The number of bytes read from safetensors files so far, headers included."""
         return self._bytes_of_closed_files + sum(file.bytes_read for file in self._files.values())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that ``config.json`` declares for the model, or for the language model inside of it."""
+        """The dtype that ``config.json`` declares for the model or its language model."""
         inner = self.config.get("text_config")
         configs = [self.config, inner] if isinstance(inner, Mapping) else [self.config]
         declared = (config.get(key) for config in configs for key in ("dtype", "torch_dtype"))
@@ -72,19 +73,21 @@ class Checkpoint:
         return CONFIG_DTYPES[name]
 
     def names(self) -> Collection[str]:
-        """Names of all tensors; reads a header only where there is no index."""
+        """Return the names of all tensors; a header is read only if there is no index."""
         if self._weight_map is not None:
             return self._weight_map.keys()
-        file = self._files.get(SINGLE) or self._files.setdefault(SINGLE, TensorFile(self.path / SINGLE))
+        file = self._files.get(SINGLE_FILE) or self._files.setdefault(
+            SINGLE_FILE, TensorFile(self.path / SINGLE_FILE)
+        )
         return file.entries.keys()
 
     def weight_files(self) -> list[str]:
-        """Return the names of the files that hold its tensors, in order."""
-        return [SINGLE] if self._weight_map is None else sorted(set(self._weight_map.values()))
+        """Return the names of the safetensors files, sorted."""
+        return [SINGLE_FILE] if self._weight_map is None else sorted(set(self._weight_map.values()))
 
     def entry(self, name: str) -> TensorEntry:
-        """Stored dtype, shape and place of tensor ``name``."""
-        return self._file_of(name).entries[name]
+        """Return dtype, shape and place in its file of tensor ``name``."""
+        return self._find_file(name).entries[name]
 
     def read(
         self,
@@ -95,26 +98,35 @@ class Checkpoint:
         out: Tensor | None = None,
         index: int | None = None,
     ) -> Tensor:
-        """Tensor ``name``, or rows ``rows`` and columns ``cols`` of it; bytes outside the slices are not read.
+        """Read a tensor or a slice of it; bytes outside the slice are not read.
 
-        ``index``: read that entry of the first dimension alone, and slice what is left.
+        Args:
+            name: name of the tensor.
+            rows: slice of the first dimension, with step 1 and within the stored shape.
+            cols: slice of the second dimension of a 2-D tensor, likewise.
+            expect_shape: the shape that the whole stored tensor must have.
+            out: contiguous tensor of the sliced shape that receives the values, converted to its dtype.
+            index: read only this entry of the first dimension; ``rows`` and ``cols`` slice the entry.
 
-        ``rows`` slices the first dimension, ``cols`` the second of a 2-D tensor; both with step 1 and within the
-        stored shape. ``expect_shape`` is what the *whole* stored tensor must look like. ``out``, contiguous and of
-        the sliced shape, receives the values, converted if its dtype is not the stored one.
+        Returns:
+            ``out``, or a new tensor of the stored dtype.
+
+        Raises:
+            CheckpointError: the tensor is missing, has another shape or an unknown dtype.
+            ValueError: a slice or ``out`` does not fit the tensor.
         """
-        file = self._file_of(name)
+        file = self._find_file(name)
         entry = file.entries[name]
         if expect_shape is not None and entry.shape != tuple(expect_shape):
             raise CheckpointError(
-                f"{file.path}: tensor {name} has shape {list(entry.shape)}, config.json implies {list(expect_shape)}; "
-                "config and weights are not of the same model"
+                f"{file.path}: tensor {name} has shape {list(entry.shape)}, config.json implies "
+                f"{list(expect_shape)}; config and weights are not of the same model"
             )
         if entry.dtype not in DTYPES:
             raise CheckpointError(
                 f"{file.path}: tensor {name} has unknown dtype {entry.dtype}; known: {', '.join(DTYPES)}"
             )
-        row_range, col_range, shape = _ranges(name, _indexed(name, entry.shape, index), rows, cols)
+        row_range, col_range, shape = _ranges(name, _entry_shape(name, entry.shape, index), rows, cols)
         dtype = DTYPES[entry.dtype]
         if out is not None and (tuple(out.shape) != shape or not out.is_contiguous()):
             raise ValueError(f"tensor {name}: out is {list(out.shape)}, must be contiguous and {list(shape)}")
@@ -123,9 +135,9 @@ class Checkpoint:
         file.read_into(name, target, row_range, col_range, index)
         return target if out is None or direct else out.copy_(target)
 
-    def _file_of(self, name: str) -> TensorFile:
-        filename = SINGLE if self._weight_map is None else self._weight_map.get(name)
-        where = self.path / (filename or INDEX)
+    def _find_file(self, name: str) -> TensorFile:
+        filename = SINGLE_FILE if self._weight_map is None else self._weight_map.get(name)
+        where = self.path / (filename or INDEX_FILE)
         if filename is not None:
             file = self._files.get(filename) or self._files.setdefault(filename, TensorFile(where))
             if name in file.entries:
@@ -136,12 +148,13 @@ class Checkpoint:
         )
 
     def _read_index(self) -> Mapping[str, str] | None:
-        if (self.path / SINGLE).exists():
+        if (self.path / SINGLE_FILE).exists():
             return None
-        index = self.path / INDEX
+        index = self.path / INDEX_FILE
         if not index.exists():
             raise CheckpointError(
-                f"{self.path}: holds neither {SINGLE} nor {INDEX}; weights in another format must first be "
+                f"{self.path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; weights in another format must "
+                "first be "
                 "converted to safetensors (transformers: model.save_pretrained)"
             )
         weight_map = _read_json(index).get("weight_map")
@@ -154,8 +167,8 @@ class Checkpoint:
         return weight_map
 
 
-def _indexed(name: str, shape: tuple[int, ...], index: int | None) -> tuple[int, ...]:
-    """The shape of entry ``index`` of the first dimension."""
+def _entry_shape(name: str, shape: tuple[int, ...], index: int | None) -> tuple[int, ...]:
+    """Return the shape of entry ``index`` of the first dimension, or ``shape`` without index."""
     if index is None:
         return shape
     if len(shape) < 2 or not 0 <= index < shape[0]:
@@ -166,6 +179,7 @@ def _indexed(name: str, shape: tuple[int, ...], index: int | None) -> tuple[int,
 def _ranges(
     name: str, shape: tuple[int, ...], rows: slice | None, cols: slice | None
 ) -> tuple[slice, slice | None, tuple[int, ...]]:
+    """Return the ranges of rows and columns with explicit ends, and the shape of the slice."""
     if (rows is not None and not shape) or (cols is not None and len(shape) != 2):
         raise ValueError(f"tensor {name} of shape {list(shape)} cannot be sliced by rows={rows}, cols={cols}")
     row_range = _bounds(name, rows, shape[0] if shape else 1)
@@ -177,7 +191,7 @@ def _ranges(
 
 
 def _bounds(name: str, part: slice | None, size: int) -> slice:
-    """``part`` with explicit ends; unlike Python's slicing, out of range is an error."""
+    """Give ``part`` explicit ends; raise ValueError for ends outside the dimension of ``size``."""
     if part is None:
         return slice(0, size)
     start = 0 if part.start is None else part.start
@@ -192,7 +206,8 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); a checkpoint folder in the Hugging Face format has it"
+            f"{path}: cannot be read ({error.strerror}); a checkpoint folder in the Hugging Face format has "
+            "it"
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download the file again") from None

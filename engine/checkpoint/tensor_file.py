@@ -1,8 +1,9 @@
 """One safetensors file, read by byte range.
 
-Format (https://huggingface.co/docs/safetensors): 8 bytes give the header's length N, little-endian; N bytes of
-JSON map each tensor's name to its dtype, shape and data offsets; the data follow. Ranges are read with ``preadv``
-into the destination tensor, not mapped: a rank must be able to say how many bytes it took from the file system.
+In this format (https://huggingface.co/docs/safetensors) 8 bytes give the length N of the header,
+little-endian; N bytes of JSON map the name of each tensor to its dtype, shape and data offsets; the data
+follow. Ranges are read with ``preadv`` into the destination tensor. They are not mapped, because a rank
+reports how many bytes it reads.
 """
 
 import json
@@ -33,17 +34,22 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 
-# The format's own limit; a damaged length must not make us allocate the size of the file.
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+# The format's own limit; a damaged length must not cause an allocation of the size of the file.
 MAX_HEADER_BYTES = 100_000_000
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used as it is; the message names the file or tensor, the rule and the remedy."""
+    """An error in a checkpoint; its message names the file or tensor, the rule and the remedy."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor's place in its file. ``dtype`` is the format's own name; ``begin`` and ``end`` count from byte 0."""
+    """The dtype, shape and place of a tensor in a file.
+
+    ``dtype`` is the name in the format; ``begin`` and ``end`` count bytes of the file from 0.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -52,13 +58,13 @@ class TensorEntry:
 
 
 class TensorFile:
-    """An open safetensors file. ``bytes_read`` counts everything taken from it, the header included."""
+    """An open safetensors file. ``bytes_read`` counts the bytes read so far, with the header."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bytes_read = 0
         try:
-            # Kept open: opening a file is dear on a parallel file system.
+            # The file stays open, because opening a file is slow on a parallel file system.
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise CheckpointError(
@@ -67,11 +73,12 @@ class TensorFile:
         self._size = os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
-        """Name to place of every tensor; the header is read and checked on first use."""
+        """The place of every tensor by its name; the header is read and checked on first use."""
         if self._size < 8:
             raise self._corrupt(f"{self._size} bytes are too few for a safetensors file")
         prefix = bytearray(8)
@@ -99,10 +106,15 @@ class TensorFile:
     def read_into(
         self, name: str, out: Tensor, rows: slice, cols: slice | None, index: int | None = None
     ) -> None:
-        """Fill ``out`` (contiguous, of the stored dtype) with rows ``rows`` of tensor ``name``.
+        """Fill ``out`` with a slice of a tensor.
 
-        ``cols`` takes a range of the second dimension of a 2-D tensor, and then only its bytes are read. ``index``
-        takes one entry of the first dimension, whose rows and columns are then meant. All have checked bounds.
+        Args:
+            name: name of the tensor.
+            out: contiguous tensor of the stored dtype.
+            rows: range of the first dimension.
+            cols: range of the second dimension of a 2-D tensor; only its bytes are read.
+            index: an entry of the first dimension, which ``rows`` and ``cols`` then slice. The caller has
+                checked the bounds of all three.
         """
         entry = self.entries[name]
         if out.numel() == 0:
@@ -138,12 +150,13 @@ class TensorFile:
             )
         if data_begin + end > self._size:
             raise CheckpointError(
-                f"{self.path}: truncated: tensor {name} ends at byte {data_begin + end}, the file at {self._size}; "
-                "copy or download the file again"
+                f"{self.path}: truncated: tensor {name} ends at byte {data_begin + end}, the file at "
+                f"{self._size}; copy or download the file again"
             )
         return TensorEntry(dtype, shape, data_begin + begin, data_begin + end)
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the bytes of the file from ``offset`` on."""
         while buffer:
             try:
                 count = os.preadv(self._file.fileno(), [buffer], offset)
@@ -153,7 +166,8 @@ class TensorFile:
                 ) from None
             if count == 0:
                 raise CheckpointError(
-                    f"{self.path}: ends at byte {offset}, {len(buffer)} bytes early: it was shortened while in use"
+                    f"{self.path}: ends at byte {offset}, {len(buffer)} bytes early: it was shortened while "
+                    "in use"
                 )
             self.bytes_read += count
             offset += count

@@ -1,4 +1,7 @@
-"""Writes safetensors files tensor by tensor, in shards with an index where one file would be too large."""
+"""A writer of safetensors files that needs one tensor at a time.
+
+Large checkpoints become shards with an index.
+"""
 
 import json
 import math
@@ -10,15 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xpar.engine.checkpoint.reader import INDEX, SINGLE
-from xpar.engine.checkpoint.tensor_file import DTYPES
-
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from xpar.engine.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from xpar.engine.checkpoint.tensor_file import DTYPE_NAMES
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor to be written."""
+    """The name, shape and dtype of a tensor to write."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,20 +27,21 @@ class TensorPlan:
 
     @property
     def nbytes(self) -> int:
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_tensors(
     path: Path, plans: Sequence[TensorPlan], values: Callable[[TensorPlan], Tensor], max_shard_bytes: int
 ) -> None:
-    """Write ``values(plan)`` for every plan, in order; one tensor at a time is in memory.
+    """Write the tensor ``values(plan)`` of every plan, in order, one at a time in memory.
 
-    ``model.safetensors`` if all fit into ``max_shard_bytes``, else shards with ``model.safetensors.index.json``. A
-    tensor larger than the limit gets a shard of its own.
+    The file is ``model.safetensors`` if all tensors fit into ``max_shard_bytes``. Otherwise there are shards
+    with ``model.safetensors.index.json``, and a tensor above the limit gets a shard of its own.
     """
     shards = list(_shards(plans, max_shard_bytes))
     if len(shards) == 1:
-        _write_file(path / SINGLE, shards[0], values)
+        _write_file(path / SINGLE_FILE, shards[0], values)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
@@ -47,7 +49,7 @@ def write_tensors(
         _write_file(path / filename, shard, values)
         weight_map.update({plan.name: filename for plan in shard})
     index = {"metadata": {"total_size": sum(plan.nbytes for plan in plans)}, "weight_map": weight_map}
-    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shards(plans: Sequence[TensorPlan], max_shard_bytes: int) -> Iterator[list[TensorPlan]]:
@@ -73,7 +75,7 @@ def _write_file(path: Path, plans: Sequence[TensorPlan], values: Callable[[Tenso
         }
         offset += plan.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for plan in plans:

@@ -37,9 +37,9 @@ class WritableFamilies:
     """The model families that ``xpar make-checkpoint`` can write, imported when needed."""
 
     def __iter__(self) -> Iterator[str]:
-        from xpar.engine.architectures.dense_schema import DENSE
+        from xpar.engine.synthetic.config import writable_families
 
-        return iter(DENSE)
+        return iter(writable_families())
 
     def __contains__(self, name: object) -> bool:
         return name in list(self)

@@ -14,7 +14,7 @@ from typing import Any
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.partition import split_range
-from xpar.engine.checkpoint.reader import INDEX, Checkpoint
+from xpar.engine.checkpoint.reader import INDEX_FILE, Checkpoint
 from xpar.engine.checkpoint.tensor_file import TensorFile
 from xpar.engine.generation.settings import DIGITS
 
@@ -58,7 +58,7 @@ def fingerprint(comm: Communicator, path: Path) -> dict[str, str]:
 
 def _small_parts(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     parts = {"config": _digest_of(_important(config))}
-    index = path / INDEX
+    index = path / INDEX_FILE
     if index.exists():
         parts["weight-map"] = _digest_of(json.loads(index.read_bytes()).get("weight_map"))
     for name, patterns in (("tokenizer", TOKENIZER), ("chat-template", TEMPLATES)):

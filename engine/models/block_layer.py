@@ -4,7 +4,6 @@ For families whose block does not let its experts be provided it is the only way
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
 from xpar.engine.architectures.layer_weights import load_layer_weights
-from xpar.engine.checkpoint.in_memory import InMemory
+from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.options import LayerOptions
@@ -22,37 +21,6 @@ from xpar.engine.layer.runner import MoERunner
 from xpar.engine.models.isolation import bad_rows, cleared, spoiled
 from xpar.engine.models.model_layer import ModelLayer
 from xpar.engine.routing.router import Router
-
-
-@dataclass(frozen=True)
-class Block:
-    """Where transformers' model of a family has a layer's block, and whether its forward returns a second value too.
-
-    ``beside``: a module whose output the model adds to the block's, and which is a part of xpar's layer.
-    """
-
-    path: str = "model.layers.{layer}.mlp"
-    pair: bool = False
-    beside: str | None = None
-
-
-BLOCKS = {
-    "gpt_oss": Block(pair=True),
-    "granitemoe": Block("model.layers.{layer}.block_sparse_moe"),
-    "granitemoeshared": Block(
-        "model.layers.{layer}.block_sparse_moe", beside="model.layers.{layer}.shared_mlp"
-    ),
-    "llama4_text": Block("model.layers.{layer}.feed_forward", pair=True),
-    "llama4": Block("model.layers.{layer}.feed_forward", pair=True),
-    "jamba": Block("model.layers.{layer}.feed_forward"),
-    "nemotron_h": Block("model.layers.{layer}.mixer"),
-    "dbrx": Block("transformer.blocks.{layer}.ffn"),
-}
-"""Those that are not as in most families."""
-LAYERS_ALONE = {
-    "deepseek_v4": "its checkpoints name dense weights as transformers does not, and its blocks are not given token ids"
-}
-"""Families of which ``xpar run`` computes layers, but no whole model can be made yet, and why."""
 
 
 class BlockLayer(nn.Module, ModelLayer):
@@ -99,7 +67,7 @@ def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tupl
             f"model_type={arch.model_type!r}: no module of {type(model).__name__} is a whole block of router "
             "and experts; leave whole_block (--whole-block) out"
         )
-    block = BLOCKS.get(arch.model_type, Block())
+    block = arch.block
     there = {name for name, _ in model.named_modules()}
     found: dict[int, tuple[str, ...]] = {}
     for layer in moe_layers(arch, hf_config):
@@ -122,13 +90,13 @@ def build_block(
     config = layer_config(arch, checkpoint.config, layer)
     read = partial(load_layer_weights, checkpoint, arch, layer, config)
     runner = build_layer(config, grid, dtype, read, options, layer)
-    return BlockLayer(runner, BLOCKS.get(arch.model_type, Block()).pair)
+    return BlockLayer(runner, arch.block.returns_pair)
 
 
-def weights_of(model: Any, hf_config: dict[str, Any], names: Iterable[str]) -> InMemory:
+def weights_of(model: Any, hf_config: dict[str, Any], names: Iterable[str]) -> InMemoryCheckpoint:
     """The weights of ``model``'s modules ``names``, by their names in a checkpoint."""
     from transformers.core_model_loading import revert_weight_conversion
 
     prefixes = tuple(f"{name}." for name in names)
     state = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
-    return InMemory(hf_config, revert_weight_conversion(model, state))
+    return InMemoryCheckpoint(hf_config, revert_weight_conversion(model, state))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator
-from xpar.engine.architectures.stored_names import alone
+from xpar.engine.architectures.stored_names import standalone_name
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 
 log = logging.getLogger("xpar.models")
@@ -160,7 +160,7 @@ def _by_target(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in checkpoint.names():
         # As transformers does it; then as if the language model stood alone, or was saved without its head.
-        for candidate in (name, alone(name), f"{root}.{name}"):
+        for candidate in (name, standalone_name(name), f"{root}.{name}"):
             key, converted = rename_source_key(
                 candidate, renamings, converters, model.base_model_prefix, state
             )

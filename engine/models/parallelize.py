@@ -11,14 +11,13 @@ from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
 from xpar.engine.architectures.mlp_weights import MlpPlace, MlpTensors, mlp_buffers, read_mlp
 from xpar.engine.architectures.schema import MlpNames
-from xpar.engine.checkpoint.in_memory import InMemory
+from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.expert_shard import build_expert_shard
 from xpar.engine.layer.options import ExpertOptions, LayerOptions
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.models.block_layer import (
-    LAYERS_ALONE,
     BlockLayer,
     NoModule,
     block_modules,
@@ -156,7 +155,7 @@ def moe_modules(
 ) -> dict[int, MoeModules]:
     """Of each MoE layer, ascending: its experts, or where they cannot be provided or ``whole_block`` is asked, its block."""
     arch = find(hf_config)
-    if why := LAYERS_ALONE.get(arch.model_type):
+    if why := arch.why_layers_only:
         raise CheckpointError(f"model_type={arch.model_type!r}: {why}; xpar run computes its layers")
     layers = require_moe_layers(arch, hf_config)
     experts = experts_modules(model)
@@ -220,7 +219,7 @@ def rows_of(module: Any, config: LayerConfig) -> ReadLayer:
         up_transposed=module.is_transposed,
         down_transposed=module.is_transposed,
     )
-    weights = InMemory({}, dict(module.named_parameters()))
+    weights = InMemoryCheckpoint({}, dict(module.named_parameters()))
     dtype = next(module.parameters()).dtype
 
     def read(experts: Sequence[int], rows: slice) -> Experts:

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xpar.engine.architectures.dense_schema import DENSE, NORMS, OUTER, dimensions
 from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
 from xpar.engine.architectures.schema import Architecture, MlpNames
+from xpar.engine.architectures.synthetic_schema import NORMS, OUTER, SyntheticSchema, dimensions
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.checkpoint.tensor_writer import TensorPlan, write_tensors
 from xpar.engine.config import LayerConfig
-from xpar.engine.synthetic.config import make_config
+from xpar.engine.synthetic.config import make_config, synthetic_schema
 from xpar.engine.synthetic.values import fill_random
 
 Writer = Literal["auto", "transformers", "own"]
@@ -77,7 +77,9 @@ def make_checkpoint(
     )
     if writer == "auto":
         writer = "transformers" if importlib.util.find_spec("transformers") else "own"
-    if writer == "own" and DENSE[model_type].attention is None:
+    arch = find(config)
+    schema = synthetic_schema(arch)
+    if writer == "own" and schema.attention is None:
         raise CheckpointError(
             f"{model_type}: the tables of the own writer do not hold this family's attention; use the writer "
             "transformers (pip install 'xpar[hf]')"
@@ -91,8 +93,8 @@ def make_checkpoint(
 
         write_with_transformers(path, config, dtype, generator, max_shard_bytes)
     else:
-        plans = list(tensor_plans(find(config), config, dtype))
-        write_tensors(path, plans, lambda plan: _random(plan, generator), max_shard_bytes)
+        plans = list(tensor_plans(arch, config, dtype))
+        write_tensors(path, plans, lambda plan: _random(plan, schema, generator), max_shard_bytes)
         # Last, so that a directory whose writing was cut short is not taken for a checkpoint.
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return config
@@ -100,26 +102,26 @@ def make_checkpoint(
 
 def tensor_plans(arch: Architecture, config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[TensorPlan]:
     """Yield every tensor of the checkpoint, in the order of the model."""
-    sizes = dimensions(config)
+    schema = synthetic_schema(arch)
+    sizes = dimensions(schema, config)
     moe = set(moe_layers(arch, config))
 
     def plans(prefix: str, table: Mapping[str, tuple[str, ...]]) -> Iterator[TensorPlan]:
         for name, shape in table.items():
             yield TensorPlan(prefix + name, tuple(sizes[d] for d in shape), dtype)
 
-    dense = DENSE[arch.model_type]
     for layer in range(arch.layers.count.get(config, int)):
-        yield from plans(f"model.layers.{layer}.", {**(dense.attention or {}), **NORMS})
+        yield from plans(f"model.layers.{layer}.", {**(schema.attention or {}), **NORMS})
         if layer in moe:
             yield from _moe_plans(arch, layer, layer_config(arch, config, layer), dtype)
         else:
-            yield from plans(f"model.layers.{layer}.", dense.mlp)
-    yield from plans("", {**OUTER, **dense.outer})
+            yield from plans(f"model.layers.{layer}.", schema.mlp)
+    yield from plans("", {**OUTER, **schema.outer})
 
 
-def _random(plan: TensorPlan, generator: torch.Generator) -> Tensor:
+def _random(plan: TensorPlan, schema: SyntheticSchema, generator: torch.Generator) -> Tensor:
     tensor = torch.empty(plan.shape, dtype=plan.dtype)
-    fill_random(plan.name, tensor, generator)
+    fill_random(plan.name, tensor, generator, schema)
     return tensor
 
 
@@ -134,9 +136,13 @@ def _moe_plans(
             yield TensorPlan(name.format(layer=layer), shape, dtype)
 
     gate_dtype = torch.float32 if arch.gate_dtype == "float32" else dtype
-    yield from plan(arch.router, logits, hidden, dtype=gate_dtype)
+    yield from plan(arch.gate, logits, hidden, dtype=gate_dtype)
     yield from plan(arch.gate_bias, logits, dtype=gate_dtype)
-    yield from plan(arch.bias, *((1, logits) if arch.bias_is_row else (logits,)), dtype=torch.float32)
+    yield from plan(
+        arch.correction_bias,
+        *((1, logits) if arch.correction_bias_is_row else (logits,)),
+        dtype=torch.float32,
+    )
     yield from plan(arch.output_bias, hidden)
     if arch.latent is not None and config.latent_size is not None:
         yield from plan(arch.latent.enter, config.latent_size, hidden)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from xpar.engine.architectures.dense_schema import DENSE
+from xpar.engine.architectures import ARCHITECTURES
 from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
 from xpar.engine.architectures.schema import Architecture
+from xpar.engine.architectures.synthetic_schema import SyntheticSchema
 from xpar.engine.checkpoint.reader import CONFIG_DTYPES
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 
@@ -29,8 +30,7 @@ def make_config(
 ) -> dict[str, Any]:
     """Make and check a ``config.json``; see :func:`make_checkpoint` for arguments and errors."""
     arch = find({"model_type": model_type})
-    if model_type not in DENSE:
-        raise CheckpointError(f"{model_type}: can be read, not written; choose one of {', '.join(DENSE)}")
+    schema = synthetic_schema(arch)
     if hidden < 2 or hidden % 2:
         raise CheckpointError(
             f"hidden={hidden}: must be even and positive, rotary embeddings pair the dimensions"
@@ -43,15 +43,15 @@ def make_config(
         "model_type": model_type,
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": vocab,
-        **_dense_width(model_type, 2 * hidden),
+        **_dense_width(schema, 2 * hidden),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-        **_head_dim(model_type, hidden // heads),
-        **deepcopy(dict(DENSE[model_type].config)),
+        **_head_dim(schema, hidden // heads),
+        **deepcopy(dict(schema.config)),
         **_dense_layers(arch),
         **_shared_keys(arch, shared, intermediate),
         **_group_keys(arch, experts, top_k),
@@ -75,6 +75,19 @@ def make_config(
     return config
 
 
+def writable_families() -> tuple[str, ...]:
+    """Return the ``model_type`` of every family whose checkpoints can be written."""
+    return tuple(arch.model_type for arch in ARCHITECTURES if arch.synthetic is not None)
+
+
+def synthetic_schema(arch: Architecture) -> SyntheticSchema:
+    """Return what writers need of a family; raise CheckpointError if no checkpoint of it can be written."""
+    if arch.synthetic is None:
+        known = ", ".join(writable_families())
+        raise CheckpointError(f"{arch.model_type}: can be read, not written; choose one of {known}")
+    return arch.synthetic
+
+
 def usual_top_k(model_type: str) -> int:
     """Return 2 experts per token, or 1 for a family that takes no more."""
     return 1 if find({"model_type": model_type}).weight_on_input else 2
@@ -88,17 +101,17 @@ def _set(config: dict[str, Any], name: str, value: Any) -> None:
     config[last] = value
 
 
-def _head_dim(model_type: str, head: int) -> dict[str, int]:
+def _head_dim(schema: SyntheticSchema, head: int) -> dict[str, int]:
     """Return the key of the head size, which only some families have."""
-    return {"head_dim": head} if DENSE[model_type].head_dim else {}
+    return {"head_dim": head} if schema.needs_head_dim else {}
 
 
-def _dense_width(model_type: str, width: int) -> dict[str, int]:
+def _dense_width(schema: SyntheticSchema, width: int) -> dict[str, int]:
     """Return the key of the dense layers' width, if the family has dense layers.
 
     In other families the key may be the experts' by another name.
     """
-    return {} if DENSE[model_type].dense_key is None else {"intermediate_size": width}
+    return {} if schema.dense_key is None else {"intermediate_size": width}
 
 
 def _dense_layers(arch: Architecture) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from xpar.engine.architectures.layer_config import find
+from xpar.engine.synthetic.config import synthetic_schema
 from xpar.engine.synthetic.values import fill_random, fill_table
 
 
@@ -35,10 +36,11 @@ def write_with_transformers(
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.to_empty(device="cpu")
     with torch.no_grad():
-        experts = find(config).num_experts.get(config, int)
+        arch = find(config)
+        experts, schema = arch.num_experts.get(config, int), synthetic_schema(arch)
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
-                fill_random(name, tensor, generator)
+                fill_random(name, tensor, generator, schema)
             else:
                 fill_table(tensor, experts, generator)
     with _no_progress_bar():

@@ -8,21 +8,25 @@ import math
 import torch
 from torch import Tensor
 
+from xpar.engine.architectures.synthetic_schema import SyntheticSchema
 from xpar.engine.config import LayerConfig
 
-ONES = ("norm.weight", "norm_1.weight", "norm_2.weight", ".scale", "_scale", "layer_scalar")
-"""Endings of the names of tensors that are filled with ones."""
-STRONG = (".gate.weight", ".gate.wg.weight", ".router.", "down_proj", ".w2", "output_linear")
-"""Parts of the names of tensors that are drawn twice as large as the others."""
+USUAL = SyntheticSchema()
+ONES = ("norm.weight",)
+"""Endings of the names of tensors that are filled with ones in every family."""
+STRONG = (".gate.weight", ".router.", "down_proj")
+"""Parts of the names of tensors that are drawn twice as large as the others in every family."""
 
 
-def fill_random(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+def fill_random(
+    name: str, tensor: Tensor, generator: torch.Generator, schema: SyntheticSchema = USUAL
+) -> None:
     """Draw the values of the tensor called ``name`` in place; its last dimension is its fan-in.
 
-    A tensor of all experts that is stored as [in, out] is scaled by the size of its other dimension, which is
-    the same.
+    ``schema`` adds names to ``ONES`` and ``STRONG``. A tensor of all experts that is stored as [in, out] is
+    scaled by the size of its other dimension, which is the same.
     """
-    if name.endswith(ONES):
+    if name.endswith(ONES + schema.ones):
         tensor.fill_(1.0)
     elif tensor.dim() == 1 or name.endswith("bias"):
         tensor.normal_(0.0, 0.1, generator=generator)
@@ -31,7 +35,7 @@ def fill_random(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     else:
         # 2 for gates: logits of spread 2 prefer some experts. 2 for down: silu(g) u has size 0.6 for unit g
         # and u.
-        gain = 2.0 if any(part in name for part in STRONG) else 1.0
+        gain = 2.0 if any(part in name for part in STRONG + schema.strong) else 1.0
         tensor.normal_(0.0, gain / math.sqrt(tensor.shape[-1]), generator=generator)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from xpar.engine.architectures.dense_schema import DENSE
+from xpar.engine.architectures.layer_config import find
+from xpar.engine.architectures.schema import Architecture
 from xpar.engine.synthetic.checkpoint import make_checkpoint
 
 SIZES = {"layers": 3, "experts": 8, "hidden": 64, "intermediate": 48, "top_k": 3}
@@ -20,17 +21,27 @@ class Case:
     model_type: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     layer: int = 1
-    module: str = "model.layers.{layer}.mlp"
     router: str | None = (
         "gate"  # the submodule that returns (logits, weights, ids) of [T, H], if there is one
     )
-    top_k: int = SIZES["top_k"]
     roundings: int = 1  # of a weight in bf16, by transformers
-    beside: str | None = None  # a further module whose output the layer adds
+
+    @property
+    def architecture(self) -> Architecture:
+        return find({"model_type": self.model_type})
 
     @property
     def writers(self) -> tuple[str, ...]:
-        return ("transformers",) if DENSE[self.model_type].attention is None else ("own", "transformers")
+        schema = self.architecture.synthetic
+        has_own = schema is not None and schema.attention is not None
+        return ("own", "transformers") if has_own else ("transformers",)
+
+    @property
+    def top_k(self) -> int:
+        """The usual number of experts per token, or the most that the family takes."""
+        if self.architecture.weight_on_input:
+            return 1
+        return 2 if self.architecture.choice == "sparsemixer" else SIZES["top_k"]
 
     def write(self, path: Path, writer: str, dtype: torch.dtype, seed: int, **sizes: Any) -> None:
         make_checkpoint(
@@ -59,50 +70,25 @@ CASES = (
     Case("deepseek_v3-ungrouped", "deepseek_v3", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
     Case("gpt_oss", "gpt_oss", {"swiglu_limit": 1.5}, router="router"),
     Case("glm4_moe", "glm4_moe", {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5}),
-    Case("granitemoe", "granitemoe", module="model.layers.{layer}.block_sparse_moe", router="router"),
-    Case(
-        "granitemoeshared",
-        "granitemoeshared",
-        module="model.layers.{layer}.block_sparse_moe",
-        router="moe.router",
-        beside="model.layers.{layer}.shared_mlp",
-    ),
+    Case("granitemoe", "granitemoe", router="router"),
+    Case("granitemoeshared", "granitemoeshared", router="moe.router"),
     Case("deepseek_v4", "deepseek_v4", {"swiglu_limit": 1.5}, router=None),
-    Case(
-        "llama4",
-        "llama4_text",
-        {"interleave_moe_layer_step": 2},
-        module="model.layers.{layer}.feed_forward",
-        router=None,
-        top_k=1,
-    ),
+    Case("llama4", "llama4_text", {"interleave_moe_layer_step": 2}, router=None),
     Case("minimax_m2", "minimax_m2", router=None),
     Case("ernie4_5_moe", "ernie4_5_moe", {"moe_layer_start_index": 1, "moe_num_shared_experts": 2}),
-    Case("phimoe", "phimoe", router="router", top_k=2),
+    Case("phimoe", "phimoe", router="router"),
     Case("dots1", "dots1", {"first_k_dense_replace": 1, "norm_topk_prob": True}),
     Case("qwen3_next", "qwen3_next", {"mlp_only_layers": [2]}),
     Case("hunyuan_v1_moe", "hunyuan_v1_moe"),
-    Case(
-        "jamba",
-        "jamba",
-        {"expert_layer_period": 2, "expert_layer_offset": 1},
-        module="model.layers.{layer}.feed_forward",
-        router="router",
-    ),
+    Case("jamba", "jamba", {"expert_layer_period": 2, "expert_layer_offset": 1}, router="router"),
     Case("longcat_flash", "longcat_flash", router="router"),
-    Case(
-        "nemotron_h",
-        "nemotron_h",
-        {"layers_block_type": ["full_attention", "moe", "mlp"]},
-        module="model.layers.{layer}.mixer",
-    ),
+    Case("nemotron_h", "nemotron_h", {"layers_block_type": ["full_attention", "moe", "mlp"]}),
     Case(
         "nemotron_h-latent",
         "nemotron_h",
         {"layers_block_type": ["full_attention", "moe", "mlp"], "moe_latent_size": 40},
-        module="model.layers.{layer}.mixer",
     ),
-    Case("dbrx", "dbrx", module="transformer.blocks.{layer}.ffn", router=None, roundings=2),
+    Case("dbrx", "dbrx", router=None, roundings=2),
     Case("jetmoe", "jetmoe", router=None),
     Case(
         "cohere2_moe-sum",
@@ -136,10 +122,11 @@ class Beside(torch.nn.Module):
 
 def block_of(model: torch.nn.Module, case: Case) -> torch.nn.Module:
     """The MoE module of the case's layer."""
-    block = model.get_submodule(case.module.format(layer=case.layer))
-    if case.beside is None:
+    names = case.architecture.block
+    block = model.get_submodule(names.path.format(layer=case.layer))
+    if names.beside is None:
         return block
-    return Beside(block, model.get_submodule(case.beside.format(layer=case.layer)))
+    return Beside(block, model.get_submodule(names.beside.format(layer=case.layer)))
 
 
 def transformers_block(path: Path, case: Case, dtype: torch.dtype) -> torch.nn.Module:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moe_families import Case
 from tiny_models import SIZES, write_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -77,7 +78,7 @@ OTHERS = (
 
 def build(variant: Variant, seed: int, dtype: torch.dtype = torch.float32) -> Any:
     """The model, with weights so large that attention looks far back."""
-    top_k = {"llama4_text": 1, "phimoe": 2}.get(variant.model_type, 3)
+    top_k = Case(variant.name, variant.model_type).top_k
     sizes = {"layers": 3, "experts": 8, "hidden": 64, "intermediate": 48, "top_k": top_k}
     values = dict(
         make_config(variant.model_type, **sizes, vocab=SIZES["vocab"], dtype=dtype, overrides=variant.more)

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import BYTES, write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from xpar.engine.architectures.stored_names import alone
-from xpar.engine.models.block_layer import LAYERS_ALONE
+from xpar.engine.architectures.stored_names import standalone_name
 
 SIZES: Mapping[str, Any] = {"experts": 8, "vocab": BYTES + 2}
 SCALED: Mapping[str, Mapping[str, Any]] = {
@@ -74,7 +73,7 @@ def _case(case: Case) -> Case:
     return replace(case, name=case.model_type, overrides=overrides)
 
 
-CASES = {c.model_type: _case(c) for c in ONE_PER_FAMILY if c.model_type not in LAYERS_ALONE}
+CASES = {c.model_type: _case(c) for c in ONE_PER_FAMILY if c.architecture.why_layers_only is None}
 CASES["qwen3_next-mixed"] = replace(
     CASES["qwen3_next"], overrides={"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 )
@@ -132,7 +131,10 @@ def save_inside_a_larger_model(path: Path, out: Path) -> None:
     """Copy the model at ``path`` with its tensors named as those of a part of a larger model."""
     shutil.copytree(path, out)
     tensors = load_file(out / "model.safetensors")
-    save_file({f"language_model.{alone(name)}": x for name, x in tensors.items()}, out / "model.safetensors")
+    save_file(
+        {f"language_model.{standalone_name(name)}": x for name, x in tensors.items()},
+        out / "model.safetensors",
+    )
 
 
 def edit(path: Path, change: Any) -> None:

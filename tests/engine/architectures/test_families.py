@@ -1,4 +1,4 @@
-"""Each family's layer, as read and computed here, is the one that transformers computes."""
+"""A layer of each family has the output of transformers' own module."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +47,12 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Made(case, dtype, path, transformers_model(path, dtype))
 
 
-def decided(router_logits: torch.Tensor, config: RouterConfig) -> torch.Tensor:
-    """[T] bool: neither equal logits nor, in sparsemixer, a distance that bf16 rounds to its limit decide the row."""
+def rows_without_ties(router_logits: torch.Tensor, config: RouterConfig) -> torch.Tensor:
+    """Return [T] bool: the rows whose experts do not depend on rounding.
+
+    Excluded are rows with equal logits and, in sparsemixer, rows with a distance that bf16 rounds to its
+    limit.
+    """
     logits = router_logits.float()
     falling = logits.sort(dim=-1, descending=True).values
     sure = (falling[:, :-1] != falling[:, 1:])[:, : config.top_k + 1].all(dim=-1)
@@ -71,7 +75,7 @@ def test_layer_equals_transformers(made: Made, fresh_seed: int) -> None:
         output, routing = layer_reference(checkpoint, case.layer, x)
     rows = torch.ones(TOKENS, dtype=torch.bool)
     if config.router.num_expert_group == 1:
-        rows = decided(router.logits(x), config.router)
+        rows = rows_without_ties(router.logits(x), config.router)
 
     if case.router is not None:
         with torch.no_grad():
@@ -91,7 +95,8 @@ def test_layer_equals_transformers(made: Made, fresh_seed: int) -> None:
         )
     if dtype == torch.float32:
         assert (output[rows] - expected[rows]).norm() / expected[rows].norm() < 1e-5
-    else:  # scores that a family rounds to bf16 may tie there and not here: a few tokens choose another expert
+    else:
+        # Scores that a family rounds to bf16 may tie there and not here, and a few tokens get another expert.
         per_token = (output[rows] - expected[rows]).norm(dim=1) / expected[rows].norm(dim=1)
         assert per_token.quantile(0.9) < case.roundings * 1.2e-2
     assert output.dtype == torch.float32 and len(expected[rows]) > TOKENS // 4
@@ -113,7 +118,8 @@ def test_moe_layers_are_those_of_transformers(made: Made) -> None:
     with Checkpoint(made.path) as checkpoint:
         arch = find(checkpoint.config)
         ours = moe_layers(arch, checkpoint.config)
-    blocks = [made.model.get_submodule(made.case.module.format(layer=i)) for i in range(3)]
+    path = made.case.architecture.block.path
+    blocks = [made.model.get_submodule(path.format(layer=i)) for i in range(3)]
     assert ours == tuple(i for i in range(3) if hasattr(blocks[i], "router") or hasattr(blocks[i], "experts"))
 
 

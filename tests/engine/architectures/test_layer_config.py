@@ -1,159 +1,50 @@
-"""Configurations of published models give the layers that their papers describe; bad ones are named."""
+"""Which layers are MoE, which keys a family reads, and the errors for configs that do not fit."""
 
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
+from published_configs import (
+    DBRX,
+    ERNIE,
+    GLM,
+    GPT_OSS,
+    HUNYUAN,
+    JAMBA,
+    LONGCAT,
+    MIXTRAL,
+    NEMOTRON,
+    PHI,
+    QWEN2,
+    QWEN3,
+    SCOUT,
+    SCOUT_VISION,
+    V2,
+    V3,
+)
 
-from xpar.engine.architectures.dense_schema import DENSE
-from xpar.engine.architectures.layer_config import ARCHITECTURES, find, layer_config, moe_layers
+from xpar.engine import architectures
+from xpar.engine.architectures import ARCHITECTURES
+from xpar.engine.architectures.config_key import Key
+from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
+from xpar.engine.architectures.nested import part_of
+from xpar.engine.architectures.schema import Architecture
 from xpar.engine.checkpoint.reader import CheckpointError
-from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
-from xpar.engine.synthetic.config import make_config, usual_top_k
+from xpar.engine.synthetic.config import make_config, usual_top_k, writable_families
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "hidden_act": "silu",
-}
-QWEN2 = {
-    "model_type": "qwen2_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "moe_intermediate_size": 1408,
-    "shared_expert_intermediate_size": 5632,
-    "num_hidden_layers": 24,
-    "num_experts": 60,
-    "num_experts_per_tok": 4,
-    "norm_topk_prob": False,
-    "decoder_sparse_step": 1,
-}
-QWEN3 = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "mlp_only_layers": [],
-}
-OLMOE = {
-    "model_type": "olmoe",
-    "hidden_size": 2048,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 16,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": False,
-}
-V2 = {
-    "model_type": "deepseek_v2",
-    "hidden_size": 5120,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 1536,
-    "num_hidden_layers": 60,
-    "n_routed_experts": 160,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "topk_group": 3,
-    "topk_method": "group_limited_greedy",
-    "routed_scaling_factor": 16.0,
-    "norm_topk_prob": False,
-    "scoring_func": "softmax",
-}
-V3 = {
-    "model_type": "deepseek_v3",
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_nextn_predict_layers": 1,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "routed_scaling_factor": 2.5,
-    "norm_topk_prob": True,
-}
-
-PUBLISHED: dict[str, tuple[dict[str, Any], range, LayerConfig]] = {
-    "Mixtral 8x7B": (MIXTRAL, range(32), LayerConfig(8, 4096, 14336, RouterConfig(2))),
-    "Qwen1.5-MoE-A2.7B": (
-        QWEN2,
-        range(24),
-        LayerConfig(
-            60, 2048, 1408, RouterConfig(4, renormalize=False), shared=SharedConfig(5632, gated=True)
-        ),
-    ),
-    "Qwen3-30B-A3B": (QWEN3, range(48), LayerConfig(128, 2048, 768, RouterConfig(8))),
-    "OLMoE-1B-7B": (OLMOE, range(16), LayerConfig(64, 2048, 1024, RouterConfig(8, renormalize=False))),
-    "DeepSeek-V2": (
-        V2,
-        range(1, 60),
-        LayerConfig(
-            160,
-            5120,
-            1536,
-            RouterConfig(
-                6,
-                renormalize=False,
-                num_expert_group=8,
-                topk_group=3,
-                routed_scaling_factor=16.0,
-                logits_dtype="float32",
-            ),
-            shared=SharedConfig(3072),
-        ),
-    ),
-    "DeepSeek-V3": (
-        V3,
-        range(3, 61),
-        LayerConfig(
-            256,
-            7168,
-            2048,
-            RouterConfig(
-                8,
-                scoring="sigmoid",
-                num_expert_group=8,
-                topk_group=4,
-                group_score="top2_sum",
-                correction_bias=True,
-                routed_scaling_factor=2.5,
-                logits_dtype="float32",
-            ),
-            shared=SharedConfig(2048),
-        ),
-    ),
-}
-
-
-@pytest.mark.parametrize("config, layers, expected", PUBLISHED.values(), ids=PUBLISHED.keys())
-def test_published_models(config: dict[str, Any], layers: range, expected: LayerConfig) -> None:
-    arch = find(config)
-    assert moe_layers(arch, config) == tuple(layers)
-    assert layer_config(arch, config, layers[-1]) == expected
-
-
-LAYERS = {
+LAYERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "every second": (QWEN3 | {"num_hidden_layers": 6, "decoder_sparse_step": 2}, (1, 3, 5)),
     "some dense": (QWEN2 | {"num_hidden_layers": 4, "mlp_only_layers": [0, 2]}, (1, 3)),
     "null list": (QWEN2 | {"num_hidden_layers": 2, "mlp_only_layers": None}, (0, 1)),
     "frequency": (V2 | {"num_hidden_layers": 7, "moe_layer_freq": 2}, (2, 4, 6)),
     "none": (V3 | {"num_hidden_layers": 2}, ()),
+    "a list of MoE layers": (SCOUT | {"moe_layers": [5, 3]}, (3, 5)),
+    "an end": (ERNIE | {"moe_layer_end_index": 3}, (1, 2, 3)),
+    "an open end": (ERNIE | {"moe_layer_end_index": -1, "num_hidden_layers": 4}, (1, 2, 3)),
+    "an interval": (ERNIE | {"moe_layer_interval": 2, "num_hidden_layers": 6}, (1, 3, 5)),
+    "a remainder": (JAMBA | {"expert_layer_offset": 0, "num_hidden_layers": 5}, (0, 2, 4)),
+    "kinds": (NEMOTRON | {"layers_block_type": ["moe", "mlp", "moe"]}, (0, 2)),
 }
 
 
@@ -164,14 +55,26 @@ def test_which_layers_are_moe(config: dict[str, Any], expected: tuple[int, ...])
 
 def test_keys_that_transformers_renames_and_drops() -> None:
     renamed = {k: v for k, v in QWEN3.items() if k != "num_experts"} | {"num_local_experts": 128}
-    assert layer_config(find(renamed), renamed, 0) == PUBLISHED["Qwen3-30B-A3B"][2]
+    assert layer_config(find(renamed), renamed, 0) == layer_config(find(QWEN3), QWEN3, 0)
     no_groups = V2 | {"topk_method": "greedy", "n_group": None, "topk_group": None}
     assert layer_config(find(no_groups), no_groups, 5).router.num_expert_group == 1
     no_shared = V2 | {"n_shared_experts": None}
     assert layer_config(find(no_shared), no_shared, 5).shared is None
 
 
-BAD = {
+def test_a_language_model_inside_a_larger_one_is_the_same() -> None:
+    inner, outer = find(SCOUT), find(SCOUT_VISION)
+    assert moe_layers(outer, SCOUT_VISION) == moe_layers(inner, SCOUT)
+    assert layer_config(outer, SCOUT_VISION, 3) == layer_config(inner, SCOUT, 3)
+    deepseek = find({"model_type": "deepseek_v2"})
+    moved = part_of(deepseek, "vision", "Vision", config="text", tensors="language.")
+    assert moved.groups_if == ("text.topk_method", "group_limited_greedy")
+    assert moved.rules[0].key == "text.topk_method" and moved.gate.startswith("language.model.layers.{layer}")
+    nemotron = part_of(find(NEMOTRON), "vision", "Vision", config="text", tensors="language.")
+    assert moe_layers(nemotron, {"text": NEMOTRON}) == (1, 5)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown family": (
         {"model_type": "gpt2"},
         r"model_type='gpt2' is not .* known: mixtral, qwen2_moe, qwen3_moe, o",
@@ -200,6 +103,31 @@ BAD = {
     "groups of one": (V3 | {"n_group": 256, "topk_group": 8}, r"top2_sum needs groups of two or more"),
     "kept groups": (V3 | {"topk_group": 9}, r"topk_group=9: must be 1 to num_expert_group=8"),
     "step": (QWEN3 | {"decoder_sparse_step": 0}, r"decoder_sparse_step=0 must be at least 1"),
+    "mxfp4": (GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}, r"quantised weights need scales"),
+    "activation of gpt-oss": (
+        GPT_OSS | {"hidden_act": "gelu"},
+        r"hidden_act='gelu' of gpt_oss: must be 'silu'",
+    ),
+    "two inputs": (SCOUT | {"num_experts_per_tok": 2}, r"config.json: weight_on_input with top_k=2"),
+    "three of two": (PHI | {"num_experts_per_tok": 3}, r"config.json: sparsemixer with top_k=3"),
+    "gated relu2": (GLM | {"hidden_act": "relu2"}, r"config.json: .*relu2 has no gate"),
+    "latent": (NEMOTRON | {"moe_latent_size": -8}, r"latent_size=-8: must be at least 1"),
+    "no pattern": (
+        {k: v for k, v in NEMOTRON.items() if k != "hybrid_override_pattern"},
+        r"layers_block_type or layer_types or hybrid_override_pattern is missing",
+    ),
+    "another norm": (
+        DBRX | {"ffn_config": {"moe_normalize_expert_weights": 2.0}},
+        r"ffn_config.moe_normalize_expert_weights=2.0 of dbrx: must be 1",
+    ),
+    "no norm": (
+        DBRX | {"ffn_config": {"moe_normalize_expert_weights": None}},
+        r"ffn_config.moe_normalize_expert_weights=None of dbrx",
+    ),
+    "short list": (HUNYUAN | {"moe_topk": [8] * 5}, r"moe_topk has 5 values, none for layer 5"),
+    "wrong list": (HUNYUAN | {"moe_topk": ["8"] * 32}, r"moe_topk='8' must be of type int"),
+    "zero experts of another kind": (LONGCAT | {"zero_expert_type": "copy"}, r"must be 'identity'"),
+    "negative zero experts": (LONGCAT | {"zero_expert_num": -1}, r"zero_experts=-1: must be at least 0"),
 }
 
 
@@ -218,11 +146,32 @@ def test_a_dense_layer_is_refused_with_the_moe_ones() -> None:
 
 
 def test_every_family_can_be_written() -> None:
-    assert DENSE.keys() == {arch.model_type for arch in ARCHITECTURES} - {
+    assert set(writable_families()) == {arch.model_type for arch in ARCHITECTURES} - {
         "llama4",
         "gemma4",
     }  # with their vision parts
-    for arch in map(find, ({"model_type": name} for name in DENSE)):
+    for arch in map(find, ({"model_type": name} for name in writable_families())):
         top_k = usual_top_k(arch.model_type)
         config = make_config(arch.model_type, layers=1, experts=6, hidden=10, intermediate=7, top_k=top_k)
         assert layer_config(arch, config, 0).num_experts == 6
+
+
+def test_a_key_takes_its_layer_s_value_and_looks_into_objects() -> None:
+    assert Key(("a",)).get({"a": [1, 2, 3]}, int, layer=1) == 2
+    assert Key(("a",)).get({"a": [1, 2]}, list) == [1, 2]
+    assert Key(("o.p.a", "a")).get({"o": {"p": {"a": 5}}, "a": 6}, int) == 5
+    assert Key(("o.p.a", "a")).get({"o": None, "a": 6}, int) == 6
+    with pytest.raises(CheckpointError, match=r"o\.a is missing"):
+        Key(("o.a",)).get({"o": 3}, int)
+
+
+def test_every_family_is_listed_and_in_the_file_of_its_name() -> None:
+    listed = {arch.model_type: arch for arch in ARCHITECTURES}
+    assert len(listed) == len(ARCHITECTURES)
+    found = {}
+    for info in iter_modules(architectures.__path__):
+        module = import_module(f"{architectures.__name__}.{info.name}")
+        families = [value for value in vars(module).values() if isinstance(value, Architecture)]
+        assert all(arch.model_type.startswith(info.name) for arch in families), info.name
+        found.update({arch.model_type: arch for arch in families})
+    assert found == listed

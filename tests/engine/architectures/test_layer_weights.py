@@ -75,7 +75,7 @@ def small_bytes(weights: LayerWeights, path: Path) -> int:
     kept += [shared.gate_up, shared.down, shared.gate] if shared is not None else []
     kept += [weights.latent.enter, weights.latent.leave] if weights.latent is not None else []
     count = 8 + int.from_bytes(data[:8], "little") + sum(t.nbytes for t in kept if t is not None)
-    name = find(stored.config).bias
+    name = find(stored.config).correction_bias
     if bias is not None and name is not None:
         count += bias.numel() * {"F32": 4, "BF16": 2}[stored.entry(name.format(layer=LAYER)).dtype]
     return count
@@ -83,7 +83,7 @@ def small_bytes(weights: LayerWeights, path: Path) -> int:
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert taken from whole tensors: gate rows or None, up rows, down, and the biases in the same order."""
+    """An expert as cut from whole tensors: gate rows or None, up rows, down, and their biases."""
 
     gate: torch.Tensor | None
     up: torch.Tensor
@@ -145,7 +145,7 @@ def test_three_of_eight_experts(case: Case, path: Path) -> None:
     experts = sum(t.nbytes for tensors in loaded.values() for t in tensors)
     assert bytes_read == small_bytes(weights, path) + experts
     arch = find({"model_type": case.model_type})
-    assert torch.equal(weights.router.gate, stored[arch.router.format(layer=case.layer)])
+    assert torch.equal(weights.router.gate, stored[arch.gate.format(layer=case.layer)])
     assert (weights.router.correction_bias is not None) == (case.model_type in WITH_CORRECTION)
     assert (weights.shared is not None) == (case.model_type in WITH_SHARED)
     assert (weights.router.gate_bias is not None) == (case.model_type == "gpt_oss")

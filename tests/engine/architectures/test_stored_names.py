@@ -20,7 +20,7 @@ def as_saved(path: Path, out: Path) -> None:
 
 
 def renamed(path: Path, out: Path, prefix: str, keep: bool = False) -> None:
-    """Copy a checkpoint with ``prefix`` before its tensors' names, in the place of their root unless ``keep``."""
+    """Copy a checkpoint with ``prefix`` before its tensors' names; it replaces their root unless ``keep``."""
     tensors = load_file(path / "model.safetensors")
     out.mkdir()
     (out / "config.json").write_text((path / "config.json").read_text())

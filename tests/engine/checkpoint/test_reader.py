@@ -1,4 +1,4 @@
-"""The reader against the safetensors library, its count of bytes, and what it says about broken checkpoints."""
+"""The reader gives what the safetensors library gives, counts its bytes, and names what is broken."""
 
 import json
 import struct

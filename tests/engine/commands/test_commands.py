@@ -9,12 +9,12 @@ import pytest
 import torch
 from run_commands import run_commands
 
-from xpar.engine.architectures.dense_schema import DENSE
 from xpar.engine.architectures.layer_config import find, moe_layers
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.cli import parser
 from xpar.engine.layer.build import read_layer_config
 from xpar.engine.layer.reference import layer_reference
+from xpar.engine.synthetic.config import writable_families
 from xpar.engine.synthetic.values import random_token_ids, random_tokens
 
 Done = CompletedProcess[str]
@@ -163,7 +163,7 @@ def test_a_wrong_request_is_one_error_on_all_ranks(refused: dict[str, Done], wor
     assert job.stderr.count("error:") == 1
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", writable_families())
 def test_every_family_can_be_made_with_the_defaults_and_computed(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], fresh_seed: int
 ) -> None:

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
 from xpar.engine import parallelize, register, serve_other_ranks
+from xpar.engine.architectures import ARCHITECTURES
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.models import expert_layer
-from xpar.engine.models.block_layer import LAYERS_ALONE, BlockLayer
+from xpar.engine.models.block_layer import BlockLayer
 from xpar.engine.models.loader import LoadedModel, load_model
 from xpar.engine.models.parallelize import SpreadOptions, expert_layers
 
@@ -145,7 +146,8 @@ def test_a_model_in_memory_is_spread(
     assert dropped >= len(layers) * 7 * 3 * 64 * 48
 
 
-NEVER = {*LAYERS_ALONE, *(case.model_type for case in CASES)}
+LAYERS_ONLY = [arch.model_type for arch in ARCHITECTURES if arch.why_layers_only]
+NEVER = {*LAYERS_ONLY, *(case.model_type for case in CASES)}
 OTHERS = tuple(c for c in ONE_PER_FAMILY if c.model_type not in NEVER)
 BY_BLOCK_ALONE = {"llama4_text", "longcat_flash", "dbrx", "jetmoe"}
 
@@ -172,7 +174,7 @@ def test_every_family_with_a_schema_is_spread(
     assert all(type(layer) is BlockLayer for layer in (*loaded.layers, *expert_layers(model)))
 
 
-@pytest.mark.parametrize("name", LAYERS_ALONE)
+@pytest.mark.parametrize("name", LAYERS_ONLY)
 def test_a_family_of_layers_alone_is_one_error(
     comm: "Intracomm", grid: ProcessGrid, root: Path, name: str
 ) -> None:

@@ -1,0 +1,192 @@
+"""The parts of published models' ``config.json`` that describe their MoE layers."""
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "hidden_act": "silu",
+}
+QWEN2 = {
+    "model_type": "qwen2_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+}
+QWEN3 = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
+}
+OLMOE = {
+    "model_type": "olmoe",
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+}
+V2 = {
+    "model_type": "deepseek_v2",
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 60,
+    "n_routed_experts": 160,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+    "routed_scaling_factor": 16.0,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+}
+V3 = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_nextn_predict_layers": 1,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+}
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "hidden_act": "silu",
+    "swiglu_limit": 7.0,
+}
+SCOUT = {
+    "model_type": "llama4_text",
+    "hidden_size": 5120,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "num_hidden_layers": 48,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 1,
+}
+MAVERICK = SCOUT | {"num_local_experts": 128, "interleave_moe_layer_step": 2}
+GLM = {
+    "model_type": "glm4_moe",
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 46,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+}
+PHI = {
+    "model_type": "phimoe",
+    "hidden_size": 4096,
+    "intermediate_size": 6400,
+    "num_hidden_layers": 32,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    "router_jitter_noise": 0.01,
+}
+ERNIE = {
+    "model_type": "ernie4_5_moe",
+    "hidden_size": 2560,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 28,
+    "moe_num_experts": 64,
+    "moe_num_shared_experts": 2,
+    "moe_k": 6,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": 27,
+    "moe_layer_interval": 1,
+}
+HUNYUAN = {
+    "model_type": "hunyuan_v1_moe",
+    "hidden_size": 4096,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 32,
+    "num_experts": 64,
+    "moe_topk": [8] * 32,
+}
+JAMBA = {
+    "model_type": "jamba",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+}
+LONGCAT = {
+    "model_type": "longcat_flash",
+    "hidden_size": 6144,
+    "expert_ffn_hidden_size": 2048,
+    "num_layers": 28,
+    "n_routed_experts": 512,
+    "zero_expert_num": 256,
+    "zero_expert_type": "identity",
+    "moe_topk": 12,
+    "routed_scaling_factor": 6.0,
+    "router_bias": False,
+}
+NEMOTRON = {
+    "model_type": "nemotron_h",
+    "hidden_size": 2688,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "num_hidden_layers": 6,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 6,
+    "mlp_hidden_act": "relu2",
+    "hybrid_override_pattern": "MEM*-E",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+DBRX = {
+    "model_type": "dbrx",
+    "d_model": 6144,
+    "n_layers": 40,
+    "ffn_config": {
+        "ffn_hidden_size": 10752,
+        "moe_num_experts": 16,
+        "moe_top_k": 4,
+        "moe_normalize_expert_weights": 1,
+    },
+}
+SCOUT_VISION = {"model_type": "llama4", "text_config": SCOUT, "vision_config": {"hidden_size": 1408}}
