@@ -25,8 +25,7 @@ from xpar.engine.generation.request import RequestBase, Workload
 from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.layer.build import FLOATS
 from xpar.engine.models.loader import LoadedModel, load_model
-from xpar.engine.models.parallelize import SpreadOptions
-from xpar.engine.models.slicing import slices
+from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
 
 BATCH = 16
 PREFILL_TOKENS = 4096
@@ -118,14 +117,16 @@ def make_grid(args: argparse.Namespace, world: World, console: Console) -> Proce
 
 
 def _etp(args: argparse.Namespace, world: World, device: str) -> int | None:
-    """``--etp``; where neither it nor ``--ep`` is given, as many as :func:`slices` finds for host ranks of one node."""
+    """``--etp``; where neither it nor ``--ep`` is given, as many as :func:`choose_expert_slices` finds for host ranks of one node."""
     named = args.ep is not None or args.etp is not None
     if named or args.exact or device != "cpu" or world.num_nodes > 1:
         etp: int | None = args.etp
         return etp
     with Checkpoint(args.checkpoint) as checkpoint:
         arch, config = find(checkpoint.config), checkpoint.config
-        return slices(world.size, [layer_config(arch, config, n) for n in require_moe_layers(arch, config)])
+        return choose_expert_slices(
+            world.size, [layer_config(arch, config, n) for n in require_moe_layers(arch, config)]
+        )
 
 
 def add_whole_dense(p: argparse.ArgumentParser) -> None:

@@ -14,9 +14,8 @@ from xpar.engine.generation.logits_processors import Processors, choose_tokens
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.models.attention import backends
-from xpar.engine.models.growing import new_cache
 from xpar.engine.models.isolation import not_finite, rows_isolated
-from xpar.engine.models.kv_cache import KvCache, describe_other_states, mask, other_states
+from xpar.engine.models.kv_cache import KvCache, describe_other_states, mask, new_cache, other_states
 from xpar.engine.models.loader import LoadedModel
 from xpar.engine.models.rows import SeparateRows
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpar.engine.models.growing import new_cache
 from xpar.engine.models.isolation import not_finite, rows_isolated
+from xpar.engine.models.kv_cache import new_cache
 from xpar.engine.models.lm_head import Head
 from xpar.engine.models.loader import LoadedModel
 from xpar.engine.models.rows import SeparateRows

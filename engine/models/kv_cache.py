@@ -5,6 +5,7 @@ B rows, S columns; every layer's keys and values are [B, heads, S, dim].
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from torch.nn.functional import pad
 
 from xpar.engine.architectures.layer_config import find, require_moe_layers
 from xpar.engine.checkpoint.reader import Checkpoint
-from xpar.engine.models.growing import new_cache
 from xpar.engine.models.hf_config import read_hf_config
+
+LEAST_ROOM = 64
+"""Spare columns of memory that is allocated for keys or values; a quarter of the columns where that is more."""
 
 
 def other_states(hf_config: Any) -> tuple[str, ...]:
@@ -84,10 +87,10 @@ class KvCache:
         """A cache for transformers' forward, which appends to it. For one forward only: a second would append to the same."""
         if self.origin is not None:
             return self.origin
-        cache = new_cache()
+        copy = new_cache()
         for number, (keys, values) in enumerate(self.layers):
-            cache.update(keys, values, number)
-        return cache
+            copy.update(keys, values, number)
+        return copy
 
     def select(self, rows: list[int]) -> "KvCache | None":
         """These rows only, without columns that are padding in all of them; None if there are none."""
@@ -118,3 +121,61 @@ def mask(lengths: tuple[int, ...], columns: int) -> Tensor:
 
 def _stack(a: Tensor, b: Tensor, columns: int) -> Tensor:
     return torch.cat([pad(x, (0, 0, columns - x.shape[2], 0)) for x in (a, b)])
+
+
+class GrowingCacheLayer:
+    """Keys or values [B, heads, S, D] at the front of memory that has room for more columns.
+
+    Appending a token then does not copy the tokens before it.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def append(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """Return a view of ``old`` followed by the columns of ``new``.
+
+        Nothing of ``old`` is copied if it is the view that the last call returned and there is room.
+        """
+        columns = 0 if old is None or not old.numel() else old.shape[2]
+        total = columns + new.shape[2]
+        if self._memory is None or total > self._memory.shape[2]:
+            rows, heads, _, width = new.shape
+            self._memory = new.new_empty(rows, heads, total + max(LEAST_ROOM, total // 4), width)
+            if old is not None and columns:
+                self._memory[:, :, :columns] = old
+        self._memory[:, :, columns:total] = new
+        return self._memory[:, :, :total]
+
+
+@cache
+def growing_layer() -> Any:
+    """Return a class: transformers' dynamic layer that appends to a :class:`GrowingCacheLayer`."""
+    from transformers.cache_utils import DynamicLayer
+
+    class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is optional
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys: Tensor | None = None
+            self.values: Tensor | None = None
+            self._room = GrowingCacheLayer(), GrowingCacheLayer()
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self.keys = self._room[0].append(self.keys, key_states)
+            self.values = self._room[1].append(self.values, value_states)
+            return self.keys, self.values
+
+    return GrowingLayer
+
+
+def new_cache() -> Any:
+    """Make an empty cache that keeps every column; the mask serves layers with a sliding window."""
+    from transformers import DynamicCache
+
+    empty = DynamicCache()
+    empty.layer_class_to_replicate = growing_layer()
+    return empty

@@ -1,6 +1,6 @@
 """Building expert layers over a grid, from a checkpoint or from a model that is already in memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,10 @@ Layer = ExpertLayer | BlockLayer
 Experts = Iterator[tuple[int, MlpTensors]]
 ReadLayer = Callable[[Sequence[int], slice], Experts]
 """(global expert ids, rows of the expert width) -> (position, tensors) of each, as ``load_expert`` takes them."""
+LEAST_SLICE = 256
+"""Rows of an expert's narrowest slice; products of fewer rows do not read their weights at full speed."""
+SLICE_UNIT = 64
+"""Rows that every slice is a multiple of: products are tiled by as many, or by a divisor of it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,22 @@ def build_moe_modules(
 def experts_alone(config: LayerConfig) -> LayerConfig:
     """Describe the routed experts of a layer as a layer of their own, whose tokens are the experts' input."""
     return replace(config, hidden_size=config.routed_size, latent_size=None, shared=None, output_bias=False)
+
+
+def choose_expert_slices(ranks: int, layers: Iterable[LayerConfig]) -> int:
+    """Choose over how many of a node's ``ranks`` each expert of ``layers`` is sliced; it divides ``ranks``.
+
+    The few experts of a token seldom lie evenly on the ranks, and all ranks wait for the one with the most:
+    with slices every rank has a part of each expert. Ranks of one node read each other's rows in place, so
+    that a token for all of them costs no more than a token for some.
+    """
+    widths = [layer.intermediate_size for layer in layers]
+    fit = (
+        n
+        for n in range(1, ranks + 1)
+        if ranks % n == 0 and all(w % (n * SLICE_UNIT) == 0 and w // n >= LEAST_SLICE for w in widths)
+    )
+    return max(fit, default=1)
 
 
 def parallelize(

@@ -268,7 +268,7 @@ def test_dense_weights_stay_whole_where_ranks_have_no_memory_to_share(
     if grid.world.rank == grid.world.size - 1:
         monkeypatch.setattr("xpar.engine.models.loader.free_bytes", lambda: 2**20)
     loaded = load_model(root / "olmoe", grid, options=SpreadOptions(slice_dense=True))
-    assert not loaded.slices_dense and loaded.joints == loaded.layers
+    assert not loaded.slices_dense and loaded.collective_modules == loaded.layers
 
 
 def test_exact_mode_keeps_plain_products(grid: ProcessGrid, root: Path) -> None:

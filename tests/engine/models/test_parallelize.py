@@ -15,7 +15,7 @@ from tiny_models import write_model
 from xpar.engine.cli import parser
 from xpar.engine.commands.model_session import _etp
 from xpar.engine.config import LayerConfig, RouterConfig
-from xpar.engine.models.slicing import slices
+from xpar.engine.models.parallelize import choose_expert_slices
 
 LAYER = LayerConfig(8, 64, 1024, RouterConfig(2))
 
@@ -36,7 +36,7 @@ LAYER = LayerConfig(8, 64, 1024, RouterConfig(2))
     ],
 )
 def test_slices_divide_the_ranks_and_stay_wide(ranks: int, widths: list[int], expected: int) -> None:
-    assert slices(ranks, [replace(LAYER, intermediate_size=w) for w in widths]) == expected
+    assert choose_expert_slices(ranks, [replace(LAYER, intermediate_size=w) for w in widths]) == expected
 
 
 @pytest.fixture(scope="module")
