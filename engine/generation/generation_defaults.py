@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xpar.engine.checkpoint.tensor_file import CheckpointError
+from xpar.engine.checkpoint.reader import CheckpointError, read_json
 from xpar.engine.generation.logits_processors import MAKERS, make_processors
 from xpar.engine.generation.sampling import DRAW_SETTINGS, Sampling
+from xpar.engine.models.hf_config import LARGEST, transformers_errors
 
 FILE = "generation_config.json"
 MAX_NEW_TOKENS = 128
@@ -82,16 +83,23 @@ def read_defaults(path: Path) -> ModelDefaults:
 
     own = (path / FILE).exists()
     name = FILE if own else "config.json"
-    try:
+    values_given = read_json(path / name)
+    with transformers_errors(path / name, values_given):
         read = GenerationConfig.from_pretrained(
             path, config_file_name=name, _from_model_config=not own, local_files_only=True
         )
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / name}: {str(error).splitlines()[0]}") from None
+    check_ends(path / name, read.eos_token_id)
     known = vars(GenerationConfig())
     values = {n: value for n, value in read.to_dict().items() if value is not None and not n.startswith("_")}
     unknown = tuple(sorted(n for n in values if n not in known)) if own else ()
     return ModelDefaults(name, values, unknown)
+
+
+def check_ends(file: Path, ends: Any) -> None:
+    """Raise :class:`CheckpointError` unless ``ends``, the ``eos_token_id`` of ``file``, is an id, ids or None."""
+    for end in ends if isinstance(ends, list | tuple) else [ends]:
+        if end is not None and (type(end) is not int or not 0 <= end <= LARGEST):
+            raise CheckpointError(f"{file}: eos_token_id={end!r}: must be the id of a token, 0 to {LARGEST}")
 
 
 def settle(

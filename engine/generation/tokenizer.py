@@ -8,6 +8,7 @@ from typing import Any
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.generation.detokenizer import Detokenizer, first_stop
 from xpar.engine.generation.generation_defaults import FILE, read_defaults
+from xpar.engine.models.hf_config import read_hf_config, transformers_errors
 
 __all__ = ["TOKENIZER_FILES", "Tokenizer", "first_stop"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -29,17 +30,18 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path, chat: bool = False) -> None:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         if not any((path / name).exists() for name in TOKENIZER_FILES):
             raise CheckpointError(
                 f"{path}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it from where the model comes from"
             )
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        with transformers_errors(path / "tokenizer_config.json"):
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self.chat = chat
         if chat and not self.tokenizer.chat_template:
             raise CheckpointError(f"{path}: its tokenizer has no chat template; leave --chat out")
-        config = AutoConfig.from_pretrained(path).get_text_config()
+        config = read_hf_config(path).get_text_config()
         self.window: int | None = getattr(config, "max_position_embeddings", None)
         self.positions = None if _has_dynamic_factors(config) else self.window
         self.vocabulary: int | None = getattr(config, "vocab_size", None)

@@ -18,6 +18,7 @@ from xpar.engine.checkpoint.in_memory import InMemory
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.options import LayerOptions
+from xpar.engine.layer.residual_scaling import scale_layer_output
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.models.isolation import bad_rows, cleared, spoiled
 from xpar.engine.models.model_layer import ModelLayer
@@ -115,12 +116,22 @@ def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tupl
 
 
 def build_block(
-    checkpoint: Checkpoint, layer: int, grid: ProcessGrid, dtype: torch.dtype, options: LayerOptions
+    checkpoint: Checkpoint,
+    layer: int,
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+    options: LayerOptions,
+    scale_output: bool = False,
 ) -> BlockLayer:
-    """This rank's part of a layer. Holds no collective; raises ValueError for what does not fit."""
+    """Build this rank's part of ``layer``; no collective is called. Raises ValueError for what does not fit.
+
+    ``scale_output``: the layer returns its output over the routed scaling factor.
+    """
     arch = find(checkpoint.config)
     config = layer_config(arch, checkpoint.config, layer)
     read = partial(load_layer_weights, checkpoint, arch, layer, config)
+    if scale_output:
+        config, _ = scale_layer_output(config)
     runner = build_layer(config, grid, dtype, read, options, layer)
     return BlockLayer(runner, BLOCKS.get(arch.model_type, Block()).pair)
 

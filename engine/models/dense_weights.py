@@ -87,6 +87,10 @@ def load_dense(
     empty = model.state_dict()
     groups = tied_groups(model)
     tensors: dict[str, Tensor] = {}
+    # Before any memory is taken: a wrong size in config.json may ask for more than there is.
+    _on_first(
+        lambda: [checkpoint.check_shape(name, tuple(empty[key].shape)) for key, name in plan.items()], node
+    )
     for key, name in plan.items():
         kind = _dtype_of(key, dtype, kept)
         twin = next((tensors[other] for other in groups.get(key, ()) if other in tensors), None)

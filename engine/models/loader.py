@@ -1,7 +1,9 @@
 """A whole model on this rank: transformers' code, the dense weights, and this rank's experts."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +17,12 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.shared_window import SHARED_FILES, free_bytes
 from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
 from xpar.engine.architectures.layer_weights import stream_experts
-from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.models.block_layer import build_block
 from xpar.engine.models.dense_weights import load_dense, sources
 from xpar.engine.models.expert_layer import IMPLEMENTATION, ExpertLayer, register
-from xpar.engine.models.hf_config import read_hf_config
+from xpar.engine.models.hf_config import read_hf_config, transformers_errors
 from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.malloc import give_back_freed_memory
 from xpar.engine.models.packed_linear import ColumnParallelLinear, group_by_input, pack_model
@@ -38,6 +40,10 @@ from xpar.kernels.choice import Choice
 from xpar.kernels.cpu.linear import PLAIN, LinearEntry, choose_linear
 
 log = logging.getLogger("xpar.models")
+FAILED_ALLOCATION = re.compile(
+    r"can't allocate memory|out of memory|not enough memory|calculation overflowed"
+)
+"""What torch says when there is not enough memory."""
 LEAST_FREE = 4 * ROUND_BYTES
 """Bytes of shared memory that a node must have free before its ranks slice dense products.
 
@@ -247,7 +253,13 @@ def _empty_model(
     for layer in require_moe_layers(arch, checkpoint.config):
         layer_config(arch, checkpoint.config, layer)
     hf_config = read_hf_config(checkpoint.path)
-    with torch.device("meta"):
+    file, values = checkpoint.path / "config.json", checkpoint.config
+    if hf_config.get_text_config().num_hidden_layers > len(checkpoint.names()):
+        raise CheckpointError(
+            f"{file}: num_hidden_layers={hf_config.get_text_config().num_hidden_layers}: the checkpoint has only "
+            f"{len(checkpoint.names())} tensors; config.json is not that of these weights"
+        )
+    with transformers_errors(file, values), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.eval()
     model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
@@ -292,15 +304,30 @@ def _load_layers(
     arch = find(checkpoint.config)
     layers: dict[int, Layer] = {}
     for n, part in parts.items():
-        if part.experts:
-            config = layer_config(arch, checkpoint.config, n)
-            read = _reader(checkpoint, n, config, dtype)
-            layers[n] = build_moe_modules(config, grid, dtype, n, read, options, loaded)
-        else:
-            before = checkpoint.bytes_read
-            layers[n] = build_block(checkpoint, n, grid, dtype, options.of_layer())
-            loaded(checkpoint.bytes_read - before)
+        with _allocation_errors(checkpoint.path / "config.json", n):
+            if part.experts:
+                config = layer_config(arch, checkpoint.config, n)
+                read = _reader(checkpoint, n, config, dtype)
+                layers[n] = build_moe_modules(config, grid, dtype, n, read, options, loaded)
+            else:
+                before = checkpoint.bytes_read
+                layers[n] = build_block(checkpoint, n, grid, dtype, options.of_layer())
+                loaded(checkpoint.bytes_read - before)
     return layers
+
+
+@contextmanager
+def _allocation_errors(file: Path, layer: int) -> Iterator[None]:
+    """Turn a failed allocation for the experts of ``layer`` into one :class:`CheckpointError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not FAILED_ALLOCATION.search(str(error)):
+            raise
+        raise CheckpointError(
+            f"{file}: the experts of layer {layer} do not fit into this rank's memory; "
+            "use more ranks, or check that this config.json belongs to the weights"
+        ) from None
 
 
 def _reader(checkpoint: Checkpoint, layer: int, config: LayerConfig, dtype: torch.dtype) -> ReadLayer:

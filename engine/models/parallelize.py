@@ -16,6 +16,7 @@ from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.expert_shard import build_expert_shard
 from xpar.engine.layer.options import ExpertOptions, LayerOptions
+from xpar.engine.layer.residual_scaling import ResidualScale, scale_layer_output
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.models.block_layer import (
     LAYERS_ALONE,
@@ -33,6 +34,7 @@ from xpar.engine.models.expert_layer import (
     experts_modules,
     register,
 )
+from xpar.engine.models.scale_decoder import check_parts, scale_decoder
 
 Layer = ExpertLayer | BlockLayer
 Experts = Iterator[tuple[int, MlpTensors]]
@@ -46,19 +48,25 @@ SLICE_UNIT = 64
 
 @dataclass(frozen=True)
 class SpreadOptions(ExpertOptions):
-    """How a model's layers are computed. ``whole_block``: xpar's router and shared experts, not the model's own.
+    """The options of how a model's layers are computed.
 
-    ``dense``: of a model that is loaded: a name of :mod:`xpar.kernels.cpu.linear`, plain, or auto. ``slice_dense``: the ranks
-    of a node share out its packed dense products (:class:`~xpar.comm.column_parallel.ColumnParallel`); then every rank must run
-    as many products as the others, which scoring does not.
+    Attributes:
+        whole_block: Whether xpar computes router and shared experts, too.
+        dense: The kernel of dense products of a model that is loaded: a name of
+            :mod:`xpar.kernels.cpu.linear`, plain, or auto.
+        slice_dense: Whether the ranks of a node slice the packed dense products
+            (:class:`~xpar.comm.column_parallel.ColumnParallel`). Every rank must then run as many products as
+            the others, which scoring does not.
+        scale_residual: Whether a model in memory keeps its residual over the routed scaling factor.
     """
 
     whole_block: bool = False
     dense: str = "auto"
     slice_dense: bool = False
+    scale_residual: bool = False
 
     def of_layer(self) -> LayerOptions:
-        """The same for a runner."""
+        """Return the options of one layer."""
         return LayerOptions(self.dispatcher, self.kernel, self.exact)
 
 
@@ -116,17 +124,34 @@ def parallelize(
     kernel: str = "auto",
     exact: bool = False,
     whole_block: bool = False,
+    scale_residual: bool = False,
 ) -> Any:
-    """Spread the experts of ``model``, a transformers model that every rank has in memory, over ``grid``.
+    """Spread the experts of ``model`` over ``grid``. Collective over the grid.
 
-    Each rank keeps its own experts and drops the others; everything else stays as it is. ``whole_block``: the router,
-    the shared experts and all else of a block are xpar's too, as they are anyway in families whose block does not let
-    its experts be provided. Returns ``model``, whose forward every rank must call from now on, with tokens of its own,
-    or :func:`serve_other_ranks` without. Collective over the grid; raises one error on every rank for a model of no known family.
+    Each rank keeps its own experts and drops the others; everything else stays as it is. From now on every rank
+    must call the model's forward, with tokens of its own, or :func:`serve_other_ranks` without tokens.
+
+    Args:
+        model: A transformers model that every rank has in memory.
+        grid: The ranks.
+        dispatcher: A dispatcher's name, or auto.
+        kernel: A kernel's name, or auto.
+        exact: Whether results must not depend on the number of ranks.
+        whole_block: Whether xpar also computes the router, the shared experts and all else of a block. It does so
+            anyway in families whose block does not let its experts be provided.
+        scale_residual: Keep the residual of a float16 model below 65504: whole blocks and decoder compute it over
+            the routed scaling factor (:func:`~xpar.engine.scale_decoder`). The logits stay the same.
+
+    Returns:
+        ``model``, changed in place.
+
+    Raises:
+        AgreedError: The model is of no known family, or cannot be spread in this way; the same on every rank.
     """
-    options = SpreadOptions(dispatcher, kernel, exact, whole_block)
+    options = SpreadOptions(dispatcher, kernel, exact, whole_block, scale_residual=scale_residual)
     hf_config = model.config.to_dict()
     parts = agreed(grid.world.comm, lambda: moe_modules(model, hf_config, whole_block), "parallelize")
+    scale = agreed(grid.world.comm, lambda: _check_scale(model, hf_config, parts, options), "parallelize")
     layers = agreed(
         grid.world.comm, lambda: _from_memory(model, hf_config, parts, grid, options), "parallelize"
     )
@@ -135,7 +160,31 @@ def parallelize(
     if any(isinstance(layer, ExpertLayer) for layer in layers.values()):
         register()
         model.set_experts_implementation(IMPLEMENTATION)
+    if scale is not None:
+        scale_decoder(model, scale)
     return model
+
+
+def _check_scale(
+    model: Any, hf_config: dict[str, Any], parts: "dict[int, MoeModules]", options: SpreadOptions
+) -> ResidualScale | None:
+    """Find the scale of the residual, if ``options`` want one; raise ValueError for a model without a common one."""
+    if not options.scale_residual:
+        return None
+    if any(part.experts for part in parts.values()):
+        raise ValueError(
+            "scale_residual=True: routers and shared experts are scaled, too; add whole_block=True"
+        )
+    arch = find(hf_config)
+    scales = {scale_layer_output(layer_config(arch, hf_config, n))[1] for n in parts}
+    if len(scales) > 1:
+        factors = sorted(scale.factor for scale in scales)
+        raise ValueError(
+            f"scale_residual=True: layers have different scaling factors {factors}; use bfloat16"
+        )
+    for layer in model.base_model.layers:
+        check_parts(layer)
+    return scales.pop()
 
 
 def expert_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
@@ -216,7 +265,7 @@ def _from_memory(
             )
         else:
             weights = weights_of(model, hf_config, part.names)
-            layers[n] = build_block(weights, n, grid, model.dtype, options.of_layer())
+            layers[n] = build_block(weights, n, grid, model.dtype, options.of_layer(), options.scale_residual)
     return layers
 
 
