@@ -24,14 +24,17 @@ UNSUPPORTED_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
 def use_xpar_attention(model: Any) -> bool:
     """Let ``model`` compute its attention here, if it would by ``sdpa``; whether it does."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
     # A family with attention sinks or soft caps has ``eager``; one that does not ask by name cannot be told.
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return False
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, AttentionForward())
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, sdpa_mask)
-    model.set_attn_implementation(IMPLEMENTATION)
+    # By name, as transformers warns of every other sub-config, such as DBRX's, that no submodel has.
+    used = {id(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    inner = [name for name in model.config.sub_configs if id(getattr(model.config, name, None)) in used]
+    model.set_attn_implementation(dict.fromkeys(("", *inner), IMPLEMENTATION))
     return True
 
 

@@ -22,7 +22,7 @@ from xpar.engine.config import LayerConfig
 from xpar.engine.models.block_layer import build_block
 from xpar.engine.models.dense_weights import load_dense, sources
 from xpar.engine.models.expert_layer import IMPLEMENTATION, ExpertLayer, register
-from xpar.engine.models.hf_config import read_hf_config, transformers_errors
+from xpar.engine.models.hf_config import check_numbers, read_hf_config, transformers_errors
 from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.malloc import give_back_freed_memory
 from xpar.engine.models.packed_linear import ColumnParallelLinear, group_by_input, pack_model
@@ -249,6 +249,7 @@ def _empty_model(
     from transformers import AutoModelForCausalLM
 
     # A layer that xpar cannot compute is refused before transformers builds anything.
+    check_numbers(checkpoint.path / "config.json", checkpoint.config)
     arch = find(checkpoint.config)
     for layer in require_moe_layers(arch, checkpoint.config):
         layer_config(arch, checkpoint.config, layer)

@@ -78,7 +78,9 @@ def test_a_decoder_that_overflows_agrees_with_float32_once_it_is_scaled(
     assert torch.isfinite(expected).all()
     plain = logits(decoder(fresh_seed, torch.float16, 1000.0), fresh_seed, world.rank)
     assert not torch.isfinite(plain).all()
-    model = parallelize(decoder(fresh_seed, torch.float16, 1000.0), grid, whole_block=True, scale_residual=True)
+    model = parallelize(
+        decoder(fresh_seed, torch.float16, 1000.0), grid, whole_block=True, scale_residual=True
+    )
     assert relative_error(logits(model, fresh_seed, world.rank), expected) < 1e-2
 
 
