@@ -23,10 +23,13 @@ def score(
     request: ScoreRequest,
     work: Workload,
     loaded: LoadedModel,
-    told: Callable[[], bool] = lambda: False,
-    tell: Callable[[Progress], None] = lambda progress: None,
+    stop_requested: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> RunSummary:
-    """Score ``work.queue`` into ``request.out``; collective. ``told`` and ``tell``: see :func:`process_file`."""
+    """Score the texts of ``work.queue`` into ``request.out``. Collective.
+
+    ``stop_requested``, ``on_progress``: see :func:`process_file`.
+    """
 
     def start(place: int, question: WorkItem) -> ScoredText:
         return ScoredText(place, question.ids, question.first)
@@ -39,8 +42,8 @@ def score(
         BatchLimits(request.batch, request.prefill_tokens),
         start,
         lambda s: _record(work.queue[s.place], s, work),
-        told,
-        tell,
+        stop_requested,
+        on_progress,
     )
 
 

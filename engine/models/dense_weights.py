@@ -89,7 +89,7 @@ def load_dense(
     tensors: dict[str, Tensor] = {}
     # Before any memory is taken: a wrong size in config.json may ask for more than there is.
     _on_first(
-        lambda: [checkpoint.check_shape(name, tuple(empty[key].shape)) for key, name in plan.items()], node
+        partial(_check_shapes, checkpoint, {name: empty[key].shape for key, name in plan.items()}), node
     )
     for key, name in plan.items():
         kind = _dtype_of(key, dtype, kept)
@@ -200,6 +200,12 @@ def _on_first(read: Callable[[], T], node: Communicator) -> T:
         raise CheckpointError(problem)
     value: T = result
     return value
+
+
+def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise :class:`CheckpointError` for the first stored tensor that has another shape than in ``shapes``."""
+    for name, shape in shapes.items():
+        checkpoint.check_shape(name, tuple(shape))
 
 
 def _is_equal(checkpoint: Checkpoint, name: str, tensor: Tensor) -> bool:
