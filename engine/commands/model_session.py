@@ -179,7 +179,8 @@ def load(
     layer = loaded.layers[0].runner
     console.print(
         f"{type(loaded.model).__name__}: {loaded.dense_bytes / 1e6:.1f} MB dense, "
-        f"{loaded.expert_bytes / 1e6:.1f} MB of experts on rank 0; all ranks read {read / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s | "
+        f"{loaded.expert_bytes / 1e6:.1f} MB of experts on rank 0; "
+        f"all ranks read {read / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s | "
         f"{layer.dispatcher.name} dispatch, {layer.kernel.name if layer.kernel else 'no'} kernel, "
         f"{loaded.dense} dense products{', shared out over each node' if loaded.slices_dense else ''}",
         soft_wrap=True,

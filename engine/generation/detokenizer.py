@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder writes for bytes that are no character, such as the first bytes of one that is not complete."""
+"""The character for bytes that are none, such as the first bytes of a character that is not complete."""
 BYTES_OF_CHARACTER = 4
 """At most: a tokenizer of bytes may need a token for each."""
 CONTEXT = 8
@@ -46,7 +46,7 @@ class Detokenizer:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     def context(self, prompt: Sequence[int]) -> list[int]:
-        """The last tokens of ``prompt`` that decode to whole characters, at least one of them no special token."""
+        """Find the last tokens of ``prompt`` that decode to whole characters and are not all special."""
         lengths = (*range(CONTEXT, 2 * CONTEXT + 1), CONTEXT**2)
         for length in lengths if self.in_context else ():
             before = self.decode(prompt[-length:])
@@ -60,7 +60,8 @@ class Detokenizer:
             return self.decode(answer, special)
         for before in (context, self._word()):
             text, whole = self.decode(before, special), self.decode([*before, *answer], special)
-            # A byte behind bytes may make all of them no characters; then the answer is decoded behind a word.
+            # A byte behind bytes may make all of them no characters; then the answer is decoded behind a
+            # word.
             if whole.startswith(text) and not text.endswith(BROKEN):
                 return whole[len(text) :]
         return self.decode(answer, special)
@@ -98,7 +99,7 @@ class Detokenizer:
             yield self.decode_answer(context, answer)
 
     def _tails(self, context: Sequence[int], answer: Sequence[int], tail: int) -> Iterator[str]:
-        """The end of the text of ``answer``, of ``tail`` tokens at least, as each of :meth:`_texts` has it."""
+        """Return the end of the text of ``answer``, of at least ``tail`` tokens, in each form of _texts."""
         most = 4 * tail
         seen = list(answer[-most:]) if len(answer) > most else [*context, *answer]
         visible = [[t for t in seen if t not in self.special_ids]] if self.has_special(seen) else []
@@ -112,7 +113,10 @@ class Detokenizer:
     def cut(
         self, prompt: Sequence[int], answer: Sequence[int], stops: Stops, keep_special: bool = False
     ) -> str:
-        """The text of an answer before the first of ``stops``. ``keep_special``: with the special tokens' names."""
+        """The text of an answer before the first of ``stops``.
+
+        ``keep_special``: with the special tokens' names.
+        """
         if answer and answer[-1] in stops.ids:
             answer = answer[:-1]
         context = self.context(prompt)

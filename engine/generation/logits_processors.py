@@ -1,4 +1,4 @@
-"""Changes to a sequence's logits that depend on its tokens: penalties, bans and forced tokens, by transformers' classes.
+"""Changes to logits that depend on a sequence's tokens: penalties, bans, forced tokens, by transformers.
 
 V vocabulary, S tokens so far.
 """
@@ -134,7 +134,8 @@ def make_processors(
     """The processors of one prompt's sequence, or None where ``settings`` name none.
 
     Args:
-        settings: values by their names in transformers' generation config; others than ``MAKERS`` are left out.
+        settings: values by their names in transformers' generation config; others than ``MAKERS`` are left
+            out.
         prompt: the prompt's tokens.
         max_new_tokens: bound of the answer.
         ends: end tokens.
@@ -177,6 +178,7 @@ def choose_tokens(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) ->
             for r, row in zip(drawn, rows, strict=True)
         ]
     )
-    # A banned token is as unlikely as a number can say, a forced one as likely; NaN stays, and is the model's error.
+    # A banned token is as unlikely as a number can say, a forced one as likely; NaN stays, and is the model's
+    # error.
     bounds = torch.finfo(processed.dtype)
     return sampling.choose(processed.clamp(bounds.min, bounds.max), generators)

@@ -67,15 +67,16 @@ def text_form(value: Mapping[str, Any]) -> tuple[str, str | None]:
         if parts == ["context", "continuation"]:
             return value["continuation"], value["context"]
     raise ValueError(
-        'must be an object with a text "text", or with two, "context" and "continuation", such as {"id": "a1", "text": "…"}'
+        'must be an object with a text "text", or with two, "context" and "continuation", such as '
+        '{"id": "a1", "text": "…"}'
     )
 
 
 def read_prompts(path: Path, form: Form = prompt_form) -> tuple[list[Prompt], list[BadLine]]:
     """All prompts of ``path`` in order, and all lines that are none; empty lines are neither.
 
-    A file whose name ends in .jsonl, .ndjson or .json holds JSON lines of ``form``. Raises OSError, and ValueError for a
-    file that as a whole is not UTF-8.
+    A file whose name ends in .jsonl, .ndjson or .json holds JSON lines of ``form``. Raises OSError, and
+    ValueError for a file that as a whole is not UTF-8.
     """
     prompts: list[Prompt] = []
     bad: list[BadLine] = []

@@ -18,8 +18,8 @@ Record = Callable[[PaddedDecodeStep], Callable[[], Tensor]]
 class DecodeGraph:
     """Continues sequences by replaying a step, where the same ones have gone on for a while.
 
-    ``recorded``: how a step is recorded. A model that cannot be is found out at the first attempt, and goes on as before.
-    ``refused``: why, then. ``replayed``: how many steps were.
+    ``recorded``: how a step is recorded. A model that cannot be is found out at the first attempt, and goes
+    on as before. ``refused``: why, then. ``replayed``: how many steps were.
     """
 
     def __init__(self, loaded: LoadedModel, recorded: Record | None = None) -> None:
@@ -34,7 +34,9 @@ class DecodeGraph:
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> "DecodeGraph | None":
-        """None where steps are not recorded: on host processors, in exact mode, and with several ranks, whose agreement
+        """Make one, or return None where steps are not recorded.
+
+        Steps are not recorded on host processors, in exact mode, and with several ranks, whose agreement
         before each layer's exchange a recording would leave out."""
         if loaded.device.type != "cuda" or any(
             x.runner.options.exact or x.runner.grid.world.size > 1 for x in loaded.layers
@@ -43,7 +45,10 @@ class DecodeGraph:
         return cls(loaded)
 
     def step(self, ids: Tensor, past: KvCache) -> tuple[Tensor, KvCache] | None:
-        """Logits [B, V] after ``ids`` [B, 1], and what ``past`` becomes; None where the step is not to be replayed."""
+        """Logits [B, V] after ``ids`` [B, 1], and what ``past`` becomes.
+
+        None where the step is not to be replayed.
+        """
         if past is not self._past:  # other sequences, or continued by somebody else
             self._recording, self._steady = None, 0
         if self._recording is not None and not self._recording[0].left:

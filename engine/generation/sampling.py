@@ -1,4 +1,7 @@
-"""Choosing the next token. The arithmetic of temperature, top-k, top-p and their like is transformers' own."""
+"""Choosing the next token.
+
+The arithmetic of temperature, top-k, top-p and their like is transformers' own.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,10 +28,11 @@ DRAW_SETTINGS = ("top_h", *CUTS)
 class Sampling:
     """How tokens are drawn. ``temperature`` 0 takes the likeliest token (the lowest id of equals).
 
-    ``top_k``: draw among the k likeliest, 0 among all. ``top_p``: among the likeliest whose probabilities add up to
-    p. ``seed``: of the draws; each prompt's depend on it and on the prompt alone, not on ranks or neighbours.
-    ``settings``: further (name, value) of transformers' generation config, lists as tuples: further ways to leave
-    unlikely tokens out of a draw, and those of :mod:`xpar.engine.generation.logits_processors`.
+    ``top_k``: draw among the k likeliest, 0 among all. ``top_p``: among the likeliest whose probabilities add
+    up to p. ``seed``: of the draws; each prompt's depend on it and on the prompt alone, not on ranks or
+    neighbours. ``settings``: further (name, value) of transformers' generation config, lists as tuples:
+    further ways to leave unlikely tokens out of a draw, and those of
+    :mod:`xpar.engine.generation.logits_processors`.
     """
 
     temperature: float = 0.0
@@ -109,7 +113,7 @@ def _temper(warper: Any, ids: None, logits: Tensor) -> Tensor:
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """[B, V] -> [B] int64 where ``logits`` lie: the lowest id of the largest, -1 for a row that is not finite.
+    """Find the lowest id of each row's largest logit, [B, V] -> [B] int64; -1 for a row that is not finite.
 
     On a GPU only these numbers cross to the host; ``argmax`` there takes any of equals.
     """

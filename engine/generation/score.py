@@ -81,7 +81,10 @@ def perplexity(tokens: int, logprob: float) -> float | None:
 
 
 def logprobs_of(scored: ScoredText) -> list[float]:
-    """The log-probabilities of a complete text; RuntimeError unless there is one for each token that was asked for."""
+    """The log-probabilities of a complete text.
+
+    RuntimeError unless there is one for each token that was asked for.
+    """
     asked = len(scored.ids) - scored.first
     if len(scored.logprobs) != asked:
         raise RuntimeError(

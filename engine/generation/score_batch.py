@@ -18,10 +18,13 @@ from xpar.engine.models.rows import SeparateRows
 
 @dataclass
 class ScoredText:
-    """A text being scored. ``place``: its number among the job's. ``first``: of ``ids``, the first that is scored.
+    """A text being scored. ``place``: its number among the job's.
 
-    ``logprobs``: of ids[first:], natural logarithms, so far. ``greedy``: whether each of them is the likeliest token.
-    ``length``: tokens of the forward whose result is wanted, for models that treat long texts otherwise;
+    ``first``: of ``ids``, the first that is scored.
+
+    ``logprobs``: of ids[first:], natural logarithms, so far. ``greedy``: whether each of them is the
+    likeliest token. ``length``: tokens of the forward whose result is wanted, for models that treat long
+    texts otherwise;
     None: of all ``ids``.
     ``failure``: why it cannot be scored, or None.
     """
@@ -48,9 +51,9 @@ class ScoredText:
 class ScoreBatch:
     """The texts of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
-    ``batch``: texts read together at most. ``piece``: tokens of one text read in one forward; a longer one is read in
-    several, and alone. A model that keeps more than keys and values between two pieces reads every text in one
-    forward. ``tokens``: how many have been scored so far.
+    ``batch``: texts read together at most. ``piece``: tokens of one text read in one forward; a longer one is
+    read in several, and alone. A model that keeps more than keys and values between two pieces reads every
+    text in one forward. ``tokens``: how many have been scored so far.
     """
 
     def __init__(self, loaded: LoadedModel, batch: int, piece: int) -> None:
@@ -96,7 +99,10 @@ class ScoreBatch:
 
     @torch.inference_mode()
     def advance(self) -> list[ScoredText]:
-        """Read the next piece of a long text, and return it if that was the last; or one text that is to be read alone."""
+        """Read the next piece of a long text, and return it if that was the last.
+
+        Or one text that is to be read alone.
+        """
         if self._reading is None:
             return self.begin([self._alone.pop(0)])
         text, begin = self._reading.text, self._reading.read

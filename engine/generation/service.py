@@ -1,4 +1,4 @@
-"""A loaded model that one program asks, on rank 0, while the other ranks serve: for what cannot run on all of them.
+"""The service of a loaded model to a program on rank 0, while the other ranks compute along.
 
 Questions come as tokens and are answered in memory, by the same loop that works through a file.
 """
@@ -25,7 +25,10 @@ from xpar.engine.models.loader import LoadedModel
 
 @dataclass(frozen=True)
 class Continuations:
-    """To be scored: ids[first:] of each (ids, first). Answer: the sum of log-probabilities, and whether it is greedy."""
+    """To be scored: ids[first:] of each (ids, first).
+
+    Answer: the sum of log-probabilities, and whether it is greedy.
+    """
 
     texts: tuple[tuple[list[int], int], ...]
 
@@ -121,7 +124,10 @@ class Service:
         start: Callable[[int], R],
         value: Callable[[R], Record],
     ) -> list[Any]:
-        """The value of each of ``ids``, on rank 0, of records with its place; longest first, so that no rank begins a long one last."""
+        """The value of each of ``ids``, on rank 0, of records with its place.
+
+        Longest first, so that no rank begins a long one last.
+        """
         agreed(self.comm, lambda: self._check(ids))
         order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
         values: dict[int, Any] = {}

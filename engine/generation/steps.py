@@ -4,7 +4,10 @@ from typing import Protocol, TypeVar
 
 
 class Row(Protocol):
-    """A prompt or text that is being worked on. ``place``: its number among the job's. ``failure``: why it cannot be, or None."""
+    """A prompt or text that is being worked on. ``place``: its number among the job's.
+
+    ``failure``: why it cannot be, or None.
+    """
 
     place: int
     failure: str | None

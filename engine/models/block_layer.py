@@ -1,6 +1,7 @@
-"""Whole mixture-of-experts blocks of a model replaced by xpar's layer: router, experts, shared experts, scaling.
+"""Whole blocks of a model replaced by xpar's layer: router, experts, shared experts, scaling.
 
-For families whose block does not let its experts be provided it is the only way; for the others it is a choice.
+For families whose block does not let its experts be provided it is the only way; for the others it is a
+choice.
 """
 
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ from xpar.engine.routing.router import Router
 
 @dataclass(frozen=True)
 class Block:
-    """Where transformers' model of a family has a layer's block, and whether its forward returns a second value too.
+    """The place of a layer's block in transformers' model, and whether its forward returns two values.
 
     ``beside``: a module whose output the model adds to the block's, and which is a part of xpar's layer.
     """
@@ -51,7 +52,8 @@ BLOCKS = {
 }
 """Those that are not as in most families."""
 LAYERS_ALONE = {
-    "deepseek_v4": "its checkpoints name dense weights as transformers does not, and its blocks are not given token ids"
+    "deepseek_v4": "its checkpoints name dense weights as transformers does not, and its blocks "
+    "are not given token ids"
 }
 """Families of which ``xpar run`` computes layers, but no whole model can be made yet, and why."""
 
@@ -93,7 +95,10 @@ class NoModule(nn.Module):
 
 
 def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tuple[str, ...]]:
-    """Layer -> name of its block and of what is beside it, ascending; raises :class:`CheckpointError` where the model has none."""
+    """Find the names of each layer's block and of the module beside it, by layer, ascending.
+
+    Raises :class:`CheckpointError` where the model has none.
+    """
     arch = find(hf_config)
     if arch.norm is not None:
         raise CheckpointError(

@@ -59,7 +59,7 @@ def read_hf_config(path: Path) -> Any:
 
 
 def check_numbers(file: Path, values: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise :class:`CheckpointError` for the first of ``values`` that is NaN, infinite, or an impossible size."""
+    """Raise :class:`CheckpointError` for the first value that is not finite, or an impossible size."""
     padding, rows = values.get("pad_token_id"), values.get("vocab_size")
     if isinstance(padding, int) and isinstance(rows, int) and padding >= rows > 0:
         raise CheckpointError(f"{file}: {prefix}pad_token_id={padding}: must be less than vocab_size={rows}")

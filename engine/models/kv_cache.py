@@ -1,7 +1,7 @@
 """The keys and values of running sequences, one row each, in transformers' own cache.
 
-Rows have different lengths and end in the same column: what is missing on the left is padding, which the mask hides.
-B rows, S columns; every layer's keys and values are [B, heads, S, dim].
+Rows have different lengths and end in the same column: what is missing on the left is padding, which the mask
+hides. B rows, S columns; every layer's keys and values are [B, heads, S, dim].
 """
 
 from dataclasses import dataclass, field
@@ -19,14 +19,17 @@ from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.models.hf_config import check_numbers, read_hf_config
 
 LEAST_ROOM = 64
-"""Spare columns of memory that is allocated for keys or values; a quarter of the columns where that is more."""
+"""Spare columns of memory that is allocated for keys or values.
+
+A quarter of the columns where that is more.
+"""
 
 
 def other_states(hf_config: Any) -> tuple[str, ...]:
     """List the cache classes of a model that keep anything but keys and values.
 
-    The cache that transformers makes for ``hf_config`` says it: recurrent layers keep a state of another form, and
-    layers that keep nothing have no keys to continue from.
+    The cache that transformers makes for ``hf_config`` says it: recurrent layers keep a state of another
+    form, and layers that keep nothing have no keys to continue from.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -51,7 +54,8 @@ def describe_other_states(hf_config: Any, states: tuple[str, ...]) -> str:
     """Describe why xpar cannot generate text with a model whose cache has the classes ``states``."""
     return (
         f"model_type={hf_config.model_type!r}: its layers keep more than keys and values of what they have "
-        f"read ({', '.join(states)}), which cannot be continued token by token yet; xpar score reads texts with "
+        f"read ({', '.join(states)}), which cannot be continued token by token yet; xpar score reads texts "
+        "with "
         "this model"
     )
 
@@ -69,7 +73,10 @@ class KvCache:
 
     @classmethod
     def of(cls, cache: Any, lengths: tuple[int, ...]) -> "KvCache":
-        """What a forward left in ``cache``; raises ValueError for a model that keeps another kind of state."""
+        """What a forward left in ``cache``.
+
+        Raises ValueError for a model that keeps another kind of state.
+        """
         layers: list[tuple[Tensor, Tensor]] = []
         for layer in cache.layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -85,7 +92,10 @@ class KvCache:
         return int(self.layers[0][0].shape[2])
 
     def cache(self) -> Any:
-        """A cache for transformers' forward, which appends to it. For one forward only: a second would append to the same."""
+        """A cache for transformers' forward, which appends to it.
+
+        For one forward only: a second would append to the same.
+        """
         if self.origin is not None:
             return self.origin
         copy = new_cache()

@@ -12,14 +12,14 @@ from torch import Tensor
 from xpar.engine.models.attention import backends
 
 LOGITS_BYTES = 64 * 2**20
-"""Of float32 logits at a time: those of a long text would be larger than the model."""
+"""Bytes of float32 logits at a time: those of a long text would be larger than the model."""
 
 
 class Head:
     """A causal language model in two halves: hidden states first, then the logits of some of them at a time.
 
-    The second half is the model's own forward around hidden states that are there already, so that whatever a family
-    does to its logits (Granite and Cohere scale them, Gemma bounds them) is done.
+    The second half is the model's own forward around hidden states that are there already, so that whatever a
+    family does to its logits (Granite and Cohere scale them, Gemma bounds them) is done.
     """
 
     def __init__(self, model: Any) -> None:
@@ -49,7 +49,7 @@ class Head:
             self._given.hidden_states = None
 
     def scores(self, hidden_states: Tensor, targets: Tensor) -> Iterator[tuple[list[float], bool]]:
-        """[T, H], [T] -> log-probabilities of ``targets``, and whether all are the likeliest, some rows at a time.
+        """Yield log-probabilities of ``targets`` [T] and whether all are the likeliest, some rows at a time.
 
         Raises ValueError for logits that are not finite.
         """

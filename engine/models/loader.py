@@ -207,7 +207,9 @@ def _find_collective_modules(
 
 
 def forward_order(model: Any, modules: Iterable[torch.nn.Module]) -> list[tuple[torch.nn.Module, Any]]:
-    """Run a forward of one token; list each of ``modules`` with its first argument, in the order of the calls.
+    """Run a forward of one token.
+
+    List each of ``modules`` with its first argument, in the order of the calls.
 
     Collective. The arguments are kept alive, so that two are the same object only if they are one tensor.
     """
@@ -257,7 +259,8 @@ def _empty_model(
     file, values = checkpoint.path / "config.json", checkpoint.config
     if hf_config.get_text_config().num_hidden_layers > len(checkpoint.names()):
         raise CheckpointError(
-            f"{file}: num_hidden_layers={hf_config.get_text_config().num_hidden_layers}: the checkpoint has only "
+            f"{file}: num_hidden_layers={hf_config.get_text_config().num_hidden_layers}: the checkpoint has "
+            "only "
             f"{len(checkpoint.names())} tensors; config.json is not that of these weights"
         )
     with transformers_errors(file, values), torch.device("meta"):

@@ -39,7 +39,7 @@ from xpar.engine.models.scale_decoder import check_parts, scale_decoder
 Layer = ExpertLayer | BlockLayer
 Experts = Iterator[tuple[int, MlpTensors]]
 ReadLayer = Callable[[Sequence[int], slice], Experts]
-"""(global expert ids, rows of the expert width) -> (position, tensors) of each, as ``load_expert`` takes them."""
+"""(global expert ids, rows of the expert width) -> (position, tensors) of each, as for ``load_expert``."""
 LEAST_SLICE = 256
 """Rows of an expert's narrowest slice; products of fewer rows do not read their weights at full speed."""
 SLICE_UNIT = 64
@@ -79,7 +79,9 @@ def build_moe_modules(
     options: SpreadOptions,
     loaded: Callable[[int], None] = lambda nbytes: None,
 ) -> ExpertLayer:
-    """This rank's part of a layer's experts, read through ``read``; ``loaded`` hears the bytes of each expert.
+    """This rank's part of a layer's experts, read through ``read``.
+
+    ``loaded`` hears the bytes of each expert.
 
     Holds no collective. Raises ValueError for options that do not fit the grid, the layer or this machine.
     """
@@ -128,8 +130,8 @@ def parallelize(
 ) -> Any:
     """Spread the experts of ``model`` over ``grid``. Collective over the grid.
 
-    Each rank keeps its own experts and drops the others; everything else stays as it is. From now on every rank
-    must call the model's forward, with tokens of its own, or :func:`serve_other_ranks` without tokens.
+    Each rank keeps its own experts and drops the others; everything else stays as it is. From now on every
+    rank must call the model's forward, with tokens of its own, or :func:`serve_other_ranks` without tokens.
 
     Args:
         model: A transformers model that every rank has in memory.
@@ -137,10 +139,10 @@ def parallelize(
         dispatcher: A dispatcher's name, or auto.
         kernel: A kernel's name, or auto.
         exact: Whether results must not depend on the number of ranks.
-        whole_block: Whether xpar also computes the router, the shared experts and all else of a block. It does so
-            anyway in families whose block does not let its experts be provided.
-        scale_residual: Keep the residual of a float16 model below 65504: whole blocks and decoder compute it over
-            the routed scaling factor (:func:`~xpar.engine.scale_decoder`). The logits stay the same.
+        whole_block: Whether xpar also computes the router, the shared experts and all else of a block. It
+            does so anyway in families whose block does not let its experts be provided.
+        scale_residual: Keep the residual of a float16 model below 65504: whole blocks and decoder compute it
+            over the routed scaling factor (:func:`~xpar.engine.scale_decoder`). The logits stay the same.
 
     Returns:
         ``model``, changed in place.
@@ -168,7 +170,10 @@ def parallelize(
 def _check_scale(
     model: Any, hf_config: dict[str, Any], parts: "dict[int, MoeModules]", options: SpreadOptions
 ) -> ResidualScale | None:
-    """Find the scale of the residual, if ``options`` want one; raise ValueError for a model without a common one."""
+    """Find the scale of the residual, if ``options`` want one.
+
+    Raise ValueError for a model without a common one.
+    """
     if not options.scale_residual:
         return None
     if any(part.experts for part in parts.values()):
@@ -188,7 +193,7 @@ def _check_scale(
 
 
 def expert_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
-    """The layers of ``model`` that are spread, in the order in which its forward calls them."""
+    """List the layers of ``model`` that are spread, in the order in which its forward calls them."""
     found: list[Layer] = []
     for module in model.modules():
         layer = module if isinstance(module, BlockLayer) else getattr(module, ATTRIBUTE, None)
@@ -198,11 +203,15 @@ def expert_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
 
 
 def serve_other_ranks(model: torch.nn.Module) -> None:
-    """Take part in a forward of the other ranks without tokens of one's own; ValueError for a model not yet spread."""
+    """Take part in a forward of the other ranks without tokens of this rank's own. Collective.
+
+    Raises ValueError for a model that is not spread yet.
+    """
     layers = expert_layers(model)
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} is not spread over ranks; call parallelize(model, grid) before a rank joins"
+            f"{type(model).__name__} is not spread over ranks; call parallelize(model, grid) before a rank "
+            "joins"
         )
     for layer in layers:
         layer.join()
@@ -210,9 +219,9 @@ def serve_other_ranks(model: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class MoeModules:
-    """What of a model makes way for a layer: modules, by name. ``experts``: only the experts of a block.
+    """The modules of a model that a layer replaces; ``experts``: only the experts of a block.
 
-    The layer takes the place of the first; what it holds of the others is in its output.
+    The layer takes the place of the first module; its output includes that of the others.
     """
 
     names: tuple[str, ...]
@@ -223,7 +232,7 @@ class MoeModules:
 def moe_modules(
     model: torch.nn.Module, hf_config: dict[str, Any], whole_block: bool
 ) -> dict[int, MoeModules]:
-    """Of each MoE layer, ascending: its experts, or where they cannot be provided or ``whole_block`` is asked, its block."""
+    """Find the modules to replace, by layer: experts, or with ``whole_block`` or without a choice blocks."""
     arch = find(hf_config)
     if why := LAYERS_ALONE.get(arch.model_type):
         raise CheckpointError(f"model_type={arch.model_type!r}: {why}; xpar run computes its layers")
@@ -270,7 +279,7 @@ def _from_memory(
 
 
 def rows_of(module: Any, config: LayerConfig) -> ReadLayer:
-    """The experts of a module that holds them stacked, in whichever of transformers' layouts."""
+    """Make the reader of a module's stacked experts, in any of transformers' layouts."""
     if getattr(module, "has_post_expert_norm", False):
         raise ValueError(
             f"{type(module).__name__}: a norm behind each expert is not among what xpar computes"

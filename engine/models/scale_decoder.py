@@ -1,4 +1,7 @@
-"""The decoder's half of float16 scaling; :mod:`xpar.engine.layer.residual_scaling` is the expert layers' half."""
+"""The decoder's half of float16 scaling.
+
+:mod:`xpar.engine.layer.residual_scaling` is the expert layers' half.
+"""
 
 from typing import Any
 
@@ -16,9 +19,9 @@ def scale_decoder(model: Any, scale: ResidualScale) -> None:
     """Divide what ``model`` adds to its residual by the factor of ``scale``, in place.
 
     That is the output of its embedding, attention and dense layers. The epsilon of each norm of the residual
-    is divided by the factor's square, so that all norms, and thereby the logits, are those of the full residual.
-    The whole blocks of ``model`` must be scaled already:
-    ``parallelize(model, grid, whole_block=True, scale_residual=True)`` does both.
+    is divided by the factor's square, so that all norms, and thereby the logits, are those of the full
+    residual. The whole blocks of ``model`` must be scaled already: ``parallelize(model, grid,
+    whole_block=True, scale_residual=True)`` does both.
 
     Raises:
         ValueError: The decoder has other parts than attention, feed-forward block and a norm before each.
@@ -44,7 +47,7 @@ def scale_decoder(model: Any, scale: ResidualScale) -> None:
 
 
 def check_parts(layer: nn.Module) -> None:
-    """Raise ValueError unless a decoder's ``layer`` consists of the parts that :func:`scale_decoder` knows."""
+    """Raise ValueError unless a decoder's ``layer`` has just the parts that :func:`scale_decoder` knows."""
     names = [name for name, _ in layer.named_children()]
     if sorted(names) != sorted((*BRANCHES, *NORMS)):
         raise ValueError(

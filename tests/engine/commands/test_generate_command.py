@@ -1,4 +1,4 @@
-"""``xpar generate`` as a user types it: the same file from any number of ranks, and nothing lost whatever ends a job."""
+"""``xpar generate`` as a user types it: the same file from any number of ranks, and nothing is lost."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""``xpar score`` as a user types it: the same file from any number of ranks, and what cannot be scored is told."""
+"""``xpar score`` as a user types it: the same file from any number of ranks, and clear refusals."""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""Steps in fixed places give what growing ones give, whoever goes on and however long; recordings are called for when they pay.
+"""Steps in fixed places give what growing ones give, whoever goes on and however long.
+
+Recordings are called for when they pay.
 
 A CUDA graph replays what is called here; ``tests/gpu/check_generate.py`` compares those, on a GPU.
 """
@@ -66,7 +68,7 @@ def prompts(seed: int, count: int) -> list[list[int]]:
 
 
 def answers(model: Any, seed: int, recording: DecodeGraph | None) -> tuple[list[list[int]], list[Tensor]]:
-    """Of eight prompts, four at a time, as long as their first tokens say, the next taking the place of one that ends."""
+    """Eight prompts, four at a time, as long as their first tokens say; the next takes the place of one that ends."""
     sampling = Remembering()
     limits = StopConditions(30, stopped=lambda answer: len(answer) >= 5 + 6 * (answer[0] % 3))
     sequences = DecodeBatch(loaded(model), sampling, limits, recording)

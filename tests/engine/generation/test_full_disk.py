@@ -1,4 +1,4 @@
-"""``xpar generate`` onto a file system that is really full: one error, and with room made one rank answers the rest."""
+"""``xpar generate`` onto a full file system: one error, and with room one rank answers the rest."""
 
 import json
 import os

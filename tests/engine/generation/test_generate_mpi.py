@@ -1,4 +1,4 @@
-"""Answers of a job are those that plain transformers gives one prompt at a time, whoever answers which prompt when."""
+"""Answers of a job are those that plain transformers gives one prompt at a time."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -29,7 +29,10 @@ def test_draws_follow_the_probabilities_that_are_left(fresh_seed: int) -> None:
 
 
 def test_a_temperature_near_zero_is_the_likeliest_token() -> None:
-    """Logits over such a temperature overflow; a row beside them, whose do not, is drawn as if it were alone."""
+    """Logits over such a temperature overflow.
+
+    A row beside them, whose do not, is drawn as if it were alone.
+    """
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 5.0]])
     sampling = Sampling(temperature=1e-40)
     assert sampling.choose(logits, [sampling.generator("x"), sampling.generator("y")]) == [1, 2]

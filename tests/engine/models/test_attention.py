@@ -1,4 +1,4 @@
-"""The attention that models are given is transformers' ``sdpa`` wherever it is used, and leaves alone what it does not cover."""
+"""The attention of models is transformers' ``sdpa`` wherever it is used, and leaves the rest alone."""
 
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,10 @@ def test_only_models_of_sdpa_are_given_it(tmp_path: Path, family: str, chosen: s
 
 
 def test_a_padded_batch_of_a_model(tmp_path: Path, fresh_seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks are made for it as for ``sdpa``, of a prompt and of the token behind it; keys are shared by two heads."""
+    """Masks are made for it as for ``sdpa``, of a prompt and of the token behind it.
+
+    Keys are shared by two heads.
+    """
     write_model(Case("mixtral", "mixtral"), tmp_path / "model", torch.float32, 1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     g = torch.Generator().manual_seed(fresh_seed)

@@ -171,7 +171,8 @@ def test_the_traceback_of_transformers_is_in_the_log_for_verbose_runs(
     ):
         raise ZeroDivisionError("division\nby zero")
     assert str(caught.value) == (
-        f"{tmp_path}/config.json: transformers does not take it: division by zero (given: d_model=3, head_dim=0)"
+        f"{tmp_path}/config.json: transformers does not take it: division by zero (given: d_model=3, "
+        "head_dim=0)"
     )
     (record,) = caplog.records
     assert record.levelno == logging.DEBUG and record.exc_info is not None
