@@ -41,7 +41,7 @@ def write_errors(out: Path, bad: Iterable[BadLine], failures: Iterable[Record] =
 
 
 def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str, Record]:
-    """Prompt's hash -> answer, of those in ``out`` that answer one of ``hashes``; {} without a file.
+    """Read the answers in ``out`` to prompts of ``hashes``, by hash; {} without a file.
 
     A line that a killed job left unfinished, and answers to prompts that are no more, are left out. Raises
     ValueError for an answer that was given with other ``settings``, or for a file that holds something else.
@@ -60,7 +60,7 @@ def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str,
 
 
 def read_failures(out: Path, hashes: Collection[str], settings: str) -> dict[str, Record]:
-    """Prompt's hash -> failure, of those beside ``out`` that are about one of ``hashes``.
+    """Read the failures beside ``out`` of prompts of ``hashes``, by hash.
 
     {} where ``out`` is not there.
 
@@ -135,7 +135,7 @@ class AnswerFile:
             self._errors.close()
 
     def finish(self, order: Mapping[str, int]) -> None:
-        """Close, and put the lines in the order that ``order`` (hash -> place) gives.
+        """Close the files and sort their lines by ``order`` (hash -> place).
 
         Errors in that of their lines.
         """
@@ -182,7 +182,7 @@ def _line(record: Record) -> bytes:
 
 
 def _replace(path: Path, lines: Iterable[bytes]) -> None:
-    """Replace the file ``path`` in one step: readers, and a job that is killed, see the old or the new one."""
+    """Replace the file ``path`` in one step: a reader, or a killed job, sees the old or the new one."""
     part = path.with_name(f"{path.name}.part")
     with open(part, "wb") as file:
         file.writelines(lines)

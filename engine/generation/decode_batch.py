@@ -25,7 +25,9 @@ Finish = Literal["end", "stop", "length"]
 
 @dataclass
 class RunningSequence:
-    """A prompt being answered. ``place``: its number among the job's prompts. ``ids``: the prompt's tokens.
+    """A prompt that is being answered.
+
+    ``place``: its number among the job's prompts. ``ids``: the prompt's tokens.
 
     ``answer``: tokens so far, an end token not among them. ``finish``: why it is complete, or None.
     ``failure``: why it cannot be answered, or None. ``alone``: it was read with others and failed, and is to

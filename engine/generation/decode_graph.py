@@ -24,7 +24,7 @@ WARM_UP = 2
 
 
 class PaddedDecodeStep:
-    """Continues the sequences of ``past`` by one token a call, until ``left`` is 0.
+    """A step that continues the sequences of ``past`` by one token a call, until ``left`` is 0.
 
     ``model``: transformers' causal language model, which writes and reads keys and values in place: its own
     static layers hold them, and say to its masks how far they are filled by a number on the device.
@@ -65,7 +65,7 @@ class PaddedDecodeStep:
         return logits, KvCache(layers, self._lengths)
 
     def forward(self) -> Tensor:
-        """[B, V] of the ids that were put in place.
+        """Compute logits [B, V] of the ids that were put in place.
 
         What says where the next token goes is advanced on the device.
         """
@@ -83,7 +83,7 @@ class PaddedDecodeStep:
         return logits
 
     def rewind(self) -> None:
-        """As if :meth:`forward` had not been called since the last call.
+        """Undo the calls of :meth:`forward` since the last call of the step.
 
         What it wrote lies behind what is seen.
         """
@@ -100,7 +100,7 @@ def _longer(x: Tensor, columns: int) -> Tensor:
 
 
 def record(step: PaddedDecodeStep, counted: list[Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """``step``'s forward as a CUDA graph.
+    """Record the forward of ``step`` as a CUDA graph; return the function that replays it.
 
     ``counted``: numbers that a forward adds to, and that a rehearsal must not change.
 

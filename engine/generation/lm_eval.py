@@ -41,7 +41,7 @@ def register_service(service: Service, path: str) -> None:
 
 
 class LmEvalAdapter:
-    """The methods of a model of the harness. ``service``: the model. ``path``: of its checkpoint."""
+    """The methods of a model of the harness, computed by ``service``; ``path``: its checkpoint."""
 
     def __init__(self, service: Service, path: str) -> None:
         super().__init__()

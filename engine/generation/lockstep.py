@@ -35,13 +35,15 @@ class Progress:
 
     @property
     def imbalance(self) -> float:
-        """The busiest rank's pairs over the mean."""
+        """The pairs of the busiest rank over the mean of all ranks."""
         return max(self.slots) * len(self.slots) / max(1, sum(self.slots))
 
 
 @dataclass(frozen=True)
 class LockstepCallbacks(Generic[R]):
-    """What the loop calls. All ranks have the same ``total``.
+    """The functions that the loop calls.
+
+    All ranks have the same ``total``.
 
     Only rank 0's ``write`` is called with answers of all.
 

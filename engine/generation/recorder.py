@@ -16,7 +16,7 @@ Record = Callable[[PaddedDecodeStep], Callable[[], Tensor]]
 
 
 class DecodeGraph:
-    """Continues sequences by replaying a step, where the same ones have gone on for a while.
+    """The replay of a recorded step, where the same sequences have gone on for a while.
 
     ``recorded``: how a step is recorded. A model that cannot be is found out at the first attempt, and goes
     on as before. ``refused``: why, then. ``replayed``: how many steps were.
@@ -45,7 +45,7 @@ class DecodeGraph:
         return cls(loaded)
 
     def step(self, ids: Tensor, past: KvCache) -> tuple[Tensor, KvCache] | None:
-        """Logits [B, V] after ``ids`` [B, 1], and what ``past`` becomes.
+        """Replay a step: return logits [B, V] after ``ids`` [B, 1], and what ``past`` becomes.
 
         None where the step is not to be replayed.
         """
@@ -63,7 +63,7 @@ class DecodeGraph:
         return logits, self._past
 
     def went_on(self, past: KvCache) -> None:
-        """The same sequences were continued by a forward that was not replayed, and ``past`` came of it."""
+        """Note that a forward continued the same sequences without a replay and left ``past``."""
         self._past = past
         self._steady += 1
 

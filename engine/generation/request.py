@@ -22,7 +22,9 @@ from xpar.engine.generation.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A prompt as the model reads it. ``hash``: of its text and its key; names its answer.
+    """A prompt as the model reads it.
+
+    ``hash``: digest of its text and its key, which names its answer.
 
     ``first``: of ``ids``, the first that is scored, where that is asked.
     """
@@ -34,7 +36,7 @@ class WorkItem:
 
 
 class RequestBase(Protocol):
-    """A file of questions to a model, whatever is to be done with them."""
+    """The request to process a file of questions to a model."""
 
     @property
     def checkpoint(self) -> Path: ...
@@ -47,7 +49,7 @@ class RequestBase(Protocol):
 
     @property
     def form(self) -> Form:
-        """Of the file's JSON lines."""
+        """The form of the file's JSON lines."""
 
     def settings(self) -> Mapping[str, object]:
         """Return the options that decide an answer, by name.
@@ -59,12 +61,14 @@ class RequestBase(Protocol):
         """Raise ValueError for options under which the model could take no line at all."""
 
     def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
-        """The prompt as tokens; ValueError if the model cannot take it."""
+        """Encode ``prompt``; raise ValueError if the model cannot take it."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Answers. ``stops``: texts that end an answer and are not part of it.
+    """The request to answer a file of prompts.
+
+    ``stops``: texts that end an answer and are not part of it.
 
     ``stop_tokens``: ids or names of tokens that do.
     ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time.
@@ -133,7 +137,9 @@ class Request:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Log-probabilities. ``batch``: texts that a rank reads at a time.
+    """The request to score a file of texts.
+
+    ``batch``: texts that a rank reads at a time.
 
     ``prefill_tokens``: tokens that it reads in one
     forward; a longer text is read alone, in pieces of that many.
@@ -183,7 +189,9 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Workload:
-    """The same on every rank. ``queue``: what is to be answered, longest prompt first.
+    """The work on a file, the same on every rank.
+
+    ``queue``: what is to be answered, longest prompt first.
 
     ``order``: hash -> place of
     every question in the file. ``answered``: how many answers an earlier run left. ``refused``: lines that
@@ -200,7 +208,7 @@ class Workload:
 
 
 def read_request(comm: Communicator, request: RequestBase, tokens: Tokenizer, resume: bool) -> Workload:
-    """Read the prompts, and with ``resume`` the answers there are; write what cannot be a prompt. Collective.
+    """Read the prompts and, with ``resume``, earlier answers; write bad lines. Collective.
 
     Rank 0 reads and writes, and writes nothing before it has read everything; raises one error on every rank
     if it cannot.
@@ -277,5 +285,5 @@ def _exactness(exact: bool, exact_with: tuple[tuple[str, str], ...]) -> Mapping[
 
 
 def digest(value: object) -> str:
-    """A name for ``value``, which JSON can hold."""
+    """Return a short digest of ``value``, which JSON can express."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

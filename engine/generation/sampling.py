@@ -26,7 +26,9 @@ DRAW_SETTINGS = ("top_h", *CUTS)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. ``temperature`` 0 takes the likeliest token (the lowest id of equals).
+    """The way in which tokens are drawn.
+
+    ``temperature`` 0 takes the likeliest token (the lowest id of equals).
 
     ``top_k``: draw among the k likeliest, 0 among all. ``top_p``: among the likeliest whose probabilities add
     up to p. ``seed``: of the draws; each prompt's depend on it and on the prompt alone, not on ranks or
@@ -54,12 +56,12 @@ class Sampling:
             )
 
     def generator(self, prompt_hash: str) -> torch.Generator:
-        """The source of one prompt's draws."""
+        """Make the generator of one prompt's draws."""
         digest = hashlib.sha256(f"{self.seed}:{prompt_hash}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-        """One token of each row of ``logits`` [B, V], any floating dtype, by that row's generator.
+        """Choose one token of each row of ``logits`` [B, V], any floating dtype, by that row's generator.
 
         Raises ValueError if a row is not finite.
         """
@@ -83,7 +85,7 @@ class Sampling:
         return logits
 
     def warpers(self) -> list[Any]:
-        """Transformers' warpers of a draw, in the order in which its ``generate`` applies them.
+        """Make transformers' warpers of a draw, in the order in which its ``generate`` applies them.
 
         Raises ValueError for a value that one of them does not take.
         """

@@ -48,7 +48,7 @@ def score(
 
 
 class Total(NamedTuple):
-    """Of the texts of a file: tokens scored, and the sum of their log-probabilities."""
+    """The number of scored tokens of a file, and the sum of their log-probabilities."""
 
     tokens: int
     logprob: float
@@ -59,7 +59,7 @@ class Total(NamedTuple):
 
 
 def read_total(comm: Communicator, out: Path) -> Total:
-    """Of all texts that ``out`` holds scores of; rank 0 reads, all ranks know. Collective."""
+    """Read the total of all scores in ``out`` on rank 0, for all ranks. Collective."""
 
     def read() -> Total:
         if comm.rank:
@@ -73,7 +73,7 @@ def read_total(comm: Communicator, out: Path) -> Total:
 
 
 def perplexity(tokens: int, logprob: float) -> float | None:
-    """exp of the mean negative log-probability; None where there is no token, or no float as large."""
+    """Return exp of the mean negative log-probability; None without tokens, or beyond the largest float."""
     try:
         return math.exp(-logprob / tokens)
     except (ZeroDivisionError, OverflowError):
@@ -81,7 +81,7 @@ def perplexity(tokens: int, logprob: float) -> float | None:
 
 
 def logprobs_of(scored: ScoredText) -> list[float]:
-    """The log-probabilities of a complete text.
+    """Return the log-probabilities of a complete text.
 
     RuntimeError unless there is one for each token that was asked for.
     """

@@ -18,7 +18,9 @@ from xpar.engine.models.rows import SeparateRows
 
 @dataclass
 class ScoredText:
-    """A text being scored. ``place``: its number among the job's.
+    """A text that is being scored.
+
+    ``place``: its number among the job's.
 
     ``first``: of ``ids``, the first that is scored.
 
@@ -39,12 +41,12 @@ class ScoredText:
 
     @property
     def inputs(self) -> list[int]:
-        """What the model reads: nothing is asked about what follows the last token."""
+        """The tokens that the model reads: all but the last, after which nothing is scored."""
         return self.ids[:-1]
 
     @property
     def whole(self) -> int:
-        """Tokens of the text, those that are not read among them."""
+        """The number of tokens of the text, those that are not read among them."""
         return len(self.ids) if self.length is None else self.length
 
 
@@ -67,11 +69,11 @@ class ScoreBatch:
 
     @property
     def occupied(self) -> int:
-        """All slots while a text is being read in pieces, or is to be read once more."""
+        """The slots in use: all while a text is read in pieces or waits to be read once more, else none."""
         return self._batch if self._reading is not None or self._alone else 0
 
     def slots(self) -> int:
-        """(token, expert) pairs that this rank's experts have computed."""
+        """Return how many (token, expert) pairs this rank's experts have computed."""
         return self._loaded.slots()
 
     @torch.inference_mode()
@@ -123,11 +125,11 @@ class ScoreBatch:
 
     @torch.inference_mode()
     def join(self) -> None:
-        """Serve the other ranks' tokens."""
+        """Compute the other ranks' tokens without any of this rank's own."""
         self._loaded.join()
 
     def _take(self, text: ScoredText, hidden_states: Tensor, begin: int) -> None:
-        """Score what follows tokens ``begin`` on, whose [S, H] are ``hidden_states``."""
+        """Score the tokens after place ``begin`` by ``hidden_states`` [S, H] of the tokens from there."""
         first = max(text.first, begin + 1)
         rows = hidden_states[first - 1 - begin :]
         targets = text.ids[first : first + len(rows)]
@@ -143,7 +145,9 @@ class ScoreBatch:
 
 @dataclass
 class _Reading:
-    """A text that is read in pieces. ``read``: its tokens so far; their keys and values are in ``cache``."""
+    """A text that is read in pieces.
+
+    ``read``: its tokens so far; their keys and values are in ``cache``."""
 
     text: ScoredText
     cache: Any

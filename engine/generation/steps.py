@@ -1,10 +1,12 @@
-"""What the loop that all ranks run together asks of a rank's sequences, whatever is done with them."""
+"""The interface of a rank's batch to the loop that all ranks run together."""
 
 from typing import Protocol, TypeVar
 
 
 class Row(Protocol):
-    """A prompt or text that is being worked on. ``place``: its number among the job's.
+    """A prompt or text that is being processed.
+
+    ``place``: its number among the job's.
 
     ``failure``: why it cannot be, or None.
     """
@@ -21,20 +23,20 @@ class LocalBatch(Protocol[R]):
 
     @property
     def occupied(self) -> int:
-        """Slots of the batch in use."""
+        """The number of slots of the batch in use."""
 
     @property
     def tokens(self) -> int:
-        """How many were drawn or scored so far."""
+        """The number of tokens that were drawn or scored so far."""
 
     def slots(self) -> int:
-        """(token, expert) pairs that this rank's experts have computed."""
+        """Return how many (token, expert) pairs this rank's experts have computed."""
 
     def begin(self, new: list[R]) -> list[R]:
-        """Read ``new``; return those that are complete already."""
+        """Read the rows ``new``; return those that are complete already."""
 
     def advance(self) -> list[R]:
-        """Continue those that are not complete; return those that this completes."""
+        """Continue the rows that are not complete; return those that this completes."""
 
     def join(self) -> None:
-        """Serve the other ranks' tokens."""
+        """Compute the other ranks' tokens without any of this rank's own."""

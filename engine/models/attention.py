@@ -26,7 +26,7 @@ def use_xpar_attention(model: Any) -> bool:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-    # A family with attention sinks or soft caps has ``eager``; one that does not look it up cannot be changed.
+    # A family with attention sinks or soft caps has ``eager``; one that does not look it up stays.
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return False
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, AttentionForward())

@@ -88,7 +88,7 @@ class BlockLayer(nn.Module, ModelLayer):
 
 
 class NoModule(nn.Module):
-    """Takes the place of a module whose output is in another's already: adds nothing."""
+    """A module that adds nothing, in place of one whose output is in another's already."""
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         return hidden_states.new_zeros(())
@@ -128,7 +128,9 @@ def build_block(
     options: LayerOptions,
     scale_output: bool = False,
 ) -> BlockLayer:
-    """Build this rank's part of ``layer``; no collective is called. Raises ValueError for what does not fit.
+    """Build this rank's part of ``layer``, without any collective.
+
+    Raises ValueError for options that do not fit.
 
     ``scale_output``: the layer returns its output over the routed scaling factor.
     """
@@ -142,7 +144,7 @@ def build_block(
 
 
 def weights_of(model: Any, hf_config: dict[str, Any], names: Iterable[str]) -> InMemory:
-    """The weights of ``model``'s modules ``names``, by their names in a checkpoint."""
+    """Collect the weights of ``model``'s modules ``names``, by their names in a checkpoint."""
     from transformers.core_model_loading import revert_weight_conversion
 
     prefixes = tuple(f"{name}." for name in names)

@@ -26,7 +26,7 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def sources(model: Any, checkpoint: Checkpoint, foreign: tuple[str, ...]) -> dict[str, str]:
-    """Parameter or buffer of ``model`` -> the stored tensor it comes from, in the model's order.
+    """Map each parameter or buffer of ``model`` to its stored tensor, in the model's order.
 
     ``foreign``: what the names of parameters begin with that others fill. Of parameters that the model ties,
     those that the checkpoint has. Raises :class:`CheckpointError` for a parameter that the checkpoint lacks
@@ -61,7 +61,7 @@ def sources(model: Any, checkpoint: Checkpoint, foreign: tuple[str, ...]) -> dic
 
 
 def tied_groups(model: Any) -> dict[str, tuple[str, ...]]:
-    """Each parameter of ``model`` that its config ties, and all parameters that are tied together with it."""
+    """Map each parameter of ``model`` that its config ties to all parameters tied together with it."""
     tied: Mapping[str, str] = model.all_tied_weights_keys
     groups: dict[str, list[str]] = {}
     for target, source in tied.items():
@@ -81,7 +81,7 @@ def load_dense(
     """Give ``model``, built without memory, its dense weights; return their bytes. Collective over ``node``.
 
     ``plan``, ``foreign``: as of :func:`sources`. Rank 0 of the node reads each tensor and sends it to the
-    others. ``loaded`` hears the bytes of each. What goes wrong on that rank is raised as one
+    others. ``loaded`` is called with the bytes of each. What goes wrong on that rank is raised as one
     :class:`CheckpointError` on all of the node. Parameters that the model's config ties are tied as
     transformers does it: where the checkpoint has one of them, or equal tensors. Tensors that differ stay
     apart, whatever the config says.
@@ -155,7 +155,7 @@ def restore_buffers(model: Any, foreign: tuple[str, ...]) -> None:
 
 
 def _by_target(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Key of the model -> name of the stored tensor, for those that are one tensor, unchanged."""
+    """Map each key of the model that is one stored tensor, unchanged, to the tensor's name."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

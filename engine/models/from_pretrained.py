@@ -33,7 +33,7 @@ def register(
 
 
 class LazyExpertLayer:
-    """What transformers calls; every rank of ``grid`` calls it together."""
+    """The experts function that transformers calls; every rank of ``grid`` calls it together."""
 
     def __init__(self, grid: ProcessGrid, options: SpreadOptions) -> None:
         self.grid, self.options = grid, options
@@ -42,7 +42,7 @@ class LazyExpertLayer:
     def __call__(
         self, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """As :func:`~xpar.engine.models.expert_layer.experts_forward`."""
+        """Compute an experts module as :func:`~xpar.engine.models.expert_layer.experts_forward` does."""
         layer: ExpertLayer | None = getattr(module, ATTRIBUTE, None)
         if layer is None:
             layer = agreed(self.grid.world.comm, lambda: self._build(module), "experts_implementation='xpar'")

@@ -62,7 +62,9 @@ def describe_other_states(hf_config: Any, states: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class KvCache:
-    """``layers``: keys and values of each layer. ``lengths``: columns of each row that are not padding.
+    """The keys and values of running sequences, one row each.
+
+    ``layers``: keys and values of each layer. ``lengths``: columns of each row that are not padding.
 
     ``origin``: the cache that holds these very tensors, if it still does.
     """
@@ -73,7 +75,7 @@ class KvCache:
 
     @classmethod
     def of(cls, cache: Any, lengths: tuple[int, ...]) -> "KvCache":
-        """What a forward left in ``cache``.
+        """Take the keys and values that a forward left in ``cache``.
 
         Raises ValueError for a model that keeps another kind of state.
         """
@@ -92,7 +94,7 @@ class KvCache:
         return int(self.layers[0][0].shape[2])
 
     def cache(self) -> Any:
-        """A cache for transformers' forward, which appends to it.
+        """Return a cache for transformers' forward, which appends to it.
 
         For one forward only: a second would append to the same.
         """
@@ -104,7 +106,7 @@ class KvCache:
         return copy
 
     def select(self, rows: list[int]) -> "KvCache | None":
-        """These rows only, without columns that are padding in all of them; None if there are none."""
+        """Select these rows, without columns that are padding in all of them; None without rows."""
         if not rows:
             return None
         lengths = tuple(self.lengths[row] for row in rows)
@@ -115,7 +117,7 @@ class KvCache:
         return KvCache(layers, lengths)
 
     def join(self, other: "KvCache") -> "KvCache":
-        """The rows of both, these first."""
+        """Return the rows of both caches, these first."""
         columns = max(self.columns, other.columns)
         layers = tuple(
             (_stack(a, b, columns), _stack(c, d, columns))
@@ -125,7 +127,7 @@ class KvCache:
 
 
 def mask(lengths: tuple[int, ...], columns: int) -> Tensor:
-    """[B, columns] int64: 1 where a row has a token, 0 for padding on its left."""
+    """Make the mask [B, columns] int64: 1 where a row has a token, 0 for padding on its left."""
     begin = columns - torch.tensor(lengths, dtype=torch.int64)
     return (torch.arange(columns) >= begin[:, None]).long()
 

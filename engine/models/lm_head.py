@@ -28,7 +28,7 @@ class Head:
         self._given = _Given()
 
     def hidden_states(self, **inputs: Any) -> Tensor:
-        """[B, S, H] after the last layer; ``inputs`` are transformers'."""
+        """Compute [B, S, H] after the last layer; ``inputs`` are transformers'."""
         with backends(next(self._model.parameters()).device):
             output = getattr(self._owner, self._name)(**inputs)
         self._given.form = type(output)
@@ -36,7 +36,7 @@ class Head:
         return hidden_states
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, V], in the dtype that the model gives them."""
+        """Compute logits [T, V] of [T, H], in the dtype that the model gives them."""
         decoder = self._owner._modules[self._name]
         self._given.hidden_states = hidden_states[None]
         self._owner._modules[self._name] = self._given

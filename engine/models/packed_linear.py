@@ -17,7 +17,7 @@ from xpar.kernels.cpu.linear import LinearEntry, LinearKernel
 
 
 class PackedLinearModule(nn.Module):
-    """Takes the place of an ``nn.Linear``; has no weight that could be read."""
+    """A linear module with a packed weight, which cannot be read."""
 
     def __init__(self, linear: LinearKernel, outputs: int) -> None:
         super().__init__()
@@ -28,13 +28,13 @@ class PackedLinearModule(nn.Module):
         return self._linear.nbytes()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
+        """Compute [..., K] -> [..., N]."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         return self._linear(rows).view(*x.shape[:-1], self._outputs)
 
 
 class ColumnParallelLinear(nn.Module):
-    """Takes the place of an ``nn.Linear``, of which this rank holds some columns.
+    """A linear module of which each rank of a node holds some columns.
 
     Every rank of its node calls it together.
 
@@ -62,11 +62,11 @@ class ColumnParallelLinear(nn.Module):
         return 0 if self._linear is None else self._linear.nbytes()
 
     def share(self) -> ColumnSlice:
-        """Its product, as :class:`~xpar.comm.column_parallel.ColumnParallel` makes it."""
+        """Return the product for :class:`~xpar.comm.column_parallel.ColumnParallel`."""
         return ColumnSlice(self._outputs, self._columns, self._compute)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
+        """Compute [..., K] -> [..., N]."""
         return self.siblings.product(self, x)
 
     def _compute(self, rows: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class SameInputGroup:
         self._made: dict[int, Tensor] = {}
 
     def product(self, member: ColumnParallelLinear, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] of ``member``."""
+        """Compute [..., K] -> [..., N] of ``member``."""
         if member is self._members[0]:
             made = self._products(x.reshape(-1, member.inputs))
             self._x, self._made = x, {m.number: y for m, y in zip(self._members, made, strict=True)}
@@ -101,7 +101,7 @@ class SameInputGroup:
         return found.view(*x.shape[:-1], -1)
 
     def join(self) -> None:
-        """Make this rank's columns of the other ranks' rows, without rows of one's own."""
+        """Make this rank's columns of the other ranks' rows, without any of this rank's own."""
         first = self._members[0]
         self._products(torch.empty(0, first.inputs, dtype=first.dtype))
 
@@ -112,7 +112,8 @@ class SameInputGroup:
 def group_by_input(calls: Sequence[tuple[nn.Module, Any]]) -> dict[ColumnParallelLinear, SameInputGroup]:
     """Group those of ``calls`` that share an input, so that one exchange makes their products.
 
-    ``calls`` are modules and their inputs in a forward's order. Returns the first of each group and the group.
+    ``calls`` are modules and their inputs in a forward's order. Returns the first of each group
+    and the group.
     All ranks see the same calls, and so form the same groups.
     """
     groups: list[list[ColumnParallelLinear]] = []

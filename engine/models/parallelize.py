@@ -79,7 +79,7 @@ def build_moe_modules(
     options: SpreadOptions,
     loaded: Callable[[int], None] = lambda nbytes: None,
 ) -> ExpertLayer:
-    """This rank's part of a layer's experts, read through ``read``.
+    """Build this rank's part of a layer's experts, read by ``read``; no collective is called.
 
     ``loaded`` hears the bytes of each expert.
 

@@ -68,7 +68,7 @@ def prompts(seed: int, count: int) -> list[list[int]]:
 
 
 def answers(model: Any, seed: int, recording: DecodeGraph | None) -> tuple[list[list[int]], list[Tensor]]:
-    """Eight prompts, four at a time, as long as their first tokens say; the next takes the place of one that ends."""
+    """Eight prompts, four at a time, as long as their first tokens say; one that ends makes place."""
     sampling = Remembering()
     limits = StopConditions(30, stopped=lambda answer: len(answer) >= 5 + 6 * (answer[0] % 3))
     sequences = DecodeBatch(loaded(model), sampling, limits, recording)
