@@ -47,7 +47,7 @@ class RunningSequence:
 
     @property
     def ended(self) -> bool:
-        """Whether the sequence is complete or has failed."""
+        """True once the sequence is complete or has failed."""
         return self.finish is not None or self.failure is not None
 
     @property

@@ -21,9 +21,9 @@ from xpar.engine.generation.settings import DIGITS
 WHOLE_BYTES = 64 * 2**20
 """Files up to this size are read in whole."""
 SAMPLE_BYTES = 4096
-"""Of each sample; a tensor of up to eight times as many is read in whole."""
+"""Bytes of each sample; a tensor of up to eight times as many is read in whole."""
 SAMPLES = (0.0, 0.5, 1.0)
-"""Where samples lie in a tensor, as parts of its length; rows for new tokens are at its end."""
+"""The places of samples in a tensor, as parts of its length; rows for new tokens are at its end."""
 BLOCK_BYTES = 2**20
 
 TOKENIZER = (

@@ -1,4 +1,4 @@
-"""Choosing the next token.
+"""The choice of the next token among logits.
 
 The arithmetic of temperature, top-k, top-p and their like is transformers' own.
 """

@@ -43,7 +43,7 @@ log = logging.getLogger("xpar.models")
 FAILED_ALLOCATION = re.compile(
     r"can't allocate memory|out of memory|not enough memory|calculation overflowed"
 )
-"""What torch says when there is not enough memory."""
+"""The messages of torch for too little memory."""
 LEAST_FREE = 4 * ROUND_BYTES
 """Bytes of shared memory that a node must have free before its ranks slice dense products.
 
@@ -85,12 +85,12 @@ class LoadedModel:
 
     @property
     def slices_dense(self) -> bool:
-        """Whether the ranks of a node slice its dense products."""
+        """True if the ranks of a node slice its dense products."""
         return len(self.collective_modules) > len(self.layers)
 
     @property
     def is_cache_of_keys_and_values(self) -> bool:
-        """Whether the model keeps nothing but keys and values of a sequence's past."""
+        """True if the model keeps nothing but keys and values of a sequence's past."""
         return not other_states(self.model.config)
 
     @property

@@ -1,4 +1,4 @@
-"""Building expert layers over a grid, from a checkpoint or from a model that is already in memory."""
+"""Expert layers over a grid, built from a checkpoint or from a model that is already in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -15,7 +15,7 @@ from xpar.kernels.cpu.attention import Attention
 
 
 class Layer(torch.nn.Module):
-    """What transformers' functions ask of an attention module."""
+    """The attributes that transformers' functions need of an attention module."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def test_one_query_is_sdpa(
 
 @pytest.mark.parametrize("is_causal", [None, False, True])
 def test_a_prompt_is_sdpa(fresh_seed: int, is_causal: bool | None) -> None:
-    """Of which zentorch computes it where it is installed."""
+    """Batches of which zentorch computes attention where it is installed."""
     layer, tensors = drawn(fresh_seed, 23, 23)
     expected = sdpa_attention_forward(layer, *tensors, None, is_causal=is_causal)[0]
     found = AttentionForward()(layer, *tensors, None, is_causal=is_causal)[0]

@@ -55,7 +55,7 @@ def folder(comm: "Intracomm", tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def expected_of(root: Path, fresh_seed: int) -> Callable[[str], list[Plain]]:
-    """What transformers answers to the good prompts, for each family once; rank 0 asks."""
+    """Transformers' answers to the good prompts, for each family once; rank 0 computes them."""
 
     @cache
     def expected(name: str) -> list[Plain]:
@@ -202,7 +202,7 @@ def test_an_answer_that_overflows_midway_fails_alone(
 def test_a_text_that_overflows_fails_alone(
     world: World, root: Path, folder: Path, fresh_seed: int, name: str, piece: int
 ) -> None:
-    """What the last token's embedding is does not matter: nothing follows it."""
+    """The last token's embedding does not matter: nothing follows it."""
     path, tokens = root / name, Tokenizer(root / name)
     loaded = load_model(path, ProcessGrid.create(world))
     texts = mixed([f"ab{text}" for text in prompts(fresh_seed, GOOD)])

@@ -56,7 +56,7 @@ def test_a_model_that_keeps_other_state_is_refused() -> None:
 
 @given(parts=st.lists(st.integers(1, 90), min_size=1, max_size=8))
 def test_a_growing_layer_is_the_concatenation(parts: list[int]) -> None:
-    """What was handed out before stays as it was."""
+    """Views that were handed out before stay as they were."""
     room, whole, old, seen = GrowingCacheLayer(), torch.zeros(2, 3, 0, 4), None, []
     for number, columns in enumerate(parts):
         new = torch.randn(2, 3, columns, 4, generator=torch.Generator().manual_seed(number))

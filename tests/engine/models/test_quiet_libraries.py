@@ -1,4 +1,4 @@
-"""What transformers warns of does not reach a user's screen: it is called as its newest version wants."""
+"""No warning of transformers reaches a user's screen: it is called as its newest version wants."""
 
 import logging
 import warnings
