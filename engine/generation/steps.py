@@ -2,6 +2,9 @@
 
 from typing import Protocol, TypeVar
 
+LAUNCH, RECORD, REPLAY = 0, 1, 2
+"""How ready a rank is for a step that is recorded; all ranks do what the least ready one can."""
+
 
 class Row(Protocol):
     """A prompt or text that is being processed.
@@ -31,6 +34,15 @@ class LocalBatch(Protocol[R]):
 
     def slots(self) -> int:
         """Return how many (token, expert) pairs this rank's experts have computed."""
+
+    def readiness(self) -> int:
+        """Return whether this rank can ``LAUNCH``, ``RECORD`` or ``REPLAY`` the next step."""
+
+    def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
+        """Note the readiness of all ranks for the next step; the arguments are the same on every rank.
+
+        ``tokens``: the tokens of each rank, where every rank continues its rows; None where a rank begins some.
+        """
 
     def begin(self, new: list[R]) -> list[R]:
         """Read the rows ``new``; return those that are complete already."""

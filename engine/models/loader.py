@@ -102,6 +102,12 @@ class LoadedModel:
         """Return how many (token, expert) pairs this rank's experts have computed."""
         return sum(layer.slots for layer in self.layers)
 
+    def expect(self, tokens: Sequence[int] | None) -> None:
+        """Announce the tokens of each rank in the next forward, or None where they are not agreed."""
+        window = self.layers[0].runner.grid.peer_window if self.layers else None
+        if window is not None:
+            window.expected = None if tokens is None else tuple(tokens[r] for r in window.group.world_ranks)
+
     def join(self) -> None:
         """Take part in a forward of the other ranks without tokens of this rank's own."""
         for module in self.collective_modules:
