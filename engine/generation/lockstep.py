@@ -75,8 +75,7 @@ def run_lockstep(comm: Communicator, sequences: LocalBatch[R], batch: int, job: 
     while True:
         wishes = STOP * job.stop() + FLUSH * (comm.rank == 0 and time.monotonic() - last > FLUSH_S)
         # Besides what every step says: answers kept back here, tokens drawn, (token, expert) pairs computed,
-        # and whether
-        # a recorded step can be replayed.
+        # and whether a recorded step can be replayed.
         notes = (len(answers), sequences.tokens, sequences.slots(), sequences.readiness())
         facts = agree_step(comm, step, work=sequences.occupied, status=wishes, notes=notes)
         kept, tokens, slots, readiness = zip(*facts.notes, strict=True)
