@@ -29,8 +29,8 @@ class DecodeGraph:
     """The replay of a recorded step, where the same sequences have gone on for a while.
 
     ``recorded``, ``joined``: how a step is recorded, and a step without sequences of this rank. A model that
-    cannot be recorded is found out at the first attempt, and goes on as before. ``refused``: the reason, then.
-    ``replayed``: how many steps were replayed.
+    cannot be recorded is found out at the first attempt, and goes on as before.
+    ``refused``: the reason, then. ``replayed``: how many steps were replayed.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class DecodeGraph:
             return None
         return cls(loaded)
 
-    # -- what all ranks decide together -----------------------------------------------------------------------
+    # -- the decision of all ranks ------------------------------------------------------------------
 
     def readiness(self, past: KvCache | None) -> int:
         """Return how ready this rank is to continue ``past``; with None, for a step without sequences."""
@@ -84,7 +84,7 @@ class DecodeGraph:
         if self._decided != REPLAY:
             self._recording = self._joining = None
 
-    # -- the step ---------------------------------------------------------------------------------------------
+    # -- the step -----------------------------------------------------------------------------------
 
     def step(self, ids: Tensor, past: KvCache) -> tuple[Tensor, KvCache] | None:
         """Replay a step: return logits [B, V] after ``ids`` [B, 1], and what ``past`` becomes.

@@ -41,7 +41,7 @@ class LocalBatch(Protocol[R]):
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
         """Note the readiness of all ranks for the next step; the arguments are the same on every rank.
 
-        ``tokens``: the tokens of each rank, where every rank continues its rows; None where a rank begins some.
+        ``tokens``: the tokens of each rank, where each continues its rows; None where a rank begins some.
         """
 
     def begin(self, new: list[R]) -> list[R]:
