@@ -24,6 +24,10 @@ ACTIVATIONS: Mapping[str, ActivationName] = {
 __all__ = ["ACTIVATIONS", "ARCHITECTURES", "find", "layer_config", "moe_layers", "require_moe_layers"]
 
 
+MAX_LAYERS = 10_000
+"""More layers than any model has; a damaged count must not make xpar list billions of them."""
+
+
 def find(hf_config: Mapping[str, Any]) -> Architecture:
     """Return the family of a parsed ``config.json``, by its ``model_type``.
 
@@ -51,7 +55,11 @@ def moe_layers(arch: Architecture, hf_config: Mapping[str, Any]) -> tuple[int, .
     first, last, step = (key.get(hf_config, int) for key in (pattern.first_dense, pattern.last, pattern.step))
     if step < 1:
         raise CheckpointError(f"config.json: {pattern.step.names[0]}={step} must be at least 1")
+    if first < 0:
+        raise CheckpointError(f"config.json: {pattern.first_dense.names[0]}={first} must be at least 0")
     end = pattern.count.get(hf_config, int)
+    if end > MAX_LAYERS:
+        raise CheckpointError(f"config.json: {pattern.count.names[0]}={end}: must be at most {MAX_LAYERS}")
     if last >= 0:
         end = min(end, last + 1)
     dense = set(pattern.dense_list.get(hf_config, list))

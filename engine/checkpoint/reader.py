@@ -35,7 +35,7 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: not a directory; give the folder that holds config.json")
-        self.config: Mapping[str, Any] = _read_json(self.path / "config.json")
+        self.config: Mapping[str, Any] = read_json(self.path / "config.json")
         self._files: dict[str, TensorFile] = {}
         self._bytes_of_closed_files = 0
         self._weight_map = self._read_index()
@@ -89,6 +89,16 @@ class Checkpoint:
         """Return dtype, shape and place in its file of tensor ``name``."""
         return self._find_file(name).entries[name]
 
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise :class:`CheckpointError` unless the stored tensor ``name`` has ``shape``."""
+        file = self._find_file(name)
+        stored = file.entries[name].shape
+        if stored != tuple(shape):
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has shape {list(stored)}, config.json implies {list(shape)}; "
+                "config and weights are not of the same model"
+            )
+
     def read(
         self,
         name: str,
@@ -115,13 +125,10 @@ class Checkpoint:
             CheckpointError: the tensor is missing, has another shape or an unknown dtype.
             ValueError: a slice or ``out`` does not fit the tensor.
         """
+        if expect_shape is not None:
+            self.check_shape(name, expect_shape)
         file = self._find_file(name)
         entry = file.entries[name]
-        if expect_shape is not None and entry.shape != tuple(expect_shape):
-            raise CheckpointError(
-                f"{file.path}: tensor {name} has shape {list(entry.shape)}, config.json implies "
-                f"{list(expect_shape)}; config and weights are not of the same model"
-            )
         if entry.dtype not in DTYPES:
             raise CheckpointError(
                 f"{file.path}: tensor {name} has unknown dtype {entry.dtype}; known: {', '.join(DTYPES)}"
@@ -157,7 +164,7 @@ class Checkpoint:
                 "first be "
                 "converted to safetensors (transformers: model.save_pretrained)"
             )
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(f, str) and Path(f).name == f for f in weight_map.values()
         ):
@@ -201,7 +208,8 @@ def _bounds(name: str, part: slice | None, size: int) -> slice:
     return slice(start, stop)
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Read the JSON object in the file ``path``; raise :class:`CheckpointError` for anything else."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
@@ -209,7 +217,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
             f"{path}: cannot be read ({error.strerror}); a checkpoint folder in the Hugging Face format has "
             "it"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download the file again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, must hold an object")

@@ -140,7 +140,7 @@ class TensorFile:
             dtype = str(value["dtype"])
             shape = tuple(int(n) for n in value["shape"])
             begin, end = (int(n) for n in value["data_offsets"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise self._corrupt(f"the entry of tensor {name} lacks dtype, shape or data_offsets") from None
         if begin < 0 or end < begin or any(n < 0 for n in shape):
             raise self._corrupt(f"tensor {name} has offsets [{begin}, {end}) and shape {list(shape)}")

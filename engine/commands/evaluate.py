@@ -1,4 +1,4 @@
-"""``xpar evaluate``: lm-evaluation-harness on a whole model, its experts spread over the ranks."""
+"""``xpar evaluate``: run lm-evaluation-harness on a whole model, its experts spread over the ranks."""
 
 import argparse
 import sys
@@ -28,11 +28,18 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "harness", nargs=argparse.REMAINDER, help="options of the harness, such as --tasks NAME --limit 10"
     )
-    p.add_argument("--batch", type=int, help=f"texts a rank has in hand (default {BATCH}; 1 with --exact)")
     p.add_argument(
-        "--prefill-tokens", type=int, default=PREFILL_TOKENS, help=f"as for score (default {PREFILL_TOKENS})"
+        "--batch",
+        type=int,
+        help=f"number of texts that a rank processes at a time (default {BATCH}; 1 with --exact)",
     )
-    p.add_argument("--exact", action="store_true", help="numbers that do not depend on the number of ranks")
+    p.add_argument(
+        "--prefill-tokens",
+        type=int,
+        default=PREFILL_TOKENS,
+        help=f"maximum number of tokens that a rank reads in one step (default {PREFILL_TOKENS})",
+    )
+    p.add_argument("--exact", action="store_true", help="make the results independent of the number of ranks")
     model_session.add_grid_options(p)
     p.set_defaults(main=main)
 
@@ -58,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> torch.dtype:
-    """The dtype; raises ValueError for words that do not fit."""
+    """Check the options and return the dtype; raise ValueError for options that do not fit."""
     if find_spec("lm_eval") is None:
         raise ValueError("xpar evaluate needs lm-evaluation-harness (pip install 'xpar[eval]')")
     model_session.check_at_least_one(args, "batch", "prefill-tokens", "threads")
@@ -67,7 +74,7 @@ def _check(args: argparse.Namespace) -> torch.dtype:
 
 
 def _harness(words: Sequence[str]) -> tuple[Any, argparse.Namespace]:
-    """The harness's own command, and its options; raises ValueError for those that it refuses."""
+    """Make the harness's own command and parse its options; raise ValueError for words that it refuses."""
     from lm_eval._cli import HarnessCLI
 
     cli = HarnessCLI()
@@ -94,7 +101,7 @@ def _evaluate(harness: tuple[Any, argparse.Namespace], service: Service, args: a
 
 @contextmanager
 def _words(words: list[str]) -> Iterator[None]:
-    """Let the process have been started with ``words``: the harness reads them there."""
+    """Set ``sys.argv``, from which the harness reads its options, to ``words`` within the context."""
     before, sys.argv = sys.argv, words
     try:
         yield

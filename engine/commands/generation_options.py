@@ -1,4 +1,4 @@
-"""The options that say how tokens are chosen, before the defaults of the model's own generation config."""
+"""The options that choose tokens; they come before the model's own generation config."""
 
 import argparse
 import json
@@ -15,29 +15,41 @@ from xpar.engine.generation.generation_defaults import (
 
 
 def add_generation_options(p: argparse.ArgumentParser) -> None:
-    """How many tokens, and how each is chosen."""
+    """Add the options that say how many tokens an answer has and how each is chosen."""
     own = "default: the model's own"
-    p.add_argument("--max-new-tokens", type=int, help=f"of an answer ({own}, else {MAX_NEW_TOKENS})")
-    p.add_argument("--temperature", type=float, help=f"0: the likeliest token, no draw ({own}, else 0)")
-    p.add_argument("--top-k", type=int, help=f"draw among this many ({own}, else all)")
-    p.add_argument("--top-p", type=float, help=f"draw among those that make up this probability ({own})")
-    p.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    p.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help=f"maximum number of tokens per answer ({own}, else {MAX_NEW_TOKENS})",
+    )
+    p.add_argument(
+        "--temperature",
+        type=float,
+        help=f"temperature of the draws; 0 takes the likeliest token ({own}, else 0)",
+    )
+    p.add_argument("--top-k", type=int, help=f"number of likeliest tokens to draw from ({own}, else all)")
+    p.add_argument(
+        "--top-p",
+        type=float,
+        help=f"draw from the likeliest tokens that make up this probability ({own}, else all)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
     p.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="another entry of transformers' generation config, its value as JSON; repeatable",
+        help="set another entry of transformers' generation config, with its value as JSON; repeatable",
     )
     p.add_argument(
         "--no-generation-config",
         action="store_true",
-        help="leave the model's own defaults out, its end tokens excepted",
+        help="ignore the model's own generation config, its end tokens excepted",
     )
 
 
 def generation_of(args: argparse.Namespace) -> Generation:
-    """What the options and the checkpoint say; raises ValueError for what cannot be done."""
+    """Settle how to generate by the options and the checkpoint; raise ValueError for what cannot be done."""
     defaults = read_defaults(args.checkpoint)
     if args.no_generation_config:
         defaults = ModelDefaults(defaults.source, {"eos_token_id": sorted(defaults.ends)})

@@ -1,4 +1,4 @@
-"""What the commands on whole models have in common: options, the grid, loading, and the lines that they print."""
+"""The parts that commands on whole models share: options, grid, loading, and printed lines."""
 
 import argparse
 import resource
@@ -25,34 +25,49 @@ from xpar.engine.generation.request import RequestBase, Workload
 from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.layer.build import FLOATS
 from xpar.engine.models.loader import LoadedModel, load_model
-from xpar.engine.models.parallelize import SpreadOptions
-from xpar.engine.models.slicing import slices
+from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
 
 BATCH = 16
 PREFILL_TOKENS = 4096
 
 
 def add_grid_options(p: argparse.ArgumentParser) -> None:
-    """Where and how the model computes."""
+    """Add the options that say where and how the model computes."""
     for axis, what in (("ep", "expert"), ("etp", "expert tensor")):
         p.add_argument(
-            f"--{axis}", type=int, help=f"{what}-parallel ranks (default: see docs/generate.md, How it runs)"
+            f"--{axis}",
+            type=int,
+            help=f"number of {what}-parallel ranks (default: see docs/generate.md, How it runs)",
         )
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as for xpar run")
-    p.add_argument("--transport", default="auto", help="between GPUs: auto, nccl, staged or mpi")
-    p.add_argument("--dispatcher", default="auto", help="auto, or a dispatcher's name")
-    p.add_argument("--kernel", default="auto", help="auto, or a kernel's name")
+    p.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="device of the computation (default auto: a GPU where there is one)",
+    )
+    p.add_argument(
+        "--transport", default="auto", help="transport between GPUs: auto, nccl, staged or mpi (default auto)"
+    )
+    p.add_argument("--dispatcher", default="auto", help="name of a dispatcher, or auto (default auto)")
+    p.add_argument("--kernel", default="auto", help="name of an expert kernel, or auto (default auto)")
     p.add_argument(
         "--dense",
         default="auto",
-        help="dense products: auto, zentorch, native, onednn, or plain (transformers' own)",
+        help="kernel of dense products: auto, zentorch, native, onednn, or plain for transformers' own "
+        "(default auto)",
     )
     p.add_argument(
-        "--whole-block", action="store_true", help="xpar's router and shared experts too, not the model's own"
+        "--whole-block",
+        action="store_true",
+        help="let xpar compute routers and shared experts too, instead of the model's own code",
     )
-    p.add_argument("--dtype", choices=sorted(FLOATS), help="default: the checkpoint's")
     p.add_argument(
-        "--threads", type=int, help="threads a rank (default: its share of the cores; 1 with --exact)"
+        "--dtype", choices=sorted(FLOATS), help="number type of the computation (default: the checkpoint's)"
+    )
+    p.add_argument(
+        "--threads",
+        type=int,
+        help="number of threads of a rank (default: its share of the cores; 1 with --exact)",
     )
     add_watchdog(p)
     add_verbose(p)
@@ -67,16 +82,17 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
 
 
 def batch_of(args: argparse.Namespace) -> int:
-    """``--batch``, which ``--exact`` leaves no choice; raises ValueError where they do not fit."""
+    """Return ``--batch`` or its default; raise ValueError unless it is 1 with ``--exact``."""
     if args.exact and (args.batch or 1) > 1:
         raise ValueError(
-            f"--exact --batch {args.batch}: sequences of one batch change each other's rounding; leave --batch out"
+            f"--exact --batch {args.batch}: sequences of one batch change each other's rounding; "
+            "leave --batch out"
         )
     return int(args.batch or (1 if args.exact else BATCH))
 
 
 def check_files(prompts: Path, out: Path, resume: bool, option: str) -> None:
-    """Raise ValueError unless ``prompts``, given as ``option``, can be read, and ``out`` written without loss."""
+    """Raise ValueError unless ``prompts`` (``option``) can be read and ``out`` written without loss."""
     if not prompts.is_file():
         raise ValueError(f"{prompts}: no such file; give a text file or a .jsonl as {option}")
     if out.exists() and not resume:
@@ -89,7 +105,7 @@ def check_files(prompts: Path, out: Path, resume: bool, option: str) -> None:
 
 
 def exact_with(args: argparse.Namespace, grid: ProcessGrid) -> tuple[tuple[str, str], ...]:
-    """What the bits of exact mode depend on besides the request; () without ``--exact``."""
+    """List what the bits of exact mode depend on besides the request; () without ``--exact``."""
     if not args.exact:
         return ()
     return (
@@ -102,38 +118,43 @@ def exact_with(args: argparse.Namespace, grid: ProcessGrid) -> tuple[tuple[str, 
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
-    """``--dtype``, or the checkpoint's."""
+    """Return ``--dtype``, or the checkpoint's dtype."""
     with Checkpoint(args.checkpoint) as checkpoint:
         return FLOATS[args.dtype] if args.dtype else checkpoint.dtype
 
 
 def make_grid(args: argparse.Namespace, world: World, console: Console) -> ProcessGrid:
-    """The grid of the options, and this rank's threads; says both. Collective."""
+    """Make the grid of the options, set this rank's threads, and print both. Collective."""
     device = pick_device(world, args.device)
-    etp = agreed(world.comm, lambda: _etp(args, world, device))
+    etp = agreed(world.comm, lambda: choose_etp(args, world, device))
     grid = ProcessGrid.create(world, ep=args.ep, etp=etp, device=device, transport=args.transport)
     torch.set_num_threads(args.threads or (1 if args.exact else world.threads()))
     console.print(job_line(grid))
     return grid
 
 
-def _etp(args: argparse.Namespace, world: World, device: str) -> int | None:
-    """``--etp``; where neither it nor ``--ep`` is given, as many as :func:`slices` finds for host ranks of one node."""
+def choose_etp(args: argparse.Namespace, world: World, device: str) -> int | None:
+    """Return ``--etp``; where neither it nor ``--ep`` is given, let :func:`choose_expert_slices` choose.
+
+    It chooses for host ranks of one node alone; elsewhere the result is None.
+    """
     named = args.ep is not None or args.etp is not None
     if named or args.exact or device != "cpu" or world.num_nodes > 1:
         etp: int | None = args.etp
         return etp
     with Checkpoint(args.checkpoint) as checkpoint:
         arch, config = find(checkpoint.config), checkpoint.config
-        return slices(world.size, [layer_config(arch, config, n) for n in require_moe_layers(arch, config)])
+        return choose_expert_slices(
+            world.size, [layer_config(arch, config, n) for n in require_moe_layers(arch, config)]
+        )
 
 
 def add_whole_dense(p: argparse.ArgumentParser) -> None:
-    """For commands in which every rank runs as many dense products as the others."""
+    """Add the option for commands in which every rank runs as many dense products as the others."""
     p.add_argument(
         "--whole-dense",
         action="store_true",
-        help="each rank keeps all dense weights, where the ranks of a node would share their products out",
+        help="keep all dense weights on every rank, where the ranks of a node would slice their products",
     )
 
 
@@ -144,9 +165,9 @@ def load(
     console: Console,
     whole_dense: bool = True,
 ) -> LoadedModel:
-    """The model over the grid, behind a bar of bytes; says what rank 0 holds. Collective.
+    """Load the model over the grid behind a bar of bytes, and print what rank 0 holds. Collective.
 
-    ``whole_dense``: every rank keeps all dense weights.
+    ``whole_dense``: whether every rank keeps all dense weights.
     """
     options = SpreadOptions(
         args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense, slice_dense=not whole_dense
@@ -157,8 +178,9 @@ def load(
     read = sum(grid.world.comm.all_gather_object(loaded.bytes_read))
     layer = loaded.layers[0].runner
     console.print(
-        f"{type(loaded.model).__name__}: {loaded.dense_bytes / 1e6:.1f} MB dense, {loaded.expert_bytes / 1e6:.1f} MB of "
-        f"experts on rank 0; all ranks read {read / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s | "
+        f"{type(loaded.model).__name__}: {loaded.dense_bytes / 1e6:.1f} MB dense, "
+        f"{loaded.expert_bytes / 1e6:.1f} MB of experts on rank 0; "
+        f"all ranks read {read / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s | "
         f"{layer.dispatcher.name} dispatch, {layer.kernel.name if layer.kernel else 'no'} kernel, "
         f"{loaded.dense} dense products{', shared out over each node' if loaded.slices_dense else ''}",
         soft_wrap=True,
@@ -168,21 +190,21 @@ def load(
 
 @contextmanager
 def meter(world: World, doing: str, work: Workload) -> Iterator[Callable[[Progress], None]]:
-    """A bar of prompts, tokens/s and the load of the busiest rank; the function moves it."""
+    """Show a bar of prompts, tokens/s and the load of the busiest rank; yield the function that moves it."""
     begin = time.monotonic()
     with Meter(world, doing, len(work.queue)) as bar:
 
-        def tell(progress: Progress) -> None:
+        def show(progress: Progress) -> None:
             rate = progress.tokens / max(1e-9, time.monotonic() - begin)
             bar.show(progress.done, f"{rate:.0f} tokens/s, load {progress.imbalance:.2f}")
 
-        yield tell
+        yield show
 
 
 def counts(request: RequestBase, work: Workload, new: int, failed: int, what: str) -> str:
-    """What was done, in one line; what is left, what was refused and what failed, if anything.
+    """Describe in one line what was done, and what is left, was refused or failed, if anything.
 
-    ``what``: as ``prompts answered``. ``new``, ``failed``: how many of this run.
+    ``what``: such as "prompts answered". ``new``, ``failed``: the numbers of this run.
     """
     before, failed = work.answered, work.failed + failed
     text = f"{request.out}: {new + before} of {len(work.order)} {what}"
@@ -195,9 +217,10 @@ def counts(request: RequestBase, work: Workload, new: int, failed: int, what: st
 
 
 def check_any_answered(comm: Communicator, request: RequestBase, work: Workload, failed: int) -> None:
-    """Raise one error on every rank where the model failed on all prompts that it was given, in this run and before.
+    """Raise one error on every rank if the model failed on all prompts, in this run and before.
 
-    Then the checkpoint or the dtype is at fault, and a script must not take the job for done. ``failed``: of this run.
+    Then the checkpoint or the dtype is at fault, and a script must not take the job for done. ``failed``: the
+    number of this run.
     """
 
     def check() -> None:
@@ -211,14 +234,15 @@ def check_any_answered(comm: Communicator, request: RequestBase, work: Workload,
 
 
 def speed(outcome: RunSummary) -> str:
-    """Tokens and the balance of the experts' load, in one line."""
+    """Describe tokens, time and the balance of the experts' load in one line."""
     return (
-        f"{outcome.tokens} tokens in {outcome.seconds:.1f} s, {outcome.tokens / outcome.seconds:.0f} tokens/s, "
+        f"{outcome.tokens} tokens in {outcome.seconds:.1f} s, "
+        f"{outcome.tokens / outcome.seconds:.0f} tokens/s, "
         f"load imbalance {outcome.progress.imbalance:.2f} (max/mean)"
     )
 
 
 def memory(comm: Communicator) -> str:
-    """The most memory that each rank had at any time, in one line; collective."""
+    """Describe the most memory that each rank had at any time in one line. Collective."""
     peaks = comm.all_gather_object(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return f"peak memory a rank: {min(peaks) / 1e6:.0f} to {max(peaks) / 1e6:.0f} MB"

@@ -9,10 +9,10 @@ LOGGER = "xpar"
 
 
 def start_logging(world: World, verbose: bool) -> None:
-    """Show this process's log: from INFO on rank 0 or if ``verbose``, otherwise from WARNING."""
+    """Show this process's log: everything if ``verbose``, else from INFO on rank 0 and from WARNING elsewhere."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"[rank {world.rank}] %(message)s"))
     logger = logging.getLogger(LOGGER)
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.INFO if verbose or world.rank == 0 else logging.WARNING)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO if world.rank == 0 else logging.WARNING)

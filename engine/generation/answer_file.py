@@ -1,7 +1,8 @@
-"""The files of answers and of errors, on the rank that keeps them: nothing written is lost, whatever ends the job.
+"""The files of answers and of errors on rank 0; nothing written is lost, whatever ends the job.
 
-Answers, and the failures of prompts that the model could not answer, are appended as they come, each batch forced to the disk. A line is an answer only once its newline is there.
-When the last one has come each file is replaced, in one step, by one in the order of the prompts.
+Answers, and the failures of prompts that the model could not answer, are appended as they come, each batch
+forced to the disk. A line is an answer only once its newline is there. When the last one has come each file
+is replaced, in one step, by one in the order of the prompts.
 """
 
 import json
@@ -18,17 +19,20 @@ Record = Mapping[str, Any]
 
 
 def errors_path(out: Path) -> Path:
-    """``answers.jsonl`` -> ``answers.errors.jsonl``."""
+    """Return the path of the errors of ``out``: ``answers.jsonl`` -> ``answers.errors.jsonl``."""
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.errors.jsonl")
 
 
 def is_failure(record: Record) -> bool:
-    """Whether ``record`` says why a prompt has no answer."""
+    """Return whether ``record`` says why a prompt has no answer."""
     return "error" in record
 
 
 def write_errors(out: Path, bad: Iterable[BadLine], failures: Iterable[Record] = ()) -> None:
-    """Write the lines that are no prompts, and ``failures``, beside ``out``; where there are none, no such file stays."""
+    """Write the lines that are no prompts, and ``failures``, beside ``out``.
+
+    Where there are none, no such file stays.
+    """
     records = sorted([*(entry.record() for entry in bad), *failures], key=lambda record: record["line"])
     if records:
         _replace(errors_path(out), map(_line, records))
@@ -37,10 +41,10 @@ def write_errors(out: Path, bad: Iterable[BadLine], failures: Iterable[Record] =
 
 
 def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str, Record]:
-    """Prompt's hash -> answer, of those in ``out`` that answer one of ``hashes``; {} without a file.
+    """Read the answers in ``out`` to prompts of ``hashes``, by hash; {} without a file.
 
-    A line that a killed job left unfinished, and answers to prompts that are no more, are left out. Raises ValueError
-    for an answer that was given with other ``settings``, or for a file that holds something else.
+    A line that a killed job left unfinished, and answers to prompts that are no more, are left out. Raises
+    ValueError for an answer that was given with other ``settings``, or for a file that holds something else.
     """
     answers: dict[str, Record] = {}
     if not out.exists():
@@ -56,9 +60,12 @@ def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str,
 
 
 def read_failures(out: Path, hashes: Collection[str], settings: str) -> dict[str, Record]:
-    """Prompt's hash -> failure, of those beside ``out`` that are about one of ``hashes``; {} where ``out`` is not there.
+    """Read the failures beside ``out`` of prompts of ``hashes``, by hash.
 
-    Lines that are no prompts are left out, as they are read anew. Raises ValueError for one of other ``settings``.
+    {} where ``out`` is not there.
+
+    Lines that are no prompts are left out, as they are read anew. Raises ValueError for one of other
+    ``settings``.
     """
     failures: dict[str, Record] = {}
     path = errors_path(out)
@@ -78,7 +85,8 @@ def _check_settings(path: Path, line: int, record: Record, settings: str) -> Non
         return
     what = ", ".join(differences(str(record["settings"]), settings)) or "of an earlier version of xpar"
     raise ValueError(
-        f"{path}: line {line} was answered with another model or other options; different: {what}. Resume with those of that "
+        f"{path}: line {line} was answered with another model or other options; different: {what}. Resume "
+        "with those of that "
         "run, or give another --out"
     )
 
@@ -93,14 +101,14 @@ def _record(raw: bytes) -> dict[str, Any] | None:
 
 
 def open_answer_file(out: Path, answers: Iterable[Record]) -> None:
-    """Make ``out`` hold ``answers`` and nothing else."""
+    """Replace the file ``out`` by one of ``answers`` alone."""
     _replace(out, [_line(record) for record in answers])
 
 
 class AnswerFile:
-    """Appends answers to ``out``, a file that :func:`open_answer_file` has left, and failures to the file beside it.
+    """The answers in ``out``, made by :func:`open_answer_file`, and the failures in the file beside it.
 
-    ``failed``: how many failures it was given.
+    ``failed``: how many failures were appended.
     """
 
     def __init__(self, out: Path) -> None:
@@ -110,7 +118,10 @@ class AnswerFile:
         self._errors: _Appender | None = None
 
     def append(self, records: Collection[Record]) -> None:
-        """Write ``records`` and wait until they are on the disk. OSError where it is full; what was kept before stays."""
+        """Write ``records`` and wait until they are on the disk. OSError where it is full.
+
+        What was kept before stays.
+        """
         failures = [record for record in records if is_failure(record)]
         if failures:
             self._errors = self._errors or _Appender(errors_path(self.out))
@@ -124,7 +135,10 @@ class AnswerFile:
             self._errors.close()
 
     def finish(self, order: Mapping[str, int]) -> None:
-        """Close, and put the lines in the order that ``order`` (hash -> place) gives; errors in that of their lines."""
+        """Close the files and sort their lines by ``order`` (hash -> place).
+
+        Errors in that of their lines.
+        """
         self.close()
         lines = self.out.read_bytes().splitlines(keepends=True)
         _replace(self.out, sorted(lines, key=lambda line: order[json.loads(line)["hash"]]))
@@ -135,11 +149,12 @@ class AnswerFile:
 
 
 class _Appender:
-    """A file that grows by whole records, which are on the disk when they are said to be written."""
+    """A file that grows by whole records, which are on the disk when :meth:`append` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Open as long as the job answers; without a buffer, which would be written once more when the process ends.
+        # Open as long as the job answers; without a buffer, which would be written once more when the process
+        # ends.
         self._file: FileIO = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, records: Iterable[Record]) -> None:
@@ -150,7 +165,8 @@ class _Appender:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OSError(
-                f"{self.path}: cannot be written ({error.strerror}); the answers before are kept: make room, then run again "
+                f"{self.path}: cannot be written ({error.strerror}); the answers before are kept: make room, "
+                "then run again "
                 "with --resume"
             ) from None
 
@@ -166,7 +182,7 @@ def _line(record: Record) -> bytes:
 
 
 def _replace(path: Path, lines: Iterable[bytes]) -> None:
-    """A reader, and a job killed meanwhile, sees the old file or the new one."""
+    """Replace the file ``path`` in one step: a reader, or a killed job, sees the old or the new one."""
     part = path.with_name(f"{path.name}.part")
     with open(part, "wb") as file:
         file.writelines(lines)

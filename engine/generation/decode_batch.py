@@ -1,6 +1,7 @@
-"""A rank's running sequences: a forward that begins some, and a forward that continues all of them by one token.
+"""A rank's running sequences: one forward begins some, another continues all of them by one token.
 
-Beside the two stands what a rank without sequences does: take part in the experts of every layer with no tokens.
+Beside the two stands what a rank without sequences does: take part in the experts of every layer with no
+tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +16,8 @@ from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.steps import LAUNCH
 from xpar.engine.models.attention import backends
-from xpar.engine.models.growing import new_cache
 from xpar.engine.models.isolation import not_finite, rows_isolated
-from xpar.engine.models.kv_cache import KvCache, describe_other_states, mask, other_states
+from xpar.engine.models.kv_cache import KvCache, describe_other_states, mask, new_cache, other_states
 from xpar.engine.models.loader import LoadedModel
 from xpar.engine.models.rows import SeparateRows
 
@@ -26,11 +26,14 @@ Finish = Literal["end", "stop", "length"]
 
 @dataclass
 class RunningSequence:
-    """A prompt being answered. ``place``: its number among the job's prompts. ``ids``: the prompt's tokens.
+    """A prompt that is being answered.
 
-    ``answer``: tokens so far, an end token not among them. ``finish``: why it is complete, or None. ``failure``: why it
-    cannot be answered, or None. ``alone``: it was read with others and failed, and is to be read once more without them.
-    ``processors``: change its logits before a token is chosen. ``stopped``: as for :class:`StopConditions`, of this prompt alone.
+    ``place``: its number among the job's prompts. ``ids``: the prompt's tokens.
+
+    ``answer``: tokens so far, an end token not among them. ``finish``: why it is complete, or None.
+    ``failure``: why it cannot be answered, or None. ``alone``: it was read with others and failed, and is to
+    be read once more without them. ``processors``: change its logits before a token is chosen. ``stopped``:
+    as for :class:`StopConditions`, of this prompt alone.
     """
 
     place: int
@@ -45,18 +48,18 @@ class RunningSequence:
 
     @property
     def ended(self) -> bool:
-        """Whether no token follows."""
+        """True once the sequence is complete or has failed."""
         return self.finish is not None or self.failure is not None
 
     @property
     def tokens(self) -> list[int]:
-        """The prompt's and the answer's."""
+        """The tokens of prompt and answer."""
         return [*self.ids, *self.answer]
 
 
 @dataclass(frozen=True)
 class StopConditions:
-    """When an answer is complete: ``max_new_tokens``, one of ``ends``, or ``stopped`` says so of its tokens."""
+    """The conditions that complete an answer: its length, an end token, or ``stopped`` of its tokens."""
 
     max_new_tokens: int
     ends: frozenset[int] = frozenset()
@@ -77,8 +80,8 @@ class StopConditions:
 class DecodeBatch:
     """The sequences of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
-    ``recorder``: replays steps that continue sequences, where there is one. ``running``: those that are not complete.
-    ``tokens``: how many have been drawn so far.
+    ``recorder``: replays steps that continue sequences, where there is one. ``running``: those that are not
+    complete. ``tokens``: how many have been drawn so far.
     """
 
     def __init__(
@@ -100,11 +103,11 @@ class DecodeBatch:
 
     @property
     def occupied(self) -> int:
-        """How many are running, or are to be read once more."""
+        """How many sequences are running or wait to be read once more."""
         return len(self.running) + len(self._alone)
 
     def slots(self) -> int:
-        """(token, expert) pairs that this rank's experts have computed."""
+        """Return how many (token, expert) pairs this rank's experts have computed."""
         return self._loaded.slots()
 
     def readiness(self) -> int:
@@ -136,8 +139,8 @@ class DecodeBatch:
     def advance(self) -> list[RunningSequence]:
         """Draw the next token of every running sequence; return those that it completes.
 
-        Where a model needs the whole past of a sequence anew, that one alone is read again and gets its next token.
-        Where a sequence is to be read alone, that is done instead.
+        Where a model needs the whole past of a sequence anew, that one alone is read again and gets its next
+        token. Where a sequence is to be read alone, that is done instead.
         """
         if self._alone:
             return self.begin([self._alone.pop(0)])
@@ -153,7 +156,7 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def join(self) -> None:
-        """Serve the other ranks' tokens."""
+        """Compute the other ranks' tokens without any of this rank's own."""
         if self._recorder is None or not self._recorder.join():
             self._loaded.join()
 
@@ -171,7 +174,7 @@ class DecodeBatch:
         return ended
 
     def _draw(self, drawn: list[RunningSequence], logits: Tensor) -> list[int | None]:
-        """The next token of each row of ``logits``, None of one that is not finite."""
+        """Draw the next token of each row of ``logits`` [B, V]; None for a row that is not finite."""
         try:
             return [*choose_tokens(self._sampling, logits, drawn)]
         except ValueError:
@@ -183,7 +186,7 @@ class DecodeBatch:
         return [tokens.get(row) for row in range(len(drawn))]
 
     def _take(self, running: RunningSequence, token: int) -> None:
-        """Whatever goes wrong with one answer's text is that answer's failure."""
+        """Append ``token`` to the answer; whatever goes wrong with its text fails this answer alone."""
         self.tokens += 1
         try:
             self._limits.take(running, token)
@@ -191,7 +194,10 @@ class DecodeBatch:
             running.failure = f"the tokenizer does not decode its answer ({type(error).__name__}: {error})"
 
     def _fail(self, running: RunningSequence, among: int) -> None:
-        """A first token that is not finite may be the fault of padding, which a prompt that is read alone does not have."""
+        """Record the failure of ``running``, or let it be read once more alone.
+
+        A first token that is not finite may be the fault of padding, which a prompt has only among others.
+        """
         if among > 1 and not running.answer and not running.alone:
             running.alone = True
             self._alone.append(running)
@@ -200,7 +206,7 @@ class DecodeBatch:
         running.failure = not_finite("logits", place, self._loaded.dtype)
 
     def _keep(self, rows: list[int]) -> None:
-        """Let go of all running sequences but those at ``rows``."""
+        """Drop all running sequences but those at ``rows``."""
         assert self._past is not None
         self._past = self._past.select(rows)
         self.running = [self.running[row] for row in rows]
@@ -214,7 +220,7 @@ class DecodeBatch:
         return logits, longer
 
     def _forward(self, ids: Tensor, lengths: tuple[int, ...], past: KvCache | None) -> tuple[Tensor, KvCache]:
-        """Logits [B, V] after the last of ``ids`` [B, S'], and the keys and values of ``past`` and ``ids``."""
+        """Compute logits [B, V] after ``ids`` [B, S'], and the keys and values of ``past`` and ``ids``."""
         columns = ids.shape[1] + (0 if past is None else past.columns)
         seen = mask(lengths, columns)
         places = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]

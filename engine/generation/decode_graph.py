@@ -1,4 +1,4 @@
-"""A step that continues sequences in memory whose places and shapes stay, so that a GPU can replay it once it is recorded.
+"""A decoding step in memory of fixed places and shapes, which a GPU can record once and replay.
 
 Launching a model's kernels one by one takes longer than computing one token of a few sequences.
 B sequences, C columns of keys and values, the past in the first of them; V vocabulary.
@@ -24,10 +24,10 @@ WARM_UP = 2
 
 
 class PaddedDecodeStep:
-    """Continues the sequences of ``past`` by one token a call, until ``left`` is 0.
+    """A step that continues the sequences of ``past`` by one token a call, until ``left`` is 0.
 
-    ``model``: transformers' causal language model, which writes and reads keys and values in place: its own static layers
-    hold them, and say to its masks how far they are filled by a number on the device.
+    ``model``: transformers' causal language model, which writes and reads keys and values in place: its own
+    static layers hold them, and say to its masks how far they are filled by a number on the device.
     """
 
     def __init__(self, model: Any, device: torch.device, past: KvCache) -> None:
@@ -50,9 +50,9 @@ class PaddedDecodeStep:
         self.rewind()
 
     def __call__(self, ids: Tensor, forward: Callable[[], Tensor]) -> tuple[Tensor, KvCache]:
-        """Logits [B, V] after the tokens ``ids`` [B, 1], by ``forward``: :meth:`forward` itself, or a recording of it.
+        """Compute logits [B, V] after ``ids`` [B, 1] by ``forward``: :meth:`forward` or its recording.
 
-        With them the keys and values of all so far, as views, which the next call does not change.
+        Also returns the keys and values of all tokens so far as views, which the next call does not change.
         """
         self._ids.copy_(ids)
         logits = forward()
@@ -65,7 +65,10 @@ class PaddedDecodeStep:
         return logits, KvCache(layers, self._lengths)
 
     def forward(self) -> Tensor:
-        """[B, V] of the ids that were put in place; what says where the next token goes is advanced on the device."""
+        """Compute logits [B, V] of the ids that were put in place.
+
+        What says where the next token goes is advanced on the device.
+        """
         with backends(self._device):
             out: Any = self._model(
                 input_ids=self._ids,
@@ -80,21 +83,26 @@ class PaddedDecodeStep:
         return logits
 
     def rewind(self) -> None:
-        """As if :meth:`forward` had not been called since the last call; what it wrote lies behind what is seen."""
+        """Undo the calls of :meth:`forward` since the last call of the step.
+
+        What it wrote lies behind what is seen.
+        """
         self._places.copy_(torch.tensor(self._lengths)[:, None])
         for layer in self._layers:
             layer.cumulative_length.fill_(self._columns)
 
 
 def _longer(x: Tensor, columns: int) -> Tensor:
-    """[B, heads, S, D] -> [B, heads, columns, D], zeros behind: what is masked must be finite all the same."""
+    """Pad [B, heads, S, D] to [B, heads, columns, D] with zeros: masked numbers must be finite, too."""
     longer = x.new_zeros(*x.shape[:2], columns, x.shape[3])
     longer[:, :, : x.shape[2]] = x
     return longer
 
 
 def record(step: PaddedDecodeStep, counted: list[Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """``step``'s forward as a CUDA graph. ``counted``: numbers that a forward adds to, and that a rehearsal must not change.
+    """Record the forward of ``step`` as a CUDA graph; return the function that replays it.
+
+    ``counted``: numbers that a forward adds to, and that a rehearsal must not change.
 
     Raises RuntimeError where the model waits for the GPU in between.
     """
@@ -114,7 +122,7 @@ def record(step: PaddedDecodeStep, counted: list[Tensor], device: torch.device) 
 
 
 def record_join(join: Callable[[], None], counted: list[Tensor], device: torch.device) -> Callable[[], None]:
-    """``join``, by which a rank without sequences serves the others' step, as a CUDA graph; see :func:`record`.
+    """Record ``join``, the step of a rank without sequences, as a CUDA graph; see :func:`record`.
 
     Rehearsed as often as theirs, because every rank takes part in every rehearsal.
     """

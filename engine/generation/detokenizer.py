@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder writes for bytes that are no character, such as the first bytes of one that is not complete."""
+"""The character for bytes that are none, such as the first bytes of a character that is not complete."""
 BYTES_OF_CHARACTER = 4
 """At most: a tokenizer of bytes may need a token for each."""
 CONTEXT = 8
@@ -16,14 +16,14 @@ CONTEXT = 8
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the earliest of ``stops`` begins in ``text``, or None."""
+    """Find the place in ``text`` where the earliest of ``stops`` begins; None without one."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return min(places, default=None)
 
 
 @dataclass(frozen=True)
 class Stops:
-    """What ends an answer. ``texts``: not part of it. ``ids``: tokens, neither."""
+    """The texts and the token ids that end an answer and are not part of it."""
 
     texts: tuple[str, ...] = ()
     ids: frozenset[int] = frozenset()
@@ -31,7 +31,7 @@ class Stops:
 
 @dataclass(frozen=True)
 class Detokenizer:
-    """Ids of answers to text. ``tokenizer``: transformers'. ``special_ids``: its special tokens.
+    """The conversion of answers to text by ``tokenizer``, whose special tokens are ``special_ids``.
 
     ``in_context``: whether an answer is decoded behind its prompt; else alone, as if it began a text.
     """
@@ -42,11 +42,11 @@ class Detokenizer:
     _anchor: list[list[int]] = field(default_factory=list, compare=False)
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        """The text of ``ids`` as the beginning of a text. ``special``: with the special tokens' names."""
+        """Decode ``ids`` as the beginning of a text; ``special``: with the special tokens' names."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     def context(self, prompt: Sequence[int]) -> list[int]:
-        """The last tokens of ``prompt`` that decode to whole characters, at least one of them no special token."""
+        """Find the last tokens of ``prompt`` that decode to whole characters and are not all special."""
         lengths = (*range(CONTEXT, 2 * CONTEXT + 1), CONTEXT**2)
         for length in lengths if self.in_context else ():
             before = self.decode(prompt[-length:])
@@ -55,12 +55,13 @@ class Detokenizer:
         return list(prompt) if self.in_context else []
 
     def decode_answer(self, context: Sequence[int], answer: Sequence[int], special: bool = False) -> str:
-        """What ``answer`` adds to the text of ``context``, which :meth:`context` gave."""
+        """Decode the text that ``answer`` adds to ``context``, which :meth:`context` gave."""
         if not self.in_context:
             return self.decode(answer, special)
         for before in (context, self._word()):
             text, whole = self.decode(before, special), self.decode([*before, *answer], special)
-            # A byte behind bytes may make all of them no characters; then the answer is decoded behind a word.
+            # A byte behind bytes may make all of them no characters; then the answer is decoded behind a
+            # word.
             if whole.startswith(text) and not text.endswith(BROKEN):
                 return whole[len(text) :]
         return self.decode(answer, special)
@@ -71,11 +72,11 @@ class Detokenizer:
         return self._anchor[0]
 
     def has_special(self, ids: Sequence[int]) -> bool:
-        """Whether one of ``ids`` is a special token."""
+        """Return whether one of ``ids`` is a special token."""
         return any(token in self.special_ids for token in ids)
 
     def stop_test(self, prompt: Sequence[int], stops: Stops) -> Callable[[Sequence[int]], bool]:
-        """A function of an answer to ``prompt``: whether its last token completes one of ``stops``."""
+        """Make a test of whether the last token of an answer to ``prompt`` completes one of ``stops``."""
         context = self.context(prompt)
         tail = BYTES_OF_CHARACTER * (max(map(len, stops.texts), default=0) + 1) + CONTEXT
 
@@ -92,13 +93,13 @@ class Detokenizer:
         return is_complete
 
     def _texts(self, context: Sequence[int], answer: Sequence[int]) -> Iterator[str]:
-        """The answer with its special tokens' names, and without."""
+        """Decode the answer with its special tokens' names, and without."""
         yield self.decode_answer(context, answer, special=True)
         if self.has_special(answer):
             yield self.decode_answer(context, answer)
 
     def _tails(self, context: Sequence[int], answer: Sequence[int], tail: int) -> Iterator[str]:
-        """The end of the text of ``answer``, of ``tail`` tokens at least, as each of :meth:`_texts` has it."""
+        """Return the end of the text of ``answer``, of at least ``tail`` tokens, in each form of _texts."""
         most = 4 * tail
         seen = list(answer[-most:]) if len(answer) > most else [*context, *answer]
         visible = [[t for t in seen if t not in self.special_ids]] if self.has_special(seen) else []
@@ -112,7 +113,10 @@ class Detokenizer:
     def cut(
         self, prompt: Sequence[int], answer: Sequence[int], stops: Stops, keep_special: bool = False
     ) -> str:
-        """The text of an answer before the first of ``stops``. ``keep_special``: with the special tokens' names."""
+        """Decode an answer up to the first of ``stops``.
+
+        ``keep_special``: with the special tokens' names.
+        """
         if answer and answer[-1] in stops.ids:
             answer = answer[:-1]
         context = self.context(prompt)

@@ -1,7 +1,7 @@
-"""What of a checkpoint's folder decides answers, as a few digests: another model in the same place gives others.
+"""Digests of the files of a checkpoint that decide answers; another model in the same place has others.
 
-Weights are many gigabytes, so files above a limit are sampled: their header, which names every tensor, and some bytes of
-each tensor. A model that was trained on, merged or quantised differs in nearly all of them.
+Weights are many gigabytes, so files above a limit are sampled: their header, which names every tensor, and
+some bytes of each tensor. A model that was trained on, merged or quantised differs in nearly all of them.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from xpar.engine.generation.settings import DIGITS
 WHOLE_BYTES = 64 * 2**20
 """Files up to this size are read in whole."""
 SAMPLE_BYTES = 4096
-"""Of each sample; a tensor of up to eight times as many is read in whole."""
+"""Bytes of each sample; a tensor of up to eight times as many is read in whole."""
 SAMPLES = (0.0, 0.5, 1.0)
-"""Where samples lie in a tensor, as parts of its length; rows for new tokens are at its end."""
+"""The places of samples in a tensor, as parts of its length; rows for new tokens are at its end."""
 BLOCK_BYTES = 2**20
 
 TOKENIZER = (
@@ -41,9 +41,12 @@ UNIMPORTANT = frozenset({"transformers_version", "_name_or_path", "torch_dtype",
 
 
 def fingerprint(comm: Communicator, path: Path) -> dict[str, str]:
-    """Return part of the folder ``path`` -> digest, the same on every rank; a part that is not there is left out.
+    """Return part of the folder ``path`` -> digest, the same on every rank.
 
-    Collective: each rank reads some of the weight files. Raises one error on every rank for a folder that is no checkpoint.
+    A part that is not there is left out.
+
+    Collective: each rank reads some of the weight files. Raises one error on every rank for a folder that is
+    no checkpoint.
     """
     with agreed(comm, lambda: Checkpoint(path)) as checkpoint:
         files = checkpoint.weight_files()

@@ -21,10 +21,13 @@ def generate(
     work: Workload,
     tokens: Tokenizer,
     loaded: LoadedModel,
-    told: Callable[[], bool] = lambda: False,
-    tell: Callable[[Progress], None] = lambda progress: None,
+    stop_requested: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> RunSummary:
-    """Answer ``work.queue`` into ``request.out``; collective. ``told`` and ``tell``: see :func:`process_file`."""
+    """Answer the prompts of ``work.queue`` into ``request.out``. Collective.
+
+    ``stop_requested``, ``on_progress``: see :func:`process_file`.
+    """
     stops = Stops(request.stops, tokens.ids_of(request.stop_tokens))
     detokenizer = tokens.detokenizer()
     sampling, most = request.sampling, request.max_new_tokens
@@ -44,8 +47,8 @@ def generate(
         BatchLimits(request.batch, request.prefill_tokens),
         start,
         lambda r: _record(work, r, detokenizer, stops, request.keep_special),
-        told,
-        tell,
+        stop_requested,
+        on_progress,
     )
 
 

@@ -1,18 +1,19 @@
-"""How a model is to generate: the defaults of its own generation config, and what options say instead."""
+"""The settings of generation: defaults of the model's own generation config, and options before them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xpar.engine.checkpoint.tensor_file import CheckpointError
+from xpar.engine.checkpoint.reader import CheckpointError, read_json
 from xpar.engine.generation.logits_processors import MAKERS, make_processors
 from xpar.engine.generation.sampling import DRAW_SETTINGS, Sampling
+from xpar.engine.models.hf_config import LARGEST, transformers_errors
 
 FILE = "generation_config.json"
 MAX_NEW_TOKENS = 128
 DRAWS = ("temperature", "top_k", "top_p", *DRAW_SETTINGS)
-"""What decides draws, and nothing where the likeliest token is taken."""
+"""The settings of draws, which do nothing where the likeliest token is taken."""
 SETTABLE = ("do_sample", *DRAWS, *MAKERS)
 NEUTRAL: Mapping[str, Any] = {
     "repetition_penalty": 1,
@@ -25,9 +26,9 @@ NEUTRAL: Mapping[str, Any] = {
     "eta_cutoff": 0,
     "remove_invalid_values": False,
 }
-"""Values that change nothing."""
+"""The value with which each setting changes nothing."""
 TOP_K = 50
-"""Of transformers, for draws of which nobody says more."""
+"""The default of transformers for draws."""
 OTHER_WAYS: Mapping[str, Any] = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -45,8 +46,8 @@ OTHER_WAYS: Mapping[str, Any] = {
 class ModelDefaults:
     """The entries of a checkpoint's generation config, as transformers reads it.
 
-    ``source``: the name of the file they are from. ``values``: those that are not null. ``unknown``: names among them
-    that transformers does not know.
+    ``source``: the name of the file they are from. ``values``: those that are not null. ``unknown``: names
+    among them that transformers does not know.
     """
 
     source: str = FILE
@@ -64,7 +65,10 @@ class ModelDefaults:
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are made. ``stops``: texts that end one. ``notes``: lines that say what was taken and from where."""
+    """The settings of answers; ``stops`` are texts that end one.
+
+    ``notes``: lines that say which settings are used and where they are from.
+    """
 
     sampling: Sampling
     max_new_tokens: int
@@ -73,7 +77,7 @@ class Generation:
 
 
 def read_defaults(path: Path) -> ModelDefaults:
-    """The defaults of the checkpoint ``path``: of its generation config, or where there is none of its config.
+    """Read the defaults of the checkpoint ``path`` from its generation config or, without one, its config.
 
     Raises :class:`CheckpointError` for a file that transformers cannot read.
     """
@@ -81,16 +85,23 @@ def read_defaults(path: Path) -> ModelDefaults:
 
     own = (path / FILE).exists()
     name = FILE if own else "config.json"
-    try:
+    values_given = read_json(path / name)
+    with transformers_errors(path / name, values_given):
         read = GenerationConfig.from_pretrained(
             path, config_file_name=name, _from_model_config=not own, local_files_only=True
         )
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / name}: {str(error).splitlines()[0]}") from None
+    check_ends(path / name, read.eos_token_id)
     known = vars(GenerationConfig())
     values = {n: value for n, value in read.to_dict().items() if value is not None and not n.startswith("_")}
     unknown = tuple(sorted(n for n in values if n not in known)) if own else ()
     return ModelDefaults(name, values, unknown)
+
+
+def check_ends(file: Path, ends: Any) -> None:
+    """Raise :class:`CheckpointError` unless ``ends``, the eos_token_id of ``file``, is an id, ids or None."""
+    for end in ends if isinstance(ends, list | tuple) else [ends]:
+        if end is not None and (type(end) is not int or not 0 <= end <= LARGEST):
+            raise CheckpointError(f"{file}: eos_token_id={end!r}: must be the id of a token, 0 to {LARGEST}")
 
 
 def settle(
@@ -100,11 +111,11 @@ def settle(
     stops: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Generation:
-    """What generates: the values ``given``, by their names in transformers' generation config, before ``defaults``.
+    """Settle how to generate, by the options ``given`` before the model's ``defaults``.
 
     Args:
         defaults: the model's own.
-        given: options; None takes a default back.
+        given: options by their names in transformers' generation config; None takes a default back.
         max_new_tokens: bound of an answer, or None for the model's own.
         stops: texts that end an answer, besides the model's own.
         seed: of the draws.
@@ -156,13 +167,15 @@ def _check(values: Mapping[str, Any], origin: Mapping[str, str]) -> None:
     for name, neutral in OTHER_WAYS.items():
         if name in values and (neutral is None or values[name] != neutral):
             raise ValueError(
-                f"{origin[name]}: {name}={values[name]!r}: xpar does not generate in this way; leave it out, or give "
+                f"{origin[name]}: {name}={values[name]!r}: xpar does not generate in this way; leave it out, "
+                "or give "
                 "--no-generation-config"
             )
     contrastive = not values.get("do_sample") and values.get("top_k", 0) > 1
     if contrastive and values.get("penalty_alpha", 0) > 0:
         raise ValueError(
-            f"{origin['penalty_alpha']}: penalty_alpha={values['penalty_alpha']!r}: xpar makes no contrastive search; leave "
+            f"{origin['penalty_alpha']}: penalty_alpha={values['penalty_alpha']!r}: xpar makes no "
+            "contrastive search; leave "
             "it out, or give --no-generation-config"
         )
 
@@ -189,7 +202,7 @@ def _notes(
     draws: bool,
     most: int,
 ) -> tuple[str, ...]:
-    """Lines that say what was taken of the model's defaults, and what was not and why."""
+    """Describe which of the model's defaults are used, and which are not and why."""
     own, source = defaults.values, defaults.source
     lines = []
     used = [f"{n} {_short(value)}" for n, value in taken.items() if origin.get(n) == source]

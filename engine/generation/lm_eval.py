@@ -1,6 +1,6 @@
-"""A whole model as lm-evaluation-harness wants it; that package is an optional extra.
+"""The adapter of a whole model for lm-evaluation-harness, which is an optional extra.
 
-The harness runs on rank 0 and asks; see :mod:`xpar.engine.generation.service`.
+The harness runs on rank 0 and calls the service; see :mod:`xpar.engine.generation.service`.
 """
 
 import logging
@@ -13,7 +13,7 @@ from xpar.engine.generation.service import Continuations, Prompts, Service
 
 NAME = "xpar"
 POSITIONS = 2048
-"""Of a model that names no limit, as the harness takes it."""
+"""The positions of a model that names no limit, as the harness takes it."""
 MAX_NEW_TOKENS = 256
 log = logging.getLogger("xpar.models")
 UNLIMITED = 10**9
@@ -21,7 +21,7 @@ UNLIMITED = 10**9
 
 
 def model_class() -> type["LmEvalAdapter"]:
-    """The class whose objects the harness can evaluate."""
+    """Make the class whose objects the harness can evaluate."""
     from lm_eval.api.model import TemplateLM
 
     class XparLM(LmEvalAdapter, TemplateLM):  # type: ignore[misc] # the package need not be there
@@ -31,7 +31,7 @@ def model_class() -> type["LmEvalAdapter"]:
 
 
 def register_service(service: Service, path: str) -> None:
-    """Make ``--model xpar`` of the harness mean this one."""
+    """Register ``service`` as ``--model xpar`` of the harness."""
     from lm_eval.api.registry import register_model
 
     @register_model(NAME)
@@ -41,7 +41,7 @@ def register_service(service: Service, path: str) -> None:
 
 
 class LmEvalAdapter:
-    """The methods of a model of the harness. ``service``: the model. ``path``: of its checkpoint."""
+    """The methods of a model of the harness, computed by ``service``; ``path``: its checkpoint."""
 
     def __init__(self, service: Service, path: str) -> None:
         super().__init__()
@@ -51,7 +51,8 @@ class LmEvalAdapter:
         limit = getattr(self.tokenizer, "model_max_length", None) or UNLIMITED
         self.max_length = service.tokens.window or (int(limit) if limit < UNLIMITED else POSITIONS)
 
-    # -- tokens ---------------------------------------------------------------------------------------------------
+    # -- tokens
+    # ---------------------------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -59,7 +60,7 @@ class LmEvalAdapter:
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The token before a text that has nothing before it."""
         prefix = self.service.tokens.prefix_id
         if prefix is None:
             raise ValueError(
@@ -78,12 +79,13 @@ class LmEvalAdapter:
         return list(self.tokenizer(string, **given)["input_ids"])
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As the harness cuts, but for what the tokenizer puts behind every text, which is in neither part."""
+        """Cut as the harness does, but leave out what the tokenizer puts behind every text."""
         ids, first = self.service.tokens.join(context, continuation)
         if not self.is_warned and self.service.tokens.spans_join(context, continuation, ids):
             self.is_warned = True
             log.warning(
-                "a token spans the end of the context %r and the beginning of the continuation %r: only what stands behind it is "
+                "a token spans the end of the context %r and the beginning of the continuation %r: only what "
+                "stands behind it is "
                 "scored, as the harness defines it; further ones are not reported",
                 context[-40:],
                 continuation[:40],
@@ -102,12 +104,13 @@ class LmEvalAdapter:
             )
         )
 
-    # -- what the harness asks ------------------------------------------------------------------------------------
+    # -- what the harness asks
+    # ------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
         self, requests: Iterable[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Of (anything, context, continuation): the sum over the continuation, and whether it is greedy."""
+        """Score (anything, context, continuation): sum over the continuation, and whether it is greedy."""
         texts = []
         for words, context, continuation in requests:
             if not context or not continuation or len(continuation) > self.max_length:
@@ -143,7 +146,8 @@ class LmEvalAdapter:
                     f"max_gen_toks={most}: the model has {self.max_length} positions; ask for fewer"
                 )
             prompts = tuple(self.tok_encode(requests[n].args[0])[-room:] for n in numbers)
-            # The harness's own backend ends answers at the tokenizer's end token, whatever the model's defaults name.
+            # The harness's own backend ends answers at the tokenizer's end token, whatever the model's
+            # defaults name.
             answers = self.service.ask(Prompts(prompts, most, (*stops, *([end] if end else [])), sampling))
             for number, text in zip(numbers, answers, strict=True):
                 texts[number] = text
@@ -151,7 +155,7 @@ class LmEvalAdapter:
 
 
 def _refusal(words: Any, context: int, continuation: int, most: int) -> str:
-    """Why a pair of so many tokens, of the texts ``words`` if they are known, cannot be scored."""
+    """Describe why a pair of so many tokens cannot be scored; ``words`` are its texts, if known."""
     if not context:
         why = "the context has no tokens, and the tokenizer begins texts with none"
     elif not continuation:
@@ -163,7 +167,7 @@ def _refusal(words: Any, context: int, continuation: int, most: int) -> str:
 
 
 def _options(given: Mapping[str, Any], defaults: ModelDefaults) -> tuple[Sampling, int, tuple[str, ...]]:
-    """The harness's words for a way to generate, before the model's own defaults, as its backend for transformers does."""
+    """Settle the harness's options before the model's defaults, as its backend for transformers does."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     options = normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS)

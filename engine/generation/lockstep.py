@@ -1,8 +1,9 @@
 """All ranks answering one queue of prompts, in steps that they take together.
 
-The experts of a layer are spread over the ranks, so every rank must take part in every forward of any other. A step
-is one small exchange and one forward on each rank: of new prompts, of its running ones, or of none. From what was
-exchanged each rank derives the same facts: who gets which prompts, whether anything is left, whether to stop.
+The experts of a layer are spread over the ranks, so every rank must take part in every forward of any other.
+A step is one small exchange and one forward on each rank: of new prompts, of its running ones, or of none.
+From what was exchanged each rank derives the same facts: who gets which prompts, whether anything is left,
+whether to stop.
 """
 
 import time
@@ -26,7 +27,7 @@ STOP, FLUSH = 1, 2
 
 @dataclass(frozen=True)
 class Progress:
-    """Before a step, over all ranks: prompts answered, tokens drawn, and the (token, expert) pairs of each rank."""
+    """The job before a step: prompts answered, tokens drawn, and (token, expert) pairs of each rank."""
 
     done: int
     tokens: int
@@ -34,17 +35,22 @@ class Progress:
 
     @property
     def imbalance(self) -> float:
-        """The busiest rank's pairs over the mean."""
+        """The pairs of the busiest rank over the mean of all ranks."""
         return max(self.slots) * len(self.slots) / max(1, sum(self.slots))
 
 
 @dataclass(frozen=True)
 class LockstepCallbacks(Generic[R]):
-    """What the loop calls. All ranks have the same ``total``; only rank 0's ``write`` is called with answers of all.
+    """The functions that the loop calls.
 
-    ``start(place)``: the sequence of prompt ``place`` of the queue. ``at_once(place)``: how many prompts, this one the
-    longest, a rank may begin in one step. ``record``: what is written of a complete one.
-    ``write``: keeps records, on rank 0. ``stop``: whether this rank was told to. ``tell``: hears where all are.
+    All ranks have the same ``total``.
+
+    Only rank 0's ``write`` is called with answers of all.
+
+    ``start(place)``: the sequence of prompt ``place`` of the queue. ``at_once(place)``: how many prompts,
+    this one the longest, a rank may begin in one step. ``record``: what is written of a complete one.
+    ``write``: keeps records, on rank 0. ``stop``: whether this rank was told to. ``tell``: hears where all
+    are.
     """
 
     total: int
@@ -57,7 +63,9 @@ class LockstepCallbacks(Generic[R]):
 
 
 def run_lockstep(comm: Communicator, sequences: LocalBatch[R], batch: int, job: LockstepCallbacks[R]) -> bool:
-    """Answer prompts 0 to ``job.total`` - 1, at most ``batch`` at a time on each rank; collective over ``comm``.
+    """Answer prompts 0 to ``job.total`` - 1, at most ``batch`` at a time on each rank.
+
+    Collective over ``comm``.
 
     Returns False if a rank was told to stop before all were done; what was complete by then is written.
     """
@@ -73,8 +81,8 @@ def _answer(comm: Communicator, sequences: LocalBatch[R], batch: int, job: Locks
     last = time.monotonic()
     while True:
         wishes = STOP * job.stop() + FLUSH * (comm.rank == 0 and time.monotonic() - last > FLUSH_S)
-        # Besides what every step says: answers kept back here, tokens drawn, (token, expert) pairs computed, and whether
-        # a recorded step can be replayed.
+        # Besides what every step says: answers kept back here, tokens drawn, (token, expert) pairs computed,
+        # and whether a recorded step can be replayed.
         notes = (len(answers), sequences.tokens, sequences.slots(), sequences.readiness())
         facts = agree_step(comm, step, work=sequences.occupied, status=wishes, notes=notes)
         kept, tokens, slots, readiness = zip(*facts.notes, strict=True)
@@ -97,7 +105,7 @@ def _answer(comm: Communicator, sequences: LocalBatch[R], batch: int, job: Locks
 
 
 def deal_prompts(free: Sequence[int], left: int) -> list[int]:
-    """How many of the ``left`` next prompts each rank gets: one each in turn, to those that have a free slot."""
+    """Deal the ``left`` next prompts to the ranks, one each in turn, to ranks that have a free slot."""
     parts = [0] * len(free)
     while left > 0 and any(part < slots for part, slots in zip(parts, free, strict=True)):
         for rank, slots in enumerate(free):

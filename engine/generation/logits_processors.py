@@ -1,4 +1,4 @@
-"""Changes to a sequence's logits that depend on its tokens: penalties, bans and forced tokens, by transformers' classes.
+"""Changes to logits that depend on a sequence's tokens: penalties, bans, forced tokens, by transformers.
 
 V vocabulary, S tokens so far.
 """
@@ -59,7 +59,7 @@ def _make_decay(value: Any, prompt: Prompt) -> Any:
 
 
 def _make(name: str, *more: Callable[[Prompt], Any]) -> Callable[[Any, Prompt], Any]:
-    """A maker of transformers' class ``name``, whose arguments are the value and ``more`` of the prompt."""
+    """Make a maker of transformers' class ``name`` from the value and ``more`` of the prompt."""
 
     def make(value: Any, prompt: Prompt) -> Any:
         import transformers
@@ -113,13 +113,15 @@ MAKERS: dict[str, Callable[[Any, Prompt], Any]] = {
 
 @dataclass(frozen=True)
 class Processors:
-    """The processors of one sequence. ``repairs``: whether they take logits that are not finite."""
+    """The processors of one sequence.
+
+    ``repairs``: whether they take logits that are not finite."""
 
     chain: tuple[Processor, ...]
     repairs: bool
 
     def __call__(self, ids: Sequence[int], logits: Tensor) -> Tensor:
-        """Logits [V] float32 after the tokens ``ids`` -> [V]; ValueError if they are not finite."""
+        """Process logits [V] float32 after the tokens ``ids``; raise ValueError if they are not finite."""
         if not self.repairs and not bool(torch.isfinite(logits).all()):
             raise ValueError(NOT_FINITE)
         seen, row = torch.tensor([ids]), logits[None]
@@ -131,10 +133,11 @@ class Processors:
 def make_processors(
     settings: Mapping[str, Any], prompt: Sequence[int], max_new_tokens: int, ends: Collection[int]
 ) -> Processors | None:
-    """The processors of one prompt's sequence, or None where ``settings`` name none.
+    """Make the processors of one prompt's sequence; None where ``settings`` name none.
 
     Args:
-        settings: values by their names in transformers' generation config; others than ``MAKERS`` are left out.
+        settings: values by their names in transformers' generation config; others than ``MAKERS`` are left
+            out.
         prompt: the prompt's tokens.
         max_new_tokens: bound of the answer.
         ends: end tokens.
@@ -152,7 +155,7 @@ def make_processors(
 
 
 def _thaw(value: Any) -> Any:
-    """Tuples as the lists that transformers asks for."""
+    """Turn tuples into the lists that transformers wants."""
     return [_thaw(part) for part in value] if isinstance(value, tuple) else value
 
 
@@ -166,7 +169,7 @@ class Drawn(Protocol):
 
 
 def choose_tokens(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) -> list[int]:
-    """The next token of each of ``drawn`` by its row of ``logits`` [B, V], any floating dtype.
+    """Choose the next token of each of ``drawn`` by its row of ``logits`` [B, V], any floating dtype.
 
     Raises ValueError if a row is not finite.
     """

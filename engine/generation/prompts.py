@@ -18,7 +18,9 @@ JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
 
 @dataclass(frozen=True)
 class Prompt:
-    """``line`` counts from 1. ``id`` is the file's own, or None where it names none.
+    """A prompt of a file.
+
+    ``line`` counts from 1. ``id`` is the file's own, or None where it names none.
 
     ``context``: what stands before ``text`` and is not scored, or None; only texts to be scored have one.
     """
@@ -30,20 +32,20 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """What tells this prompt from the others of its file: its id, else its line."""
+        """The key of this prompt among those of its file: its id, else its line."""
         return f"line {self.line}" if self.id is None else f"id {json.dumps(self.id)}"
 
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is no prompt, and why. ``id``: the file's own, where it could be read."""
+    """A line that is no prompt, and why; ``id`` is the file's own, where it could be read."""
 
     line: int
     error: str
     id: Id | None = None
 
     def record(self) -> dict[str, Any]:
-        """Return the line of the file of errors."""
+        """Return this line as a record of the file of errors."""
         return {"line": self.line, **({} if self.id is None else {"id": self.id}), "error": self.error}
 
 
@@ -52,14 +54,16 @@ Form = Callable[[Mapping[str, Any]], tuple[str, str | None]]
 
 
 def prompt_form(value: Mapping[str, Any]) -> tuple[str, None]:
-    """``{"prompt": …}``, which is to be answered."""
+    """Read the JSON line of a prompt to be answered: ``{"prompt": …}``."""
     if not isinstance(value.get("prompt"), str):
         raise ValueError('must be an object with a text "prompt", such as {"id": "a1", "prompt": "…"}')  # noqa: TRY004
     return value["prompt"], None
 
 
 def text_form(value: Mapping[str, Any]) -> tuple[str, str | None]:
-    """``{"text": …}`` or ``{"context": …, "continuation": …}``, which is to be scored."""
+    """Read the JSON line of a text to be scored.
+
+    It is ``{"text": …}`` or ``{"context": …, "continuation": …}``."""
     parts = [name for name in ("text", "context", "continuation") if value.get(name) is not None]
     if all(isinstance(value[name], str) for name in parts):
         if parts == ["text"]:
@@ -67,15 +71,16 @@ def text_form(value: Mapping[str, Any]) -> tuple[str, str | None]:
         if parts == ["context", "continuation"]:
             return value["continuation"], value["context"]
     raise ValueError(
-        'must be an object with a text "text", or with two, "context" and "continuation", such as {"id": "a1", "text": "…"}'
+        'must be an object with a text "text", or with two, "context" and "continuation", such as '
+        '{"id": "a1", "text": "…"}'
     )
 
 
 def read_prompts(path: Path, form: Form = prompt_form) -> tuple[list[Prompt], list[BadLine]]:
-    """All prompts of ``path`` in order, and all lines that are none; empty lines are neither.
+    """Read all prompts of ``path`` in order, and all lines that are none; empty lines are neither.
 
-    A file whose name ends in .jsonl, .ndjson or .json holds JSON lines of ``form``. Raises OSError, and ValueError for a
-    file that as a whole is not UTF-8.
+    A file whose name ends in .jsonl, .ndjson or .json holds JSON lines of ``form``. Raises OSError, and
+    ValueError for a file that as a whole is not UTF-8.
     """
     prompts: list[Prompt] = []
     bad: list[BadLine] = []

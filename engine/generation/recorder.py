@@ -1,7 +1,7 @@
-"""When a step that continues sequences is recorded, and when the recording is replayed.
+"""The decision when a decoding step is recorded, and when the recording is replayed.
 
-On several ranks a step is recorded by all of them together, and replayed by all or by none: what is recorded counts on
-every rank's tokens. Each rank says in the step's agreement how ready it is, and all derive the same from what all said.
+Several ranks record a step together, and all or none of them replay it: a recording depends on the tokens of
+every rank. Each rank tells its readiness in the step's agreement, and all derive the same decision from it.
 """
 
 import logging
@@ -26,10 +26,11 @@ RecordJoin = Callable[[], Callable[[], object]]
 
 
 class DecodeGraph:
-    """Continues sequences by replaying a step, where the same ones have gone on for a while.
+    """The replay of a recorded step, where the same sequences have gone on for a while.
 
-    ``recorded``, ``joined``: how a step is recorded, and a step without sequences of this rank. A model that cannot be is
-    found out at the first attempt, and goes on as before. ``refused``: why, then. ``replayed``: how many steps were.
+    ``recorded``, ``joined``: how a step is recorded, and a step without sequences of this rank. A model that
+    cannot be recorded is found out at the first attempt, and goes on as before.
+    ``refused``: the reason, then. ``replayed``: how many steps were replayed.
     """
 
     def __init__(
@@ -51,16 +52,19 @@ class DecodeGraph:
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> "DecodeGraph | None":
-        """None where steps are not recorded: on host processors, and with layers that wait for the host in a step, as all do
-        in exact mode and those of several ranks do, unless rows go straight into the peers' memory."""
+        """Make one, or return None where steps are not recorded.
+
+        That is so on host processors, and with layers that wait for the host in a step, as all do in exact
+        mode and those of several ranks do, unless rows go straight into the peers' memory.
+        """
         if loaded.device.type != "cuda" or not all(map(_is_recordable, loaded.layers)):
             return None
         return cls(loaded)
 
-    # -- what all ranks decide together -----------------------------------------------------------------------
+    # -- the decision of all ranks ------------------------------------------------------------------
 
     def readiness(self, past: KvCache | None) -> int:
-        """How ready this rank is to continue ``past``, or, with None, to serve the others' step without sequences."""
+        """Return how ready this rank is to continue ``past``; with None, for a step without sequences."""
         if self.refused is not None:
             return LAUNCH
         if past is None:
@@ -72,7 +76,7 @@ class DecodeGraph:
         return RECORD if self._steady >= PATIENCE else LAUNCH
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
-        """Decide on the step that follows from what every rank said; without this call a single rank decides alone."""
+        """Decide on the next step by the readiness of all ranks; a single rank needs no such call."""
         self._tokens = tokens
         self._decided = LAUNCH if tokens is None else min(readiness)
         if self._decided == REPLAY and tokens != self._recorded_for:
@@ -80,10 +84,13 @@ class DecodeGraph:
         if self._decided != REPLAY:
             self._recording = self._joining = None
 
-    # -- the step ------------------------------------------------------------------------------------------------
+    # -- the step -----------------------------------------------------------------------------------
 
     def step(self, ids: Tensor, past: KvCache) -> tuple[Tensor, KvCache] | None:
-        """Logits [B, V] after ``ids`` [B, 1], and what ``past`` becomes; None where the step is not to be replayed."""
+        """Replay a step: return logits [B, V] after ``ids`` [B, 1], and what ``past`` becomes.
+
+        None where the step is not to be replayed.
+        """
         if past is not self._past:  # other sequences, or continued by somebody else
             self._recording, self._steady = None, 0
         if self._recording is not None and not self._recording[0].left:
@@ -98,12 +105,12 @@ class DecodeGraph:
         return logits, self._past
 
     def went_on(self, past: KvCache) -> None:
-        """The same sequences were continued by a forward that was not replayed, and ``past`` came of it."""
+        """Note that a forward continued the same sequences without a replay and left ``past``."""
         self._past = past
         self._steady += 1
 
     def join(self) -> bool:
-        """Serve the other ranks' step without sequences of one's own; False where it is not to be replayed."""
+        """Replay the step of a rank without sequences; return False where it is not to be replayed."""
         self._recording, self._past, self._steady = None, None, 0
         if self._decided == RECORD:
             self._joining = self._attempt(self._record_join)
@@ -124,7 +131,7 @@ class DecodeGraph:
         self._recording = None if replay is None else (step, replay)
 
     def _attempt(self, attempt: Callable[[], T]) -> T | None:
-        """Return what ``attempt`` recorded; None on all ranks where one could not, which then is not tried again."""
+        """Return the recording; None on all ranks where one of them failed, which is not tried again."""
         found, problem = None, None
         try:
             with _watch_paused(self._loaded):

@@ -1,4 +1,4 @@
-"""What is asked of a model: a file of prompts or texts, what to do with them, and what of it has been done already."""
+"""The request to a model: a file of prompts or texts, the options, and the part that is done already."""
 
 import hashlib
 import json
@@ -22,7 +22,9 @@ from xpar.engine.generation.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A prompt as the model reads it. ``hash``: of its text and its key; names its answer.
+    """A prompt as the model reads it.
+
+    ``hash``: digest of its text and its key, which names its answer.
 
     ``first``: of ``ids``, the first that is scored, where that is asked.
     """
@@ -34,7 +36,7 @@ class WorkItem:
 
 
 class RequestBase(Protocol):
-    """A file of questions to a model, whatever is to be done with them."""
+    """The request to process a file of questions to a model."""
 
     @property
     def checkpoint(self) -> Path: ...
@@ -47,26 +49,35 @@ class RequestBase(Protocol):
 
     @property
     def form(self) -> Form:
-        """Of the file's JSON lines."""
+        """The form of the file's JSON lines."""
 
     def settings(self) -> Mapping[str, object]:
-        """Return the options that decide an answer, by name; the prompt and the checkpoint are not among them."""
+        """Return the options that decide an answer, by name.
+
+        The prompt and the checkpoint are not among them.
+        """
 
     def check(self, tokens: Tokenizer) -> None:
         """Raise ValueError for options under which the model could take no line at all."""
 
     def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
-        """The prompt as tokens; ValueError if the model cannot take it."""
+        """Encode ``prompt``; raise ValueError if the model cannot take it."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Answers. ``stops``: texts that end an answer and are not part of it. ``stop_tokens``: ids or names of tokens that do.
-    ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time.
-    ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read alone.
+    """The request to answer a file of prompts.
 
-    ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if they were the same.
-    ``exact_with``: names and values of what else the bits of exact mode depend on, such as the kernel.
+    ``stops``: texts that end an answer and are not part of it.
+
+    ``stop_tokens``: ids or names of tokens that do.
+    ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time.
+    ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read
+    alone.
+
+    ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if they were
+    the same. ``exact_with``: names and values of what else the bits of exact mode depend on, such as the
+    kernel.
     """
 
     checkpoint: Path
@@ -107,7 +118,8 @@ class Request:
     def check(self, tokens: Tokenizer) -> None:
         if tokens.positions is not None and self.max_new_tokens >= tokens.positions:
             raise ValueError(
-                f"--max-new-tokens {self.max_new_tokens}: the model has {tokens.positions} positions for prompt and "
+                f"--max-new-tokens {self.max_new_tokens}: the model has {tokens.positions} positions for "
+                "prompt and "
                 f"answer together; give at most {tokens.positions - 1}"
             )
 
@@ -116,7 +128,8 @@ class Request:
         limit = None if tokens.positions is None else tokens.positions - self.max_new_tokens
         if limit is not None and len(ids) > limit:
             raise ValueError(
-                f"{len(ids)} tokens, and the model has positions for {limit} besides --max-new-tokens; shorten it"
+                f"{len(ids)} tokens, and the model has positions for {limit} besides --max-new-tokens; "
+                "shorten it"
             )
         check_ids(ids, tokens)
         return WorkItem(prompt, ids, digest([prompt.key, prompt.text]))
@@ -124,7 +137,11 @@ class Request:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Log-probabilities. ``batch``: texts that a rank reads at a time. ``prefill_tokens``: tokens that it reads in one
+    """The request to score a file of texts.
+
+    ``batch``: texts that a rank reads at a time.
+
+    ``prefill_tokens``: tokens that it reads in one
     forward; a longer text is read alone, in pieces of that many.
 
     ``dtype``, ``exact``, ``exact_with``: as for :class:`Request`.
@@ -159,7 +176,8 @@ class ScoreRequest:
         ids, first = tokens.encode_pair(prompt.context, prompt.text)
         if len(ids) <= first:
             raise ValueError(
-                "nothing to score: the first token of a text has none before it; give a longer text, or a context"
+                "nothing to score: the first token of a text has none before it; give a longer text, or a "
+                "context"
             )
         if tokens.positions is not None and len(ids) > tokens.positions:
             raise ValueError(
@@ -171,10 +189,14 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Workload:
-    """The same on every rank. ``queue``: what is to be answered, longest prompt first. ``order``: hash -> place of
-    every question in the file. ``answered``: how many answers an earlier run left. ``refused``: lines that are no
-    prompts. ``failed``: prompts that the model could not answer in an earlier run. ``settings``: what all answers have in
-    common, as one text.
+    """The work on a file, the same on every rank.
+
+    ``queue``: what is to be answered, longest prompt first.
+
+    ``order``: hash -> place of
+    every question in the file. ``answered``: how many answers an earlier run left. ``refused``: lines that
+    are no prompts. ``failed``: prompts that the model could not answer in an earlier run. ``settings``: what
+    all answers have in common, as one text.
     """
 
     queue: tuple[WorkItem, ...]
@@ -186,9 +208,10 @@ class Workload:
 
 
 def read_request(comm: Communicator, request: RequestBase, tokens: Tokenizer, resume: bool) -> Workload:
-    """Read the prompts, and with ``resume`` the answers there are; write what cannot be a prompt. Collective.
+    """Read the prompts and, with ``resume``, earlier answers; write bad lines. Collective.
 
-    Rank 0 reads and writes, and writes nothing before it has read everything; raises one error on every rank if it cannot.
+    Rank 0 reads and writes, and writes nothing before it has read everything; raises one error on every rank
+    if it cannot.
     """
     first = comm.rank == 0
     agreed(comm, lambda: request.check(tokens))
@@ -229,12 +252,16 @@ def check_ids(ids: Sequence[int], tokens: Tokenizer) -> None:
         text = tokens.tokenizer.convert_ids_to_tokens(token)
         raise ValueError(
             f"token {token} ({text!r}) is one of the tokenizer's alone: the model's embedding has rows for "
-            f"0 to {tokens.vocabulary - 1}; leave its text out, or use the tokenizer that belongs to the model"
+            f"0 to {tokens.vocabulary - 1}; leave its text out, or use the tokenizer that belongs to the "
+            "model"
         )
 
 
 def _question(request: RequestBase, prompt: Prompt, tokens: Tokenizer) -> WorkItem | BadLine:
-    """Make the question of ``prompt``; whatever that raises, in a template or a tokenizer, refuses this line alone."""
+    """Make the question of ``prompt``.
+
+    Whatever that raises, in a template or a tokenizer, refuses this line alone.
+    """
     try:
         return request.question(prompt, tokens)
     except ValueError as error:
@@ -258,5 +285,5 @@ def _exactness(exact: bool, exact_with: tuple[tuple[str, str], ...]) -> Mapping[
 
 
 def digest(value: object) -> str:
-    """A name for ``value``, which JSON can hold."""
+    """Return a short digest of ``value``, which JSON can express."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

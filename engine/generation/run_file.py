@@ -1,4 +1,4 @@
-"""Working through a file on all ranks, into a file that loses nothing: what answering and scoring have in common."""
+"""The work through a file of questions on all ranks, which answering and scoring share."""
 
 import signal
 import time
@@ -15,9 +15,13 @@ from xpar.engine.generation.steps import LocalBatch, R
 
 @dataclass(frozen=True)
 class RunSummary:
-    """``complete``: False if a signal ended it early. ``progress``: of this run, at its end.
+    """The outcome of a run, the same on every rank.
 
-    ``failed``: prompts that the model could not answer.
+    Attributes:
+        complete: False if a signal ended the run early.
+        progress: The progress at the end of the run.
+        seconds: The duration of the run.
+        failed: How many prompts the model could not answer.
     """
 
     complete: bool
@@ -36,7 +40,7 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """``batch``: questions that a rank has in hand at a time. ``tokens``: of those that it begins in one step."""
+    """The most questions that a rank processes at a time, and the most tokens that it begins in one step."""
 
     batch: int
     tokens: int
@@ -50,15 +54,25 @@ def process_file(
     limits: BatchLimits,
     start: Callable[[int, WorkItem], R],
     record: Callable[[R], Record],
-    told: Callable[[], bool],
-    tell: Callable[[Progress], None],
+    stop_requested: Callable[[], bool],
+    on_progress: Callable[[Progress], None],
 ) -> RunSummary:
-    """Have ``steps`` work on all of ``work.queue``, and the records of it in ``request.out``; collective.
+    """Process all of ``work.queue`` with ``steps`` and write the records into ``request.out``. Collective.
 
-    ``start(place, question)``: what ``steps`` begins for a question. ``record``: what is written of a complete one.
-    ``told``: whether this rank was told to stop; if any was, all end after the step they are in, with everything
-    written that was complete. ``tell`` hears where the job is before each step. A row that the model could not work on,
-    or whose record cannot be made, is written as a failure beside ``request.out``, and the others go on.
+    A row that the model could not process, or whose record cannot be made, is written as a failure beside
+    ``request.out``; the others go on.
+
+    Args:
+        comm: All ranks of the job.
+        request: The files and options.
+        work: The questions, the same on every rank.
+        steps: This rank's batch.
+        limits: How much of the queue a rank may hold.
+        start: Makes the row that ``steps`` begins from the place of a question in the queue and the question.
+        record: Makes the record of a complete row.
+        stop_requested: Returns whether this rank was asked to stop. If any rank was, all ranks end after the
+            current step, with every complete row written.
+        on_progress: Is called with the job's progress before each step.
     """
     file = agreed(comm, lambda: AnswerFile(request.out) if comm.rank == 0 else None)
     begin = time.monotonic()
@@ -67,7 +81,7 @@ def process_file(
     def note(progress: Progress) -> None:
         nonlocal latest
         latest = progress
-        tell(progress)
+        on_progress(progress)
 
     job = LockstepCallbacks(
         total=len(work.queue),
@@ -75,7 +89,7 @@ def process_file(
         at_once=lambda place: max(1, limits.tokens // len(work.queue[place].ids)),
         record=lambda row: _record_or_failure(row, work, record),
         write=lambda records: file.append(records) if file else None,
-        stop=told,
+        stop=stop_requested,
         tell=note,
     )
     complete = run_lockstep(comm, steps, limits.batch, job)
@@ -85,7 +99,7 @@ def process_file(
 
 
 def finish_only(comm: Communicator, request: RequestBase, work: Workload) -> None:
-    """Put a file that has every answer already into the order of the prompts; collective."""
+    """Put a file that has every answer already into the order of the prompts. Collective."""
 
     def finish() -> None:
         if comm.rank == 0:
@@ -95,13 +109,13 @@ def finish_only(comm: Communicator, request: RequestBase, work: Workload) -> Non
 
 
 def first_line(question: WorkItem) -> Record:
-    """How a record begins: which line it is about."""
+    """Make the beginning of a record, which names the question's line and id."""
     name = question.prompt.id
     return {"line": question.prompt.line, **({} if name is None else {"id": name})}
 
 
 def last_line(question: WorkItem, work: Workload) -> Record:
-    """How a record ends: what a later run compares."""
+    """Make the end of a record, which a later run compares."""
     return {"hash": question.hash, "settings": work.settings}
 
 
@@ -116,18 +130,19 @@ def _record_or_failure(row: R, work: Workload, record: Callable[[R], Record]) ->
 
 
 def watch_for_stop() -> Callable[[], bool]:
-    """Whether this process has been sent SIGTERM, which from now on does nothing else.
+    """Return a function that says whether this process has been sent SIGTERM.
 
-    To its very end: a job that is pre-empted while MPI shuts down has lost nothing, and must not look as if it had.
+    From now on, to the end of the process, the signal does nothing else. A job that is pre-empted while MPI
+    shuts down has lost nothing, and must not look as if it had.
     """
-    told = False
+    is_requested = False
 
-    def remember(*_: object) -> None:
-        nonlocal told
-        told = True
+    def on_sigterm(*_: object) -> None:
+        nonlocal is_requested
+        is_requested = True
 
-    signal.signal(signal.SIGTERM, remember)
-    return lambda: told
+    signal.signal(signal.SIGTERM, on_sigterm)
+    return lambda: is_requested
 
 
 def _close(file: AnswerFile | None, complete: bool, order: Mapping[str, int]) -> None:

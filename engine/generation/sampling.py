@@ -1,4 +1,7 @@
-"""Choosing the next token. The arithmetic of temperature, top-k, top-p and their like is transformers' own."""
+"""The choice of the next token among logits.
+
+The arithmetic of temperature, top-k, top-p and their like is transformers' own.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,12 +27,15 @@ DRAW_SETTINGS = ("top_h", *CUTS)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. ``temperature`` 0 takes the likeliest token (the lowest id of equals).
+    """The way in which tokens are drawn.
 
-    ``top_k``: draw among the k likeliest, 0 among all. ``top_p``: among the likeliest whose probabilities add up to
-    p. ``seed``: of the draws; each prompt's depend on it and on the prompt alone, not on ranks or neighbours.
-    ``settings``: further (name, value) of transformers' generation config, lists as tuples: further ways to leave
-    unlikely tokens out of a draw, and those of :mod:`xpar.engine.generation.logits_processors`.
+    ``temperature`` 0 takes the likeliest token (the lowest id of equals).
+
+    ``top_k``: draw among the k likeliest, 0 among all. ``top_p``: among the likeliest whose probabilities add
+    up to p. ``seed``: of the draws; each prompt's depend on it and on the prompt alone, not on ranks or
+    neighbours. ``settings``: further (name, value) of transformers' generation config, lists as tuples:
+    further ways to leave unlikely tokens out of a draw, and those of
+    :mod:`xpar.engine.generation.logits_processors`.
     """
 
     temperature: float = 0.0
@@ -51,12 +57,12 @@ class Sampling:
             )
 
     def generator(self, prompt_hash: str) -> torch.Generator:
-        """The source of one prompt's draws."""
+        """Make the generator of one prompt's draws."""
         digest = hashlib.sha256(f"{self.seed}:{prompt_hash}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-        """One token of each row of ``logits`` [B, V], any floating dtype, by that row's generator.
+        """Choose one token of each row of ``logits`` [B, V], any floating dtype, by that row's generator.
 
         Raises ValueError if a row is not finite.
         """
@@ -96,7 +102,7 @@ class Sampling:
         return logits
 
     def warpers(self) -> list[Any]:
-        """Transformers' warpers of a draw, in the order in which its ``generate`` applies them.
+        """Make transformers' warpers of a draw, in the order in which its ``generate`` applies them.
 
         Raises ValueError for a value that one of them does not take.
         """
@@ -118,7 +124,7 @@ class Sampling:
 def _temper(warper: Any, ids: None, logits: Tensor) -> Tensor:
     """Divide logits by the temperature, as ``warper`` does, without an overflow at temperatures near 0."""
     warped: Tensor = warper(ids, logits)
-    # Minus infinity is a banned token, or one that is too unlikely; only what grows without bound is an overflow.
+    # Minus infinity is a banned token, or one that is too unlikely; only growth without bound is an overflow.
     over = (warped.isnan() | (warped == torch.inf)).any(dim=-1, keepdim=True)
     if not bool(over.any()):
         return warped
@@ -127,7 +133,7 @@ def _temper(warper: Any, ids: None, logits: Tensor) -> Tensor:
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """[B, V] -> [B] int64 where ``logits`` lie: the lowest id of the largest, -1 for a row that is not finite.
+    """Find the lowest id of each row's largest logit, [B, V] -> [B] int64; -1 for a row that is not finite.
 
     On a GPU only these numbers cross to the host; ``argmax`` there takes any of equals.
     """

@@ -23,10 +23,13 @@ def score(
     request: ScoreRequest,
     work: Workload,
     loaded: LoadedModel,
-    told: Callable[[], bool] = lambda: False,
-    tell: Callable[[Progress], None] = lambda progress: None,
+    stop_requested: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> RunSummary:
-    """Score ``work.queue`` into ``request.out``; collective. ``told`` and ``tell``: see :func:`process_file`."""
+    """Score the texts of ``work.queue`` into ``request.out``. Collective.
+
+    ``stop_requested``, ``on_progress``: see :func:`process_file`.
+    """
 
     def start(place: int, question: WorkItem) -> ScoredText:
         return ScoredText(place, question.ids, question.first)
@@ -39,13 +42,13 @@ def score(
         BatchLimits(request.batch, request.prefill_tokens),
         start,
         lambda s: _record(work.queue[s.place], s, work),
-        told,
-        tell,
+        stop_requested,
+        on_progress,
     )
 
 
 class Total(NamedTuple):
-    """Of the texts of a file: tokens scored, and the sum of their log-probabilities."""
+    """The number of scored tokens of a file, and the sum of their log-probabilities."""
 
     tokens: int
     logprob: float
@@ -56,7 +59,7 @@ class Total(NamedTuple):
 
 
 def read_total(comm: Communicator, out: Path) -> Total:
-    """Of all texts that ``out`` holds scores of; rank 0 reads, all ranks know. Collective."""
+    """Read the total of all scores in ``out`` on rank 0, for all ranks. Collective."""
 
     def read() -> Total:
         if comm.rank:
@@ -70,7 +73,7 @@ def read_total(comm: Communicator, out: Path) -> Total:
 
 
 def perplexity(tokens: int, logprob: float) -> float | None:
-    """exp of the mean negative log-probability; None where there is no token, or no float as large."""
+    """Return exp of the mean negative log-probability; None without tokens, or beyond the largest float."""
     try:
         return math.exp(-logprob / tokens)
     except (ZeroDivisionError, OverflowError):
@@ -78,7 +81,10 @@ def perplexity(tokens: int, logprob: float) -> float | None:
 
 
 def logprobs_of(scored: ScoredText) -> list[float]:
-    """The log-probabilities of a complete text; RuntimeError unless there is one for each token that was asked for."""
+    """Return the log-probabilities of a complete text.
+
+    RuntimeError unless there is one for each token that was asked for.
+    """
     asked = len(scored.ids) - scored.first
     if len(scored.logprobs) != asked:
         raise RuntimeError(

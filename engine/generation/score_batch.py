@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from xpar.engine.generation.steps import LAUNCH
-from xpar.engine.models.growing import new_cache
 from xpar.engine.models.isolation import not_finite, rows_isolated
+from xpar.engine.models.kv_cache import new_cache
 from xpar.engine.models.lm_head import Head
 from xpar.engine.models.loader import LoadedModel
 from xpar.engine.models.rows import SeparateRows
@@ -19,10 +19,15 @@ from xpar.engine.models.rows import SeparateRows
 
 @dataclass
 class ScoredText:
-    """A text being scored. ``place``: its number among the job's. ``first``: of ``ids``, the first that is scored.
+    """A text that is being scored.
 
-    ``logprobs``: of ids[first:], natural logarithms, so far. ``greedy``: whether each of them is the likeliest token.
-    ``length``: tokens of the forward whose result is wanted, for models that treat long texts otherwise;
+    ``place``: its number among the job's.
+
+    ``first``: of ``ids``, the first that is scored.
+
+    ``logprobs``: of ids[first:], natural logarithms, so far. ``greedy``: whether each of them is the
+    likeliest token. ``length``: tokens of the forward whose result is wanted, for models that treat long
+    texts otherwise;
     None: of all ``ids``.
     ``failure``: why it cannot be scored, or None.
     """
@@ -37,21 +42,21 @@ class ScoredText:
 
     @property
     def inputs(self) -> list[int]:
-        """What the model reads: nothing is asked about what follows the last token."""
+        """The tokens that the model reads: all but the last, after which nothing is scored."""
         return self.ids[:-1]
 
     @property
     def whole(self) -> int:
-        """Tokens of the text, those that are not read among them."""
+        """The number of tokens of the text, those that are not read among them."""
         return len(self.ids) if self.length is None else self.length
 
 
 class ScoreBatch:
     """The texts of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
-    ``batch``: texts read together at most. ``piece``: tokens of one text read in one forward; a longer one is read in
-    several, and alone. A model that keeps more than keys and values between two pieces reads every text in one
-    forward. ``tokens``: how many have been scored so far.
+    ``batch``: texts read together at most. ``piece``: tokens of one text read in one forward; a longer one is
+    read in several, and alone. A model that keeps more than keys and values between two pieces reads every
+    text in one forward. ``tokens``: how many have been scored so far.
     """
 
     def __init__(self, loaded: LoadedModel, batch: int, piece: int) -> None:
@@ -65,11 +70,11 @@ class ScoreBatch:
 
     @property
     def occupied(self) -> int:
-        """All slots while a text is being read in pieces, or is to be read once more."""
+        """The slots in use: all while a text is read in pieces or waits to be read once more, else none."""
         return self._batch if self._reading is not None or self._alone else 0
 
     def slots(self) -> int:
-        """(token, expert) pairs that this rank's experts have computed."""
+        """Return how many (token, expert) pairs this rank's experts have computed."""
         return self._loaded.slots()
 
     def readiness(self) -> int:
@@ -105,7 +110,10 @@ class ScoreBatch:
 
     @torch.inference_mode()
     def advance(self) -> list[ScoredText]:
-        """Read the next piece of a long text, and return it if that was the last; or one text that is to be read alone."""
+        """Read the next piece of a long text, and return it if that was the last.
+
+        Or one text that is to be read alone.
+        """
         if self._reading is None:
             return self.begin([self._alone.pop(0)])
         text, begin = self._reading.text, self._reading.read
@@ -126,11 +134,11 @@ class ScoreBatch:
 
     @torch.inference_mode()
     def join(self) -> None:
-        """Serve the other ranks' tokens."""
+        """Compute the other ranks' tokens without any of this rank's own."""
         self._loaded.join()
 
     def _take(self, text: ScoredText, hidden_states: Tensor, begin: int) -> None:
-        """Score what follows tokens ``begin`` on, whose [S, H] are ``hidden_states``."""
+        """Score the tokens after place ``begin`` by ``hidden_states`` [S, H] of the tokens from there."""
         first = max(text.first, begin + 1)
         rows = hidden_states[first - 1 - begin :]
         targets = text.ids[first : first + len(rows)]
@@ -146,7 +154,9 @@ class ScoreBatch:
 
 @dataclass
 class _Reading:
-    """A text that is read in pieces. ``read``: its tokens so far; their keys and values are in ``cache``."""
+    """A text that is read in pieces.
+
+    ``read``: its tokens so far; their keys and values are in ``cache``."""
 
     text: ScoredText
     cache: Any

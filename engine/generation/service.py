@@ -1,4 +1,4 @@
-"""A loaded model that one program asks, on rank 0, while the other ranks serve: for what cannot run on all of them.
+"""The service of a loaded model to a program on rank 0, while the other ranks compute along.
 
 Questions come as tokens and are answered in memory, by the same loop that works through a file.
 """
@@ -25,14 +25,17 @@ from xpar.engine.models.loader import LoadedModel
 
 @dataclass(frozen=True)
 class Continuations:
-    """To be scored: ids[first:] of each (ids, first). Answer: the sum of log-probabilities, and whether it is greedy."""
+    """A request to score ids[first:] of each (ids, first).
+
+    Answer: the sum of log-probabilities, and whether it is greedy.
+    """
 
     texts: tuple[tuple[list[int], int], ...]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """To be answered, alike: tokens of each prompt. Answer: its text, cut at the first of ``stops``.
+    """A request to answer prompts, given as tokens, by texts that are cut at the first of ``stops``.
 
     The text is that of the answer's tokens alone, as the evaluation harness decodes them.
     """
@@ -44,7 +47,7 @@ class Prompts:
 
 
 class Service:
-    """``batch``, ``prefill_tokens``: as for :class:`~xpar.engine.generation.request.Request`.
+    """The service of a loaded model; ``batch`` and ``prefill_tokens`` are those of a Request.
 
     Rank 0 calls :meth:`ask` as often as it likes and then :meth:`end`; every other rank calls :meth:`serve`.
     """
@@ -56,7 +59,7 @@ class Service:
         self.batch, self.prefill_tokens = batch, prefill_tokens
 
     def ask(self, question: Continuations | Prompts) -> list[Any]:
-        """The answer to each part of ``question``, in order.
+        """Answer each part of ``question``, in order.
 
         Raises one error on every rank for a part that the model cannot answer; it names the part.
         """
@@ -64,11 +67,11 @@ class Service:
         return self._work(question)
 
     def end(self) -> None:
-        """Let the others return from :meth:`serve`."""
+        """Let the other ranks return from :meth:`serve`."""
         self._tell(None)
 
     def serve(self) -> None:
-        """Answer what rank 0 asks, until it ends."""
+        """Answer the questions of rank 0 until it calls :meth:`end`."""
         while (question := self._tell(None)) is not None:
             self._work(question)
 
@@ -121,7 +124,10 @@ class Service:
         start: Callable[[int], R],
         value: Callable[[R], Record],
     ) -> list[Any]:
-        """The value of each of ``ids``, on rank 0, of records with its place; longest first, so that no rank begins a long one last."""
+        """Compute the value of each of ``ids``; rank 0 gets the values of all.
+
+        Longest first, so that no rank begins a long one last.
+        """
         agreed(self.comm, lambda: self._check(ids))
         order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
         values: dict[int, Any] = {}
@@ -153,7 +159,7 @@ class Service:
 
 
 def _record(row: R, value: Callable[[R], Record]) -> Record:
-    """What goes wrong with one answer's text must not leave the other ranks waiting."""
+    """Make the record of ``row``; an error there must not leave the other ranks waiting."""
     failure = row.failure
     if failure is None:
         try:
@@ -164,7 +170,7 @@ def _record(row: R, value: Callable[[R], Record]) -> Record:
 
 
 def _refuse(failures: Mapping[int, str], total: int) -> None:
-    """A program has no file for what failed, and numbers without it would be of another set of texts."""
+    """Raise ValueError for failures: numbers without those texts would be of another set."""
     if failures:
         place = min(failures)
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""

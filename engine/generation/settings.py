@@ -1,6 +1,7 @@
-"""What answers of one file have in common, as a text that each of them carries: another run can say what differs.
+"""The settings that all answers of a file share, as a text in each answer; a later run compares them.
 
-Such as ``command=generate seed=0 dtype=float32 weights=#5d41402abc4b``; what is long is a digest, with a ``#`` before it.
+Such as ``command=generate seed=0 dtype=float32 weights=#5d41402abc4b``; what is long is a digest, with a
+``#`` before it.
 """
 
 import hashlib
@@ -13,7 +14,10 @@ DIGITS = 12
 
 
 def settings_text(settings: Mapping[str, object]) -> str:
-    """Return ``settings``, whose values JSON can hold, as one text; what is None, False or empty is left out."""
+    """Return ``settings``, whose values JSON can hold, as one text.
+
+    What is None, False or empty is left out.
+    """
     return " ".join(
         f"{name}={_word(value)}"
         for name, value in settings.items()
@@ -22,7 +26,7 @@ def settings_text(settings: Mapping[str, object]) -> str:
 
 
 def differences(before: str, now: str) -> Sequence[str]:
-    """Say of each setting that differs between two such texts what it was and is: ``seed (0, now 5)``, ``weights``."""
+    """List the settings that differ between two such texts, such as ``seed (0, now 5)``."""
     old, new = _parse(before), _parse(now)
     return [
         _difference(name, old.get(name), new.get(name))

@@ -1,4 +1,4 @@
-"""What the loop that all ranks run together asks of a rank's sequences, whatever is done with them."""
+"""The interface of a rank's batch to the loop that all ranks run together."""
 
 from typing import Protocol, TypeVar
 
@@ -7,7 +7,12 @@ LAUNCH, RECORD, REPLAY = 0, 1, 2
 
 
 class Row(Protocol):
-    """A prompt or text that is being worked on. ``place``: its number among the job's. ``failure``: why it cannot be, or None."""
+    """A prompt or text that is being processed.
+
+    ``place``: its number among the job's.
+
+    ``failure``: why it cannot be, or None.
+    """
 
     place: int
     failure: str | None
@@ -21,29 +26,29 @@ class LocalBatch(Protocol[R]):
 
     @property
     def occupied(self) -> int:
-        """Slots of the batch in use."""
+        """The number of slots of the batch in use."""
 
     @property
     def tokens(self) -> int:
-        """How many were drawn or scored so far."""
+        """The number of tokens that were drawn or scored so far."""
 
     def slots(self) -> int:
-        """(token, expert) pairs that this rank's experts have computed."""
+        """Return how many (token, expert) pairs this rank's experts have computed."""
 
     def readiness(self) -> int:
-        """What this rank can do in the next step: ``LAUNCH``, ``RECORD`` or ``REPLAY`` it, or what comes before it."""
+        """Return whether this rank can ``LAUNCH``, ``RECORD`` or ``REPLAY`` the next step."""
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
-        """Take note of what all ranks said of the step that follows, the same on every rank.
+        """Note the readiness of all ranks for the next step; the arguments are the same on every rank.
 
-        ``tokens``: of each rank, where every one continues what it has; None where somebody begins.
+        ``tokens``: the tokens of each rank, where each continues its rows; None where a rank begins some.
         """
 
     def begin(self, new: list[R]) -> list[R]:
-        """Read ``new``; return those that are complete already."""
+        """Read the rows ``new``; return those that are complete already."""
 
     def advance(self) -> list[R]:
-        """Continue those that are not complete; return those that this completes."""
+        """Continue the rows that are not complete; return those that this completes."""
 
     def join(self) -> None:
-        """Serve the other ranks' tokens."""
+        """Compute the other ranks' tokens without any of this rank's own."""

@@ -23,11 +23,12 @@ LEAST_READABLE = 4
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """Return number and bytes of every line of ``path`` that is not blank, without its end and byte order mark.
+    """Return number and bytes of every line of ``path`` that is not blank, without its end and mark.
 
-    Lines end in a newline and nothing else: a text may hold any other separator that Unicode knows. A mark may begin
-    any line, as files that have one are often appended to others. Raises OSError, and ValueError for a file that as a
-    whole is UTF-16, UTF-32 or compressed; a single line in the wrong encoding is left to :func:`decode`.
+    Lines end in a newline and nothing else: a text may hold any other separator that Unicode knows. A mark
+    may begin any line, as files that have one are often appended to others. Raises OSError, and ValueError
+    for a file that as a whole is UTF-16, UTF-32 or compressed; a single line in the wrong encoding is left to
+    :func:`decode`.
     """
     lines: list[tuple[int, bytes]] = []
     with open(path, "rb") as file:
@@ -56,9 +57,12 @@ def decode(line: bytes) -> str:
 
 
 def _by_mark(path: Path, head: bytes, readable: int) -> str | None:
-    """Say that a file is UTF-16 or UTF-32 if it begins like one and is one to its end; ``readable``: lines in UTF-8.
+    """Say that a file is UTF-16 or UTF-32 if it begins like one and is one to its end.
 
-    In a file of UTF-8 whose first line alone is UTF-16, newlines of UTF-16 are fewer than lines that can be read.
+    ``readable``: lines in UTF-8.
+
+    In a file of UTF-8 whose first line alone is UTF-16, newlines of UTF-16 are fewer than lines that can be
+    read.
     """
     name = next((name for mark, name in MARKS if head.startswith(mark)), None)
     if name is None:
@@ -71,7 +75,7 @@ def _by_mark(path: Path, head: bytes, readable: int) -> str | None:
 
 
 def _by_bytes(head: bytes, readable: int, lines: int) -> str | None:
-    """Say which form a file of which hardly a line can be read seems to have instead of UTF-8, and the remedy."""
+    """Describe the form and the remedy of a file of which hardly a line can be read as UTF-8."""
     if LEAST_READABLE * readable >= lines:
         return None
     archive = next((name for mark, name in ARCHIVES if head.startswith(mark)), None)
@@ -86,7 +90,7 @@ def _remedy(name: str) -> str:
 
 
 def _by_nul_bytes(head: bytes) -> str | None:
-    """Name the encoding without a mark of which every second, or three of every four, bytes are NUL in most texts."""
+    """Name the encoding without a mark by the places of NUL bytes, one or three of four in most texts."""
     nul = [_share(head[place::4]) for place in range(4)]
     if min(nul[2], nul[3]) > 0.9 and nul[0] < 0.1:
         return "UTF-32LE"

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the tokenizer of the checkpoint's folder."""
+"""The tokenizer of a checkpoint: text to token ids and back."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -8,6 +8,7 @@ from typing import Any
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.generation.detokenizer import Detokenizer, first_stop
 from xpar.engine.generation.generation_defaults import FILE, read_defaults
+from xpar.engine.models.hf_config import read_hf_config, transformers_errors
 
 __all__ = ["TOKENIZER_FILES", "Tokenizer", "first_stop"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -18,28 +19,30 @@ class Tokenizer:
 
     ``chat``: a prompt is what a user says, and goes through the checkpoint's chat template.
     ``tokenizer``: transformers' own.
-    ``ends``: ids that end an answer: those that transformers' ``generate`` takes, of ``generation_config.json`` or, where
-    there is none, of ``config.json``; the tokenizer's where neither file nor id is there.
-    ``defaults``: of its generation config. ``ends_note``: a line that says where they are from.
-    ``positions``: the most tokens that the model knows places for, prompt and answer together, or None.
-    ``window``: tokens of the longest texts that the configuration names, or None; a model whose rotary factors
-    are computed for every length takes longer ones.
-    ``vocabulary``: rows of the model's embedding; the tokenizer may have more tokens, which the model does not know.
-    Raises :class:`CheckpointError` for a folder without a tokenizer, and for ``chat`` without a template.
+    ``ends``: ids that end an answer: those that transformers' ``generate`` takes, of
+    ``generation_config.json`` or, where there is none, of ``config.json``; the tokenizer's where neither file
+    nor id is there. ``defaults``: of its generation config. ``ends_note``: a line that says where they are
+    from. ``positions``: the most tokens that the model knows places for, prompt and answer together, or None.
+    ``window``: tokens of the longest texts that the configuration names, or None; a model whose rotary
+    factors are computed for every length takes longer ones. ``vocabulary``: rows of the model's embedding;
+    the tokenizer may have more tokens, which the model does not know. Raises :class:`CheckpointError` for a
+    folder without a tokenizer, and for ``chat`` without a template.
     """
 
     def __init__(self, path: Path, chat: bool = False) -> None:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         if not any((path / name).exists() for name in TOKENIZER_FILES):
             raise CheckpointError(
-                f"{path}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it from where the model comes from"
+                f"{path}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it from where the model "
+                "comes from"
             )
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        with transformers_errors(path / "tokenizer_config.json"):
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self.chat = chat
         if chat and not self.tokenizer.chat_template:
             raise CheckpointError(f"{path}: its tokenizer has no chat template; leave --chat out")
-        config = AutoConfig.from_pretrained(path).get_text_config()
+        config = read_hf_config(path).get_text_config()
         self.window: int | None = getattr(config, "max_position_embeddings", None)
         self.positions = None if _has_dynamic_factors(config) else self.window
         self.vocabulary: int | None = getattr(config, "vocab_size", None)
@@ -53,11 +56,12 @@ class Tokenizer:
         names = ", ".join(f"{end} {self.tokenizer.convert_ids_to_tokens(end)!r}" for end in sorted(ends))
         note = f"end tokens: {names or 'none'} ({source})"
         if own is not None and own not in ends:
-            note += f"; the tokenizer's own, {own} {self.tokenizer.eos_token!r}, ends no answer unless --stop-token {own}"
+            name = self.tokenizer.eos_token
+            note += f"; the tokenizer's own, {own} {name!r}, ends no answer unless --stop-token {own}"
         return ends, note
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, with what the tokenizer puts around a text; ValueError if there are none."""
+        """Encode a prompt with the tokenizer's marks around it; raise ValueError if it has no tokens."""
         if self.chat:
             message = [{"role": "user", "content": text}]
             text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
@@ -68,13 +72,16 @@ class Tokenizer:
         return [int(token) for token in ids]
 
     def encode_open(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text that goes on: what the tokenizer puts behind a text is left out. ``special``: what it puts before, not."""
+        """Encode a text that goes on, without the tokens that the tokenizer puts behind every text.
+
+        ``special``: whether the tokens that it puts before a text are there.
+        """
         ids = [int(token) for token in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
         return ids[: len(ids) - self._behind] if special else ids
 
     @cached_property
     def _behind(self) -> int:
-        """How many tokens the tokenizer puts behind every text."""
+        """The number of tokens that the tokenizer puts behind every text."""
         bare, whole = (
             self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
         )
@@ -84,21 +91,22 @@ class Tokenizer:
 
     @property
     def prefix_id(self) -> int | None:
-        """The token before a text that has nothing before it, as the evaluation harness takes it: begin, else end."""
+        """The token before a text that has nothing before it: begin, else end, as in the harness."""
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         prefix: int | None = begin if begin is not None else end
         return prefix
 
     def begins_itself(self, text: str) -> bool:
-        """Whether ``text`` is written with the token that the tokenizer would put before it."""
+        """Return whether ``text`` begins with the token that the tokenizer would put before it."""
         return self.prefix_id is not None and text.startswith(self.tokenizer.decode([self.prefix_id]))
 
     def encode_pair(self, context: str | None, text: str) -> tuple[list[int], int]:
-        """Ids of ``context`` and ``text`` as one, and the place of the first that is to be scored.
+        """Encode ``context`` and ``text`` as one; return the ids and the place of the first to be scored.
 
-        Without a context that is the second: nothing stands before the first. Else as the evaluation harness cuts
-        (``TemplateLM._encode_pair``): blanks at the end of a context go to the text, as tokens mostly begin with their
-        blank; an empty context is the token that begins texts. But what a tokenizer puts behind every text is in neither.
+        Without a context that is the second: nothing stands before the first. Else as the evaluation harness
+        cuts (``TemplateLM._encode_pair``): blanks at the end of a context go to the text, as tokens mostly
+        begin with their blank; an empty context is the token that begins texts. But what a tokenizer puts
+        behind every text is in neither.
 
         Raises:
             ValueError: nothing is left to be scored, or a token spans the end of the context.
@@ -110,7 +118,8 @@ class Tokenizer:
         if self.spans_join(context, text, ids):
             raise ValueError(
                 f"a token spans the end of the context and the beginning of the continuation "
-                f"({head[-12:]!r} and {(context + text)[len(head) :][:12]!r}), so that no tokens are the continuation's alone; "
+                f"({head[-12:]!r} and {(context + text)[len(head) :][:12]!r}), so that no tokens are the "
+                "continuation's alone; "
                 "let it begin with a word"
             )
         if len(ids) == first:
@@ -120,7 +129,7 @@ class Tokenizer:
         return ids, first
 
     def join(self, context: str, text: str) -> tuple[list[int], int]:
-        """As :meth:`encode_pair`, but without looking at what is left to be scored; there may be none."""
+        """Encode as :meth:`encode_pair` does, but without a check that anything is left to be scored."""
         head = context.rstrip()
         special = not self.begins_itself(context)
         before = self.encode_open(head, special) if head else []
@@ -135,7 +144,7 @@ class Tokenizer:
         return ids, min(len(before), len(ids))
 
     def spans_join(self, context: str, text: str, ids: list[int]) -> bool:
-        """Whether ``ids``, which :meth:`join` gave, do not begin with the tokens of the context and nothing of the text."""
+        """Return whether a token of ``ids``, made by :meth:`join`, spans the end of the context."""
         head, whole = context.rstrip(), context + text
         if not head:
             return False
@@ -152,11 +161,11 @@ class Tokenizer:
         return any(begin < len(head) < end for begin, end in places)
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        """The text of ``ids`` as the beginning of a text. ``special``: with the special tokens' names."""
+        """Decode ``ids`` as the beginning of a text; ``special``: with the special tokens' names."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     def detokenizer(self, in_context: bool = True) -> Detokenizer:
-        """What makes text of answers; ``in_context``: behind their prompts, else each alone."""
+        """Make the detokenizer of answers; ``in_context``: behind their prompts, else each alone."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         special = {int(n) for n, token in added.items() if token.special} | set(
             self.tokenizer.all_special_ids
@@ -164,7 +173,7 @@ class Tokenizer:
         return Detokenizer(self.tokenizer, frozenset(special), in_context)
 
     def ids_of(self, words: Iterable[str]) -> frozenset[int]:
-        """Ids of tokens that are given as numbers or by their names in the vocabulary; ValueError for what is neither."""
+        """Find the ids of tokens given by number or by name; raise ValueError for other words."""
         return frozenset(self._id_of(word) for word in words)
 
     def _id_of(self, word: str) -> int:
@@ -175,7 +184,8 @@ class Tokenizer:
         found = self.tokenizer.get_vocab().get(word)
         if found is None:
             raise ValueError(
-                f"--stop-token {word}: the vocabulary has no such token; give its id or its name there, or --stop for text"
+                f"--stop-token {word}: the vocabulary has no such token; give its id or its name there, or "
+                "--stop for text"
             )
         return int(found)
 

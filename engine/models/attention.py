@@ -1,8 +1,8 @@
-"""Attention of whole models on a host processor: ours where it is the same and faster, transformers' ``sdpa`` elsewhere.
+"""Attention of whole models on a host processor: xpar's where it is faster, else transformers' ``sdpa``.
 
 transformers lets a package provide the attention of its models as it does the experts
-(https://huggingface.co/docs/transformers/attention_interface): a function registered by name gets what ``sdpa`` gets.
-B sequences, Q queries and S keys of each, D numbers of a head; Hq query heads, Hk of keys.
+(https://huggingface.co/docs/transformers/attention_interface): a function registered by name gets what
+``sdpa`` gets. B sequences, Q queries and S keys of each, D numbers of a head; Hq query heads, Hk of keys.
 """
 
 from collections.abc import Mapping
@@ -18,27 +18,31 @@ from xpar.kernels.cpu.attention import Attention
 IMPLEMENTATION = "xpar"
 """The name to give as ``attn_implementation``."""
 UNSUPPORTED_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
-"""Of the arguments that models may give besides: what changes the result, and is transformers' to do or to refuse."""
+"""Further arguments of models that change the result; calls with them are left to transformers."""
 
 
 def use_xpar_attention(model: Any) -> bool:
-    """Let ``model`` compute its attention here, if it would by ``sdpa``; whether it does."""
+    """Let ``model`` compute attention here instead of by ``sdpa``; return whether it does."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-    # A family with attention sinks or soft caps has ``eager``; one that does not ask by name cannot be told.
+    # A family with attention sinks or soft caps has ``eager``; one that does not look it up stays.
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return False
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, AttentionForward())
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, sdpa_mask)
-    model.set_attn_implementation(IMPLEMENTATION)
+    # By name, as transformers warns of every other sub-config, such as DBRX's, that no submodel has.
+    used = {id(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    inner = [name for name in model.config.sub_configs if id(getattr(model.config, name, None)) in used]
+    model.set_attn_implementation(dict.fromkeys(("", *inner), IMPLEMENTATION))
     return True
 
 
 def backends(device: torch.device) -> AbstractContextManager[None]:
-    """Within it torch computes attention on ``device`` by kernels that serve every length.
+    """Restrict torch's attention on ``device`` to kernels that serve every length, within the context.
 
-    cuDNN's, which torch would take on a GPU, makes a plan for each length that it meets, and a cache has another one at every
+    cuDNN's, which torch would take on a GPU, makes a plan for each length that it meets, and a cache has
+    another one at every
     token: 24 ms a step of four layers (H200, torch 2.11).
     """
     if device.type != "cuda":
@@ -47,7 +51,7 @@ def backends(device: torch.device) -> AbstractContextManager[None]:
 
 
 class AttentionForward:
-    """What transformers calls. Keeps nothing of a model."""
+    """The attention function that transformers calls; it keeps nothing of a model."""
 
     def __init__(self) -> None:
         self._attention = Attention()
@@ -64,7 +68,7 @@ class AttentionForward:
         is_causal: bool | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """[B, Hq, Q, D], [B, Hk, S, D], [B, Hk, S, D'] -> [B, Q, Hq, D'] contiguous."""
+        """Compute [B, Hq, Q, D], [B, Hk, S, D], [B, Hk, S, D'] -> [B, Q, Hq, D'] contiguous."""
         asked = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         causal = bool(asked) and query.shape[2] > 1 and attention_mask is None
         if dropout or not self._serves(query, key, value, causal, others):

@@ -1,6 +1,7 @@
-"""Whole mixture-of-experts blocks of a model replaced by xpar's layer: router, experts, shared experts, scaling.
+"""Whole blocks of a model replaced by xpar's layer: router, experts, shared experts, scaling.
 
-For families whose block does not let its experts be provided it is the only way; for the others it is a choice.
+For families whose block does not let its experts be provided it is the only way; for the others it is a
+choice.
 """
 
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.options import LayerOptions
+from xpar.engine.layer.residual_scaling import scale_layer_output
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.models.isolation import bad_rows, cleared, spoiled
 from xpar.engine.models.model_layer import ModelLayer
@@ -53,14 +55,17 @@ class BlockLayer(nn.Module, ModelLayer):
 
 
 class NoModule(nn.Module):
-    """Takes the place of a module whose output is in another's already: adds nothing."""
+    """A module that adds nothing, in place of one whose output is in another's already."""
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         return hidden_states.new_zeros(())
 
 
 def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tuple[str, ...]]:
-    """Layer -> name of its block and of what is beside it, ascending; raises :class:`CheckpointError` where the model has none."""
+    """Find the names of each layer's block and of the module beside it, by layer, ascending.
+
+    Raises :class:`CheckpointError` where the model has none.
+    """
     arch = find(hf_config)
     if arch.norm is not None:
         raise CheckpointError(
@@ -83,18 +88,30 @@ def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tupl
 
 
 def build_block(
-    checkpoint: Checkpoint, layer: int, grid: ProcessGrid, dtype: torch.dtype, options: LayerOptions
+    checkpoint: Checkpoint,
+    layer: int,
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+    options: LayerOptions,
+    scale_output: bool = False,
 ) -> BlockLayer:
-    """This rank's part of a layer. Holds no collective; raises ValueError for what does not fit."""
+    """Build this rank's part of ``layer``, without any collective.
+
+    Raises ValueError for options that do not fit.
+
+    ``scale_output``: the layer returns its output over the routed scaling factor.
+    """
     arch = find(checkpoint.config)
     config = layer_config(arch, checkpoint.config, layer)
     read = partial(load_layer_weights, checkpoint, arch, layer, config)
+    if scale_output:
+        config, _ = scale_layer_output(config)
     runner = build_layer(config, grid, dtype, read, options, layer)
     return BlockLayer(runner, arch.block.returns_pair)
 
 
 def weights_of(model: Any, hf_config: dict[str, Any], names: Iterable[str]) -> InMemoryCheckpoint:
-    """The weights of ``model``'s modules ``names``, by their names in a checkpoint."""
+    """Collect the weights of ``model``'s modules ``names``, by their names in a checkpoint."""
     from transformers.core_model_loading import revert_weight_conversion
 
     prefixes = tuple(f"{name}." for name in names)

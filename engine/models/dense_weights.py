@@ -1,7 +1,7 @@
-"""Everything of a model that is not a routed expert, or of its block: read once per node, then handed to the node's other ranks.
+"""The dense weights of a model: each node reads them once and hands them to its other ranks.
 
-Tensor names and their place in the model are transformers' own: its table of renamings says which parameter a stored
-tensor becomes.
+Tensor names and their place in the model are transformers' own: its table of renamings says which parameter a
+stored tensor becomes.
 """
 
 import logging
@@ -26,12 +26,12 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def sources(model: Any, checkpoint: Checkpoint, foreign: tuple[str, ...]) -> dict[str, str]:
-    """Parameter or buffer of ``model`` -> the stored tensor it comes from, in the model's order.
+    """Map each parameter or buffer of ``model`` to its stored tensor, in the model's order.
 
     ``foreign``: what the names of parameters begin with that others fill. Of parameters that the model ties,
-    those that the checkpoint has. Raises :class:`CheckpointError` for a parameter that the checkpoint lacks under
-    its own name and that of every parameter tied to it, and for one that would have to be computed from several
-    tensors.
+    those that the checkpoint has. Raises :class:`CheckpointError` for a parameter that the checkpoint lacks
+    under its own name and that of every parameter tied to it, and for one that would have to be computed from
+    several tensors.
     """
     stored = _by_target(model, checkpoint)
     groups = tied_groups(model)
@@ -51,15 +51,17 @@ def sources(model: Any, checkpoint: Checkpoint, foreign: tuple[str, ...]) -> dic
         )
         raise CheckpointError(
             f"{checkpoint.path}: has no tensor for {', '.join(missing[:3])}"
-            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; the checkpoint is incomplete, or "
-            f"model_type={checkpoint.config.get('model_type')!r} in its config.json is not the family of its weights"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; the checkpoint is incomplete, "
+            "or "
+            f"model_type={checkpoint.config.get('model_type')!r} in its config.json is not the family of its "
+            "weights"
             f"{head if set(missing) <= {*ties, *ties.values()} else ''}"
         )
     return found
 
 
 def tied_groups(model: Any) -> dict[str, tuple[str, ...]]:
-    """Each parameter of ``model`` that its config ties, and all parameters that are tied together with it."""
+    """Map each parameter of ``model`` that its config ties to all parameters tied together with it."""
     tied: Mapping[str, str] = model.all_tied_weights_keys
     groups: dict[str, list[str]] = {}
     for target, source in tied.items():
@@ -78,15 +80,20 @@ def load_dense(
 ) -> int:
     """Give ``model``, built without memory, its dense weights; return their bytes. Collective over ``node``.
 
-    ``plan``, ``foreign``: as of :func:`sources`. Rank 0 of the node reads each tensor and sends it to the others. ``loaded``
-    hears the bytes of each. What goes wrong on that rank is raised as one :class:`CheckpointError` on all of the node.
-    Parameters that the model's config ties are tied as transformers does it: where the checkpoint has one of
-    them, or equal tensors. Tensors that differ stay apart, whatever the config says.
+    ``plan``, ``foreign``: as of :func:`sources`. Rank 0 of the node reads each tensor and sends it to the
+    others. ``loaded`` is called with the bytes of each. What goes wrong on that rank is raised as one
+    :class:`CheckpointError` on all of the node. Parameters that the model's config ties are tied as
+    transformers does it: where the checkpoint has one of them, or equal tensors. Tensors that differ stay
+    apart, whatever the config says.
     """
     kept = model._get_dtype_plan(dtype)
     empty = model.state_dict()
     groups = tied_groups(model)
     tensors: dict[str, Tensor] = {}
+    # Before any memory is taken: a wrong size in config.json may ask for more than there is.
+    _on_first(
+        partial(_check_shapes, checkpoint, {name: empty[key].shape for key, name in plan.items()}), node
+    )
     for key, name in plan.items():
         kind = _dtype_of(key, dtype, kept)
         twin = next((tensors[other] for other in groups.get(key, ()) if other in tensors), None)
@@ -126,7 +133,7 @@ def _tie(model: Any, tensors: Mapping[str, Tensor], warns: bool) -> None:
 
 
 def restore_buffers(model: Any, foreign: tuple[str, ...]) -> None:
-    """Give the buffers that no checkpoint holds (rotary frequencies) the values that transformers computes for them.
+    """Give the buffers that no checkpoint has, such as rotary frequencies, transformers' values.
 
     Raises :class:`CheckpointError` naming what is still without values.
     """
@@ -148,7 +155,7 @@ def restore_buffers(model: Any, foreign: tuple[str, ...]) -> None:
 
 
 def _by_target(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Key of the model -> name of the stored tensor, for those that are one tensor, unchanged."""
+    """Map each key of the model that is one stored tensor, unchanged, to the tensor's name."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -173,7 +180,7 @@ def _by_target(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _dtype_of(key: str, dtype: torch.dtype, plan: Mapping[str, torch.dtype]) -> torch.dtype:
-    """Families keep some parameters, such as a router's correction bias, in float32 whatever the model's dtype."""
+    """Return the dtype of parameter ``key``: families keep some, such as correction biases, in float32."""
     for pattern, kept in plan.items():
         if re.search(rf"(^|\.){pattern}(\.|$)", key):
             return kept
@@ -198,8 +205,14 @@ def _on_first(read: Callable[[], T], node: Communicator) -> T:
     return value
 
 
+def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise :class:`CheckpointError` for the first stored tensor with another shape than in ``shapes``."""
+    for name, shape in shapes.items():
+        checkpoint.check_shape(name, tuple(shape))
+
+
 def _is_equal(checkpoint: Checkpoint, name: str, tensor: Tensor) -> bool:
-    """Compare the stored tensor ``name``, converted to the dtype of ``tensor``, with it, some rows at a time."""
+    """Compare the stored tensor ``name``, in the dtype of ``tensor``, with it, some rows at a time."""
     shape = checkpoint.entry(name).shape
     if shape != tuple(tensor.shape) or not shape:
         return False

@@ -1,7 +1,7 @@
 """``from_pretrained(…, experts_implementation="xpar")``: experts that are spread when they are first called.
 
-transformers calls a function registered by name with an experts module and nothing about where it stands in its model;
-so all that this needs comes from the module and from what :func:`register` was given.
+transformers calls a function registered by name with an experts module and nothing about where it stands in
+its model; so all that this needs comes from the module and from what :func:`register` was given.
 """
 
 from typing import Any
@@ -21,19 +21,19 @@ from xpar.engine.models.parallelize import SpreadOptions, build_moe_modules, row
 def register(
     grid: ProcessGrid | None = None, *, dispatcher: str = "auto", kernel: str = "auto", exact: bool = False
 ) -> None:
-    """Make ``experts_implementation="xpar"`` known to transformers: models that ask for it compute over ``grid``.
+    """Register ``experts_implementation="xpar"`` with transformers; such models compute over ``grid``.
 
-    ``grid``: by default all ranks of the job, which is this process alone where no launcher started it. Collective. A
-    model's first forward spreads it: each rank keeps its own experts and drops the others. So every rank takes part in
-    it with tokens of its own; :func:`~xpar.engine.serve_other_ranks` is for later ones. A second call is for models made after it,
-    and for those that have not computed yet.
+    ``grid``: by default all ranks of the job, which is this process alone where no launcher started it.
+    Collective. A model's first forward spreads it: each rank keeps its own experts and drops the others. So
+    every rank takes part in it with tokens of its own; :func:`~xpar.engine.serve_other_ranks` is for later
+    ones. A second call is for models made after it, and for those that have not computed yet.
     """
     chosen = ProcessGrid.create(World.attach()) if grid is None else grid
     expert_layer.register(LazyExpertLayer(chosen, SpreadOptions(dispatcher, kernel, exact)), replace=True)
 
 
 class LazyExpertLayer:
-    """What transformers calls; every rank of ``grid`` calls it together."""
+    """The experts function that transformers calls; every rank of ``grid`` calls it together."""
 
     def __init__(self, grid: ProcessGrid, options: SpreadOptions) -> None:
         self.grid, self.options = grid, options
@@ -42,7 +42,7 @@ class LazyExpertLayer:
     def __call__(
         self, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """As :func:`~xpar.engine.models.expert_layer.experts_forward`."""
+        """Compute an experts module as :func:`~xpar.engine.models.expert_layer.experts_forward` does."""
         layer: ExpertLayer | None = getattr(module, ATTRIBUTE, None)
         if layer is None:
             layer = agreed(self.grid.world.comm, lambda: self._build(module), "experts_implementation='xpar'")
@@ -62,7 +62,8 @@ def _config_of(module: Any) -> LayerConfig:
     first, *others = [layer_config(arch, hf_config, layer) for layer in require_moe_layers(arch, hf_config)]
     if any(other != first for other in others):
         raise ValueError(
-            f"{type(module).__name__}: the layers of this model differ, and an experts module does not know which it is; "
+            f"{type(module).__name__}: the layers of this model differ, and an experts module does not know "
+            "which it is; "
             "load it without experts_implementation and call xpar.engine.parallelize(model, grid)"
         )
     return first

@@ -1,8 +1,8 @@
-"""Rows of a batch whose numbers overflow: they come out as NaN, and neither other rows nor other ranks are disturbed.
+"""Isolation of rows whose numbers overflow: they become NaN, other rows and ranks stay undisturbed.
 
-A layer of experts that is called by itself refuses such numbers, with one error on every rank of its group. In a batch of
-many prompts one row's overflow is that row's failure: it is found where its logits are read.
-T rows, H hidden size.
+A layer of experts that is called by itself refuses such numbers, with one error on every rank of its group.
+In a batch of many prompts one row's overflow is that row's failure: it is found where its logits are read. T
+rows, H hidden size.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 class IsolatesRows(Protocol):
-    """A layer of experts. ``isolates_rows``: whether it gives NaN for rows that are not finite, or refuses all."""
+    """A layer of experts.
+
+    ``isolates_rows``: whether it gives NaN for rows that are not finite, or refuses all.
+    """
 
     isolates_rows: bool
 
@@ -33,13 +36,16 @@ def rows_isolated(layers: Iterable[IsolatesRows]) -> Iterator[None]:
 
 
 def bad_rows(*parts: Tensor) -> Tensor | None:
-    """Return which of T rows have a number that is not finite in any of ``parts`` [T, ...]: [T] bool; None for no row.
+    """Return which of T rows have a number that is not finite in any of ``parts`` [T, ...]: [T] bool.
+
+    None for no row.
 
     On a GPU the mask is always returned, since the host would have to wait to know.
     """
     if parts[0].is_cuda:
         return _mask(parts)
-    # One sum is cheap and not finite whenever a term is not; an overflow of finite terms only costs the second look.
+    # One sum is cheap and not finite whenever a term is not; an overflow of finite terms only costs the
+    # second look.
     if all(bool(part.sum(dtype=torch.float32).isfinite()) for part in parts):
         return None
     mask = _mask(parts)
@@ -61,7 +67,8 @@ def not_finite(what: str, tokens: int, dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     wider = "; bfloat16 and float32 reach further than float16" if dtype == torch.float16 else ""
     return (
-        f"the model's {what} after its {tokens} tokens are not finite in {name}: the text, or the checkpoint, makes numbers "
+        f"the model's {what} after its {tokens} tokens are not finite in {name}: the text, or the "
+        "checkpoint, makes numbers "
         f"that overflow; leave it out, or use another --dtype and --out{wider}"
     )
 

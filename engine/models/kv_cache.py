@@ -1,10 +1,11 @@
 """The keys and values of running sequences, one row each, in transformers' own cache.
 
-Rows have different lengths and end in the same column: what is missing on the left is padding, which the mask hides.
-B rows, S columns; every layer's keys and values are [B, heads, S, dim].
+Rows have different lengths and end in the same column: what is missing on the left is padding, which the mask
+hides. B rows, S columns; every layer's keys and values are [B, heads, S, dim].
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,20 @@ from torch.nn.functional import pad
 
 from xpar.engine.architectures.layer_config import find, require_moe_layers
 from xpar.engine.checkpoint.reader import Checkpoint
-from xpar.engine.models.growing import new_cache
-from xpar.engine.models.hf_config import read_hf_config
+from xpar.engine.models.hf_config import check_numbers, read_hf_config
+
+LEAST_ROOM = 64
+"""Spare columns of memory that is allocated for keys or values.
+
+A quarter of the columns where that is more.
+"""
 
 
 def other_states(hf_config: Any) -> tuple[str, ...]:
     """List the cache classes of a model that keep anything but keys and values.
 
-    The cache that transformers makes for ``hf_config`` says it: recurrent layers keep a state of another form, and
-    layers that keep nothing have no keys to continue from.
+    The cache that transformers makes for ``hf_config`` says it: recurrent layers keep a state of another
+    form, and layers that keep nothing have no keys to continue from.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -35,6 +41,7 @@ def other_states(hf_config: Any) -> tuple[str, ...]:
 def check_generates(path: Path) -> None:
     """Raise ValueError if xpar cannot generate text with the checkpoint at ``path``."""
     with Checkpoint(path) as checkpoint:
+        check_numbers(path / "config.json", checkpoint.config)
         require_moe_layers(find(checkpoint.config), checkpoint.config)
     if find_spec("transformers") is None:
         return  # which loading the model says better
@@ -47,14 +54,17 @@ def describe_other_states(hf_config: Any, states: tuple[str, ...]) -> str:
     """Describe why xpar cannot generate text with a model whose cache has the classes ``states``."""
     return (
         f"model_type={hf_config.model_type!r}: its layers keep more than keys and values of what they have "
-        f"read ({', '.join(states)}), which cannot be continued token by token yet; xpar score reads texts with "
+        f"read ({', '.join(states)}), which cannot be continued token by token yet; xpar score reads texts "
+        "with "
         "this model"
     )
 
 
 @dataclass(frozen=True)
 class KvCache:
-    """``layers``: keys and values of each layer. ``lengths``: columns of each row that are not padding.
+    """The keys and values of running sequences, one row each.
+
+    ``layers``: keys and values of each layer. ``lengths``: columns of each row that are not padding.
 
     ``origin``: the cache that holds these very tensors, if it still does.
     """
@@ -65,7 +75,10 @@ class KvCache:
 
     @classmethod
     def of(cls, cache: Any, lengths: tuple[int, ...]) -> "KvCache":
-        """What a forward left in ``cache``; raises ValueError for a model that keeps another kind of state."""
+        """Take the keys and values that a forward left in ``cache``.
+
+        Raises ValueError for a model that keeps another kind of state.
+        """
         layers: list[tuple[Tensor, Tensor]] = []
         for layer in cache.layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -81,16 +94,19 @@ class KvCache:
         return int(self.layers[0][0].shape[2])
 
     def cache(self) -> Any:
-        """A cache for transformers' forward, which appends to it. For one forward only: a second would append to the same."""
+        """Return a cache for transformers' forward, which appends to it.
+
+        For one forward only: a second would append to the same.
+        """
         if self.origin is not None:
             return self.origin
-        cache = new_cache()
+        copy = new_cache()
         for number, (keys, values) in enumerate(self.layers):
-            cache.update(keys, values, number)
-        return cache
+            copy.update(keys, values, number)
+        return copy
 
     def select(self, rows: list[int]) -> "KvCache | None":
-        """These rows only, without columns that are padding in all of them; None if there are none."""
+        """Select these rows, without columns that are padding in all of them; None without rows."""
         if not rows:
             return None
         lengths = tuple(self.lengths[row] for row in rows)
@@ -101,7 +117,7 @@ class KvCache:
         return KvCache(layers, lengths)
 
     def join(self, other: "KvCache") -> "KvCache":
-        """The rows of both, these first."""
+        """Return the rows of both caches, these first."""
         columns = max(self.columns, other.columns)
         layers = tuple(
             (_stack(a, b, columns), _stack(c, d, columns))
@@ -111,10 +127,68 @@ class KvCache:
 
 
 def mask(lengths: tuple[int, ...], columns: int) -> Tensor:
-    """[B, columns] int64: 1 where a row has a token, 0 for padding on its left."""
+    """Make the mask [B, columns] int64: 1 where a row has a token, 0 for padding on its left."""
     begin = columns - torch.tensor(lengths, dtype=torch.int64)
     return (torch.arange(columns) >= begin[:, None]).long()
 
 
 def _stack(a: Tensor, b: Tensor, columns: int) -> Tensor:
     return torch.cat([pad(x, (0, 0, columns - x.shape[2], 0)) for x in (a, b)])
+
+
+class GrowingCacheLayer:
+    """Keys or values [B, heads, S, D] at the front of memory that has room for more columns.
+
+    Appending a token then does not copy the tokens before it.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def append(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """Return a view of ``old`` followed by the columns of ``new``.
+
+        Nothing of ``old`` is copied if it is the view that the last call returned and there is room.
+        """
+        columns = 0 if old is None or not old.numel() else old.shape[2]
+        total = columns + new.shape[2]
+        if self._memory is None or total > self._memory.shape[2]:
+            rows, heads, _, width = new.shape
+            self._memory = new.new_empty(rows, heads, total + max(LEAST_ROOM, total // 4), width)
+            if old is not None and columns:
+                self._memory[:, :, :columns] = old
+        self._memory[:, :, columns:total] = new
+        return self._memory[:, :, :total]
+
+
+@cache
+def growing_layer() -> Any:
+    """Return a class: transformers' dynamic layer that appends to a :class:`GrowingCacheLayer`."""
+    from transformers.cache_utils import DynamicLayer
+
+    class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is optional
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys: Tensor | None = None
+            self.values: Tensor | None = None
+            self._room = GrowingCacheLayer(), GrowingCacheLayer()
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self.keys = self._room[0].append(self.keys, key_states)
+            self.values = self._room[1].append(self.values, value_states)
+            return self.keys, self.values
+
+    return GrowingLayer
+
+
+def new_cache() -> Any:
+    """Make an empty cache that keeps every column; the mask serves layers with a sliding window."""
+    from transformers import DynamicCache
+
+    empty = DynamicCache()
+    empty.layer_class_to_replicate = growing_layer()
+    return empty

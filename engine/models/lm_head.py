@@ -12,14 +12,14 @@ from torch import Tensor
 from xpar.engine.models.attention import backends
 
 LOGITS_BYTES = 64 * 2**20
-"""Of float32 logits at a time: those of a long text would be larger than the model."""
+"""Bytes of float32 logits at a time: those of a long text would be larger than the model."""
 
 
 class Head:
     """A causal language model in two halves: hidden states first, then the logits of some of them at a time.
 
-    The second half is the model's own forward around hidden states that are there already, so that whatever a family
-    does to its logits (Granite and Cohere scale them, Gemma bounds them) is done.
+    The second half is the model's own forward around hidden states that are there already, so that whatever a
+    family does to its logits (Granite and Cohere scale them, Gemma bounds them) is done.
     """
 
     def __init__(self, model: Any) -> None:
@@ -28,7 +28,7 @@ class Head:
         self._given = _Given()
 
     def hidden_states(self, **inputs: Any) -> Tensor:
-        """[B, S, H] after the last layer; ``inputs`` are transformers'."""
+        """Compute [B, S, H] after the last layer; ``inputs`` are transformers'."""
         with backends(next(self._model.parameters()).device):
             output = getattr(self._owner, self._name)(**inputs)
         self._given.form = type(output)
@@ -36,7 +36,7 @@ class Head:
         return hidden_states
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, V], in the dtype that the model gives them."""
+        """Compute logits [T, V] of [T, H], in the dtype that the model gives them."""
         decoder = self._owner._modules[self._name]
         self._given.hidden_states = hidden_states[None]
         self._owner._modules[self._name] = self._given
@@ -49,7 +49,7 @@ class Head:
             self._given.hidden_states = None
 
     def scores(self, hidden_states: Tensor, targets: Tensor) -> Iterator[tuple[list[float], bool]]:
-        """[T, H], [T] -> log-probabilities of ``targets``, and whether all are the likeliest, some rows at a time.
+        """Yield log-probabilities of ``targets`` [T] and whether all are the likeliest, some rows at a time.
 
         Raises ValueError for logits that are not finite.
         """

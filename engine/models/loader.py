@@ -1,11 +1,13 @@
-"""A whole model on this rank: transformers' code, its dense weights, and this rank's experts, nothing else's."""
+"""A whole model on this rank: transformers' code, the dense weights, and this rank's experts."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,15 +17,14 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.shared_window import SHARED_FILES, free_bytes
 from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
 from xpar.engine.architectures.layer_weights import stream_experts
-from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.models.block_layer import build_block
 from xpar.engine.models.dense_weights import load_dense, sources
 from xpar.engine.models.expert_layer import IMPLEMENTATION, ExpertLayer, register
-from xpar.engine.models.hf_config import read_hf_config
+from xpar.engine.models.hf_config import check_numbers, read_hf_config, transformers_errors
 from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.malloc import give_back_freed_memory
-from xpar.engine.models.order import CollectiveModule, forward_order
 from xpar.engine.models.packed_linear import ColumnParallelLinear, group_by_input, pack_model
 from xpar.engine.models.parallelize import (
     Experts,
@@ -39,23 +40,43 @@ from xpar.kernels.choice import Choice
 from xpar.kernels.cpu.linear import PLAIN, LinearEntry, choose_linear
 
 log = logging.getLogger("xpar.models")
+FAILED_ALLOCATION = re.compile(
+    r"can't allocate memory|out of memory|not enough memory|calculation overflowed"
+)
+"""The messages of torch for too little memory."""
 LEAST_FREE = 4 * ROUND_BYTES
-"""Of memory shared within a node, for its ranks to share out dense products: their window, and as much for others."""
+"""Bytes of shared memory that a node must have free before its ranks slice dense products.
+
+Half is for the window of those products, half for other windows.
+"""
+
+
+class CollectiveModule(Protocol):
+    """A part of a model that every rank of its group calls together."""
+
+    def join(self) -> None:
+        """Take part without tokens of this rank's own."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """``model``: a transformers causal language model in eval mode; every rank of the grid calls it together.
+    """A transformers causal language model in eval mode; every rank of the grid calls it together.
 
-    ``layers``: its expert layers. ``joints``: all that the ranks do together, these among it, in the order in which a
-    forward calls them. ``dense_bytes``, ``expert_bytes``:
-    weights held by this rank. ``bytes_read``: bytes that this rank took from the checkpoint's files. ``dense``: what
-    computes dense products, as :func:`~xpar.kernels.cpu.linear.choose_linear` names it.
+    Attributes:
+        model: The model.
+        layers: Its expert layers.
+        collective_modules: All modules that the ranks call together, the layers among them, in the order
+            in which a forward calls them.
+        dtype: That of the computation.
+        dense_bytes: Bytes of dense weights on this rank.
+        expert_bytes: Bytes of experts' weights on this rank.
+        bytes_read: Bytes that this rank read from the checkpoint's files.
+        dense: The kernel of dense products, as :func:`~xpar.kernels.cpu.linear.choose_linear` names it.
     """
 
     model: Any
     layers: tuple[Layer, ...]
-    joints: tuple[CollectiveModule, ...]
+    collective_modules: tuple[CollectiveModule, ...]
     dtype: torch.dtype
     dense_bytes: int
     expert_bytes: int
@@ -64,33 +85,33 @@ class LoadedModel:
 
     @property
     def slices_dense(self) -> bool:
-        """Whether the ranks of a node share out its dense products."""
-        return len(self.joints) > len(self.layers)
+        """True if the ranks of a node slice its dense products."""
+        return len(self.collective_modules) > len(self.layers)
 
     @property
     def is_cache_of_keys_and_values(self) -> bool:
-        """Whether keys and values are all that the model keeps of a sequence's past."""
+        """True if the model keeps nothing but keys and values of a sequence's past."""
         return not other_states(self.model.config)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the model."""
         return self.layers[0].runner.grid.device
 
     def slots(self) -> int:
-        """(token, expert) pairs that this rank's experts have computed."""
+        """Return how many (token, expert) pairs this rank's experts have computed."""
         return sum(layer.slots for layer in self.layers)
 
     def expect(self, tokens: Sequence[int] | None) -> None:
-        """Announce the next forward's tokens of each rank of the world, if all have agreed on them; None: they have not."""
+        """Announce the tokens of each rank in the next forward, or None where they are not agreed."""
         window = self.layers[0].runner.grid.peer_window if self.layers else None
         if window is not None:
             window.expected = None if tokens is None else tuple(tokens[r] for r in window.group.world_ranks)
 
     def join(self) -> None:
-        """Take part in a forward of the other ranks without tokens of one's own."""
-        for joint in self.joints:
-            joint.join()
+        """Take part in a forward of the other ranks without tokens of this rank's own."""
+        for module in self.collective_modules:
+            module.join()
 
 
 def load_model(
@@ -101,11 +122,18 @@ def load_model(
     loaded: Callable[[int], None] = lambda nbytes: None,
     total: Callable[[int], None] = lambda nbytes: None,
 ) -> LoadedModel:
-    """Load a Hugging Face checkpoint of a known family over ``grid``; collective over it.
+    """Load a Hugging Face checkpoint of a known family over ``grid``. Collective over the grid.
 
-    ``dtype``: that of the computation, by default the checkpoint's. ``total`` hears how many bytes of weights this rank
-    will hold, ``loaded`` those of each tensor as it arrives. Raises one :class:`~xpar.comm.failure.AgreedError` on every rank for a checkpoint, options or package
-    that does not fit.
+    Args:
+        path: Folder of the checkpoint.
+        grid: The ranks that hold the experts.
+        dtype: That of the computation; by default the checkpoint's.
+        options: How the layers are computed.
+        loaded: Is called with the bytes of each tensor that has arrived.
+        total: Is called once with the bytes of weights that this rank will hold.
+
+    Raises:
+        AgreedError: The checkpoint, the options or an installed package does not fit; the same on every rank.
     """
     if grid.shape.tp > 1:
         raise ValueError(f"tp={grid.shape.tp}: dense layers of whole models are not sliced; use tp=1")
@@ -117,10 +145,10 @@ def load_model(
         foreign = tuple(f"{name}." for part in parts.values() for name in part.names)
         plan = agreed(comm, lambda: sources(model, checkpoint, foreign))
         total(_bytes_to_hold(model, plan, parts, grid, kind))
-        # The ranks of a node fail together inside, so that none of them is missing from this agreement.
+        # Inside, the ranks of a node fail together, so that none of them is missing from this agreement.
         dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, foreign, grid.node, kind, loaded))
         if (record := chosen.chosen).name != PLAIN:
-            # Before the experts come: one weight at a time is there twice.
+            # Weights are packed before experts are loaded: one weight at a time is in memory twice.
             shared = ColumnParallel(grid.node) if _slices(grid, options) else None
             dense += agreed(comm, lambda: pack_model(model, record, shared))
             give_back_freed_memory()
@@ -144,12 +172,17 @@ def load_model(
             checkpoint.bytes_read / 1e6,
         )
         held_layers = tuple(layers.values())
-        joints = _joints(model, parts, layers)
-        return LoadedModel(model, held_layers, joints, kind, dense, held, checkpoint.bytes_read, chosen.name)
+        collective_modules = _find_collective_modules(model, parts, layers)
+        return LoadedModel(
+            model, held_layers, collective_modules, kind, dense, held, checkpoint.bytes_read, chosen.name
+        )
 
 
 def _slices(grid: ProcessGrid, options: SpreadOptions) -> bool:
-    """Whether the ranks of a node share out dense products: all nodes decide alike. Collective where it is asked for."""
+    """Return whether the ranks of a node slice dense products; all nodes decide alike.
+
+    Collective where ``options`` ask for slices.
+    """
     if not options.slice_dense:
         return False
     facts: list[tuple[int, int]] = grid.world.comm.all_gather_object((grid.node.size, free_bytes()))
@@ -159,25 +192,53 @@ def _slices(grid: ProcessGrid, options: SpreadOptions) -> bool:
     return max(size for size, _ in facts) > 1
 
 
-def _joints(
+def _find_collective_modules(
     model: Any, parts: Mapping[int, MoeModules], layers: Mapping[int, Layer]
 ) -> tuple[CollectiveModule, ...]:
-    """All that ranks do together, in order. Collective where that takes a forward to find out."""
+    """Find the modules that ranks call together, in the order of a forward.
+
+    Collective where dense products are sliced: a forward shows the order.
+    """
     sliced = [module for module in model.modules() if isinstance(module, ColumnParallelLinear)]
     if not sliced:
         return tuple(layers.values())
-    joints: dict[Any, CollectiveModule] = {
+    collective_modules: dict[Any, CollectiveModule] = {
         model.get_submodule(part.names[0]): layers[n] for n, part in parts.items()
     }
-    order = forward_order(model, [*joints, *sliced])
-    joints |= group_by_input(order)
+    order = forward_order(model, [*collective_modules, *sliced])
+    collective_modules |= group_by_input(order)
     for layer in layers.values():
-        layer.reset_slots()  # that forward was nobody's
-    return tuple(joints[module] for module, _ in order if module in joints)
+        layer.reset_slots()  # the forward above was not a user's
+    return tuple(collective_modules[module] for module, _ in order if module in collective_modules)
+
+
+def forward_order(model: Any, modules: Iterable[torch.nn.Module]) -> list[tuple[torch.nn.Module, Any]]:
+    """Run a forward of one token.
+
+    List each of ``modules`` with its first argument, in the order of the calls.
+
+    Collective. The arguments are kept alive, so that two are the same object only if they are one tensor.
+    """
+    order: list[tuple[torch.nn.Module, Any]] = []
+
+    def called(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        order.append((module, args[0] if args else None))
+
+    handles = [module.register_forward_pre_hook(called) for module in modules]
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
 
 
 def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptions) -> Choice[LinearEntry]:
-    """Plain products on a GPU, and in exact mode, where a row must not depend on its neighbours."""
+    """Choose the kernel of dense products.
+
+    It is the plain one on a GPU, and in exact mode, where a row must not depend on its neighbours.
+    """
     if device.type == "cpu" and not options.exact:
         return choose_linear(dtype, options.dense)
     if options.dense not in ("auto", PLAIN):
@@ -190,17 +251,25 @@ def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptio
 def _empty_model(
     checkpoint: Checkpoint, dtype: torch.dtype, whole_block: bool
 ) -> tuple[Any, dict[int, MoeModules]]:
-    """The model without memory, and what of each MoE layer makes way, in ascending order."""
+    """Build the model without memory; find the modules that each MoE layer replaces, in ascending order."""
     if find_spec("transformers") is None:
         raise ValueError("whole models need transformers (pip install 'xpar[hf]')")
     from transformers import AutoModelForCausalLM
 
-    # What no command can do is said before transformers builds anything.
+    # A layer that xpar cannot compute is refused before transformers builds anything.
+    check_numbers(checkpoint.path / "config.json", checkpoint.config)
     arch = find(checkpoint.config)
     for layer in require_moe_layers(arch, checkpoint.config):
         layer_config(arch, checkpoint.config, layer)
     hf_config = read_hf_config(checkpoint.path)
-    with torch.device("meta"):
+    file, values = checkpoint.path / "config.json", checkpoint.config
+    if hf_config.get_text_config().num_hidden_layers > len(checkpoint.names()):
+        raise CheckpointError(
+            f"{file}: num_hidden_layers={hf_config.get_text_config().num_hidden_layers}: the checkpoint has "
+            "only "
+            f"{len(checkpoint.names())} tensors; config.json is not that of these weights"
+        )
+    with transformers_errors(file, values), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.eval()
     model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
@@ -208,7 +277,10 @@ def _empty_model(
 
 
 def _in_one_piece(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The last positions of several rows lie apart, and torch multiplies such by a copy of the weight for each row."""
+    """Make the input of the head contiguous.
+
+    The last positions of several rows lie apart in memory, and torch would copy the weight for each row.
+    """
     return inputs[0].contiguous(), *inputs[1:]
 
 
@@ -219,7 +291,10 @@ def _bytes_to_hold(
     grid: ProcessGrid,
     dtype: torch.dtype,
 ) -> int:
-    """Dense weights, and this rank's share of the experts' (to the byte only if they divide evenly)."""
+    """Return the bytes of the dense weights and of this rank's part of the experts.
+
+    The number is exact only if the experts divide evenly.
+    """
     state = model.state_dict()
     experts = sum(
         p.numel() for part in parts.values() for module in part.modules for p in module.parameters()
@@ -239,15 +314,30 @@ def _load_layers(
     arch = find(checkpoint.config)
     layers: dict[int, Layer] = {}
     for n, part in parts.items():
-        if part.experts:
-            config = layer_config(arch, checkpoint.config, n)
-            read = _reader(checkpoint, n, config, dtype)
-            layers[n] = build_moe_modules(config, grid, dtype, n, read, options, loaded)
-        else:
-            before = checkpoint.bytes_read
-            layers[n] = build_block(checkpoint, n, grid, dtype, options.of_layer())
-            loaded(checkpoint.bytes_read - before)
+        with _allocation_errors(checkpoint.path / "config.json", n):
+            if part.experts:
+                config = layer_config(arch, checkpoint.config, n)
+                read = _reader(checkpoint, n, config, dtype)
+                layers[n] = build_moe_modules(config, grid, dtype, n, read, options, loaded)
+            else:
+                before = checkpoint.bytes_read
+                layers[n] = build_block(checkpoint, n, grid, dtype, options.of_layer())
+                loaded(checkpoint.bytes_read - before)
     return layers
+
+
+@contextmanager
+def _allocation_errors(file: Path, layer: int) -> Iterator[None]:
+    """Turn a failed allocation for the experts of ``layer`` into one :class:`CheckpointError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not FAILED_ALLOCATION.search(str(error)):
+            raise
+        raise CheckpointError(
+            f"{file}: the experts of layer {layer} do not fit into this rank's memory; "
+            "use more ranks, or check that this config.json belongs to the weights"
+        ) from None
 
 
 def _reader(checkpoint: Checkpoint, layer: int, config: LayerConfig, dtype: torch.dtype) -> ReadLayer:

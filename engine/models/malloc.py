@@ -1,7 +1,8 @@
-"""Freed memory stays with the process: what a step allocates, the next one finds ready instead of faulting it in anew.
+"""The C library's memory: freed memory stays with the process, ready for the next step.
 
-By default glibc returns the end of its heap to the kernel as soon as it is free, and maps every large block afresh. A
-layer's buffers are a few MB and live for one step, so the kernel would clear the same pages in every layer.
+By default glibc returns the end of its heap to the kernel as soon as it is free, and maps every large block
+afresh. A layer's buffers are a few MB and live for one step, so the kernel would clear the same pages in
+every layer.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ MAP_ABOVE = 2**25
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 1 GiB that it has freed; whether its C library can (glibc).
+    """Let this process keep up to 1 GiB that it has freed; return whether its C library can (glibc).
 
     Changes no result. The command ``xpar`` does it; in a program of one's own it is one call at the start.
     """
@@ -26,7 +27,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """Return all that is free now to the kernel, between blocks in use as well; whether there was any (glibc)."""
+    """Return all free memory to the kernel; return whether there was any (glibc)."""
     trim = _of_c_library("malloc_trim")
     return trim is not None and bool(trim(0))
 

@@ -1,4 +1,4 @@
-"""What all layers have that stand inside a transformers model: a runner, and who measures it."""
+"""The parts that all layers inside a transformers model share: a runner and its observers."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ class ModelLayer(Protocol):
 
     Attributes:
         runner: The layer; every rank of its grid calls it together.
-        observers: Who measures the calls.
+        observers: The observers that measure the calls.
         slot_counter: Counts the slots of all calls.
         isolates_rows: Give NaN for rows that are not finite, where an error would end the work of all ranks;
             see :mod:`xpar.engine.models.isolation`.

@@ -1,4 +1,4 @@
-"""The dense products of a model from packed weights, which host processors read faster; the plain weights go.
+"""Dense products of a model from packed weights, which host processors read faster.
 
 K inputs, N outputs of a layer.
 """
@@ -17,7 +17,7 @@ from xpar.kernels.cpu.linear import LinearEntry, LinearKernel
 
 
 class PackedLinearModule(nn.Module):
-    """Takes the place of an ``nn.Linear``; has no weight that could be read."""
+    """A linear module with a packed weight, which cannot be read."""
 
     def __init__(self, linear: LinearKernel, outputs: int) -> None:
         super().__init__()
@@ -28,16 +28,18 @@ class PackedLinearModule(nn.Module):
         return self._linear.nbytes()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
+        """Compute [..., K] -> [..., N]."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         return self._linear(rows).view(*x.shape[:-1], self._outputs)
 
 
 class ColumnParallelLinear(nn.Module):
-    """Takes the place of an ``nn.Linear``, of which this rank holds some columns; every rank of its node calls it together.
+    """A linear module of which each rank of a node holds some columns.
 
-    ``linear``: the product with ``columns`` of the weight, None if there are none. ``number``: its place in the model.
-    ``siblings``: those whose products are made with this one, see :func:`group_by_input`.
+    Every rank of its node calls it together.
+
+    ``linear``: the product with ``columns`` of the weight, None if there are none. ``number``: its place in
+    the model. ``siblings``: those whose products are made with this one, see :func:`group_by_input`.
     """
 
     def __init__(
@@ -60,11 +62,11 @@ class ColumnParallelLinear(nn.Module):
         return 0 if self._linear is None else self._linear.nbytes()
 
     def share(self) -> ColumnSlice:
-        """Its product, as :class:`~xpar.comm.column_parallel.ColumnParallel` makes it."""
+        """Return the product for :class:`~xpar.comm.column_parallel.ColumnParallel`."""
         return ColumnSlice(self._outputs, self._columns, self._compute)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
+        """Compute [..., K] -> [..., N]."""
         return self.siblings.product(self, x)
 
     def _compute(self, rows: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class SameInputGroup:
-    """Products of one tensor that a forward asks for one after the other: the first makes all, in one exchange."""
+    """Products of one tensor that follow each other in a forward; the first makes all in one exchange."""
 
     def __init__(self, members: Sequence[ColumnParallelLinear]) -> None:
         self._members = members
@@ -82,14 +84,15 @@ class SameInputGroup:
         self._made: dict[int, Tensor] = {}
 
     def product(self, member: ColumnParallelLinear, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] of ``member``."""
+        """Compute [..., K] -> [..., N] of ``member``."""
         if member is self._members[0]:
             made = self._products(x.reshape(-1, member.inputs))
             self._x, self._made = x, {m.number: y for m, y in zip(self._members, made, strict=True)}
         elif x is not self._x or member.number not in self._made:
             # The other ranks do not know of it, and the guard ends what they wait for.
             raise RuntimeError(
-                f"dense product {member.number}: its tensor is not the one of product {self._members[0].number}, as in the "
+                f"dense product {member.number}: its tensor is not the one of product "
+                f"{self._members[0].number}, as in the "
                 "forward when the model was loaded; load it with whole dense weights"
             )
         found = self._made.pop(member.number)
@@ -98,7 +101,7 @@ class SameInputGroup:
         return found.view(*x.shape[:-1], -1)
 
     def join(self) -> None:
-        """Make this rank's columns of the other ranks' rows, without rows of one's own."""
+        """Make this rank's columns of the other ranks' rows, without any of this rank's own."""
         first = self._members[0]
         self._products(torch.empty(0, first.inputs, dtype=first.dtype))
 
@@ -107,9 +110,11 @@ class SameInputGroup:
 
 
 def group_by_input(calls: Sequence[tuple[nn.Module, Any]]) -> dict[ColumnParallelLinear, SameInputGroup]:
-    """Have those of ``calls``, modules and their inputs in a forward's order, that share an input be made in one exchange.
+    """Group those of ``calls`` that share an input, so that one exchange makes their products.
 
-    Returns the first of each group and the group. All ranks see the same calls, and so form the same groups.
+    ``calls`` are modules and their inputs in a forward's order. Returns the first of each group
+    and the group.
+    All ranks see the same calls, and so form the same groups.
     """
     groups: list[list[ColumnParallelLinear]] = []
     last: Any = None
@@ -131,18 +136,20 @@ def group_by_input(calls: Sequence[tuple[nn.Module, Any]]) -> dict[ColumnParalle
 
 
 def pack_model(model: Any, record: LinearEntry, shared: ColumnParallel | None = None) -> int:
-    """Everything dense of ``model`` as this processor does it fastest; return how many bytes more that takes."""
+    """Replace attention and dense products of ``model`` by faster ones; return the bytes that this adds."""
     use_xpar_attention(model)
     return pack_dense(model, record, shared)
 
 
 def pack_dense(model: Any, record: LinearEntry, shared: ColumnParallel | None = None) -> int:
-    """Pack the weights of ``model``'s attention, dense layers and head, one by one; return how many bytes more they take.
+    """Pack the weights of ``model``'s attention, dense layers and head, one by one.
 
-    ``shared``: the ranks that share out the products, of which each keeps its columns of every weight; None: all keep all.
+    Modules without memory are left out: an expert layer takes their place. Routers stay plain, bit by bit the
+    model's own. So does a head that is also the embedding: its rows are read, and a packed copy would be a
+    second one.
 
-    What has no memory yet is not dense: an expert layer takes its place. What routes tokens stays plain, bit by bit the model's own, and so does a head that is the embedding as well: rows of that are
-    read, too, and a packed copy would be a second one.
+    ``shared``: the ranks that slice the products, each of which keeps its columns of every weight; with None
+    every rank keeps all. Returns the bytes that packing adds.
     """
     # Names, not modules: a plain weight must be free before the next one is packed.
     return sum(_pack(model, name, record, shared, number) for number, name in enumerate(_packable(model)))

@@ -1,6 +1,6 @@
-"""Building expert layers over a grid, from a checkpoint or from a model that is already in memory."""
+"""Expert layers over a grid, built from a checkpoint or from a model that is already in memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.expert_shard import build_expert_shard
 from xpar.engine.layer.options import ExpertOptions, LayerOptions
+from xpar.engine.layer.residual_scaling import ResidualScale, scale_layer_output
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.models.block_layer import (
     BlockLayer,
@@ -32,28 +33,39 @@ from xpar.engine.models.expert_layer import (
     experts_modules,
     register,
 )
+from xpar.engine.models.scale_decoder import check_parts, scale_decoder
 
 Layer = ExpertLayer | BlockLayer
 Experts = Iterator[tuple[int, MlpTensors]]
 ReadLayer = Callable[[Sequence[int], slice], Experts]
-"""(global expert ids, rows of the expert width) -> (position, tensors) of each, as ``load_expert`` takes them."""
+"""(global expert ids, rows of the expert width) -> (position, tensors) of each, as for ``load_expert``."""
+LEAST_SLICE = 256
+"""Rows of an expert's narrowest slice; products of fewer rows do not read their weights at full speed."""
+SLICE_UNIT = 64
+"""Rows that every slice is a multiple of: products are tiled by as many, or by a divisor of it."""
 
 
 @dataclass(frozen=True)
 class SpreadOptions(ExpertOptions):
-    """How a model's layers are computed. ``whole_block``: xpar's router and shared experts, not the model's own.
+    """The options of how a model's layers are computed.
 
-    ``dense``: of a model that is loaded: a name of :mod:`xpar.kernels.cpu.linear`, plain, or auto. ``slice_dense``: the ranks
-    of a node share out its packed dense products (:class:`~xpar.comm.column_parallel.ColumnParallel`); then every rank must run
-    as many products as the others, which scoring does not.
+    Attributes:
+        whole_block: Whether xpar computes router and shared experts, too.
+        dense: The kernel of dense products of a model that is loaded: a name of
+            :mod:`xpar.kernels.cpu.linear`, plain, or auto.
+        slice_dense: Whether the ranks of a node slice the packed dense products
+            (:class:`~xpar.comm.column_parallel.ColumnParallel`). Every rank must then run as many products as
+            the others, which scoring does not.
+        scale_residual: Whether a model in memory keeps its residual over the routed scaling factor.
     """
 
     whole_block: bool = False
     dense: str = "auto"
     slice_dense: bool = False
+    scale_residual: bool = False
 
     def of_layer(self) -> LayerOptions:
-        """The same for a runner."""
+        """Return the options of one layer."""
         return LayerOptions(self.dispatcher, self.kernel, self.exact)
 
 
@@ -66,7 +78,9 @@ def build_moe_modules(
     options: SpreadOptions,
     loaded: Callable[[int], None] = lambda nbytes: None,
 ) -> ExpertLayer:
-    """This rank's part of a layer's experts, read through ``read``; ``loaded`` hears the bytes of each expert.
+    """Build this rank's part of a layer's experts, read by ``read``; no collective is called.
+
+    ``loaded`` hears the bytes of each expert.
 
     Holds no collective. Raises ValueError for options that do not fit the grid, the layer or this machine.
     """
@@ -87,6 +101,22 @@ def experts_alone(config: LayerConfig) -> LayerConfig:
     return replace(config, hidden_size=config.routed_size, latent_size=None, shared=None, output_bias=False)
 
 
+def choose_expert_slices(ranks: int, layers: Iterable[LayerConfig]) -> int:
+    """Choose over how many of a node's ``ranks`` each expert of ``layers`` is sliced; it divides ``ranks``.
+
+    The few experts of a token seldom lie evenly on the ranks, and all ranks wait for the one with the most:
+    with slices every rank has a part of each expert. Ranks of one node read each other's rows in place, so
+    that a token for all of them costs no more than a token for some.
+    """
+    widths = [layer.intermediate_size for layer in layers]
+    fit = (
+        n
+        for n in range(1, ranks + 1)
+        if ranks % n == 0 and all(w % (n * SLICE_UNIT) == 0 and w // n >= LEAST_SLICE for w in widths)
+    )
+    return max(fit, default=1)
+
+
 def parallelize(
     model: Any,
     grid: ProcessGrid,
@@ -95,17 +125,34 @@ def parallelize(
     kernel: str = "auto",
     exact: bool = False,
     whole_block: bool = False,
+    scale_residual: bool = False,
 ) -> Any:
-    """Spread the experts of ``model``, a transformers model that every rank has in memory, over ``grid``.
+    """Spread the experts of ``model`` over ``grid``. Collective over the grid.
 
-    Each rank keeps its own experts and drops the others; everything else stays as it is. ``whole_block``: the router,
-    the shared experts and all else of a block are xpar's too, as they are anyway in families whose block does not let
-    its experts be provided. Returns ``model``, whose forward every rank must call from now on, with tokens of its own,
-    or :func:`serve_other_ranks` without. Collective over the grid; raises one error on every rank for a model of no known family.
+    Each rank keeps its own experts and drops the others; everything else stays as it is. From now on every
+    rank must call the model's forward, with tokens of its own, or :func:`serve_other_ranks` without tokens.
+
+    Args:
+        model: A transformers model that every rank has in memory.
+        grid: The ranks.
+        dispatcher: A dispatcher's name, or auto.
+        kernel: A kernel's name, or auto.
+        exact: Whether results must not depend on the number of ranks.
+        whole_block: Whether xpar also computes the router, the shared experts and all else of a block. It
+            does so anyway in families whose block does not let its experts be provided.
+        scale_residual: Keep the residual of a float16 model below 65504: whole blocks and decoder compute it
+            over the routed scaling factor (:func:`~xpar.engine.scale_decoder`). The logits stay the same.
+
+    Returns:
+        ``model``, changed in place.
+
+    Raises:
+        AgreedError: The model is of no known family, or cannot be spread in this way; the same on every rank.
     """
-    options = SpreadOptions(dispatcher, kernel, exact, whole_block)
+    options = SpreadOptions(dispatcher, kernel, exact, whole_block, scale_residual=scale_residual)
     hf_config = model.config.to_dict()
     parts = agreed(grid.world.comm, lambda: moe_modules(model, hf_config, whole_block), "parallelize")
+    scale = agreed(grid.world.comm, lambda: _check_scale(model, hf_config, parts, options), "parallelize")
     layers = agreed(
         grid.world.comm, lambda: _from_memory(model, hf_config, parts, grid, options), "parallelize"
     )
@@ -114,11 +161,38 @@ def parallelize(
     if any(isinstance(layer, ExpertLayer) for layer in layers.values()):
         register()
         model.set_experts_implementation(IMPLEMENTATION)
+    if scale is not None:
+        scale_decoder(model, scale)
     return model
 
 
+def _check_scale(
+    model: Any, hf_config: dict[str, Any], parts: "dict[int, MoeModules]", options: SpreadOptions
+) -> ResidualScale | None:
+    """Find the scale of the residual, if ``options`` want one.
+
+    Raise ValueError for a model without a common one.
+    """
+    if not options.scale_residual:
+        return None
+    if any(part.experts for part in parts.values()):
+        raise ValueError(
+            "scale_residual=True: routers and shared experts are scaled, too; add whole_block=True"
+        )
+    arch = find(hf_config)
+    scales = {scale_layer_output(layer_config(arch, hf_config, n))[1] for n in parts}
+    if len(scales) > 1:
+        factors = sorted(scale.factor for scale in scales)
+        raise ValueError(
+            f"scale_residual=True: layers have different scaling factors {factors}; use bfloat16"
+        )
+    for layer in model.base_model.layers:
+        check_parts(layer)
+    return scales.pop()
+
+
 def expert_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
-    """The layers of ``model`` that are spread, in the order in which its forward calls them."""
+    """List the layers of ``model`` that are spread, in the order in which its forward calls them."""
     found: list[Layer] = []
     for module in model.modules():
         layer = module if isinstance(module, BlockLayer) else getattr(module, ATTRIBUTE, None)
@@ -128,11 +202,15 @@ def expert_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
 
 
 def serve_other_ranks(model: torch.nn.Module) -> None:
-    """Take part in a forward of the other ranks without tokens of one's own; ValueError for a model not yet spread."""
+    """Take part in a forward of the other ranks without tokens of this rank's own. Collective.
+
+    Raises ValueError for a model that is not spread yet.
+    """
     layers = expert_layers(model)
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} is not spread over ranks; call parallelize(model, grid) before a rank joins"
+            f"{type(model).__name__} is not spread over ranks; call parallelize(model, grid) before a rank "
+            "joins"
         )
     for layer in layers:
         layer.join()
@@ -140,9 +218,9 @@ def serve_other_ranks(model: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class MoeModules:
-    """What of a model makes way for a layer: modules, by name. ``experts``: only the experts of a block.
+    """The modules of a model that a layer replaces; ``experts``: only the experts of a block.
 
-    The layer takes the place of the first; what it holds of the others is in its output.
+    The layer takes the place of the first module; its output includes that of the others.
     """
 
     names: tuple[str, ...]
@@ -153,7 +231,7 @@ class MoeModules:
 def moe_modules(
     model: torch.nn.Module, hf_config: dict[str, Any], whole_block: bool
 ) -> dict[int, MoeModules]:
-    """Of each MoE layer, ascending: its experts, or where they cannot be provided or ``whole_block`` is asked, its block."""
+    """Find the modules to replace, by layer: experts, or with ``whole_block`` or without a choice blocks."""
     arch = find(hf_config)
     if why := arch.why_layers_only:
         raise CheckpointError(f"model_type={arch.model_type!r}: {why}; xpar run computes its layers")
@@ -195,12 +273,12 @@ def _from_memory(
             )
         else:
             weights = weights_of(model, hf_config, part.names)
-            layers[n] = build_block(weights, n, grid, model.dtype, options.of_layer())
+            layers[n] = build_block(weights, n, grid, model.dtype, options.of_layer(), options.scale_residual)
     return layers
 
 
 def rows_of(module: Any, config: LayerConfig) -> ReadLayer:
-    """The experts of a module that holds them stacked, in whichever of transformers' layouts."""
+    """Make the reader of a module's stacked experts, in any of transformers' layouts."""
     if getattr(module, "has_post_expert_norm", False):
         raise ValueError(
             f"{type(module).__name__}: a norm behind each expert is not among what xpar computes"

@@ -31,7 +31,7 @@ class RowRotary(nn.Module):
         self.lengths: Sequence[int] | None = None
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives for ``position_ids`` [1 or B, S], each of B rows as if it were alone.
+        """Compute the factors of ``position_ids`` [1 or B, S], each of B rows as if it were alone.
 
         Args:
             x: of the dtype and on the device that are wanted.
@@ -67,7 +67,7 @@ class RowRotary(nn.Module):
         return call(positions)
 
     def _forget(self, call: Callable[[Tensor], Any], positions: Tensor) -> None:
-        """Have the module as it was before its first call: a short text makes it so."""
+        """Reset the module to its state before the first call, by a call with a short text."""
         if self._keeps_state:
             call(torch.zeros_like(positions[:1, :1]))
 
@@ -87,7 +87,7 @@ def wrap_rotaries(model: nn.Module) -> list[RowRotary]:
 
 
 def depends_on_length(rotary: nn.Module) -> bool:
-    """Whether ``rotary`` gives another value to a position where a far one is in the same call."""
+    """Return whether ``rotary`` changes a position's value where a far position is in the same call."""
     found = False
     for probe in _probes(rotary):
         probe([0])
@@ -97,7 +97,7 @@ def depends_on_length(rotary: nn.Module) -> bool:
 
 
 def keeps_state(rotary: nn.Module) -> bool:
-    """Whether what ``rotary`` gives depends on the call before; a call with a short row ends that."""
+    """Return whether ``rotary`` depends on the call before; a call with a short row ends that."""
     found = False
     for probe in _probes(rotary):
         probe([0])
@@ -109,7 +109,7 @@ def keeps_state(rotary: nn.Module) -> bool:
 
 
 def _probes(rotary: nn.Module) -> list[Callable[[list[int]], Any]]:
-    """A call of ``rotary`` with one row of positions, for each kind of layer that it tells apart."""
+    """Make a call of ``rotary`` with one row of positions, for each kind of layer that it distinguishes."""
     kinds: Any = rotary.rope_type
     given: list[dict[str, Any]] = [{"layer_type": k} for k in kinds] if isinstance(kinds, Mapping) else [{}]
     device = next(iter(rotary.buffers()), torch.empty(0)).device
@@ -122,7 +122,7 @@ def _probes(rotary: nn.Module) -> list[Callable[[list[int]], Any]]:
 
 
 def _of_length(positions: Tensor, length: int) -> Tensor:
-    """``positions`` and one column more, so that the largest is that of the last of ``length`` tokens."""
+    """Append a column to ``positions`` so that the largest is the last of ``length`` tokens."""
     last = torch.full_like(positions[:, :1], length - 1)
     return torch.cat([positions.clamp(max=length - 1), last], dim=1)
 
@@ -132,7 +132,7 @@ def _first_columns(out: Any, columns: int) -> Any:
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """The rows of all ``parts``, each a tensor or a tuple of tensors."""
+    """Concatenate the rows of all ``parts``, each a tensor or a tuple of tensors."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], Tensor):

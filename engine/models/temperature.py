@@ -25,7 +25,7 @@ class ScaledQueries(nn.Module):
         self.positions: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, N]."""
+        """Compute queries [B, S, N] of [B, S, H], multiplied by the temperature."""
         assert self.positions is not None
         queries: Tensor = self.projection(hidden_states)
         steps = torch.floor((self.positions.float() + 1.0) / self._floor_scale)

@@ -1,4 +1,4 @@
-"""A thousand lines that are no prompts, or that the model cannot answer, among good ones: none of them ends a job."""
+"""A thousand lines that are no prompts, or without an answer, among good ones: none of them ends a job."""
 
 import codecs
 import json
@@ -93,7 +93,10 @@ KINDS: dict[str, Callable[[random.Random], bytes]] = {
 
 
 def write_lines(path: Path, seed: int) -> tuple[list[str], dict[int, str]]:
-    """Write good and bad lines in random order; the ids of the good ones, and line -> kind of the bad ones."""
+    """Write good and bad lines in random order.
+
+    The ids of the good ones, and line -> kind of the bad ones.
+    """
     draw = random.Random(seed)
     texts = prompts(seed, GOOD)
     good = [json.dumps({"id": f"good{n}", "prompt": text}).encode() for n, text in enumerate(texts)]
@@ -175,7 +178,10 @@ sys.exit(cli.main(sys.argv[1:]))
 def lines(
     model: Path, tmp_path_factory: pytest.TempPathFactory, fresh_seed: int
 ) -> tuple[Path, list[str], dict[int, str], dict[str, str]]:
-    """The file; ids of good lines, kinds of bad ones, and what answers the good ones where there are no others."""
+    """The file.
+
+    Ids of good lines, kinds of bad ones, and what answers the good ones where there are no others.
+    """
     folder = tmp_path_factory.mktemp("lines")
     ids, bad = write_lines(folder / "all.jsonl", fresh_seed)
     whole = (folder / "all.jsonl").read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
@@ -285,7 +291,8 @@ def test_words_that_leave_no_room_or_no_file(model: Path, tmp_path: Path) -> Non
     assert positions is not None
     base = ["generate", str(model)]
     cases = {
-        f"--max-new-tokens {positions}: the model has {positions} positions for prompt and answer together; give at most "
+        f"--max-new-tokens {positions}: the model has {positions} positions for prompt and answer together; "
+        "give at most "
         f"{positions - 1}": ["--prompts", str(file), "--max-new-tokens", str(positions)],
         "a.errors.jsonl: refused lines would be written over --prompts": [
             "--prompts", str(file), "--out", str(tmp_path / "a.jsonl"),

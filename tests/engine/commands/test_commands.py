@@ -142,7 +142,7 @@ WRONG = {
     "run": "the following arguments are required",
 }
 USAGE = ("frobnicate", "run {made} --dtype int8", "run")
-"""Those that the parser refuses, with the exit status of usage errors."""
+"""Words that the parser refuses, with the exit status of usage errors."""
 
 
 @pytest.fixture(scope="module")

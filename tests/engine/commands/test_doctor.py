@@ -36,7 +36,8 @@ def test_what_a_node_should_be_rid_of_is_a_note(tmp_path: Path) -> None:
     """In a /dev/shm of its own, on one core, and on two nodes of which one has two ranks."""
     (tmp_path / "hosts").write_text("a:2\nb:1\n")
     script = (
-        "mount -t tmpfs -o size=1g tmpfs /dev/shm && dd if=/dev/zero of=/dev/shm/mpich_shm_0_0 bs=1M count=2 status=none"
+        "mount -t tmpfs -o size=1g tmpfs /dev/shm && dd if=/dev/zero of=/dev/shm/mpich_shm_0_0 bs=1M count=2 "
+        "status=none"
         ' && touch -d "1 hour ago" /dev/shm/mpich_shm_0_0 && exec taskset -c "$@"'
     )
     command = [find_mpirun(), "-n", "3", sys.executable, "-m", "xpar.engine", "doctor"]

@@ -1,4 +1,4 @@
-"""``xpar generate`` as a user types it: the same file from any number of ranks, and nothing lost whatever ends a job."""
+"""``xpar generate`` as a user types it: the same file from any number of ranks, and nothing is lost."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tiny_models import prompts, write_model
 
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.cli import parser
-from xpar.engine.commands.generate import _request
+from xpar.engine.commands.generate import make_request
 from xpar.engine.generation.answer_file import read_answers
 from xpar.engine.generation.tokenizer import Tokenizer
 
@@ -205,7 +205,7 @@ def test_wrong_words(model: Path, tmp_path: Path, what: str) -> None:
     (tmp_path / "p.txt").write_text("a\n")
     args = parser().parse_args(["generate", str(model), "--prompts", str(tmp_path / "p.txt"), *words])
     with pytest.raises(ValueError, match=re.escape(message)):
-        _request(args, first=True)
+        make_request(args, is_first=True)
 
 
 def test_answers_that_are_there_are_kept(model: Path, tmp_path: Path) -> None:
@@ -213,8 +213,8 @@ def test_answers_that_are_there_are_kept(model: Path, tmp_path: Path) -> None:
     (tmp_path / "p.answers.jsonl").write_text("mine\n")
     args = parser().parse_args(["generate", str(model), "--prompts", str(tmp_path / "p.txt")])
     with pytest.raises(ValueError, match=r"p\.answers\.jsonl: exists; give --resume"):
-        _request(args, first=True)
-    _request(args, first=False)  # another node may not see the file
+        make_request(args, is_first=True)
+    make_request(args, is_first=False)  # another node may not see the file
     with pytest.raises(ValueError, match="line 1 is no answer of xpar generate"):
         read_answers(tmp_path / "p.answers.jsonl", set(), "")
 

@@ -1,4 +1,4 @@
-"""``xpar score`` as a user types it: the same file from any number of ranks, and what cannot be scored is told."""
+"""``xpar score`` as a user types it: the same file from any number of ranks, and clear refusals."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from moe_families import Case
 from tiny_models import END, prompts, write_model
 
 from xpar.engine.cli import parser
-from xpar.engine.commands.score import _request
+from xpar.engine.commands.score import make_request
 from xpar.engine.generation.prompts import read_prompts, text_form
 from xpar.engine.generation.score import perplexity
 from xpar.engine.generation.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ def test_wrong_words(model: Path, tmp_path: Path, what: str) -> None:
     (tmp_path / "t.txt").write_text("a\n")
     args = parser().parse_args(["score", str(model), "--texts", str(tmp_path / "t.txt"), *words])
     with pytest.raises(ValueError, match=re.escape(message)):
-        _request(args, first=True)
+        make_request(args, is_first=True)
 
 
 def test_a_text_is_whole_or_in_two_parts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Answers and scores of whole jobs with tokenizers and generation configs of many kinds: those of transformers alone."""
+"""Answers and scores with tokenizers and generation configs of many kinds: those of transformers alone."""
 
 import json
 import random

@@ -1,4 +1,6 @@
-"""Steps in fixed places give what growing ones give, whoever goes on and however long; recordings are called for when they pay.
+"""Steps in fixed places give what growing ones give, whoever goes on and however long.
+
+Recordings are called for when they pay.
 
 A CUDA graph replays what is called here; ``tests/gpu/check_generate.py`` compares those, on a GPU.
 """
@@ -68,7 +70,7 @@ def prompts(seed: int, count: int) -> list[list[int]]:
 
 
 def answers(model: Any, seed: int, recording: DecodeGraph | None) -> tuple[list[list[int]], list[Tensor]]:
-    """Of eight prompts, four at a time, as long as their first tokens say, the next taking the place of one that ends."""
+    """Eight prompts, four at a time, as long as their first tokens say; one that ends makes place."""
     sampling = Remembering()
     limits = StopConditions(30, stopped=lambda answer: len(answer) >= 5 + 6 * (answer[0] % 3))
     sequences = DecodeBatch(loaded(model), sampling, limits, recording)
@@ -150,7 +152,7 @@ def test_what_cannot_be_recorded_goes_on_as_before(
 
 
 def test_several_ranks_record_and_replay_together(tmp_path: Path, fresh_seed: int) -> None:
-    """Two ranks in one process: nothing is replayed while either is not ready, and both record in the same step."""
+    """Two ranks in one process replay nothing until both are ready, and record in the same step."""
     write_model(Case("olmoe", "olmoe"), tmp_path, torch.float32, 1)
     model, counts = plain_model(tmp_path), [Replays(), Replays()]
     joined: list[str] = []

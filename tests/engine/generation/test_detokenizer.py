@@ -1,4 +1,4 @@
-"""Answers as text, for every kind of tokenizer: what they add to their prompt's text, cut where a stop begins."""
+"""Answers as text, for every kind of tokenizer: what they add to their prompt, cut where a stop begins."""
 
 import random
 from functools import cache

@@ -1,4 +1,4 @@
-"""``xpar generate`` onto a file system that is really full: one error, and with room made one rank answers the rest."""
+"""``xpar generate`` onto a full file system: one error, and with room one rank answers the rest."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tiny_models import prompts, write_model
 
 LINES = 10
 NAME = "n" * 500
-"""Of a prompt, and so of its answer: ten fill the disk."""
+"""Bytes of a prompt, and so of its answer: ten fill the disk."""
 TWICE = """
 mount -t tmpfs -o size=4k tmpfs answers || exit 9
 mpirun=$1

@@ -1,4 +1,4 @@
-"""Answers of a job are those that plain transformers gives one prompt at a time, whoever answers which prompt when."""
+"""Answers of a job are those that plain transformers gives one prompt at a time."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -46,7 +46,7 @@ def root(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected_of(root: Path, fresh_seed: int) -> Callable[[str], list[Plain]]:
-    """What transformers answers to the prompts, for each family once; rank 0 asks."""
+    """Transformers' answers to the prompts, for each family once; rank 0 computes them."""
 
     @cache
     def expected(name: str) -> list[Plain]:

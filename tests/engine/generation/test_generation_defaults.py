@@ -1,4 +1,4 @@
-"""The model's own generation config: what is taken of it is what transformers takes, and nothing is left out silently."""
+"""The model's own generation config: xpar takes what transformers takes, and names what it leaves out."""
 
 import argparse
 import json
@@ -79,7 +79,7 @@ def processed_by_transformers(
 def test_tokens_are_chosen_from_the_logits_of_transformers(
     monkeypatch: pytest.MonkeyPatch, fresh_seed: int, draws: bool, turn: int
 ) -> None:
-    """For entries, prompts and answers of all kinds: the same token if greedy, else the same probabilities."""
+    """Entries, prompts and answers of all kinds: the same token if greedy, else equal probabilities."""
     draw = random.Random(fresh_seed + 997 * turn)
     values = {**entries(draw), "do_sample": draws}
     prompt = draw.choices(range(VOCAB), k=draw.randint(1, 8))

@@ -1,4 +1,4 @@
-"""Context and continuation as tokens, for every kind of tokenizer, against the evaluation harness's definition."""
+"""Context and continuation as tokens, for every kind of tokenizer, against the harness's definition."""
 
 import json
 from pathlib import Path

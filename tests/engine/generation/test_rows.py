@@ -1,4 +1,4 @@
-"""A row's result is that of the row alone, whoever shares its batch, however its text is cut and whatever was read before."""
+"""A row's result is that of the row alone, whatever shares its batch, is cut from it or was read before."""
 
 import copy
 import random
@@ -95,7 +95,7 @@ def compare_answers(
     recording: Callable[[Any], DecodeGraph] | None = None,
     arrivals: float = 0.4,
 ) -> None:
-    """Prompts that begin while others go on, each compared until its first choice that hangs on a rounding."""
+    """Prompts begin while others go on; each is compared until a choice depends on a rounding."""
     lines, sampling = texts(draw, 7), Remembering()
     mine = loaded(copy.deepcopy(model))
     sequences = DecodeBatch(

@@ -1,4 +1,4 @@
-"""Lines of a file get what each gets alone, from one rank and from several, however they are batched and cut."""
+"""Lines of a file get what each gets alone, on any number of ranks, however they are batched and cut."""
 
 import json
 import random

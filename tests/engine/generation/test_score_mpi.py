@@ -1,4 +1,4 @@
-"""Scores of a job are the log-softmax of plain transformers, text by text, whoever reads which text with which others."""
+"""Scores of a job are the log-softmax of plain transformers, text by text, however texts are batched."""
 
 import json
 import random
@@ -60,7 +60,7 @@ def lines_of(seed: int, count: int) -> list[dict[str, str]]:
 
 @torch.inference_mode()
 def by_hand(model: Any, ids: list[int], first: int) -> tuple[torch.Tensor, bool]:
-    """The definition: log-probabilities of ids[first:] from all logits at once, and whether they are the likeliest."""
+    """The definition: log-probabilities of ids[first:], and whether they are the likeliest."""
     logits = model(torch.tensor([ids])).logits[0, first - 1 : -1].double()
     wanted = torch.tensor(ids[first:])
     return logits.log_softmax(1).gather(1, wanted[:, None])[:, 0], bool((logits.argmax(1) == wanted).all())

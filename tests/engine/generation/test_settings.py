@@ -1,4 +1,4 @@
-"""Answers of one file have one model and one way to draw: whatever else there is changes the text of their settings."""
+"""Answers of one file have one model and one way to draw: everything else changes their settings' text."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The attention that models are given is transformers' ``sdpa`` wherever it is used, and leaves alone what it does not cover."""
+"""The attention of models is transformers' ``sdpa`` wherever it is used, and leaves the rest alone."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from xpar.kernels.cpu.attention import Attention
 
 
 class Layer(torch.nn.Module):
-    """What transformers' functions ask of an attention module."""
+    """The attributes that transformers' functions need of an attention module."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def test_one_query_is_sdpa(
 
 @pytest.mark.parametrize("is_causal", [None, False, True])
 def test_a_prompt_is_sdpa(fresh_seed: int, is_causal: bool | None) -> None:
-    """Of which zentorch computes it where it is installed."""
+    """Batches of which zentorch computes attention where it is installed."""
     layer, tensors = drawn(fresh_seed, 23, 23)
     expected = sdpa_attention_forward(layer, *tensors, None, is_causal=is_causal)[0]
     found = AttentionForward()(layer, *tensors, None, is_causal=is_causal)[0]
@@ -114,7 +114,10 @@ def test_only_models_of_sdpa_are_given_it(tmp_path: Path, family: str, chosen: s
 
 
 def test_a_padded_batch_of_a_model(tmp_path: Path, fresh_seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks are made for it as for ``sdpa``, of a prompt and of the token behind it; keys are shared by two heads."""
+    """Masks are made for it as for ``sdpa``, of a prompt and of the token behind it.
+
+    Keys are shared by two heads.
+    """
     write_model(Case("mixtral", "mixtral"), tmp_path / "model", torch.float32, 1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     g = torch.Generator().manual_seed(fresh_seed)

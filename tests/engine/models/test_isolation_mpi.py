@@ -1,4 +1,4 @@
-"""A prompt whose numbers overflow fails alone: the others of its batch, and of other ranks, get their own answers."""
+"""A prompt whose numbers overflow fails alone: all others, on every rank, get their own answers."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ def folder(comm: "Intracomm", tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def expected_of(root: Path, fresh_seed: int) -> Callable[[str], list[Plain]]:
-    """What transformers answers to the good prompts, for each family once; rank 0 asks."""
+    """Transformers' answers to the good prompts, for each family once; rank 0 computes them."""
 
     @cache
     def expected(name: str) -> list[Plain]:
@@ -110,7 +110,7 @@ def answers(
 def same_as_alone(
     tokens: Tokenizer, found: dict[int, dict[str, Any]], expected: dict[int, Plain], token: int
 ) -> None:
-    """Every line whose answer is clear, and does not draw the ``token`` that overflows, has transformers' answer."""
+    """Every clear line that does not draw the ``token`` that overflows has transformers' answer."""
     clear = {line: one for line, one in expected.items() if one.gap > CLEAR and token not in one.answer}
     assert len(clear) > GOOD // 2
     for line, one in clear.items():
@@ -166,7 +166,10 @@ def test_padding_that_overflows_fails_nobody(
     expected_of: Callable[[str], list[Plain]],
     name: str,
 ) -> None:
-    """Shorter prompts are padded with a token whose numbers are not finite; no prompt has it, but an answer may."""
+    """Shorter prompts are padded with a token whose numbers are not finite.
+
+    No prompt has it, but an answer may.
+    """
     loaded = load_model(root / name, ProcessGrid.create(world))
     assert all(PAD not in Tokenizer(root / name).encode(text) for text in prompts(fresh_seed, GOOD))
     poison(loaded, PAD, float("nan"))
@@ -199,7 +202,7 @@ def test_an_answer_that_overflows_midway_fails_alone(
 def test_a_text_that_overflows_fails_alone(
     world: World, root: Path, folder: Path, fresh_seed: int, name: str, piece: int
 ) -> None:
-    """What the last token's embedding is does not matter: nothing follows it."""
+    """The last token's embedding does not matter: nothing follows it."""
     path, tokens = root / name, Tokenizer(root / name)
     loaded = load_model(path, ProcessGrid.create(world))
     texts = mixed([f"ab{text}" for text in prompts(fresh_seed, GOOD)])
@@ -260,7 +263,10 @@ def test_rows_that_are_not_finite_are_found(fresh_seed: int) -> None:
 def test_a_layer_gives_nan_for_a_row_alone(
     world: World, root: Path, fresh_seed: int, whole_block: bool
 ) -> None:
-    """One rank's row whose routing overflows though its numbers are finite; without isolation all ranks raise."""
+    """One rank's row whose routing overflows though its numbers are finite.
+
+    Without isolation all ranks raise.
+    """
     loaded = load_model(
         root / "olmoe", ProcessGrid.create(world), options=SpreadOptions(whole_block=whole_block)
     )

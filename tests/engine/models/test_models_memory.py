@@ -1,4 +1,4 @@
-"""A rank's memory while a model loads: its dense weights and its own experts once, and nothing of anybody else's."""
+"""A rank's memory while a model loads: its dense weights and its own experts once, and nothing else."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Whole models over a grid: the logits of plain transformers, each weight read as often as promised, one error for all."""
+"""Whole models over a grid: transformers' logits, each weight read as promised, one error for all."""
 
 import json
 import shutil
@@ -156,7 +156,10 @@ BY_BLOCK_ALONE = {"llama4_text", "longcat_flash", "dbrx", "jetmoe"}
 def test_every_family_with_a_schema_is_spread(
     comm: "Intracomm", grid: ProcessGrid, root: Path, fresh_seed: int, case: Case
 ) -> None:
-    """From a checkpoint, and the model in memory, both as whole blocks; families without the interface have no other form."""
+    """From a checkpoint, and the model in memory, both as whole blocks.
+
+    Families without the interface have no other form.
+    """
     path = root / f"other-{case.model_type}"
     if comm.rank == 0:
         case.write(path, "transformers", torch.float32, 3, layers=case.layer + 2)
@@ -270,7 +273,7 @@ def test_dense_weights_stay_whole_where_ranks_have_no_memory_to_share(
     if grid.world.rank == grid.world.size - 1:
         monkeypatch.setattr("xpar.engine.models.loader.free_bytes", lambda: 2**20)
     loaded = load_model(root / "olmoe", grid, options=SpreadOptions(slice_dense=True))
-    assert not loaded.slices_dense and loaded.joints == loaded.layers
+    assert not loaded.slices_dense and loaded.collective_modules == loaded.layers
 
 
 def test_exact_mode_keeps_plain_products(grid: ProcessGrid, root: Path) -> None:

@@ -13,9 +13,9 @@ from moe_families import Case
 from tiny_models import write_model
 
 from xpar.engine.cli import parser
-from xpar.engine.commands.model_session import _etp
+from xpar.engine.commands.model_session import choose_etp
 from xpar.engine.config import LayerConfig, RouterConfig
-from xpar.engine.models.slicing import slices
+from xpar.engine.models.parallelize import choose_expert_slices
 
 LAYER = LayerConfig(8, 64, 1024, RouterConfig(2))
 
@@ -36,7 +36,7 @@ LAYER = LayerConfig(8, 64, 1024, RouterConfig(2))
     ],
 )
 def test_slices_divide_the_ranks_and_stay_wide(ranks: int, widths: list[int], expected: int) -> None:
-    assert slices(ranks, [replace(LAYER, intermediate_size=w) for w in widths]) == expected
+    assert choose_expert_slices(ranks, [replace(LAYER, intermediate_size=w) for w in widths]) == expected
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def test_only_a_choice_left_open_is_made(
 ) -> None:
     world: Any = SimpleNamespace(size=2, num_nodes=nodes)
     words = ["generate", str(model), "--prompts", "p.txt", *options]
-    assert _etp(parser().parse_args(words), world, "cpu") == expected
-    assert _etp(parser().parse_args(words), world, "cuda") == (expected if "--etp" in options else None)
+    assert choose_etp(parser().parse_args(words), world, "cpu") == expected
+    assert choose_etp(parser().parse_args(words), world, "cuda") == (expected if "--etp" in options else None)
 
 
 def test_ranks_of_a_node_slice_experts(model: Path, tmp_path: Path) -> None:

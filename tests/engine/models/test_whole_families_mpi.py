@@ -69,7 +69,7 @@ def expected_logprobs(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def logprobs_of(loaded: LoadedModel, ids: list[int], piece: int = PIECES[0]) -> torch.Tensor:
-    """Of every token but the first; every rank scores a text of the same length."""
+    """Scores of every token but the first; every rank scores a text of the same length."""
     scorer, text = ScoreBatch(loaded, 4, piece), ScoredText(0, ids, 1)
     complete = scorer.begin([text])
     while not complete:
