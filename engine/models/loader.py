@@ -45,9 +45,9 @@ LEAST_FREE = 4 * ROUND_BYTES
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """``model``: a transformers causal language model in eval mode; every rank of the grid calls it together.
+    """A transformers model in eval mode that every rank of the grid calls together.
 
-    ``layers``: its expert layers. ``joints``: all that the ranks do together, these among it, in the order in which a
+    ``model``: the causal language model. ``layers``: its expert layers. ``joints``: all that the ranks do together, these among it, in the order in which a
     forward calls them. ``dense_bytes``, ``expert_bytes``:
     weights held by this rank. ``bytes_read``: bytes that this rank took from the checkpoint's files. ``dense``: what
     computes dense products, as :func:`~xpar.kernels.cpu.linear.choose_linear` names it.
