@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
+    from xpar.engine.checkpoint.reader import Checkpoint
     from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
     from xpar.engine.layer.build import load_layer, with_options
     from xpar.engine.layer.cuda_graph import CapturedLayer
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from xpar.engine.layer.observers import Observers, SlotCounter
     from xpar.engine.layer.options import ExpertOptions, LayerOptions
     from xpar.engine.layer.reference import layer_reference, relative_error
-    from xpar.engine.layer.residual_scaling import ResidualScale
+    from xpar.engine.layer.residual_scaling import ResidualScale, scale_layer_output
     from xpar.engine.layer.runner import MoERunner
     from xpar.engine.layer.shared_expert_overlap import SharedOrder
     from xpar.engine.layer.stage_timer import MeasuringTimer
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 _MODULES = {
     "CapturedLayer": "layer.cuda_graph",
     "Checkpoint": "checkpoint.reader",
-    "CheckpointError": "checkpoint.reader",
     "ExpertLoad": "layer.expert_load",
     "ExpertOptions": "layer.options",
     "FunctionRule": "routing",
@@ -66,6 +65,7 @@ _MODULES = {
     "parallelize": "models.parallelize",
     "register": "models.from_pretrained",
     "relative_error": "layer.reference",
+    "scale_layer_output": "layer.residual_scaling",
     "serve_other_ranks": "models.parallelize",
     "with_options": "layer.build",
 }
@@ -73,7 +73,6 @@ _MODULES = {
 __all__ = [
     "CapturedLayer",
     "Checkpoint",
-    "CheckpointError",
     "ExpertLoad",
     "ExpertOptions",
     "FunctionRule",
@@ -102,6 +101,7 @@ __all__ = [
     "parallelize",
     "register",
     "relative_error",
+    "scale_layer_output",
     "serve_other_ranks",
     "with_options",
 ]

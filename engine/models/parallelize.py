@@ -129,7 +129,11 @@ def expert_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
 
 
 def serve_other_ranks(model: torch.nn.Module) -> None:
-    """Take part in a forward of the other ranks without tokens of one's own; ValueError for a model not yet spread."""
+    """Take part in a forward of the other ranks without tokens of this rank; collective.
+
+    Raises:
+        ValueError: The model is not yet spread over ranks.
+    """
     layers = expert_layers(model)
     if not layers:
         raise ValueError(
