@@ -20,7 +20,9 @@ ROWS = [
 @cache
 def functions_of(file: Path) -> frozenset[str]:
     """The names of the functions that ``file`` defines at its top."""
-    return frozenset(node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef))
+    return frozenset(
+        node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)
+    )
 
 
 def test_the_table_has_rows() -> None:
