@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from xpar.comm import DISPATCHERS
+
 ROOT = Path(__file__).parents[1]
 GUIDE = ("run", "generate", "score", "cluster", "gpu", "features", "troubleshooting")
 
@@ -40,6 +42,15 @@ def test_pictures_are_what_their_program_draws(tmp_path: Path) -> None:
     drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
     assert drawn == {path.name: path.read_text() for path in (ROOT / "docs" / "images").glob("*.svg")}
     assert len(drawn) == 3
+
+
+def test_the_picture_and_the_tables_show_every_dispatcher() -> None:
+    picture = (ROOT / "docs" / "images" / "dispatchers.svg").read_text()
+    tables = [(ROOT / page).read_text() for page in ("README.md", "docs/run.md")]
+    names = [dispatcher.name for dispatcher in DISPATCHERS]
+    assert re.findall(r">(?!rank)([a-z]+(?:-[a-z]+)?)</text>", picture) == sorted(names, key=picture.find)
+    for table in tables:
+        assert re.findall(r"^\| `([a-z-]+)` \|.+\|.+\|$", table, re.MULTILINE)[: len(names)] == names
 
 
 def test_links_of_the_pages_beside_the_site_lead_to_files_and_headings() -> None:
