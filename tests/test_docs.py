@@ -1,11 +1,15 @@
 """The documentation builds as a site without a broken link or an unresolved reference, and its pictures are current."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from xpar.comm import DISPATCHERS
+
 ROOT = Path(__file__).parents[1]
+GUIDE = ("run", "generate", "score", "cluster", "gpu", "features", "troubleshooting")
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
@@ -26,7 +30,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    for page in ("index", "tour", "generate", "cluster", "features", "troubleshooting"):
+    for page in ("index", "tour", *GUIDE):
         assert (tmp_path / "site" / f"{page}.html").exists()
     runner = (tmp_path / "site" / "api" / "xpar.engine.layer.html").read_text()
     assert "xpar.engine.layer.runner.MoERunner.start" in runner
@@ -38,3 +42,29 @@ def test_pictures_are_what_their_program_draws(tmp_path: Path) -> None:
     drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
     assert drawn == {path.name: path.read_text() for path in (ROOT / "docs" / "images").glob("*.svg")}
     assert len(drawn) == 3
+
+
+def test_the_picture_and_the_tables_show_every_dispatcher() -> None:
+    picture = (ROOT / "docs" / "images" / "dispatchers.svg").read_text()
+    tables = [(ROOT / page).read_text() for page in ("README.md", "docs/run.md")]
+    names = [dispatcher.name for dispatcher in DISPATCHERS]
+    assert re.findall(r">(?!rank)([a-z]+(?:-[a-z]+)?)</text>", picture) == sorted(names, key=picture.find)
+    for table in tables:
+        assert re.findall(r"^\| `([a-z-]+)` \|.+\|.+\|$", table, re.MULTILINE)[: len(names)] == names
+
+
+def test_links_of_the_pages_beside_the_site_lead_to_files_and_headings() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("comm/*/README.md")]
+    links = [
+        (page, *link)
+        for page in pages
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text())
+    ]
+    assert len(links) > 20
+    for page, file, anchor in links:
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page.name}: {file}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page.name}: {file}#{anchor}"

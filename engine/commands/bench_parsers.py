@@ -13,7 +13,7 @@ MODES = ("strong", "weak")
 """As :data:`xpar.engine.bench.scaling.points.MODES`, which cannot be imported here; a test compares the
 two."""
 KERNEL_LAYERS = ("olmoe", "qwen3-30b", "mixtral", "gpt-oss", "qwen3-235b", "deepseek-v3-slice")
-"""As :data:`xpar.engine.bench.kernels.cases.LAYERS`."""
+"""As ``LAYERS`` of :mod:`xpar.engine.bench.kernels.cases`."""
 
 
 def add_layer(p: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
 """Names in :data:`xpar.engine.layer.build.FLOATS`, which cannot be imported here; a test compares the two."""
 DEPTHS = ("auto", "steps", "one-call")
-"""As :data:`xpar.engine.layer.route_and_compute.DEPTHS`."""
+"""As ``DEPTHS`` of :mod:`xpar.engine.layer.options`."""
 BATCH = 16
 PREFILL_TOKENS = 4096
 AXES = {

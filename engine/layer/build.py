@@ -47,6 +47,7 @@ from xpar.kernels.registry import choose_kernel
 
 log = logging.getLogger("xpar.build")
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""The dtypes that a layer can compute in, by name."""
 
 
 def load_layer(
