@@ -9,6 +9,8 @@ import torch
 
 from xpar.comm.communicator import Communicator, Tag
 from xpar.comm.device.binding import Gpu, bind_gpu
+from xpar.comm.device.peer_memory import PeerAccess
+from xpar.comm.device.peer_window import PeerWindow
 from xpar.comm.device.transport import Transport, open_transport
 from xpar.comm.device.transport_choice import choose_transport, collect_facts, host_override
 from xpar.comm.failure import agreed
@@ -100,6 +102,8 @@ class ProcessGrid:
         device: The device on which the layers compute. On a GPU all groups, ``world.comm`` too, move that
             device's tensors through ``transport``, and host tensors over MPI.
         transport: Moves device tensors; None on the CPU.
+        peer_window: The window through which the ranks of ``moe`` reach each other's GPU memory, or the reason
+            why they do not; None where there is nothing to reach.
     """
 
     world: World
@@ -114,6 +118,7 @@ class ProcessGrid:
     moe_node: Communicator
     device: torch.device = HOST
     transport: Transport | None = None
+    peer_window: PeerWindow | None = None
 
     @classmethod
     def create(
@@ -156,6 +161,7 @@ class ProcessGrid:
         def group(name: str, color: int) -> Communicator:
             return world.comm.split(color, r, name)
 
+        moe = group("moe", r // cell)
         return cls(
             world=world,
             shape=shape,
@@ -164,7 +170,8 @@ class ProcessGrid:
             ep=group("ep", r // cell * shape.etp + r % shape.etp),
             etp=group("etp", r // shape.etp),
             edp=group("edp", r % cell),
-            moe=group("moe", r // cell),
+            moe=moe,
+            peer_window=_peer_window(moe, opened, transport, deadlines or world.deadlines),
             node=group("node", world.node),
             moe_node=host.split(r // cell * world.num_nodes + world.node, r, "moe_node"),
             device=HOST if opened is None else opened.device,
@@ -184,6 +191,8 @@ class ProcessGrid:
         Nothing that was made on them works afterwards. A grid that lives as long as its job need not be
         closed.
         """
+        if self.peer_window is not None:
+            self.peer_window.close()
         if self.transport is not None:
             self.transport.close()
         for group in (self.tp, self.dp, self.ep, self.etp, self.edp, self.moe, self.node, self.moe_node):
@@ -193,6 +202,23 @@ class ProcessGrid:
     def ep_rank(self) -> int:
         """The index of this rank's block of experts."""
         return self.ep.rank
+
+
+def _peer_window(
+    moe: Communicator, opened: Transport | None, transport: str, deadlines: Deadlines
+) -> PeerWindow | None:
+    """Return the window of an expert group's GPUs, found out by a trial; collective over ``moe``."""
+    if opened is None or moe.size == 1:
+        return None
+    if transport in ("staged", "mpi"):
+        refused = PeerAccess(
+            None, (("peer memory", f"rows were asked to travel by transport={transport!r}"),)
+        )
+        return PeerWindow(moe, opened.device, deadlines, refused)
+    window = PeerWindow(moe, opened.device, deadlines)
+    if opened.watch is not None:
+        opened.watch.always(window.problem)
+    return window
 
 
 def _check_device(device: str) -> str:

@@ -12,7 +12,7 @@ Shapes use these letters in every room:
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -149,6 +149,16 @@ class ExpertInput:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Outputs of all slots of a batch, unweighted: ``rows`` [M k, H], slot j of entry m at row m k + j.
+
+    Rows of slots whose id is -1 are undefined.
+    """
+
+    rows: Tensor
+
+
+@dataclass(frozen=True)
 class ExpertSpec:
     """The requirements on an expert kernel.
 
@@ -215,6 +225,17 @@ class ExpertKernel(Protocol):
 
     def nbytes(self) -> int:
         """Return the bytes that the weights occupy."""
+
+
+@runtime_checkable
+class SlotKernel(Protocol):
+    """An expert kernel that can leave the sum over slots to whoever brings the results home."""
+
+    def compute_unsummed(self, x: ExpertInput, exact: bool = False) -> Tensor | Slots:
+        """Compute all slots where they lie, without waiting for the device.
+
+        Where the kernel sums very small batches at no cost it returns the sums, [M, H]; never with ``exact``.
+        """
 
 
 class FusedRoutingKernel(ExpertKernel, Protocol):

@@ -49,6 +49,7 @@ class Watch:
         self._fail, self._pause = fail, pause
         self._waiting: deque[WatchedOperation] = deque()
         self._is_querying = threading.Lock()
+        self._always: list[Problem] = []
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -57,9 +58,12 @@ class Watch:
         if done is None:
             return
         self._waiting.append(WatchedOperation(done, what, time.monotonic(), seconds, problem))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="xpar-gpu-watch", daemon=True)
-            self._thread.start()
+        self._start()
+
+    def always(self, problem: Problem) -> None:
+        """Ask ``problem`` in every round, whatever is followed besides; it must not ask the GPU."""
+        self._always.append(problem)
+        self._start()
 
     def paused(self) -> threading.Lock:
         """Return a context manager within which the thread queries nothing."""
@@ -83,6 +87,11 @@ class Watch:
             )
         return None
 
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="xpar-gpu-watch", daemon=True)
+            self._thread.start()
+
     def close(self) -> None:
         """End the thread and follow nothing any more."""
         self._closed.set()
@@ -105,7 +114,7 @@ class Watch:
             if self._closed.wait(self._pause):
                 return
             try:
-                wrong = self.check()
+                wrong = next(filter(None, (problem() for problem in self._always)), None) or self.check()
             except RuntimeError as error:  # a CUDA error of an earlier kernel shows wherever the GPU is asked
                 wrong = f"the GPU reports {error}"
         self._fail(wrong)

@@ -15,7 +15,7 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import handshake
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed
-from xpar.kernels.contracts import ExpertInput, Routing
+from xpar.kernels.contracts import ExpertInput, Routing, Slots
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Capabilities:
         row_granularity: What a token sends one row to: each "rank" or each "node" that holds any of its
             experts, or "all" ranks.
         single_node: Whether all ranks of the group must share memory.
+        takes_slots: Whether it is a :class:`SlotDispatcher`; in exact mode every other dispatcher waits for counts.
+        needs_transport: Whether tokens travel through the transport of the group.
     """
 
     devices: tuple[str, ...]
@@ -65,6 +67,8 @@ class Capabilities:
     replicated_tokens: bool = False
     row_granularity: Literal["rank", "node", "all"] = "rank"
     single_node: bool = False
+    takes_slots: bool = False
+    needs_transport: bool = True
 
     def moves_rows(self, num_nodes: int) -> bool:
         """Whether the dispatcher moves rows in a way of its own on ``num_nodes`` nodes."""
@@ -184,6 +188,13 @@ class Dispatcher(Protocol):
 
         ``outputs``: [M, H] per arrived row, or in exact mode one row per arrived slot.
         """
+
+
+class SlotDispatcher(Dispatcher, Protocol):
+    """A dispatcher whose record says ``takes_slots``: sums, or unsummed outputs in exact mode, are made on the way home."""
+
+    def combine_slots(self, slots: Slots, plan: DispatchPlan) -> Pending[Distributed]:
+        """Start to bring home the outputs of all slots of the arrived entries, where they lie."""
 
 
 def agree_on_plan(

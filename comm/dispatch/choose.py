@@ -6,6 +6,7 @@ from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.base import Dispatcher, DispatchRequest
 from xpar.comm.dispatch.hierarchical import HierarchicalDispatcher
+from xpar.comm.dispatch.one_sided import OneSidedDispatcher
 from xpar.comm.dispatch.replicated import ReplicatedDispatcher
 from xpar.comm.dispatch.shared_memory import SharedMemoryDispatcher
 from xpar.comm.grid import ProcessGrid
@@ -14,6 +15,7 @@ from xpar.kernels.choice import Choice, choose
 
 DISPATCHERS: tuple[type[Dispatcher], ...] = (
     ReplicatedDispatcher,
+    OneSidedDispatcher,
     SharedMemoryDispatcher,
     HierarchicalDispatcher,
     AllGatherDispatcher,

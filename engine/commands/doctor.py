@@ -13,9 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from xpar.comm.device.binding import driver_version, find_gpu, shared_gpus
+from xpar.comm.device.binding import bind_gpu, driver_version, find_gpu, shared_gpus
 from xpar.comm.device.nccl_library import open_library, version_text
+from xpar.comm.device.peer_memory import find_access
 from xpar.comm.device.transport_choice import DeviceFacts, choose_transport, collect_facts
+from xpar.comm.failure import agreed
 from xpar.comm.shared_window import SHARED_FILES
 from xpar.comm.stale_shm import PREFIXES, StaleFiles, find_stale_files
 from xpar.comm.world import LaunchError, World, refuse_singletons
@@ -61,6 +63,7 @@ def main(args: argparse.Namespace) -> int:
     _print_software(console, world)
     _print_ranks(console, ranks)
     _print_transport(console, ranks)
+    _print_peer_memory(console, world, ranks)
     problems = _find_problems(world, ranks)
     for note in _find_notes(ranks):
         console.print(f"note: {note}", soft_wrap=True)
@@ -131,6 +134,15 @@ def _print_transport(console: Console, ranks: list[RankFacts]) -> None:
     facts = [p.gpu for p in ranks if p.gpu is not None]
     if len(facts) == len(ranks) > 1:
         console.print(f"between GPUs\n{choose_transport(facts).explain()}", soft_wrap=True, markup=False)
+
+
+def _print_peer_memory(console: Console, world: World, ranks: list[RankFacts]) -> None:
+    """Say how GPUs reach each other's memory, by a trial of the kernels that will; collective."""
+    if world.size == 1 or any(p.gpu is None for p in ranks):
+        return
+    gpu = agreed(world.comm, lambda: bind_gpu(world.local_rank), "peer memory")
+    access = find_access(world.comm, torch.device("cuda", gpu.index), world.deadlines)
+    console.print(f"GPU memory mapped by peers\n{access.explain()}", soft_wrap=True, markup=False)
 
 
 def _find_problems(world: World, ranks: list[RankFacts]) -> list[str]:

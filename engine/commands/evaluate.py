@@ -46,6 +46,7 @@ def main(args: argparse.Namespace) -> int:
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)
     tokens = agreed(world.comm, lambda: Tokenizer(args.checkpoint))
+    console.print(tokens.ends_note, soft_wrap=True, markup=False, highlight=False)
     loaded = model_session.load(args, grid, dtype, console)
     service = Service(world.comm, loaded, tokens, model_session.batch_of(args), args.prefill_tokens)
     if harness is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from xpar.engine.generation.logits_processors import Processors, choose_tokens
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.steps import LAUNCH
 from xpar.engine.models.attention import backends
 from xpar.engine.models.growing import new_cache
 from xpar.engine.models.isolation import not_finite, rows_isolated
@@ -106,6 +107,18 @@ class DecodeBatch:
         """(token, expert) pairs that this rank's experts have computed."""
         return self._loaded.slots()
 
+    def readiness(self) -> int:
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        if self._recorder is None:
+            return LAUNCH
+        return self._recorder.readiness(self._past if self.running else None)
+
+    def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        self._loaded.expect(tokens)
+        if self._recorder is not None:
+            self._recorder.agree(tokens, readiness)
+
     @torch.inference_mode()
     def begin(self, new: list[RunningSequence]) -> list[RunningSequence]:
         """Read the prompts of ``new`` and draw their first tokens; return those that are complete already."""
@@ -141,7 +154,8 @@ class DecodeBatch:
     @torch.inference_mode()
     def join(self) -> None:
         """Serve the other ranks' tokens."""
-        self._loaded.join()
+        if self._recorder is None or not self._recorder.join():
+            self._loaded.join()
 
     def _advance(self, drawn: list[RunningSequence], logits: Tensor) -> list[RunningSequence]:
         for r, token in zip(drawn, self._draw(drawn, logits), strict=True):

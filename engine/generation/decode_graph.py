@@ -101,8 +101,7 @@ def record(step: PaddedDecodeStep, counted: list[Tensor], device: torch.device) 
     before = [number.clone() for number in counted]
     rehearse(step.forward, WARM_UP, device)
     step.rewind()
-    for number, value in zip(counted, before, strict=True):
-        number.copy_(value)
+    _restore(counted, before)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = step.forward()
@@ -112,3 +111,22 @@ def record(step: PaddedDecodeStep, counted: list[Tensor], device: torch.device) 
         return logits
 
     return replay
+
+
+def record_join(join: Callable[[], None], counted: list[Tensor], device: torch.device) -> Callable[[], None]:
+    """``join``, by which a rank without sequences serves the others' step, as a CUDA graph; see :func:`record`.
+
+    Rehearsed as often as theirs, because every rank takes part in every rehearsal.
+    """
+    before = [number.clone() for number in counted]
+    rehearse(join, WARM_UP, device)
+    _restore(counted, before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        join()
+    return graph.replay
+
+
+def _restore(counted: list[Tensor], before: list[Tensor]) -> None:
+    for number, value in zip(counted, before, strict=True):
+        number.copy_(value)

@@ -21,7 +21,6 @@ NEUTRAL: Mapping[str, Any] = {
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
     "min_length": 0,
-    "min_new_tokens": 0,
     "epsilon_cutoff": 0,
     "eta_cutoff": 0,
     "remove_invalid_values": False,
@@ -113,8 +112,6 @@ def settle(
     Raises:
         ValueError: a name or a value that cannot be done here.
     """
-    from transformers import GenerationConfig
-
     known = {n: given.get(n, value) for n, value in defaults.values.items()} | dict(given)
     values = {n: value for n, value in known.items() if value is not None}
     origin = {n: "the options" if n in given else defaults.source for n in values}
@@ -123,18 +120,9 @@ def settle(
     taken = {n: values[n] for n in SETTABLE if n in values and not _is_neutral(n, values[n])}
     if not draws:
         taken = {n: value for n, value in taken.items() if n not in DRAWS and n != "do_sample"}
-    settings = tuple((n, _freeze(value)) for n, value in taken.items() if n in MAKERS or n in DRAW_SETTINGS)
     try:
-        sampling = Sampling(seed=seed, settings=settings)
-        if draws:
-            temperature = float(values.get("temperature", 1.0))
-            top_k, top_p = int(values.get("top_k", TOP_K)), float(values.get("top_p", 1.0))
-            if temperature == 0.0:
-                raise ValueError("temperature=0 with do_sample: must be positive; set do_sample to false")
-            sampling = Sampling(temperature, top_k, top_p, seed, settings)
-            sampling.warpers()
-        make_processors(dict(settings), [0], 1, defaults.ends or {0})
-        GenerationConfig(**taken)  # its own rules for values that exclude each other
+        sampling = _make_sampling(values, taken, draws, seed)
+        make_processors(dict(sampling.settings), [0], 1, defaults.ends or {0})  # which looks at the values
     except (ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{_sources(origin, taken)}: {error}") from None
     most = max_new_tokens or int(values.get("max_new_tokens", MAX_NEW_TOKENS))
@@ -146,6 +134,22 @@ def settle(
         taken["stop_strings"] = list(own_stops)
     notes = _notes(defaults, given, taken, origin, draws, most)
     return Generation(sampling, most, tuple(dict.fromkeys((*stops, *own_stops))), notes)
+
+
+def _make_sampling(values: Mapping[str, Any], taken: Mapping[str, Any], draws: bool, seed: int) -> Sampling:
+    from transformers import GenerationConfig
+
+    GenerationConfig(**taken)  # its own rules for values that exclude each other
+    settings = tuple((n, _freeze(value)) for n, value in taken.items() if n in MAKERS or n in DRAW_SETTINGS)
+    if not draws:
+        return Sampling(seed=seed, settings=settings)
+    temperature = float(values.get("temperature", 1.0))
+    top_k, top_p = int(values.get("top_k", TOP_K)), float(values.get("top_p", 1.0))
+    if temperature == 0.0:
+        raise ValueError("temperature=0 with do_sample: must be positive; set do_sample to false")
+    sampling = Sampling(temperature, top_k, top_p, seed, settings)
+    sampling.warpers()  # which looks at the values
+    return sampling
 
 
 def _check(values: Mapping[str, Any], origin: Mapping[str, str]) -> None:
@@ -196,7 +200,9 @@ def _notes(
     left = {n for n in given if n in own and own[n] != given[n] and not _is_neutral(n, own[n])}
     if left:
         lines.append(f"{source}: the options come before its {', '.join(sorted(left))}")
+    usual = {"temperature": 1, "top_k": TOP_K, "top_p": 1}
     idle = [n for n in DRAWS if n in own and n not in given and not draws and not _is_neutral(n, own[n])]
+    idle = [n for n in idle if own[n] != usual.get(n)]
     if idle:
         lines.append(f"{source}: {', '.join(idle)} left out, as the likeliest token is taken")
     if "max_length" in own and "max_new_tokens" not in taken:

@@ -172,5 +172,7 @@ def _options(given: Mapping[str, Any], defaults: ModelDefaults) -> tuple[Samplin
         known = {name: value for name, value in known.items() if name not in DRAWS}
     most = int(options["max_gen_toks"])
     generation = settle(defaults, known, most)
+    for note in generation.notes:
+        log.info("%s", note)
     stops = (*(stop for stop in options["until"] if stop), *generation.stops)
     return generation.sampling, most, stops

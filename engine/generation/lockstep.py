@@ -66,10 +66,11 @@ def run_lockstep(comm: Communicator, sequences: LocalBatch[R], batch: int, job: 
     last = time.monotonic()
     while True:
         wishes = STOP * job.stop() + FLUSH * (comm.rank == 0 and time.monotonic() - last > FLUSH_S)
-        # Besides what every step says: answers kept back here, tokens drawn, (token, expert) pairs computed.
-        notes = (len(answers), sequences.tokens, sequences.slots())
+        # Besides what every step says: answers kept back here, tokens drawn, (token, expert) pairs computed, and whether
+        # a recorded step can be replayed.
+        notes = (len(answers), sequences.tokens, sequences.slots(), sequences.readiness())
         facts = agree_step(comm, step, work=sequences.occupied, status=wishes, notes=notes)
-        kept, tokens, slots = zip(*facts.notes, strict=True)
+        kept, tokens, slots, readiness = zip(*facts.notes, strict=True)
         stop = bool(facts.status & STOP)
         most = job.at_once(given) if given < job.total else 0
         parts = deal_prompts([min(most, batch - running) for running in facts.work], job.total - given)
@@ -78,6 +79,7 @@ def run_lockstep(comm: Communicator, sequences: LocalBatch[R], batch: int, job: 
         if any(kept) and (over or facts.status & FLUSH):
             _collect(comm, answers, job.write)
             answers, written, last = [], written + sum(kept), time.monotonic()
+        sequences.agree(None if over or any(parts) else facts.work, readiness)
         if over:
             return not stop
         first = given + sum(parts[: comm.rank])

@@ -143,7 +143,10 @@ def make_processors(
         ValueError: a value that transformers' class does not take.
     """
     given = Prompt(prompt, len(prompt) + max_new_tokens, sorted(ends), "forced_bos_token_id" in settings)
-    made = [make(_thaw(settings[name]), given) for name, make in MAKERS.items() if name in settings]
+    names = [name for name in MAKERS if name in settings]
+    if "min_new_tokens" in names and "min_length" in names:
+        names.remove("min_length")  # of the two, transformers takes the former
+    made = [MAKERS[name](_thaw(settings[name]), given) for name in names]
     chain = tuple(processor for processor in made if processor is not None)
     return Processors(chain, "remove_invalid_values" in settings) if chain else None
 
@@ -177,6 +180,4 @@ def choose_tokens(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) ->
             for r, row in zip(drawn, rows, strict=True)
         ]
     )
-    # A banned token is as unlikely as a number can say, a forced one as likely; NaN stays, and is the model's error.
-    bounds = torch.finfo(processed.dtype)
-    return sampling.choose(processed.clamp(bounds.min, bounds.max), generators)
+    return sampling.choose_banned(processed, generators)

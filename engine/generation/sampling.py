@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NOT_FINITE = "the model's logits are not finite; check the checkpoint, or use another --dtype"
+BANNED = "penalties and bans of the generation config leave no token to take"
 
 CUTS = {
     "min_p": "MinPLogitsWarper",
@@ -67,6 +68,22 @@ class Sampling:
         logits = logits.float().cpu()
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(NOT_FINITE)
+        return self.choose_banned(logits, generators)
+
+    def choose_banned(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+        """As :meth:`choose`, of logits [B, V] float32 on the host in which minus infinity bans a token.
+
+        Raises ValueError if nothing is left of a row.
+        """
+        largest = logits.amax(dim=-1)
+        if bool(
+            (largest.isnan() | (largest == -torch.inf) | (largest.isinf() & (self.temperature > 0))).any()
+        ):
+            raise ValueError(
+                f"{BANNED}; take some of the generation config back, as with --set suppress_tokens=null"
+            )
+        if self.temperature == 0.0:
+            return [int(token) for token in logits.argmax(dim=-1)]
         probabilities = self._warped(logits).softmax(dim=-1)
         return [
             int(torch.multinomial(row, 1, generator=generator))
@@ -101,7 +118,8 @@ class Sampling:
 def _temper(warper: Any, ids: None, logits: Tensor) -> Tensor:
     """Divide logits by the temperature, as ``warper`` does, without an overflow at temperatures near 0."""
     warped: Tensor = warper(ids, logits)
-    over = ~torch.isfinite(warped).all(dim=-1, keepdim=True)
+    # Minus infinity is a banned token, or one that is too unlikely; only what grows without bound is an overflow.
+    over = (warped.isnan() | (warped == torch.inf)).any(dim=-1, keepdim=True)
     if not bool(over.any()):
         return warped
     # From logits whose largest is 0 the others become minus infinity, and the likeliest token is drawn.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xpar.engine.generation.steps import LAUNCH
 from xpar.engine.models.growing import new_cache
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.lm_head import Head
@@ -70,6 +71,14 @@ class ScoreBatch:
     def slots(self) -> int:
         """(token, expert) pairs that this rank's experts have computed."""
         return self._loaded.slots()
+
+    def readiness(self) -> int:
+        """Texts differ from step to step: nothing is recorded."""
+        return LAUNCH
+
+    def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
+        """A rank's slots are not its tokens here, so the layers agree for themselves."""
+        self._loaded.expect(None)
 
     @torch.inference_mode()
     def begin(self, new: list[ScoredText]) -> list[ScoredText]:

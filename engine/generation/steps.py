@@ -2,6 +2,9 @@
 
 from typing import Protocol, TypeVar
 
+LAUNCH, RECORD, REPLAY = 0, 1, 2
+"""How ready a rank is for a step that is recorded; all ranks do what the least ready one can."""
+
 
 class Row(Protocol):
     """A prompt or text that is being worked on. ``place``: its number among the job's. ``failure``: why it cannot be, or None."""
@@ -26,6 +29,15 @@ class LocalBatch(Protocol[R]):
 
     def slots(self) -> int:
         """(token, expert) pairs that this rank's experts have computed."""
+
+    def readiness(self) -> int:
+        """What this rank can do in the next step: ``LAUNCH``, ``RECORD`` or ``REPLAY`` it, or what comes before it."""
+
+    def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
+        """Take note of what all ranks said of the step that follows, the same on every rank.
+
+        ``tokens``: of each rank, where every one continues what it has; None where somebody begins.
+        """
 
     def begin(self, new: list[R]) -> list[R]:
         """Read ``new``; return those that are complete already."""

@@ -70,7 +70,7 @@ def check_capturable(runner: MoERunner, tokens: int) -> None:
         raise ValueError(f"tokens={tokens}: a graph is recorded for at least 1 token")
     if runner.grid.device.type != "cuda":
         raise ValueError(f"the layer computes on {runner.grid.device}: only a GPU's work can be recorded")
-    if runner.options.exact:
+    if runner.options.exact and not dispatcher.capabilities.takes_slots:
         raise ValueError("exact mode waits for counts of the GPU, which a recorded graph cannot")
     if not alone and not dispatcher.capabilities.graph_capture:
         raise ValueError(
@@ -78,7 +78,8 @@ def check_capturable(runner: MoERunner, tokens: int) -> None:
             "which does not"
         )
     transport = runner.grid.transport
-    if not alone and transport is not None and transport.choice.name != "nccl":
+    travels = dispatcher.capabilities.needs_transport or runner.grid.tp.size > 1
+    if not alone and travels and transport is not None and transport.choice.name != "nccl":
         raise ValueError(
             f"rows travel through the host ({transport.choice.name}): only NCCL's transfers can be recorded"
         )

@@ -1,19 +1,22 @@
 """The routed experts of one rank, with the dispatcher that reaches them and the kernel that computes them."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from xpar.comm.dispatch.base import Dispatcher, DispatchPlan
+from xpar.comm.communicator import Pending
+from xpar.comm.dispatch.base import Dispatcher, DispatchPlan, SlotDispatcher
 from xpar.comm.dispatch.choose import DispatcherChoice, choose_dispatcher
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.partition import split_range
 from xpar.comm.placement import Placement
+from xpar.comm.reduction import Distributed
 from xpar.engine.config import LayerConfig
 from xpar.engine.layer.options import ExpertOptions
 from xpar.kernels.choice import Choice
-from xpar.kernels.contracts import ExpertInput, ExpertKernel, ExpertSpec
+from xpar.kernels.contracts import ExpertInput, ExpertKernel, ExpertSpec, SlotKernel, Slots
 from xpar.kernels.registry import KernelEntry, choose_kernel
 
 
@@ -29,6 +32,7 @@ class ExpertShard:
         kernel: Computes the experts; None on a rank without any.
         kernel_entry: The entry of the kernel registry that made ``kernel``; None without a kernel.
         hidden_size: Width of the rows that the experts read and write.
+        dtype: The dtype of these rows.
         exact: As in :class:`~xpar.engine.layer.options.ExpertOptions`.
     """
 
@@ -38,6 +42,7 @@ class ExpertShard:
     kernel: ExpertKernel | None
     kernel_entry: KernelEntry | None
     hidden_size: int
+    dtype: torch.dtype
     exact: bool
 
     @property
@@ -50,19 +55,27 @@ class ExpertShard:
         """The global ids as text: ``4-7``, or ``none``."""
         return f"{self.experts.start}-{self.experts.stop - 1}" if self.experts else "none"
 
-    def compute(self, arrived: ExpertInput, plan: DispatchPlan) -> Tensor:
+    def compute(self, arrived: ExpertInput, plan: DispatchPlan) -> Tensor | Slots:
         """Compute the experts of the rows that arrived.
 
         Returns:
             ``[M, H]``, one row per arrived row, summed over its slots; in exact mode one row per slot,
-            unsummed.
+            unsummed. For a dispatcher that sums slots on their way home, the slots where they lie.
         """
         if self.kernel is None:
-            return arrived.hidden_states.new_empty(0, self.hidden_size)
+            return torch.empty(0, self.hidden_size, dtype=self.dtype, device=arrived.topk_ids.device)
+        if self.dispatcher.capabilities.takes_slots and isinstance(self.kernel, SlotKernel):
+            return self.kernel.compute_unsummed(arrived, self.exact)
         if self.exact:
             return self.kernel.compute_slots(arrived)
         out = self.dispatcher.output(plan, arrived.topk_ids.shape[0], arrived.hidden_states)
         return self.kernel.compute(arrived, out)
+
+    def combine(self, outputs: Tensor | Slots, plan: DispatchPlan) -> Pending[Distributed]:
+        """Start to bring home what :meth:`compute` returned."""
+        if isinstance(outputs, Slots):
+            return cast(SlotDispatcher, self.dispatcher).combine_slots(outputs, plan)
+        return self.dispatcher.combine(outputs, plan)
 
 
 def build_expert_shard(
@@ -97,7 +110,9 @@ def build_expert_shard(
         spec = expert_spec(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
         entry = choose_kernel(spec, options.kernel).chosen
         kernel = entry.build(spec)
-    return ExpertShard(chosen.dispatcher, experts, rows, kernel, entry, config.routed_size, options.exact)
+    return ExpertShard(
+        chosen.dispatcher, experts, rows, kernel, entry, config.routed_size, dtype, options.exact
+    )
 
 
 def pick_dispatcher(

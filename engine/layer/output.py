@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xpar.comm.communicator import Pending
 from xpar.comm.dispatch.base import Traffic
 from xpar.comm.reduction import Distributed, Partial, Transform, sum_outputs
 from xpar.engine.layer.observers import Observers
@@ -20,7 +21,7 @@ class LayerOutput(NamedTuple):
         shared: Output of the shared experts, ``[T, H]``; None in a layer without any.
         transform: The product that brings ``routed`` to the hidden size; None where it has that size.
         routing: Where the tokens went that this rank dispatched.
-        traffic: How many rows those tokens moved.
+        pending_traffic: How many rows those tokens moved, or its promise where a GPU still counts.
         observers: Who measures the final sum.
     """
 
@@ -28,8 +29,14 @@ class LayerOutput(NamedTuple):
     shared: Distributed | None
     transform: Transform | None
     routing: Routing
-    traffic: Traffic
+    pending_traffic: Traffic | Pending[Traffic]
     observers: Observers
+
+    @property
+    def traffic(self) -> Traffic:
+        """The rows that were moved; waits for the numbers where they are still on a GPU."""
+        counted = self.pending_traffic
+        return counted.wait() if isinstance(counted, Pending) else counted
 
     def sum(self) -> Tensor:
         """Add everything up, over the ranks too: ``[T, H]``, final."""

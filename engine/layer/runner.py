@@ -177,13 +177,13 @@ class MoERunner(nn.Module):
         The value that is returned knows the last step of the pipeline, the sum.
         """
         assert isinstance(step, StepInFlight)
-        observers, dispatcher = step.observers, self.experts.dispatcher
+        observers = step.observers
         with observers.stage("dispatch"):
             arrived = step.rows.wait()
         with observers.stage("compute"):
             outputs = self.experts.compute(arrived, step.plan)
         with observers.stage("combine"):
-            returning = dispatcher.combine(outputs, step.plan)
+            returning = self.experts.combine(outputs, step.plan)
         step.shared.run_if(SharedOrder.DURING_COMBINE)
         with observers.stage("combine"):
             routed = add_identity_and_bias(
@@ -195,7 +195,7 @@ class MoERunner(nn.Module):
             step.shared.output.wait(),
             None if self.projection is None else self.projection.up,
             step.routing,
-            step.plan.traffic,
+            step.plan.pending_traffic,
             observers,
         )
 

@@ -93,7 +93,7 @@ class MeasuringTimer:
 
     def add(self, topk_ids: Tensor) -> None:
         """Note the slots of the step: ``topk_ids`` [M, k] are local ids, -1 for slots of other ranks."""
-        self._ids = topk_ids
+        self._ids = topk_ids.clone()  # may lie in a window that the next layer's rows overwrite
 
     def read(self) -> "MeasuringTimer":
         """Wait for the measurements and return the timer; call it once, after the forward."""

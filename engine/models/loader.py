@@ -81,6 +81,12 @@ class LoadedModel:
         """(token, expert) pairs that this rank's experts have computed."""
         return sum(layer.slots for layer in self.layers)
 
+    def expect(self, tokens: Sequence[int] | None) -> None:
+        """Announce the next forward's tokens of each rank of the world, if all have agreed on them; None: they have not."""
+        window = self.layers[0].runner.grid.peer_window if self.layers else None
+        if window is not None:
+            window.expected = None if tokens is None else tuple(tokens[r] for r in window.group.world_ranks)
+
     def join(self) -> None:
         """Take part in a forward of the other ranks without tokens of one's own."""
         for joint in self.joints:

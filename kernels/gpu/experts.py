@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from xpar.kernels.contracts import ExpertInput, ExpertSpec, check_expert_weights, require_loaded
+from xpar.kernels.contracts import ExpertInput, ExpertSpec, Slots, check_expert_weights, require_loaded
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
 from xpar.kernels.gpu.grouped_mm_small import down_small, gate_up_small
 from xpar.kernels.gpu.grouped_mm_tiled import down_tiled, gate_up_tiled, permute_kernel
@@ -97,6 +97,16 @@ class TritonExperts:
         require_loaded(self._missing)
         with self._device():
             return self._compute_all_slots(x)[x.topk_ids.reshape(-1) >= 0]
+
+    def compute_unsummed(self, x: ExpertInput, exact: bool = False) -> Tensor | Slots:
+        """See :class:`xpar.kernels.contracts.SlotKernel`."""
+        require_loaded(self._missing)
+        with self._device():
+            return (
+                self._compute_tiny(x, None)
+                if self.is_tiny(x) and not exact
+                else Slots(self._compute_all_slots(x))
+            )
 
     def nbytes(self) -> int:
         tensors = (self._gate_up, self._down, self._gate_up_bias, self._down_bias)

@@ -1,8 +1,9 @@
-"""Check that recorded steps of whole models give what launched ones give, and what they save; needs one GPU, not part of the test run.
+"""Check that recorded steps of whole models give what launched ones give, and what they save; needs GPUs, not part of the test run.
 
     python -m mpi4py tests/gpu/check_generate.py CHECKPOINT [CHECKPOINT ...] --json generate.json
+    mpirun -n 2 python -m mpi4py tests/gpu/check_generate.py CHECKPOINT --batch 1 3 16 --json generate-2.json
 
-Both sides are given the same tokens, so that they stay comparable: logits in float32, times in the checkpoint's dtype.
+Several ranks share out the sequences, so that a batch of 1 leaves all but one without any. Both sides are given the same tokens, so that they stay comparable: logits in float32, times in the checkpoint's dtype.
 xpar need not be installed: the rooms are taken from this checkout.
 """
 
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World, run
+from xpar.comm.partition import split_range
+from xpar.comm.step_agreement import agree_step
 from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
 from xpar.engine.generation.recorder import PATIENCE, DecodeGraph
 from xpar.engine.generation.sampling import Sampling
@@ -65,14 +68,13 @@ def main() -> int:
     for path in args.checkpoints:
         for batch in args.batch:
             rows.append(check(grid, path, batch, options))
-            sys.stdout.write(f"{rows[-1]}\n")
-            sys.stdout.flush()
+            say(grid, f"{rows[-1]}")
     right = [r["counted"] and r["logits_rel_error"] < TOLERANCE for r in rows]
-    if args.json:
+    if args.json and grid.world.rank == 0:
         document = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
         args.json.write_text(json.dumps(document, indent=2) + "\n")
     recorded = sum(r["recorded"] for r in rows)
-    sys.stdout.write(f"{len(rows)} cases, {recorded} recorded, {right.count(False)} wrong\n")
+    say(grid, f"{len(rows)} cases, {recorded} recorded, {right.count(False)} wrong")
     return int(not recorded or not all(right))
 
 
@@ -81,14 +83,15 @@ def check(grid: ProcessGrid, path: Path, batch: int, options: SpreadOptions) -> 
     row: dict[str, Any] = {"checkpoint": path.name, "batch": batch, "whole_block": options.whole_block}
     for dtype in (torch.float32, None):
         loaded = load_model(path, grid, dtype, options)
-        launched, expected = decode(loaded, batch, None)
+        launched, expected = decode(grid, loaded, batch, None)
         recorder = DecodeGraph.of(loaded)
         assert recorder is not None
-        replayed, slots = decode(loaded, batch, recorder)
+        replayed, slots = decode(grid, loaded, batch, recorder)
         if dtype is torch.float32:
-            errors = [
+            mine = [
                 float((a - b).norm() / b.norm()) for a, b in zip(replayed.seen, launched.seen, strict=True)
             ]
+            errors = [error for part in grid.world.comm.all_gather_object(mine) for error in part]
             row |= {"logits_rel_error": statistics.median(errors), "worst_step": max(errors)}
             row |= {
                 "recorded": recorder.replayed > 0,
@@ -96,31 +99,53 @@ def check(grid: ProcessGrid, path: Path, batch: int, options: SpreadOptions) -> 
                 "counted": slots == expected,
             }
         else:
-            times = {"launched": step_ms(launched), "replayed": step_ms(replayed)}
+            mine = [step_ms(launched), step_ms(replayed)]
+            launched_ms, replayed_ms = map(max, zip(*grid.world.comm.all_gather_object(mine), strict=True))
+            times = {"launched": launched_ms, "replayed": replayed_ms}
             row |= {"step_ms": times, "ratio": round(times["launched"] / times["replayed"], 2)}
         del loaded, recorder
         torch.cuda.empty_cache()
     return row
 
 
-def decode(loaded: LoadedModel, batch: int, recorder: DecodeGraph | None) -> tuple[Forced, int]:
+def decode(
+    grid: ProcessGrid, loaded: LoadedModel, batch: int, recorder: DecodeGraph | None
+) -> tuple[Forced, int]:
     """One side; and how many (token, expert) pairs the layers counted, which a rehearsal must not add to."""
     draw, vocab = torch.Generator().manual_seed(batch), loaded.model.config.vocab_size
+    comm = grid.world.comm
+    mine = split_range(batch, comm.size, comm.rank)
     tokens = torch.randint(vocab, (STEPS + 1, batch), generator=draw).tolist()
-    sampling = Forced(tokens=tokens)
+    sampling = Forced(tokens=[row[mine] for row in tokens])
     sequences = DecodeBatch(loaded, sampling, StopConditions(STEPS + 1), recorder)
     before = loaded.slots()
     prompts = [torch.randint(vocab, (1 + n * 7 % 40,), generator=draw).tolist() for n in range(batch)]
-    sequences.begin([RunningSequence(n, ids, torch.Generator()) for n, ids in enumerate(prompts)])
-    while sequences.running:
-        sequences.advance()
+    new = [RunningSequence(n, ids, torch.Generator()) for n, ids in enumerate(prompts)][mine]
+    for step in range(STEPS + 1):
+        notes = (sequences.readiness(),)
+        facts = agree_step(comm, step, work=sequences.occupied, notes=notes)
+        sequences.agree(facts.work if step else None, tuple(note for (note,) in facts.notes))
+        if step == 0 and new:
+            sequences.begin(new)
+        elif sequences.occupied:
+            sequences.advance()
+        else:
+            sequences.join()
+    torch.cuda.synchronize()
+    loaded.expect(None)
     return sampling, loaded.slots() - before
 
 
 def step_ms(side: Forced) -> float:
     """Median of the steps after a recording can have been made."""
     late = side.at[2 * PATIENCE :]
-    return round(statistics.median(b - a for a, b in pairwise(late)) * 1e3, 3)
+    return 0.0 if len(late) < 2 else round(statistics.median(b - a for a, b in pairwise(late)) * 1e3, 3)
+
+
+def say(grid: ProcessGrid, text: str) -> None:
+    if grid.world.rank == 0:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

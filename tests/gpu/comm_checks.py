@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from exact_experts import experts_of, routing_of
@@ -49,6 +50,23 @@ def checks(world: World, grid: ProcessGrid, transport: str, seed: int) -> Iterat
                 yield title, lambda c=cls, e=exact, d=dtype: dispatched(world, grid, c, e, d, seed)
     if grid.device.type == "cuda" and transport == "nccl":
         yield "allgather without host sync", lambda: no_sync(grid, seed)
+        yield from one_sided(grid, seed)
+
+
+def one_sided(grid: ProcessGrid, seed: int) -> Iterator[tuple[str, Check]]:
+    """The dispatcher without NCCL, where the ranks map each other's memory; ``check_one_sided.py`` has more of it."""
+    if grid.peer_window is None or grid.peer_window.access.way is None:
+        return
+    import one_sided_checks
+
+    for title, check in one_sided_checks.checks(grid, {"2048 wide, top 8 of 64": (2048, 64, 8)}, seed):
+        yield f"one-sided, {title}", partial(require, check)
+
+
+def require(check: Check) -> None:
+    """Raise what ``check`` returns."""
+    problem = check()
+    assert problem is None, problem
 
 
 def last_checks(world: World, grid: ProcessGrid, transport: str, seed: int) -> Iterator[tuple[str, Check]]:

@@ -7,7 +7,11 @@ import pytest
 
 from xpar.comm.dispatch.choose import DISPATCHERS
 
-MOVERS = [cls.name for cls in DISPATCHERS if cls.capabilities.moves_rows(num_nodes=1)]
+MOVERS = [
+    cls.name
+    for cls in DISPATCHERS
+    if cls.capabilities.moves_rows(num_nodes=1) and "cpu" in cls.capabilities.devices
+]
 """Names of the dispatchers that move rows on one node; ``hierarchical`` has tests of its own."""
 SINGLE_NODE = {cls.name for cls in DISPATCHERS if cls.capabilities.single_node}
 """Names of the dispatchers that serve ranks of one node only."""

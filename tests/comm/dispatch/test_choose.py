@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from xpar.comm.device.peer_memory import PeerAccess
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.base import DispatchRequest
@@ -18,17 +19,35 @@ def test_dispatchers_for_a_gpu_follow_from_their_capabilities() -> None:
     moe = SimpleNamespace(size=2, world_ranks=(0, 1))
     tp = SimpleNamespace(size=1, world_ranks=(0,))
     grid: Any = SimpleNamespace(
-        device=torch.device("cuda"), world=world, moe=moe, tp=tp, shape=SimpleNamespace(tp=1)
+        device=torch.device("cuda"),
+        world=world,
+        moe=moe,
+        tp=tp,
+        shape=SimpleNamespace(tp=1),
+        peer_window=SimpleNamespace(access=PeerAccess(None, (("CUDA IPC handles", "planted"),))),
     )
-    placement = SimpleNamespace(to=lambda device: placement, device=torch.device("cuda"), num_experts=8)
-    choice = choose_dispatcher(grid, placement)  # type: ignore[arg-type]
+    tables = torch.zeros(9)
+    placement: Any = SimpleNamespace(
+        to=lambda device: placement, device=torch.device("cuda"), num_experts=8, owner=tables, local=tables
+    )
+    choice = choose_dispatcher(grid, placement)
     assert choice.dispatcher.name == "allgather" and choice.dispatcher.whole  # type: ignore[attr-defined]
+    assert dict(choice.rejected)["one-sided"] == "CUDA IPC handles: planted"
+    with pytest.raises(ValueError, match="'one-sided': CUDA IPC handles: planted; choose auto or one of"):
+        choose_dispatcher(grid, placement, "one-sided")
+    grid.peer_window.access = PeerAccess("CUDA IPC handles")
+    assert choose_dispatcher(grid, placement).dispatcher.name == "one-sided"
+    grid.peer_window.access = PeerAccess("CUDA IPC handles", (), "ranks 0, 1 share GPU x")
+    choice = choose_dispatcher(grid, placement)
+    assert choice.dispatcher.name == "allgather"
+    assert dict(choice.rejected)["one-sided"] == "ranks 0, 1 share GPU x"
+    assert choose_dispatcher(grid, placement, "one-sided").dispatcher.name == "one-sided"
     assert dict(choice.rejected)["shared-memory"] == "it moves cpu memory, and the job computes on cuda"
     with pytest.raises(ValueError, match="it moves cpu memory"):
         choose_dispatcher(grid, placement, "shared-memory")  # type: ignore[arg-type]
     assert choose_dispatcher(grid, placement, "alltoall").dispatcher.early  # type: ignore[arg-type, attr-defined]
     capturable = {cls.name for cls in DISPATCHERS if cls.capabilities.graph_capture}
-    assert capturable == {"allgather"}
+    assert capturable == {"allgather", "one-sided"}
     assert not any(cls.capabilities.needs_host_counts for cls in DISPATCHERS if cls.name in capturable)
 
 
@@ -48,6 +67,7 @@ def test_auto_sends_a_row_a_node_from_host_memory_only(device: str, chosen: str)
         moe_node=SimpleNamespace(size=4, rank=0, world_ranks=ranks[:4]),
         tp=SimpleNamespace(size=1, world_ranks=(0,)),
         shape=SimpleNamespace(tp=1, etp=1),
+        peer_window=None,
     )
     placement: Any = SimpleNamespace(to=lambda device: placement, device=torch.device(device), num_experts=64)
     choice = choose_dispatcher_class(grid, placement, request=DispatchRequest(top_k=8))

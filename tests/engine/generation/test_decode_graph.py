@@ -38,7 +38,9 @@ class Remembering(Sampling):
 
 
 def loaded(model: Any) -> Any:
-    return SimpleNamespace(model=model, device=HOST, layers=(), slots=lambda: 0)
+    return SimpleNamespace(
+        model=model, device=HOST, layers=(), slots=lambda: 0, expect=lambda tokens: None, join=lambda: None
+    )
 
 
 class Replays:
@@ -147,13 +149,66 @@ def test_what_cannot_be_recorded_goes_on_as_before(
     assert "steps are not recorded: operation not permitted when stream is capturing" in caplog.text
 
 
-def test_host_processors_several_ranks_and_exact_mode_are_not_recorded() -> None:
-    def of(device: str, exact: bool, size: int) -> DecodeGraph | None:
+def test_several_ranks_record_and_replay_together(tmp_path: Path, fresh_seed: int) -> None:
+    """Two ranks in one process: nothing is replayed while either is not ready, and both record in the same step."""
+    write_model(Case("olmoe", "olmoe"), tmp_path, torch.float32, 1)
+    model, counts = plain_model(tmp_path), [Replays(), Replays()]
+    joined: list[str] = []
+    recorders = [
+        DecodeGraph(
+            loaded(model), replays, lambda: joined.append("recorded") or (lambda: joined.append("replayed"))
+        )  # type: ignore[func-returns-value]
+        for replays in counts
+    ]
+    ranks = [
+        DecodeBatch(loaded(model), Sampling(), StopConditions(10**6), recorder) for recorder in recorders
+    ]
+    new = [RunningSequence(n, ids, torch.Generator()) for n, ids in enumerate(prompts(fresh_seed, 3))]
+
+    def take_step(*begun: list[RunningSequence]) -> None:
+        readiness = tuple(rank.readiness() for rank in ranks)
+        tokens = None if any(begun) else tuple(rank.occupied for rank in ranks)
+        for rank, mine in zip(ranks, begun or ([], []), strict=True):
+            rank.agree(tokens, readiness)
+            if mine:
+                rank.begin(mine)
+            elif rank.occupied:
+                rank.advance()
+            else:
+                rank.join()
+
+    take_step(new[:1], [])
+    for _ in range(PATIENCE):
+        take_step()
+    assert [c.recorded for c in counts] == [0, 0] and not joined
+    for _ in range(2):  # the second rank has no sequences, and serves the first by a recording
+        take_step()
+    assert [c.replayed for c in counts] == [2, 0] and joined == ["recorded", "replayed", "replayed"]
+    take_step([], new[1:2])
+    for _ in range(PATIENCE):  # the first rank's sequences go on, but the second's are new
+        take_step()
+    assert [c.replayed for c in counts] == [2, 0] and len(joined) == 3
+    for _ in range(3):
+        take_step()
+    assert [(c.recorded, c.replayed) for c in counts] == [(2, 5), (1, 3)]
+    recorders[1].refused = "planted"
+    take_step()
+    assert [c.replayed for c in counts] == [5, 3]
+
+
+def test_host_processors_and_layers_that_wait_are_not_recorded() -> None:
+    def of(device: str, exact: bool, size: int, takes_slots: bool = False) -> DecodeGraph | None:
         grid = SimpleNamespace(world=SimpleNamespace(size=size))
-        runner = SimpleNamespace(options=SimpleNamespace(exact=exact), grid=grid)
+        runner = SimpleNamespace(
+            options=SimpleNamespace(exact=exact),
+            grid=grid,
+            dispatcher=SimpleNamespace(capabilities=SimpleNamespace(takes_slots=takes_slots)),
+        )
         layer = SimpleNamespace(runner=runner, slot_counter=SimpleNamespace(counted=torch.zeros(())))
         model: Any = SimpleNamespace(device=torch.device(device), layers=(layer, layer))
         return DecodeGraph.of(model)
 
     assert of("cuda", False, 1) is not None
     assert of("cpu", False, 1) is of("cuda", True, 1) is of("cuda", False, 2) is None
+    assert of("cuda", False, 2, takes_slots=True) is not None
+    assert of("cuda", True, 2, takes_slots=True) is not None and of("cpu", False, 2, takes_slots=True) is None
