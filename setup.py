@@ -4,8 +4,8 @@ from setuptools import Extension, setup
 
 setup(
     ext_modules=[
-        # No Python in it: loaded with ctypes. Its OpenMP is the one that torch brings, so that both share their threads:
-        # linking with -fopenmp would bring a second one.
+        # No Python in it: loaded with ctypes. Its OpenMP is the one that torch brings, so that both share
+        # their threads: linking with -fopenmp would bring a second one.
         Extension(
             "xpar.kernels.cpu._native",
             ["kernels/cpu/native.c"],

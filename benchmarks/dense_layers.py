@@ -1,4 +1,5 @@
-"""A dense product and one layer's attention beside torch's, on one thread, in its CPU time: ``python benchmarks/dense_layers.py``."""
+"""A dense product and one layer's attention beside torch's, on one thread, in its CPU time: ``python
+benchmarks/dense_layers.py``."""
 
 import statistics
 import sys

@@ -1,4 +1,5 @@
-"""What the watch over collectives costs while nothing is wrong: ``mpirun -n 2 python benchmarks/guard_cost.py``."""
+"""What the watch over collectives costs while nothing is wrong: ``mpirun -n 2 python
+benchmarks/guard_cost.py``."""
 
 import sys
 import time

@@ -102,8 +102,8 @@ class ProcessGrid:
         device: The device on which the layers compute. On a GPU all groups, ``world.comm`` too, move that
             device's tensors through ``transport``, and host tensors over MPI.
         transport: Moves device tensors; None on the CPU.
-        peer_window: The window through which the ranks of ``moe`` reach each other's GPU memory, or the reason
-            why they do not; None where there is nothing to reach.
+        peer_window: The window through which the ranks of ``moe`` reach each other's GPU memory, or the
+            reason why they do not; None where there is nothing to reach.
     """
 
     world: World

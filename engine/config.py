@@ -19,25 +19,23 @@ class RouterConfig:
     """How logits become (topk_ids, topk_weights).
 
     ``choice``: what picks the experts. ``scores``: the k best of all scores, whose values are the weights.
-    ``logits``: the k best logits, scored among themselves (gpt-oss, Granite; Llama-4 with k = 1). ``sparsemixer``:
-    two rounds of a masked softmax (PhiMoE). ``hash``: a table of the checkpoint, by token id (DeepSeek-V4).
-    ``scoring``: ``softmax`` over all that are scored, or ``sigmoid`` or ``sqrtsoftplus`` of each.
-    ``renormalize``: divide the k weights by their sum, taken as ``renormalize_min`` at least.
+    ``logits``: the k best logits, scored among themselves (gpt-oss, Granite; Llama-4 with k = 1).
+    ``sparsemixer``: two rounds of a masked softmax (PhiMoE). ``hash``: a table of the checkpoint, by token id
+    (DeepSeek-V4). ``scoring``: ``softmax`` over all that are scored, or ``sigmoid`` or ``sqrtsoftplus`` of
+    each. ``renormalize``: divide the k weights by their sum, taken as ``renormalize_min`` at least.
     ``num_expert_group`` / ``topk_group``: keep the best ``topk_group`` of ``num_expert_group`` equal groups
-    before the top-k; 1 / 1 means ungrouped.
-    ``group_score``: a group's score is its ``max`` member or the sum of its top two (``top2_sum``).
-    ``correction_bias``: the checkpoint holds a bias [E] that takes part in the choice but not in the weights.
-    ``gate_bias``: the gate is affine, it holds a bias [E] of the logits.
+    before the top-k; 1 / 1 means ungrouped. ``group_score``: a group's score is its ``max`` member or the sum
+    of its top two (``top2_sum``). ``correction_bias``: the checkpoint holds a bias [E] that takes part in the
+    choice but not in the weights. ``gate_bias``: the gate is affine, it holds a bias [E] of the logits.
     ``expert_scale``: the checkpoint holds a factor [E] of each expert's weight (Gemma-4).
-    ``routed_scaling_factor``: multiplies the final weights.
-    ``weight_on_input``: the weight multiplies the token before its expert, not the output after it; k = 1 only.
-    ``zero_experts``: Z identity experts, with ids E to E + Z - 1 in the logits, that hold no weights (LongCat).
-    ``norm_eps``: the gate and the routed experts read tokens divided by their root mean square, with this epsilon
-    (Gemma-4, whose layer gets the residual itself), or None.
-    ``vocabulary``: rows of the table of ``choice="hash"``, 0 where it is not said.
-    ``jitter_eps``: half the width of sparsemixer's mask, as a share of the best logit.
-    ``logits_dtype``: ``model`` computes the gate product in the model's dtype, ``float32`` upcasts both sides
-    first, as the family's own code does.
+    ``routed_scaling_factor``: multiplies the final weights. ``weight_on_input``: the weight multiplies the
+    token before its expert, not the output after it; k = 1 only. ``zero_experts``: Z identity experts, with
+    ids E to E + Z - 1 in the logits, that hold no weights (LongCat). ``norm_eps``: the gate and the routed
+    experts read tokens divided by their root mean square, with this epsilon (Gemma-4, whose layer gets the
+    residual itself), or None. ``vocabulary``: rows of the table of ``choice="hash"``, 0 where it is not said.
+    ``jitter_eps``: half the width of sparsemixer's mask, as a share of the best logit. ``logits_dtype``:
+    ``model`` computes the gate product in the model's dtype, ``float32`` upcasts both sides first, as the
+    family's own code does.
     """
 
     top_k: int
@@ -62,7 +60,8 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if self.weight_on_input and self.top_k != 1:
             raise ValueError(
-                f"weight_on_input with top_k={self.top_k}: a token has one input, so it can carry one weight; "
+                f"weight_on_input with top_k={self.top_k}: a token has one input, so it can carry one "
+                "weight; "
                 "use top_k=1"
             )
         if self.choice == "sparsemixer" and self.top_k != 2:
@@ -91,9 +90,10 @@ class SharedConfig:
 class LayerConfig:
     """One MoE layer: E experts of width I between H-wide tokens, a router, and perhaps shared experts.
 
-    ``bias``: both products of every expert add a bias. ``output_bias``: a bias [H] is added to each token's sum
-    (JetMoE). ``latent_size``: the width of the routed experts' input and output, where a pair of products leads from H
-    there and back (Nemotron-3), or None. ``num_logits``: E and the zero experts, what the gate scores.
+    ``bias``: both products of every expert add a bias. ``output_bias``: a bias [H] is added to each token's
+    sum (JetMoE). ``latent_size``: the width of the routed experts' input and output, where a pair of products
+    leads from H there and back (Nemotron-3), or None. ``num_logits``: E and the zero experts, what the gate
+    scores.
     """
 
     num_experts: int
@@ -126,17 +126,20 @@ class LayerConfig:
             self.latent_size is not None or r.zero_experts or self.shared is not None
         ):
             raise ValueError(
-                f"norm_eps={r.norm_eps:g} with a latent space, zero experts or shared experts: no family says which of "
+                f"norm_eps={r.norm_eps:g} with a latent space, zero experts or shared experts: no family "
+                "says which of "
                 "them read the normalised tokens; leave those out"
             )
         if self.latent_size is not None and (self.output_bias or r.zero_experts):
             raise ValueError(
-                f"latent_size={self.latent_size} with an output bias or zero experts: those are H wide, and no "
+                f"latent_size={self.latent_size} with an output bias or zero experts: those are H wide, and "
+                "no "
                 "family says on which side of the latent space they are added; leave one of them out"
             )
         if not 1 <= r.top_k <= self.num_logits:
             raise ValueError(
-                f"top_k={r.top_k} with {self.num_logits} experts: a token can go to at most every expert once; "
+                f"top_k={r.top_k} with {self.num_logits} experts: a token can go to at most every expert "
+                "once; "
                 f"choose 1 <= top_k <= {self.num_logits}"
             )
         check_groups(r, self.num_logits)
@@ -150,7 +153,8 @@ def check_groups(r: RouterConfig, num_experts: int) -> None:
         )
     if r.group_score == "top2_sum" and r.num_expert_group > 1 and num_experts < 2 * r.num_expert_group:
         raise ValueError(
-            f"num_expert_group={r.num_expert_group} of {num_experts} experts: top2_sum needs groups of two or more"
+            f"num_expert_group={r.num_expert_group} of {num_experts} experts: top2_sum needs groups of two "
+            "or more"
         )
     if not 1 <= r.topk_group <= r.num_expert_group:
         raise ValueError(f"topk_group={r.topk_group}: must be 1 to num_expert_group={r.num_expert_group}")

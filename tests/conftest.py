@@ -1,10 +1,11 @@
 """Which tests a run takes, what its random inputs are, and the session that spans MPI ranks.
 
-``pytest`` runs the tests without the mark ``mpi``; ``mpirun -n N python -m mpi4py -m pytest --with-mpi`` runs those
-that have it, except where ``mpi(min_size=…, max_size=…)`` leaves N out, or ``mpi(min_nodes=…, max_nodes=…)`` the number
-of nodes that MPI sees (``mpirun -hosts a:2,b:1`` shows it two on one machine). Tests with the mark stand in files named
-``*_mpi.py``: ranks read no others, which would take each of them seconds. Nothing here imports MPI in a serial run:
-a process that has initialised MPI hands its environment to every ``mpirun`` below it.
+``pytest`` runs the tests without the mark ``mpi``; ``mpirun -n N python -m mpi4py -m pytest --with-mpi`` runs
+those that have it, except where ``mpi(min_size=…, max_size=…)`` leaves N out, or ``mpi(min_nodes=…,
+max_nodes=…)`` the number of nodes that MPI sees (``mpirun -hosts a:2,b:1`` shows it two on one machine).
+Tests with the mark stand in files named ``*_mpi.py``: ranks read no others, which would take each of them
+seconds. Nothing here imports MPI in a serial run: a process that has initialised MPI hands its environment to
+every ``mpirun`` below it.
 """
 
 import random
@@ -48,7 +49,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "mpi(min_size=1, max_size=None, min_nodes=1, max_nodes=None, deadline=60): runs on every rank of a --with-mpi "
+        "mpi(min_size=1, max_size=None, min_nodes=1, max_nodes=None, deadline=60): runs on every rank of a "
+        "--with-mpi "
         "run of a fitting size; deadline in seconds",
     )
 

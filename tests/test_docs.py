@@ -1,4 +1,5 @@
-"""The documentation builds as a site without a broken link or an unresolved reference, and its pictures are current."""
+"""The documentation builds as a site without a broken link or an unresolved reference, and its pictures are
+current."""
 
 import re
 import shutil

@@ -165,7 +165,8 @@ def test_a_test_that_ranks_would_not_read_is_refused(tmp_path: Path) -> None:
 def test_mpirun_kills_ranks_that_ignore_signals() -> None:
     stubborn = (
         # One write a rank: print sends the number and the newline apart, and another rank's may come between.
-        "import signal, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'%d\\n' % os.getpid())\n"
+        "import signal, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'%d\\n' % "
+        "os.getpid())\n"
     )
     with pytest.raises(TimeoutError, match="not finished after 2 s") as caught:
         mpirun(2, stubborn + "while True: pass", timeout=2)

@@ -98,7 +98,10 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_only_comm_imports_mpi(path: Path) -> None:
-    """``kernels`` never does; ``engine`` may ask the MPI library inside a function, not when it is imported."""
+    """``kernels`` never does.
+
+    ``engine`` may ask the MPI library inside a function, not when it is imported.
+    """
     room = path.relative_to(ROOT).parts[0]
     tree = ast.parse(path.read_text())
     names = imported(tree if room == "kernels" else AtImportTime().visit(tree), "xpar")

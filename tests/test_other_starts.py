@@ -1,4 +1,5 @@
-"""The starts that no test can run for real, as far as they can be checked: Flux, Spack, the container, the module file."""
+"""The starts that no test can run for real, as far as they can be checked: Flux, Spack, the container, the
+module file."""
 
 import configparser
 import re
@@ -68,7 +69,8 @@ def test_flux_script_starts_every_rank_and_stops_at_the_doctor(tmp_path: Path, f
     assert (done.returncode != 0) == ("job stopped" in done.stderr) == bool(failing)
 
 
-# -- Spack ------------------------------------------------------------------------------------------------------
+# -- Spack
+# ------------------------------------------------------------------------------------------------------
 
 NAME = r"[a-z][a-z0-9-]*"
 SPEC = re.compile(rf"{NAME}(@[0-9.]+:?)?([+~]{NAME})*")
@@ -91,7 +93,8 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> tuple[type, list[tuple[str, tuple
 
 
 def test_spack_recipe_holds_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs, its specs parse, every condition names a variant, and what it imports to test itself is there."""
+    """It runs, its specs parse, every condition names a variant, and what it imports to test itself is
+    there."""
     cls, called = recipe(monkeypatch)
     variants = {args[0] for name, args, _ in called if name == "variant"}
     assert variants == {"cuda", "hf", "plot"} and all(
@@ -116,7 +119,8 @@ def test_spack_recipe_holds_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "namespace: xpar" in (ROOT / "scripts" / "spack" / "repo.yaml").read_text()
 
 
-# -- the container ----------------------------------------------------------------------------------------------
+# -- the container
+# ----------------------------------------------------------------------------------------------
 
 
 def sections() -> dict[str, str]:
@@ -127,7 +131,8 @@ def sections() -> dict[str, str]:
 
 
 def test_container_definition_holds_together(tmp_path: Path) -> None:
-    """Every argument has a default and is used, the extras are those of setup.cfg, and its scripts are scripts."""
+    """Every argument has a default and is used, the extras are those of setup.cfg, and its scripts are
+    scripts."""
     found = sections()
     assert set(found) == {"", "arguments", "files", "post", "test", "runscript"}
     header = dict(line.split(": ") for line in found[""].splitlines() if not line.startswith("#") and line)
@@ -151,7 +156,8 @@ def test_container_definition_holds_together(tmp_path: Path) -> None:
     assert commands == [["--version"], ["doctor"]] and parser().parse_args(commands[1])
 
 
-# -- the module file --------------------------------------------------------------------------------------------
+# -- the module file
+# --------------------------------------------------------------------------------------------
 
 MODULE_CALLS = {
     "help", "whatis", "pathJoin", "myModuleVersion", "depends_on", "conflict", "prepend_path", "unsetenv",

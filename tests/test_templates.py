@@ -1,4 +1,5 @@
-"""The templates under scripts/: they parse, they agree with each other and with setup.cfg, and the one for PBS runs."""
+"""The templates under scripts/: they parse, they agree with each other and with setup.cfg, and the one for
+PBS runs."""
 
 import ast
 import configparser

@@ -56,7 +56,8 @@ class Capabilities:
         row_granularity: What a token sends one row to: each "rank" or each "node" that holds any of its
             experts, or "all" ranks.
         single_node: Whether all ranks of the group must share memory.
-        takes_slots: Whether it is a :class:`SlotDispatcher`; in exact mode every other dispatcher waits for counts.
+        takes_slots: Whether it is a :class:`SlotDispatcher`; in exact mode every other dispatcher waits for
+            counts.
         needs_transport: Whether tokens travel through the transport of the group.
     """
 
@@ -191,7 +192,7 @@ class Dispatcher(Protocol):
 
 
 class SlotDispatcher(Dispatcher, Protocol):
-    """A dispatcher whose record says ``takes_slots``: sums, or unsummed outputs in exact mode, are made on the way home."""
+    """A dispatcher with ``takes_slots``: it makes sums, or in exact mode slots, on the way home."""
 
     def combine_slots(self, slots: Slots, plan: DispatchPlan) -> Pending[Distributed]:
         """Start to bring home the outputs of all slots of the arrived entries, where they lie."""
@@ -213,7 +214,11 @@ def agree_on_plan(
     Args:
         group: The ``moe`` group.
         name: The dispatcher's name.
-        routing: As for :meth:`Dispatcher.plan`, like the other arguments.
+        routing: As for :meth:`Dispatcher.plan`.
+        tag: The same.
+        hidden_size: The same.
+        dtype: The same.
+        exact: The same.
 
     Returns:
         The routing, and every rank's number of tokens.

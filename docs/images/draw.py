@@ -1,4 +1,5 @@
-"""Draws the pictures of the documentation: ``python docs/images/draw.py`` writes the SVG files beside this file."""
+"""Draws the pictures of the documentation: ``python docs/images/draw.py`` writes the SVG files beside this
+file."""
 
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -28,7 +29,8 @@ class Drawing:
     ) -> None:
         weight = ' font-weight="600"' if bold else ""
         self.parts.append(
-            f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
+            f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" '
+            f'text-anchor="{anchor}"{weight}>{escape(text)}</text>'
         )
 
     def box(
@@ -57,13 +59,15 @@ class Drawing:
 
     def arrow(self, x1: float, y1: float, x2: float, y2: float, wide: bool = False) -> None:
         self.parts.append(
-            f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{INK}" stroke-width="{2.5 if wide else 1.2}" marker-end="url(#head)"/>'
+            f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{INK}" '
+            f'stroke-width="{2.5 if wide else 1.2}" marker-end="url(#head)"/>'
         )
 
     def save(self, name: str) -> None:
         head = (
             '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-            f'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="{INK}"/></marker></defs>'
+            f'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="{INK}"/>'
+            "</marker></defs>"
         )
         body = "\n".join([head, *self.parts])
         (FOLDER / name).write_text(
@@ -140,12 +144,13 @@ def grid() -> None:
 
 
 def dispatchers() -> None:
-    """Who holds which rows after dispatch: two tokens on each of two ranks, experts A on rank 0 and B on rank 1."""
+    """Who holds which rows after dispatch, with two tokens on each of two ranks."""
     d = Drawing(980, 520, "Who holds which rows after dispatch, for each dispatcher")
     d.text(
         490,
         26,
-        "Tokens a1 a2 live on rank 0, b1 b2 on rank 1. a1 and b1 want experts of both ranks, a2 of rank 1, b2 of rank 1.",
+        "Tokens a1 a2 live on rank 0, b1 b2 on rank 1. "
+        "a1 and b1 want experts of both ranks, a2 of rank 1, b2 of rank 1.",
         13,
     )
     ways = (

@@ -9,7 +9,7 @@ LOGGER = "xpar"
 
 
 def start_logging(world: World, verbose: bool) -> None:
-    """Show this process's log: everything if ``verbose``, else from INFO on rank 0 and from WARNING elsewhere."""
+    """Show the log of this process: all of it if ``verbose``, else INFO on rank 0, WARNING elsewhere."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"[rank {world.rank}] %(message)s"))
     logger = logging.getLogger(LOGGER)

@@ -115,7 +115,8 @@ MAKERS: dict[str, Callable[[Any, Prompt], Any]] = {
 class Processors:
     """The processors of one sequence.
 
-    ``repairs``: whether they take logits that are not finite."""
+    ``repairs``: whether they take logits that are not finite.
+    """
 
     chain: tuple[Processor, ...]
     repairs: bool

@@ -63,7 +63,8 @@ def prompt_form(value: Mapping[str, Any]) -> tuple[str, None]:
 def text_form(value: Mapping[str, Any]) -> tuple[str, str | None]:
     """Read the JSON line of a text to be scored.
 
-    It is ``{"text": …}`` or ``{"context": …, "continuation": …}``."""
+    It is ``{"text": …}`` or ``{"context": …, "continuation": …}``.
+    """
     parts = [name for name in ("text", "context", "continuation") if value.get(name) is not None]
     if all(isinstance(value[name], str) for name in parts):
         if parts == ["text"]:

@@ -156,7 +156,8 @@ class ScoreBatch:
 class _Reading:
     """A text that is read in pieces.
 
-    ``read``: its tokens so far; their keys and values are in ``cache``."""
+    ``read``: its tokens so far; their keys and values are in ``cache``.
+    """
 
     text: ScoredText
     cache: Any

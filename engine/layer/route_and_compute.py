@@ -171,4 +171,5 @@ def explain_depth(
     if why is not None or entry.fused_routing is None:
         return f"one by one: {why}"
     few = "any number of" if depth == "one-call" else f"1 to {entry.fused_routing.tokens}"
-    return f"route, compute and combine in one call for {few} tokens: {entry.name} ({entry.fused_routing.measured})"
+    name = f"{entry.name} ({entry.fused_routing.measured})"
+    return f"route, compute and combine in one call for {few} tokens: {name}"

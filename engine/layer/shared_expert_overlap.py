@@ -14,7 +14,7 @@ from xpar.comm.communicator import Pending
 from xpar.comm.reduction import Distributed
 
 SIDE_STREAM_TOKENS = 1024
-"""Most tokens for which a stream of their own was the best order on an H200 (xpar bench overlap, 2026-11-28)."""
+"""Most tokens for which a side stream was the best order on an H200 (xpar bench overlap, 2026-11-28)."""
 
 SharedExpertsCall = Callable[[], Distributed | None]
 

@@ -57,7 +57,7 @@ class Router:
         )
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Compute logits ``[T, E]`` of ``hidden_states`` [T, H], in float32 or the model's dtype as configured."""
+        """Compute logits ``[T, E]`` of ``hidden_states`` [T, H], in the dtype that the router asks for."""
         if self.gate is None:
             raise ValueError("this router has no gate weight; pass router_logits")
         if hidden_states.shape[-1] != self.gate.shape[1]:

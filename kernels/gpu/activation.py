@@ -12,21 +12,25 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid(x):
+    """Compute 1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def tanh(x):
+    """Compute the hyperbolic tangent."""
     return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
 
 
 @triton.jit
 def clamp_max(x, LIMIT: tl.constexpr):
+    """Bound ``x`` from above; NaN stays."""
     return tl.where(x > LIMIT, LIMIT, x)  # unlike tl.minimum this keeps NaN
 
 
 @triton.jit
 def clamp(x, LIMIT: tl.constexpr):
+    """Bound ``x`` from both sides; NaN stays."""
     return tl.where(x < -LIMIT, -LIMIT, clamp_max(x, LIMIT))
 
 

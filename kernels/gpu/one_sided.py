@@ -173,10 +173,26 @@ class Exchange:
         block = min(1024 if self.tokens <= FEW_TOKENS else 4096, triton.next_power_of_2(w))
         programs = self._programs(self.tokens * triton.cdiv(w, block), 1)
         dispatch_kernel[(programs,)](
-            x.view(words), ids, weights, owner, local, self._rows.view(words), self.topk_ids, self.topk_weights, self.counts,
-            *self._protocol(0), self.tokens, self.first, W=w, SHIFT=_shift(words), BLOCK=block, ETP=etp, K_LANES=_power(ids),
-            num_warps=16 if block == 4096 else 8, **self._constants(),
-        )  # fmt: skip
+            x.view(words),
+            ids,
+            weights,
+            owner,
+            local,
+            self._rows.view(words),
+            self.topk_ids,
+            self.topk_weights,
+            self.counts,
+            *self._protocol(0),
+            self.tokens,
+            self.first,
+            W=w,
+            SHIFT=_shift(words),
+            BLOCK=block,
+            ETP=etp,
+            K_LANES=_power(ids),
+            num_warps=16 if block == 4096 else 8,
+            **self._constants(),
+        )
 
     def rows_home(self, outputs: Tensor) -> None:
         """Send results ``outputs`` [M, H] home; with ``slots`` those of all slots, [M k, H]."""
@@ -185,10 +201,20 @@ class Exchange:
         block = min(1024, triton.next_power_of_2(w))
         programs = self._programs(self.peers.size * self.step.most * triton.cdiv(w, block), 1)
         home_kernel[(programs,)](
-            outputs.view(words), self.topk_ids, self._back.view(words), self.counts, *self._protocol(1), self.step.most,
-            W=w, SHIFT=_shift(words), BLOCK=block, K_LANES=_power(self.topk_ids), SLOTS=self.step.slots, num_warps=8,
+            outputs.view(words),
+            self.topk_ids,
+            self._back.view(words),
+            self.counts,
+            *self._protocol(1),
+            self.step.most,
+            W=w,
+            SHIFT=_shift(words),
+            BLOCK=block,
+            K_LANES=_power(self.topk_ids),
+            SLOTS=self.step.slots,
+            num_warps=8,
             **self._constants(),
-        )  # fmt: skip
+        )
 
     def weighted_home(self, slots: Tensor) -> None:
         """Send the weighted sums of each entry's slots home; ``slots`` [M k, H]: slot j of m at m k + j."""
@@ -196,9 +222,19 @@ class Exchange:
         block = min(2048, triton.next_power_of_2(h))
         programs = self._programs(self.peers.size * self.step.most * triton.cdiv(h, block), 4)
         weighted_home_kernel[(programs,)](
-            slots, self.topk_ids, self.topk_weights, self.back, self.counts, *self._protocol(1), self.step.most,
-            H=h, SHIFT=_shift(slots.dtype), BLOCK=block, num_warps=8, **self._constants(),
-        )  # fmt: skip
+            slots,
+            self.topk_ids,
+            self.topk_weights,
+            self.back,
+            self.counts,
+            *self._protocol(1),
+            self.step.most,
+            H=h,
+            SHIFT=_shift(slots.dtype),
+            BLOCK=block,
+            num_warps=8,
+            **self._constants(),
+        )
 
     def sum_ranks(
         self,
@@ -228,9 +264,22 @@ class Exchange:
         block = min(2048, triton.next_power_of_2(h))
         if self.tokens and h:
             rank_sum_kernel[(self._programs(self.tokens * triton.cdiv(h, block), 2),)](
-                self.back, ids, owner, shared, residual, bias, out, self.tokens, K=self.step.top_k, K_LANES=_power(ids),
-                H=h, BLOCK=block, R=self.peers.size, ETP=etp, num_warps=8,
-            )  # fmt: skip
+                self.back,
+                ids,
+                owner,
+                shared,
+                residual,
+                bias,
+                out,
+                self.tokens,
+                K=self.step.top_k,
+                K_LANES=_power(ids),
+                H=h,
+                BLOCK=block,
+                R=self.peers.size,
+                ETP=etp,
+                num_warps=8,
+            )
         return out
 
     def slots_at_home(self) -> Tensor:

@@ -129,7 +129,7 @@ def weighted_home_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def rank_sum_kernel(
-    back,  # [R, T, H] of this rank's window: each rank's result for each token, undefined where it has no expert of it
+    back,  # [R, T, H] of this rank's window: each rank's result for each token, undefined without an expert
     ids,  # int32 [T, K], contiguous: global expert of each slot of this rank's tokens, -1 for a dropped one
     owner,  # int32 [E]: ep rank of each expert
     shared,  # [T, H], contiguous, or None: shared experts' output

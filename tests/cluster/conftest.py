@@ -1,4 +1,7 @@
-"""The clusters that the tests share, and a small checkpoint. Without Slurm every test here says what to install."""
+"""The clusters that the tests share, and a small checkpoint.
+
+Without Slurm every test here says what to install.
+"""
 
 import os
 import shutil
@@ -23,7 +26,10 @@ def slurm_installed() -> None:
 
 @pytest.fixture(scope="session")
 def cluster(slurm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes of two cores; ranks are not bound, so that those of both nodes use all the machine's cores."""
+    """Two nodes of two cores.
+
+    Ranks are not bound, so that those of both nodes use all the machine's cores.
+    """
     with running_cluster(tmp_path_factory.mktemp("slurm") / "two", venv_path()) as running:
         yield running
 

@@ -1,4 +1,5 @@
-"""The shipped batch scripts, submitted to a real Slurm: what they run, how they stop, and how they come back."""
+"""The shipped batch scripts, submitted to a real Slurm: what they run, how they stop, and how they come
+back."""
 
 import json
 import os
@@ -71,7 +72,8 @@ def test_a_rank_that_is_killed_ends_the_job_within_seconds(
 
 
 def test_array_is_stopped_requeued_and_finished(cluster: Cluster, checkpoint: Path, tmp_path: Path) -> None:
-    """One element is told to stop as before its time limit, one has its ranks stopped, one is left in peace."""
+    """One element is told to stop as before its time limit, one has its ranks stopped, one is left in
+    peace."""
     prompts = {"quick": "one\ntwo\n", "slow-a": "three\nfour\nfive\n", "slow-b": "six\n\nseven\n"}
     (tmp_path / "shards").mkdir()
     for name, text in prompts.items():

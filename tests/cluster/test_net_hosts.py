@@ -1,4 +1,5 @@
-"""Ranks on hosts with nothing between them but a network of a given speed, as ``scripts/net_hosts.sh`` makes them."""
+"""Ranks on hosts with nothing between them but a network of a given speed, as ``scripts/net_hosts.sh`` makes
+them."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""The batch scripts with `srun --mpi=pmix` and the Open MPI of its wheel, on a real Slurm: they compute, and a death ends them."""
+"""The batch scripts with `srun --mpi=pmix` and the Open MPI of its wheel, on a real Slurm: they compute, and
+a death ends them."""
 
 import os
 import signal

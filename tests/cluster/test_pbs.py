@@ -1,4 +1,5 @@
-"""The script for PBS on the nodes of a real batch system: Slurm reads `#PBS` lines, and says where the ranks go."""
+"""The script for PBS on the nodes of a real batch system: Slurm reads `#PBS` lines, and says where the ranks
+go."""
 
 import os
 import re

@@ -61,7 +61,8 @@ def test_a_rank_computes_with_all_its_cores(bound: Cluster, tmp_path: Path) -> N
 def test_a_requeued_element_of_several_ranks_is_not_stopped_by_its_own_files(
     cluster: Cluster, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Ranks that are ended by SIGTERM leave MPI's files in /dev/shm, and the next start has the same numbers."""
+    """Ranks that are ended by SIGTERM leave MPI's files in /dev/shm, and the next start has the same
+    numbers."""
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "slow.txt").write_text("one\ntwo\n")
     path = stand_in(tmp_path, ANSWERING.replace(f'|| exec {XPAR} "$@"', "|| exit 0"))  # without the doctor

@@ -1,7 +1,8 @@
 """Check and measure communication between GPUs; not part of the test run, which needs none.
 
     mpirun -n 2 python -m mpi4py tests/gpu/check_comm.py --json comm.json
-    mpirun -n 2 python -m mpi4py tests/gpu/check_comm.py --hang      # must end the job by itself within 20 s, with a report
+    mpirun -n 2 python -m mpi4py tests/gpu/check_comm.py --hang      # must end the job by itself within 20 s,
+    with a report
 
 xpar need not be installed: the rooms are taken from this checkout. Every rank of the job takes part; several
 ranks on one GPU pose as hosts of their own to NCCL. ``--device cpu`` plays everything

@@ -1,10 +1,13 @@
-"""Check that recorded steps of whole models give what launched ones give, and what they save; needs GPUs, not part of the test run.
+"""Check that recorded steps of whole models give what launched ones give, and what they save.
+
+Needs GPUs, not part of the test run.
 
     python -m mpi4py tests/gpu/check_generate.py CHECKPOINT [CHECKPOINT ...] --json generate.json
     mpirun -n 2 python -m mpi4py tests/gpu/check_generate.py CHECKPOINT --batch 1 3 16 --json generate-2.json
 
-Several ranks share out the sequences, so that a batch of 1 leaves all but one without any. Both sides are given the same tokens, so that they stay comparable: logits in float32, times in the checkpoint's dtype.
-xpar need not be installed: the rooms are taken from this checkout.
+Several ranks share out the sequences, so that a batch of 1 leaves all but one without any. Both sides are
+given the same tokens, so that they stay comparable: logits in float32, times in the checkpoint's dtype. xpar
+need not be installed: the rooms are taken from this checkout.
 """
 
 import argparse

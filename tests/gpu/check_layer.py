@@ -78,7 +78,8 @@ def is_wrong(r: dict[str, Any]) -> bool:
 
 
 def check_shape(grid: ProcessGrid, name: str, scale: float, seed: int) -> Iterator[dict[str, Any]]:
-    """Every number of tokens a rank: eager and recorded against the fp32 reference, no hidden wait, and both times."""
+    """Every number of tokens a rank: eager and recorded against the fp32 reference, no hidden wait, and both
+    times."""
     layer = SyntheticLayer(SHAPES[name].layer(scale), torch.bfloat16, seed)
     runner = build_layer(layer.config, grid, torch.bfloat16, layer.read)
     fused = None
@@ -133,7 +134,10 @@ def hidden_waits(runner: MoERunner, x: Tensor) -> str | None:
 
 
 def compiled_differs(runner: MoERunner, x: Tensor) -> bool:
-    """Whether a graph with the layer in it computes other bits than the layer; one that does not compile raises."""
+    """Whether a graph with the layer in it computes other bits than the layer.
+
+    One that does not compile raises.
+    """
     expected = runner(x) * 2
     torch.compiler.reset()
     with torch.no_grad():
@@ -142,7 +146,8 @@ def compiled_differs(runner: MoERunner, x: Tensor) -> bool:
 
 
 def orders_that_differ(runner: MoERunner, x: Tensor) -> list[str]:
-    """Orders of the shared experts whose output, eager or recorded, has other bits than that of none at all."""
+    """Orders of the shared experts whose output, eager or recorded, has other bits than that of none at
+    all."""
     if runner.shared is None:
         return []
     found = []
@@ -174,9 +179,12 @@ def generator(seed: int) -> torch.Generator:
 
 def line(r: dict[str, Any]) -> str:
     return (
-        f"{r['shape']:16}x{r['scale']:<5} {r['tokens_per_rank']:4} tokens {r['dispatcher']:10} eager {r['eager_us']:7.0f} us"
-        f"  graph {r['graph_us']:7.0f} us  {r['eager_us'] / r['graph_us']:5.1f} x  errors {r['eager_error']:.1e}"
-        f" {r['graph_error']:.1e} {r['fused_error']:.1e}  {r['hidden_wait'] or 'no hidden wait'}  {' '.join(r['orders_differ'])}"
+        f"{r['shape']:16}x{r['scale']:<5} {r['tokens_per_rank']:4} tokens {r['dispatcher']:10} eager "
+        f"{r['eager_us']:7.0f} us"
+        f"  graph {r['graph_us']:7.0f} us  {r['eager_us'] / r['graph_us']:5.1f} x  errors "
+        f"{r['eager_error']:.1e}"
+        f" {r['graph_error']:.1e} {r['fused_error']:.1e}  {r['hidden_wait'] or 'no hidden wait'}  "
+        f"{' '.join(r['orders_differ'])}"
         f"{'  compiled differs' if r['compiled_differs'] else ''}"
     )
 

@@ -1,11 +1,14 @@
-"""Check and measure the one-sided exchange between GPUs of one node; not part of the test run, which needs none.
+"""Check and measure the one-sided exchange between GPUs of one node.
+
+Not part of the test run, which needs none.
 
     mpirun -n 2 python -m mpi4py tests/gpu/check_one_sided.py checks stress bench --json one-sided.json
     mpirun -n 2 python -m mpi4py tests/gpu/check_one_sided.py layers --json layers.json
-    mpirun -n 2 python -m mpi4py tests/gpu/check_one_sided.py alone     # exact mode's bits; a rank must see one GPU only
-    mpirun -n 2 python -m mpi4py tests/gpu/check_one_sided.py late      # a rank stays away: deadline and abort word
-    mpirun -n 2 python -m mpi4py tests/gpu/check_one_sided.py kill      # must end by itself; the GPUs are empty afterwards
-    mpirun -n 2 python -m mpi4py tests/gpu/check_one_sided.py hang      # must end by itself within 10 s, with a report
+    mpirun -n 2 python -m mpi4py tests/gpu/check_one_sided.py alone     # exact mode's bits; a rank must see
+    one GPU only mpirun -n 2 python -m mpi4py tests/gpu/check_one_sided.py late      # a rank stays away:
+    deadline and abort word mpirun -n 2 python -m mpi4py tests/gpu/check_one_sided.py kill      # must end by
+    itself; the GPUs are empty afterwards mpirun -n 2 python -m mpi4py tests/gpu/check_one_sided.py hang
+    # must end by itself within 10 s, with a report
 
 xpar need not be installed: the rooms are taken from this checkout.
 """
@@ -124,7 +127,8 @@ def bench(world: World, grid: ProcessGrid, name: str, tokens: int, seed: int) ->
     record["link_us"] = record["remote_rows"] * h * 2 / LINK_GBS / 1e3
     say(
         world,
-        f"{name:12} T {tokens:5} dispatch {record['one-sided dispatch us']:7.1f} ({record['allgather dispatch us']:7.1f})"
+        f"{name:12} T {tokens:5} dispatch {record['one-sided dispatch us']:7.1f} "
+        f"({record['allgather dispatch us']:7.1f})"
         f" combine {record['one-sided combine us']:7.1f} ({record['allgather combine us']:7.1f})"
         f" both {record['one-sided round trip us']:7.1f} ({record['allgather round trip us']:7.1f})"
         f" rows alone at {LINK_GBS:g} GB/s {record['link_us']:7.1f} us  same bits {record['same_bits']}",
@@ -144,7 +148,8 @@ def kill(world: World, grid: ProcessGrid) -> None:
 
 
 def hang(world: World) -> None:
-    """The last rank stays away while the others replay a recorded exchange: the watching thread must end the job."""
+    """The last rank stays away while the others replay a recorded exchange: the watching thread must end the
+    job."""
     grid = ProcessGrid.create(world, device="cuda", transport="nccl", deadlines=Deadlines(finish=3))
     window, watch = grid.peer_window, grid.transport.watch if grid.transport is not None else None
     assert window is not None and watch is not None

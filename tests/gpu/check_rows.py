@@ -1,9 +1,12 @@
-"""Check that recorded steps give each row what transformers' ``generate`` gives it alone; needs one GPU, not part of the test run.
+"""Check that recorded steps give each row what transformers' ``generate`` gives it alone.
+
+Needs one GPU, not part of the test run.
 
     python tests/gpu/check_rows.py
 
-Small models of random weights in float32, for whose rows one number for a whole batch would be wrong: longrope, dynamic scaling,
-which cannot be recorded, and Llama-4's attention temperature. xpar need not be installed: the rooms are taken from this checkout.
+Small models of random weights in float32, for whose rows one number for a whole batch would be wrong:
+longrope, dynamic scaling, which cannot be recorded, and Llama-4's attention temperature. xpar need not be
+installed: the rooms are taken from this checkout.
 """
 
 import copy
@@ -46,7 +49,10 @@ class Remembering(Sampling):
 
 
 def check(name: str, seed: int) -> None:
-    """Four prompts on both sides of the length that the short factors are for; those that grow past it on the way, too."""
+    """Four prompts on both sides of the length that the short factors are for.
+
+    Those that grow past it on the way, too.
+    """
     model = build({v.name: v for v in (*ROPES, *OTHERS)}[name], seed)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")  # the others wait for the GPU

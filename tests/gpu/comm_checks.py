@@ -1,4 +1,5 @@
-"""The checks of ``check_comm.py``: collectives and dispatchers on a device against the same on the host over MPI."""
+"""The checks of ``check_comm.py``: collectives and dispatchers on a device against the same on the host over
+MPI."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +55,10 @@ def checks(world: World, grid: ProcessGrid, transport: str, seed: int) -> Iterat
 
 
 def one_sided(grid: ProcessGrid, seed: int) -> Iterator[tuple[str, Check]]:
-    """The dispatcher without NCCL, where the ranks map each other's memory; ``check_one_sided.py`` has more of it."""
+    """The dispatcher without NCCL, where the ranks map each other's memory.
+
+    ``check_one_sided.py`` has more of it.
+    """
     if grid.peer_window is None or grid.peer_window.access.way is None:
         return
     import one_sided_checks
@@ -159,7 +163,8 @@ def dispatched(
 ) -> None:
     """The dispatcher on the device against the one on the host: same routing, same stand-in experts.
 
-    Sums may round otherwise on another device. What differs is raised after the last case, so that all ranks come here.
+    Sums may round otherwise on another device. What differs is raised after the last case, so that all ranks
+    come here.
     """
     size, rank = world.size, world.rank
     wrong = []
@@ -261,7 +266,10 @@ def joins_alone(world: World) -> str:
 
 
 def given_up(world: World, grid: ProcessGrid) -> str:
-    """Rank 0 alone starts an exchange on a communicator of its own; afterwards the other communicators work."""
+    """Rank 0 alone starts an exchange on a communicator of its own.
+
+    Afterwards the other communicators work.
+    """
     watch = Watch(lambda wrong: None)
     link = NcclCommunicator.connect(
         open_library(), world.comm, Deadlines(connect=60, launch=20, finish=1e6, abort=5), watch

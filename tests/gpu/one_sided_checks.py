@@ -1,4 +1,5 @@
-"""The checks of ``check_one_sided.py``: bits against the all-gather dispatcher, many steps in a row, and ranks that stay away."""
+"""The checks of ``check_one_sided.py``: bits against the all-gather dispatcher, many steps in a row, and
+ranks that stay away."""
 
 import os
 import time
@@ -52,7 +53,8 @@ def access(world: World, grid: ProcessGrid, steps: int, seed: int) -> dict[str, 
 def checks(
     grid: ProcessGrid, shapes: Mapping[str, tuple[int, int, int]], seed: int
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """(title, check): both dispatchers on the same tokens give the same bits, in 60 steps of changing sizes and inputs."""
+    """(title, check): both dispatchers on the same tokens give the same bits, in 60 steps of changing sizes
+    and inputs."""
     for name, (h, experts, k) in shapes.items():
         for exact in (False, True):
             title = f"{name}{' exact' if exact else ''}: bits of allgather"
@@ -115,7 +117,8 @@ def same_bits(grid: ProcessGrid, h: int, experts: int, k: int, exact: bool, seed
 
 
 def recorded(grid: ProcessGrid, seed: int) -> str | None:
-    """A layer's exchange in one graph, replayed on 200 other inputs, beside the same launched through the all-gather."""
+    """A layer's exchange in one graph, replayed on 200 other inputs, beside the same launched through the
+    all-gather."""
     ours, theirs = movers(grid, 64)
     x, routing = tokens_of(grid, 16, 2048, 64, 8, seed)
     side = torch.cuda.Stream()
@@ -158,7 +161,10 @@ def no_sync(grid: ProcessGrid, seed: int) -> str | None:
 
 
 def stress(world: World, grid: ProcessGrid, steps: int, seed: int) -> dict[str, Any]:
-    """Steps with inputs that change every time, ranks tied by flags alone; everything that arrives is compared."""
+    """Steps with inputs that change every time, ranks tied by flags alone.
+
+    Everything that arrives is compared.
+    """
     window, size, rank = grid.peer_window, grid.moe.size, grid.moe.rank
     assert window is not None
     h, experts, k = 2048, 64, 8
@@ -234,7 +240,8 @@ def lonely(window: PeerWindow, grid: ProcessGrid, tables: tuple[Tensor, ...]) ->
 
 
 def late(world: World, grid: ProcessGrid, steps: int, seed: int) -> dict[str, Any]:
-    """Rank 0 alone begins an exchange: it ends at the deadline, and in a second window by a peer's abort word."""
+    """Rank 0 alone begins an exchange: it ends at the deadline, and in a second window by a peer's abort
+    word."""
     found: dict[str, Any] = {"wrong": []}
     assert grid.peer_window is not None
     tables = lonely_tokens(grid)

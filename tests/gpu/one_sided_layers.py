@@ -1,4 +1,5 @@
-"""Whole layers through one-sided stores beside the same layer through the all-gather: bits and times, launched and recorded."""
+"""Whole layers through one-sided stores beside the same layer through the all-gather: bits and times,
+launched and recorded."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -23,7 +24,10 @@ REPLAYS = 50
 
 
 def layers(world: World, grid: ProcessGrid, name: str, scale: float, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield a record for every number of tokens; ``wrong`` names what has other bits than the all-gather's."""
+    """Yield a record for every number of tokens.
+
+    ``wrong`` names what has other bits than the all-gather's.
+    """
     layer = SyntheticLayer(SHAPES[name].layer(scale), torch.bfloat16, seed)
 
     def build(dispatcher: str, exact: bool = False) -> MoERunner:

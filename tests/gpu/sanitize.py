@@ -1,9 +1,11 @@
-"""Launch each GPU kernel on small shapes, for compute-sanitizer; not part of the test run, which needs no GPU.
+"""Launch each GPU kernel on small shapes, for compute-sanitizer.
+
+Not part of the test run, which needs no GPU.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 
-Run it once without the sanitizer first: compiling under it takes minutes. Without torch's cache every tensor has its own
-allocation, so that a step past one is seen.
+Run it once without the sanitizer first: compiling under it takes minutes. Without torch's cache every tensor
+has its own allocation, so that a step past one is seen.
 """
 
 import sys

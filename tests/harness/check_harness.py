@@ -1,10 +1,12 @@
-"""Run by hand where lm-eval is installed: xpar's answers to the harness are those of its own backend for transformers.
+"""Run by hand where lm-eval is installed: xpar's answers to the harness are those of its own backend for
+transformers.
 
     pip install 'xpar[eval]' accelerate
     mpirun -n 2 python -m mpi4py tests/harness/check_harness.py
 
-Loglikelihoods with and without context, texts longer than the model, answers with stop texts; then the command itself
-on a task of this folder. Opens no connection. Prints what it compared; a difference ends it with an error.
+Loglikelihoods with and without context, texts longer than the model, answers with stop texts; then the
+command itself on a task of this folder. Opens no connection. Prints what it compared; a difference ends it
+with an error.
 """
 
 import json

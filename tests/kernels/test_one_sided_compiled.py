@@ -1,4 +1,5 @@
-"""The launches of a one-sided exchange, compiled for GPUs that are not here: wide stores, memory order, no spills."""
+"""The launches of a one-sided exchange, compiled for GPUs that are not here: wide stores, memory order, no
+spills."""
 
 import re
 
@@ -22,9 +23,16 @@ def exchange_of(ranks: int, width: int, tokens: int, slots: bool = False) -> Exc
 
     nbytes = window_bytes(step.front_bytes, step.back_bytes)
     peers = Peers(
-        1, zeros(nbytes, torch.uint8), zeros(ranks, torch.int64), zeros(2), zeros(2), zeros(1, torch.int64), zeros(4),
-        step.front_bytes, 132,
-    )  # fmt: skip
+        1,
+        zeros(nbytes, torch.uint8),
+        zeros(ranks, torch.int64),
+        zeros(2),
+        zeros(2),
+        zeros(1, torch.int64),
+        zeros(4),
+        step.front_bytes,
+        132,
+    )
     return Exchange(peers, step)
 
 
@@ -66,7 +74,10 @@ def test_compiles_to_what_the_protocol_needs(
 
 
 def check_protocol(kernel: Compiled) -> None:
-    """Rows, barrier, count at GPU scope, flag released at system scope, acquire at system scope; in this order."""
+    """Rows, barrier, count at GPU scope, flag released at system scope, acquire at system scope.
+
+    In this order.
+    """
     order = [
         r"st\.global\.v4\.b32",
         r"bar\.sync",

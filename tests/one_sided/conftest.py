@@ -1,4 +1,5 @@
-"""Tests of the one-sided exchange on ranks that run its kernels in Triton's interpreter, which must be chosen first.
+"""Tests of the one-sided exchange on ranks that run its kernels in Triton's interpreter, which must be chosen
+first.
 
 ``tests/comm/device/test_one_sided_interpreted.py`` starts them; by hand:
 ``TRITON_INTERPRET=1 mpirun -n 2 python -m mpi4py -m pytest --with-mpi tests/one_sided``.

@@ -1,4 +1,5 @@
-"""The one-sided dispatcher against the all-gather dispatcher, which every rank's tokens pass through as they are."""
+"""The one-sided dispatcher against the all-gather dispatcher, which every rank's tokens pass through as they
+are."""
 
 import pytest
 import torch
@@ -18,7 +19,10 @@ pytestmark = pytest.mark.mpi(deadline=60)
 
 
 def slots_of(arrived: ExpertInput, experts: range) -> torch.Tensor:
-    """[M k, H]: every active slot's output where it lies, as :func:`stand_in.experts_of` makes it; NaN elsewhere."""
+    """[M k, H]: every active slot's output where it lies, as :func:`stand_in.experts_of` makes it.
+
+    NaN elsewhere.
+    """
     factor = (arrived.topk_ids + experts.start + 1).float()
     rows = torch.where((arrived.topk_ids >= 0).any(1)[:, None], arrived.hidden_states, 0).float()
     made = rows[:, None] * factor[..., None]
@@ -43,7 +47,8 @@ def through(
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_equals_allgather(group: Communicator, shared: PeerWindow, data: st.DataObject) -> None:
-    """Uneven and empty ranks, sliced experts, ranks without experts, dropped slots, exact mode, growing windows."""
+    """Uneven and empty ranks, sliced experts, ranks without experts, dropped slots, exact mode, growing
+    windows."""
     size, rank = group.size, group.rank
     etp = data.draw(st.sampled_from([n for n in (1, 2) if size % n == 0]), label="etp")
     num_experts = data.draw(st.integers(1, 9), label="experts")
@@ -105,7 +110,10 @@ def test_rows_at_odd_addresses(group: Communicator, shared: PeerWindow) -> None:
 
 
 def test_opaque_rows(group: Communicator, shared: PeerWindow, fresh_seed: int) -> None:
-    """Quantised values with their scales beside them arrive as the bytes that they were; results keep their own dtype."""
+    """Quantised values with their scales beside them arrive as the bytes that they were.
+
+    Results keep their own dtype.
+    """
     size, rank = group.size, group.rank
     rows = [
         torch.randint(0, 256, (3 + r, 36), generator=torch.Generator().manual_seed(fresh_seed + r))

@@ -66,7 +66,8 @@ def test_epochs_wrap(group: Communicator) -> None:
 
 
 def test_stale_rows_are_not_taken_for_new_ones(group: Communicator, window: PeerWindow) -> None:
-    """Steps of changing sizes and values on one window, whose parts overlap what an earlier step left there."""
+    """Steps of changing sizes and values on one window, whose parts overlap what an earlier step left
+    there."""
     for number in range(8):
         counts = tuple((3 * r + number * (r + 2)) % 5 for r in range(group.size))
         round_trip(window.exchange(step_of(counts, width=(24, 40)[number % 2])), number)
@@ -103,7 +104,10 @@ def test_the_window_grows_and_keeps_what_is_recorded(group: Communicator, window
 
 @pytest.mark.mpi(min_size=2, deadline=120)
 def test_a_missing_rank_is_named_after_the_deadline(group: Communicator) -> None:
-    """The kernel marks the window, tells the host and ends; later kernels pass at once; the window is refused."""
+    """The kernel marks the window, tells the host and ends; later kernels pass at once.
+
+    The window is refused.
+    """
     window = PeerWindow(group, HOST, Deadlines(connect=30, finish=2))
     step = step_of((1,) * group.size)
     exchange = window.exchange(step)
@@ -144,7 +148,8 @@ def test_a_rank_that_gives_up_frees_the_others(group: Communicator) -> None:
     window.close()
 
 
-# -- opening ------------------------------------------------------------------------------------------------------
+# -- opening
+# ------------------------------------------------------------------------------------------------------
 
 
 class Broken(HostMapping):

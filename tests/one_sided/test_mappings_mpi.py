@@ -1,4 +1,5 @@
-"""Both ways of mapping peers' memory, with the driver's calls made on memory files of Linux: sockets and order are real."""
+"""Both ways of mapping peers' memory, with the driver's calls made on memory files of Linux: sockets and
+order are real."""
 
 import ctypes
 import mmap

@@ -1,6 +1,8 @@
-"""Run ``xpar`` commands one after the other: ``commands.py FOLDER '[["run", "made"], ["doctor"]]'``, on every rank.
+"""Run ``xpar`` commands one after the other: ``commands.py FOLDER '[["run", "made"], ["doctor"]]'``, on every
+rank.
 
-Each rank's descriptors 1 and 2 lead to files of its own in FOLDER, so that no output is taken for another command's.
+Each rank's descriptors 1 and 2 lead to files of its own in FOLDER, so that no output is taken for another
+command's.
 """
 
 import json

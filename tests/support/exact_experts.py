@@ -9,14 +9,20 @@ from xpar.kernels.contracts import ExpertInput, Routing
 def routing_of(
     tokens: int, k: int, num_experts: int, generator: torch.Generator, drop: float = 0.2
 ) -> Routing:
-    """k different experts a token, some slots dropped; the weights are powers of two, so that sums are exact."""
+    """k different experts a token, some slots dropped.
+
+    The weights are powers of two, so that sums are exact.
+    """
     order = torch.rand(tokens, num_experts, generator=generator).argsort(1)[:, :k].to(torch.int32)
     ids = order.masked_fill(torch.rand(tokens, k, generator=generator) < drop, -1)
     return Routing(ids, 2.0 ** -torch.randint(0, 4, (tokens, k), generator=generator))
 
 
 def experts_of(arrived: ExpertInput, experts: range, exact: bool) -> Tensor:
-    """What this rank's ``experts`` make of ``arrived``: expert e multiplies by e + 1. Same device and dtype."""
+    """What this rank's ``experts`` make of ``arrived``: expert e multiplies by e + 1.
+
+    Same device and dtype.
+    """
     rows = torch.arange(arrived.topk_ids.shape[0]) if arrived.rows is None else arrived.rows
     x = arrived.hidden_states[rows.to(arrived.hidden_states.device)].float()
     active = arrived.topk_ids >= 0

@@ -1,4 +1,7 @@
-"""NCCL's narrow interface on host memory over MPI, so that everything above it runs without a GPU; and its faults."""
+"""NCCL's narrow interface on host memory over MPI, so that everything above it runs without a GPU.
+
+And its faults.
+"""
 
 import time
 import zlib
@@ -24,8 +27,9 @@ class FakeComm:
 class FakeNccl:
     """See :class:`xpar.comm.device.nccl_library.Library`. Every operation is in progress for a few polls.
 
-    ``world``: all ranks; those that join meet through the one that drew the unique id. ``fail``: name of a method that raises.
-    ``stuck``, ``result``: what joining comes to instead of success. ``calls``: what was asked, in order.
+    ``world``: all ranks; those that join meet through the one that drew the unique id. ``fail``: name of a
+    method that raises. ``stuck``, ``result``: what joining comes to instead of success. ``calls``: what was
+    asked, in order.
     """
 
     world: "Intracomm"

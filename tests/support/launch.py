@@ -27,9 +27,9 @@ def mpirun(
 ) -> subprocess.CompletedProcess[str]:
     """Run ``command`` on ``n`` ranks of this machine and return its exit status and what it printed.
 
-    ``command``: Python source, run by ``python -m mpi4py -c``, or the words of a command (``sys.executable`` first
-    for Python). ``timeout``: seconds until every process of the job is killed and TimeoutError raised with what was
-    printed so far. ``env``: added to this process's environment, less the launchers' variables.
+    ``command``: Python source, run by ``python -m mpi4py -c``, or the words of a command (``sys.executable``
+    first for Python). ``timeout``: seconds until every process of the job is killed and TimeoutError raised
+    with what was printed so far. ``env``: added to this process's environment, less the launchers' variables.
     """
     words = [sys.executable, "-m", "mpi4py", "-c", command] if isinstance(command, str) else list(command)
     tag = uuid.uuid4().hex
@@ -62,7 +62,10 @@ def python_program(name: str, *arguments: str) -> list[str]:
 
 
 def find_mpirun() -> str:
-    """The launcher of the library that mpi4py is told to use, or beside this interpreter, as that library; else PATH's."""
+    """The launcher of the library that mpi4py is told to use, or beside this interpreter, as that library.
+
+    Else PATH's.
+    """
     library = os.environ.get("MPI4PY_LIBMPI")
     beside = (Path(library).parent.parent / "bin" if library else Path(sys.executable).parent) / "mpirun"
     found = str(beside) if beside.exists() else shutil.which("mpirun")
@@ -72,7 +75,8 @@ def find_mpirun() -> str:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment as a job of its own should see it: no launcher above, no network, one thread."""
+    """This process's environment as a job of its own should see it: no launcher above, no network, one
+    thread."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(INHERITED)}
     return kept | {
         "OMP_NUM_THREADS": "1",
@@ -91,7 +95,8 @@ def can_mount() -> bool:
 
 
 def kill_tagged(tag: str) -> None:
-    """Kill what is left of a job: launchers give their ranks sessions of their own, so no group holds them all."""
+    """Kill what is left of a job: launchers give their ranks sessions of their own, so no group holds them
+    all."""
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and f"{TAG}={tag}".encode() in (entry / "environ").read_bytes():

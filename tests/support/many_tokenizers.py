@@ -42,7 +42,10 @@ def _single_bytes() -> Tokenizer:
 
 
 def _sentence_piece(fallback: bool, scheme: str = "first") -> Tokenizer:
-    """Blanks are marks of words, and the one before the first word is taken off; ``fallback``: unknown characters are bytes."""
+    """Blanks are marks of words, and the one before the first word is taken off.
+
+    ``fallback``: unknown characters are bytes.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=fallback, fuse_unk=not fallback))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme)
     tokenizer.decoder = decoders.Sequence(
@@ -104,7 +107,8 @@ AROUND = {
 
 
 def write_tokenizer(path: Path, kind: str, around: str = "bare") -> Any:
-    """Transformers' tokenizer of ``kind`` that puts ``around`` around texts, written to the folder ``path``."""
+    """Transformers' tokenizer of ``kind`` that puts ``around`` around texts, written to the folder
+    ``path``."""
     tokenizer = BUILD[kind]()
     if around != "bare":
         tokenizer.post_processor = processors.TemplateProcessing(

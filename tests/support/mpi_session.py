@@ -1,9 +1,10 @@
-"""A pytest session that spans the ranks of an MPI job: one verdict and one report for each test, and a deadline.
+"""A pytest session that spans the ranks of an MPI job: one verdict and one report for each test, and a
+deadline.
 
-Every rank runs the same tests in the same order. After each phase of a test the ranks compare what happened on a
-communicator of their own, so that a test that failed anywhere fails everywhere, with the traceback of the rank that
-failed, and no rank enters the next phase alone. A test that passes its deadline ends the job: the ranks that still
-wait print where, and exit.
+Every rank runs the same tests in the same order. After each phase of a test the ranks compare what happened
+on a communicator of their own, so that a test that failed anywhere fails everywhere, with the traceback of
+the rank that failed, and no rank enters the next phase alone. A test that passes its deadline ends the job:
+the ranks that still wait print where, and exit.
 """
 
 import faulthandler
@@ -105,7 +106,8 @@ class MPISession:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        # The alarm's thread needs the interpreter lock; this one also ends a rank that never gives the lock back.
+        # The alarm's thread needs the interpreter lock; this one also ends a rank that never gives the lock
+        # back.
         faulthandler.dump_traceback_later(deadline(item) + 5, exit=True, file=self._stderr)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -1,4 +1,5 @@
-"""Small models whose results transformers lets depend on the whole call, and what transformers gives for one text alone."""
+"""Small models whose results transformers lets depend on the whole call, and what transformers gives for one
+text alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,10 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
 @dataclass(frozen=True)
 class Variant:
-    """A family and what of its configuration makes a row depend on others. ``rope``: LONG, DYNAMIC or the family's own."""
+    """A family and what of its configuration makes a row depend on others.
+
+    ``rope``: LONG, DYNAMIC or the family's own.
+    """
 
     name: str
     model_type: str
@@ -118,7 +122,10 @@ def logprobs_alone(model: Any, ids: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Alone:
-    """``answer``: tokens. ``logits``: [N, V] that they were chosen by. ``gap``: the least distance of a choice to the next."""
+    """``answer``: tokens. ``logits``: [N, V] that they were chosen by.
+
+    ``gap``: the least distance of a choice to the next.
+    """
 
     answer: list[int]
     logits: Tensor
@@ -131,7 +138,10 @@ class Alone:
 
 @torch.inference_mode()
 def answer_alone(model: Any, ids: Sequence[int], new: int) -> Alone:
-    """What transformers' greedy ``generate`` makes of one prompt, with no token that ends it; ``model`` has seen no other."""
+    """What transformers' greedy ``generate`` makes of one prompt, with no token that ends it.
+
+    ``model`` has seen no other.
+    """
     prompt = torch.tensor([ids], device=model.device)
     out = model.generate(
         prompt,

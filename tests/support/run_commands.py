@@ -19,7 +19,8 @@ def run_commands(
     timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run ``xpar`` with each of ``commands`` on ``n`` ranks, one command after the other in one process per rank.
+    """Run ``xpar`` with each of ``commands`` on ``n`` ranks, one command after the other in one process per
+    rank.
 
     Args:
         n: number of ranks.
@@ -29,7 +30,8 @@ def run_commands(
         env: added to the environment.
 
     Returns:
-        For each command the largest exit status of the ranks, and the output of rank 0, then of rank 1, and so on.
+        For each command the largest exit status of the ranks, and the output of rank 0, then of rank 1, and
+        so on.
 
     Raises:
         AssertionError: a command ended the job or left a rank waiting; the message has all output.

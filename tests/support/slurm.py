@@ -1,4 +1,5 @@
-"""A Slurm cluster of this machine's own and its jobs, from a test: deadlines everywhere, nothing left behind."""
+"""A Slurm cluster of this machine's own and its jobs, from a test: deadlines everywhere, nothing left
+behind."""
 
 import os
 import re
@@ -15,8 +16,8 @@ from launch import clean_environment
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts" / "slurm"
 LOCAL_CLUSTER = SCRIPTS / "local_cluster.sh"
-# Their addresses are short. The long ones of the default go through Slurm's PMI in pieces, which now and then it
-# fails to put together ("value not properly terminated in client request"); the ranks then wait for ever.
+# Their addresses are short. The long ones of the default go through Slurm's PMI in pieces, which now and then
+# it fails to put together ("value not properly terminated in client request"); the ranks then wait for ever.
 SHORT_ADDRESSES = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
@@ -35,7 +36,10 @@ def local_cluster(verb: str, directory: Path, **settings: str) -> subprocess.Com
 
 
 def until(condition: Callable[[], object], seconds: float, what: Callable[[], str]) -> float:
-    """Wait until ``condition`` holds and return how long it took; TimeoutError with ``what()`` after ``seconds``."""
+    """Wait until ``condition`` holds and return how long it took.
+
+    TimeoutError with ``what()`` after ``seconds``.
+    """
     begin = time.monotonic()
     while not condition():
         if time.monotonic() - begin > seconds:
@@ -95,7 +99,10 @@ class Cluster:
     def submit(
         self, script: str, *words: str, cwd: Path, options: tuple[str, ...] = (), **settings: str
     ) -> Job:
-        """Submit the shipped batch script of that name in ``cwd``; ``settings`` are added to its environment."""
+        """Submit the shipped batch script of that name in ``cwd``.
+
+        ``settings`` are added to its environment.
+        """
         output = cwd / "job.out"
         command = ["sbatch", "--parsable", f"--output={output}", *options, str(SCRIPTS / script), *words]
         name = self.run(*command, cwd=cwd, **settings).strip()
@@ -104,7 +111,8 @@ class Cluster:
 
 @contextmanager
 def stopping(directory: Path) -> Iterator[None]:
-    """Stop the cluster in ``directory`` after the body of the ``with``, and even if this process is killed in it."""
+    """Stop the cluster in ``directory`` after the body of the ``with``, and even if this process is killed in
+    it."""
     # Waits for the end of its standard input, which comes with the end of this process at the latest.
     keeper = subprocess.Popen(
         ["bash", "-c", 'cat >/dev/null; exec "$0" stop "$1"', str(LOCAL_CLUSTER), str(directory)],

@@ -1,4 +1,5 @@
-"""Commands that stand in for ``xpar`` in batch jobs, where a test is about the job and not about what it computes."""
+"""Commands that stand in for ``xpar`` in batch jobs, where a test is about the job and not about what it
+computes."""
 
 import sys
 from pathlib import Path
@@ -6,8 +7,8 @@ from pathlib import Path
 from slurm import venv_path
 
 XPAR = Path(sys.executable).parent / "xpar"
-# Answers the prompts by copying them, one at its start and the others after `xpar run`, which takes for ever the first
-# time in a file called slow*: a command of the same form as `xpar generate`.
+# Answers the prompts by copying them, one at its start and the others after `xpar run`, which takes for ever
+# the first time in a file called slow*: a command of the same form as `xpar generate`.
 ANSWERING = f"""#!/bin/bash
 [ "$1" = generate ] || exec {XPAR} "$@"
 checkpoint=$2 prompts=$4 out=$6 steps=1
@@ -19,7 +20,8 @@ if [ "$SLURM_PROCID" = 0 ]; then cat "$prompts" >"$out"; fi
 """
 # Says what it is told and what it may use, fails where its name is in $FAILING, and hangs in $HANGING.
 ECHOING = """#!/bin/bash
-echo "rank $SLURM_PROCID of $SLURM_NTASKS: GPUs ${CUDA_VISIBLE_DEVICES:-none}; cores $(taskset -pc $$ | sed 's/.*: //'); $*"
+cores=$(taskset -pc $$ | sed 's/.*: //')
+echo "rank $SLURM_PROCID of $SLURM_NTASKS: GPUs ${CUDA_VISIBLE_DEVICES:-none}; cores $cores; $*"
 if [ "$1" = "${HANGING:-}" ]; then sleep 1000; fi
 if [[ " $FAILING " == *" $1 "* ]]; then exit 5; fi
 while [ $# -gt 0 ]; do

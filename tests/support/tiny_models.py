@@ -35,7 +35,10 @@ CLEAR = 1e-4
 
 
 def cases() -> tuple[Case, ...]:
-    """One model a family; seven experts divide by no number of ranks, but DeepSeek's groups need an even number."""
+    """One model a family.
+
+    Seven experts divide by no number of ranks, but DeepSeek's groups need an even number.
+    """
     # transformers 5.17 computes gpt-oss with a limit of 7 whatever its config says.
     return tuple(
         Case(c.model_type, c.model_type, {} if c.model_type == "gpt_oss" else c.overrides)
@@ -64,7 +67,10 @@ def plain_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 @dataclass(frozen=True)
 class Plain:
-    """``answer``: tokens, the end not among them; ``gap``: the least distance of a chosen logit to the next."""
+    """``answer``: tokens, the end not among them.
+
+    ``gap``: the least distance of a chosen logit to the next.
+    """
 
     answer: list[int]
     gap: float

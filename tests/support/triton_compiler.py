@@ -1,6 +1,7 @@
 """Compile for GPUs that this machine does not have, through the very launches that would run there.
 
-Triton asks its driver what to compile for: here that is a name. A launch then compiles, is noted, and does nothing.
+Triton asks its driver what to compile for: here that is a name. A launch then compiles, is noted, and does
+nothing.
 """
 
 import re
@@ -22,7 +23,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one launch: registers a thread, bytes spilt a thread, bytes of shared memory, warps, and text.
+    """What became of one launch: registers a thread, bytes spilt a thread, bytes of shared memory, warps, and
+    text.
 
     ``ttgir``: the last form in which tiles and copies are seen whole; ``ptx``: assembly.
     """

@@ -1,8 +1,9 @@
 """Triton's interpreter, taught that bfloat16 is a number. Import before the first kernel runs.
 
-The interpreter keeps bfloat16 values as their 16 bits and computes with those: products and sums are wrong without an
-error, and casts from float32 cut bits off. Here every operation on them goes through float32 and rounds to nearest
-even, as the hardware does. With NumPy from 2.4, Triton 3.6 also cannot take a tensor as a loop's bound.
+The interpreter keeps bfloat16 values as their 16 bits and computes with those: products and sums are wrong
+without an error, and casts from float32 cut bits off. Here every operation on them goes through float32 and
+rounds to nearest even, as the hardware does. With NumPy from 2.4, Triton 3.6 also cannot take a tensor as a
+loop's bound.
 """
 
 import numpy as np

@@ -1,4 +1,5 @@
-"""The search for tile tables, without a GPU: what is tried, what is chosen, and what the commands say where none is."""
+"""The search for tile tables, without a GPU: what is tried, what is chosen, and what the commands say where
+none is."""
 
 import json
 import time

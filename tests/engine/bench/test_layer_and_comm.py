@@ -158,7 +158,9 @@ def test_bench_comm_moves_the_deduplicated_rows_on_three_ranks(measured: Measure
 WRONG = {
     "layer olmo": "shape 'olmo' is not known",
     "layer olmoe --scale 2": "scale=2: widths are scaled",
-    f"layer olmoe --scale {SMALL} --micro-batches 2 --dispatcher shared-memory": "holds one step's rows at a time",
+    f"layer olmoe --scale {SMALL} --micro-batches 2 --dispatcher shared-memory": (
+        "holds one step's rows at a time"
+    ),
     "layer olmoe --tokens 0": "--tokens 0: must be at least 1",
     "layer olmoe --seconds 0": "--seconds 0: must be positive",
     "layer deepseek-v3 --compare solo": "GB are left; use --scale",

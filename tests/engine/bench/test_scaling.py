@@ -1,4 +1,7 @@
-"""``xpar bench scaling`` by itself: points, inputs, checks, and what report and plot say; the sweep: test_scaling_mpi.py."""
+"""``xpar bench scaling`` by itself: points, inputs, checks, and what report and plot say.
+
+The sweep: test_scaling_mpi.py.
+"""
 
 import copy
 import json
@@ -125,7 +128,8 @@ def test_other_answers_are_wrong_in_exact_mode_alone() -> None:
         assert verdict == {"answers_same": 2, "answers_compared": 3, "correct": not exact}
 
 
-# -- report and plot ------------------------------------------------------------------------------------------
+# -- report and plot
+# ------------------------------------------------------------------------------------------
 
 
 def records() -> list[dict[str, Any]]:
@@ -249,7 +253,8 @@ def test_results_are_not_overwritten_nor_taken_for_what_they_are_not(tmp_path: P
         result_folder.open_folder(tmp_path)
 
 
-# -- the command ----------------------------------------------------------------------------------------------
+# -- the command
+# ----------------------------------------------------------------------------------------------
 
 
 def test_command_measures_names_and_writes(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A sweep over the ranks of this run: the same bits at every point, the bytes that the routing asks for, ranks that sleep."""
+"""A sweep over the ranks of this run: the same bits at every point, the bytes that the routing asks for,
+ranks that sleep."""
 
 import time
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,5 @@
-"""Any layer on any grid, taken any way, equals its fp32 reference: router, biases, activation, shared experts, tokens."""
+"""Any layer on any grid, taken any way, equals its fp32 reference: router, biases, activation, shared
+experts, tokens."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,7 @@
-"""What cannot be recorded says why, before anything is recorded. Recording itself is checked by tests/gpu/check_layer.py."""
+"""What cannot be recorded says why, before anything is recorded.
+
+Recording itself is checked by tests/gpu/check_layer.py.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace

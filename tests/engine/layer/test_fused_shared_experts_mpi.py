@@ -1,4 +1,5 @@
-"""Shared experts as slots of the routed product: the same output, each counted once, and no row travels for them."""
+"""Shared experts as slots of the routed product: the same output, each counted once, and no row travels for
+them."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,5 @@
-"""Data-parallel ranks with different numbers of batches take every step together, the idle ones with no tokens."""
+"""Data-parallel ranks with different numbers of batches take every step together, the idle ones with no
+tokens."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,5 @@
-"""Experts of another width than the model's: what is refused, and that weights meet the tokens on the right side."""
+"""Experts of another width than the model's: what is refused, and that weights meet the tokens on the right
+side."""
 
 from dataclasses import replace
 

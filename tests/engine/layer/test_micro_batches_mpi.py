@@ -1,4 +1,5 @@
-"""A step in parts computes what the whole step does, and one part's rows are on their way while another is computed."""
+"""A step in parts computes what the whole step does, and one part's rows are on their way while another is
+computed."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,5 @@
-"""The collectives that end a layer: how many each kind of layer costs, deferred or not, and that the sum is right."""
+"""The collectives that end a layer: how many each kind of layer costs, deferred or not, and that the sum is
+right."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -29,7 +30,8 @@ NORM = Transform(lambda x: x / (1 + x.abs()))
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the truth table: what costs which collectives on several ranks, and what is left when deferred.
+    """A row of the truth table: what costs which collectives on several ranks, and what is left when
+    deferred.
 
     ``combined``: what combine returns, by choice of a dispatcher. ``transform``: of the routed output.
     """

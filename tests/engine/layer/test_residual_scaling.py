@@ -1,4 +1,5 @@
-"""float16: a layer whose output overflows is exact at its smaller scale, and a decoder that keeps both halves agrees."""
+"""float16: a layer whose output overflows is exact at its smaller scale, and a decoder that keeps both halves
+agrees."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +53,8 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 def worst_step(
     layer: Callable[[Tensor], Tensor], exact: SyntheticLayer, x: Tensor, scale: ResidualScale
 ) -> float:
-    """The largest error of a step of a decoder in halves: two rounds of a dense block and expert layers, each on a norm.
+    """The largest error of a step of a decoder in halves: two rounds of a dense block and expert layers, each
+    on a norm.
 
     Every step is compared with the same step in float64 from the halves that it was given: a router makes
     much of what its input differs by, so whole runs differ by more than their steps' roundings.

@@ -1,4 +1,5 @@
-"""Route, compute and combine in one call of a kernel: the bits of the steps one by one, and only where that is allowed."""
+"""Route, compute and combine in one call of a kernel: the bits of the steps one by one, and only where that
+is allowed."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,7 @@
-"""Every family, dispatcher and grid equals the transformers module; exact mode equals itself on any number of ranks."""
+"""Every family, dispatcher and grid equals the transformers module.
+
+Exact mode equals itself on any number of ranks.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""A model that contains layers compiles as one graph, with the real collectives inside, and computes the same."""
+"""A model that contains layers compiles as one graph, with the real collectives inside, and computes the
+same."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING

@@ -1,4 +1,5 @@
-"""Routers against definitions in a few lines of double precision, and their promises about ties, rows and bad logits."""
+"""Routers against definitions in a few lines of double precision, and their promises about ties, rows and bad
+logits."""
 
 import math
 
@@ -69,7 +70,8 @@ def golden(logits: list[float], config: RouterConfig, bias: list[float]) -> tupl
 
 
 def undecided(logits: list[float], config: RouterConfig, bias: list[float]) -> bool:
-    """Whether the last group that is kept and the first that is not tie by different addends: each precision may choose."""
+    """Whether the last group that is kept and the first that is not tie by different addends: each precision
+    may choose."""
     groups = ranked_groups(choices(logits, config, bias)[1], config)
     if config.topk_group == len(groups):
         return False

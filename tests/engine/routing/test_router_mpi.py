@@ -1,4 +1,5 @@
-"""Routers other than a checkpoint's own, in a runner on several ranks: the same tokens get the same output anywhere."""
+"""Routers other than a checkpoint's own, in a runner on several ranks: the same tokens get the same output
+anywhere."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,4 +1,5 @@
-"""Each further router against a definition in a few lines of double precision, with many exact ties in the inputs."""
+"""Each further router against a definition in a few lines of double precision, with many exact ties in the
+inputs."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""Simulated loads have the distributions that they are named after, and the user's own function is checked."""
+"""Simulated loads have the distributions that they are named after, and the user's own function is
+checked."""
 
 import math
 

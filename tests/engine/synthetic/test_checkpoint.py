@@ -1,4 +1,7 @@
-"""Random checkpoints: same arguments, same bytes; sizes that make no model are refused before anything is written."""
+"""Random checkpoints: same arguments, same bytes.
+
+Sizes that make no model are refused before anything is written.
+"""
 
 import hashlib
 import importlib.util
