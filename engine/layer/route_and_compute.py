@@ -114,7 +114,7 @@ def choose_runner(config: LayerConfig, experts: ExpertShard, options: LayerOptio
 def route_spec(config: RouterConfig) -> RouteSpec:
     """Describe what a kernel must do to route as ``config`` says."""
     unusual = {
-        "sparsemixer": config.choice == "sparsemixer",
+        config.choice: config.choice not in ("scores", "logits", "hash"),
         "a table of token ids": config.choice == "hash",
         "identity experts": config.zero_experts > 0,
         "a factor for each expert": config.expert_scale,
