@@ -190,7 +190,10 @@ def add_watchdog(p: argparse.ArgumentParser, stragglers: bool = False) -> None:
 def add_verbose(p: argparse.ArgumentParser) -> None:
     """Add ``-v`` to a command that runs on several ranks."""
     p.add_argument(
-        "-v", "--verbose", action="store_true", help="print the log of every rank (default: of rank 0 alone)"
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="print the whole log of every rank (default: messages of rank 0 alone)",
     )
 
 
