@@ -11,8 +11,9 @@ from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
 from xpar.comm.partition import split_range
-from xpar.engine.layer.build import LayerOptions, build_layer
+from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.cuda_graph import CapturedLayer
+from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import SHAPES
@@ -60,7 +61,7 @@ def layers(world: World, grid: ProcessGrid, name: str, scale: float, seed: int) 
             ("allgather", theirs, wanted),
             ("one-sided exact", exact, wanted_exact),
         ):
-            graph = runner.capture(total // world.size)
+            graph = CapturedLayer(runner, total // world.size)
             for kind, call in (("launched", runner), ("recorded", graph)):
                 if not torch.equal(call(mine), want):
                     wrong.append(f"{what}, {kind}")
