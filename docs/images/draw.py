@@ -184,6 +184,12 @@ def dispatchers() -> None:
             "one row per (token, node) crosses the network;",
             "fan-out and first sum inside the node",
         ),
+        (
+            "one-sided",
+            ("a1 b1", "a1 a2 b1 b2"),
+            "kernels store rows into the peers' GPU memory;",
+            "results are stored at the tokens' home",
+        ),
     )
     for n, (name, held, first, second) in enumerate(ways):
         x, y = 20 + n % 2 * 480, 50 + n // 2 * 156
