@@ -52,7 +52,7 @@ def _tensor(address: int, nbytes: int, device: torch.device) -> Tensor:
     return torch.as_tensor(_Array(address, nbytes), device=device)
 
 
-class _Undone:
+class UndoneMapping:
     """A base of mappings with two stacks of what closing undoes: of peers, and of this rank."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class _Undone:
         self._own.close()
 
 
-class IpcMapping(_Undone):
+class IpcMapping(UndoneMapping):
     """A mapping of plainly allocated memory by 64-byte handles; collective over ``group``."""
 
     way = "CUDA IPC handles"
@@ -96,7 +96,7 @@ class IpcMapping(_Undone):
         self.bases, self.bytes = tuple(bases), _tensor(address, nbytes, device)
 
 
-class DescriptorMapping(_Undone):
+class DescriptorMapping(UndoneMapping):
     """A mapping of virtual memory by file descriptors over unix sockets; collective.
 
     ``seconds``: how long a descriptor may be on its way. The sockets' names are abstract: no file is left

@@ -141,7 +141,8 @@ def parallelize(
         whole_block: Whether xpar also computes the router, the shared experts and all else of a block. It
             does so anyway in families whose block does not let its experts be provided.
         scale_residual: Keep the residual of a float16 model below 65504: whole blocks and decoder compute it
-            over the routed scaling factor (:func:`~xpar.engine.scale_decoder`). The logits stay the same.
+            over the routed scaling factor (:func:`~xpar.engine.models.scale_decoder.scale_decoder`). The
+            logits stay the same.
 
     Returns:
         ``model``, changed in place.

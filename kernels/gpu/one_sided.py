@@ -33,8 +33,8 @@ class Peers:
     ``window`` [n] uint8: this rank's own; ``delta`` [R] int64: bytes from its address to rank r's. ``state``
     [2] int32: epochs reached, by kind; ``counters`` [2] int32: zeros between launches; ``limit`` [1] int64:
     nanoseconds that a kernel waits for its peers. ``status`` [4] int32, in host memory: see
-    :func:`xpar.kernels.gpu.epochs.await_peers`. ``front``: bytes of the window's second part. ``processors``:
-    of the GPU, which launches are sized for.
+    ``await_peers`` of :mod:`xpar.kernels.gpu.epochs`. ``front``: bytes of the window's second part.
+    ``processors``: of the GPU, which launches are sized for.
     """
 
     rank: int
