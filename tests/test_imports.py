@@ -17,7 +17,28 @@ ALLOWED = {
     "comm": {"xpar.comm", "xpar.kernels"},
     "engine": {"xpar.engine", "xpar.comm", "xpar.kernels"},
 }
+ENGINE_ROOMS = (
+    "config",
+    "checkpoint",
+    "routing",
+    "architectures",
+    "layer",
+    "synthetic",
+    "models",
+    "generation",
+    "console",
+    "bench",
+    "bench.kernels",
+    "bench.scaling",
+    "commands",
+    "cli",
+    "__main__",
+)
+"""The rooms of the engine; each imports only rooms before it, and ``comm`` and ``kernels``."""
 MODULES = sorted(path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))
+ENGINE_FILES = [
+    path for path in MODULES if path.parts[-2:] != ("engine", "__init__.py") and "engine" in path.parts
+]
 # Only the extras bring these; a module that needs one imports it where it is used.
 OPTIONAL = ("zentorch", "transformers", "matplotlib", "nccl", "lm_eval", "pytest", "hypothesis")
 
@@ -108,16 +129,43 @@ def test_only_comm_imports_mpi(path: Path) -> None:
     assert room == "comm" or not [name for name in names if within(name, {"mpi4py"})]
 
 
-def test_no_files_of_comm_import_each_other() -> None:
-    """Imports in functions and for the type checker count, too."""
-    names = {module_name(path): path for path in MODULES if path.is_relative_to(ROOT / "comm")}
-    graph = {}
-    for name, path in names.items():
-        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        wanted = set(imported(ast.parse(path.read_text()), package))
-        # An import of a package's own name reads its __init__, which here re-exports and nothing more.
-        graph[name] = {m for m in names if any(w == m or w.rpartition(".")[0] == m for w in wanted)} - {name}
+def test_no_files_import_each_other() -> None:
+    """No cycle is left in engine, comm or kernels; imports in functions and for the type checker count."""
+    names = {module_name(path): wanted(path) for path in MODULES}
+    graph = {name: {m for m in names if is_imported(m, needs)} - {name} for name, needs in names.items()}
+    # The lazy exports of xpar.engine name every room, and `python -m` imports nothing that imports it.
+    del graph["xpar.engine"]
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+
+
+@pytest.mark.parametrize("path", ENGINE_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_room_of_the_engine_imports_only_rooms_before_it(path: Path) -> None:
+    room = room_of(module_name(path))
+    later = set(ENGINE_ROOMS[ENGINE_ROOMS.index(room) + 1 :])
+    rooms = {room_of(name) for name in wanted(path) if within(name, {"xpar.engine"})}
+    assert rooms & later == set()
+
+
+def test_order_of_rooms_is_complete() -> None:
+    found = {room_of(module_name(path)) for path in ENGINE_FILES}
+    assert found == set(ENGINE_ROOMS)
+
+
+def wanted(path: Path) -> set[str]:
+    """Return the full names of everything that the module in ``path`` imports."""
+    name = module_name(path)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    return set(imported(ast.parse(path.read_text()), package))
+
+
+def is_imported(module: str, names: set[str]) -> bool:
+    """Tell whether ``names`` hold ``module`` or a name in it; a package's own name reads its ``__init__``."""
+    return any(name == module or name.rpartition(".")[0] == module for name in names)
+
+
+def room_of(name: str) -> str:
+    """Return the longest room of the engine that the module or name ``name`` lies in."""
+    return max((room for room in ENGINE_ROOMS if within(name, {f"xpar.engine.{room}"})), key=len)
 
 
 @pytest.mark.parametrize(
