@@ -48,7 +48,7 @@ class Capabilities:
     Attributes:
         devices: torch device types of the tokens.
         needs_host_counts: On a GPU, whether the host waits for numbers that the GPU computes. In exact mode
-            every dispatcher does.
+            a dispatcher without ``takes_slots`` waits for them whatever this says.
         graph_capture: Whether plan, dispatch and combine may be captured in a CUDA graph and replayed, as
             long as every rank's number of tokens stays the same.
         pipelined: Whether a step may be planned and dispatched before the step before it is combined.
@@ -56,8 +56,7 @@ class Capabilities:
         row_granularity: What a token sends one row to: each "rank" or each "node" that holds any of its
             experts, or "all" ranks.
         single_node: Whether all ranks of the group must share memory.
-        takes_slots: Whether it is a :class:`SlotDispatcher`; in exact mode every other dispatcher waits for
-            counts.
+        takes_slots: Whether it is a :class:`SlotDispatcher`, which sums the outputs of single slots itself.
         needs_transport: Whether tokens travel through the transport of the group.
     """
 

@@ -192,7 +192,10 @@ class SharedMemoryDispatcher(Dispatcher):
         return self.window.view(first_byte, (layout.num_outputs, like.shape[1]), like.dtype)
 
     def _plan_window(self, gathered: Routing, own: slice, exact: bool) -> tuple[SharedMemoryPlan, Tensor]:
-        """Derive the plan, and the rows to each rank, from all routing; ``own``: own tokens."""
+        """Derive the plan, and the number of rows to each rank, from the routing of all ranks.
+
+        ``own``: which of the tokens of ``gathered`` are this rank's.
+        """
         mask = destination_mask(gathered.topk_ids, self.placement)
         rows = mask[self.group.rank].nonzero()[:, 0]
         local = self.placement.local_ids(gathered.topk_ids[rows], self.placement.ep_rank(self.group.rank))

@@ -82,9 +82,11 @@ class Reporter:
         self.fail_in_haste("told to end by SIGTERM", TERMINATED)
 
     def answer(self, request: SurveyRequest) -> list[RankState]:
-        """Answer a rank of another node.
+        """Answer a rank of another node, which asks for the states of this node's ranks.
 
-        If the job is to end, this node writes no report of its own afterwards.
+        Three requests come here. Without ``code`` the other node only wants to know. With ``code`` the job
+        is to end: without ``reason`` the other node reports, and this one ends its ranks soon after the
+        answer; with ``reason`` this node is the first one, and writes the report for the other.
         """
         if request.code is None:
             return self._survey_node()

@@ -1,8 +1,16 @@
 """The state of each rank of a node, in memory that all of them read.
 
 They can read it while the rank is blocked, stopped or dead. The memory is a file without a name, so that
-nothing of it outlives the job's processes, whatever ends them. Every rank has a row of ROW_BYTES: CALL (its
-first two fields are STATE), SELF, from LOCK on its death lock. The last bytes of row 0 are REPORTED.
+nothing of it outlives the job's processes, whatever ends them. Every rank has a row of 256 bytes:
+
+======== ======== =====================================================================
+bytes    layout   contents
+======== ======== =====================================================================
+0-167    CALL     the state and its time (STATE), then the last collective
+168-183  SELF     the process's number, the descriptor of its file of stacks
+192-247  LOCK     the lock that the kernel releases when the process dies
+248-255  REPORTED in row 0 only: whether the job's report is written
+======== ======== =====================================================================
 """
 
 import fcntl

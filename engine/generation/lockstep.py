@@ -43,14 +43,15 @@ class Progress:
 class LockstepCallbacks(Generic[R]):
     """The functions that the loop calls.
 
-    All ranks have the same ``total``.
-
-    Only rank 0's ``write`` is called with answers of all.
-
-    ``start(place)``: the sequence of prompt ``place`` of the queue. ``at_once(place)``: how many prompts,
-    this one the longest, a rank may begin in one step. ``record``: what is written of a complete one.
-    ``write``: keeps records, on rank 0. ``stop``: whether this rank was told to. ``tell``: hears where all
-    are.
+    Attributes:
+        total: Prompts in the queue; the same on all ranks.
+        start: Makes the row of the prompt at a place of the queue.
+        at_once: Says how many prompts a rank may begin in one step, if the one at a given place is the
+            longest of them.
+        record: Makes what is written of a complete row.
+        write: Writes records. It is called on rank 0 only, with those of all ranks.
+        stop: Says whether this rank was told to stop.
+        tell: Receives the job's progress before each step, for a progress bar.
     """
 
     total: int

@@ -9,9 +9,9 @@ LAUNCH, RECORD, REPLAY = 0, 1, 2
 class Row(Protocol):
     """A prompt or text that is being processed.
 
-    ``place``: its number among the job's.
-
-    ``failure``: why it cannot be, or None.
+    Attributes:
+        place: Its number in the job's queue, from 0.
+        failure: Why the model cannot answer or score it, or None.
     """
 
     place: int
@@ -26,7 +26,7 @@ class LocalBatch(Protocol[R]):
 
     @property
     def occupied(self) -> int:
-        """The number of slots of the batch in use."""
+        """The number of rows that this rank has begun and not completed."""
 
     @property
     def tokens(self) -> int:

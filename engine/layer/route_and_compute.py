@@ -150,7 +150,7 @@ def why_not_fused(
     if not dispatcher.capabilities.replicated_tokens:
         return f"{dispatcher.name} was asked for, which moves tokens even on one rank"
     if entry is None or entry.fused_routing is None:
-        return f"{'no kernel' if entry is None else entry.name} covers more than computing"
+        return f"{'no kernel' if entry is None else entry.name} only computes, it neither routes nor combines"
     if exact:
         return "exact mode adds a token's outputs where the token lives"
     if fused:

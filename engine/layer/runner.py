@@ -33,8 +33,8 @@ class RoutedTokens(NamedTuple):
         hidden_states: The tokens, ``[T, H]``.
         rows: What the experts read: the tokens, projected or weighted where the layer asks for it.
         routing: Where the tokens go; the exception instead, if routing failed on this rank.
-        weighted: The routing of ``rows``: with fused shared experts' slots, without weights that ``rows``
-            have already.
+        weighted: The routing that the experts get with ``rows``. It is ``routing``, with the slots of fused
+            shared experts added, and with weights of 1 where ``rows`` are multiplied by the weights already.
         shared_logits: Logits ``[T, 1]`` of the shared experts' gate, where one product made them with the
             router's.
     """
@@ -242,7 +242,8 @@ class MoERunner(nn.Module):
             ``[T, H]`` in the layer's dtype.
 
         Raises:
-            AgreedError, ValueError: Any rank's arguments do not fit; the same error on every rank.
+            RemoteRankError: Any rank's arguments do not fit; the same error on every rank.
+            ValueError: They do not fit, and one rank holds all experts.
         """
         if torch.compiler.is_compiling():
             output: Tensor = moe_forward(self.handle, hidden_states, router_logits, input_ids)

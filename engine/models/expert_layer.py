@@ -41,7 +41,8 @@ class ExpertLayer(ModelLayer):
             ``[T, H]`` in the layer's dtype. With ``isolates_rows`` rows that are not finite come out as NaN.
 
         Raises:
-            AgreedError: Any rank's arguments do not fit, or are not finite; the same error on every rank.
+            RemoteRankError: Any rank's arguments do not fit, or are not finite; the same error on every rank.
+            ValueError: They do not fit, and one rank holds all experts.
         """
         # On a GPU nothing is looked at, so as not to wait: NaN passes through the products of its own row.
         looks = self.isolates_rows and not hidden_states.is_cuda

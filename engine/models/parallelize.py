@@ -232,7 +232,14 @@ class MoeModules:
 def moe_modules(
     model: torch.nn.Module, hf_config: dict[str, Any], whole_block: bool
 ) -> dict[int, MoeModules]:
-    """Find the modules to replace, by layer: experts, or with ``whole_block`` or without a choice blocks."""
+    """Find the modules that each layer is to replace, by the layer's index.
+
+    These are the experts modules, if the model has one in every MoE layer. Otherwise, and with
+    ``whole_block``, they are the modules of the whole block: router, experts and shared experts.
+
+    Raises:
+        CheckpointError: The family's layers can be computed, but not its whole models.
+    """
     arch = find(hf_config)
     if why := arch.why_layers_only:
         raise CheckpointError(f"model_type={arch.model_type!r}: {why}; xpar run computes its layers")

@@ -25,7 +25,8 @@ def choose_rule(
         hash_table: ``[vocabulary, k]``, or None.
 
     Raises:
-        ValueError: The configuration needs a tensor that is missing, or has no use for one that is given.
+        ValueError: The configuration needs a tensor that is missing, has no use for one that is given, or
+            names a choice that no rule makes.
     """
     wanted = {
         "correction_bias": (config.correction_bias, correction_bias),
@@ -51,4 +52,6 @@ def _choice(
         return SparseMixerRule(config)
     if config.choice == "hash" and table is not None:
         return HashRule(config, table)
-    return TopKRule(config, None if bias is None else bias.float(), scale)
+    if config.choice == "scores":
+        return TopKRule(config, None if bias is None else bias.float(), scale)
+    raise ValueError(f"choice={config.choice!r}: no rule is built for it; add one to choose_rule.py")

@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[LayerConfig, LayerOptions, str]] = {
         "the slots of fused shared experts",
     ),
     "dispatcher": (PLAIN, LayerOptions("alltoall"), "alltoall was asked for"),
-    "kernel": (PLAIN, LayerOptions(kernel="reference"), "reference covers more than computing"),
+    "kernel": (PLAIN, LayerOptions(kernel="reference"), "reference only computes"),
 }
 
 

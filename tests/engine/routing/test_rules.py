@@ -153,6 +153,12 @@ def test_zero_experts_are_dropped_slots_and_a_value(fresh_seed: int) -> None:
         torch.testing.assert_close(added[t], (x[t].double() * zero).float(), rtol=1e-5, atol=1e-7)
 
 
+def test_a_choice_without_a_rule_is_refused() -> None:
+    config = RouterConfig(2, choice="coin")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"choice='coin': no rule is built for it"):
+        Router(config)
+
+
 def test_without_zero_experts_there_is_no_identity_output() -> None:
     assert identity_output(torch.randn(2, 4), Router(RouterConfig(2)).route(None, torch.randn(2, 4))) is None
 
