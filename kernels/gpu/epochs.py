@@ -117,6 +117,33 @@ def await_peers(
 
 
 @triton.jit
+def end_exchange(
+    counter,  # int32 [1], device memory of this rank: programs of this launch that are done
+    programs,  # number of programs of the launch
+    flags,  # int32 [R] of kind KIND in this rank's window, entry per source rank
+    delta,  # int64 [R]: bytes from this rank's window to rank r's
+    epoch,  # int32: the epoch that this exchange reaches
+    state,  # int32 [2], device memory: epochs reached, by kind
+    broken,  # int32 [1] in this rank's window: 0, or 1 + the rank that gave up
+    status,  # int32 [4] in host memory: see ``await_peers``
+    limit,  # int64 [1], device memory: nanoseconds to wait (turns in the interpreter)
+    KIND: tl.constexpr,  # 0: rows of tokens, 1: results
+    R: tl.constexpr,  # ranks
+    LANES: tl.constexpr,  # power of two, at least 2 and at least R
+    RANK: tl.constexpr,  # this rank
+    ASM: tl.constexpr,  # inline PTX
+):
+    """In the last program of a launch that has sent, signal all ranks and wait for their signals.
+
+    Every program calls it as its last act: a barrier must not follow :func:`await_peers`.
+    """
+    if is_last_program(counter, programs):
+        signal_peers(flags, delta, epoch, R, LANES, RANK)
+        tl.store(state + KIND, epoch)
+        await_peers(flags, epoch, broken, status, limit, KIND, R, RANK, ASM)
+
+
+@triton.jit
 def abort_kernel(
     broken,  # int32 [1] in this rank's window: 0, or 1 + the rank that gave up
     delta,  # int64 [R]: bytes from this rank's window to rank r's

@@ -9,7 +9,7 @@ store to different homes.
 import triton
 import triton.language as tl
 
-from xpar.kernels.gpu.epochs import await_peers, is_last_program, signal_peers, wide
+from xpar.kernels.gpu.epochs import end_exchange, wide
 
 
 @triton.jit(do_not_specialize=["most"])
@@ -62,10 +62,7 @@ def home_kernel(
                 if tl.max(id, 0) >= 0:
                     value = tl.load(outputs + entry * W + column, mask=inside)
                     tl.store(back + away + (wide(number) * RANK + t) * W + column, value, mask=inside)
-    if is_last_program(counter, programs):
-        signal_peers(flags, delta, epoch, R, LANES, RANK)
-        tl.store(state + 1, epoch)
-        await_peers(flags, epoch, broken, status, limit, 1, R, RANK, ASM)
+    end_exchange(counter, programs, flags, delta, epoch, state, broken, status, limit, 1, R, LANES, RANK, ASM)
 
 
 @triton.jit(do_not_specialize=["most"])
@@ -121,10 +118,7 @@ def weighted_home_kernel(
                 away = tl.multiple_of(tl.load(delta + s) >> SHIFT, 16)
                 place = back + away + (wide(number) * RANK + t) * H
                 tl.store(place + column, total.to(back.dtype.element_ty), mask=inside)
-    if is_last_program(counter, programs):
-        signal_peers(flags, delta, epoch, R, LANES, RANK)
-        tl.store(state + 1, epoch)
-        await_peers(flags, epoch, broken, status, limit, 1, R, RANK, ASM)
+    end_exchange(counter, programs, flags, delta, epoch, state, broken, status, limit, 1, R, LANES, RANK, ASM)
 
 
 @triton.jit(do_not_specialize=["tokens"])

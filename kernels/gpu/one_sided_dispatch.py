@@ -10,7 +10,7 @@ sent and must not be read.
 import triton
 import triton.language as tl
 
-from xpar.kernels.gpu.epochs import await_peers, is_last_program, signal_peers, wide
+from xpar.kernels.gpu.epochs import end_exchange, wide
 
 
 @triton.jit(do_not_specialize=["tokens", "first"])
@@ -77,7 +77,4 @@ def dispatch_kernel(
         away = tl.load(delta + r, mask=r < R, other=0) >> 2
         tl.store(counts + 2 * RANK + away, tokens + tl.zeros((LANES,), tl.int32), mask=r < R)
         tl.store(counts + 2 * RANK + 1 + away, first + tl.zeros((LANES,), tl.int32), mask=r < R)
-    if is_last_program(counter, programs):
-        signal_peers(flags, delta, epoch, R, LANES, RANK)
-        tl.store(state, epoch)
-        await_peers(flags, epoch, broken, status, limit, 0, R, RANK, ASM)
+    end_exchange(counter, programs, flags, delta, epoch, state, broken, status, limit, 0, R, LANES, RANK, ASM)
