@@ -1,5 +1,7 @@
-"""What the watch over collectives costs while nothing is wrong: ``mpirun -n 2 python
-benchmarks/guard_cost.py``."""
+"""Measures what the watch over collectives costs while nothing is wrong.
+
+Run it with ``mpirun -n 2 python benchmarks/guard_cost.py``.
+"""
 
 import sys
 import time

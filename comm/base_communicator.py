@@ -82,7 +82,7 @@ class BaseCommunicator(Communicator):
     # ---------------------------------------------------------------------------
 
     def checks_collectives(self) -> bool:
-        """Whether every collective must be compared with :meth:`check_collective` before it begins."""
+        """Return whether every collective must be compared by :meth:`check_collective` before it begins."""
         return False
 
     def check_collective(self, signature: CollectiveSignature) -> None:

@@ -106,7 +106,7 @@ def add(a: Distributed, b: Distributed) -> Distributed:
 
 
 def same_state(a: State, b: State) -> bool:
-    """Whether two states mean the same; groups of equal ranks in equal order are one group."""
+    """Return whether two states mean the same; groups of equal ranks in equal order are one group."""
     if isinstance(a, Full) or isinstance(b, Full):
         return a == b
     counts = [x.counts if isinstance(x, Sharded) else None for x in (a, b)]

@@ -24,7 +24,7 @@ class StepFacts:
 
     @property
     def any_work(self) -> bool:
-        """Whether any rank has work left; ranks without work then join the step with no tokens."""
+        """Return whether any rank has work left; ranks without work then join the step with no tokens."""
         return any(self.work)
 
 

@@ -18,7 +18,7 @@ Group = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Lateness:
-    """How late one rank came to its collectives.
+    """The delays with which one rank came to its collectives.
 
     Attributes:
         rank: World rank.

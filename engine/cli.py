@@ -54,5 +54,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _is_first() -> bool:
-    """Whether the launcher's variables make this process rank 0: help must not need MPI."""
+    """Return whether the launcher's variables make this process rank 0: help must not need MPI."""
     return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"

@@ -1,4 +1,4 @@
-"""What one mixture-of-experts layer is, as frozen values that nobody changes after they are made."""
+"""The description of one mixture-of-experts layer, as frozen values that do not change once they are made."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +16,7 @@ TINY = 1e-20
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How logits become (topk_ids, topk_weights).
+    """The way from logits to ``topk_ids`` and ``topk_weights``.
 
     ``choice``: what picks the experts. ``scores``: the k best of all scores, whose values are the weights.
     ``logits``: the k best logits, scored among themselves (gpt-oss, Granite; Llama-4 with k = 1).

@@ -67,7 +67,7 @@ class MpiBackend:
 
 
 def claims_cuda() -> bool:
-    """Whether the MPI library claims to take CUDA addresses; touches no such memory.
+    """Return whether the MPI library claims to take CUDA addresses; no such memory is touched.
 
     It reads the info key of MPI 4.1 and calls the functions of Open MPI, and of MPICH and its
     descendants.

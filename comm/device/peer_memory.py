@@ -44,7 +44,7 @@ class PeerAccess:
 
     @property
     def refusal(self) -> str | None:
-        """Why there is no way, in one line; None where there is one."""
+        """Return why there is no way, in one line; None where there is one."""
         return None if self.way else "; ".join(f"{way}: {reason}" for way, reason in self.rejected)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from xpar.kernels.gpu.one_sided import Exchange, Peers, Step
 
 LEAST_BYTES = 1 << 20
-"""Of what is sent to experts and of what comes home; a window then grows by half at least."""
+"""The least bytes of a window's two parts (rows to experts, results); it then grows by half at least."""
 KEPT = 64
 """Exchanges of different sizes that are kept ready."""
 

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 WIDTH = 64
 """Values of a row of the trial."""
 TURNS_A_SECOND = 2_000
-"""What the interpreter counts in place of nanoseconds."""
+"""Units of time that the interpreter counts as one second, in place of nanoseconds."""
 
 
 class MappedMemory(Protocol):
-    """What the trial uses of a :class:`~xpar.comm.device.peer_memory.PeerMemory`."""
+    """The part of a :class:`~xpar.comm.device.peer_memory.PeerMemory` that the trial uses."""
 
     group: Communicator
     device: torch.device

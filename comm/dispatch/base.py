@@ -71,7 +71,7 @@ class Capabilities:
     needs_transport: bool = True
 
     def moves_rows(self, num_nodes: int) -> bool:
-        """Whether the dispatcher moves rows in a way of its own on ``num_nodes`` nodes."""
+        """Return whether the dispatcher moves rows in a way of its own on ``num_nodes`` nodes."""
         return not self.replicated_tokens and not (self.row_granularity == "node" and num_nodes == 1)
 
 
@@ -90,7 +90,7 @@ class DispatchRequest:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Who sends which rows where, for one step of one layer.
+    """The rows that each rank sends to each other rank, in one step of one layer.
 
     Attributes:
         local_routing: The routing of this rank's tokens: ids [T, k], weights [T, k] fp32.

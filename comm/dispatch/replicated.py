@@ -103,5 +103,5 @@ class ReplicatedDispatcher(Dispatcher):
 
 
 def _computes_all_tokens(x: Tensor) -> bool:
-    """Whether experts get all tokens: on a GPU, picking some would make the host wait."""
+    """Return whether the experts get all tokens: on a GPU, picking some would make the host wait."""
     return x.is_cuda

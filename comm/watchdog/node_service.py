@@ -28,7 +28,7 @@ class Address:
 
 @dataclass(frozen=True)
 class RankAddress:
-    """How the other ranks find a rank of the job.
+    """The address at which other ranks find a rank of the job.
 
     Attributes:
         host: Name of its host.

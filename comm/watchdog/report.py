@@ -14,7 +14,7 @@ HEADLINE = "where every rank is:"
 
 @dataclass(frozen=True)
 class RankState:
-    """What a survey found out about one rank.
+    """The facts that a survey found out about one rank.
 
     Attributes:
         rank: World rank.
@@ -35,7 +35,7 @@ class RankState:
     stack: str = ""
 
     def has_reached(self, call: Call) -> bool:
-        """Whether the rank is in ``call`` of its group, or has been."""
+        """Return whether the rank is in ``call`` of its group, or has been."""
         return self.call is not None and self.call.group == call.group and self.call.seq >= call.seq
 
 

@@ -147,7 +147,7 @@ class StatusBoard:
         REPORTED.pack_into(self.memory, ROW_BYTES - REPORTED.size, 1)
 
     def is_reported(self) -> bool:
-        """Whether the job's report is written."""
+        """Return whether the job's report is written."""
         return bool(REPORTED.unpack_from(self.memory, ROW_BYTES - REPORTED.size)[0])
 
     def claim_report(self) -> bool:

@@ -144,7 +144,7 @@ def grid() -> None:
 
 
 def dispatchers() -> None:
-    """Who holds which rows after dispatch, with two tokens on each of two ranks."""
+    """Draw who holds which rows after dispatch, with two tokens on each of two ranks."""
     d = Drawing(980, 520, "Who holds which rows after dispatch, for each dispatcher")
     d.text(
         490,

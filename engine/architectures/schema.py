@@ -68,7 +68,7 @@ class MlpNames:
 
     @property
     def is_gated(self) -> bool:
-        """Whether the MLP has a gate."""
+        """Return whether the MLP has a gate."""
         return self.gate is not None or self.gate_up is not None
 
 

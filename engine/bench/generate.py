@@ -29,7 +29,7 @@ FAR = 2.0
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What to decode.
+    """The sequences to decode and how.
 
     ``batch``: number of sequences of the whole job. ``rounds``: how often each side runs, in turn, after one
     round that is not counted. ``seed``: of the prompts.

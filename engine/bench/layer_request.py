@@ -16,7 +16,7 @@ in cache."""
 
 @dataclass(frozen=True)
 class LayerRequest:
-    """What to measure.
+    """The layer to measure and how.
 
     Attributes:
         shape: the layer's sizes.

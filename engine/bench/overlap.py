@@ -24,7 +24,7 @@ REPLAYS = 20
 
 @dataclass(frozen=True)
 class OverlapRequest:
-    """What to measure.
+    """The overlap to measure and how.
 
     ``shape``, ``scale``: the layer's sizes, and the factor on H and I. ``tokens``: numbers of tokens of each
     rank. ``seconds``: measuring time for each number of tokens. ``seed``: of weights and tokens.

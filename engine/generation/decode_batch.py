@@ -103,7 +103,7 @@ class DecodeBatch:
 
     @property
     def occupied(self) -> int:
-        """How many sequences are running or wait to be read once more."""
+        """The number of sequences that are running or wait to be read once more."""
         return len(self.running) + len(self._alone)
 
     def slots(self) -> int:

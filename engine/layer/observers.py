@@ -38,7 +38,7 @@ class SlotCounter:
 
 @dataclass(frozen=True)
 class Observers:
-    """Who is told what a step of a layer does; an argument of the forward.
+    """The objects that are told what a step of a layer does; an argument of the forward.
 
     Attributes:
         timer: Measures each stage.

@@ -1,4 +1,4 @@
-"""How one MoE layer is computed: what a caller may choose, as frozen values."""
+"""The options of one MoE layer: what a caller may choose, as frozen values."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ DEPTHS: tuple[Depth, ...] = ("auto", "steps", "one-call")
 
 @dataclass(frozen=True)
 class ExpertOptions:
-    """How routed experts are computed.
+    """The options of routed experts.
 
     Attributes:
         dispatcher: Name of a dispatcher of :mod:`xpar.comm.dispatch`, or ``auto``.
@@ -29,7 +29,7 @@ class ExpertOptions:
 
 @dataclass(frozen=True)
 class LayerOptions(ExpertOptions):
-    """How a whole layer is computed.
+    """The options of a whole layer.
 
     Attributes:
         sequence_parallel: The ranks of a tensor-parallel group give different tokens, and get the outputs of

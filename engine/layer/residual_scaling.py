@@ -16,7 +16,7 @@ from xpar.engine.config import LayerConfig
 
 @dataclass(frozen=True)
 class ResidualScale:
-    """What a decoder must do when the outputs of its expert layers are divided by ``factor``."""
+    """The changes that a decoder needs when the outputs of its expert layers are divided by ``factor``."""
 
     factor: float
 

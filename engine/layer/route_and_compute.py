@@ -39,7 +39,7 @@ class FusedRunner(MoERunner):
 
     @cached_property
     def route_spec(self) -> RouteSpec:
-        """What the kernel does in the router's place."""
+        """Describe what the kernel does in the router's place."""
         return route_spec(cast(Router, self.router).config)
 
     def start(

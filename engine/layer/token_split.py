@@ -1,4 +1,4 @@
-"""How tokens that several ranks hold as copies are split between them before dispatch.
+"""Splits tokens that several ranks hold as copies between them before dispatch.
 
 The ranks of a tensor-parallel group get the same T tokens. Either every rank dispatches all of them
 (:class:`KeepAllTokens`) or each rank dispatches a slice of them (:class:`SplitOverTensorParallel`).

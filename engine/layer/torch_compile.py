@@ -16,7 +16,7 @@ from torch._opaque_base import OpaqueBase
 
 
 class CompilableLayer(Protocol):
-    """What the operators call of a layer; see :class:`~xpar.engine.layer.runner.MoERunner`."""
+    """The methods of a layer that the operators call; see :class:`~xpar.engine.layer.runner.MoERunner`."""
 
     def forward(
         self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None

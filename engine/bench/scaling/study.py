@@ -20,7 +20,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """The grids and sizes to measure.
 
     ``name``: for people. ``source``: the layer, or a request for a whole model whose ``out`` is the folder of
     the answers. ``tokens_per_rank``: in the weak mode of a layer.
