@@ -358,7 +358,7 @@ class MoERunner(nn.Module):
             with observers.stage("shared"):
                 return self.shared(hidden_states, routed.shared_logits)
 
-        return self.overlap.begin(compute, hidden_states)
+        return self.overlap.begin(compute, hidden_states, routed.shared_logits)
 
     def _plan(self, routing: Routing | Exception) -> DispatchPlan:
         tag = Tag("layer", self.layer, self._step)

@@ -74,21 +74,24 @@ class Overlap:
         few_on_gpu = self.device.type == "cuda" and tokens <= SIDE_STREAM_TOKENS
         return SharedOrder.SIDE_STREAM if few_on_gpu else SharedOrder.DURING_DISPATCH
 
-    def begin(self, work: SharedExpertsCall, hidden_states: Tensor) -> RunningSharedExperts:
-        """Schedule ``work``, which reads ``hidden_states`` [T, H].
+    def begin(
+        self, work: SharedExpertsCall, hidden_states: Tensor, logits: Tensor | None = None
+    ) -> RunningSharedExperts:
+        """Schedule ``work``, which reads ``hidden_states`` [T, H] and the gate's ``logits`` [T, 1] if given.
 
         The caller waits for the output of the result.
         """
         order = self.order_of(hidden_states.shape[0])
         if order is SharedOrder.SIDE_STREAM:
-            return RunningSharedExperts(self._on_side_stream(work, hidden_states), order)
+            inputs = [hidden_states] if logits is None else [hidden_states, logits]
+            return RunningSharedExperts(self._on_side_stream(work, inputs), order)
         output = Pending(work)
         if order is SharedOrder.BEFORE:
             output.wait()
         return RunningSharedExperts(output, order)
 
-    def _on_side_stream(self, work: SharedExpertsCall, hidden_states: Tensor) -> Pending[Distributed | None]:
-        """Run ``work`` on the side stream.
+    def _on_side_stream(self, work: SharedExpertsCall, inputs: list[Tensor]) -> Pending[Distributed | None]:
+        """Run ``work`` on the side stream; the result holds ``inputs``, all that it reads, until the join.
 
         Fork and join become edges of a CUDA graph that is being captured.
         """
@@ -98,11 +101,14 @@ class Overlap:
         side.wait_stream(main)
         with torch.cuda.stream(side):
             output = work()
-        # The allocator must not give this memory away while the other stream may still use it.
-        hidden_states.record_stream(side)
+        # The allocator must not give memory away while the other stream may still use it, also if nobody
+        # joins.
+        for tensor in inputs:
+            tensor.record_stream(side)
 
         def join() -> Distributed | None:
             main.wait_stream(side)
+            inputs.clear()
             if output is not None:
                 output.tensor.record_stream(main)
             return output
