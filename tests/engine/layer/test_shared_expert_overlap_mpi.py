@@ -128,22 +128,21 @@ def test_what_the_side_stream_reads_lives_until_the_join(
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     layer = SyntheticLayer(CONFIG, torch.float32, fresh_seed)
-    runner = build_layer(CONFIG, ProcessGrid.create(world), torch.float32, layer.read)
+    options = LayerOptions(depth="steps")
+    runner = build_layer(CONFIG, ProcessGrid.create(world), torch.float32, layer.read, options)
     runner.overlap.order_of = lambda tokens: SharedOrder.SIDE_STREAM  # type: ignore[method-assign]
     shared, read = runner.shared, []
     assert shared is not None
 
     def watch(hidden_states: torch.Tensor, logits: torch.Tensor | None) -> Any:
-        read.extend(
-            weakref.ref(tensor.untyped_storage()) for tensor in (hidden_states, logits) if tensor is not None
-        )
+        read.extend(weakref.ref(tensor) for tensor in (hidden_states, logits) if tensor is not None)
         return shared(hidden_states, logits)
 
     runner.shared = watch  # type: ignore[assignment]
     step = runner.start(torch.zeros(3, 32))
     gc.collect()
     assert len(read) == 2
-    assert all(storage() is not None for storage in read)
+    assert all(tensor() is not None for tensor in read)
     runner.finish(step).sum()
     del step
     gc.collect()
