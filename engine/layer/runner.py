@@ -189,7 +189,7 @@ class MoERunner(nn.Module):
             routed = add_identity_and_bias(
                 returning.wait(), step.hidden_states, step.routing, self.output_bias
             )
-        observers.record(arrived.topk_ids, step.routing, step.plan.traffic)
+        observers.record(arrived.topk_ids, step.routing, step.plan.pending_traffic)
         return LayerOutput(
             self.tokens.as_sharded(routed, step.num_tokens),
             step.shared.output.wait(),
