@@ -16,6 +16,8 @@ SETTLE_S = 0.01
 LEAST_ROUNDS, MOST_ROUNDS = 5, 60
 WARM_UP_ROUNDS = 2
 """Rounds of :func:`take_turns` before those that it counts."""
+REPLAYS = 20
+"""Calls between two readings of the clock on a GPU: one call is shorter than a reading takes."""
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,15 @@ def check_capturable(runner: MoERunner, tokens: int) -> None:
         )
 
 
+def is_capturable(runner: MoERunner, tokens: int) -> bool:
+    """Return whether :class:`CapturedLayer` takes ``runner``; every rank finds the same."""
+    try:
+        check_capturable(runner, tokens)
+    except ValueError:
+        return False
+    return True
+
+
 def watch_paused(runner: MoERunner) -> AbstractContextManager[object]:
     """Pause the transport's watching thread, which must not ask about events during a capture."""
     transport = runner.grid.transport
