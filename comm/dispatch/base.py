@@ -177,7 +177,10 @@ class Dispatcher(Protocol):
         """
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        """Start to move ``hidden_states`` [T, H]; the result is for this rank's experts."""
+        """Start to move ``hidden_states`` [T, H]; the result is for this rank's experts.
+
+        What arrives may lie where peers write the next step's rows: read it before :meth:`combine`.
+        """
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         """Return memory for ``rows`` expert outputs that combine need not copy, or None."""

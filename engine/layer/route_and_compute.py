@@ -87,7 +87,8 @@ class FusedRunner(MoERunner):
             kernel = cast(FusedRoutingKernel, self.experts.kernel)
             output, routing = kernel.route_and_compute(x, logits, self.route_spec)
         traffic = Traffic.of(0, [x.shape[0]], x.shape[0])
-        observers.record(routing.topk_ids, routing, traffic)
+        observers.record_arrived(routing.topk_ids)
+        observers.record_step(routing, traffic)
         shared = None
         if self.shared is not None:
             with observers.stage("shared"):

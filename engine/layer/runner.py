@@ -182,6 +182,7 @@ class MoERunner(nn.Module):
             arrived = step.rows.wait()
         with observers.stage("compute"):
             outputs = self.experts.compute(arrived, step.plan)
+        observers.record_arrived(arrived.topk_ids)
         with observers.stage("combine"):
             returning = self.experts.combine(outputs, step.plan)
         step.shared.run_if(SharedOrder.DURING_COMBINE)
@@ -189,7 +190,7 @@ class MoERunner(nn.Module):
             routed = add_identity_and_bias(
                 returning.wait(), step.hidden_states, step.routing, self.output_bias
             )
-        observers.record(arrived.topk_ids, step.routing, step.plan.pending_traffic)
+        observers.record_step(step.routing, step.plan.pending_traffic)
         return LayerOutput(
             self.tokens.as_sharded(routed, step.num_tokens),
             step.shared.output.wait(),

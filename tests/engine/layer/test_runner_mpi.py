@@ -24,6 +24,7 @@ from xpar.engine.layer.build import load_layer
 from xpar.engine.layer.observers import Observers, SlotCounter
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import layer_reference
+from xpar.kernels.contracts import ExpertInput
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -255,3 +256,32 @@ def test_nobody_waits_for_the_traffic_of_a_step_that_nobody_counts(
     assert not asked
     runner(x, observers=Observers(load=runner.make_load_counter()))
     assert asked == [1]
+
+
+def test_slots_are_counted_before_peers_may_write_the_next_rows(
+    world: World, checkpoints: dict[str, Path], fresh_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that has its outputs may begin the next step while this rank is still in this one."""
+    path = next(iter(checkpoints.values()))
+    runner = load_layer(path, 1, ProcessGrid.create(world), options=LayerOptions("allgather", depth="steps"))
+    dispatch, combine = runner.dispatcher.dispatch, runner.dispatcher.combine
+    arrived: list[ExpertInput] = []
+
+    def watched(*args: Any) -> Any:
+        rows = dispatch(*args).wait()
+        arrived.append(rows)
+        return Pending(lambda: rows)
+
+    def overwriting(*args: Any) -> Any:
+        arrived[-1].topk_ids.fill_(-1)
+        return combine(*args)
+
+    counter = SlotCounter(torch.device("cpu"))
+    x = hidden(5, runner.config.hidden_size, fresh_seed, torch.float32)
+    runner(x, observers=Observers(slots=counter))
+    expected = counter.slots
+    assert sum(world.comm.all_gather_object(expected)) == 5 * world.size * runner.config.router.top_k
+    monkeypatch.setattr(runner.dispatcher, "dispatch", watched)
+    monkeypatch.setattr(runner.dispatcher, "combine", overwriting)
+    runner(x, observers=Observers(slots=counter))
+    assert counter.slots == 2 * expected
