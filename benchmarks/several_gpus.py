@@ -12,11 +12,12 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition
@@ -33,8 +34,9 @@ CHECKED = ("olmoe", "mixtral", "deepseek_v3")
 class Step:
     """One command.
 
-    ``gpus``: how many it takes. ``limit``: seconds after which it is killed. ``ends``: the exit codes of
-    success, where a step is meant to end its job itself. ``alone``: no other step runs meanwhile.
+    ``gpus``: how many it takes, one rank each; 0 for a command without ranks. ``limit``: seconds after which
+    it is killed. ``ends``: the exit codes of success, where a step is meant to end its job itself. ``alone``:
+    no other step runs meanwhile.
     """
 
     name: str
@@ -45,7 +47,9 @@ class Step:
     alone: bool = False
 
     def argv(self, python: str) -> list[str]:
-        """Return the command under mpirun."""
+        """Return the command, under mpirun if it has ranks."""
+        if not self.gpus:
+            return list(self.command)
         words = self.command if self.command[0] == "xpar" else (python, "-m", "mpi4py", *self.command)
         return ["mpirun", "-n", str(self.gpus), *words]
 
@@ -73,7 +77,6 @@ def checks(gpus: int, work: Path, out: Path) -> Iterator[Step]:
 
 def measurements(gpus: int, work: Path, out: Path, shapes: Sequence[str]) -> Iterator[Step]:
     """Dispatch and combine beside NCCL, layers and models on 1, 2, 4, ... GPUs."""
-    yield Step("make", 1, 120, ("xpar", *make_words(work / "olmoe4")))
     for n in sizes(gpus):
         model = ("xpar", "bench", "generate", str(work / "olmoe4"), "--device", "cuda", "--rounds", "1")
         batches = ("--batch", "4", "16", "64", "256", "512")
@@ -96,10 +99,28 @@ def sizes(gpus: int) -> list[int]:
     return [n for n in (1, 2, 4, 8, 16) if n <= gpus]
 
 
-def make_words(path: Path) -> tuple[str, ...]:
-    """Return the command that writes OLMoE's form with four layers."""
+def preparations(work: Path) -> Iterator[Step]:
+    """Checkpoints that are not there yet: small ones in float32, and OLMoE's form with four layers."""
+    small = (
+        "--layers",
+        "3",
+        "--hidden",
+        "256",
+        "--intermediate",
+        "128",
+        "--experts",
+        "12",
+        "--dtype",
+        "float32",
+    )
+    for family in CHECKED:
+        if (work / family).exists():
+            continue
+        yield Step(f"make-{family}", 0, 120, ("xpar", "make-checkpoint", family, str(work / family), *small))
     widths = ("--experts", "64", "--hidden", "2048", "--intermediate", "1024", "--top-k", "8")
-    return ("make-checkpoint", "olmoe", str(path), "--layers", "4", *widths, "--vocab", "32000")
+    form = ("make-checkpoint", "olmoe", str(work / "olmoe4"), "--layers", "4", *widths, "--vocab", "32000")
+    if not (work / "olmoe4").exists():
+        yield Step("make-olmoe4", 0, 200, ("xpar", *form))
 
 
 class Host:
@@ -132,18 +153,20 @@ class Host:
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine[: step.gpus]))}
         begin = time.monotonic()
         with (self.out / f"{step.name}.log").open("w") as log:
+            job = subprocess.Popen(
+                step.argv(self.python),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | visible,
+                start_new_session=True,
+            )
             try:
-                code = subprocess.run(
-                    step.argv(self.python),
-                    check=False,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | visible,
-                    timeout=min(step.limit, left),
-                ).returncode
+                code = job.wait(min(step.limit, left))
                 how = "right" if code in step.ends else f"exit code {code}"
             except subprocess.TimeoutExpired:
                 how = "cut off"
+                os.killpg(job.pid, signal.SIGKILL)  # the ranks, too
+                job.wait()
         return {"ended": how, "seconds": round(time.monotonic() - begin, 1)}
 
     def note(self, step: Step, how: dict[str, object]) -> None:
@@ -177,26 +200,17 @@ def main() -> int:
     host = Host(gpus, args.seconds, args.out, sys.executable)
     steps = [] if args.only == "measurements" else list(checks(gpus, args.work, args.out))
     later = [] if args.only == "checks" else list(measurements(gpus, args.work, args.out, args.shapes))
-    if steps:
-        for family in CHECKED:
-            make_tiny(args.work / family, family)
-    with ThreadPoolExecutor(max_workers=gpus) as pool:
-        # The longest waits first: steps of all GPUs would wait for ever behind ever new steps of one.
-        begun: list[Future[None]] = [
-            pool.submit(host.run, step) for step in sorted(steps, key=lambda s: -s.gpus)
-        ]
-        for future in begun:
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        prepared = [pool.submit(host.run, step) for step in preparations(args.work)]
+        for future in prepared[:-1] if steps else prepared:  # the large one is for later
+            future.result()
+        # The longest wait comes first: a step of all GPUs would wait for ever behind ever new steps of one.
+        begun = [pool.submit(host.run, step) for step in sorted(steps, key=lambda s: -s.gpus)]
+        for future in [*prepared, *begun]:
             future.result()
     for step in later:
         host.run(step)
     return int(any(how["ended"] != "right" for how in host.summary))
-
-
-def make_tiny(path: Path, family: str) -> None:
-    """Write a small float32 checkpoint, for the comparison of logits."""
-    widths = ("--layers", "3", "--hidden", "256", "--intermediate", "128", "--experts", "12")
-    command = ("xpar", "make-checkpoint", family, str(path), *widths, "--dtype", "float32")
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
