@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 
 from xpar.comm.failure import AgreedError
-from xpar.engine.architectures.layer_config import find, require_moe_layers
 from xpar.engine.bench.kernels.cases import (
     LayerCase,
     load_experts,
@@ -19,7 +18,8 @@ from xpar.engine.bench.kernels.cases import (
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.options import at_least
 from xpar.engine.config import LayerConfig
-from xpar.engine.layer.build import FLOATS, read_layer_config
+from xpar.engine.layer.build import FLOATS
+from xpar.engine.layer.checkpoint_config import read_layer_config, read_layer_configs
 from xpar.engine.synthetic.shapes import shape_of
 
 
@@ -64,7 +64,7 @@ def _read_config(args: argparse.Namespace) -> LayerConfig:
             raise ValueError(f"--layer {args.index}: {args.layer} is no checkpoint; leave --layer out")
         return shape_of(args.layer).layer()
     with Checkpoint(Path(args.layer)) as checkpoint:
-        first = require_moe_layers(find(checkpoint.config), checkpoint.config)[0]
+        first = next(iter(read_layer_configs(checkpoint)))
         return read_layer_config(checkpoint, first if args.index is None else args.index)
 
 

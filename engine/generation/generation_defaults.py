@@ -8,7 +8,8 @@ from typing import Any
 from xpar.engine.checkpoint.reader import CheckpointError, read_json
 from xpar.engine.generation.logits_processors import MAKERS, make_processors
 from xpar.engine.generation.sampling import DRAW_SETTINGS, Sampling
-from xpar.engine.models.hf_config import LARGEST, transformers_errors
+from xpar.engine.layer.checkpoint_config import LARGEST
+from xpar.engine.models.hf_config import transformers_errors
 
 FILE = "generation_config.json"
 MAX_NEW_TOKENS = 128

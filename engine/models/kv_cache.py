@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xpar.engine.architectures.layer_config import find, require_moe_layers
 from xpar.engine.checkpoint.reader import Checkpoint
-from xpar.engine.models.hf_config import check_numbers, read_hf_config
+from xpar.engine.layer.checkpoint_config import read_layer_configs
+from xpar.engine.models.hf_config import read_hf_config
 
 LEAST_ROOM = 64
 """Spare columns of memory that is allocated for keys or values.
@@ -41,8 +41,7 @@ def other_states(hf_config: Any) -> tuple[str, ...]:
 def check_generates(path: Path) -> None:
     """Raise ValueError if xpar cannot generate text with the checkpoint at ``path``."""
     with Checkpoint(path) as checkpoint:
-        check_numbers(path / "config.json", checkpoint.config)
-        require_moe_layers(find(checkpoint.config), checkpoint.config)
+        read_layer_configs(checkpoint)
     if find_spec("transformers") is None:
         return  # which loading the model says better
     hf_config = read_hf_config(path)
