@@ -2,8 +2,7 @@
 
 A rank then reads its part of a weight instead of all of it, and reading is what a product of few rows takes
 time for. ``y = x @ W.T`` is cut as ``W = [W_0; W_1; ...]``: rank r computes ``x @ W_r.T`` for the rows of all
-ranks.
-Letters: T rows of this rank, K inputs, N outputs (columns of the result), R ranks.
+ranks. Letters: T rows of this rank, K inputs, N outputs (columns of the result), R ranks.
 """
 
 from collections.abc import Callable, Sequence

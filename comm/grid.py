@@ -1,7 +1,4 @@
-"""The process grid: dense layers see dp x tp ranks, expert layers edp x ep x etp.
-
-Both are the same ranks.
-"""
+"""The process grid: dense layers see dp x tp ranks, expert layers edp x ep x etp. Both are the same ranks."""
 
 from dataclasses import dataclass, replace
 

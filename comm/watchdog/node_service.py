@@ -1,7 +1,4 @@
-"""Questions from node to node of a job over TCP.
-
-MPI cannot carry them while its collectives stand still.
-"""
+"""Questions from node to node of a job over TCP. MPI cannot carry them while its collectives stand still."""
 
 import socket
 import threading

@@ -83,11 +83,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read_plan(args: argparse.Namespace, node_of: tuple[int, ...]) -> Plan:
-    """Check the whole request before any rank builds or writes anything.
-
-    ``node_of``: the node of each rank of the job. Raises ValueError or OSError for a request that cannot be
-    met.
-    """
+    """Check the whole request before any rank builds or writes; ValueError or OSError if it cannot be met."""
     at_least(
         tokens=(args.tokens, 1),
         tokens_per_rank=(args.tokens_per_rank, 1),

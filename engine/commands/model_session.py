@@ -134,10 +134,7 @@ def make_grid(args: argparse.Namespace, world: World, console: Console) -> Proce
 
 
 def choose_etp(args: argparse.Namespace, world: World, device: str) -> int | None:
-    """Return ``--etp``; where neither it nor ``--ep`` is given, let :func:`choose_expert_slices` choose.
-
-    It chooses for host ranks of one node alone; elsewhere the result is None.
-    """
+    """Return ``--etp``; without it and ``--ep``, choose slices for the host ranks of one node."""
     with Checkpoint(args.checkpoint) as checkpoint:
         configs = list(read_layer_configs(checkpoint).values())
     named = args.ep is not None or args.etp is not None
@@ -200,10 +197,7 @@ def meter(world: World, doing: str, work: Workload) -> Iterator[Callable[[Progre
 
 
 def counts(request: RequestBase, work: Workload, new: int, failed: int, what: str) -> str:
-    """Describe in one line what was done, and what is left, was refused or failed, if anything.
-
-    ``what``: such as "prompts answered". ``new``, ``failed``: the numbers of this run.
-    """
+    """Describe in one line what was done, and what is left, was refused or failed; ``what``: of ``new``."""
     before, failed = work.answered, work.failed + failed
     text = f"{request.out}: {new + before} of {len(work.order)} {what}"
     text += f", {before} of them before" if before else ""
@@ -215,11 +209,7 @@ def counts(request: RequestBase, work: Workload, new: int, failed: int, what: st
 
 
 def check_any_answered(comm: Communicator, request: RequestBase, work: Workload, failed: int) -> None:
-    """Raise one error on every rank if the model failed on all prompts, in this run and before.
-
-    Then the checkpoint or the dtype is at fault, and a script must not take the job for done. ``failed``: the
-    number of this run.
-    """
+    """Raise one error on every rank if the model failed on all prompts: that is not done."""
 
     def check() -> None:
         if 0 < len(work.order) == failed + work.failed:

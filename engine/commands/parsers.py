@@ -96,10 +96,7 @@ def add_command(
     add_options: AddOptions,
     module: str | None = None,
 ) -> None:
-    """Add a command with the options that ``add_options`` adds; help prints its ``purpose``.
-
-    ``main`` of ``module`` in :mod:`xpar.engine.commands` runs the command (default: the module of its name).
-    """
+    """Add a command, run by ``main`` of ``module`` (default: of its name); ``purpose``: its help."""
     p = subparsers.add_parser(name, help=purpose, description=purpose)
     add_options(p)
     path = f"{__package__}.{module or name.replace('-', '_')}"

@@ -98,10 +98,7 @@ def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: t
 def _relative_error(
     path: Path, grid: ProcessGrid, layer: int, tokens: Tensor, ids: Tensor | None, output: Tensor
 ) -> float:
-    """Compute ||output - reference|| / ||reference|| over the outputs of all ranks; collective.
-
-    ``tokens`` [T, H] and ``ids`` [T] are those of the whole job, ``output`` is this rank's.
-    """
+    """Compute ||output - reference|| / ||reference|| over all ranks, of the job's ``tokens``; collective."""
     kept = output.cpu() if grid.tp.rank == 0 else output.cpu()[:0]
     complete = grid.world.comm.all_gather_v(kept)
 

@@ -71,10 +71,7 @@ def _read_config(args: argparse.Namespace) -> LayerConfig:
 def _search_and_write(
     args: argparse.Namespace, layer: LayerCase, dtype: torch.dtype, console: Console, deadline: float
 ) -> None:
-    """Search a tile table and write it to ``args.out``.
-
-    ``deadline``: value of ``time.perf_counter()`` after which nothing new is tried.
-    """
+    """Search a tile table until ``deadline`` of ``time.perf_counter()``, and write it to ``args.out``."""
     # Triton is an optional package.
     from xpar.engine.bench.kernels.tile_search import Cell, group_by_part, search
     from xpar.kernels.gpu.experts import TritonExperts

@@ -110,16 +110,8 @@ def build_layer(
 ) -> MoERunner:
     """Build a layer whose weights come from ``read``; makes no collective call.
 
-    Args:
-        config: The layer.
-        grid: The process grid.
-        dtype: The dtype that the layer computes in.
-        read: Returns the weights; it takes the keyword arguments of :func:`load_layer_weights`.
-        options: How the layer is computed.
-        layer: The layer's number, for messages.
-
-    Raises:
-        ValueError: The options do not fit the grid, the layer or this machine.
+    ``read`` takes the keyword arguments of :func:`load_layer_weights`. ``layer``: the number, for messages.
+    Raises ValueError if the options do not fit the grid, the layer or this machine.
     """
     exact, sequence_parallel = options.exact, options.sequence_parallel
     slots = _shared_slots(config, options)
@@ -168,8 +160,7 @@ def build_layer(
 def with_options(runner: MoERunner, **changes: Any) -> MoERunner:
     """Return the same layer, with the same weights, under other ``shared_order`` or ``depth``.
 
-    Raises:
-        ValueError: Another option is named: it would need other weights, or another dispatcher.
+    Raises ValueError for another option: it would need other weights, or another dispatcher.
     """
     if fixed := sorted(set(changes) - {"shared_order", "depth"}):
         raise ValueError(

@@ -60,13 +60,7 @@ class Observers:
         return self.timer.stage(name)
 
     def record(self, arrived_ids: Tensor, routing: Routing, traffic: Traffic) -> None:
-        """Count one step.
-
-        Args:
-            arrived_ids: Local expert ids of the rows that arrived here, [M, k], -1 for slots of other ranks.
-            routing: Where the tokens went that this rank dispatched.
-            traffic: The rows that these tokens moved.
-        """
+        """Count one step; ``arrived_ids`` [M, k] are local, -1 for slots of other ranks."""
         if self.slots is not None:
             self.slots.add(arrived_ids)
         if self.load is not None:

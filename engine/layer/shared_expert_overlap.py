@@ -1,7 +1,4 @@
-"""The moment at which shared experts compute.
-
-Shared experts read the rank's own tokens, so they can fill the time in which rows travel.
-"""
+"""The moment at which shared experts compute: they read the rank's own tokens, while rows may travel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,10 +35,7 @@ class SharedOrder(Enum):
 
 @dataclass(frozen=True)
 class RunningSharedExperts:
-    """The shared experts' part of one step.
-
-    ``output`` is computed at ``moment``, or when somebody waits for it.
-    """
+    """The shared experts' part of one step: ``output`` is made at ``moment``, or when it is waited for."""
 
     output: Pending[Distributed | None]
     moment: SharedOrder
@@ -53,10 +47,7 @@ class RunningSharedExperts:
 
 
 class Overlap:
-    """Schedules the shared experts of a layer at the moment that ``order`` names.
-
-    Every order gives the same values.
-    """
+    """Schedules the shared experts of a layer by ``order``; every order gives the same values."""
 
     def __init__(self, order: SharedOrder, device: torch.device) -> None:
         if order is SharedOrder.SIDE_STREAM and device.type != "cuda":
@@ -75,10 +66,7 @@ class Overlap:
         return SharedOrder.SIDE_STREAM if few_on_gpu else SharedOrder.DURING_DISPATCH
 
     def begin(self, work: SharedExpertsCall, hidden_states: Tensor) -> RunningSharedExperts:
-        """Schedule ``work``, which reads ``hidden_states`` [T, H].
-
-        The caller waits for the output of the result.
-        """
+        """Schedule ``work``, which reads ``hidden_states`` [T, H]; the caller waits for the output."""
         order = self.order_of(hidden_states.shape[0])
         if order is SharedOrder.SIDE_STREAM:
             return RunningSharedExperts(self._on_side_stream(work, hidden_states), order)
@@ -88,10 +76,7 @@ class Overlap:
         return RunningSharedExperts(output, order)
 
     def _on_side_stream(self, work: SharedExpertsCall, hidden_states: Tensor) -> Pending[Distributed | None]:
-        """Run ``work`` on the side stream.
-
-        Fork and join become edges of a CUDA graph that is being captured.
-        """
+        """Run ``work`` on the side stream; fork and join become edges of a CUDA graph under capture."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side, main = self._stream, torch.cuda.current_stream(self.device)
