@@ -150,10 +150,7 @@ class ExpertInput:
 
 @dataclass(frozen=True)
 class Slots:
-    """Outputs of all slots of a batch, unweighted: ``rows`` [M k, H], slot j of entry m at row m k + j.
-
-    Rows of slots whose id is -1 are undefined.
-    """
+    """Outputs of all slots, unweighted: ``rows`` [M k, H], slot j of entry m at m k + j, undefined for -1."""
 
     rows: Tensor
 
@@ -232,10 +229,7 @@ class SlotKernel(Protocol):
     """An expert kernel that can leave the sum over slots to whoever brings the results home."""
 
     def compute_unsummed(self, x: ExpertInput, exact: bool = False) -> Tensor | Slots:
-        """Compute all slots where they lie, without waiting for the device.
-
-        Where the kernel sums very small batches at no cost it returns the sums, [M, H]; never with ``exact``.
-        """
+        """Compute all slots where they lie, without waiting, or few rows' sums, never if ``exact``."""
 
 
 class FusedRoutingKernel(ExpertKernel, Protocol):
@@ -247,15 +241,9 @@ class FusedRoutingKernel(ExpertKernel, Protocol):
     def route_and_compute(
         self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
     ) -> tuple[Tensor, Routing]:
-        """Route, compute and combine T tokens.
+        """Route, compute and combine tokens [T, H] by finite logits [T, E]: sums [T, H] and routing.
 
-        Args:
-            hidden_states: [T, H] in ``spec.dtype``.
-            router_logits: [T, E], finite.
-            route: the rule, one that the registry entry does not refuse.
-
-        Returns:
-            The weighted sum of the experts' outputs [T, H], and the routing behind it.
+        ``route``: a rule that the registry entry does not refuse.
         """
 
 
@@ -267,10 +255,7 @@ def check_expert_weights(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> None:
-    """Raise ValueError unless ``index`` and the shapes of the weights fit ``spec``.
-
-    The arguments are those of :meth:`ExpertKernel.load_expert`.
-    """
+    """Raise ValueError unless ``index`` and shapes fit, as :meth:`ExpertKernel.load_expert` has them."""
     if not 0 <= index < spec.num_experts:
         raise ValueError(f"expert {index}: this rank holds experts 0 to {spec.num_experts - 1}")
     rows = spec.activation.gate_up_rows(spec.intermediate_size)
@@ -296,13 +281,9 @@ def require_loaded(missing: Collection[int]) -> None:
 def require_finite(
     tensor: Tensor, message: Callable[[Tensor], str], error: type[Exception] = ValueError
 ) -> None:
-    """Raise ``error`` if a value of ``tensor`` is NaN or infinite.
+    """Raise ``error`` if a value of ``tensor`` is NaN or infinite; on a GPU the call waits for the device.
 
-    Args:
-        tensor: any shape and floating dtype; on a GPU the call waits for the device.
-        message: makes the text of the error from the mask of the values that are not finite, in the tensor's
-            shape.
-        error: class of the exception.
+    ``message`` makes the text from the mask of the values that are not finite, in the tensor's shape.
     """
     # One sum runs at memory speed and is finite only if every term is; if finite terms overflow, the mask
     # decides.
