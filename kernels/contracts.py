@@ -152,10 +152,7 @@ class ExpertInput:
 
 @dataclass(frozen=True)
 class Slots:
-    """Outputs of all slots of a batch, unweighted: ``rows`` [M k, H], slot j of entry m at row m k + j.
-
-    Rows of slots whose id is -1 are undefined.
-    """
+    """Outputs of all slots, unweighted: ``rows`` [M k, H], slot j of entry m at m k + j, undefined for -1."""
 
     rows: Tensor
 
@@ -281,15 +278,9 @@ class FusedRoutingKernel(ExpertKernel, Protocol):
     def route_and_compute(
         self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
     ) -> tuple[Tensor, Routing]:
-        """Route, compute and combine T tokens.
+        """Route, compute and combine tokens [T, H] by finite logits [T, E]: sums [T, H] and routing.
 
-        Args:
-            hidden_states: [T, H] in ``spec.dtype``.
-            router_logits: [T, E], finite.
-            route: the rule, one that the registry entry does not refuse.
-
-        Returns:
-            The weighted sum of the experts' outputs [T, H], and the routing behind it.
+        ``route``: a rule that the registry entry does not refuse.
         """
 
 
@@ -337,13 +328,9 @@ def require_loaded(missing: Collection[int]) -> None:
 def require_finite(
     tensor: Tensor, message: Callable[[Tensor], str], error: type[Exception] = ValueError
 ) -> None:
-    """Raise ``error`` if a value of ``tensor`` is NaN or infinite.
+    """Raise ``error`` if a value of ``tensor`` is NaN or infinite; on a GPU the call waits for the device.
 
-    Args:
-        tensor: any shape and floating dtype; on a GPU the call waits for the device.
-        message: makes the text of the error from the mask of the values that are not finite, in the tensor's
-            shape.
-        error: class of the exception.
+    ``message`` makes the text from the mask of the values that are not finite, in the tensor's shape.
     """
     # One sum runs at memory speed and is finite only if every term is; if finite terms overflow, the mask
     # decides.

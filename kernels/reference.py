@@ -1,7 +1,4 @@
-"""The definition of what experts compute: plain torch, one expert at a time.
-
-Every other kernel is compared with this module. Letters: :mod:`xpar.kernels.contracts`.
-"""
+"""The definition of what experts compute, with which every kernel is compared: plain torch, one at a time."""
 
 from collections.abc import Sequence
 
@@ -105,10 +102,7 @@ def routed_experts(
 
 
 class ReferenceExperts:
-    """The reference as an expert kernel for every device, dtype and shape, and slow.
-
-    Implements :class:`~xpar.kernels.contracts.ExpertKernel`.
-    """
+    """The reference as an :class:`~xpar.kernels.contracts.ExpertKernel`, for every device, and slow."""
 
     name = "reference"
 

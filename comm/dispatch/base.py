@@ -1,7 +1,4 @@
-"""The contract of every dispatcher: plan, dispatch, (the experts compute), combine.
-
-A dispatcher keeps no state between the calls.
-"""
+"""The contract of every dispatcher, which keeps no state: plan, dispatch, (experts compute), combine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,9 +76,7 @@ class Capabilities:
 class DispatchRequest:
     """The facts about a layer that decide which dispatchers serve it.
 
-    Attributes:
-        top_k: Experts per token.
-        sequence_parallel: Whether the ranks of a tp group hold different tokens.
+    ``sequence_parallel``: whether the ranks of a tp group hold different tokens.
     """
 
     top_k: int = 2
@@ -116,13 +111,7 @@ class Dispatcher(Protocol):
     """Moves tokens to the ranks of their experts and the experts' outputs back.
 
     A dispatcher is a class that inherits from this one, and an entry of
-    :data:`xpar.comm.dispatch.choose.DISPATCHERS`.
-
-    Attributes:
-        name: Name in options and reports.
-        capabilities: What callers may ask about it.
-        group: The ``moe`` group.
-        placement: The ranks of the experts.
+    :data:`xpar.comm.dispatch.choose.DISPATCHERS`. ``group`` is the ``moe`` group.
     """
 
     name: ClassVar[str]
@@ -209,21 +198,10 @@ def agree_on_plan(
     dtype: torch.dtype,
     exact: bool,
 ) -> tuple[Routing, list[int]]:
-    """Check that all ranks are healthy and in this layer with these sizes; collective.
+    """Check that all ranks are healthy and in this layer with these sizes; collective. Every plan begins so.
 
-    Every plan begins with this handshake.
-
-    Args:
-        group: The ``moe`` group.
-        name: The dispatcher's name.
-        routing: As for :meth:`Dispatcher.plan`.
-        tag: The same.
-        hidden_size: The same.
-        dtype: The same.
-        exact: The same.
-
-    Returns:
-        The routing, and every rank's number of tokens.
+    The arguments are those of :meth:`Dispatcher.plan`. Returns the routing, and every rank's number of
+    tokens.
     """
     failure = routing if isinstance(routing, BaseException) else None
     tokens, k = (0, -1) if isinstance(routing, BaseException) else routing.topk_ids.shape

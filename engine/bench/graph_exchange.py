@@ -36,10 +36,7 @@ class Sizes:
 
 
 def measure(grid: ProcessGrid, sizes: Sizes) -> dict[str, Any]:
-    """Return microseconds of every dispatcher, and whether the results have the same bits.
-
-    Collective. ``remote_rows``: those that must leave this rank.
-    """
+    """Return microseconds of every dispatcher, and whether the results have the same bits; collective."""
     record: dict[str, Any] = {
         "tokens_per_rank": sizes.tokens,
         "hidden_size": sizes.hidden_size,

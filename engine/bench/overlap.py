@@ -37,10 +37,7 @@ class OverlapRequest:
 
 
 class OverlapBench:
-    """One layer with shared experts on ``grid``. Every method is collective.
-
-    On GPUs the layer is captured as a CUDA graph if that is possible.
-    """
+    """One layer with shared experts, on GPUs as a CUDA graph if possible. Every method is collective."""
 
     def __init__(self, request: OverlapRequest, grid: ProcessGrid) -> None:
         self.request, self.grid, self.comm = request, grid, grid.world.comm
@@ -55,10 +52,7 @@ class OverlapBench:
         ]
 
     def measure(self, tokens: int) -> dict[str, Any]:
-        """Measure every order with ``tokens`` tokens per rank, relative to the order ``none``.
-
-        ``differ`` names the orders whose output has other bits.
-        """
+        """Measure every order relative to ``none``; ``differ`` names those whose output has other bits."""
         inputs = [self._draw_input(tokens, n) for n in range(BATCHES)]
         captured = is_capturable(self.runner, tokens)
         forwards = {order.value: self._make_forward(order, tokens, captured) for order in self.orders}

@@ -56,11 +56,10 @@ class ExpertShard:
         return f"{self.experts.start}-{self.experts.stop - 1}" if self.experts else "none"
 
     def compute(self, arrived: ExpertInput, plan: DispatchPlan) -> Tensor | Slots:
-        """Compute the experts of the rows that arrived.
+        """Compute the experts of the rows that arrived: ``[M, H]``, a row per arrived row, its slots summed.
 
-        Returns:
-            ``[M, H]``, one row per arrived row, summed over its slots; in exact mode one row per slot,
-            unsummed. For a dispatcher that sums slots on their way home, the slots where they lie.
+        In exact mode it is one row per slot, unsummed. A dispatcher that sums slots on their way home gets
+        them where they lie.
         """
         if self.kernel is None:
             return torch.empty(0, self.hidden_size, dtype=self.dtype, device=arrived.topk_ids.device)
@@ -120,12 +119,7 @@ def pick_dispatcher(
 ) -> tuple[Placement, DispatcherChoice]:
     """Place the experts on the ranks and choose how tokens reach them, with the reasons against the others.
 
-    Args:
-        grid: The process grid.
-        config: The layer.
-        name: Name of a dispatcher, or ``auto``.
-        sequence_parallel: The ranks of a tensor-parallel group give different tokens.
-        copies: Experts that every expert-parallel rank holds beside its own.
+    The arguments are those of :func:`build_expert_shard`; ``name`` is a dispatcher's, or ``auto``.
     """
     placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp, copies).to(grid.device)
     return placement, choose_dispatcher(

@@ -64,10 +64,7 @@ class FusedRunner(MoERunner):
         return step.output if isinstance(step, FinishedStep) else super().finish(step)
 
     def _fits(self, tokens: int, router: RoutingRule | None) -> bool:
-        """Tell whether a step is one call.
-
-        It has tokens, not too many, and the layer's own router routes them.
-        """
+        """Tell whether a step is one call: it has few tokens, and the layer's own router routes them."""
         few = self.max_tokens is None or tokens <= self.max_tokens
         return router is None and tokens > 0 and few
 
@@ -98,11 +95,7 @@ class FusedRunner(MoERunner):
 
 
 def choose_runner(config: LayerConfig, experts: ExpertShard, options: LayerOptions) -> type[MoERunner]:
-    """Choose the executor of a layer.
-
-    Raises:
-        ValueError: ``options.depth`` is no known word, or asks for one call where a layer cannot be one.
-    """
+    """Choose the executor of a layer; ValueError for an unknown ``depth``, or for one call that cannot be."""
     if options.depth not in DEPTHS:
         raise ValueError(f"depth={options.depth!r}: choose one of {', '.join(DEPTHS)}")
     fused = options.fuse_shared_experts
@@ -139,12 +132,7 @@ def why_not_fused(
 ) -> str | None:
     """Say why every step of a layer is taken one by one; None where one call can serve.
 
-    Args:
-        config: The layer.
-        entry: The registry's entry of the layer's kernel; None on a rank without experts.
-        dispatcher: The layer's dispatcher.
-        exact: The layer is in exact mode.
-        fused: The shared experts are slots of the routed product.
+    ``entry``: of the layer's kernel, None on a rank without experts. ``fused``: the shared experts are slots.
     """
     if dispatcher.group.size > 1:
         return f"{dispatcher.group.size} ranks hold the experts"

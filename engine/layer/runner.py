@@ -27,16 +27,14 @@ from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
 
 
 class RoutedTokens(NamedTuple):
-    """The tokens that this rank dispatches, after routing.
+    """The tokens ``[T, H]`` that this rank dispatches, after routing.
 
     Attributes:
-        hidden_states: The tokens, ``[T, H]``.
         rows: What the experts read: the tokens, projected or weighted where the layer asks for it.
         routing: Where the tokens go; the exception instead, if routing failed on this rank.
         weighted: The routing that the experts get with ``rows``. It is ``routing``, with the slots of fused
             shared experts added, and with weights of 1 where ``rows`` are multiplied by the weights already.
-        shared_logits: Logits ``[T, 1]`` of the shared experts' gate, where one product made them with the
-            router's.
+        shared_logits: ``[T, 1]`` of the shared experts' gate, where one product made them with the router's.
     """
 
     hidden_states: Tensor
@@ -52,11 +50,7 @@ class StepInFlight(NamedTuple):
     Attributes:
         num_tokens: Tokens that were given to this rank.
         hidden_states: The tokens of them that this rank dispatches, ``[T, H]``.
-        routing: Where these tokens go.
-        plan: Who sends which rows where.
         rows: The rows that arrive here, when they have arrived.
-        shared: The shared experts' part of the step.
-        observers: Who measures the step.
     """
 
     num_tokens: int
@@ -133,10 +127,7 @@ class MoERunner(nn.Module):
         return self.experts.kernel
 
     def make_load_counter(self) -> LoadCounter:
-        """Make a counter of this layer's load.
-
-        ``Observers(load=counter)`` hands it to the calls that count.
-        """
+        """Make a counter of this layer's load, for ``Observers(load=counter)`` of the calls that count."""
         return LoadCounter(self.dispatcher.placement, self.tokens.job_group)
 
     # -- the pipeline
@@ -153,8 +144,7 @@ class MoERunner(nn.Module):
     ) -> Step:
         """Route, plan, and send rows on their way; collective. The step must be given to :meth:`finish`.
 
-        The arguments are those of :meth:`forward`. What is wrong with them on one rank is raised on every
-        rank.
+        The arguments are those of :meth:`forward`. What is wrong with them on one rank is raised on all.
         """
         observers = self._unobserved if observers is None else observers
         self._step += 1
@@ -172,10 +162,7 @@ class MoERunner(nn.Module):
         )
 
     def finish(self, step: Step) -> LayerOutput:
-        """Compute the rows that arrive and bring their outputs home; collective.
-
-        The value that is returned knows the last step of the pipeline, the sum.
-        """
+        """Compute the rows that arrive and bring outputs home, unsummed as yet; collective."""
         assert isinstance(step, StepInFlight)
         observers = step.observers
         with observers.stage("dispatch"):
@@ -209,10 +196,7 @@ class MoERunner(nn.Module):
         router: RoutingRule | None = None,
         observers: Observers | None = None,
     ) -> LayerOutput:
-        """Run :meth:`start` and :meth:`finish`.
-
-        The forward without its last sum, with routing and traffic.
-        """
+        """Run :meth:`start` and :meth:`finish`: the forward but for its last sum, with routing."""
         return self.finish(
             self.start(hidden_states, router_logits, input_ids, router=router, observers=observers)
         )
@@ -256,9 +240,7 @@ class MoERunner(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the forward's two addends, ``[T, H]`` each: routed experts, and shared experts or None.
 
-        Raises:
-            ValueError: The shared experts are fused with the routed ones, so that one product makes their
-                sum.
+        Raises ValueError if the shared experts are fused with the routed ones: one product makes their sum.
         """
         if self.fused is not None:
             raise ValueError(
@@ -293,10 +275,7 @@ class MoERunner(nn.Module):
         router: RoutingRule | None = None,
         observers: Observers | None = None,
     ) -> tuple[Tensor, Routing]:
-        """Run the forward, and gather where all T tokens went.
-
-        Logical expert ids and weights, for a replay.
-        """
+        """Run the forward, and gather where all T tokens went: expert ids and weights, for a replay."""
         output = self.run(hidden_states, router_logits, input_ids, router=router, observers=observers)
         return output.sum(), self.tokens.gather_routing(output.routing, hidden_states.shape[0])
 
@@ -310,10 +289,7 @@ class MoERunner(nn.Module):
         input_ids: Tensor | None,
         router: RoutingRule | None,
     ) -> RoutedTokens:
-        """Route this rank's slice of the tokens. A failure is a value.
-
-        Plan raises it on all ranks together.
-        """
+        """Route this rank's slice of the tokens; a failure is a value, which plan raises on all ranks."""
         local = self.tokens.local_slice(hidden_states.shape[0])
         x = hidden_states[local]
         try:
@@ -348,10 +324,7 @@ class MoERunner(nn.Module):
     def _begin_shared(
         self, hidden_states: Tensor, routed: RoutedTokens, observers: Observers
     ) -> RunningSharedExperts:
-        """Schedule the shared experts.
-
-        They compute nothing where there are none, or where plan will raise.
-        """
+        """Schedule the shared experts; they compute nothing where there are none, or plan will raise."""
 
         def compute() -> Distributed | None:
             if self.shared is None or isinstance(routed.routing, Exception):

@@ -1,7 +1,4 @@
-"""The moment at which shared experts compute.
-
-Shared experts read the rank's own tokens, so they can fill the time in which rows travel.
-"""
+"""The moment at which shared experts compute: they read the rank's own tokens, while rows may travel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,10 +35,7 @@ class SharedOrder(Enum):
 
 @dataclass(frozen=True)
 class RunningSharedExperts:
-    """The shared experts' part of one step.
-
-    ``output`` is computed at ``moment``, or when somebody waits for it.
-    """
+    """The shared experts' part of one step: ``output`` is made at ``moment``, or when it is waited for."""
 
     output: Pending[Distributed | None]
     moment: SharedOrder
@@ -53,10 +47,7 @@ class RunningSharedExperts:
 
 
 class Overlap:
-    """Schedules the shared experts of a layer at the moment that ``order`` names.
-
-    Every order gives the same values.
-    """
+    """Schedules the shared experts of a layer by ``order``; every order gives the same values."""
 
     def __init__(self, order: SharedOrder, device: torch.device) -> None:
         if order is SharedOrder.SIDE_STREAM and device.type != "cuda":

@@ -1,8 +1,4 @@
-"""Whole blocks of a model replaced by xpar's layer: router, experts, shared experts, scaling.
-
-For families whose block does not let its experts be provided it is the only way; for the others it is a
-choice.
-"""
+"""Whole blocks of a model replaced by xpar's layer, where experts cannot be provided or by choice."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -26,10 +22,7 @@ from xpar.engine.routing.router import Router
 
 
 class BlockLayer(nn.Module, ModelLayer):
-    """A layer that takes the place of a whole block; every rank of the runner's grid calls it together.
-
-    ``pair`` says whether the model expects a second value from the block; that value is None.
-    """
+    """A layer in the place of a whole block, called by all ranks; a ``pair`` has None as second value."""
 
     def __init__(self, runner: MoERunner, pair: bool) -> None:
         super().__init__()
@@ -62,10 +55,7 @@ class NoModule(nn.Module):
 
 
 def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tuple[str, ...]]:
-    """Find the names of each layer's block and of the module beside it, by layer, ascending.
-
-    Raises :class:`CheckpointError` where the model has none.
-    """
+    """Find the names of each layer's block and of the module beside it; CheckpointError if there is none."""
     arch = find(hf_config)
     if arch.norm is not None:
         raise CheckpointError(
@@ -95,9 +85,7 @@ def build_block(
     options: LayerOptions,
     scale_output: bool = False,
 ) -> BlockLayer:
-    """Build this rank's part of ``layer``, without any collective.
-
-    Raises ValueError for options that do not fit.
+    """Build this rank's part of ``layer``, without any collective; ValueError if options do not fit.
 
     ``scale_output``: the layer returns its output over the routed scaling factor.
     """

@@ -40,10 +40,7 @@ class ModelLayer(Protocol):
         self.observers = replace(self.observers, slots=self.slot_counter)
 
     def join(self) -> None:
-        """Take part in a step without tokens: the other ranks' tokens may need this rank's experts.
-
-        Collective.
-        """
+        """Take part in a step without tokens: others may need this rank's experts. Collective."""
         self.runner(self._no_tokens(), observers=self.observers)
 
     def _observe(self, runner: MoERunner) -> None:

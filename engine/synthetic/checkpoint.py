@@ -157,16 +157,7 @@ def _moe_plans(
 def mlp_plans(
     names: MlpNames, layer: int, experts: int, width: int, hidden: int, dtype: torch.dtype
 ) -> Iterator[TensorPlan]:
-    """Yield the tensors of some MLPs.
-
-    Args:
-        names: names and layout of the tensors.
-        layer: index of the layer.
-        experts: number of MLPs.
-        width: width I of each.
-        hidden: size H of their input and output.
-        dtype: dtype of the tensors.
-    """
+    """Yield the tensors of ``experts`` MLPs of ``width`` I between rows of ``hidden`` H."""
 
     def matrix(
         name: str | None, shape: tuple[int, int], transposed: bool

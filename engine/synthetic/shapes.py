@@ -1,7 +1,4 @@
-"""Sizes of MoE layers of published models, by name, for benchmarks.
-
-Importing this module imports no torch: the help of the commands lists the names.
-"""
+"""Sizes of MoE layers of published models, by name; importing it imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -52,13 +52,7 @@ class Axes:
 
 
 class LayerCheck:
-    """The check of a layer's output on rank 0 of the job.
-
-    Args:
-        source: the layer.
-        seed: seed of the tokens.
-        exact: outputs must also have the bits of the first output.
-    """
+    """The check of a layer's output on rank 0; ``exact``: it must also have the bits of the first output."""
 
     def __init__(self, source: LayerSource, seed: int, exact: bool) -> None:
         self.limit, self.exact = TOLERANCE[source.dtype], exact
@@ -66,10 +60,7 @@ class LayerCheck:
         self.first: Tensor | None = None
 
     def judge(self, output: Tensor) -> Mapping[str, Any]:
-        """Compare ``output`` [C, H] of the checked tokens.
-
-        Returns ``rel_error`` against the reference, ``same_bits`` in exact mode, and ``correct``.
-        """
+        """Compare ``output`` [C, H]: ``rel_error``, in exact mode ``same_bits``, ``correct``."""
         found = len(output)
         error = relative_error(output, self.reference[:found])
         verdict: dict[str, Any] = {"rel_error": error, "tolerance": self.limit, "checked_tokens": found}
@@ -87,12 +78,10 @@ class LayerStudy:
     """The study of a layer; calling it builds the layer on the ranks of one point.
 
     Attributes:
-        source: the layer.
         axes: the arrangement of the ranks.
         tokens: number of tokens of every point in the strong mode.
         tokens_per_rank: number of tokens of each rank in the weak mode.
         seconds: measuring time for each mode and point.
-        seed: seed of the tokens.
         check: the check of the output, on rank 0 of the job; None on the other ranks.
     """
 
