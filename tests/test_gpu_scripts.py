@@ -16,6 +16,7 @@ def test_every_import_of_a_gpu_script_is_found(script: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     done = subprocess.run(
         [sys.executable, "-c", f"import runpy; runpy.run_path({str(ROOT / 'tests' / 'gpu' / script)!r})"],
+        check=False,
         cwd=ROOT / "tests" / "gpu",
         env=environment | {"PYTHONPATH": str(ROOT / "tests" / "gpu")},
         capture_output=True,

@@ -16,9 +16,9 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
 from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
-from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.options import add_verbose, add_watchdog, job_line, pick_device
 from xpar.engine.console.terminal import Meter, count
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.generation.answer_file import errors_path
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import RequestBase, Workload
@@ -119,7 +119,7 @@ def exact_with(args: argparse.Namespace, grid: ProcessGrid) -> tuple[tuple[str, 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
     """Return ``--dtype``, or the checkpoint's dtype."""
-    with Checkpoint(args.checkpoint) as checkpoint:
+    with open_checkpoint(args.checkpoint) as checkpoint:
         return FLOATS[args.dtype] if args.dtype else checkpoint.dtype
 
 
@@ -142,7 +142,7 @@ def choose_etp(args: argparse.Namespace, world: World, device: str) -> int | Non
     if named or args.exact or device != "cpu" or world.num_nodes > 1:
         etp: int | None = args.etp
         return etp
-    with Checkpoint(args.checkpoint) as checkpoint:
+    with open_checkpoint(args.checkpoint) as checkpoint:
         arch, config = find(checkpoint.config), checkpoint.config
         return choose_expert_slices(
             world.size, [layer_config(arch, config, n) for n in require_moe_layers(arch, config)]

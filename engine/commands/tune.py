@@ -16,9 +16,9 @@ from xpar.engine.bench.kernels.cases import (
     random_weights,
     require_gpu,
 )
-from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.options import at_least
 from xpar.engine.config import LayerConfig
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.build import FLOATS, read_layer_config
 from xpar.engine.synthetic.shapes import shape_of
 
@@ -63,7 +63,7 @@ def _read_config(args: argparse.Namespace) -> LayerConfig:
         if args.index is not None:
             raise ValueError(f"--layer {args.index}: {args.layer} is no checkpoint; leave --layer out")
         return shape_of(args.layer).layer()
-    with Checkpoint(Path(args.layer)) as checkpoint:
+    with open_checkpoint(args.layer) as checkpoint:
         first = require_moe_layers(find(checkpoint.config), checkpoint.config)[0]
         return read_layer_config(checkpoint, first if args.index is None else args.index)
 

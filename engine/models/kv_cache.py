@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from xpar.engine.architectures.layer_config import find, require_moe_layers
-from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.models.hf_config import check_numbers, read_hf_config
 
 LEAST_ROOM = 64
@@ -40,7 +40,7 @@ def other_states(hf_config: Any) -> tuple[str, ...]:
 
 def check_generates(path: Path) -> None:
     """Raise ValueError if xpar cannot generate text with the checkpoint at ``path``."""
-    with Checkpoint(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         check_numbers(path / "config.json", checkpoint.config)
         require_moe_layers(find(checkpoint.config), checkpoint.config)
     if find_spec("transformers") is None:
