@@ -33,7 +33,7 @@ class NibblePairs(StoredWeight):
     @cached_property
     def format(self) -> WeightFormat:
         self.parts.expect(self.codes, (self.shape[0], self.shape[1] // 2), "U8", "I8")
-        block = 1, (self.scheme.block or (1, GROUP))[1] or GROUP
+        block = 1, GROUP  # of a mixed file config.json may give the block of its fp8 weights
         self.check_grid(self.parts.shape(self.scale), block, self.scale)
         return WeightFormat(CodeType.E2M1, block, scale_dtype(self.parts, self.scale))
 

@@ -13,12 +13,13 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 def bytes_along_rows(words: Tensor) -> Tensor:
     """Return the bytes [n, 4 w] of words [n, w] int32 that are packed along their rows."""
-    return words.contiguous().view(torch.uint8)
+    return words.view(torch.uint8)
 
 
 def bytes_along_columns(words: Tensor) -> Tensor:
     """Return the bytes [n, 4 w] of words [w, n] int32 that are packed along their columns."""
-    return words.T.contiguous().view(torch.uint8)
+    # Not contiguous(), which leaves a row of one word the strides that it has.
+    return words.T.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def codes_of_bytes(packed: Tensor, bits: int) -> Tensor:
