@@ -5,7 +5,6 @@ version 2 stores z, and symmetric files say by their zero points which of them t
 """
 
 import logging
-import math
 from dataclasses import replace
 from functools import cached_property
 
@@ -74,11 +73,6 @@ class GptqWeight(StoredWeight):
     @property
     def keeps_its_codes(self) -> bool:
         return not self._is_reordered
-
-    @property
-    def smallest_cut(self) -> tuple[int, int]:
-        per_word = 32 // self.bits  # along N, too: there zero points are packed
-        return per_word, math.lcm(per_word, 1 if self._is_reordered else self.group or 1)
 
     @cached_property
     def _is_reordered(self) -> bool:

@@ -25,7 +25,7 @@ from xpar.engine.formats.registry import (
     without_quantisation,
 )
 from xpar.engine.formats.schemes import SchemeOf, schemes_of
-from xpar.engine.formats.stored_weight import Parts, Scheme, StoredWeight
+from xpar.engine.formats.stored_weight import Parts, Scheme, StoredWeight, cut_units, refine
 from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
 
 log = logging.getLogger("xpar.formats")
@@ -139,31 +139,38 @@ class QuantisedCheckpoint(Checkpoint):
         return (1, 1) if weight is None else weight.smallest_cut
 
     def read_quantised(
-        self, name: str, rows: slice | None = None, cols: slice | None = None, index: int | None = None
+        self,
+        name: str,
+        rows: slice | None = None,
+        cols: slice | None = None,
+        index: int | None = None,
+        block: tuple[int, int] | None = None,
     ) -> QuantisedWeight:
         """Read codes and scales of a slice of W [N, K], outputs first whatever :meth:`read` presents.
 
         Args:
             name: name of the tensor, of which :meth:`weight_format` is not None.
-            rows: slice of N, which begins at a multiple of :meth:`smallest_cut`.
+            rows: slice of N, of whole blocks.
             cols: slice of K, likewise.
             index: entry of a stack [E, N, K].
+            block: smaller blocks than the format's, each of which divides one of them and repeats its scale.
 
         Raises:
             CheckpointError: the tensor is missing or damaged.
-            ValueError: it is not quantised, or a slice begins inside a block.
+            ValueError: it is not quantised, or a slice begins or ends inside a block.
         """
         weight = self.find(name)
         if weight is None or not weight.keeps_its_codes:
             raise ValueError(f"tensor {name} has no codes that kernels can compute from; read it with read()")
         row_range, col_range, sliced = slice_ranges(name, entry_shape(name, weight.shape, index), rows, cols)
         col_range = slice(0, sliced[1]) if col_range is None else col_range
+        block = weight.format.block if block is None else block
         for part, size, unit in zip(
-            (row_range, col_range), weight.shape[-2:], weight.smallest_cut, strict=True
+            (row_range, col_range), weight.shape[-2:], cut_units(weight, block), strict=True
         ):
             if part.start % unit or (part.stop % unit and part.stop != size):
                 raise ValueError(f"tensor {name}: {part} is no multiple of {unit}, the block of its format")
-        return weight.read(index, row_range, col_range)
+        return refine(weight.read(index, row_range, col_range), block)
 
     def find(self, name: str) -> StoredWeight | None:
         """Return the stored weight behind quantised tensor ``name``; None for any other tensor."""

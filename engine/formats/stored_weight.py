@@ -3,8 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -118,11 +117,10 @@ class StoredWeight(ABC):
         """True if kernels can compute from the codes; if not, the weight is only read as floats."""
         return True
 
-    @cached_property
+    @property
     def smallest_cut(self) -> tuple[int, int]:
         """The rows and columns of which a slice is a multiple, if it is to keep :attr:`format`."""
-        block_rows, block_cols = self.format.block
-        return math.lcm(self.unit[0], block_rows or 1), math.lcm(self.unit[1], block_cols or 1)
+        return cut_units(self, self.format.block)
 
     def check_grid(self, shape: tuple[int, ...], block: tuple[int, int], suffix: str) -> None:
         """Raise :class:`CheckpointError` unless tensor ``suffix`` has one entry a block."""
@@ -172,6 +170,35 @@ class StoredWeight(ABC):
                 "every scale must be; download the file again, or quantise the model again",
             )
         return scales
+
+
+def cut_units(weight: StoredWeight, block: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns of which slices in blocks of ``block`` are multiples."""
+    return math.lcm(weight.unit[0], block[0] or 1), math.lcm(weight.unit[1], block[1] or 1)
+
+
+def refine(weight: QuantisedWeight, block: tuple[int, int]) -> QuantisedWeight:
+    """Return ``weight`` [N, K] in smaller blocks, which repeat their scales.
+
+    Raises ValueError for blocks that do not divide those of ``weight``.
+    """
+    if block == weight.format.block:
+        return weight
+    rows, cols = weight.shape
+    for small, large, size in zip(block, weight.format.block, (rows, cols), strict=True):
+        if small != large and (small < 1 or (large or -(-size // small) * small) % small):
+            raise ValueError(f"{weight.format}: blocks of {block[0]} x {block[1]} do not divide its own")
+    grid = replace(weight.format, block=block).grid(rows, cols)
+
+    def spread(per_block: Tensor) -> Tensor:
+        for dim in (0, 1):
+            large = weight.format.block[dim] or (rows, cols)[dim]
+            per_block = select(per_block, torch.arange(grid[dim]) * block[dim] // large, dim)
+        return per_block
+
+    zeros = None if weight.zeros is None else spread(weight.zeros)
+    form = replace(weight.format, block=block)
+    return replace(weight, format=form, scales=spread(weight.scales), zeros=zeros)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from torch import Tensor
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.reduction import Full, Partial, State
-from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
+from xpar.engine.architectures.layer_config import find, moe_layers
 from xpar.engine.architectures.layer_weights import (
     LayerWeights,
     SharedWeights,
     load_layer_weights,
     make_router,
+    stored_layer_config,
 )
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
@@ -217,7 +218,7 @@ def read_layer_config(checkpoint: Checkpoint, layer: int) -> LayerConfig:
         raise CheckpointError(
             f"layer {layer} has no experts; the MoE layers are {', '.join(map(str, layers))}"
         )
-    return layer_config(arch, checkpoint.config, layer)
+    return stored_layer_config(checkpoint, arch, layer)
 
 
 def _shared_rows(config: LayerConfig, grid: ProcessGrid, slices: int) -> slice:

@@ -16,7 +16,7 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.shared_window import SHARED_FILES, free_bytes
 from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
-from xpar.engine.architectures.layer_weights import stream_experts
+from xpar.engine.architectures.layer_weights import stored_layer_config, stream_experts
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
@@ -319,7 +319,7 @@ def _load_layers(
     for n, part in parts.items():
         with _allocation_errors(checkpoint.path / "config.json", n):
             if part.experts:
-                config = layer_config(arch, checkpoint.config, n)
+                config = stored_layer_config(checkpoint, arch, n)
                 read = _reader(checkpoint, n, config, dtype)
                 layers[n] = build_moe_modules(config, grid, dtype, n, read, options, loaded)
             else:

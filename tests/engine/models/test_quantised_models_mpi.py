@@ -81,10 +81,12 @@ def test_logits_are_those_of_transformers_with_the_weights_in_floats(
 
 @pytest.mark.parametrize("name", CASES)
 def test_layers_on_slices_of_every_width(comm: "Intracomm", root: Path, fresh_seed: int, name: str) -> None:
-    """Each rank has a slice of every expert; the slices begin inside blocks where they must."""
+    """Each rank has a slice of every expert, of whole blocks where the experts have enough of them."""
     grid = ProcessGrid.create(World.attach(comm), etp=comm.size, tp=1)
     layer = load_layer(root / name, 1, grid, torch.float32, LayerOptions())
     x = random_tokens(9, layer.config.hidden_size, fresh_seed + comm.rank)
     with open_checkpoint(root / f"{name}-floats") as floats:
         expected, _ = layer_reference(floats, 1, x)
     assert relative_error(layer(x), expected) < TOLERANCE
+    unit, rows = layer.config.width_unit, layer.experts.rows
+    assert (unit > 1) == ("channel" not in name) and (comm.size == 1 or rows.start % min(unit, 32) == 0)
