@@ -166,8 +166,8 @@ class StoredWeight(ABC):
             rule = "finite and not 0" if self.scheme.signed_scales else "finite and above 0"
             raise self.parts.error(
                 suffix,
-                f"holds {count} of {bad.numel()} scales that are not {rule} (such as {value:g}): "
-                "every scale must be; download the file again, or quantise the model again",
+                f"holds {count} scales of {bad.numel()} that are not {rule} (such as {value:g}); "
+                "download the file again, or quantise the model again",
             )
         return scales
 
