@@ -29,6 +29,7 @@ from xpar.engine.commands.options import (
 )
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.terminal import count, make_console
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.generation.request import Request, read_request
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.tokenizer import Tokenizer
@@ -151,7 +152,7 @@ def _make_folders(args: argparse.Namespace) -> None:
 def _open_checkpoint(source: str) -> Checkpoint:
     if not Path(source).exists():
         raise ValueError(f"{source!r} is neither a shape nor a directory; the shapes are {', '.join(SHAPES)}")
-    return Checkpoint(Path(source))
+    return open_checkpoint(source)
 
 
 def _read_dtype(args: argparse.Namespace, checkpoint: Checkpoint) -> torch.dtype:

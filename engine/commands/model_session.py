@@ -15,9 +15,9 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.options import add_verbose, add_watchdog, job_line, pick_device
 from xpar.engine.console.terminal import Meter, count
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.generation.answer_file import errors_path
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import RequestBase, Workload
@@ -119,7 +119,7 @@ def exact_with(args: argparse.Namespace, grid: ProcessGrid) -> tuple[tuple[str, 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
     """Return ``--dtype``, or the checkpoint's dtype."""
-    with Checkpoint(args.checkpoint) as checkpoint:
+    with open_checkpoint(args.checkpoint) as checkpoint:
         return FLOATS[args.dtype] if args.dtype else checkpoint.dtype
 
 
@@ -135,7 +135,7 @@ def make_grid(args: argparse.Namespace, world: World, console: Console) -> Proce
 
 def choose_etp(args: argparse.Namespace, world: World, device: str) -> int | None:
     """Return ``--etp``; without it and ``--ep``, choose slices for the host ranks of one node."""
-    with Checkpoint(args.checkpoint) as checkpoint:
+    with open_checkpoint(args.checkpoint) as checkpoint:
         configs = list(read_layer_configs(checkpoint).values())
     named = args.ep is not None or args.etp is not None
     if named or args.exact or device != "cpu" or world.num_nodes > 1:

@@ -170,6 +170,11 @@ def add_make_checkpoint(p: argparse.ArgumentParser) -> None:
     add_number(p, "--top-k", "number of experts per token", None, "2, or 1 for a family that takes no more")
     add_number(p, "--shared", "number of shared experts", None, "1 for a family that has shared experts")
     options.add_dtype(p, "bfloat16")
+    p.add_argument(
+        "--format",
+        metavar="FORMAT",
+        help="quantised: fp8, fp8-channel, int4, gptq, awq, nvfp4, or mxfp4 for gpt_oss (default: floats)",
+    )
     options.add_seed(p, "weights")
     p.add_argument(
         "--writer",

@@ -13,12 +13,12 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.partition import split_range
 from xpar.comm.stragglers import gather_lateness
-from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.options import at_least, attach, job_line, pick_device
 from xpar.engine.console.layer_report import lateness_table, layer_result, layer_summary, layer_table
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import make_console, progress
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.build import FLOATS, load_layer
 from xpar.engine.layer.checkpoint_config import read_layer_config, read_layer_configs
 from xpar.engine.layer.expert_shard import pick_dispatcher, pick_kernel
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
 def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
     """Check the whole request before any rank loads anything; return layers and dtype."""
     at_least(tokens=(args.tokens, 0), steps=(args.steps, 1), threads=(args.threads, 1))
-    with Checkpoint(args.checkpoint) as checkpoint:
+    with open_checkpoint(args.checkpoint) as checkpoint:
         layers = args.layers or list(read_layer_configs(checkpoint))
         for layer in layers:
             read_layer_config(checkpoint, layer)
@@ -105,7 +105,7 @@ def _relative_error(
     def compare() -> float:
         if grid.world.rank:
             return 0.0
-        with Checkpoint(path) as checkpoint:
+        with open_checkpoint(path) as checkpoint:
             reference, _ = layer_reference(checkpoint, layer, tokens, input_ids=ids)
         return relative_error(complete, reference)
 
@@ -117,7 +117,7 @@ def _explain(
     console: Console, args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype
 ) -> None:
     """Print why the dispatcher and the kernel of ``layer`` are chosen, and its steps."""
-    with Checkpoint(args.checkpoint) as checkpoint:
+    with open_checkpoint(args.checkpoint) as checkpoint:
         config = read_layer_config(checkpoint, layer)
 
     def reasons() -> str:

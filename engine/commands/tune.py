@@ -15,9 +15,9 @@ from xpar.engine.bench.kernels.cases import (
     random_weights,
     require_gpu,
 )
-from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.options import at_least
 from xpar.engine.config import LayerConfig
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.build import FLOATS
 from xpar.engine.layer.checkpoint_config import read_layer_config, read_layer_configs
 from xpar.engine.synthetic.shapes import shape_of
@@ -63,7 +63,7 @@ def _read_config(args: argparse.Namespace) -> LayerConfig:
         if args.index is not None:
             raise ValueError(f"--layer {args.index}: {args.layer} is no checkpoint; leave --layer out")
         return shape_of(args.layer).layer()
-    with Checkpoint(Path(args.layer)) as checkpoint:
+    with open_checkpoint(Path(args.layer)) as checkpoint:
         first = next(iter(read_layer_configs(checkpoint)))
         return read_layer_config(checkpoint, first if args.index is None else args.index)
 

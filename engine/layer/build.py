@@ -24,8 +24,8 @@ from xpar.engine.architectures.layer_weights import (
     load_layer_weights,
     make_router,
 )
-from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.checkpoint_config import allocation_errors, config_errors, read_layer_config
 from xpar.engine.layer.expert_shard import ExpertShard, build_expert_shard, expert_spec, width_slice
 from xpar.engine.layer.fused_shared_experts import (
@@ -83,7 +83,7 @@ def load_layer(
 def _load(
     path: str | Path, layer: int, grid: ProcessGrid, dtype: torch.dtype | None, options: LayerOptions
 ) -> MoERunner:
-    with Checkpoint(Path(path)) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         config = read_layer_config(checkpoint, layer)
         read = partial(load_layer_weights, checkpoint, find(checkpoint.config), layer, config)
         begin = time.perf_counter()
@@ -97,6 +97,8 @@ def _load(
             checkpoint.bytes_read / 1e6,
             time.perf_counter() - begin,
         )
+        if conversions := checkpoint.describe_conversions(runner.dtype):
+            log.info("layer %d: quantised weights are converted: %s", layer, conversions)
         return runner
 
 

@@ -19,6 +19,7 @@ from xpar.engine.architectures.layer_config import (
     layer_config,
     require_moe_layers,
 )
+from xpar.engine.architectures.layer_weights import stored_layer_config
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 
@@ -59,7 +60,8 @@ def read_layer_config(checkpoint: Checkpoint, layer: int) -> LayerConfig:
     if layer not in configs:
         layers = ", ".join(map(str, configs))
         raise CheckpointError(f"{checkpoint.path}: layer {layer} has no experts; the MoE layers are {layers}")
-    return configs[layer]
+    with config_errors(checkpoint):
+        return stored_layer_config(checkpoint, find(checkpoint.config), layer)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
-from xpar.engine.architectures.layer_weights import load_layer_weights
+from xpar.engine.architectures.layer_config import find, moe_layers
+from xpar.engine.architectures.layer_weights import load_layer_weights, stored_layer_config
 from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.layer.build import build_layer
@@ -90,7 +90,7 @@ def build_block(
     ``scale_output``: the layer returns its output over the routed scaling factor.
     """
     arch = find(checkpoint.config)
-    config = layer_config(arch, checkpoint.config, layer)
+    config = stored_layer_config(checkpoint, arch, layer)
     read = partial(load_layer_weights, checkpoint, arch, layer, config)
     if scale_output:
         config, _ = scale_layer_output(config)

@@ -219,8 +219,8 @@ def _read(checkpoint: Checkpoint, name: str, out: Tensor) -> None:
     stored = checkpoint.entry(name).dtype
     if stored not in FLOATS:
         raise CheckpointError(
-            f"tensor {name} is stored as {stored}: quantised weights need scales that are not read; "
-            "convert the checkpoint to bfloat16 first"
+            f"tensor {name} is stored as {stored}: quantised weights need scales, and the file has none for "
+            "it, or config.json has no quantization_config; download both again, or use the bfloat16 release"
         )
     checkpoint.read(name, expect_shape=tuple(out.shape), out=out)
     if not math.isfinite(float(out.sum())) and not bool(torch.isfinite(out).all()):

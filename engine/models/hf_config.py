@@ -41,6 +41,8 @@ def read_hf_config(path: Path) -> Any:
         hf_config = AutoConfig.from_pretrained(path)
         configs = {id(c): c for c in (hf_config, hf_config.get_text_config())}.values()
     for config in configs:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # weights come as floats, and no quantizer is to look for packages
         config.return_dict = True
         for name in EXTRAS:
             if getattr(config, name, None):

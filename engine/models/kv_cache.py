@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.checkpoint_config import read_layer_configs
 from xpar.engine.models.hf_config import read_hf_config
 
@@ -40,7 +40,7 @@ def other_states(hf_config: Any) -> tuple[str, ...]:
 
 def check_generates(path: Path) -> None:
     """Raise ValueError if xpar cannot generate text with the checkpoint at ``path``."""
-    with Checkpoint(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         read_layer_configs(checkpoint)
     if find_spec("transformers") is None:
         return  # which loading the model says better
