@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpar.engine.generation.steps import LAUNCH
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import new_cache
 from xpar.engine.models.lm_head import Head
@@ -79,7 +78,7 @@ class ScoreBatch:
 
     def readiness(self) -> int:
         """Texts differ from step to step: nothing is recorded."""
-        return LAUNCH
+        return 0
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
         """A rank's slots are not its tokens here, so the layers agree for themselves."""

@@ -2,8 +2,8 @@
 
 from typing import Protocol, TypeVar
 
-LAUNCH, RECORD, REPLAY = 0, 1, 2
-"""How ready a rank is for a step that is recorded; all ranks do what the least ready one can."""
+CAN_RECORD, CAN_REPLAY = 1, 2
+"""The bits of a rank's readiness for a step that continues its rows."""
 
 
 class Row(Protocol):
@@ -36,7 +36,7 @@ class LocalBatch(Protocol[R]):
         """Return how many (token, expert) pairs this rank's experts have computed."""
 
     def readiness(self) -> int:
-        """Return whether this rank can ``LAUNCH``, ``RECORD`` or ``REPLAY`` the next step."""
+        """Return whether this rank can record or replay the next step, in bits; 0 if neither."""
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
         """Note the readiness of all ranks for the next step; the arguments are the same on every rank.

@@ -66,10 +66,10 @@ class FusedRunner(MoERunner):
     def _fits(self, tokens: int, router: RoutingRule | None) -> bool:
         """Tell whether a step is one call.
 
-        It has tokens, not too many, and the layer's own router routes them.
+        It has tokens, not too many, no padding among them, and the layer's own router routes them.
         """
         few = self.max_tokens is None or tokens <= self.max_tokens
-        return router is None and tokens > 0 and few
+        return router is None and tokens > 0 and few and self.padding is None
 
     def _compute(
         self, hidden_states: Tensor, local: slice, router_logits: Tensor | None, observers: Observers
