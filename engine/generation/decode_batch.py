@@ -105,6 +105,16 @@ class DecodeBatch:
         """The number of sequences that are running or wait to be read once more."""
         return len(self.running) + len(self._alone)
 
+    @property
+    def next_tokens(self) -> int:
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        r = self._row_to_reread()
+        return len(self.running) if r is None else len(r.tokens)
+
+    def tokens_of(self, lengths: Sequence[int]) -> int:
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        return len(lengths) * max(lengths)
+
     def slots(self) -> int:
         """Return how many (token, expert) pairs this rank's experts have computed."""
         return self._loaded.slots()
@@ -163,6 +173,8 @@ class DecodeBatch:
         """Return the sequence whose tokens are all read in the next :meth:`advance`, if there is one."""
         if self._alone:
             return self._alone[0]
+        if not self._rows.rereads:
+            return None
         lengths = ((r, len(r.ids) + len(r.answer)) for r in self.running)
         return next((r for r, length in lengths if self._rows.needs_whole_past(length)), None)
 

@@ -89,6 +89,8 @@ class DecodeGraph:
         """Decide on the next step by the readiness of all ranks; a single rank needs no such call."""
         self._tokens = tokens
         self._decided = LAUNCH if tokens is None else self._decide(max(tokens), readiness)
+        if tokens is not None and self._decided != LAUNCH:
+            self._loaded.expect((self._bucket,) * len(tokens))
 
     def _decide(self, sequences: int, readiness: tuple[int, ...]) -> int:
         """Choose from facts that all ranks agree on; ``sequences``: the most of any rank.
@@ -165,15 +167,11 @@ class DecodeGraph:
     def _attempt(self, attempt: Callable[[], T]) -> T | None:
         """Return the recording; None on all ranks where one of them failed, which is not tried again."""
         found, problem = None, None
-        if self._tokens is not None:  # the layers of this step have so many tokens on every rank
-            self._loaded.expect((self._bucket,) * len(self._tokens))
         try:
             with _watch_paused(self._loaded):
                 found = attempt()
         except RuntimeError as error:
             problem = str(error).splitlines()[0]
-        if self._tokens is not None:
-            self._loaded.expect(self._tokens)
         problems = self._everyones(problem)
         if not any(problems):
             return found
@@ -183,6 +181,8 @@ class DecodeGraph:
             if text
         )
         log.info("steps are not recorded: %s", self.refused)
+        if self._tokens is not None:
+            self._loaded.expect(self._tokens)  # this step is launched
         return None
 
     def _everyones(self, problem: str | None) -> list[str | None]:

@@ -23,7 +23,8 @@ LENGTHS = 1 << 16
 class SeparateRows:
     """A change of ``model`` in place, after which each row of a batch gets what it gets alone.
 
-    ``model``: a transformers causal language model; one that is changed already stays as it is.
+    ``model``: a transformers causal language model; one that is changed already stays as it is. ``rereads``:
+    whether the model may need the whole past of a sequence anew.
     """
 
     def __init__(self, model: Any) -> None:
@@ -31,6 +32,7 @@ class SeparateRows:
         wrap_queries(model)
         self._prepare = _own_preparation(model)
         self.needs_whole_past = lru_cache(LENGTHS)(self._needs_whole_past)
+        self.rereads = self._prepare is not None
 
     @contextmanager
     def of_lengths(self, lengths: Sequence[int]) -> Iterator[None]:

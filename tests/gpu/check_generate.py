@@ -136,8 +136,9 @@ def decode(
     ]
     for step in range(STEPS + 1):
         notes = (sequences.readiness(),)
-        facts = agree_step(comm, step, work=sequences.occupied, notes=notes)
-        sequences.agree(facts.work if step else None, tuple(note for (note,) in facts.notes))
+        tokens_now = sequences.next_tokens if step else sequences.tokens_of([len(r.ids) for r in new] or [0])
+        facts = agree_step(comm, step, tokens=tokens_now, work=sequences.occupied, notes=notes)
+        sequences.agree(facts.tokens, tuple(note for (note,) in facts.notes if step) or (0,) * comm.size)
         if step == 0 and new:
             sequences.begin(new)
         elif sequences.occupied:

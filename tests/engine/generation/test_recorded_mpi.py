@@ -15,6 +15,7 @@ from tiny_models import BYTES, write_model
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
+from xpar.comm.dispatch import base
 from xpar.engine.generation import recorder
 from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
 from xpar.engine.generation.decode_graph import PaddedDecodeStep
@@ -102,6 +103,7 @@ def answer(
     job = LockstepCallbacks(
         total=PROMPTS,
         start=start,
+        length=lambda place: lengths[place],
         at_once=lambda place: BATCH,
         record=lambda r: {"place": r.place},
         write=lambda records: None,
@@ -144,3 +146,31 @@ def test_recorded_steps_give_what_launched_ones_give(
     assert counted == slots and found.keys() == expected.keys()
     errors = [float((found[at] - logits).norm() / logits.norm()) for at, logits in expected.items()]
     assert max(errors) < 1e-3
+
+
+def test_layers_ask_nothing(
+    world: World,
+    comm: "Intracomm",
+    tmp_path: Path,
+    fresh_seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither where prompts are read nor where they are continued; afterwards they do again."""
+    asked: list[str] = []
+    handshake = base.handshake
+
+    def count(group: Any, tag: Any, **wanted: Any) -> Any:
+        asked.append(str(tag))
+        return handshake(group, tag, **wanted)
+
+    monkeypatch.setattr(base, "handshake", count)
+    path = Path(comm.bcast(str(tmp_path)))
+    if comm.rank == 0:
+        write_model(Case("olmoe", "olmoe"), path, torch.float32, fresh_seed % 1000)
+    comm.barrier()
+    loaded = load_model(path, ProcessGrid.create(world))
+    answer(world, loaded, fresh_seed, None)
+    assert not asked or world.size == 1
+    asked.clear()
+    loaded.join()
+    assert len(asked) == len(loaded.layers)
