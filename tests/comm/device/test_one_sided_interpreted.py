@@ -1,15 +1,13 @@
 """Runs the tests of the one-sided exchange in Triton's interpreter on 1, 2 and 3 ranks."""
 
 import faulthandler
-import os
 import sys
 from pathlib import Path
 
 import pytest
-from launch import mpirun
+from launch import mpirun, support_on_path
 
 FOLDER = Path(__file__).parents[2] / "one_sided"
-SUPPORT = Path(__file__).parents[2] / "support"
 PROGRAM = Path(__file__).parents[2] / "programs/one_sided_failure.py"
 
 
@@ -37,11 +35,7 @@ def test_a_late_rank_and_a_failure_are_reported(way: str) -> None:
         2,
         [sys.executable, str(PROGRAM), "100000" if way == "raises" else "3", way],
         timeout=100,
-        env={
-            "TRITON_INTERPRET": "1",
-            "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(SUPPORT)))),
-        },
+        env={"TRITON_INTERPRET": "1", "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1", **support_on_path()},
     )
     assert done.returncode != 0
     if way == "raises":
