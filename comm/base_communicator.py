@@ -26,9 +26,9 @@ class BaseCommunicator(Communicator):
 
     Before each collective the ranks agree on operation, row size and dtype (one small all-gather), so that a
     mistake becomes a :class:`~xpar.comm.handshake.DesyncError` on all of them instead of a hang or wrong
-    data. ``all_to_all_v`` and calls that pass ``counts`` skip that agreement: their sizes were agreed when
-    they were planned. If the job was started with ``--debug-collectives``, every collective is compared on
-    all ranks before it begins.
+    data. ``all_to_all_v``, gathers that pass ``counts`` and sums that are ``planned`` skip that agreement:
+    their sizes were agreed when they were planned. If the job was started with ``--debug-collectives``, every
+    collective is compared on all ranks before it begins.
     """
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -57,11 +57,14 @@ class BaseCommunicator(Communicator):
             )
         return self._gather(x, counts)
 
-    def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def reduce_scatter_v(self, x: Tensor, counts: Sequence[int], planned: bool = False) -> Tensor:
         check_counts("reduce_scatter_v", x, counts, self.size)
         acc = accumulation_dtype(x.dtype)
         x = self._ready(x)
-        self._agree("reduce_scatter_v", x, x.shape, same_rows=True)
+        if not planned:
+            self._agree("reduce_scatter_v", x, x.shape, same_rows=True)
+        elif self.checks_collectives():
+            self.check_collective(CollectiveSignature.of("reduce_scatter_v", x, x.shape))
         return self._sum_part(x, counts, acc)
 
     # -- the two movements ----------------------------------------------------------------------------------

@@ -87,8 +87,11 @@ class Communicator(Protocol):
     def all_gather_v(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Return the rows of all ranks in rank order; ``counts`` of them, if all ranks know."""
 
-    def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Sum ``x`` [sum(counts), ...] over the ranks; rank r gets ``counts[r]`` rows of the sum."""
+    def reduce_scatter_v(self, x: Tensor, counts: Sequence[int], planned: bool = False) -> Tensor:
+        """Sum ``x`` [sum(counts), ...] over the ranks; rank r gets ``counts[r]`` rows of the sum.
+
+        ``planned``: the ranks have agreed on the sizes before.
+        """
 
     def all_to_all_v(
         self,
@@ -123,6 +126,12 @@ class Communicator(Protocol):
 
     def exchange(self, header: Header, tag: Tag | None = None) -> Header:
         """All-gather a small int64 vector [N] per rank, always on the host: [size, N]."""
+
+    def enter_step(self, tag: Tag) -> None:
+        """Count the collectives from now on to the layer and step of ``tag``, without any exchange."""
+
+    def checks_collectives(self) -> bool:
+        """Return whether all ranks compare every collective before it begins."""
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return the Python object of every rank; for start-up and errors, too slow for steps."""
@@ -159,7 +168,7 @@ class SoloCommunicator:
             check_counts("all_gather_v", x, counts, 1)
         return x
 
-    def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def reduce_scatter_v(self, x: Tensor, counts: Sequence[int], planned: bool = False) -> Tensor:
         check_counts("reduce_scatter_v", x, counts, 1)
         accumulation_dtype(x.dtype)
         return x
@@ -191,6 +200,12 @@ class SoloCommunicator:
 
     def exchange(self, header: Header, tag: Tag | None = None) -> Header:
         return header[None]
+
+    def enter_step(self, tag: Tag) -> None:
+        return None
+
+    def checks_collectives(self) -> bool:
+        return False
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [value]

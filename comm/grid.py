@@ -1,6 +1,6 @@
 """The process grid: dense layers see dp x tp ranks, expert layers the same ranks as edp x ep x etp."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,7 +12,9 @@ from xpar.comm.device.transport import Transport, open_transport
 from xpar.comm.device.transport_choice import choose_transport, collect_facts, host_override
 from xpar.comm.failure import agreed
 from xpar.comm.handshake import handshake
+from xpar.comm.step_agreement import AgreedStep
 from xpar.comm.watchdog.deadlines import Deadlines
+from xpar.comm.watchdog.watchdog import Watchdog
 from xpar.comm.world import World
 
 HOST = torch.device("cpu")
@@ -93,6 +95,7 @@ class ProcessGrid:
         transport: Moves device tensors; None on the CPU.
         peer_window: The window through which the ranks of ``moe`` reach each other's GPU memory, or the
             reason why they do not; None where there is nothing to reach.
+        agreed: What the ranks know of the current step before its layers begin.
     """
 
     world: World
@@ -108,6 +111,7 @@ class ProcessGrid:
     device: torch.device = HOST
     transport: Transport | None = None
     peer_window: PeerWindow | None = None
+    agreed: AgreedStep = field(default_factory=AgreedStep, compare=False)
 
     @classmethod
     def create(
@@ -159,7 +163,7 @@ class ProcessGrid:
             etp=group("etp", r // shape.etp),
             edp=group("edp", r % cell),
             moe=moe,
-            peer_window=_peer_window(moe, opened, transport, deadlines or world.deadlines),
+            peer_window=_peer_window(moe, opened, transport, deadlines or world.deadlines, world.watchdog),
             node=group("node", world.node),
             moe_node=host.split(r // cell * world.num_nodes + world.node, r, "moe_node"),
             device=HOST if opened is None else opened.device,
@@ -189,7 +193,11 @@ class ProcessGrid:
 
 
 def _peer_window(
-    moe: Communicator, opened: Transport | None, transport: str, deadlines: Deadlines
+    moe: Communicator,
+    opened: Transport | None,
+    transport: str,
+    deadlines: Deadlines,
+    watchdog: Watchdog | None,
 ) -> PeerWindow | None:
     """Return the window of an expert group's GPUs, found out by a trial; collective over ``moe``."""
     if opened is None or moe.size == 1:
@@ -200,8 +208,7 @@ def _peer_window(
         )
         return PeerWindow(moe, opened.device, deadlines, refused)
     window = PeerWindow(moe, opened.device, deadlines)
-    if opened.watch is not None:
-        opened.watch.always(window.problem)
+    window.report_to(opened.watch, watchdog)
     return window
 
 

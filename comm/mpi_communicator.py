@@ -173,6 +173,9 @@ class MpiCommunicator(BaseCommunicator):
         journal.leave()
         return table
 
+    def enter_step(self, tag: Tag) -> None:
+        self._journal.set_step(tag.layer, tag.step)
+
     def all_gather_object(self, value: Any) -> list[Any]:
         self.check_collective(CollectiveSignature("all_gather_object"))
         with self.journal_entry("all_gather_object", self._setup_seconds()):

@@ -6,6 +6,18 @@ from xpar.comm.communicator import Communicator, Tag
 from xpar.comm.handshake import handshake
 
 
+@dataclass
+class AgreedStep:
+    """The facts about the current step that its layers need not exchange any more.
+
+    Attributes:
+        tokens: Tokens of each rank of the ``moe`` group in every layer of the step; None where the ranks of a
+            layer must agree for themselves.
+    """
+
+    tokens: tuple[int, ...] | None = None
+
+
 @dataclass(frozen=True)
 class StepFacts:
     """The facts of all ranks about one step, the same on every rank.

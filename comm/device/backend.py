@@ -1,5 +1,6 @@
 """The contract of a backend, which moves rows of device tensors within one group."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -42,14 +43,36 @@ def current_stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
-def record_marker(device: torch.device) -> Callable[[], bool] | None:
-    """Return a test of the stream's work so far; None while the stream is being captured."""
-    if device.type != "cuda":
-        return lambda: True
-    if torch.cuda.is_current_stream_capturing():
-        return None
-    event = torch.cuda.current_stream(device).record_event()
-    return lambda: bool(event.query())
+class Markers:
+    """Tests of how far the work on a device's streams has got; their events are used again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._free: deque[torch.cuda.Event] = deque()
+
+    def record(self) -> Callable[[], bool] | None:
+        """Return a test of the current stream's work so far; None while the stream is being captured.
+
+        Once the test has been true, it must not be called again.
+        """
+        if self.device.type != "cuda":
+            return _always
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        event = self._free.pop() if self._free else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+
+        def done() -> bool:
+            if not event.query():  # type: ignore[no-untyped-call]
+                return False
+            self._free.append(event)
+            return True
+
+        return done
+
+
+def _always() -> bool:
+    return True
 
 
 def synchronize(device: torch.device) -> None:

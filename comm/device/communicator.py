@@ -44,10 +44,10 @@ class DeviceCommunicator(BaseCommunicator):
     def all_gather_v(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         return self.host.all_gather_v(x, counts) if self._is_on_host(x) else super().all_gather_v(x, counts)
 
-    def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def reduce_scatter_v(self, x: Tensor, counts: Sequence[int], planned: bool = False) -> Tensor:
         if self._is_on_host(x):
-            return self.host.reduce_scatter_v(x, counts)
-        return super().reduce_scatter_v(x, counts)
+            return self.host.reduce_scatter_v(x, counts, planned)
+        return super().reduce_scatter_v(x, counts, planned)
 
     def all_to_all_v(
         self,
@@ -84,6 +84,9 @@ class DeviceCommunicator(BaseCommunicator):
 
     def exchange(self, header: Header, tag: Tag | None = None) -> Header:
         return self.host.exchange(header, tag)
+
+    def enter_step(self, tag: Tag) -> None:
+        self.host.enter_step(tag)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return self.host.all_gather_object(value)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending
-from xpar.comm.device.backend import current_stream, record_marker, synchronize
-from xpar.comm.device.nccl_communicator import NcclCommunicator, os_error_from
+from xpar.comm.device.backend import Markers, current_stream, synchronize
+from xpar.comm.device.nccl_communicator import NcclCommunicator, call_in_time, os_error_from
 from xpar.comm.device.nccl_library import ALL_TO_ALL_VERSION, NcclError
 from xpar.comm.device.schedule import Schedule, exchange_schedule, gather_schedule
 from xpar.comm.failure import agreed
@@ -23,6 +23,7 @@ class NcclBackend:
 
     def __init__(self, nccl: NcclCommunicator, device: torch.device) -> None:
         self.nccl, self.device = nccl, device
+        self._markers = Markers(device)
         self._has_all_to_all = nccl.library.version() >= ALL_TO_ALL_VERSION
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -32,7 +33,8 @@ class NcclBackend:
         if len(set(counts)) > 1:
             self._move("all_gather_v", gather_schedule(self.nccl.rank, counts), x, out)
         else:
-            self._run(f"all_gather of {x.nbytes} B", self.nccl.library.all_gather, x, out, x.nbytes)
+            nbytes = x.numel() * x.element_size()
+            self._run(f"all_gather of {nbytes} B", self.nccl.library.all_gather, x, out, nbytes)
         return out
 
     def all_to_all(
@@ -46,16 +48,19 @@ class NcclBackend:
     ) -> Pending[Tensor]:
         if uniform and skip is None and self._has_all_to_all:
             if x.numel():
-                each = x.nbytes // len(send)
+                each = x.numel() * x.element_size() // len(send)
                 self._run(f"all_to_all of {each} B a pair", self.nccl.library.all_to_all, x, out, each)
         else:
             self._move("all_to_all_v", exchange_schedule(self.nccl.rank, send, recv, skip), x, out)
         return Pending(lambda: _keep_until(x, out))
 
     def check(self, group: Communicator) -> None:
-        """Exchange one row between every pair of ranks and compare; AgreedError on all if wrong."""
+        """Exchange one row between every pair of ranks and compare; AgreedError on all if wrong.
 
-        def attempt() -> None:
+        Where NCCL's calls block, another thread makes them.
+        """
+
+        def exchange() -> None:
             size, rank = self.nccl.size, self.nccl.rank
             rows = torch.arange(size, device=self.device) + rank * size
             ones = [1] * size
@@ -65,15 +70,22 @@ class NcclBackend:
             if received.tolist() != expected:
                 raise NcclError(f"the test exchange brought {received.tolist()} instead of {expected}")
 
+        def attempt() -> None:
+            if not self.nccl.blocking:
+                return exchange()
+            call_in_time(exchange, self.nccl.deadlines.connect, "the test exchange", self.device)
+
+        self.nccl.on_trial = True
         try:
             agreed(group, lambda: os_error_from(attempt), f"NCCL for group {group.name}")
         except RuntimeError:
             self.nccl.break_off("the test exchange failed")
             raise
+        self.nccl.on_trial = False
 
     def finish(self, what: str, seconds: float) -> None:
         """Wait for the work ``what`` on the current stream; NcclError after ``seconds``."""
-        done = record_marker(self.device)
+        done = self._markers.record()
         if done is not None and not self.nccl.watch.wait(done, seconds, self.nccl.problem):
             reason = f"{what}: not done on the GPU after {seconds:g} s; a rank of the group did not take part"
             self.nccl.break_off(reason)
@@ -100,16 +112,16 @@ class NcclBackend:
                 library.recv(into + r.first * row, r.rows * row, r.peer, comm, stream)
 
         sent, received = (sum(t.rows for t in side) for side in (schedule.sends, schedule.recvs))
-        self.nccl.run(f"{what} ({sent} rows of {row} B out, {received} in)", calls, self._record_marker)
+        self.nccl.run(f"{what} ({sent} rows of {row} B out, {received} in)", calls, self._markers.record)
 
     def _run(self, what: str, call: Callable[..., None], x: Tensor, out: Tensor, nbytes: int) -> None:
         comm, stream = self.nccl.comm, current_stream(self.device)
         self.nccl.run(
-            what, lambda: call(x.data_ptr(), out.data_ptr(), nbytes, comm, stream), self._record_marker
+            what,
+            lambda: call(x.data_ptr(), out.data_ptr(), nbytes, comm, stream),
+            self._markers.record,
+            grouped=False,
         )
-
-    def _record_marker(self) -> Callable[[], bool] | None:
-        return record_marker(self.device)
 
 
 def _keep_until(x: Tensor, out: Tensor) -> Tensor:

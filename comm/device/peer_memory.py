@@ -52,7 +52,7 @@ class PeerMemory:
     """A window of this rank's GPU memory that every rank of ``group`` maps.
 
     ``bytes`` [n] uint8: this rank's own, zero at first. ``bases``: address here of each rank's. ``access``:
-    how they were opened. ``status`` [4] int32, in host memory: what a kernel that gave up waiting says, see
+    how they were opened. ``status`` [6] int32, in host memory: what a kernel that gave up waiting says, see
     :func:`~xpar.comm.device.trial.describe`. Closing is collective and runs by itself when the process ends;
     where a process is killed the driver frees its memory with the last one that maps it.
     """
@@ -68,7 +68,7 @@ class PeerMemory:
         self._delta = torch.tensor(deltas, dtype=torch.int64, device=device)
         self._state, self._counters = (torch.zeros(2, dtype=torch.int32, device=device) for _ in range(2))
         self._limit = torch.zeros(1, dtype=torch.int64, device=device)
-        self.status = torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.status = torch.zeros(6, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.bytes.zero_()
         _synchronize(device)
         group.barrier()  # no kernel of a peer before the flags are zero
@@ -149,6 +149,7 @@ class PeerMemory:
             self.status,
             front,
             processors,
+            self.group.checks_collectives(),
         )
 
     def close(self) -> None:

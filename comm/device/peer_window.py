@@ -10,8 +10,10 @@ import torch
 from xpar.comm.communicator import Communicator
 from xpar.comm.device.peer_memory import GPU_WAYS, PeerAccess, PeerMemory, find_access
 from xpar.comm.device.trial import describe, waiting_limit
+from xpar.comm.device.watch import Watch
 from xpar.comm.handshake import CollectiveError
 from xpar.comm.watchdog.deadlines import Deadlines
+from xpar.comm.watchdog.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from xpar.kernels.gpu.one_sided import Exchange, Peers, Step
@@ -45,9 +47,6 @@ class PeerWindow:
     recorded with: that one is then no longer used by launched steps if they outgrow it, and lives until
     ``close``.
 
-    ``expected``: tokens of each rank in the step that all have agreed to take, so that its layers need not
-    ask again; None where the ranks of a layer must agree for themselves.
-
     Args:
         group: ranks of one node.
         device: this rank's GPU; "cpu" for Triton's interpreter.
@@ -64,7 +63,7 @@ class PeerWindow:
     ) -> None:
         self.group, self.device, self.deadlines = group, device, deadlines
         self.access = access or find_access(group, device, deadlines)
-        self.expected: tuple[int, ...] | None = None
+        self._watchdog: Watchdog | None = None
         self._opened: list[_Opened] = []
         self._exchanges: OrderedDict[Step, Exchange] = OrderedDict()
 
@@ -95,6 +94,14 @@ class PeerWindow:
                 return f"one-sided exchange of group {self.group.name}: {what}"
         return None
 
+    def report_to(self, watch: Watch | None, watchdog: Watchdog | None) -> None:
+        """Have a late peer reported, by ``watch``, and the peers' waiting ended when this rank fails."""
+        if watch is not None:
+            watch.always(self.problem)
+        if watchdog is not None:
+            self._watchdog = watchdog
+            watchdog.before_end(self.abort)
+
     def check(self) -> None:
         """Raise CollectiveError if an exchange is broken: its windows cannot be used again."""
         problem = self.problem()
@@ -117,6 +124,8 @@ class PeerWindow:
 
     def close(self) -> None:
         """Give all memory back; collective."""
+        if self._watchdog is not None:
+            self._watchdog.forget(self.abort)
         self._exchanges.clear()
         while self._opened:
             self._opened.pop().memory.close()

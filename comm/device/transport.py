@@ -2,6 +2,7 @@
 
 import atexit
 import faulthandler
+import logging
 import os
 import socket
 import sys
@@ -25,6 +26,7 @@ from xpar.comm.mpi_communicator import MpiCommunicator
 from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.comm.watchdog.reporter import EXIT_CODE
 
+log = logging.getLogger("xpar.comm")
 ABORT_S = 10.0
 """seconds for MPI_Abort to return; then the process ends itself"""
 
@@ -122,21 +124,42 @@ def nccl_transport(
     choice: TransportChoice,
     deadlines: Deadlines,
     library: Library,
-    blocking: bool = False,
+    blocking: bool = True,
 ) -> Transport:
     """Make a transport of NCCL connections, each tested when made; as :func:`open_transport`.
 
-    The job of ``world`` ends if work on the GPU is late. ``blocking``: whether NCCL's calls block.
+    The job of ``world`` ends if work on the GPU is late. Ranks connect without blocking, because such a
+    connection can be given up. ``blocking``: whether they then connect once more, by calls that block, which
+    launch operations in half the time; the first connection serves on where that fails.
     """
     watch = Watch(lambda problem: end_job(world, problem))
 
     def connect(host: MpiCommunicator) -> DeviceBackend:
-        nccl = NcclCommunicator.connect(library, host, deadlines, watch, blocking)
-        backend = NcclBackend(nccl, device)
-        backend.check(host)
-        return backend
+        first = _connect_nccl(host, device, deadlines, library, watch, blocking=False)
+        if not blocking:
+            return first
+        try:
+            second = _connect_nccl(host, device, deadlines, library, watch, blocking=True)
+        except AgreedError as error:
+            log.info("NCCL launches of group %s do not block: %s", host.name, str(error).splitlines()[0])
+            return first
+        first.close()
+        return second
 
     return Transport(choice, device, connect, watch)
+
+
+def _connect_nccl(
+    host: MpiCommunicator,
+    device: torch.device,
+    deadlines: Deadlines,
+    library: Library,
+    watch: Watch,
+    blocking: bool,
+) -> NcclBackend:
+    backend = NcclBackend(NcclCommunicator.connect(library, host, deadlines, watch, device, blocking), device)
+    backend.check(host)
+    return backend
 
 
 def _connect_mpi(host: MpiCommunicator, device: torch.device) -> DeviceBackend:

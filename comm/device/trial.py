@@ -7,12 +7,15 @@ import torch
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.watchdog.deadlines import Deadlines
+from xpar.kernels.gpu.limits import layer_of
 
 if TYPE_CHECKING:
     from xpar.kernels.gpu.one_sided import Peers
 
 WIDTH = 64
 """Values of a row of the trial."""
+KINDS = 2
+"""Kinds of exchanges: rows of tokens, results."""
 TURNS_A_SECOND = 2_000
 """Units of time that the interpreter counts as one second, in place of nanoseconds."""
 
@@ -69,12 +72,17 @@ def _exchange(memory: MappedMemory, seconds: float) -> None:
 
 
 def describe(status: list[int], world_ranks: tuple[int, ...], seconds: float) -> str:
-    """Return the text of the four words ``status`` of a kernel that gave up waiting."""
-    word, missing, epoch, kind = status
-    what = ("rows of tokens", "results")[kind]
+    """Return the text of the words ``status`` of a kernel that gave up waiting, or found other labels."""
+    word, missing, epoch, kind, label, other = status
     if word - 1 in range(len(world_ranks)) and epoch == 0:
         return f"rank {world_ranks[word - 1]} gave up the exchange"
+    late, waiting, layer = world_ranks[missing], world_ranks[word - 1], layer_of(label)
+    exchange = f"exchange {epoch}" + (f" of layer {layer}" if layer >= 0 else "")
+    if kind >= KINDS:
+        where = f"is in layer {layer_of(other)}" if layer_of(other) != layer else "has another step or size"
+        return f"{exchange}: rank {late} differs from rank {waiting}: it {where}"
+    what = ("rows of tokens", "results")[kind]
     return (
-        f"exchange {epoch}: rank {world_ranks[missing]} has not sent its {what} {seconds:g} s after rank "
-        f"{world_ranks[word - 1]} began to wait for them"
+        f"{exchange}: rank {late} has not sent its {what} {seconds:g} s after rank {waiting} began to wait "
+        "for them"
     )

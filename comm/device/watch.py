@@ -15,13 +15,14 @@ Done = Callable[[], bool]
 Problem = Callable[[], str | None]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class WatchedOperation:
     """An operation on the GPU that the watch follows.
 
     Attributes:
         done: Turns true when the work has ended.
         what: Name of the operation.
+        group: Name of the group, or nothing.
         begun: Time at which it was started, of the monotonic clock in seconds.
         seconds: The deadline.
         problem: Names a failure that was found meanwhile, or None.
@@ -29,9 +30,13 @@ class WatchedOperation:
 
     done: Done
     what: str
+    group: str
     begun: float
     seconds: float
     problem: Problem
+
+    def __str__(self) -> str:
+        return f"{self.what} in group {self.group}" if self.group else self.what
 
 
 class Watch:
@@ -49,16 +54,39 @@ class Watch:
         self._fail, self._pause = fail, pause
         self._waiting: deque[WatchedOperation] = deque()
         self._is_querying = threading.Lock()
-        self._always: list[Problem] = []
+        self._always: list[Problem] = [self.late_launch]
+        self._launch: tuple[str, str, float, float] | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def add(self, done: Done | None, what: str, seconds: float, problem: Problem) -> None:
+    def add(self, done: Done | None, what: str, seconds: float, problem: Problem, group: str = "") -> None:
         """Follow one more :class:`WatchedOperation`; ``done`` is None for one that is only captured."""
         if done is None:
             return
-        self._waiting.append(WatchedOperation(done, what, time.monotonic(), seconds, problem))
+        self._waiting.append(WatchedOperation(done, what, group, time.monotonic(), seconds, problem))
         self._start()
+
+    def begin_launch(self, what: str, seconds: float, group: str) -> None:
+        """Report the launch of ``what`` unless :meth:`end_launch` is called within ``seconds``.
+
+        The caller's thread is then inside a call that nothing can interrupt.
+        """
+        self._launch = (what, group, time.monotonic(), seconds)
+        self._start()
+
+    def end_launch(self) -> None:
+        """Note that the launch has ended."""
+        self._launch = None
+
+    def late_launch(self) -> str | None:
+        """Return what is wrong with the launch that is going on, or None."""
+        launch = self._launch
+        if launch is None or time.monotonic() - launch[2] <= launch[3]:
+            return None
+        return (
+            f"{launch[0]} in group {launch[1]}: not launched by NCCL {launch[3]:g} s after it was asked; a "
+            "rank of the group did not come, or cannot be reached (NCCL_DEBUG=INFO shows how far it got)"
+        )
 
     def always(self, problem: Problem) -> None:
         """Ask ``problem`` in every round, whatever is followed besides; it must not ask the GPU."""
@@ -79,10 +107,10 @@ class Watch:
             oldest = self._waiting[0]
             problem = oldest.problem()
         if problem is not None:
-            return f"{oldest.what}: {problem}"
+            return f"{oldest}: {problem}"
         if time.monotonic() - oldest.begun > oldest.seconds:
             return (
-                f"{oldest.what}: not done on the GPU {oldest.seconds:g} s after it was started; a rank of "
+                f"{oldest}: not done on the GPU {oldest.seconds:g} s after it was started; a rank of "
                 "the group did not take part, or the GPU hangs"
             )
         return None

@@ -87,7 +87,7 @@ class AllGatherDispatcher(Dispatcher):
         dtype: torch.dtype,
         exact: bool = False,
     ) -> DispatchPlan:
-        own, counts = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
+        own, counts = agree_on_plan(self, routing, tag, hidden_size, dtype, exact)
         gathered = decode_routing(self.group.all_gather_v(encode_routing(own), counts))
         size, tokens = self.group.size, own.topk_ids.shape[0]
         sent = [tokens] * size
@@ -110,7 +110,7 @@ class AllGatherDispatcher(Dispatcher):
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
         if isinstance(plan.dispatcher_state, GatheredTokens):
             counts = plan.dispatcher_state.counts
-            own = self.group.reduce_scatter_v(pad_missing_outputs(outputs, sum(counts)), counts)
+            own = self.group.reduce_scatter_v(pad_missing_outputs(outputs, sum(counts)), counts, planned=True)
             return Pending(lambda: Distributed(own, Full()))
         return return_rows(self.group, outputs, plan.dispatcher_state[0], plan.local_routing)
 

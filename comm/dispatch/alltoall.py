@@ -91,7 +91,7 @@ class AllToAllDispatcher(Dispatcher):
         dtype: torch.dtype,
         exact: bool = False,
     ) -> DispatchPlan:
-        own, _ = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
+        own, _ = agree_on_plan(self, routing, tag, hidden_size, dtype, exact)
         if self.early and not exact:
             outgoing = OutgoingRows.start(own, self.placement)
             promised = Pending(lambda: self._traffic(outgoing.counts.wait(), outgoing.counts.wait()))

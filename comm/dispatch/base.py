@@ -9,9 +9,10 @@ from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Pending, Tag
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.handshake import handshake
+from xpar.comm.handshake import CollectiveError, DesyncError, handshake
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed
+from xpar.comm.step_agreement import AgreedStep
 from xpar.kernels.contracts import ExpertInput, Routing, Slots
 
 
@@ -111,13 +112,15 @@ class Dispatcher(Protocol):
     """Moves tokens to the ranks of their experts and the experts' outputs back.
 
     A dispatcher is a class that inherits from this one, and an entry of
-    :data:`xpar.comm.dispatch.choose.DISPATCHERS`. ``group`` is the ``moe`` group.
+    :data:`xpar.comm.dispatch.choose.DISPATCHERS`. ``group`` is the ``moe`` group. ``agreed``: what the ranks
+    know of the current step before its layers begin; None: nothing ever.
     """
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     group: Communicator
     placement: Placement
+    agreed: AgreedStep | None = None
 
     @classmethod
     def impossible(cls, grid: ProcessGrid, placement: Placement, request: DispatchRequest) -> str | None:
@@ -190,8 +193,7 @@ class SlotDispatcher(Dispatcher, Protocol):
 
 
 def agree_on_plan(
-    group: Communicator,
-    name: str,
+    dispatcher: Dispatcher,
     routing: Routing | BaseException,
     tag: Tag,
     hidden_size: int,
@@ -200,16 +202,48 @@ def agree_on_plan(
 ) -> tuple[Routing, list[int]]:
     """Check that all ranks are healthy and in this layer with these sizes; collective. Every plan begins so.
 
-    The arguments are those of :meth:`Dispatcher.plan`. Returns the routing, and every rank's number of
-    tokens.
+    In a step whose tokens all ranks have agreed on before, nothing is exchanged, unless every collective is
+    to be compared. An error of one rank then ends the job. The arguments are those of
+    :meth:`Dispatcher.plan`. Returns the routing, and every rank's number of tokens.
     """
+    group = dispatcher.group
+    announced = None if dispatcher.agreed is None else dispatcher.agreed.tokens
+    if announced is not None and group.size > 1:
+        group.enter_step(tag)
+        if not group.checks_collectives():
+            return _checked(routing, announced[group.rank]), list(announced)
     failure = routing if isinstance(routing, BaseException) else None
     tokens, k = (0, -1) if isinstance(routing, BaseException) else routing.topk_ids.shape
     same = {"top_k": k, "hidden_size": hidden_size, "itemsize": dtype.itemsize, "exact": int(exact)}
-    what = Tag(f"dispatch {name}", tag.layer, tag.step, tokens, hidden_size * dtype.itemsize)
+    what = Tag(f"dispatch {dispatcher.name}", tag.layer, tag.step, tokens, hidden_size * dtype.itemsize)
     table = handshake(group, what, same=same, values=(tokens,), failure=failure)
     assert isinstance(routing, Routing)  # a failure on any rank has raised
-    return routing, [int(n) for n in table[:, 0]]
+    counts = [int(n) for n in table[:, 0]]
+    for rank, (count, expected) in enumerate(zip(counts, announced or counts, strict=True)):
+        if count != expected:
+            raise DesyncError(
+                f"{what}: rank {group.world_ranks[rank]} has {count} tokens, and announced {expected} for "
+                "this step; every layer of a step has the same tokens"
+            )
+    return routing, counts
+
+
+def _checked(routing: Routing | BaseException, announced: int) -> Routing:
+    """Return ``routing``, of as many tokens as this rank has announced.
+
+    Raises what is wrong on this rank alone, so never as an error that all ranks have.
+    """
+    if isinstance(routing, CollectiveError):
+        raise RuntimeError(str(routing)) from routing  # noqa: TRY004 - not a wrong type
+    if isinstance(routing, BaseException):
+        raise routing
+    tokens = routing.topk_ids.shape[0]
+    if tokens != announced:
+        raise RuntimeError(
+            f"{tokens} tokens in a layer of a step for which this rank announced {announced}; every layer of "
+            "a step has the same tokens"
+        )
+    return routing
 
 
 def encode_routing(routing: Routing) -> Tensor:

@@ -63,4 +63,5 @@ def choose_dispatcher(
     """
     choice = choose_dispatcher_class(grid, placement, name, DispatchRequest(top_k, sequence_parallel))
     dispatcher = choice.chosen.build(grid, placement.to(grid.device))
+    dispatcher.agreed = grid.agreed
     return DispatcherChoice(dispatcher, choice.rejected, choice.reason)

@@ -114,7 +114,7 @@ class HierarchicalDispatcher(Dispatcher):
         dtype: torch.dtype,
         exact: bool = False,
     ) -> DispatchPlan:
-        own, _ = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
+        own, _ = agree_on_plan(self, routing, tag, hidden_size, dtype, exact)
         on_node = self._node_of_owner[self.placement.owners(own.topk_ids)]
         mask = node_mask(on_node, len(self._peers))
         stays = int(mask[self._node].sum())

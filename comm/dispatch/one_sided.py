@@ -27,6 +27,7 @@ from xpar.comm.handshake import CollectiveError
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
 from xpar.kernels.contracts import ExpertInput, Routing, Slots
+from xpar.kernels.gpu.limits import label_of
 
 if TYPE_CHECKING:
     from xpar.kernels.gpu.one_sided import Exchange, Step
@@ -43,12 +44,14 @@ class OneSidedPlan:
         step: The sizes that the ranks agreed on.
         ids: ``[T, k]`` int32 expert ids of this rank's tokens, contiguous.
         weights: ``[T, k]`` float32, contiguous.
+        label: The layer, and with ``--debug-collectives`` a digest of its step and sizes.
         exchange: The places of the step in the window, once it is dispatched.
     """
 
     step: "Step"
     ids: Tensor
     weights: Tensor
+    label: int = 0
     exchange: "Exchange | None" = None
 
 
@@ -107,13 +110,13 @@ class OneSidedDispatcher(Dispatcher):
         problem = self.window.problem()
         if problem is not None and not isinstance(routing, BaseException):
             routing = CollectiveError(problem)
-        own, counts = self._agreed(routing) or agree_on_plan(
-            self.group, self.name, routing, tag, hidden_size, dtype, exact
-        )
+        own, counts = agree_on_plan(self, routing, tag, hidden_size, dtype, exact)
         k = own.topk_ids.shape[1]
         step = Step(tuple(counts), k, hidden_size * dtype.itemsize, hidden_size, dtype, exact)
         ids = own.topk_ids.to(torch.int32).contiguous()
-        detail = OneSidedPlan(step, ids, own.topk_weights.float().contiguous())
+        alike = (tag.step, k, hidden_size, dtype.itemsize, exact, *counts)
+        label = label_of(tag.layer, *(alike if self.group.checks_collectives() else ()))
+        detail = OneSidedPlan(step, ids, own.topk_weights.float().contiguous(), label)
         return DispatchPlan(own, exact, Pending(lambda: self._traffic(own.topk_ids, exact)), detail)
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
@@ -121,7 +124,9 @@ class OneSidedDispatcher(Dispatcher):
         x = _aligned(hidden_states)
         step = replace(detail.step, row_bytes=x.shape[1] * x.element_size())
         exchange = detail.exchange = self.window.exchange(step)
-        exchange.dispatch(x, detail.ids, detail.weights, self._owner, self._local, self.placement.etp)
+        exchange.dispatch(
+            x, detail.ids, detail.weights, self._owner, self._local, self.placement.etp, detail.label
+        )
         arrived = ExpertInput(exchange.rows(x.dtype), exchange.topk_ids, exchange.topk_weights)
         return Pending(lambda: arrived)
 
@@ -132,34 +137,16 @@ class OneSidedDispatcher(Dispatcher):
         exchange = _begun(plan)
         if plan.exact:
             return self.combine_slots(Slots(_spread(outputs, exchange.topk_ids)), plan)
-        exchange.rows_home(_aligned(outputs))
+        exchange.rows_home(_aligned(outputs), plan.dispatcher_state.label)
         return Pending(lambda: self._sum(exchange, plan))
 
     def combine_slots(self, slots: Slots, plan: DispatchPlan) -> Pending[Distributed]:
         exchange = _begun(plan)
         if plan.exact:
-            exchange.rows_home(slots.rows)
+            exchange.rows_home(slots.rows, plan.dispatcher_state.label)
         else:
-            exchange.weighted_home(slots.rows)
+            exchange.weighted_home(slots.rows, plan.dispatcher_state.label)
         return Pending(lambda: self._sum(exchange, plan))
-
-    def _agreed(self, routing: Routing | BaseException) -> tuple[Routing, list[int]] | None:
-        """Return this rank's routing and all ranks' tokens if the step's agreement said them.
-
-        The layers ask no more then, so an error here is raised on this rank alone and ends the job.
-        """
-        expected = self.window.expected
-        if expected is None:
-            return None
-        if isinstance(routing, BaseException):
-            raise routing
-        tokens = routing.topk_ids.shape[0]
-        if tokens != expected[self.group.rank]:
-            raise RuntimeError(
-                f"{tokens} tokens in a layer of a step in which this rank announced "
-                f"{expected[self.group.rank]}"
-            )
-        return routing, list(expected)
 
     def _sum(self, exchange: "Exchange", plan: DispatchPlan) -> Distributed:
         from xpar.kernels.gpu.rows import weighted_sum

@@ -55,7 +55,7 @@ class ReplicatedDispatcher(Dispatcher):
         dtype: torch.dtype,
         exact: bool = False,
     ) -> DispatchPlan:
-        own, _ = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
+        own, _ = agree_on_plan(self, routing, tag, hidden_size, dtype, exact)
         if self.group.size == 1:
             tokens = own.topk_ids.shape[0]
             return DispatchPlan(own, exact, Traffic.of(0, [tokens], tokens), None)

@@ -107,7 +107,7 @@ class SharedMemoryDispatcher(Dispatcher):
         dtype: torch.dtype,
         exact: bool = False,
     ) -> DispatchPlan:
-        own, counts = agree_on_plan(self.group, self.name, routing, tag, hidden_size, dtype, exact)
+        own, counts = agree_on_plan(self, routing, tag, hidden_size, dtype, exact)
         gathered = decode_routing(self.group.all_gather_v(encode_routing(own), counts))
         first = sum(counts[: self.group.rank])
         state, rows = self._plan_window(gathered, slice(first, first + counts[self.group.rank]), exact)

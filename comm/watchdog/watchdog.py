@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
@@ -47,6 +47,7 @@ class Watchdog:
         self._step_deadline = StepDeadline(deadlines)
         self._journals: list[BoardJournal] = []
         self._groups: dict[str, tuple[int, ...]] = {}
+        self._before_end: list[Callable[[], None]] = []
         board.register_process(stack_dump.register_stack_dump())
         self._death_lock = DeathLock(board.memory, board.local_rank * ROW_BYTES + LOCK)
 
@@ -96,8 +97,19 @@ class Watchdog:
                 del journal.waits[:]
         return taken
 
+    def before_end(self, act: Callable[[], None]) -> None:
+        """Have ``act`` called, in a thread of its own, when this rank begins to end the job."""
+        self._before_end.append(act)
+
+    def forget(self, act: Callable[[], None]) -> None:
+        """Undo :meth:`before_end`."""
+        if act in self._before_end:
+            self._before_end.remove(act)
+
     def fail(self, reason: str, code: int = EXIT_CODE, waiting: Call | None = None) -> NoReturn:
         """Have the report headed ``reason`` written, and end the job with ``code``. From any thread."""
+        for act in self._before_end:  # what it does on a GPU that hangs must not keep the report back
+            threading.Thread(target=act, daemon=True).start()
         group = self._groups.get(waiting.group, ()) if waiting is not None else ()
         self.reporter.fail(reason, code, waiting, group)
 

@@ -86,6 +86,7 @@ def decode(
     job = LockstepCallbacks(
         total=len(ids),
         start=lambda place: RunningSequence(place, ids[place].tolist(), torch.Generator()),
+        length=lambda place: ids.shape[1],
         at_once=lambda place: len(ids),
         record=lambda r: {"place": r.place, "tokens": r.answer},
         write=records.extend,

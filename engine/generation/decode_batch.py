@@ -14,7 +14,6 @@ from torch import Tensor
 from xpar.engine.generation.logits_processors import Processors, choose_tokens
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.generation.steps import LAUNCH
 from xpar.engine.models.attention import backends
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import KvCache, describe_other_states, mask, new_cache, other_states
@@ -106,14 +105,24 @@ class DecodeBatch:
         """The number of sequences that are running or wait to be read once more."""
         return len(self.running) + len(self._alone)
 
+    @property
+    def next_tokens(self) -> int:
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        r = self._row_to_reread()
+        return len(self.running) if r is None else len(r.tokens)
+
+    def tokens_of(self, lengths: Sequence[int]) -> int:
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        return len(lengths) * max(lengths)
+
     def slots(self) -> int:
         """Return how many (token, expert) pairs this rank's experts have computed."""
         return self._loaded.slots()
 
     def readiness(self) -> int:
         """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
-        if self._recorder is None:
-            return LAUNCH
+        if self._recorder is None or self._row_to_reread() is not None:
+            return 0
         return self._recorder.readiness(self._past if self.running else None)
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
@@ -142,13 +151,13 @@ class DecodeBatch:
         Where a model needs the whole past of a sequence anew, that one alone is read again and gets its next
         token. Where a sequence is to be read alone, that is done instead.
         """
-        if self._alone:
-            return self.begin([self._alone.pop(0)])
+        if (r := self._row_to_reread()) is not None:
+            if self._alone:
+                self._alone.pop(0)
+            else:
+                self._keep([row for row, other in enumerate(self.running) if other is not r])
+            return self.begin([r])
         assert self._past is not None
-        for row, r in enumerate(self.running):
-            if self._rows.needs_whole_past(len(r.ids) + len(r.answer)):
-                self._keep([other for other in range(len(self.running)) if other != row])
-                return self.begin([r])
         ids = torch.tensor([[r.answer[-1]] for r in self.running])
         with rows_isolated(self._loaded.layers):
             logits, self._past = self._continue(ids, self._past)
@@ -159,6 +168,15 @@ class DecodeBatch:
         """Compute the other ranks' tokens without any of this rank's own."""
         if self._recorder is None or not self._recorder.join():
             self._loaded.join()
+
+    def _row_to_reread(self) -> RunningSequence | None:
+        """Return the sequence whose tokens are all read in the next :meth:`advance`, if there is one."""
+        if self._alone:
+            return self._alone[0]
+        if not self._rows.rereads:
+            return None
+        lengths = ((r, len(r.ids) + len(r.answer)) for r in self.running)
+        return next((r for r, length in lengths if self._rows.needs_whole_past(length)), None)
 
     def _advance(self, drawn: list[RunningSequence], logits: Tensor) -> list[RunningSequence]:
         for r, token in zip(drawn, self._draw(drawn, logits), strict=True):

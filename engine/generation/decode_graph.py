@@ -1,19 +1,20 @@
 """A decoding step in memory of fixed places and shapes, which a GPU can record once and replay.
 
 Launching a model's kernels one by one takes longer than computing one token of a few sequences.
-B sequences, C columns of keys and values, the past in the first of them; V vocabulary.
+B sequences in a fixed number of rows, C columns of keys and values, the past in the first of them; V
+vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from xpar.engine.layer.cuda_graph import rehearse
 from xpar.engine.models.attention import backends
 from xpar.engine.models.kv_cache import KvCache, mask
+from xpar.engine.models.model_layer import ModelLayer, padded
 
 UNIT = 64
 """Columns are a multiple of this many: kernels of attention with a mask want 8."""
@@ -26,27 +27,66 @@ WARM_UP = 2
 class PaddedDecodeStep:
     """A step that continues the sequences of ``past`` by one token a call, until ``left`` is 0.
 
+    There is room for ``rows`` sequences. Rows without one are padding, which goes to no expert, and other
+    sequences may be brought in by :meth:`load`.
+
     ``model``: transformers' causal language model, which writes and reads keys and values in place: its own
     static layers hold them, and say to its masks how far they are filled by a number on the device.
+    ``layers``: its expert layers.
     """
 
-    def __init__(self, model: Any, device: torch.device, past: KvCache) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        past: KvCache,
+        rows: int | None = None,
+        layers: Sequence[ModelLayer] = (),
+    ) -> None:
         from transformers.cache_utils import Cache, StaticLayer
 
+        self.rows = rows or len(past.lengths)
         needed = past.columns + max(LEAST_ROOM, past.columns // 4)
-        columns = -(-needed // UNIT) * UNIT
-        self._model, self._device = model, device
-        self._layers = [StaticLayer(max_cache_len=columns) for _ in past.layers]
+        self._room = -(-needed // UNIT) * UNIT
+        self._model, self._device, self._expert_layers = model, device, layers
+        self._layers = [StaticLayer(max_cache_len=self._room) for _ in past.layers]
         for layer, (keys, values) in zip(self._layers, past.layers, strict=True):
-            layer.keys, layer.values = _longer(keys, columns), _longer(values, columns)
+            layer.keys, layer.values = self._memory(keys), self._memory(values)
             layer.cumulative_length = torch.zeros((), dtype=torch.int64, device=device)
             # Its own initialization imports torch's compiler, which takes seconds and is not used.
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, device, True
         self._cache = Cache(layers=self._layers)
-        self._seen = pad(mask(past.lengths, past.columns), (0, columns - past.columns), value=1).to(device)
-        self._ids = torch.zeros(len(past.lengths), 1, dtype=torch.int64, device=device)
+        self._seen = torch.ones(self.rows, self._room, dtype=torch.int64, device=device)
+        self._ids = torch.zeros(self.rows, 1, dtype=torch.int64, device=device)
         self._places = torch.zeros_like(self._ids)
-        self._lengths, self._columns, self.left = past.lengths, past.columns, columns - past.columns
+        self._padding = torch.ones(self.rows, dtype=torch.bool, device=device)
+        self.load(past)
+
+    def has_room(self, past: KvCache) -> bool:
+        """Return whether the sequences of ``past`` can be loaded and continued."""
+        return len(past.lengths) <= self.rows and past.columns < self._room
+
+    def load(self, past: KvCache | None) -> None:
+        """Continue the sequences of ``past`` from now on; with None there are none.
+
+        All other memory becomes zero: what masks hide must be finite.
+        """
+        self._lengths, self._columns = ((), 0) if past is None else (past.lengths, past.columns)
+        self.left = self._room - self._columns
+        count, columns = len(self._lengths), self._columns
+        for number, layer in enumerate(self._layers):
+            for part, memory in enumerate((layer.keys, layer.values)):
+                if past is not None:
+                    memory[:count, :, :columns].copy_(past.layers[number][part])
+                memory[count:, :, :columns].zero_()
+                memory[:, :, columns:].zero_()
+        # A row of padding sees the columns of its own tokens: attention to none would not be finite.
+        seen = torch.zeros(self.rows, self._room, dtype=torch.int64)
+        seen[:count, :columns] = mask(self._lengths, columns)
+        seen[:, columns:] = 1
+        self._seen.copy_(seen)
+        self._padding.copy_(torch.arange(self.rows) >= count)
+        self._ids.zero_()
         self.rewind()
 
     def __call__(self, ids: Tensor, forward: Callable[[], Tensor]) -> tuple[Tensor, KvCache]:
@@ -54,22 +94,34 @@ class PaddedDecodeStep:
 
         Also returns the keys and values of all tokens so far as views, which the next call does not change.
         """
-        self._ids.copy_(ids)
+        count = len(self._lengths)
+        self._ids[:count].copy_(ids)
+        logits = self._advance(forward)[:count]
+        layers = tuple(
+            (layer.keys[:count, :, : self._columns], layer.values[:count, :, : self._columns])
+            for layer in self._layers
+        )
+        return logits, KvCache(layers, self._lengths)
+
+    def idle(self, forward: Callable[[], Tensor]) -> None:
+        """Take part in a step of the other ranks without a sequence; all rows are padding."""
+        if self._lengths or not self.left:
+            self.load(None)
+        self._advance(forward)
+
+    def _advance(self, forward: Callable[[], Tensor]) -> Tensor:
         logits = forward()
         self.left -= 1
         self._columns += 1
         self._lengths = tuple(length + 1 for length in self._lengths)
-        layers = tuple(
-            (layer.keys[:, :, : self._columns], layer.values[:, :, : self._columns]) for layer in self._layers
-        )
-        return logits, KvCache(layers, self._lengths)
+        return logits
 
     def forward(self) -> Tensor:
-        """Compute logits [B, V] of the ids that were put in place.
+        """Compute logits [rows, V] of the ids that were put in place.
 
         What says where the next token goes is advanced on the device.
         """
-        with backends(self._device):
+        with backends(self._device), padded(self._expert_layers, self._padding):
             out: Any = self._model(
                 input_ids=self._ids,
                 attention_mask=self._seen,
@@ -87,16 +139,15 @@ class PaddedDecodeStep:
 
         What it wrote lies behind what is seen.
         """
-        self._places.copy_(torch.tensor(self._lengths)[:, None])
+        places = torch.zeros(self.rows, 1, dtype=torch.int64)
+        places[: len(self._lengths), 0] = torch.tensor(self._lengths, dtype=torch.int64)
+        self._places.copy_(places)
         for layer in self._layers:
             layer.cumulative_length.fill_(self._columns)
 
-
-def _longer(x: Tensor, columns: int) -> Tensor:
-    """Pad [B, heads, S, D] to [B, heads, columns, D] with zeros: masked numbers must be finite, too."""
-    longer = x.new_zeros(*x.shape[:2], columns, x.shape[3])
-    longer[:, :, : x.shape[2]] = x
-    return longer
+    def _memory(self, x: Tensor) -> Tensor:
+        """Make zeros [rows, heads, columns, D] for keys or values like ``x`` [B, heads, S, D]."""
+        return x.new_zeros(self.rows, x.shape[1], self._room, x.shape[3])
 
 
 def record(step: PaddedDecodeStep, counted: list[Tensor], device: torch.device) -> Callable[[], Tensor]:
@@ -121,18 +172,29 @@ def record(step: PaddedDecodeStep, counted: list[Tensor], device: torch.device) 
     return replay
 
 
-def record_join(join: Callable[[], None], counted: list[Tensor], device: torch.device) -> Callable[[], None]:
-    """Record ``join``, the step of a rank without sequences, as a CUDA graph; see :func:`record`.
+def record_join(
+    layers: Sequence[ModelLayer], rows: int, counted: list[Tensor], device: torch.device
+) -> Callable[[], None]:
+    """Record the step of a rank without sequences as a CUDA graph; see :func:`record`.
 
-    Rehearsed as often as theirs, because every rank takes part in every rehearsal.
+    It takes part in ``layers`` with ``rows`` rows of padding. Rehearsed as often as the others' step, because
+    every rank takes part in every rehearsal.
     """
+    padding = torch.ones(rows, dtype=torch.bool, device=device)
+
+    def join() -> None:
+        with padded(layers, padding):
+            for layer in layers:
+                layer.join(rows)
+
     before = [number.clone() for number in counted]
     rehearse(join, WARM_UP, device)
     _restore(counted, before)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         join()
-    return graph.replay
+    kept = graph, padding  # the graph reads it in each replay
+    return lambda: kept[0].replay()
 
 
 def _restore(counted: list[Tensor], before: list[Tensor]) -> None:

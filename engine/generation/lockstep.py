@@ -46,6 +46,7 @@ class LockstepCallbacks(Generic[R]):
     Attributes:
         total: Prompts in the queue; the same on all ranks.
         start: Makes the row of the prompt at a place of the queue.
+        length: Says how many tokens the prompt at a place of the queue has.
         at_once: Says how many prompts a rank may begin in one step, if the one at a given place is the
             longest of them.
         record: Makes what is written of a complete row.
@@ -56,6 +57,7 @@ class LockstepCallbacks(Generic[R]):
 
     total: int
     start: Callable[[int], R]
+    length: Callable[[int], int]
     at_once: Callable[[int], int]
     record: Callable[[R], Record]
     write: Callable[[list[Record]], None]
@@ -85,7 +87,8 @@ def _answer(comm: Communicator, sequences: LocalBatch[R], batch: int, job: Locks
         # Besides what every step says: answers kept back here, tokens drawn, (token, expert) pairs computed,
         # and whether a recorded step can be replayed.
         notes = (len(answers), sequences.tokens, sequences.slots(), sequences.readiness())
-        facts = agree_step(comm, step, work=sequences.occupied, status=wishes, notes=notes)
+        work, tokens_of_rank = sequences.occupied, sequences.next_tokens
+        facts = agree_step(comm, step, tokens=tokens_of_rank, work=work, status=wishes, notes=notes)
         kept, tokens, slots, readiness = zip(*facts.notes, strict=True)
         stop = bool(facts.status & STOP)
         most = job.at_once(given) if given < job.total else 0
@@ -97,7 +100,8 @@ def _answer(comm: Communicator, sequences: LocalBatch[R], batch: int, job: Locks
             answers, written, last = [], written + sum(kept), time.monotonic()
         if over:
             return not stop
-        sequences.agree(None if any(parts) else facts.work, readiness)
+        counts = _count_tokens(sequences, job, facts.tokens, parts, given)
+        sequences.agree(counts, (0,) * comm.size if any(parts) else readiness)
         first = given + sum(parts[: comm.rank])
         given += sum(parts)
         complete = _forward(sequences, [job.start(place) for place in range(first, first + parts[comm.rank])])
@@ -114,6 +118,25 @@ def deal_prompts(free: Sequence[int], left: int) -> list[int]:
                 parts[rank] += 1
                 left -= 1
     return parts
+
+
+def _count_tokens(
+    sequences: LocalBatch[R],
+    job: LockstepCallbacks[R],
+    continued: Sequence[int],
+    parts: Sequence[int],
+    given: int,
+) -> tuple[int, ...]:
+    """Return the tokens of each rank in a step: of the prompts that it begins, or of what it continues.
+
+    ``parts``: prompts that each rank begins, from place ``given`` of the queue on.
+    """
+    counts = []
+    for tokens, part in zip(continued, parts, strict=True):
+        lengths = [job.length(place) for place in range(given, given + part)]
+        counts.append(sequences.tokens_of(lengths) if part else tokens)
+        given += part
+    return tuple(counts)
 
 
 def _forward(sequences: LocalBatch[R], new: list[R]) -> list[R]:

@@ -1,7 +1,8 @@
 """The decision when a decoding step is recorded, and when the recording is replayed.
 
-Several ranks record a step together, and all or none of them replay it: a recording depends on the tokens of
-every rank. Each rank tells its readiness in the step's agreement, and all derive the same decision from it.
+Several ranks record a step together, and all or none of them replay it. The recording of every rank has the
+same number of rows, its bucket: the largest number of sequences of any rank, rounded up. Each rank tells its
+readiness in the step's agreement, and all derive the same decision from it.
 """
 
 import logging
@@ -12,7 +13,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from xpar.engine.generation.decode_graph import PaddedDecodeStep, record, record_join
-from xpar.engine.generation.steps import LAUNCH, RECORD, REPLAY
+from xpar.engine.generation.steps import CAN_RECORD, CAN_REPLAY
 from xpar.engine.models.kv_cache import KvCache
 from xpar.engine.models.loader import LoadedModel
 from xpar.engine.models.parallelize import Layer
@@ -20,33 +21,44 @@ from xpar.engine.models.parallelize import Layer
 log = logging.getLogger("xpar.models")
 PATIENCE = 8
 """Steps with the same sequences before one is recorded, which takes as long as about five of them."""
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+BUCKET_STEP = 32
+"""Rows between two buckets beyond the last of ``BUCKETS``."""
+LAUNCH, RECORD, REPLAY = 0, 1, 2
 T = TypeVar("T")
 Record = Callable[[PaddedDecodeStep], Callable[[], Tensor]]
-RecordJoin = Callable[[], Callable[[], object]]
+RecordJoin = Callable[[int], Callable[[], object]]
+
+
+def bucket_of(sequences: int) -> int:
+    """Return the rows of a recording for up to ``sequences`` sequences a rank."""
+    fitting = next((bucket for bucket in BUCKETS if sequences <= bucket), None)
+    return fitting or -(-sequences // BUCKET_STEP) * BUCKET_STEP
 
 
 class DecodeGraph:
-    """The replay of a recorded step, where the same sequences have gone on for a while.
+    """The recording of a decoding step, which sequences that change in number go on with within its bucket.
 
-    ``recorded``, ``joined``: how a step is recorded, and a step without sequences of this rank. A model that
-    cannot be recorded is found out at the first attempt, and goes on as before.
+    ``recorded``, ``joined``: how a step is recorded, and a step of so many rows without sequences of this
+    rank. A model that cannot be recorded is found out at the first attempt, and goes on as before.
     ``refused``: the reason, then. ``replayed``: how many steps were replayed.
     """
 
     def __init__(
         self, loaded: LoadedModel, recorded: Record | None = None, joined: RecordJoin | None = None
     ) -> None:
-        counted = [layer.slot_counter.counted for layer in loaded.layers]
+        layers = loaded.layers
+        counted = [layer.slot_counter.counted for layer in layers]
         self._loaded = loaded
         self._record = recorded or (lambda step: record(step, counted, loaded.device))
-        self._record_join = joined or (lambda: record_join(loaded.join, counted, loaded.device))
+        self._record_join = joined or (lambda rows: record_join(layers, rows, counted, loaded.device))
         self._recording: tuple[PaddedDecodeStep, Callable[[], Tensor]] | None = None
         self._joining: Callable[[], object] | None = None
         self._past: KvCache | None = None
-        self._steady = 0
+        self._held: KvCache | None = None
+        self._steady = self._roomy = self._bucket = 0
         self._decided: int | None = None
         self._tokens: tuple[int, ...] | None = None
-        self._recorded_for: tuple[int, ...] | None = None
         self.refused: str | None = None
         self.replayed = 0
 
@@ -66,23 +78,35 @@ class DecodeGraph:
     def readiness(self, past: KvCache | None) -> int:
         """Return how ready this rank is to continue ``past``; with None, for a step without sequences."""
         if self.refused is not None:
-            return LAUNCH
+            return 0
         if past is None:
-            return REPLAY if self._joining is not None else RECORD
-        if past is not self._past:
-            return LAUNCH
-        if self._recording is not None and self._recording[0].left:
-            return REPLAY
-        return RECORD if self._steady >= PATIENCE else LAUNCH
+            return CAN_RECORD | CAN_REPLAY * (self._recording is not None or self._joining is not None)
+        is_steady = past is self._past and self._steady >= PATIENCE
+        fits = self._recording is not None and self._recording[0].has_room(past)
+        return CAN_RECORD * is_steady | CAN_REPLAY * fits
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
         """Decide on the next step by the readiness of all ranks; a single rank needs no such call."""
         self._tokens = tokens
-        self._decided = LAUNCH if tokens is None else min(readiness)
-        if self._decided == REPLAY and tokens != self._recorded_for:
-            self._decided = RECORD
-        if self._decided != REPLAY:
-            self._recording = self._joining = None
+        self._decided = LAUNCH if tokens is None else self._decide(max(tokens), readiness)
+        if tokens is not None and self._decided != LAUNCH:
+            self._loaded.expect((self._bucket,) * len(tokens))
+
+    def _decide(self, sequences: int, readiness: tuple[int, ...]) -> int:
+        """Choose from facts that all ranks agree on; ``sequences``: the most of any rank.
+
+        A recording with room for twice as many sequences is replaced once that has lasted.
+        """
+        bucket = bucket_of(sequences)
+        self._roomy = self._roomy + 1 if 2 * bucket <= self._bucket else 0
+        can_record = all(ready & CAN_RECORD for ready in readiness)
+        can_replay = bucket <= self._bucket and all(ready & CAN_REPLAY for ready in readiness)
+        if can_replay and not (can_record and self._roomy >= PATIENCE):
+            return REPLAY
+        if not can_record:
+            return LAUNCH
+        self._bucket = bucket
+        return RECORD
 
     # -- the step -----------------------------------------------------------------------------------
 
@@ -91,44 +115,54 @@ class DecodeGraph:
 
         None where the step is not to be replayed.
         """
+        decided = self._decided
+        if decided is None:
+            decided = self._decide(len(past.lengths), (self.readiness(past),))
         if past is not self._past:  # other sequences, or continued by somebody else
-            self._recording, self._steady = None, 0
-        if self._recording is not None and not self._recording[0].left:
-            self._recording = None
-        if self._is_to_record():
+            self._steady = 0
+        if decided == RECORD:
             self._begin(past)
-        if self._recording is None:
+        if decided == LAUNCH or self._recording is None:
             return None
         step, replay = self._recording
-        logits, self._past = step(ids, replay)
+        if past is not self._held:
+            step.load(past)
+        logits, self._held = step(ids, replay)
+        self.went_on(self._held)
         self.replayed += 1
-        return logits, self._past
+        return logits, self._held
 
     def went_on(self, past: KvCache) -> None:
-        """Note that a forward continued the same sequences without a replay and left ``past``."""
+        """Note that a forward continued the same sequences and left ``past``."""
         self._past = past
         self._steady += 1
 
     def join(self) -> bool:
         """Replay the step of a rank without sequences; return False where it is not to be replayed."""
-        self._recording, self._past, self._steady = None, None, 0
+        self._past, self._held, self._steady = None, None, 0
         if self._decided == RECORD:
-            self._joining = self._attempt(self._record_join)
-        if self._joining is None:
+            self._recording, self._joining = None, None
+            self._joining = self._attempt(lambda: self._record_join(self._bucket))
+        if self._decided == LAUNCH or (self._recording is None and self._joining is None):
             return False
-        self._joining()
+        if self._recording is not None:
+            step, replay = self._recording
+            step.idle(replay)
+        elif self._joining is not None:
+            self._joining()
         self.replayed += 1
         return True
 
-    def _is_to_record(self) -> bool:
-        if self._decided is not None:
-            return self._decided == RECORD
-        return self._recording is None and self.refused is None and self._steady >= PATIENCE
-
     def _begin(self, past: KvCache) -> None:
-        step = PaddedDecodeStep(self._loaded.model, self._loaded.device, past)
-        replay = self._attempt(lambda: self._record(step))
-        self._recording = None if replay is None else (step, replay)
+        self._recording = self._joining = self._held = None  # frees its memory
+        loaded = self._loaded
+
+        def attempt() -> tuple[PaddedDecodeStep, Callable[[], Tensor]]:
+            step = PaddedDecodeStep(loaded.model, loaded.device, past, self._bucket, loaded.layers)
+            return step, self._record(step)
+
+        self._recording = self._attempt(attempt)
+        self._held = past
 
     def _attempt(self, attempt: Callable[[], T]) -> T | None:
         """Return the recording; None on all ranks where one of them failed, which is not tried again."""
@@ -139,7 +173,6 @@ class DecodeGraph:
         except RuntimeError as error:
             problem = str(error).splitlines()[0]
         problems = self._everyones(problem)
-        self._recorded_for = self._tokens
         if not any(problems):
             return found
         self.refused = next(
@@ -148,6 +181,8 @@ class DecodeGraph:
             if text
         )
         log.info("steps are not recorded: %s", self.refused)
+        if self._tokens is not None:
+            self._loaded.expect(self._tokens)  # this step is launched
         return None
 
     def _everyones(self, problem: str | None) -> list[str | None]:

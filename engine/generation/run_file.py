@@ -82,6 +82,7 @@ def process_file(
     job = LockstepCallbacks(
         total=len(work.queue),
         start=lambda place: start(place, work.queue[place]),
+        length=lambda place: len(work.queue[place].ids),
         at_once=lambda place: max(1, limits.tokens // len(work.queue[place].ids)),
         record=lambda row: _record_or_failure(row, work, record),
         write=lambda records: file.append(records) if file else None,

@@ -3,13 +3,13 @@
 S columns of a batch, H hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xpar.engine.generation.steps import LAUNCH
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import new_cache
 from xpar.engine.models.lm_head import Head
@@ -67,17 +67,29 @@ class ScoreBatch:
         """The slots in use: all while a text is read in pieces or waits to be read once more, else none."""
         return self._batch if self._reading is not None or self._alone else 0
 
+    @property
+    def next_tokens(self) -> int:
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        if self._reading is not None:
+            return min(self._piece, len(self._reading.text.inputs) - self._reading.read)
+        return self.tokens_of([len(self._alone[0].ids)]) if self._alone else 0
+
+    def tokens_of(self, lengths: Sequence[int]) -> int:
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        columns = max(lengths) - 1
+        return min(columns, self._piece) if self._is_read_in_pieces(lengths) else len(lengths) * columns
+
     def slots(self) -> int:
         """Return how many (token, expert) pairs this rank's experts have computed."""
         return self._loaded.slots()
 
     def readiness(self) -> int:
         """Texts differ from step to step: nothing is recorded."""
-        return LAUNCH
+        return 0
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
-        """A rank's slots are not its tokens here, so the layers agree for themselves."""
-        self._loaded.expect(None)
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        self._loaded.expect(tokens)
 
     @torch.inference_mode()
     def begin(self, new: list[ScoredText]) -> list[ScoredText]:
@@ -85,7 +97,7 @@ class ScoreBatch:
 
         A text whose numbers are not finite is read once more without others, whose padding may be at fault.
         """
-        if self._in_pieces and len(new) == 1 and len(new[0].inputs) > self._piece:
+        if self._is_read_in_pieces([len(s.ids) for s in new]):
             self._reading = _Reading(new[0], new_cache())
             return self.advance()
         columns = max(len(s.inputs) for s in new)
@@ -127,6 +139,9 @@ class ScoreBatch:
     def join(self) -> None:
         """Compute the other ranks' tokens without any of this rank's own."""
         self._loaded.join()
+
+    def _is_read_in_pieces(self, lengths: Sequence[int]) -> bool:
+        return self._in_pieces and len(lengths) == 1 and lengths[0] - 1 > self._piece
 
     def _take(self, text: ScoredText, hidden_states: Tensor, begin: int) -> None:
         """Score the tokens after place ``begin`` by ``hidden_states`` [S, H] of the tokens from there."""

@@ -125,6 +125,7 @@ class Service:
         job = LockstepCallbacks(
             total=len(ids),
             start=lambda turn: start(order[turn]),
+            length=lambda turn: len(ids[order[turn]]),
             at_once=lambda turn: max(1, self.prefill_tokens // max(1, len(ids[order[turn]]))),
             record=lambda row: _record(row, value),
             write=write,

@@ -1,9 +1,10 @@
 """The interface of a rank's batch to the loop that all ranks run together."""
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-LAUNCH, RECORD, REPLAY = 0, 1, 2
-"""How ready a rank is for a step that is recorded; all ranks do what the least ready one can."""
+CAN_RECORD, CAN_REPLAY = 1, 2
+"""The bits of a rank's readiness for a step that continues its rows."""
 
 
 class Row(Protocol):
@@ -32,16 +33,24 @@ class LocalBatch(Protocol[R]):
     def tokens(self) -> int:
         """The number of tokens that were drawn or scored so far."""
 
+    @property
+    def next_tokens(self) -> int:
+        """The number of tokens that the next ``advance`` computes; 0 where this rank would ``join``."""
+
+    def tokens_of(self, lengths: Sequence[int]) -> int:
+        """Return how many tokens a rank computes that begins rows of ``lengths``; the same on every rank."""
+
     def slots(self) -> int:
         """Return how many (token, expert) pairs this rank's experts have computed."""
 
     def readiness(self) -> int:
-        """Return whether this rank can ``LAUNCH``, ``RECORD`` or ``REPLAY`` the next step."""
+        """Return whether this rank can record or replay the next step, in bits; 0 if neither."""
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
         """Note the readiness of all ranks for the next step; the arguments are the same on every rank.
 
-        ``tokens``: the tokens of each rank, where each continues its rows; None where a rank begins some.
+        ``tokens``: the tokens that each rank computes in the step; None after the last step, when nothing is
+        agreed any more.
         """
 
     def begin(self, new: list[R]) -> list[R]:

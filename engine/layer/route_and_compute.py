@@ -64,9 +64,9 @@ class FusedRunner(MoERunner):
         return step.output if isinstance(step, FinishedStep) else super().finish(step)
 
     def _fits(self, tokens: int, router: RoutingRule | None) -> bool:
-        """Tell whether a step is one call: it has few tokens, and the layer's own router routes them."""
+        """Tell whether a step is one call: few tokens, no padding, and the layer's own router routes."""
         few = self.max_tokens is None or tokens <= self.max_tokens
-        return router is None and tokens > 0 and few
+        return router is None and tokens > 0 and few and self.padding is None
 
     def _compute(
         self, hidden_states: Tensor, local: slice, router_logits: Tensor | None, observers: Observers

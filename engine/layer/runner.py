@@ -1,5 +1,6 @@
 """One mixture-of-experts layer on this rank: route, plan, dispatch, compute, combine, finish."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -87,7 +88,13 @@ class MoERunner(nn.Module):
         projection: What makes the experts' input of the tokens, or None where the experts read the tokens.
         options: The caller's choices.
         layer: The layer's number, for messages.
+
+    Attributes:
+        padding: ``[T]`` bool, true for rows of the calls that hold no token, which then go to no expert; or
+            None. A recorded graph reads it anew in each replay.
     """
+
+    padding: Tensor | None = None
 
     def __init__(
         self,
@@ -301,6 +308,7 @@ class MoERunner(nn.Module):
             logits, shared_logits = self._logits(x, router_logits, local, router)
             routing = router.route(x, logits, None if input_ids is None else input_ids[local])
             rows, weighted = self._expert_input(x, routing, shared_logits)
+            routing, weighted = (self._without_padding(r, local) for r in (routing, weighted))
             return RoutedTokens(x, rows, routing, weighted, shared_logits)
         except Exception as error:  # noqa: BLE001 - raised by plan, on every rank
             return RoutedTokens(x, x, error, error, None)
@@ -320,6 +328,11 @@ class MoERunner(nn.Module):
         if self.fused is not None:
             return x, self.fused.append(routing, x, shared_logits)
         return weigh_input(x if self.projection is None else self.projection.down(x), routing)
+
+    def _without_padding(self, routing: Routing, local: slice) -> Routing:
+        if self.padding is None:
+            return routing
+        return replace(routing, topk_ids=routing.topk_ids.masked_fill(self.padding[local, None], -1))
 
     def _begin_shared(
         self, hidden_states: Tensor, routed: RoutedTokens, observers: Observers

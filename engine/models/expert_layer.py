@@ -53,9 +53,10 @@ class ExpertLayer(ModelLayer):
         output: Tensor = self.runner(x, router=given, observers=self.observers)
         return spoiled(rows, output)
 
-    def join(self) -> None:
-        k, tokens = self.runner.config.router.top_k, self._no_tokens()
-        self(tokens, tokens.new_empty(0, k, dtype=torch.int32), tokens.new_empty(0, k, dtype=torch.float32))
+    def join(self, rows: int = 0) -> None:
+        k, tokens = self.runner.config.router.top_k, self._no_tokens(rows)
+        ids = torch.arange(k, dtype=torch.int32, device=tokens.device).expand(rows, k)
+        self(tokens, ids, tokens.new_zeros(rows, k, dtype=torch.float32))
 
 
 def experts_forward(

@@ -105,9 +105,9 @@ class LoadedModel:
 
     def expect(self, tokens: Sequence[int] | None) -> None:
         """Announce the tokens of each rank in the next forward, or None where they are not agreed."""
-        window = self.layers[0].runner.grid.peer_window if self.layers else None
-        if window is not None:
-            window.expected = None if tokens is None else tuple(tokens[r] for r in window.group.world_ranks)
+        if self.layers:
+            grid = self.layers[0].runner.grid
+            grid.agreed.tokens = None if tokens is None else tuple(tokens[r] for r in grid.moe.world_ranks)
 
     def join(self) -> None:
         """Take part in a forward of the other ranks without tokens of this rank's own."""

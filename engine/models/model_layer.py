@@ -39,18 +39,34 @@ class ModelLayer(Protocol):
         self.slot_counter = SlotCounter(self.runner.grid.device)
         self.observers = replace(self.observers, slots=self.slot_counter)
 
-    def join(self) -> None:
-        """Take part in a step without tokens: others may need this rank's experts. Collective."""
-        self.runner(self._no_tokens(), observers=self.observers)
+    def join(self, rows: int = 0) -> None:
+        """Take part in a step without tokens: others may need this rank's experts. Collective.
+
+        ``rows``: how many rows of padding to bring, where all ranks bring equally many.
+        """
+        self.runner(self._no_tokens(rows), observers=self.observers)
 
     def _observe(self, runner: MoERunner) -> None:
         self.runner, self.isolates_rows = runner, False
         self.observers = Observers.default(runner.grid.device)
         self.reset_slots()
 
-    def _no_tokens(self) -> Tensor:
+    def _no_tokens(self, rows: int) -> Tensor:
         runner = self.runner
-        return torch.empty(0, runner.config.hidden_size, dtype=runner.dtype, device=runner.grid.device)
+        return torch.zeros(rows, runner.config.hidden_size, dtype=runner.dtype, device=runner.grid.device)
+
+
+@contextmanager
+def padded(layers: Iterable[ModelLayer], padding: Tensor) -> Iterator[None]:
+    """Let ``layers`` send no row to experts where ``padding`` [T] is true, while the block runs."""
+    layers = tuple(layers)
+    for layer in layers:
+        layer.runner.padding = padding
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.runner.padding = None
 
 
 @contextmanager

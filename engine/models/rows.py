@@ -21,13 +21,17 @@ LENGTHS = 1 << 16
 
 
 class SeparateRows:
-    """A change of ``model`` in place, made once, after which each row of a batch gets what it gets alone."""
+    """A change of ``model`` in place, made once, after which each row of a batch gets what it gets alone.
+
+    ``rereads``: whether the model may need the whole past of a sequence anew.
+    """
 
     def __init__(self, model: Any) -> None:
         self._rotaries = wrap_rotaries(model)
         wrap_queries(model)
         self._prepare = _own_preparation(model)
         self.needs_whole_past = lru_cache(LENGTHS)(self._needs_whole_past)
+        self.rereads = self._prepare is not None
 
     @contextmanager
     def of_lengths(self, lengths: Sequence[int]) -> Iterator[None]:

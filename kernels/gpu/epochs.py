@@ -80,17 +80,20 @@ def await_peers(
     flags,  # int32 [R] of one kind in this rank's window, entry per source rank
     epoch,  # int32: what every flag must have reached
     broken,  # int32 [1] in this rank's window: 0, or 1 + the rank that gave up
-    status,  # int32 [4] in host memory: word of ``broken``, rank that is missing, epoch, kind
+    status,  # int32 [6] in host memory: word of ``broken``, rank that is missing, epoch, kind, two labels
+    label,  # int32: which exchange this is, for the host and for ``CHECKS``
     limit,  # int64 [1], device memory: nanoseconds to wait (turns in the interpreter)
     KIND: tl.constexpr,  # 0: rows of tokens, 1: results
     R: tl.constexpr,  # ranks
     RANK: tl.constexpr,  # this rank
+    CHECKS: tl.constexpr,  # words from ``flags`` to the sources' labels, or 0: compare none
     ASM: tl.constexpr,  # inline PTX
 ):
     """Wait until every flag has reached ``epoch``, or ``limit`` is over, or a rank has given up.
 
     A wait that ends without its flag marks ``broken``, which stays set: every later wait then passes in its
-    first turn. The host is given the reason in ``status``. Nothing traps, because that would take the GPU's
+    first turn. So does a source whose label differs from this rank's; the kind is then ``KIND`` + 2. The host
+    is given the reason in ``status``. Nothing traps, because that would take the GPU's
     context and the report with it. Nothing with a barrier may follow in the kernel.
     """
     begin = read_clock(ASM)
@@ -113,7 +116,18 @@ def await_peers(
                 tl.store(status + 1, r)
                 tl.store(status + 2, epoch)
                 tl.store(status + 3, KIND)
+                tl.store(status + 4, label)
             tl.store(status, word)
+        elif CHECKS > 0:
+            other = tl.load(flags + CHECKS + r, volatile=True)
+            if (other != label) & (tl.load(broken, volatile=True) == 0):
+                tl.store(broken, tl.full((), 1 + RANK, tl.int32))
+                tl.store(status + 1, r)
+                tl.store(status + 2, epoch)
+                tl.store(status + 3, KIND + 2)
+                tl.store(status + 4, label)
+                tl.store(status + 5, other)
+                tl.store(status, tl.full((), 1 + RANK, tl.int32))
 
 
 @triton.jit
@@ -125,12 +139,14 @@ def end_exchange(
     epoch,  # int32: the epoch that this exchange reaches
     state,  # int32 [2], device memory: epochs reached, by kind
     broken,  # int32 [1] in this rank's window: 0, or 1 + the rank that gave up
-    status,  # int32 [4] in host memory: see ``await_peers``
+    status,  # int32 [6] in host memory: see ``await_peers``
+    label,  # int32: which exchange this is
     limit,  # int64 [1], device memory: nanoseconds to wait (turns in the interpreter)
     KIND: tl.constexpr,  # 0: rows of tokens, 1: results
     R: tl.constexpr,  # ranks
     LANES: tl.constexpr,  # power of two, at least 2 and at least R
     RANK: tl.constexpr,  # this rank
+    CHECKS: tl.constexpr,  # words from ``flags`` to the sources' labels, or 0: compare none
     ASM: tl.constexpr,  # inline PTX
 ):
     """In the last program of a launch that has sent, signal all ranks and wait for their signals.
@@ -138,9 +154,14 @@ def end_exchange(
     Every program calls it as its last act: a barrier must not follow :func:`await_peers`.
     """
     if is_last_program(counter, programs):
+        if CHECKS > 0:
+            r = tl.arange(0, LANES)
+            away = tl.load(delta + r, mask=r < R, other=0) >> 2
+            tl.store(flags + CHECKS + RANK + away, label + tl.zeros((LANES,), tl.int32), mask=r < R)
+            tl.debug_barrier()
         signal_peers(flags, delta, epoch, R, LANES, RANK)
         tl.store(state + KIND, epoch)
-        await_peers(flags, epoch, broken, status, limit, KIND, R, RANK, ASM)
+        await_peers(flags, epoch, broken, status, label, limit, KIND, R, RANK, CHECKS, ASM)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from xpar.kernels.gpu.one_sided_dispatch import dispatch_kernel
 
 FLAGS_BYTES = 4096
 _BROKEN = 7 * MOST_RANKS  # index of the word among the flags, on a cache line of its own
+_LABELS = 2 * MOST_RANKS  # words from the flags of a kind to the labels of its sources
 _ALIGNED = 256
 _WORDS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
 FEW_TOKENS = 256
@@ -32,9 +33,9 @@ class Peers:
 
     ``window`` [n] uint8: this rank's own; ``delta`` [R] int64: bytes from its address to rank r's. ``state``
     [2] int32: epochs reached, by kind; ``counters`` [2] int32: zeros between launches; ``limit`` [1] int64:
-    nanoseconds that a kernel waits for its peers. ``status`` [4] int32, in host memory: see
+    nanoseconds that a kernel waits for its peers. ``status`` [6] int32, in host memory: see
     ``await_peers`` of :mod:`xpar.kernels.gpu.epochs`. ``front``: bytes of the window's second part.
-    ``processors``: of the GPU, which launches are sized for.
+    ``processors``: of the GPU, which launches are sized for. ``checks``: compare the labels of all exchanges.
     """
 
     rank: int
@@ -46,6 +47,7 @@ class Peers:
     status: Tensor
     front: int
     processors: int = 4
+    checks: bool = False
 
     @property
     def size(self) -> int:
@@ -156,7 +158,14 @@ class Exchange:
         return self._back.view(self.step.dtype)
 
     def dispatch(
-        self, x: Tensor, ids: Tensor, weights: Tensor, owner: Tensor, local: Tensor, etp: int = 1
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        owner: Tensor,
+        local: Tensor,
+        etp: int = 1,
+        label: int = 0,
     ) -> None:
         """Send own rows to the ranks of their experts, and wait for all ranks' rows.
 
@@ -167,6 +176,7 @@ class Exchange:
             owner: [E] int32, ep rank of each expert.
             local: [E] int32, index of each expert on its ep rank.
             etp: consecutive ranks that slice the experts of one ep rank.
+            label: which exchange this is, see :func:`label_of`; the same on every rank.
         """
         words = _words(self.step.row_bytes)
         w = self.step.row_bytes // words.itemsize
@@ -182,7 +192,7 @@ class Exchange:
             self.topk_ids,
             self.topk_weights,
             self.counts,
-            *self._protocol(0),
+            *self._protocol(0, label),
             self.tokens,
             self.first,
             W=w,
@@ -194,7 +204,7 @@ class Exchange:
             **self._constants(),
         )
 
-    def rows_home(self, outputs: Tensor) -> None:
+    def rows_home(self, outputs: Tensor, label: int = 0) -> None:
         """Send results ``outputs`` [M, H] home; with ``slots`` those of all slots, [M k, H]."""
         words = _words(outputs.shape[1] * outputs.element_size())
         w = outputs.shape[1] * outputs.element_size() // words.itemsize
@@ -205,7 +215,7 @@ class Exchange:
             self.topk_ids,
             self._back.view(words),
             self.counts,
-            *self._protocol(1),
+            *self._protocol(1, label),
             self.step.most,
             W=w,
             SHIFT=_shift(words),
@@ -216,7 +226,7 @@ class Exchange:
             **self._constants(),
         )
 
-    def weighted_home(self, slots: Tensor) -> None:
+    def weighted_home(self, slots: Tensor, label: int = 0) -> None:
         """Send the weighted sums of each entry's slots home; ``slots`` [M k, H]: slot j of m at m k + j."""
         h = slots.shape[1]
         block = min(2048, triton.next_power_of_2(h))
@@ -227,7 +237,7 @@ class Exchange:
             self.topk_weights,
             self.back,
             self.counts,
-            *self._protocol(1),
+            *self._protocol(1, label),
             self.step.most,
             H=h,
             SHIFT=_shift(slots.dtype),
@@ -286,9 +296,9 @@ class Exchange:
         """[T k, H]: with ``slots``, each own slot's output, undefined where the slot was dropped."""
         return self.back[: self.tokens * self.step.top_k * self.step.width].view(-1, self.step.width)
 
-    def _protocol(self, kind: int) -> tuple[Tensor, ...]:
+    def _protocol(self, kind: int, label: int) -> tuple[Tensor | int, ...]:
         p = self.peers
-        return (p.flags(kind), p.broken, p.delta, p.state, p.counters[kind:], p.status, p.limit)
+        return (p.flags(kind), p.broken, p.delta, p.state, p.counters[kind:], p.status, label, p.limit)
 
     def _constants(self) -> dict[str, int | bool]:
         p = self.peers
@@ -297,6 +307,7 @@ class Exchange:
             "R": p.size,
             "LANES": _lanes(p.size),
             "RANK": p.rank,
+            "CHECKS": _LABELS if p.checks else 0,
             "ASM": p.window.is_cuda,
         }
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from xpar.kernels.gpu.epochs import end_exchange, wide
 
 
-@triton.jit(do_not_specialize=["most"])
+@triton.jit(do_not_specialize=["most", "label"])
 def home_kernel(
     outputs,  # [M, W] words, or [M K, W] with SLOTS, contiguous: what this rank's experts made
     row_ids,  # int32 [M, K] of this rank's window: local expert of each slot, -1 elsewhere
@@ -23,7 +23,8 @@ def home_kernel(
     delta,  # int64 [R]: bytes from this rank's window to rank r's
     state,  # int32 [2], device memory: epochs reached, by kind
     counter,  # int32 [1], device memory
-    status,  # int32 [4], host memory
+    status,  # int32 [6], host memory
+    label,  # which exchange this is
     limit,  # int64 [1], device memory: nanoseconds
     most,  # the largest T_s
     K: tl.constexpr,  # slots a token
@@ -35,6 +36,7 @@ def home_kernel(
     LANES: tl.constexpr,  # power of two, at least 2 and at least R
     RANK: tl.constexpr,  # this rank
     SLOTS: tl.constexpr,  # one row for each slot rather than for each entry
+    CHECKS: tl.constexpr,  # words from ``flags`` to the sources' labels, or 0: compare none
     ASM: tl.constexpr,  # inline PTX
 ):
     """Copy outputs of entries, or slots, with an expert here to their homes; signal and wait."""
@@ -62,10 +64,27 @@ def home_kernel(
                 if tl.max(id, 0) >= 0:
                     value = tl.load(outputs + entry * W + column, mask=inside)
                     tl.store(back + away + (wide(number) * RANK + t) * W + column, value, mask=inside)
-    end_exchange(counter, programs, flags, delta, epoch, state, broken, status, limit, 1, R, LANES, RANK, ASM)
+    end_exchange(
+        counter,
+        programs,
+        flags,
+        delta,
+        epoch,
+        state,
+        broken,
+        status,
+        label,
+        limit,
+        1,
+        R,
+        LANES,
+        RANK,
+        CHECKS,
+        ASM,
+    )
 
 
-@triton.jit(do_not_specialize=["most"])
+@triton.jit(do_not_specialize=["most", "label"])
 def weighted_home_kernel(
     slots,  # [M K, H], contiguous: unweighted output of each slot, undefined where its id is -1
     row_ids,  # int32 [M, K] of this rank's window: local expert of each slot, -1 elsewhere
@@ -77,7 +96,8 @@ def weighted_home_kernel(
     delta,  # int64 [R]: bytes from this rank's window to rank r's
     state,  # int32 [2], device memory: epochs reached, by kind
     counter,  # int32 [1], device memory
-    status,  # int32 [4], host memory
+    status,  # int32 [6], host memory
+    label,  # which exchange this is
     limit,  # int64 [1], device memory: nanoseconds
     most,  # the largest T_s
     K: tl.constexpr,  # slots a token
@@ -87,6 +107,7 @@ def weighted_home_kernel(
     R: tl.constexpr,  # ranks
     LANES: tl.constexpr,  # power of two, at least 2 and at least R
     RANK: tl.constexpr,  # this rank
+    CHECKS: tl.constexpr,  # words from ``flags`` to the sources' labels, or 0: compare none
     ASM: tl.constexpr,  # inline PTX
 ):
     """Store the weighted sums of local slots at their tokens' homes; signal and wait.
@@ -118,7 +139,24 @@ def weighted_home_kernel(
                 away = tl.multiple_of(tl.load(delta + s) >> SHIFT, 16)
                 place = back + away + (wide(number) * RANK + t) * H
                 tl.store(place + column, total.to(back.dtype.element_ty), mask=inside)
-    end_exchange(counter, programs, flags, delta, epoch, state, broken, status, limit, 1, R, LANES, RANK, ASM)
+    end_exchange(
+        counter,
+        programs,
+        flags,
+        delta,
+        epoch,
+        state,
+        broken,
+        status,
+        label,
+        limit,
+        1,
+        R,
+        LANES,
+        RANK,
+        CHECKS,
+        ASM,
+    )
 
 
 @triton.jit(do_not_specialize=["tokens"])

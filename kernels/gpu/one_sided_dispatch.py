@@ -13,7 +13,7 @@ import triton.language as tl
 from xpar.kernels.gpu.epochs import end_exchange, wide
 
 
-@triton.jit(do_not_specialize=["tokens", "first"])
+@triton.jit(do_not_specialize=["tokens", "first", "label"])
 def dispatch_kernel(
     x,  # [T, W] words, contiguous: this rank's tokens
     ids,  # int32 [T, K], contiguous: global expert of each slot, -1 for a dropped one
@@ -29,7 +29,8 @@ def dispatch_kernel(
     delta,  # int64 [R]: bytes from this rank's window to rank r's
     state,  # int32 [2], device memory: epochs reached, by kind
     counter,  # int32 [1], device memory
-    status,  # int32 [4], host memory
+    status,  # int32 [6], host memory
+    label,  # which exchange this is
     limit,  # int64 [1], device memory: nanoseconds
     tokens,  # T
     first,  # first place of this rank's tokens
@@ -42,6 +43,7 @@ def dispatch_kernel(
     LANES: tl.constexpr,  # power of two, at least 2 and at least R
     RANK: tl.constexpr,  # this rank
     ETP: tl.constexpr,  # consecutive ranks that slice the experts of one ep rank
+    CHECKS: tl.constexpr,  # words from ``flags`` to the sources' labels, or 0: compare none
     ASM: tl.constexpr,  # inline PTX
 ):
     """Store rows, ids and weights of own tokens at their destinations; signal and wait."""
@@ -77,4 +79,21 @@ def dispatch_kernel(
         away = tl.load(delta + r, mask=r < R, other=0) >> 2
         tl.store(counts + 2 * RANK + away, tokens + tl.zeros((LANES,), tl.int32), mask=r < R)
         tl.store(counts + 2 * RANK + 1 + away, first + tl.zeros((LANES,), tl.int32), mask=r < R)
-    end_exchange(counter, programs, flags, delta, epoch, state, broken, status, limit, 0, R, LANES, RANK, ASM)
+    end_exchange(
+        counter,
+        programs,
+        flags,
+        delta,
+        epoch,
+        state,
+        broken,
+        status,
+        label,
+        limit,
+        0,
+        R,
+        LANES,
+        RANK,
+        CHECKS,
+        ASM,
+    )

@@ -4,6 +4,7 @@ Needs GPUs, not part of the test run.
 
     python -m mpi4py tests/gpu/check_generate.py CHECKPOINT [CHECKPOINT ...] --json generate.json
     mpirun -n 2 python -m mpi4py tests/gpu/check_generate.py CHECKPOINT --batch 1 3 16 --json generate-2.json
+    mpirun -n 2 python -m mpi4py tests/gpu/check_generate.py CHECKPOINT --batch 16 --ending
 
 Several ranks share out the sequences, so that a batch of 1 leaves all but one without any. Both sides are
 given the same tokens, so that they stay comparable: logits in float32, times in the checkpoint's dtype. xpar
@@ -15,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +45,10 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Forced(Sampling):
-    """Takes ``tokens`` [steps][B] in turn, whatever the logits say, and keeps those and the times."""
+    """Takes ``tokens`` [steps][B] in turn, whatever the logits say, and keeps those and the times.
+
+    A sequence is known by the seed of its generator, its number among this rank's.
+    """
 
     tokens: list[list[int]] = field(default_factory=list)
     seen: list[Tensor] = field(default_factory=list)
@@ -52,7 +57,8 @@ class Forced(Sampling):
     def choose(self, logits: Tensor, generators: Any) -> list[int]:
         self.seen.append(logits.float().cpu())
         self.at.append(time.perf_counter())
-        return self.tokens[len(self.seen) - 1]
+        row = self.tokens[len(self.seen) - 1]
+        return [row[generator.initial_seed()] for generator in generators]
 
 
 def main() -> int:
@@ -62,6 +68,7 @@ def main() -> int:
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--whole-block", action="store_true", help="as for xpar generate")
+    parser.add_argument("--ending", action="store_true", help="sequences end one after the other")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     options = SpreadOptions(whole_block=args.whole_block)
@@ -70,7 +77,7 @@ def main() -> int:
     rows = []
     for path in args.checkpoints:
         for batch in args.batch:
-            rows.append(check(grid, path, batch, options))
+            rows.append(check(grid, path, batch, options, args.ending))
             say(grid, f"{rows[-1]}")
     right = [r["counted"] and r["logits_rel_error"] < TOLERANCE for r in rows]
     if args.json and grid.world.rank == 0:
@@ -81,15 +88,15 @@ def main() -> int:
     return int(not recorded or not all(right))
 
 
-def check(grid: ProcessGrid, path: Path, batch: int, options: SpreadOptions) -> dict[str, Any]:
+def check(grid: ProcessGrid, path: Path, batch: int, options: SpreadOptions, ending: bool) -> dict[str, Any]:
     """Both ways of one checkpoint and number of sequences; prompts of 1 to 40 tokens."""
     row: dict[str, Any] = {"checkpoint": path.name, "batch": batch, "whole_block": options.whole_block}
     for dtype in (torch.float32, None):
         loaded = load_model(path, grid, dtype, options)
-        launched, expected = decode(grid, loaded, batch, None)
+        launched, expected = decode(grid, loaded, batch, None, ending)
         recorder = DecodeGraph.of(loaded)
         assert recorder is not None
-        replayed, slots = decode(grid, loaded, batch, recorder)
+        replayed, slots = decode(grid, loaded, batch, recorder, ending)
         if dtype is torch.float32:
             mine = [
                 float((a - b).norm() / b.norm()) for a, b in zip(replayed.seen, launched.seen, strict=True)
@@ -112,7 +119,7 @@ def check(grid: ProcessGrid, path: Path, batch: int, options: SpreadOptions) -> 
 
 
 def decode(
-    grid: ProcessGrid, loaded: LoadedModel, batch: int, recorder: DecodeGraph | None
+    grid: ProcessGrid, loaded: LoadedModel, batch: int, recorder: DecodeGraph | None, ending: bool
 ) -> tuple[Forced, int]:
     """One side; and how many (token, expert) pairs the layers counted, which a rehearsal must not add to."""
     draw, vocab = torch.Generator().manual_seed(batch), loaded.model.config.vocab_size
@@ -123,11 +130,15 @@ def decode(
     sequences = DecodeBatch(loaded, sampling, StopConditions(STEPS + 1), recorder)
     before = loaded.slots()
     prompts = [torch.randint(vocab, (1 + n * 7 % 40,), generator=draw).tolist() for n in range(batch)]
-    new = [RunningSequence(n, ids, torch.Generator()) for n, ids in enumerate(prompts)][mine]
+    new = [
+        RunningSequence(n, ids, torch.Generator().manual_seed(n), stopped=stop_test(n, ending))
+        for n, ids in enumerate(prompts[mine])
+    ]
     for step in range(STEPS + 1):
         notes = (sequences.readiness(),)
-        facts = agree_step(comm, step, work=sequences.occupied, notes=notes)
-        sequences.agree(facts.work if step else None, tuple(note for (note,) in facts.notes))
+        tokens_now = sequences.next_tokens if step else sequences.tokens_of([len(r.ids) for r in new] or [0])
+        facts = agree_step(comm, step, tokens=tokens_now, work=sequences.occupied, notes=notes)
+        sequences.agree(facts.tokens, tuple(note for (note,) in facts.notes if step) or (0,) * comm.size)
         if step == 0 and new:
             sequences.begin(new)
         elif sequences.occupied:
@@ -137,6 +148,11 @@ def decode(
     torch.cuda.synchronize()
     loaded.expect(None)
     return sampling, loaded.slots() - before
+
+
+def stop_test(number: int, ending: bool) -> Callable[[Sequence[int]], bool]:
+    """Return what ends a sequence; with ``ending`` each a little after the one before it."""
+    return lambda answer: ending and len(answer) >= 2 * PATIENCE + 3 * number
 
 
 def step_ms(side: Forced) -> float:

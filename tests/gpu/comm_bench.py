@@ -96,18 +96,21 @@ def steps(world: World, grid: ProcessGrid, cls: type, x: Tensor, link_gbs: float
 
 
 def launch_modes(world: World, grid: ProcessGrid, link_gbs: float) -> Iterator[dict[str, Any]]:
-    """What waiting for non-blocking launches costs: the same small exchange with a blocking communicator."""
+    """What launches cost the host, by calls of NCCL that block and by polled ones: ``us_host`` of each."""
     assert grid.transport is not None
     ones = [1] * world.size
     x = torch.ones(world.size, 64, device=grid.device)
-    blocking = nccl_transport(
-        world.comm, grid.device, grid.transport.choice, Deadlines(), open_library(), blocking=True
+    polled = nccl_transport(
+        world.comm, grid.device, grid.transport.choice, Deadlines(), open_library(), blocking=False
     )
-    for name, group in (("tiny, non-blocking", grid.moe), ("tiny, blocking", blocking.wrap(world.comm))):
-        yield record(
-            world, grid, name, world.size, 0, link_gbs, lambda g=group: g.all_to_all_v(x, ones, ones).wait()
-        )
-    blocking.close()
+    for name, group in (("", grid.moe), (", polled", polled.wrap(world.comm))):
+        calls = {
+            "tiny all_gather": lambda g=group: g.all_gather_v(x[:1], ones),
+            "tiny all_to_all": lambda g=group: g.all_to_all_v(x, ones, ones).wait(),
+        }
+        for what, call in calls.items():
+            yield record(world, grid, what + name, world.size, 0, link_gbs, call)
+    polled.close()
 
 
 def record(
@@ -131,6 +134,7 @@ def record(
         synchronize(grid.device)
         seconds.append(time.perf_counter() - begin)
     slowest = max(world.comm.all_gather_object(median(seconds)))
+    launched = max(world.comm.all_gather_object(host_seconds(world, grid, call)))
     issued = []
     for _ in range(5):
         world.comm.barrier()
@@ -145,9 +149,23 @@ def record(
         "size": f"{tokens} x {HIDDEN} bf16" if nbytes else "256 B",
         "us": slowest * 1e6,
         "us_queued": queued * 1e6,
+        "us_host": launched * 1e6,
         "bytes": nbytes,
         "gbs": nbytes / slowest / 1e9,
         "gbs_queued": nbytes / queued / 1e9,
         "bound_gbs": link_gbs,
         "us_bound": nbytes / link_gbs / 1e3,
     }
+
+
+def host_seconds(world: World, grid: ProcessGrid, call: Callable[[], Any]) -> float:
+    """Seconds of the calling thread for one call, while the GPU has enough to do not to be waited for."""
+    spent = []
+    for _ in range(10):
+        synchronize(grid.device)
+        world.comm.barrier()
+        begin = time.perf_counter()
+        for _ in range(5):
+            call()
+        spent.append((time.perf_counter() - begin) / 5)
+    return median(spent)

@@ -14,7 +14,7 @@ NAMES = {"dispatch_kernel", "home_kernel", "weighted_home_kernel", "rank_sum_ker
 WAITING = NAMES - {"rank_sum_kernel", "abort_kernel"}
 
 
-def exchange_of(ranks: int, width: int, tokens: int, slots: bool = False) -> Exchange:
+def exchange_of(ranks: int, width: int, tokens: int, slots: bool = False, checks: bool = False) -> Exchange:
     """An exchange of rank 1 in memory that nobody reads."""
     step = Step((tokens,) * ranks, 8, 2 * width, width, torch.bfloat16, slots)
 
@@ -29,20 +29,21 @@ def exchange_of(ranks: int, width: int, tokens: int, slots: bool = False) -> Exc
         zeros(2),
         zeros(2),
         zeros(1, torch.int64),
-        zeros(4),
+        zeros(6),
         step.front_bytes,
         132,
+        checks,
     )
     return Exchange(peers, step)
 
 
 def launches(
-    arch: int, ranks: int, width: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+    arch: int, ranks: int, width: int, tokens: int, monkeypatch: pytest.MonkeyPatch, checks: bool = False
 ) -> list[Compiled]:
     """What one step compiles to, with the inline assembly that GPUs get."""
     constants = Exchange._constants
     monkeypatch.setattr(Exchange, "_constants", lambda self: constants(self) | {"ASM": True})
-    exchange, unsummed = (exchange_of(ranks, width, tokens, slots) for slots in (False, True))
+    exchange, unsummed = (exchange_of(ranks, width, tokens, slots, checks) for slots in (False, True))
     ids, weights = torch.zeros(tokens, 8, dtype=torch.int32), torch.ones(tokens, 8)
     table, x = torch.zeros(65, dtype=torch.int32), torch.zeros(tokens, width, dtype=torch.bfloat16)
     slots = torch.zeros(ranks * tokens * 8, width, dtype=torch.bfloat16)
@@ -71,6 +72,14 @@ def test_compiles_to_what_the_protocol_needs(
             check_protocol(kernel)
         if arch == 90:
             assert ".target sm_90a" in kernel.ptx
+
+
+def test_compiles_with_labels_beside_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ``--debug-collectives``; the order of the protocol stays."""
+    for kernel in launches(90, *SIZES[0], monkeypatch, checks=True):
+        assert kernel.spilt == 0
+        if kernel.name in WAITING:
+            check_protocol(kernel)
 
 
 def check_protocol(kernel: Compiled) -> None:

@@ -1,6 +1,7 @@
 """Epochs, deadlines, the abort word and growing windows of the one-sided exchange."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from xpar.comm.device.trial import try_exchange
 from xpar.comm.failure import AgreedError
 from xpar.comm.handshake import CollectiveError
 from xpar.comm.watchdog.deadlines import Deadlines
+from xpar.kernels.gpu.limits import label_of, layer_of
 from xpar.kernels.gpu.one_sided import Exchange, Step
 
 pytestmark = pytest.mark.mpi(deadline=120)
@@ -117,9 +119,11 @@ def test_a_missing_rank_is_named_after_the_deadline(group: Communicator) -> None
         ids, weights, owner, local = everywhere(exchange)
         rows = value_of(1, group.rank, 1, step.width)
         begin = time.monotonic()
-        exchange.dispatch(rows, ids, weights, owner, local)
+        exchange.dispatch(rows, ids, weights, owner, local, label=label_of(11))
         first = time.monotonic() - begin
-        expected = f"exchange 1: rank {last} has not sent its rows of tokens 2 s after rank {group.rank}"
+        expected = (
+            f"exchange 1 of layer 11: rank {last} has not sent its rows of tokens 2 s after rank {group.rank}"
+        )
         assert expected in str(window.problem())
         with pytest.raises(CollectiveError, match="has not sent its rows of tokens"):
             window.check()
@@ -205,3 +209,53 @@ def test_access_is_found_by_a_trial(group: Communicator) -> None:
     access = find_access(group, HOST, Deadlines(connect=30))
     assert access.way == HostMapping.way and access.refusal is None
     assert access.explain() == f"{HostMapping.way}: chosen"
+
+
+@pytest.mark.mpi(min_size=2, deadline=120)
+@pytest.mark.parametrize("way", ["dispatch", "home", "weighted"])
+@pytest.mark.parametrize("differs", ["layer", "sizes"])
+def test_debug_mode_names_the_rank_that_differs(group: Communicator, way: str, differs: str) -> None:
+    """Every rank finds it beside the flag of that rank, without waiting for the deadline."""
+    window = PeerWindow(group, HOST, Deadlines(connect=30, finish=30))
+    exchange = window.exchange(step_of((1,) * group.size))
+    peers = exchange.peers
+    checking = Exchange(replace(peers, checks=True), exchange.step)
+    ids, weights, owner, local = everywhere(checking)
+    rows, last = value_of(1, group.rank, 1, 24), group.size - 1
+    right, wrong = label_of(3, 24, 1), label_of(4, 24, 1) if differs == "layer" else label_of(3, 25, 1)
+    mine = wrong if group.rank == last else right
+    checking.dispatch(rows, ids, weights, owner, local, label=mine if way == "dispatch" else right)
+    if way == "home":
+        checking.rows_home(checking.rows(torch.float32), mine)
+    elif way == "weighted":
+        slots = checking.rows(torch.float32).repeat_interleave(group.size, 0)
+        checking.weighted_home(slots, mine)
+    text = str(window.problem())
+    other, layer = (last, 3) if group.rank != last else (0, layer_of(mine))
+    where = {"layer": f"it is in layer {7 - layer}", "sizes": "it has another step or size"}[differs]
+    if differs == "layer":
+        layer = layer_of(mine)
+    assert f"exchange 1 of layer {layer}: rank {other} differs from rank {group.rank}: {where}" in text
+    group.barrier()
+    window.close()
+
+
+def test_debug_mode_lets_pass_what_fits(group: Communicator) -> None:
+    window = PeerWindow(group, HOST, Deadlines(connect=30, finish=30))
+    exchange = window.exchange(step_of((2,) * group.size))
+    checking = Exchange(replace(exchange.peers, checks=True), exchange.step)
+    ids, weights, owner, local = everywhere(checking)
+    for number in range(4):
+        rows, label = value_of(number, group.rank, 2, 24), label_of(number, number % 2)
+        checking.dispatch(rows, ids, weights, owner, local, label=label)
+        checking.rows_home(checking.rows(torch.float32), label)
+        assert torch.equal(checking.sum_ranks(ids, owner), group.size * rows)
+    assert window.problem() is None
+    group.barrier()
+    window.close()
+
+
+def test_labels() -> None:
+    assert [layer_of(label_of(n)) for n in (-1, 0, 5, 93)] == [-1, 0, 5, 93]
+    assert label_of(5, 1, 2) != label_of(5, 1, 3) and layer_of(label_of(5, 1, 2)) == 5
+    assert 0 <= label_of(10**6, 7) < 2**31

@@ -23,9 +23,9 @@ class Counting:
         self.calls["all_gather"] += 1
         return self.inner.all_gather_v(x, counts)
 
-    def reduce_scatter_v(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def reduce_scatter_v(self, x: Tensor, counts: Sequence[int], planned: bool = False) -> Tensor:
         self.calls["reduce_scatter"] += 1
-        return self.inner.reduce_scatter_v(x, counts)
+        return self.inner.reduce_scatter_v(x, counts, planned)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

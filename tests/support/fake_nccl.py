@@ -21,20 +21,30 @@ class FakeComm:
     mpi: Any
     polls: int = POLLS
     result: int = SUCCESS
+    blocking: bool = False
+
+    def begin(self) -> None:
+        """Start an operation, which calls that block end before they return."""
+        self.polls = 0 if self.blocking else POLLS
 
 
 @dataclass
 class FakeNccl:
-    """See :class:`xpar.comm.device.nccl_library.Library`. Every operation is in progress for a few polls.
+    """See :class:`xpar.comm.device.nccl_library.Library`.
+
+    Every operation is in progress for a few polls, unless calls block.
 
     ``world``: all ranks; those that join meet through the one that drew the unique id. ``fail``: name of a
-    method that raises. ``stuck``, ``result``: what joining comes to instead of success. ``calls``: what was
+    method that raises. ``stuck``, ``result``: what joining comes to instead of success. ``stuck_blocking``:
+    joining by calls that block never ends. ``hold``: name of a method that never returns. ``calls``: what was
     asked, in order.
     """
 
     world: "Intracomm"
     fail: str = ""
     stuck: bool = False
+    stuck_blocking: bool = False
+    hold: str = ""
     result: int = SUCCESS
     release: int = 22809
     calls: list[tuple[Any, ...]] = field(default_factory=list)
@@ -44,6 +54,8 @@ class FakeNccl:
         self.calls.append((name, *args))
         if name == self.fail:
             raise RuntimeError(f"planted in {name}")
+        if name == self.hold:
+            time.sleep(3600)
 
     def version(self) -> int:
         return self.release
@@ -54,8 +66,13 @@ class FakeNccl:
 
     def init(self, size: int, rank: int, unique_id: bytes, blocking: bool) -> FakeComm:
         self._note("init", size, rank, blocking)
-        comm = FakeComm(self._meet(size, rank, unique_id))
-        comm.polls, comm.result = 10**9 if self.stuck else POLLS, self.result
+        comm = FakeComm(self._meet(size, rank, unique_id), blocking=blocking)
+        comm.begin()
+        if self.stuck:
+            comm.polls = 10**9
+        comm.result = self.result
+        if blocking and self.stuck_blocking:
+            time.sleep(3600)
         return comm
 
     def _meet(self, size: int, rank: int, unique_id: bytes) -> "Intracomm":
@@ -100,7 +117,7 @@ class FakeNccl:
         for name, address, nbytes, peer, comm in self._group:
             assert nbytes > 0 and peer != comm.mpi.rank
             requests.append(getattr(comm.mpi, name)(MPI.buffer.fromaddress(address, nbytes), peer))
-            comm.polls = POLLS
+            comm.begin()
         MPI.Request.Waitall(requests)
         self._group = []
 
@@ -118,7 +135,7 @@ class FakeNccl:
     ) -> None:
         from mpi4py import MPI
 
-        comm.polls = POLLS
+        comm.begin()
         getattr(comm.mpi, name)(
             MPI.buffer.fromaddress(source, leaving), MPI.buffer.fromaddress(target, arriving)
         )
@@ -128,7 +145,7 @@ class FakeNccl:
 
     def finalize(self, comm: FakeComm) -> None:
         self._note("finalize")
-        comm.polls = POLLS
+        comm.begin()
 
     def destroy(self, comm: FakeComm) -> None:
         self._note("destroy")

@@ -61,6 +61,12 @@ def python_program(name: str, *arguments: str) -> list[str]:
     return [sys.executable, str(PROGRAMS / f"{name}.py"), *arguments]
 
 
+def support_on_path() -> dict[str, str]:
+    """Return the environment in which a program finds the modules beside this one."""
+    known = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([*([known] if known else []), str(Path(__file__).parent)])}
+
+
 def find_mpirun() -> str:
     """The launcher of the library that mpi4py is told to use, or beside this interpreter, as that library.
 

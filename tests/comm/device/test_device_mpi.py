@@ -3,6 +3,7 @@
 NCCL is replaced at its narrow interface.
 """
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -219,15 +220,61 @@ def test_a_broken_group_refuses_at_once(comm: "Intracomm", host: Communicator) -
         group.all_to_all_v(rows, ones, ones)
 
 
+def inits(library: FakeNccl) -> list[bool]:
+    """How this rank joined each communicator: by calls that block, or not."""
+    return [call[3] for call in library.calls if call[0] == "init"]
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("fault", ["never joins", "no exchange"])
+def test_a_connection_whose_calls_do_not_block_serves_on(
+    comm: "Intracomm", host: Communicator, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one rank cannot join by calls that block, or the trial exchange by them hangs."""
+    library = FakeNccl(comm)
+    if host.rank == host.size - 1 and fault == "never joins":
+        library.stuck_blocking = True
+    elif fault == "no exchange":
+        begin = FakeNccl.group_start
+        monkeypatch.setattr(
+            FakeNccl,
+            "group_start",
+            lambda self: time.sleep(3600) if inits(self)[-1] else begin(self),
+        )
+    begun = time.monotonic()
+    transport = connect(host, library)
+    assert time.monotonic() - begun < 20 and inits(library) == [False, True]
+    monkeypatch.undo()
+    group = transport.wrap(host)
+    assert group.all_gather_v(torch.tensor([group.rank]), [1] * group.size).tolist() == list(
+        range(group.size)
+    )
+    assert not [c for c in library.calls if c[0] == "abort"]  # NCCL allows none under a call
+    transport.close()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_launch_by_a_call_that_blocks_is_one_call(comm: "Intracomm", host: Communicator) -> None:
+    """No group, no question about its state."""
+    library = FakeNccl(comm)
+    group = connect(host, library).wrap(host)
+    library.calls.clear()
+    asked: list[int] = []
+    library.state = lambda comm: asked.append(1) or 0  # type: ignore[assignment, func-returns-value]
+    library.group_start = lambda: asked.append(2)  # type: ignore[assignment]
+    group.all_gather_v(torch.ones(3, 2), [3] * group.size)
+    assert [c[0] for c in library.calls] == ["all_gather"] and not asked
+
+
 @pytest.mark.mpi(min_size=2)
 def test_groups_of_the_same_ranks_share_a_connection(comm: "Intracomm", host: Communicator) -> None:
     library = FakeNccl(comm)
     transport = connect(host, library)
     world = transport.wrap(host)
     same_ranks = world.split(0, host.rank, "moe")
-    assert [c[0] for c in library.calls].count("init") == 1
+    assert inits(library) == [False, True]  # the second time by calls that block
     reordered = world.split(0, -host.rank, "reordered")
-    assert [c[0] for c in library.calls].count("init") == 2
+    assert inits(library) == [False, True] * 2
     assert same_ranks.all_gather_v(torch.tensor([host.rank])).tolist() == list(range(host.size))
     assert reordered.all_gather_v(torch.tensor([host.rank])).tolist() == list(range(host.size))[::-1]
     transport.close()

@@ -5,9 +5,10 @@ import time
 from typing import Any
 
 import pytest
-from launch import mpirun, python_program
+import torch
+from launch import mpirun, python_program, support_on_path
 
-from xpar.comm.device.nccl_communicator import give_up, poll_until_done
+from xpar.comm.device.nccl_communicator import call_in_time, give_up, poll_until_done
 from xpar.comm.device.nccl_library import IN_PROGRESS, SUCCESS, NcclError
 from xpar.comm.device.watch import Watch
 
@@ -107,6 +108,39 @@ def test_a_late_operation_ends_the_job_everywhere() -> None:
     assert time.monotonic() - begin < 25 and job.returncode != 0
     assert "[rank 1 on " in job.stderr and "all_to_all_v of 7 rows: not done on the GPU 0.5 s" in job.stderr
     assert "in main" in job.stderr  # the stack of the thread that waits
+
+
+def test_a_late_launch_ends_the_job_everywhere() -> None:
+    """The thread that launches is inside NCCL, and cannot report by itself."""
+    begin = time.monotonic()
+    job = mpirun(2, python_program("late_launch"), timeout=60, env=support_on_path())
+    assert time.monotonic() - begin < 40 and job.returncode != 0
+    assert "[rank 1 on " in job.stderr
+    assert "all_gather of 24 B in group world: not launched by NCCL 0.5 s after it was asked" in job.stderr
+
+
+def test_a_launch_is_late_only_while_it_goes_on() -> None:
+    watch = Watch(lambda wrong: None, pause=60.0)
+    assert watch.late_launch() is None
+    watch.begin_launch("gather", 30.0, "moe")
+    assert watch.late_launch() is None
+    watch.begin_launch("gather", 0.0, "moe")
+    time.sleep(0.01)
+    assert str(watch.late_launch()).startswith("gather in group moe: not launched by NCCL 0 s after")
+    watch.end_launch()
+    assert watch.late_launch() is None
+    watch.close()
+
+
+def test_a_call_in_another_thread_ends_in_time() -> None:
+    host = torch.device("cpu")
+    assert call_in_time(lambda: 7, 5.0, "joining", host) == 7
+    with pytest.raises(KeyError, match="planted"):
+        call_in_time(lambda: {}["planted"], 5.0, "joining", host)
+    hold = threading.Event()
+    with pytest.raises(NcclError, match=r"joining: NCCL is still not ready after 0.1 s"):
+        call_in_time(hold.wait, 0.1, "joining", host)
+    hold.set()
 
 
 def test_what_is_always_asked_is_reported_once_it_is_wrong() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from xpar.engine.generation import decode_graph, recorder
 from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
 from xpar.engine.generation.decode_graph import PaddedDecodeStep
-from xpar.engine.generation.recorder import PATIENCE, DecodeGraph
+from xpar.engine.generation.recorder import PATIENCE, DecodeGraph, bucket_of
 from xpar.engine.generation.sampling import Sampling
 
 WINDOWS = {"gpt_oss": {"sliding_window": 4}, "mixtral": {"sliding_window": 4}}
@@ -156,12 +156,12 @@ def test_several_ranks_record_and_replay_together(tmp_path: Path, fresh_seed: in
     write_model(Case("olmoe", "olmoe"), tmp_path, torch.float32, 1)
     model, counts = plain_model(tmp_path), [Replays(), Replays()]
     joined: list[str] = []
-    recorders = [
-        DecodeGraph(
-            loaded(model), replays, lambda: joined.append("recorded") or (lambda: joined.append("replayed"))
-        )  # type: ignore[func-returns-value]
-        for replays in counts
-    ]
+
+    def join_of(rows: int) -> Callable[[], None]:
+        joined.append(f"recorded {rows}")
+        return lambda: joined.append("replayed")
+
+    recorders = [DecodeGraph(loaded(model), replays, join_of) for replays in counts]
     ranks = [
         DecodeBatch(loaded(model), Sampling(), StopConditions(10**6), recorder) for recorder in recorders
     ]
@@ -185,7 +185,7 @@ def test_several_ranks_record_and_replay_together(tmp_path: Path, fresh_seed: in
     assert [c.recorded for c in counts] == [0, 0] and not joined
     for _ in range(2):  # the second rank has no sequences, and serves the first by a recording
         take_step()
-    assert [c.replayed for c in counts] == [2, 0] and joined == ["recorded", "replayed", "replayed"]
+    assert [c.replayed for c in counts] == [2, 0] and joined == ["recorded 1", "replayed", "replayed"]
     take_step([], new[1:2])
     for _ in range(PATIENCE):  # the first rank's sequences go on, but the second's are new
         take_step()
@@ -196,6 +196,84 @@ def test_several_ranks_record_and_replay_together(tmp_path: Path, fresh_seed: in
     recorders[1].refused = "planted"
     take_step()
     assert [c.replayed for c in counts] == [5, 3]
+
+
+def test_numbers_that_fit_into_the_bucket_go_on_replaying(tmp_path: Path, fresh_seed: int) -> None:
+    """Sequences end and begin; what no longer fits is launched, and a bucket twice too large is renewed."""
+    write_model(Case("olmoe", "olmoe"), tmp_path, torch.float32, 1)
+    replays = Replays()
+    recording = DecodeGraph(loaded(plain_model(tmp_path)), replays)
+    lengths: dict[int, int] = {}
+    limits = StopConditions(10**6)
+    sequences = DecodeBatch(recording._loaded, Sampling(), limits, recording)
+    new = [
+        RunningSequence(
+            n, ids, torch.Generator(), stopped=lambda answer, n=n: len(answer) >= lengths.get(n, 10**6)
+        )
+        for n, ids in enumerate(prompts(fresh_seed, 8))
+    ]
+
+    def take(steps: int) -> tuple[int, int]:
+        for _ in range(steps):
+            sequences.advance()
+        return replays.recorded, replays.replayed
+
+    def end(*places: int) -> None:
+        for place in places:
+            lengths[place] = 1
+        sequences.advance()
+
+    sequences.begin(new[:3])
+    assert take(PATIENCE + 1) == (1, 1) and recording._bucket == 4
+    end(0)
+    assert take(2) == (1, 4)
+    sequences.begin(new[3:5])  # four of four
+    assert take(2) == (1, 6) and len(sequences.running) == 4
+    sequences.begin(new[5:6])  # five
+    assert take(PATIENCE) == (1, 6)
+    assert take(1) == (2, 7) and recording._bucket == 8
+    end(1, 2, 3)
+    assert take(PATIENCE) == (2, 8 + PATIENCE)
+    assert take(1) == (3, 9 + PATIENCE) and recording._bucket == 2
+
+
+def test_a_rank_that_runs_out_of_sequences_goes_on_with_its_recording(
+    tmp_path: Path, fresh_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its rows are padding then, for more steps than there was room for."""
+    monkeypatch.setattr(decode_graph, "UNIT", 1)
+    monkeypatch.setattr(decode_graph, "LEAST_ROOM", 3)
+    monkeypatch.setattr(recorder, "PATIENCE", 1)
+    write_model(Case("olmoe", "olmoe"), tmp_path, torch.float32, 1)
+    replays = Replays()
+    recording = DecodeGraph(loaded(plain_model(tmp_path)), replays)
+    ids = prompts(fresh_seed, 1)[0]
+    texts = []
+    for is_recorded in (False, True):
+        sequences = DecodeBatch(
+            recording._loaded, Sampling(), StopConditions(3), recording if is_recorded else None
+        )
+        for _ in range(2):
+            question = RunningSequence(0, ids, torch.Generator())
+            sequences.begin([question])
+            while sequences.running:
+                if is_recorded:
+                    sequences.agree((1,), (sequences.readiness(),))
+                sequences.advance()
+            texts.append(question.answer)
+            for _ in range(12 * is_recorded):
+                sequences.agree((1,), (sequences.readiness() & recorder.CAN_REPLAY,))
+                sequences.join()
+    assert replays.recorded == 1 and replays.replayed > 24
+    assert all(text == texts[0] for text in texts)
+
+
+def test_buckets() -> None:
+    assert [bucket_of(n) for n in (0, 1, 2, 3, 9, 17, 33, 49, 64, 65, 97, 500)] == [
+        1, 1, 2, 4, 16, 24, 48, 64, 64, 96, 128, 512,
+    ]  # fmt: skip
+    for n in range(1, 300):
+        assert n <= bucket_of(n) <= max(2 * n, 1) and bucket_of(bucket_of(n)) == bucket_of(n)
 
 
 def test_host_processors_and_layers_that_wait_are_not_recorded() -> None:
