@@ -50,11 +50,14 @@ class FusedRunner(MoERunner):
         *,
         router: RoutingRule | None = None,
         observers: Observers | None = None,
+        padding: Tensor | None = None,
     ) -> Step:
         """Compute the step in one call; where it does not fit one call, start it as a step of several."""
         local = self.tokens.local_slice(hidden_states.shape[0])
-        if not self._fits(local.stop - local.start, router):
-            return super().start(hidden_states, router_logits, input_ids, router=router, observers=observers)
+        if padding is not None or not self._fits(local.stop - local.start, router):
+            return super().start(
+                hidden_states, router_logits, input_ids, router=router, observers=observers, padding=padding
+            )
         self._step += 1
         observers = self._unobserved if observers is None else observers
         return FinishedStep(self._compute(hidden_states, local, router_logits, observers))
@@ -64,9 +67,9 @@ class FusedRunner(MoERunner):
         return step.output if isinstance(step, FinishedStep) else super().finish(step)
 
     def _fits(self, tokens: int, router: RoutingRule | None) -> bool:
-        """Tell whether a step is one call: few tokens, no padding, and the layer's own router routes."""
+        """Tell whether a step is one call: it has few tokens, and the layer's own router routes them."""
         few = self.max_tokens is None or tokens <= self.max_tokens
-        return router is None and tokens > 0 and few and self.padding is None
+        return router is None and tokens > 0 and few
 
     def _compute(
         self, hidden_states: Tensor, local: slice, router_logits: Tensor | None, observers: Observers

@@ -88,13 +88,7 @@ class MoERunner(nn.Module):
         projection: What makes the experts' input of the tokens, or None where the experts read the tokens.
         options: The caller's choices.
         layer: The layer's number, for messages.
-
-    Attributes:
-        padding: ``[T]`` bool, true for rows of the calls that hold no token, which then go to no expert; or
-            None. A recorded graph reads it anew in each replay.
     """
-
-    padding: Tensor | None = None
 
     def __init__(
         self,
@@ -148,6 +142,7 @@ class MoERunner(nn.Module):
         *,
         router: RoutingRule | None = None,
         observers: Observers | None = None,
+        padding: Tensor | None = None,
     ) -> Step:
         """Route, plan, and send rows on their way; collective. The step must be given to :meth:`finish`.
 
@@ -156,7 +151,7 @@ class MoERunner(nn.Module):
         observers = self._unobserved if observers is None else observers
         self._step += 1
         with observers.stage("route"):
-            routed = self._route(hidden_states, router_logits, input_ids, router or self.router)
+            routed = self._route(hidden_states, router_logits, input_ids, router or self.router, padding)
         shared = self._begin_shared(hidden_states, routed, observers)
         with observers.stage("plan"):
             plan = self._plan(routed.weighted)
@@ -202,11 +197,13 @@ class MoERunner(nn.Module):
         *,
         router: RoutingRule | None = None,
         observers: Observers | None = None,
+        padding: Tensor | None = None,
     ) -> LayerOutput:
         """Run :meth:`start` and :meth:`finish`: the forward but for its last sum, with routing."""
-        return self.finish(
-            self.start(hidden_states, router_logits, input_ids, router=router, observers=observers)
+        step = self.start(
+            hidden_states, router_logits, input_ids, router=router, observers=observers, padding=padding
         )
+        return self.finish(step)
 
     # -- ways to call it: alike up to the sum
     # ------------------------------------------------------------------------
@@ -219,6 +216,7 @@ class MoERunner(nn.Module):
         *,
         router: RoutingRule | None = None,
         observers: Observers | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Compute the layer; collective. Under torch.compile it is one opaque operator of the graph.
 
@@ -229,6 +227,8 @@ class MoERunner(nn.Module):
             input_ids: ``[T]`` token ids, for layers that route by token id.
             router: Routes this call in place of the layer's own router.
             observers: Who measures this call.
+            padding: ``[T]`` bool, true for rows that hold no token and go to no expert. A recorded graph
+                reads it anew in each replay.
 
         Returns:
             ``[T, H]`` in the layer's dtype.
@@ -240,7 +240,9 @@ class MoERunner(nn.Module):
         if torch.compiler.is_compiling():
             output: Tensor = moe_forward(self.handle, hidden_states, router_logits, input_ids)
             return output
-        return self.run(hidden_states, router_logits, input_ids, router=router, observers=observers).sum()
+        return self.run(
+            hidden_states, router_logits, input_ids, router=router, observers=observers, padding=padding
+        ).sum()
 
     def forward_separately(
         self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
@@ -295,6 +297,7 @@ class MoERunner(nn.Module):
         router_logits: Tensor | None,
         input_ids: Tensor | None,
         router: RoutingRule | None,
+        padding: Tensor | None,
     ) -> RoutedTokens:
         """Route this rank's slice of the tokens; a failure is a value, which plan raises on all ranks."""
         local = self.tokens.local_slice(hidden_states.shape[0])
@@ -308,7 +311,8 @@ class MoERunner(nn.Module):
             logits, shared_logits = self._logits(x, router_logits, local, router)
             routing = router.route(x, logits, None if input_ids is None else input_ids[local])
             rows, weighted = self._expert_input(x, routing, shared_logits)
-            routing, weighted = (self._without_padding(r, local) for r in (routing, weighted))
+            if padding is not None:
+                routing, weighted = (_without_padding(r, padding[local]) for r in (routing, weighted))
             return RoutedTokens(x, rows, routing, weighted, shared_logits)
         except Exception as error:  # noqa: BLE001 - raised by plan, on every rank
             return RoutedTokens(x, x, error, error, None)
@@ -328,11 +332,6 @@ class MoERunner(nn.Module):
         if self.fused is not None:
             return x, self.fused.append(routing, x, shared_logits)
         return weigh_input(x if self.projection is None else self.projection.down(x), routing)
-
-    def _without_padding(self, routing: Routing, local: slice) -> Routing:
-        if self.padding is None:
-            return routing
-        return replace(routing, topk_ids=routing.topk_ids.masked_fill(self.padding[local, None], -1))
 
     def _begin_shared(
         self, hidden_states: Tensor, routed: RoutedTokens, observers: Observers
@@ -364,3 +363,8 @@ class MoERunner(nn.Module):
                 f"hidden_states are {hidden_states.dtype}, the layer computes in {self.dtype}; cast them "
                 "first"
             )
+
+
+def _without_padding(routing: Routing, padding: Tensor) -> Routing:
+    """Let the rows at which ``padding`` [T] is true go to no expert."""
+    return replace(routing, topk_ids=routing.topk_ids.masked_fill(padding[:, None], -1))

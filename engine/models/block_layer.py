@@ -39,11 +39,12 @@ class BlockLayer(nn.Module, ModelLayer):
         """Compute ``[T, H]``. The logits are made here where a row of them may not be finite."""
         runner, router = self.runner, self.runner.router
         if not self.isolates_rows or not isinstance(router, Router):
-            output: Tensor = runner(hidden_states, observers=self.observers)
+            output: Tensor = runner(hidden_states, observers=self.observers, padding=self.padding)
             return output
         logits = router.logits(hidden_states)
         rows = bad_rows(hidden_states, logits)
-        output = runner(cleared(rows, hidden_states), cleared(rows, logits), observers=self.observers)
+        x, logits = cleared(rows, hidden_states), cleared(rows, logits)
+        output = runner(x, logits, observers=self.observers, padding=self.padding)
         return spoiled(rows, output)
 
 
