@@ -11,7 +11,7 @@ from xpar.engine.commands.model_session import BATCH, PREFILL_TOKENS
 from xpar.engine.generation.generate import generate
 from xpar.engine.generation.request import Request
 from xpar.engine.generation.tokenizer import Tokenizer
-from xpar.engine.models.kv_cache import check_generates
+from xpar.engine.models.empty_model import check_generates
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
