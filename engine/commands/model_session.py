@@ -15,7 +15,6 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.options import add_verbose, add_watchdog, job_line, pick_device
 from xpar.engine.console.terminal import Meter, count
@@ -24,7 +23,7 @@ from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import RequestBase, Workload
 from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.layer.build import FLOATS
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loader import LoadedModel, expert_configs, load_model
 from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
 
 BATCH = 16
@@ -142,11 +141,7 @@ def choose_etp(args: argparse.Namespace, world: World, device: str) -> int | Non
     if named or args.exact or device != "cpu" or world.num_nodes > 1:
         etp: int | None = args.etp
         return etp
-    with Checkpoint(args.checkpoint) as checkpoint:
-        arch, config = find(checkpoint.config), checkpoint.config
-        return choose_expert_slices(
-            world.size, [layer_config(arch, config, n) for n in require_moe_layers(arch, config)]
-        )
+    return choose_expert_slices(world.size, expert_configs(args.checkpoint))
 
 
 def add_whole_dense(p: argparse.ArgumentParser) -> None:

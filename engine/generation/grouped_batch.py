@@ -7,6 +7,8 @@ long, so that groups only grow where another one reaches the same length.
 from collections.abc import Sequence
 from itertools import groupby
 
+import torch
+
 from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
@@ -69,6 +71,7 @@ class GroupedBatch:
         group = self._groups.pop(0)
         return self._keep(group, group.advance())
 
+    @torch.inference_mode()
     def join(self) -> None:
         """Compute the other ranks' tokens without any of this rank's own."""
         self._loaded.join()

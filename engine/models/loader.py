@@ -14,11 +14,13 @@ from xpar.comm.column_parallel import ROUND_BYTES, ColumnParallel
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.shared_window import SHARED_FILES, free_bytes
+from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
+from xpar.engine.config import LayerConfig
 from xpar.engine.models.block_layer import build_block
 from xpar.engine.models.dense_weights import dense_sources, load_dense
-from xpar.engine.models.empty_model import build_empty_model
-from xpar.engine.models.expert_layer import IMPLEMENTATION, ExpertLayer, register
+from xpar.engine.models.empty_model import build_empty_model, is_known
+from xpar.engine.models.expert_layer import IMPLEMENTATION, ExpertLayer, experts_modules, register
 from xpar.engine.models.expert_sources import experts_reader
 from xpar.engine.models.experts_module import describe_experts
 from xpar.engine.models.kv_cache import other_states
@@ -140,7 +142,7 @@ def load_model(
         chosen = agreed(comm, lambda: _choose_dense(kind, grid.device, options))
         model = agreed(comm, lambda: build_empty_model(checkpoint, kind))
         parts = agreed(comm, lambda: moe_modules(model, dict(checkpoint.config), options.whole_block))
-        foreign = tuple(f"{name}." for part in parts.values() for name in part.names)
+        foreign = tuple(prefix for part in parts.values() for prefix in part.parameters)
         sources = agreed(comm, lambda: find_sources(model, checkpoint))
         plan = agreed(comm, lambda: dense_sources(model, checkpoint, sources, foreign))
         total(_bytes_to_hold(model, plan, parts, grid, kind))
@@ -177,6 +179,20 @@ def load_model(
         return LoadedModel(
             model, held_layers, collective_modules, kind, dense, held, checkpoint.bytes_read, chosen.name
         )
+
+
+def expert_configs(path: Path) -> list[LayerConfig]:
+    """Describe the experts of every layer of the model at ``path``; nothing of its weights is read.
+
+    Raises :class:`CheckpointError` for a checkpoint that is no such model.
+    """
+    with Checkpoint(path) as checkpoint:
+        if is_known(checkpoint.config):
+            arch = find(checkpoint.config)
+            layers = require_moe_layers(arch, checkpoint.config)
+            return [layer_config(arch, checkpoint.config, n) for n in layers]
+        model = build_empty_model(checkpoint, torch.float32)
+        return [describe_experts(model, name) for name in experts_modules(model).values()]
 
 
 def _slices(grid: ProcessGrid, options: SpreadOptions) -> bool:

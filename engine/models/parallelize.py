@@ -228,6 +228,18 @@ class MoeModules:
     modules: tuple[torch.nn.Module, ...]
     experts: bool
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What the names of the parameters begin with that the layer loads itself.
+
+        A norm inside an experts module is not among them.
+        """
+        if self.experts:
+            return tuple(
+                f"{self.names[0]}.{name}" for name, _ in self.modules[0].named_parameters(recurse=False)
+            )
+        return tuple(f"{name}." for name in self.names)
+
 
 def moe_modules(
     model: torch.nn.Module, hf_config: dict[str, Any], whole_block: bool
