@@ -20,6 +20,7 @@ from xpar.engine.bench.generate import (
     start_peer,
 )
 from xpar.engine.commands import model_session
+from xpar.engine.commands.model_names import find_checkpoint
 from xpar.engine.commands.options import at_least, attach
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.manifest import grid_manifest, write_result
@@ -35,6 +36,7 @@ def main(args: argparse.Namespace) -> int:
     """Measure on every rank; return 1 if the logits of the two sides do not agree."""
     world = attach(args)
     start_logging(world, args.verbose)
+    args.checkpoint = find_checkpoint(world.comm, args.checkpoint)
     dtype = agreed(world.comm, lambda: check_request(args))
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)
