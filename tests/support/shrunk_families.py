@@ -107,6 +107,10 @@ GEMMA4 = {
     "hidden_size_per_layer_input": 0,
 }
 LLAMA4 = {"num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 40}
+MINIMAX_M3 = {
+    "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+    "index_n_heads": 2,
+}
 QWEN4 = {
     "indexer_n_heads": 8,
     "indexer_kv_heads": 1,
@@ -179,6 +183,8 @@ VALUES: Mapping[str, Mapping[str, Any]] = {
     },
     "llama4_text": LLAMA4,
     "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4},
+    "minimax_m3_vl": {"text_config": MINIMAX_M3},
+    "minimax_m3_vl_text": MINIMAX_M3,
     "mistral_large4": {"text_config": {"kv_source_layers": None}},
     "muse_spark": {
         "projector_hidden_size": 32,
