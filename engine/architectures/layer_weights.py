@@ -23,7 +23,7 @@ from xpar.engine.architectures.mlp_weights import (
     mlp_buffers,
     read_mlp,
 )
-from xpar.engine.architectures.schema import Architecture
+from xpar.engine.architectures.schema import Architecture, MlpNames
 from xpar.engine.architectures.stored_names import resolve_names
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
@@ -145,14 +145,19 @@ def stored_layer_config(checkpoint: Checkpoint, arch: Architecture, layer: int) 
     Raises :class:`CheckpointError` as :func:`layer_config` does, and for quantised experts that are damaged.
     """
     names = resolve_names(checkpoint, arch, layer).experts
+    return replace(
+        layer_config(arch, checkpoint.config, layer), width_unit=width_unit(checkpoint, names, layer)
+    )
+
+
+def width_unit(checkpoint: Checkpoint, names: MlpNames, layer: int = 0) -> int:
+    """Return the part of I at whose multiples experts called ``names`` can be cut and stay as stored."""
 
     def cut(name: str | None) -> tuple[int, int]:
         return (1, 1) if name is None else checkpoint.smallest_cut(name.format(layer=layer, expert=0))
 
     rows = [cut(name)[0] for name in (names.gate, names.up, names.gate_up)]
-    return replace(
-        layer_config(arch, checkpoint.config, layer), width_unit=math.lcm(*rows, cut(names.down)[1])
-    )
+    return math.lcm(*rows, cut(names.down)[1])
 
 
 def load_router(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
+from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, Record, run_lockstep
-from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.layer.stage_timer import MeasuringTimer
 from xpar.engine.models.loader import LoadedModel
@@ -94,8 +94,7 @@ def decode(
         tell=tell,
     )
     comm.barrier()
-    graph = DecodeGraph.of(loaded) if captured else None
-    batch = DecodeBatch(loaded, sampling, StopConditions(new_tokens), graph)
+    batch = make_batch(loaded, sampling, StopConditions(new_tokens), records=captured)
     run_lockstep(comm, batch, -(-len(ids) // comm.size), job)
     steps = [after - before for before, after in pairwise(step_begins)]
     logits = [part for parts in comm.all_gather_object(sampling.seen) for part in parts]

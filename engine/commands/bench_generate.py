@@ -20,11 +20,12 @@ from xpar.engine.bench.generate import (
     start_peer,
 )
 from xpar.engine.commands import model_session
+from xpar.engine.commands.model_names import find_checkpoint
 from xpar.engine.commands.options import at_least, attach
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import make_console, progress
-from xpar.engine.models.kv_cache import check_generates
+from xpar.engine.models.empty_model import check_generates
 
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 """Largest relative difference of logits. Roundings add up over the layers and turn near ties of the router; a
@@ -35,6 +36,7 @@ def main(args: argparse.Namespace) -> int:
     """Measure on every rank; return 1 if the logits of the two sides do not agree."""
     world = attach(args)
     start_logging(world, args.verbose)
+    args.checkpoint = find_checkpoint(world.comm, args.checkpoint)
     dtype = agreed(world.comm, lambda: check_request(args))
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)

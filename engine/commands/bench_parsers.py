@@ -66,7 +66,7 @@ def add_overlap(p: argparse.ArgumentParser) -> None:
 
 def add_generate(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar bench generate``."""
-    p.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors files")
+    p.add_argument("checkpoint", type=Path, help=options.CHECKPOINT)
     add_number(p, "--batch", "numbers of sequences of the whole job", (1, 16))
     add_number(p, "--prompt-tokens", "number of tokens per prompt", 64)
     add_number(p, "--new-tokens", "number of tokens that each sequence is continued by, greedily", 33)

@@ -12,6 +12,7 @@ import torch
 
 from xpar.comm.failure import agreed
 from xpar.engine.commands import model_session
+from xpar.engine.commands.model_names import find_checkpoint
 from xpar.engine.commands.model_session import BATCH, PREFILL_TOKENS
 from xpar.engine.commands.options import attach
 from xpar.engine.console.logs import start_logging
@@ -23,7 +24,10 @@ from xpar.engine.generation.tokenizer import Tokenizer
 def add_options(p: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     p.add_argument(
-        "checkpoint", type=Path, help="directory with config.json, safetensors files and tokenizer"
+        "checkpoint",
+        type=Path,
+        help="directory with config.json, safetensors files and tokenizer, or the name of a model on "
+        "Hugging Face",
     )
     p.add_argument(
         "harness", nargs=argparse.REMAINDER, help="options of the harness, such as --tasks NAME --limit 10"
@@ -48,6 +52,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the harness on rank 0; the other ranks serve it."""
     world = attach(args)
     start_logging(world, args.verbose)
+    args.checkpoint = find_checkpoint(world.comm, args.checkpoint)
     dtype = agreed(world.comm, lambda: _check(args))
     harness = agreed(world.comm, lambda: _harness(args.harness) if world.rank == 0 else None, patient=True)
     console = make_console(world)

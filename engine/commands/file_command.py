@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.engine.commands import model_session
+from xpar.engine.commands.model_names import find_checkpoint
 from xpar.engine.commands.options import attach
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.terminal import make_console
@@ -54,6 +55,7 @@ def run_request(args: argparse.Namespace, command: FileCommand[Q]) -> int:
     world = attach(args)
     comm = world.comm
     start_logging(world, args.verbose)
+    args.checkpoint = find_checkpoint(comm, args.checkpoint)
     request = agreed(comm, lambda: command.make_request(args, world.rank == 0))
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)

@@ -11,13 +11,16 @@ from xpar.engine.commands.model_session import BATCH, PREFILL_TOKENS
 from xpar.engine.generation.generate import generate
 from xpar.engine.generation.request import Request
 from xpar.engine.generation.tokenizer import Tokenizer
-from xpar.engine.models.kv_cache import check_generates
+from xpar.engine.models.empty_model import check_generates
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     p.add_argument(
-        "checkpoint", type=Path, help="directory with config.json, safetensors files and tokenizer"
+        "checkpoint",
+        type=Path,
+        help="directory with config.json, safetensors files and tokenizer, or the name of a model on "
+        "Hugging Face, such as Qwen/Qwen3-30B-A3B or NAME@REVISION",
     )
     p.add_argument(
         "--prompts",

@@ -23,8 +23,7 @@ from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import RequestBase, Workload
 from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.layer.build import FLOATS
-from xpar.engine.layer.checkpoint_config import read_layer_configs
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loader import LoadedModel, expert_configs, load_model
 from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
 
 BATCH = 16
@@ -135,8 +134,7 @@ def make_grid(args: argparse.Namespace, world: World, console: Console) -> Proce
 
 def choose_etp(args: argparse.Namespace, world: World, device: str) -> int | None:
     """Return ``--etp``; without it and ``--ep``, choose slices for the host ranks of one node."""
-    with open_checkpoint(args.checkpoint) as checkpoint:
-        configs = list(read_layer_configs(checkpoint).values())
+    configs = expert_configs(args.checkpoint)
     named = args.ep is not None or args.etp is not None
     if named or args.exact or device != "cpu" or world.num_nodes > 1:
         etp: int | None = args.etp

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from xpar.comm.grid import ProcessGrid
     from xpar.comm.world import World
 
+CHECKPOINT = (
+    "directory with config.json and safetensors files, or the name of a model on Hugging Face, NAME@REVISION"
+)
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
 """Names in :data:`xpar.engine.layer.build.FLOATS`, which cannot be imported here; a test compares the two."""

@@ -105,7 +105,7 @@ def add_command(
 
 def add_run(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar run``."""
-    p.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors files")
+    p.add_argument("checkpoint", type=Path, help=options.CHECKPOINT)
     add_number(p, "--tokens", "number of tokens of the whole job, split over the data-parallel ranks", 512)
     p.add_argument(
         "--layers", type=int, nargs="+", metavar="N", help="indices of the MoE layers to run (default: all)"

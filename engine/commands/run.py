@@ -13,6 +13,7 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.partition import split_range
 from xpar.comm.stragglers import gather_lateness
+from xpar.engine.commands.model_names import find_checkpoint
 from xpar.engine.commands.options import at_least, attach, job_line, pick_device
 from xpar.engine.console.layer_report import lateness_table, layer_result, layer_summary, layer_table
 from xpar.engine.console.logs import start_logging
@@ -34,6 +35,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the command on every rank; return 1 if a verified layer is out of tolerance."""
     world = attach(args)
     start_logging(world, args.verbose)
+    args.checkpoint = find_checkpoint(world.comm, args.checkpoint)
     layers, dtype = agreed(world.comm, lambda: _read_request(args))
     axes = {"tp": args.tp, "dp": args.dp, "ep": args.ep, "etp": args.etp}
     grid = ProcessGrid.create(world, **axes, device=pick_device(world, args.device), transport=args.transport)

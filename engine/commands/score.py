@@ -18,7 +18,10 @@ from xpar.engine.models.loader import LoadedModel
 def add_options(p: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     p.add_argument(
-        "checkpoint", type=Path, help="directory with config.json, safetensors files and tokenizer"
+        "checkpoint",
+        type=Path,
+        help="directory with config.json, safetensors files and tokenizer, or the name of a model on "
+        "Hugging Face",
     )
     p.add_argument(
         "--texts",

@@ -16,9 +16,10 @@ from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.models.attention import backends
 from xpar.engine.models.isolation import not_finite, rows_isolated
-from xpar.engine.models.kv_cache import KvCache, describe_other_states, mask, new_cache, other_states
+from xpar.engine.models.kv_cache import KvCache, mask
 from xpar.engine.models.loader import LoadedModel
 from xpar.engine.models.rows import SeparateRows
+from xpar.engine.models.state_cache import empty_cache, past_of
 
 Finish = Literal["end", "stop", "length"]
 
@@ -90,8 +91,6 @@ class DecodeBatch:
         limits: StopConditions,
         recorder: DecodeGraph | None = None,
     ) -> None:
-        if states := other_states(loaded.model.config):
-            raise ValueError(describe_other_states(loaded.model.config, states))
         self._loaded, self._sampling, self._limits = loaded, sampling, limits
         self._recorder = recorder
         self._rows = SeparateRows(loaded.model)
@@ -229,6 +228,16 @@ class DecodeBatch:
         self._past = self._past.select(rows)
         self.running = [self.running[row] for row in rows]
 
+    def take_in(self, other: "DecodeBatch") -> bool:
+        """Continue the sequences of ``other`` too, if they are as long as these; return whether it does."""
+        mine, theirs = self._past, other._past
+        if mine is None or theirs is None or mine.lengths[0] != theirs.lengths[0]:
+            return False
+        self._past, self.running = mine.join(theirs), self.running + other.running
+        self._alone += other._alone
+        self.tokens += other.tokens
+        return True
+
     def _continue(self, ids: Tensor, past: KvCache) -> tuple[Tensor, KvCache]:
         if self._recorder is not None and (replayed := self._recorder.step(ids, past)):
             return replayed
@@ -249,8 +258,8 @@ class DecodeBatch:
                 # Without padding a causal model needs no mask, and its attention is faster.
                 attention_mask=seen.to(device) if min(lengths) < columns else None,
                 position_ids=places.to(device),
-                past_key_values=new_cache() if past is None else past.cache(),
+                past_key_values=empty_cache(self._loaded) if past is None else past.cache(),
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return out.logits[:, -1], KvCache.of(out.past_key_values, lengths)
+        return out.logits[:, -1], past_of(self._loaded, out.past_key_values, lengths)

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 from xpar.comm.communicator import Communicator
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence
+from xpar.engine.generation.decode_batch import RunningSequence
 from xpar.engine.generation.decode_batch import StopConditions as Ends
 from xpar.engine.generation.detokenizer import Detokenizer, Stops
+from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.lockstep import Progress, Record
 from xpar.engine.generation.logits_processors import make_processors
-from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.request import Request, WorkItem, Workload
 from xpar.engine.generation.run_file import BatchLimits, RunSummary, first_line, last_line, process_file
 from xpar.engine.generation.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def generate(
         comm,
         request,
         work,
-        DecodeBatch(loaded, sampling, Ends(most, tokens.ends), DecodeGraph.of(loaded)),
+        make_batch(loaded, sampling, Ends(most, tokens.ends)),
         BatchLimits(request.batch, request.prefill_tokens),
         start,
         lambda r: _record(work, r, detokenizer, stops, request.keep_special),

@@ -66,10 +66,13 @@ class DecodeGraph:
     def of(cls, loaded: LoadedModel) -> "DecodeGraph | None":
         """Make one, or return None where steps are not recorded.
 
-        That is so on host processors, and with layers that wait for the host in a step, as all do in exact
-        mode and those of several ranks do, unless rows go straight into the peers' memory.
+        That is so on host processors, for a model that norms the outputs of slots, and with layers that wait
+        for the host in a step, as all do in exact mode and those of several ranks do, unless rows go straight
+        into the peers' memory.
         """
-        if loaded.device.type != "cuda" or not all(map(_is_recordable, loaded.layers)):
+        if loaded.device.type != "cuda" or not loaded.sends_tokens_once:
+            return None
+        if not all(map(_is_recordable, loaded.layers)):
             return None
         return cls(loaded)
 

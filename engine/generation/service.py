@@ -6,11 +6,11 @@ from typing import Any
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
 from xpar.engine.generation.detokenizer import Stops
+from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.lockstep import LockstepCallbacks, Record, run_lockstep
 from xpar.engine.generation.logits_processors import make_processors
-from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.request import check_ids
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score import logprobs_of
@@ -101,8 +101,7 @@ class Service:
                 "value": detokenizer.cut(running.ids, running.answer, stops),
             }
 
-        recorder = DecodeGraph.of(self.loaded)
-        steps = agreed(self.comm, lambda: DecodeBatch(self.loaded, sampling, limits, recorder), "generating")
+        steps = make_batch(self.loaded, sampling, limits)
         return self._run(steps, question.prompts, start, value)
 
     def _run(

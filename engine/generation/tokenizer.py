@@ -37,7 +37,9 @@ class Tokenizer:
                 "comes from"
             )
         with transformers_errors(path / "tokenizer_config.json"):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
         self.chat = chat
         if chat and not self.tokenizer.chat_template:
             raise CheckpointError(f"{path}: its tokenizer has no chat template; leave --chat out")

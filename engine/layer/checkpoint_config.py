@@ -105,7 +105,9 @@ def check_numbers(file: Path, values: Mapping[str, Any], prefix: str = "") -> No
             check_numbers(file, value, f"{name}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise CheckpointError(f"{file}: {name}={value}: must be a finite number")
-        least = int(bool(POSITIVE.search(key)))
+        # Latent attention without rotary dimensions (GLM-5-Next) calls those the width of a head.
+        is_rotary_width = key == "head_dim" and values.get("qk_rope_head_dim") == 0
+        least = int(bool(POSITIVE.search(key)) and not is_rotary_width)
         most = MAX_LAYERS if key.endswith("layers") else MAX_EXPERTS if key.endswith("experts") else LARGEST
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and SIZE.search(key) and not least <= value <= most:

@@ -5,6 +5,9 @@ transformers lets a package provide the attention of its models as it does the e
 ``sdpa`` gets. B sequences, Q queries and S keys of each, D numbers of a head; Hq query heads, Hk of keys.
 """
 
+import inspect
+import re
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +20,8 @@ from xpar.kernels.cpu.attention import Attention
 
 IMPLEMENTATION = "xpar"
 """The name to give as ``attn_implementation``."""
+ASKS_FOR_NAME = re.compile(r"_attn_implementation (in|not in) \(")
+"""Code of a model that does different things by the name of the attention, such as sparse attention."""
 UNSUPPORTED_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
 """Further arguments of models that change the result; calls with them are left to transformers."""
 
@@ -28,6 +33,9 @@ def use_xpar_attention(model: Any) -> bool:
 
     # A family with attention sinks or soft caps has ``eager``; one that does not look it up stays.
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        return False
+    own = {type(module).__module__ for module in model.modules() if isinstance(module, PreTrainedModel)}
+    if any(ASKS_FOR_NAME.search(inspect.getsource(sys.modules[name])) for name in own):
         return False
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, AttentionForward())
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, sdpa_mask)

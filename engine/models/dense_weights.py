@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator
-from xpar.engine.architectures.stored_names import standalone_name
+from xpar.engine.architectures.mlp_weights import INTEGERS
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
+from xpar.engine.models.weight_sources import FLOATS, Source
 
 log = logging.getLogger("xpar.models")
 T = TypeVar("T")
 PIECE_BYTES = 16 * 2**20
 """Bytes of a tensor that are read at a time where the tensor is only compared."""
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
-def sources(model: Any, checkpoint: Checkpoint, foreign: tuple[str, ...]) -> dict[str, str]:
-    """Map each parameter or buffer of ``model`` to its stored tensor, in the model's order.
+def dense_sources(
+    model: Any, checkpoint: Checkpoint, stored: Mapping[str, Source], foreign: tuple[str, ...]
+) -> dict[str, Source]:
+    """Map each dense parameter or buffer of ``model`` to its stored tensors, in the model's order.
 
-    ``foreign``: what the names of parameters begin with that others fill. Of parameters that the model ties,
-    those that the checkpoint has. Raises :class:`CheckpointError` for a parameter that the checkpoint lacks
-    under its own name and that of every parameter tied to it, and for one that would have to be computed from
-    several tensors.
+    ``stored``: those of all parameters. ``foreign``: what the names of parameters begin with that others
+    fill. Of parameters that the model ties, those that the checkpoint has. Raises :class:`CheckpointError`
+    for a parameter that the checkpoint lacks under its own name and that of every parameter tied to it.
     """
-    stored = _by_target(model, checkpoint)
     groups = tied_groups(model)
     found, missing = {}, []
     for key in model.state_dict():
@@ -72,7 +72,7 @@ def tied_groups(model: Any) -> dict[str, tuple[str, ...]]:
 def load_dense(
     model: Any,
     checkpoint: Checkpoint,
-    plan: Mapping[str, str],
+    plan: Mapping[str, Source],
     foreign: tuple[str, ...],
     node: Communicator,
     dtype: torch.dtype,
@@ -80,8 +80,8 @@ def load_dense(
 ) -> int:
     """Give ``model``, built without memory, its dense weights; return their bytes. Collective over ``node``.
 
-    ``plan``, ``foreign``: as of :func:`sources`. Rank 0 of the node reads each tensor and sends it to the
-    others. ``loaded`` is called with the bytes of each. What goes wrong on that rank is raised as one
+    ``plan``, ``foreign``: as of :func:`dense_sources`. Rank 0 of the node reads each tensor and sends it to
+    the others. ``loaded`` is called with the bytes of each. What goes wrong on that rank is raised as one
     :class:`CheckpointError` on all of the node. Parameters that the model's config ties are tied as
     transformers does it: where the checkpoint has one of them, or equal tensors. Tensors that differ stay
     apart, whatever the config says.
@@ -92,10 +92,21 @@ def load_dense(
     tensors: dict[str, Tensor] = {}
     # Before any memory is taken: a wrong size in config.json may ask for more than there is.
     _on_first(
-        partial(_check_shapes, checkpoint, {name: empty[key].shape for key, name in plan.items()}), node
+        partial(_check_shapes, checkpoint, {s.name: empty[key].shape for key, s in plan.items() if s.name}),
+        node,
     )
-    for key, name in plan.items():
-        kind = _dtype_of(key, dtype, kept)
+    for key, source in plan.items():
+        if key in tensors:
+            continue  # made together with another one
+        name, kind = source.name, _dtype_of(key, empty[key], kept)
+        if name is None:
+            kinds = {t: _dtype_of(t, empty[t], kept) for t in source.targets if t in empty}
+            made = {t: torch.empty(empty[t].shape, dtype=dtype_of) for t, dtype_of in kinds.items()}
+            _on_first(partial(_convert, source, model, checkpoint, made), node)
+            for target, tensor in made.items():
+                tensors[target] = node.broadcast(tensor)
+                loaded(tensor.nbytes)
+            continue
         twin = next((tensors[other] for other in groups.get(key, ()) if other in tensors), None)
         if twin is not None and _on_first(partial(_is_equal, checkpoint, name, twin), node):
             loaded(twin.nbytes)
@@ -148,37 +159,15 @@ def restore_buffers(model: Any, foreign: tuple[str, ...]) -> None:
             raise CheckpointError(f"{type(model).__name__}: {name} is still empty after loading")
 
 
-def _by_target(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Map each key of the model that is one stored tensor, unchanged, to the tensor's name."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+def _dtype_of(key: str, empty: Tensor, plan: Mapping[str, torch.dtype]) -> torch.dtype:
+    """Return the dtype of parameter ``key``: families keep some, such as correction biases, in float32.
 
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = model.state_dict()
-    root = next(iter(state)).partition(".")[0]
-    found: dict[str, str] = {}
-    for name in checkpoint.names():
-        # As transformers does it; then as if the language model stood alone, or was saved without its head.
-        for candidate in (name, standalone_name(name), f"{root}.{name}"):
-            key, converted = rename_source_key(
-                candidate, renamings, converters, model.base_model_prefix, state
-            )
-            if converted is not None:
-                break
-            if key in state:
-                found.setdefault(key, name)
-                break
-    return found
-
-
-def _dtype_of(key: str, dtype: torch.dtype, plan: Mapping[str, torch.dtype]) -> torch.dtype:
-    """Return the dtype of parameter ``key``: families keep some, such as correction biases, in float32."""
+    ``empty``: the parameter without memory; tables of integers keep their dtype.
+    """
     for pattern, kept in plan.items():
         if re.search(rf"(^|\.){pattern}(\.|$)", key):
             return kept
-    return dtype
+    return empty.dtype
 
 
 def _on_first(read: Callable[[], T], node: Communicator) -> T:
@@ -215,15 +204,38 @@ def _is_equal(checkpoint: Checkpoint, name: str, tensor: Tensor) -> bool:
     return True
 
 
+def _convert(source: Source, model: Any, checkpoint: Checkpoint, out: Mapping[str, Tensor]) -> None:
+    """Fill the tensors ``out`` by transformers' conversion of ``source``."""
+    made = source.convert(model, checkpoint)
+    for key, tensor in out.items():
+        found = made.get(key)
+        if found is None or found.shape != tensor.shape:
+            shape = "nothing" if found is None else f"shape {list(found.shape)}"
+            raise CheckpointError(
+                f"{checkpoint.path}: the tensors stored for {key} make {shape}, config.json implies "
+                f"{list(tensor.shape)}; config and weights are not of the same model"
+            )
+        tensor.copy_(found)
+        _require_finite(tensor, key, str(found.dtype)[6:])
+
+
 def _read(checkpoint: Checkpoint, name: str, out: Tensor) -> None:
     stored = checkpoint.entry(name).dtype
-    if stored not in FLOATS:
+    if stored not in (FLOATS if out.is_floating_point() else INTEGERS):
         raise CheckpointError(
             f"tensor {name} is stored as {stored}: quantised weights need scales, and the file has none for "
             "it, or config.json has no quantization_config; download both again, or use the bfloat16 release"
         )
     checkpoint.read(name, expect_shape=tuple(out.shape), out=out)
-    if not math.isfinite(float(out.sum())) and not bool(torch.isfinite(out).all()):
+    _require_finite(out, name, stored)
+
+
+def _require_finite(out: Tensor, name: str, stored: str) -> None:
+    if (
+        out.is_floating_point()
+        and not math.isfinite(float(out.sum()))
+        and not bool(torch.isfinite(out).all())
+    ):
         raise CheckpointError(
             f"tensor {name} holds NaN or infinite values as {str(out.dtype)[6:]} (stored as {stored}); "
             "restore the checkpoint, or choose a dtype of wider range"

@@ -7,6 +7,7 @@ module keeps nothing: the function finds everything on the module.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,9 +60,7 @@ class ExpertLayer(ModelLayer):
         self(tokens, ids, tokens.new_zeros(rows, k, dtype=torch.float32))
 
 
-def experts_forward(
-    module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute an experts module; transformers calls this where ``experts_implementation="xpar"``."""
     layer = getattr(module, ATTRIBUTE, None)
     if layer is None:
@@ -70,8 +69,20 @@ def experts_forward(
             "ranks; "
             "call xpar.engine.register(grid), or parallelize(model, grid), before the first forward"
         )
-    out: Tensor = layer(hidden_states, top_k_index, top_k_weights)
-    return out
+    if not norms_slots(module):
+        out: Tensor = layer(hidden_states, top_k_index, top_k_weights)
+        return out
+    # A norm behind each expert needs the outputs of slots, unsummed: each slot is a token of its own.
+    slots, k = top_k_index.reshape(-1, 1), top_k_index.shape[1]
+    alone = layer(hidden_states.repeat_interleave(k, 0), slots, torch.ones_like(slots, dtype=torch.float32))
+    weighted = module.post_expert_norm(alone) * top_k_weights.reshape(-1, 1)
+    summed: Tensor = weighted.view(-1, k, weighted.shape[1]).sum(1)
+    return summed.to(hidden_states.dtype)
+
+
+def norms_slots(module: Any) -> bool:
+    """Return whether an experts module norms the output of each slot before the slots are summed."""
+    return bool(getattr(module, "has_post_expert_norm", False))
 
 
 def register(forward: Callable[..., Tensor] = experts_forward, replace: bool = False) -> None:
@@ -82,17 +93,18 @@ def register(forward: Callable[..., Tensor] = experts_forward, replace: bool = F
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
 
 
-def experts_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    """Find the experts module of every block of ``model`` that lets its experts be provided, by layer number.
+def experts_modules(model: torch.nn.Module) -> dict[int, str]:
+    """Name the experts module of every block of ``model`` that lets its experts be provided, by layer number.
 
     The number is the one in the module's name: ``model.layers.3.mlp.experts`` is layer 3.
     """
-    found: dict[int, torch.nn.Module] = {}
+    found: dict[int, str] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
+        down = getattr(module, "down_proj", None)
+        if hasattr(module, "_apply_gate") and isinstance(down, Tensor) and down.ndim == 3:
             numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            found[numbers[0] if numbers else 0] = module
-    return found
+            found[numbers[0] if numbers else 0] = name
+    return dict(sorted(found.items()))
 
 
 def attach(module: Any, layer: ExpertLayer) -> None:
@@ -100,3 +112,6 @@ def attach(module: Any, layer: ExpertLayer) -> None:
     for name in list(module._parameters):
         setattr(module, name, None)
     setattr(module, ATTRIBUTE, layer)
+    if not hasattr(module, "is_transposed"):
+        # A module of the same form that transformers does not let others compute (Step-3.7).
+        module.forward = partial(experts_forward, module)

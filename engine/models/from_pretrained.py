@@ -11,10 +11,9 @@ from torch import Tensor
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
-from xpar.engine.config import LayerConfig
 from xpar.engine.models import expert_layer
 from xpar.engine.models.expert_layer import ATTRIBUTE, ExpertLayer, attach
+from xpar.engine.models.experts_module import describe_module
 from xpar.engine.models.parallelize import SpreadOptions, build_moe_modules, rows_of
 
 
@@ -45,25 +44,15 @@ class LazyExpertLayer:
         """Compute an experts module as :func:`~xpar.engine.models.expert_layer.experts_forward` does."""
         layer: ExpertLayer | None = getattr(module, ATTRIBUTE, None)
         if layer is None:
-            layer = agreed(self.grid.world.comm, lambda: self._build(module), "experts_implementation='xpar'")
+            top_k = top_k_index.shape[-1]
+            layer = agreed(
+                self.grid.world.comm, lambda: self._build(module, top_k), "experts_implementation='xpar'"
+            )
             attach(module, layer)
         return layer(hidden_states, top_k_index, top_k_weights)
 
-    def _build(self, module: Any) -> ExpertLayer:
-        config, number = _config_of(module), self._spread
+    def _build(self, module: Any, top_k: int) -> ExpertLayer:
+        config, number = describe_module(module, top_k, "experts"), self._spread
         self._spread += 1  # names the layer in messages; all ranks spread in the same order
         dtype = next(module.parameters()).dtype
         return build_moe_modules(config, self.grid, dtype, number, rows_of(module, config), self.options)
-
-
-def _config_of(module: Any) -> LayerConfig:
-    hf_config = module.config.to_dict()
-    arch = find(hf_config)
-    first, *others = [layer_config(arch, hf_config, layer) for layer in require_moe_layers(arch, hf_config)]
-    if any(other != first for other in others):
-        raise ValueError(
-            f"{type(module).__name__}: the layers of this model differ, and an experts module does not know "
-            "which it is; "
-            "load it without experts_implementation and call xpar.engine.parallelize(model, grid)"
-        )
-    return first

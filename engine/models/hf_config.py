@@ -38,7 +38,7 @@ def read_hf_config(path: Path) -> Any:
     values = read_json(file)
     check_numbers(file, values)
     with transformers_errors(file, values):
-        hf_config = AutoConfig.from_pretrained(path)
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         configs = {id(c): c for c in (hf_config, hf_config.get_text_config())}.values()
     for config in configs:
         if hasattr(config, "quantization_config"):

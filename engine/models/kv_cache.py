@@ -6,17 +6,11 @@ hides. B rows, S columns; every layer's keys and values are [B, heads, S, dim].
 
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-from xpar.engine.formats.quantised_checkpoint import open_checkpoint
-from xpar.engine.layer.checkpoint_config import read_layer_configs
-from xpar.engine.models.hf_config import read_hf_config
 
 LEAST_ROOM = 64
 """Spare columns of memory that is allocated for keys or values.
@@ -36,27 +30,6 @@ def other_states(hf_config: Any) -> tuple[str, ...]:
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     classes = [type(layer) for layer in DynamicCache(config=hf_config).layers]
     return tuple(dict.fromkeys(c.__name__ for c in classes if c not in known))
-
-
-def check_generates(path: Path) -> None:
-    """Raise ValueError if xpar cannot generate text with the checkpoint at ``path``."""
-    with open_checkpoint(path) as checkpoint:
-        read_layer_configs(checkpoint)
-    if find_spec("transformers") is None:
-        return  # which loading the model says better
-    hf_config = read_hf_config(path)
-    if states := other_states(hf_config):
-        raise ValueError(describe_other_states(hf_config, states))
-
-
-def describe_other_states(hf_config: Any, states: tuple[str, ...]) -> str:
-    """Describe why xpar cannot generate text with a model whose cache has the classes ``states``."""
-    return (
-        f"model_type={hf_config.model_type!r}: its layers keep more than keys and values of what they have "
-        f"read ({', '.join(states)}), which cannot be continued token by token yet; xpar score reads texts "
-        "with "
-        "this model"
-    )
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,28 +15,34 @@ from xpar.comm.column_parallel import ROUND_BYTES, ColumnParallel
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.shared_window import SHARED_FILES, free_bytes
-from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
-from xpar.engine.architectures.layer_weights import stored_layer_config, stream_experts
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
+from xpar.engine.layer.checkpoint_config import read_layer_configs
 from xpar.engine.models.block_layer import build_block
-from xpar.engine.models.dense_weights import load_dense, sources
-from xpar.engine.models.expert_layer import IMPLEMENTATION, ExpertLayer, register
-from xpar.engine.models.hf_config import check_numbers, read_hf_config, transformers_errors
+from xpar.engine.models.dense_weights import dense_sources, load_dense
+from xpar.engine.models.empty_model import build_empty_model, is_known
+from xpar.engine.models.expert_layer import (
+    IMPLEMENTATION,
+    ExpertLayer,
+    experts_modules,
+    norms_slots,
+    register,
+)
+from xpar.engine.models.expert_sources import experts_reader, width_unit_of
+from xpar.engine.models.experts_module import describe_experts
 from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.malloc import give_back_freed_memory
 from xpar.engine.models.packed_linear import ColumnParallelLinear, group_by_input, pack_model
 from xpar.engine.models.parallelize import (
-    Experts,
     Layer,
     MoeModules,
-    ReadLayer,
     SpreadOptions,
     build_moe_modules,
     moe_modules,
     replace_modules,
 )
+from xpar.engine.models.weight_sources import Source, find_sources
 from xpar.kernels.choice import Choice
 from xpar.kernels.cpu.linear import PLAIN, LinearEntry, choose_linear
 
@@ -94,6 +100,11 @@ class LoadedModel:
         """True if the model keeps nothing but keys and values of a sequence's past."""
         return not other_states(self.model.config)
 
+    @cached_property
+    def sends_tokens_once(self) -> bool:
+        """True if every layer gets each token of a forward as one row, not one row for each of its slots."""
+        return not any(norms_slots(module) for module in self.model.modules())
+
     @property
     def device(self) -> torch.device:
         """The device of the model."""
@@ -105,7 +116,7 @@ class LoadedModel:
 
     def expect(self, tokens: Sequence[int] | None) -> None:
         """Announce the tokens of each rank in the next forward, or None where they are not agreed."""
-        if self.layers:
+        if self.layers and self.sends_tokens_once:
             grid = self.layers[0].runner.grid
             grid.agreed.tokens = None if tokens is None else tuple(tokens[r] for r in grid.moe.world_ranks)
 
@@ -142,9 +153,11 @@ def load_model(
     with agreed(comm, lambda: open_checkpoint(path)) as checkpoint:
         kind = agreed(comm, lambda: dtype or checkpoint.dtype)
         chosen = agreed(comm, lambda: _choose_dense(kind, grid.device, options))
-        model, parts = agreed(comm, lambda: _empty_model(checkpoint, kind, options.whole_block))
-        foreign = tuple(f"{name}." for part in parts.values() for name in part.names)
-        plan = agreed(comm, lambda: sources(model, checkpoint, foreign))
+        model = agreed(comm, lambda: build_empty_model(checkpoint, kind))
+        parts = agreed(comm, lambda: moe_modules(model, dict(checkpoint.config), options.whole_block))
+        foreign = tuple(prefix for part in parts.values() for prefix in part.parameters)
+        sources = agreed(comm, lambda: find_sources(model, checkpoint))
+        plan = agreed(comm, lambda: dense_sources(model, checkpoint, sources, foreign))
         total(_bytes_to_hold(model, plan, parts, grid, kind))
         # Inside, the ranks of a node fail together, so that none of them is missing from this agreement.
         dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, foreign, grid.node, kind, loaded))
@@ -154,7 +167,9 @@ def load_model(
             dense += agreed(comm, lambda: pack_model(model, record, shared))
             give_back_freed_memory()
         layers = agreed(
-            comm, lambda: _load_layers(checkpoint, grid, kind, parts, options, loaded), patient=True
+            comm,
+            lambda: _load_layers(model, checkpoint, sources, grid, kind, parts, options, loaded),
+            patient=True,
         )
         for layer, part in parts.items():
             replace_modules(model, part, layers[layer])
@@ -179,6 +194,18 @@ def load_model(
         return LoadedModel(
             model, held_layers, collective_modules, kind, dense, held, checkpoint.bytes_read, chosen.name
         )
+
+
+def expert_configs(path: Path) -> list[LayerConfig]:
+    """Describe the experts of every layer of the model at ``path``; nothing of its weights is read.
+
+    Raises :class:`CheckpointError` for a checkpoint that is no such model.
+    """
+    with open_checkpoint(path) as checkpoint:
+        if is_known(checkpoint.config):
+            return list(read_layer_configs(checkpoint).values())
+        model = build_empty_model(checkpoint, torch.float32)
+        return [describe_experts(model, name) for name in experts_modules(model).values()]
 
 
 def _slices(grid: ProcessGrid, options: SpreadOptions) -> bool:
@@ -251,42 +278,6 @@ def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptio
     return choose_linear(dtype, PLAIN)
 
 
-def _empty_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, whole_block: bool
-) -> tuple[Any, dict[int, MoeModules]]:
-    """Build the model without memory; find the modules that each MoE layer replaces, in ascending order."""
-    if find_spec("transformers") is None:
-        raise ValueError("whole models need transformers (pip install 'xpar[hf]')")
-    from transformers import AutoModelForCausalLM
-
-    # A layer that xpar cannot compute is refused before transformers builds anything.
-    check_numbers(checkpoint.path / "config.json", checkpoint.config)
-    arch = find(checkpoint.config)
-    for layer in require_moe_layers(arch, checkpoint.config):
-        layer_config(arch, checkpoint.config, layer)
-    hf_config = read_hf_config(checkpoint.path)
-    file, values = checkpoint.path / "config.json", checkpoint.config
-    if hf_config.get_text_config().num_hidden_layers > len(checkpoint.names()):
-        raise CheckpointError(
-            f"{file}: num_hidden_layers={hf_config.get_text_config().num_hidden_layers}: the checkpoint has "
-            "only "
-            f"{len(checkpoint.names())} tensors; config.json is not that of these weights"
-        )
-    with transformers_errors(file, values), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-    model.eval()
-    model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
-    return model, moe_modules(model, dict(checkpoint.config), whole_block)
-
-
-def _in_one_piece(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Make the input of the head contiguous.
-
-    The last positions of several rows lie apart in memory, and torch would copy the weight for each row.
-    """
-    return inputs[0].contiguous(), *inputs[1:]
-
-
 def _bytes_to_hold(
     model: Any,
     plan: Iterable[str],
@@ -307,20 +298,23 @@ def _bytes_to_hold(
 
 
 def _load_layers(
+    model: Any,
     checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
     grid: ProcessGrid,
     dtype: torch.dtype,
     parts: dict[int, MoeModules],
     options: SpreadOptions,
     loaded: Callable[[int], None],
 ) -> dict[int, Layer]:
-    arch = find(checkpoint.config)
     layers: dict[int, Layer] = {}
     for n, part in parts.items():
         with _allocation_errors(checkpoint.path / "config.json", n):
             if part.experts:
-                config = stored_layer_config(checkpoint, arch, n)
-                read = _reader(checkpoint, n, config, dtype)
+                name = part.names[0]
+                unit = width_unit_of(model, name, checkpoint, sources)
+                config = replace(describe_experts(model, name), width_unit=unit)
+                read = experts_reader(model, name, checkpoint, sources, config, dtype)
                 layers[n] = build_moe_modules(config, grid, dtype, n, read, options, loaded)
             else:
                 before = checkpoint.bytes_read
@@ -341,10 +335,3 @@ def _allocation_errors(file: Path, layer: int) -> Iterator[None]:
             f"{file}: the experts of layer {layer} do not fit into this rank's memory; "
             "use more ranks, or check that this config.json belongs to the weights"
         ) from None
-
-
-def _reader(checkpoint: Checkpoint, layer: int, config: LayerConfig, dtype: torch.dtype) -> ReadLayer:
-    def read(experts: Sequence[int], rows: slice) -> Experts:
-        return stream_experts(checkpoint, find(checkpoint.config), layer, config, experts, dtype, rows)
-
-    return read

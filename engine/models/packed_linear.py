@@ -17,11 +17,15 @@ from xpar.kernels.cpu.linear import LinearEntry, LinearKernel
 
 
 class PackedLinearModule(nn.Module):
-    """A linear module with a packed weight, which cannot be read."""
+    """A linear module with a packed weight, which cannot be read.
 
-    def __init__(self, linear: LinearKernel, outputs: int) -> None:
+    ``weight``: an empty tensor; models ask for its dtype.
+    """
+
+    def __init__(self, linear: LinearKernel, outputs: int, dtype: torch.dtype) -> None:
         super().__init__()
         self._linear, self._outputs = linear, outputs
+        self.weight = torch.empty(0, dtype=dtype)
 
     @property
     def nbytes(self) -> int:
@@ -38,6 +42,7 @@ class ColumnParallelLinear(nn.Module):
 
     ``linear``: the product with ``columns`` of the weight, None if there are none. ``number``: its place in
     the model. ``siblings``: those whose products are made with this one, see :func:`group_by_input`.
+    ``weight``: as of :class:`PackedLinearModule`.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class ColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.shared, self.number, self.inputs, self.dtype = shared, number, inputs, dtype
+        self.weight = torch.empty(0, dtype=dtype)
         self.siblings = SameInputGroup([self])
         self._linear, self._columns, self._outputs = linear, columns, outputs
 
@@ -160,7 +166,7 @@ def _pack(model: Any, name: str, record: LinearEntry, shared: ColumnParallel | N
     outputs, inputs = weight.shape
     packed: PackedLinearModule | ColumnParallelLinear
     if shared is None:
-        packed = PackedLinearModule(record.build(weight, bias), outputs)
+        packed = PackedLinearModule(record.build(weight, bias), outputs, weight.dtype)
     else:
         part = split_columns(outputs, shared.group)
         some = part.start < part.stop

@@ -8,9 +8,8 @@ import torch
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
+from xpar.engine.architectures.layer_config import find, layer_config
 from xpar.engine.architectures.mlp_weights import MlpPlace, MlpTensors, mlp_buffers, read_mlp
-from xpar.engine.architectures.schema import MlpNames
 from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.config import LayerConfig
@@ -33,6 +32,7 @@ from xpar.engine.models.expert_layer import (
     experts_modules,
     register,
 )
+from xpar.engine.models.experts_module import describe_experts, module_names
 from xpar.engine.models.scale_decoder import check_parts, scale_decoder
 
 Layer = ExpertLayer | BlockLayer
@@ -228,26 +228,36 @@ class MoeModules:
     modules: tuple[torch.nn.Module, ...]
     experts: bool
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What the names of the parameters begin with that the layer loads itself.
+
+        A norm inside an experts module is not among them.
+        """
+        if self.experts:
+            return tuple(
+                f"{self.names[0]}.{name}" for name, _ in self.modules[0].named_parameters(recurse=False)
+            )
+        return tuple(f"{name}." for name in self.names)
+
 
 def moe_modules(
     model: torch.nn.Module, hf_config: dict[str, Any], whole_block: bool
 ) -> dict[int, MoeModules]:
     """Find the modules that each layer is to replace, by the layer's index.
 
-    These are the experts modules, if the model has one in every MoE layer. Otherwise, and with
+    These are the experts modules, if the model lets its experts be provided. Otherwise, and with
     ``whole_block``, they are the modules of the whole block: router, experts and shared experts.
 
     Raises:
         CheckpointError: The family's layers can be computed, but not its whole models.
     """
+    experts = {} if whole_block else experts_modules(model)
+    if experts:
+        return {n: MoeModules((name,), (model.get_submodule(name),), True) for n, name in experts.items()}
     arch = find(hf_config)
     if why := arch.why_layers_only:
         raise CheckpointError(f"model_type={arch.model_type!r}: {why}; xpar run computes its layers")
-    layers = require_moe_layers(arch, hf_config)
-    experts = experts_modules(model)
-    if not whole_block and sorted(experts) == sorted(layers):
-        names = {id(module): name for name, module in model.named_modules()}
-        return {n: MoeModules((names[id(module)],), (module,), True) for n, module in sorted(experts.items())}
     return {
         n: MoeModules(names, tuple(map(model.get_submodule, names)), False)
         for n, names in block_modules(model, hf_config).items()
@@ -271,11 +281,10 @@ def _from_memory(
     grid: ProcessGrid,
     options: SpreadOptions,
 ) -> dict[int, Layer]:
-    arch = find(hf_config)
     layers: dict[int, Layer] = {}
     for n, part in parts.items():
         if part.experts:
-            config = layer_config(arch, hf_config, n)
+            config = describe_experts(model, part.names[0])
             layers[n] = build_moe_modules(
                 config, grid, model.dtype, n, rows_of(part.modules[0], config), options
             )
@@ -287,24 +296,7 @@ def _from_memory(
 
 def rows_of(module: Any, config: LayerConfig) -> ReadLayer:
     """Make the reader of a module's stacked experts, in any of transformers' layouts."""
-    if getattr(module, "has_post_expert_norm", False):
-        raise ValueError(
-            f"{type(module).__name__}: a norm behind each expert is not among what xpar computes"
-        )
-    names = MlpNames(
-        gate=None,
-        up=None if module.has_gate else "up_proj",
-        gate_up="gate_up_proj" if module.has_gate else None,
-        down="down_proj",
-        gate_up_bias=("gate_up_proj_bias" if module.has_gate else "up_proj_bias")
-        if module.has_bias
-        else None,
-        down_bias="down_proj_bias" if module.has_bias else None,
-        storage="stacked",
-        interleaved=not module.is_concatenated,
-        up_transposed=module.is_transposed,
-        down_transposed=module.is_transposed,
-    )
+    names = module_names(module)
     weights = InMemoryCheckpoint({}, dict(module.named_parameters()))
     dtype = next(module.parameters()).dtype
 

@@ -58,7 +58,11 @@ def check(name: str, seed: int) -> None:
         model.set_experts_implementation("batched_mm")  # the others wait for the GPU
     draw, sampling = random.Random(seed), Remembering()
     on_gpu: Any = SimpleNamespace(
-        model=copy.deepcopy(model).to(DEVICE), device=DEVICE, layers=(), slots=lambda: 0
+        model=copy.deepcopy(model).to(DEVICE),
+        device=DEVICE,
+        layers=(),
+        slots=lambda: 0,
+        is_cache_of_keys_and_values=True,
     )
     recorder = DecodeGraph(on_gpu, lambda step: record(step, [], DEVICE))
     sequences = DecodeBatch(on_gpu, sampling, StopConditions(NEW), recorder)

@@ -85,8 +85,6 @@ CASES["nemotron_h-mamba"] = replace(
 )
 NESTED = ("llama4", "gemma4", "gemma4_text")
 FAMILIES = (*CASES, *NESTED)
-WITH_OTHER_STATES = ("qwen3_next", "jamba", "nemotron_h")
-"""Families whose layers keep more than keys and values, by how their names begin."""
 
 
 def write_family(name: str, path: Path, seed: int) -> None:

@@ -18,8 +18,8 @@ from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.generation.generation_defaults import read_defaults
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.layer.build import load_layer
+from xpar.engine.models.empty_model import check_generates
 from xpar.engine.models.hf_config import transformers_errors
-from xpar.engine.models.kv_cache import check_generates
 from xpar.engine.models.loader import load_model
 
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss")

@@ -12,7 +12,6 @@ from tiny_models import CLEAR, greedy, plain_model
 from whole_families import (
     FAMILIES,
     NESTED,
-    WITH_OTHER_STATES,
     edit,
     save_as_modules,
     save_inside_a_larger_model,
@@ -20,7 +19,8 @@ from whole_families import (
 )
 
 from xpar.comm import AgreedError, ProcessGrid, World
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
+from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
 from xpar.engine.models.lm_head import Head
@@ -104,13 +104,13 @@ def test_a_block_that_is_no_module_is_one_error(grid: ProcessGrid, root: Path, n
 
 
 @pytest.mark.parametrize("slice_dense", [False, True], ids=["whole", "shared out"])
-@pytest.mark.parametrize("name", [n for n in FAMILIES if not n.startswith(WITH_OTHER_STATES)])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_text_of_every_family(
     grid: ProcessGrid, root: Path, fresh_seed: int, name: str, slice_dense: bool
 ) -> None:
     loaded = load_model(root / name, grid, options=SpreadOptions(slice_dense=slice_dense))
     model, ids = plain_model(root / name), text_of(fresh_seed + grid.world.rank)
-    sequences = DecodeBatch(loaded, Sampling(), StopConditions(4))
+    sequences = make_batch(loaded, Sampling(), StopConditions(4))
     running = [RunningSequence(place, ids[: 5 + 4 * place], torch.Generator()) for place in range(2)]
     sequences.begin(list(running))
     while sequences.occupied:
@@ -118,14 +118,6 @@ def test_greedy_text_of_every_family(
     for r in running:
         plain = greedy(model, r.ids, 4, ())
         assert plain.gap < CLEAR or r.answer == plain.answer
-
-
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n.startswith(WITH_OTHER_STATES)])
-def test_a_model_of_other_states_is_one_line(grid: ProcessGrid, root: Path, name: str) -> None:
-    loaded = load_model(root / name, grid)
-    family = name.partition("-")[0]
-    with pytest.raises(ValueError, match=f"model_type='{family}': its layers keep more than keys and values"):
-        DecodeBatch(loaded, Sampling(), StopConditions(4))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

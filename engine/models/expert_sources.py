@@ -1,0 +1,181 @@
+"""This rank's experts of one layer, read from the stored tensors of an experts module.
+
+Experts that are stored one by one are read by name, stacked ones by their entry and rows. Only where a
+conversion of transformers' mixes experts is a layer converted whole and cut afterwards.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from xpar.engine.architectures.layer_weights import width_unit
+from xpar.engine.architectures.mlp_weights import MlpPlace, mlp_buffers, read_mlp
+from xpar.engine.architectures.schema import MlpNames
+from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
+from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
+from xpar.engine.config import LayerConfig
+from xpar.engine.models.experts_module import module_names
+from xpar.engine.models.parallelize import Experts, ReadLayer
+from xpar.engine.models.weight_sources import Source
+
+log = logging.getLogger("xpar.models")
+NUMBER = re.compile(r"\.\d+\.")
+"""A number in a tensor's name; the last one is the expert's."""
+
+
+def experts_reader(
+    model: Any,
+    name: str,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    config: LayerConfig,
+    dtype: Any,
+) -> ReadLayer:
+    """Make the reader of the experts module ``name`` of ``model``.
+
+    Args:
+        model: The model, on the meta device.
+        name: The module's name in it.
+        checkpoint: The open checkpoint.
+        sources: The stored tensors of the model's parameters.
+        config: The experts as :func:`~xpar.engine.models.experts_module.describe_experts` describes them.
+        dtype: The dtype of the tensors that are read.
+
+    Raises:
+        CheckpointError: The checkpoint lacks tensors of these experts.
+    """
+    own, wanted, cut = _names(model, name, checkpoint, sources)
+
+    def read(experts: Sequence[int], rows: slice) -> Experts:
+        store, names = checkpoint, cut
+        if names is None:
+            store, names = _convert(model, name, checkpoint, wanted, own), own
+        place = MlpPlace(
+            names, 0, config.routed_size, config.intermediate_size, rows, experts=config.num_experts
+        )
+        out = mlp_buffers(place, dtype)
+        for index, expert in enumerate(experts):
+            read_mlp(store, replace(place, expert=expert), out)
+            yield index, out
+
+    return read
+
+
+def width_unit_of(model: Any, name: str, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> int:
+    """Return the part of I that slices of the experts module ``name`` are multiples of, as they are stored.
+
+    The arguments are those of :func:`experts_reader`.
+    """
+    cut = _names(model, name, checkpoint, sources)[2]
+    return 1 if cut is None else width_unit(checkpoint, cut)
+
+
+def _names(
+    model: Any, name: str, checkpoint: Checkpoint, sources: Mapping[str, Source]
+) -> tuple[MlpNames, dict[str, Source], MlpNames | None]:
+    """Return the module's own names, the sources of its parameters, and what :func:`stored_names` finds."""
+    module = model.get_submodule(name)
+    own = module_names(module)
+    wanted = {n: _source(checkpoint, sources, f"{name}.{n}") for n in _fields(own).values()}
+    shapes = {n: tuple(getattr(module, n).shape) for n in wanted}
+    return own, wanted, stored_names(own, wanted, shapes, checkpoint)
+
+
+def stored_names(
+    own: MlpNames,
+    sources: Mapping[str, Source],
+    shapes: Mapping[str, tuple[int, ...]],
+    checkpoint: Checkpoint,
+) -> MlpNames | None:
+    """Name the stored tensors from which single experts can be read; None if the layer must be converted.
+
+    Args:
+        own: The names of the module's parameters.
+        sources: The stored tensors of each of them.
+        shapes: The shape of each.
+        checkpoint: Knows the shapes of stored tensors.
+    """
+    names, storages = own, set()
+    for field, parameter in _fields(own).items():
+        found = _stored(field, sources[parameter], own, shapes[parameter], checkpoint)
+        if found is None:
+            return None
+        names = replace(names, **found)
+        storages.add(names.storage)
+    return names if len(storages) == 1 else None
+
+
+def _stored(
+    field: str, source: Source, own: MlpNames, shape: tuple[int, ...], checkpoint: Checkpoint
+) -> dict[str, Any] | None:
+    """Return the fields of :class:`MlpNames` that say how one parameter is stored, or None."""
+    steps = [(type(op).__name__, vars(op)) for op in source.operations]
+    kinds = [kind for kind, _ in steps]
+    if source.name is not None:
+        return {field: source.name, "storage": "stacked"}
+    if kinds[0] == "MergeModulelist" and not (own.up_transposed or own.interleaved):
+        if steps[0][1]["dim"] != 0:
+            return None
+        templates = [_template(names) for names in source.names.values()]
+        if (
+            field == "gate_up"
+            and kinds[1:] == ["Concatenate"]
+            and len(templates) == 2
+            and steps[1][1]["dim"] == 1
+        ):
+            return {"gate": templates[0], "up": templates[1], "gate_up": None, "storage": "single"}
+        if kinds == ["MergeModulelist"] and len(templates) == 1:
+            return {field: templates[0], "storage": "single"}
+        return None
+    single = [names[0] for names in source.names.values() if len(names) == 1]
+    if kinds == ["Concatenate"] and field == "gate_up" and len(single) == 2 and steps[0][1]["dim"] == 1:
+        return {"gate": single[0], "up": single[1], "gate_up": None, "storage": "stacked"}
+    if kinds == ["Interleave"] and field == "gate_up" and steps[0][1] == {"dim": 1, "inverse": False}:
+        return {field: single[0], "storage": "stacked", "interleaved": not own.interleaved}
+    if kinds == ["Transpose"] and {steps[0][1]["dim0"], steps[0][1]["dim1"]} == {1, 2}:
+        flips = not steps[0][1]["check_dims"] or checkpoint.entry(single[0]).shape != shape
+        side = "down_transposed" if field == "down" else "up_transposed"
+        return {field: single[0], "storage": "stacked", side: getattr(own, side) != flips}
+    return None
+
+
+def _fields(own: MlpNames) -> dict[str, str]:
+    """Map the fields of ``own`` that hold names of parameters to those names."""
+    fields = ("up", "gate_up", "down", "gate_up_bias", "down_bias")
+    return {field: getattr(own, field) for field in fields if getattr(own, field) is not None}
+
+
+def _source(checkpoint: Checkpoint, sources: Mapping[str, Source], key: str) -> Source:
+    if key in sources:
+        return sources[key]
+    raise CheckpointError(
+        f"{checkpoint.path}: has no tensor for {key}; the checkpoint is incomplete, or model_type="
+        f"{checkpoint.config.get('model_type')!r} in its config.json is not the family of its weights"
+    )
+
+
+def _template(names: Sequence[str]) -> str:
+    """Return the name of expert e's tensor with ``{expert}`` in the place of e."""
+    number = list(NUMBER.finditer(names[0]))[-1]
+    return f"{names[0][: number.start()]}.{{expert}}.{names[0][number.end() :]}"
+
+
+def _convert(
+    model: Any, name: str, checkpoint: Checkpoint, sources: Mapping[str, Source], own: MlpNames
+) -> InMemoryCheckpoint:
+    """Convert every parameter of the module ``name``, for all of its experts."""
+    log.info("%s: transformers' conversion mixes experts: each rank reads the whole layer", name)
+    made: dict[str, Tensor] = {}
+    for parameter, source in sources.items():
+        if f"{name}.{parameter}" not in made:
+            name_of = source.name
+            made |= (
+                {f"{name}.{parameter}": checkpoint.read(name_of)}
+                if name_of is not None
+                else source.convert(model, checkpoint)
+            )
+    return InMemoryCheckpoint({}, {n: made[f"{name}.{n}"] for n in _fields(own).values()})

@@ -1,0 +1,117 @@
+"""Sequences of models whose states cannot be padded, in groups of equal length."""
+
+import random
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from shrunk_families import small_model
+from tiny_models import CLEAR
+
+from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.grouped_batch import GroupedBatch, by_length, make_batch
+from xpar.engine.generation.sampling import Sampling
+from xpar.engine.models.kv_cache import other_states
+
+FAMILIES = {
+    "recurrent and keys": ("qwen3_next", "Qwen3NextForCausalLM"),
+    "a cache of its own": ("minimax", "MiniMaxForCausalLM"),
+    "compressed": ("deepseek_v4", "DeepseekV4ForCausalLM"),
+    "an index": ("deepseek_v32", "DeepseekV32ForCausalLM"),
+    "window and convolution": ("inkling_text", "InklingForCausalLM"),
+}
+NEW = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def loaded(model: Any) -> Any:
+    """As ``load_model`` gives it, all experts transformers' own."""
+    return SimpleNamespace(
+        is_cache_of_keys_and_values=not other_states(model.config),
+        dtype=model.dtype,
+        model=model,
+        device=torch.device("cpu"),
+        layers=(),
+        slots=lambda: 0,
+        expect=lambda tokens: None,
+        join=lambda: None,
+    )
+
+
+@torch.inference_mode()
+def assert_greedy(model: Any, r: RunningSequence) -> None:
+    """Check the answer against the definition: no cache, no batch."""
+    ids = list(r.ids)
+    for token in r.answer:
+        best = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].topk(2)
+        if best.values[0] - best.values[1] < CLEAR:
+            return
+        assert token == int(best.indices[0])
+        ids.append(token)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_each_prompt_alone(fresh_seed: int, family: str) -> None:
+    """Prompts of a few lengths come in at random steps and end at random lengths; groups merge and shrink."""
+    model, draw = small_model(*FAMILIES[family], seed=3), random.Random(fresh_seed)
+    batch = make_batch(loaded(model), Sampling(), StopConditions(NEW))
+    assert isinstance(batch, GroupedBatch)
+    waiting = [
+        RunningSequence(
+            place,
+            [draw.randrange(3, 190) for _ in range(draw.choice((3, 4, 5, 11)))],
+            torch.Generator(),
+            stopped=lambda answer, most=most: len(answer) >= most,
+        )
+        for place, most in enumerate(draw.choices(range(1, NEW + 1), k=9))
+    ]
+    everyone, ended, merged = list(waiting), [], 0
+    while waiting or batch.occupied:
+        groups = len(batch._groups) + len(batch._waiting)
+        if waiting and (not batch.occupied or draw.random() < 0.5):
+            new = [waiting.pop() for _ in range(min(len(waiting), draw.randint(1, 4)))]
+            ended += batch.begin(new)
+        else:
+            ended += batch.advance()
+            merged += len(batch._groups) + len(batch._waiting) < groups
+    assert sorted(r.place for r in ended) == list(range(9)) and merged
+    assert batch.tokens == sum(len(r.answer) for r in everyone)
+    for r in everyone:
+        assert r.failure is None and r.answer
+        assert_greedy(model, r)
+
+
+def test_groups_of_equal_length_become_one() -> None:
+    model = small_model(*FAMILIES["recurrent and keys"], seed=3)
+    batch = GroupedBatch(loaded(model), Sampling(), StopConditions(NEW))
+    first = RunningSequence(0, [5, 6, 7], torch.Generator())
+    batch.begin([first])
+    batch.advance()
+    second = RunningSequence(1, [9, 8, 7, 6], torch.Generator())
+    batch.begin([second])
+    assert len(batch._groups) == 1 and batch.occupied == 2
+    while batch.occupied:
+        batch.advance()
+    for r in (first, second):
+        assert_greedy(model, r)
+
+
+def test_different_lengths_in_one_forward_are_refused() -> None:
+    model = small_model(*FAMILIES["recurrent and keys"], seed=3)
+    batch = DecodeBatch(loaded(model), Sampling(), StopConditions(NEW))
+    with pytest.raises(ValueError, match=r"sequences of \[2, 3\] tokens in one forward"):
+        batch.begin([RunningSequence(n, [5] * (n + 2), torch.Generator()) for n in range(2)])
+
+
+def test_prompts_are_divided_by_length_the_longest_first() -> None:
+    rows = [RunningSequence(n, [1] * length, torch.Generator()) for n, length in enumerate((2, 5, 2, 3))]
+    assert [[r.place for r in group] for group in by_length(rows)] == [[1], [3], [0, 2]]

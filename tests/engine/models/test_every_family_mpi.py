@@ -1,0 +1,134 @@
+"""Every family of the installed transformers with routed experts, as it is published, against transformers.
+
+A new family of a newer transformers is found here: it passes, or needs small values in ``shrunk_families``.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from shrunk_families import NOT_RUN, WITHOUT_INTERFACE, classes, families, small_model
+from tiny_models import CLEAR
+
+from xpar.comm import ProcessGrid, World
+from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
+from xpar.engine.generation.grouped_batch import make_batch
+from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
+from xpar.engine.models.loader import LoadedModel, load_model
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+pytestmark = pytest.mark.mpi(max_size=2, deadline=180)
+LENGTHS = (5, 13, 9, 9)
+"""Prompts of three lengths; two of one length are read together by every model."""
+TEXT = 21
+NEW = 4
+TOLERANCE = 2e-5
+"""Log-probabilities are differences of two logits, each within 1e-5."""
+MIXES_EXPERTS = ("ernie4_5_vl_moe",)
+"""Families of which each rank reads whole layers of experts, because their conversion mixes experts."""
+
+
+@pytest.fixture(scope="module")
+def grid(comm: "Intracomm") -> ProcessGrid:
+    return ProcessGrid.create(World.attach(comm))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> None:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+def write(model_type: str, name: str, path: Path) -> Any:
+    model = small_model(model_type, name, seed=1)
+    model.save_pretrained(path)
+    return model
+
+
+def text_of(seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    found: list[int] = torch.randint(3, 190, (TEXT,), generator=generator).tolist()
+    return found
+
+
+def outputs(loaded: LoadedModel, ids: list[int]) -> tuple[list[float], list[list[int]]]:
+    """Scores of ``ids``, and the greedy answers to prompts that it begins with."""
+    scorer, text = ScoreBatch(loaded, 4, 64), ScoredText(0, ids, 1)
+    complete = scorer.begin([text])
+    while not complete:
+        complete = scorer.advance()
+    batch = make_batch(loaded, Sampling(), StopConditions(NEW))
+    running = [RunningSequence(place, ids[-n:], torch.Generator()) for place, n in enumerate(LENGTHS)]
+    batch.begin(list(running))
+    while batch.occupied:
+        batch.advance()
+    assert [r.failure for r in running] == [None] * len(running)
+    return text.logprobs, [r.answer for r in running]
+
+
+@torch.inference_mode()
+def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    return found
+
+
+def compare(model: Any, ids: list[int], logprobs: list[float], answers: list[list[int]]) -> None:
+    """Check the outputs of one rank against the definition: no cache, no batch, one text at a time."""
+    expected = logits_of(model, ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=TOLERANCE)
+    for length, answer in zip(LENGTHS, answers, strict=True):
+        so_far = ids[-length:]
+        for token in answer:
+            best = logits_of(model, so_far)[-1].topk(2)
+            if best.values[0] - best.values[1] < CLEAR:
+                break
+            assert token == int(best.indices[0]), f"after {so_far}"
+            so_far = [*so_far, token]
+        assert len(answer) == NEW
+
+
+def differences(model: Any, family: str, path: Path, everyones: list[Any]) -> Iterator[str]:
+    """Yield what is wrong with the outputs of the ranks, on the rank that has the model."""
+    for rank, (ids, logprobs, answers, _) in enumerate(everyones):
+        try:
+            compare(model, ids, logprobs, answers)
+        except AssertionError as error:
+            yield f"rank {rank}: {error}"
+    if everyones and family not in (*MIXES_EXPERTS, *WITHOUT_INTERFACE):
+        file = path / "model.safetensors"
+        header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        read = [nbytes for *_, nbytes in everyones]
+        if sum(read) > file.stat().st_size + (len(read) - 1) * header:
+            yield f"ranks read {read} bytes of {file.stat().st_size}"
+
+
+@pytest.mark.parametrize("family", families())
+def test_every_family(
+    comm: "Intracomm",
+    grid: ProcessGrid,
+    tmp_path_factory: pytest.TempPathFactory,
+    fresh_seed: int,
+    family: str,
+) -> None:
+    if family in NOT_RUN:
+        pytest.skip(NOT_RUN[family])
+    models = list(classes(family))
+    assert models, f"transformers generates no text with {family}; say so in NOT_RUN"
+    for model_type, name in models:
+        path = Path(comm.bcast(str(tmp_path_factory.mktemp("family"))))
+        model = write(model_type, name, path) if comm.rank == 0 else None
+        comm.barrier()
+        loaded = load_model(path, grid)
+        ids = text_of(fresh_seed + comm.rank)
+        everyones = comm.gather((ids, *outputs(loaded, ids), loaded.bytes_read))
+        problems = comm.bcast([*differences(model, family, path, everyones or [])])
+        assert not problems, f"{name} ({model_type}): {problems}"
+        if comm.rank == 0:
+            shutil.rmtree(path)

@@ -1,0 +1,108 @@
+"""Write docs/families.md from the installed transformers: ``python tests/support/family_table.py``."""
+
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from shrunk_families import NOT_RUN, VALUES, WITHOUT_INTERFACE, classes, families, small_model
+
+from xpar.engine.architectures import ARCHITECTURES
+from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.models.empty_model import build_empty_model
+from xpar.engine.models.expert_layer import experts_modules
+from xpar.engine.models.expert_sources import stored_names
+from xpar.engine.models.experts_module import module_names
+from xpar.engine.models.weight_sources import find_sources
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+HEAD = """# Families
+
+Every family of transformers {version} with routed experts, as a whole model (`xpar generate`, `xpar
+score`). This page is made by `python tests/support/family_table.py`;
+`tests/engine/models/test_every_family_mpi.py` walks over the same families and compares logits, greedy text
+of prompts of three lengths, and the bytes that ranks read, on one and two ranks, in float32, with
+transformers. A family of a newer transformers needs nothing of xpar if the walk passes.
+
+- *experts*: how they are stored, and so read. *One by one* and *stacked*: each rank reads its own, by name
+  or by rows. *Whole layers*: transformers' conversion mixes experts, so that each rank reads one layer at a
+  time and cuts it. *By a schema*: transformers does not let others compute these experts, and xpar replaces
+  the whole block.
+- *whole block*: whether xpar also has the router and the shared experts (`xpar run`, `--whole-block`);
+  otherwise it computes the experts alone, and the model's own code routes.
+- *state*: what the model keeps of the tokens that it has read. Sequences of models that keep more than keys
+  and values are read and continued in groups of equal length, since padding would become a part of such a
+  state.
+- Weights are those of float32, float16 or bfloat16 checkpoints.
+
+| family | classes | experts | whole block | state | in the walk |
+|---|---|---|---|---|---|
+"""
+STATES = {
+    "DynamicLayer": "keys and values",
+    "DynamicSlidingWindowLayer": "window",
+    "LinearAttentionLayer": "recurrent or convolutional",
+    "LinearAttentionAndFullAttentionLayer": "keys and values, convolutional",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "window, convolutional",
+    "DynamicIndexedLayer": "keys, values and index",
+    "DummyLayer": "layers without any",
+}
+"""transformers' cache classes in words; others keep their name."""
+
+
+def rows() -> Iterator[str]:
+    """Yield a line of the table for each family."""
+    schemas = {arch.model_type: arch.why_layers_only is None for arch in ARCHITECTURES}
+    for family in families():
+        models = list(classes(family)) if family not in NOT_RUN else []
+        types = dict.fromkeys([family, *(model_type for model_type, _ in models)])
+        known = [schemas[name] for name in types if name in schemas]
+        block = "yes" if any(known) else "layers only" if known else "no"
+        experts = states = "-"
+        if models:
+            experts, states = describe(*models[-1])
+        if family in WITHOUT_INTERFACE and experts == "-" and family not in NOT_RUN:
+            experts = "by a schema"
+        names = ", ".join(f"`{name}`" for name in dict.fromkeys(name for _, name in models)) or "-"
+        own = ", with values of its own" if any(name in VALUES for name in types) else ""
+        yield f"| {family} | {names} | {experts} | {block} | {states} | {NOT_RUN.get(family, f'yes{own}')} |"
+
+
+def describe(model_type: str, name: str) -> tuple[str, str]:
+    """Say how the experts of a class are stored, and what its cache holds."""
+    from transformers.cache_utils import DynamicCache
+
+    with tempfile.TemporaryDirectory() as folder:
+        small: Any = small_model(model_type, name, seed=1)
+        small.save_pretrained(folder)
+        with Checkpoint(folder) as checkpoint:
+            model = build_empty_model(checkpoint, torch.float32)
+            states = dict.fromkeys(type(x).__name__ for x in DynamicCache(config=model.config).layers)
+            return stored(model, checkpoint), "; ".join(STATES.get(s, f"`{s}`") for s in states)
+
+
+def stored(model: Any, checkpoint: Checkpoint) -> str:
+    """Say how the first experts module of ``model`` is stored."""
+    modules = experts_modules(model)
+    if not modules:
+        return "by a schema"
+    name = next(iter(modules.values()))
+    module, sources = model.get_submodule(name), find_sources(model, checkpoint)
+    own = dict(module.named_parameters(recurse=False))
+    shapes = {key: tuple(value.shape) for key, value in own.items()}
+    wanted = {key: sources[f"{name}.{key}"] for key in own}
+    found = stored_names(module_names(module), wanted, shapes, checkpoint)
+    return "whole layers" if found is None else {"single": "one by one"}.get(found.storage, found.storage)
+
+
+def main() -> None:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    PAGE.write_text(HEAD.format(version=version("transformers")) + "\n".join(rows()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
