@@ -224,9 +224,8 @@ def check_any_answered(comm: Communicator, request: RequestBase, work: Workload,
 def speed(outcome: RunSummary) -> str:
     """Describe tokens, time and the balance of the experts' load in one line."""
     return (
-        f"{outcome.tokens} tokens in {outcome.seconds:.1f} s, "
-        f"{outcome.tokens / outcome.seconds:.0f} tokens/s, "
-        f"load imbalance {outcome.progress.imbalance:.2f} (max/mean)"
+        f"{outcome.tokens} tokens in {outcome.seconds:.1f} s, {outcome.tokens / outcome.seconds:.0f} "
+        f"tokens/s, load imbalance {outcome.progress.imbalance:.2f} (max/mean)"
     )
 
 

@@ -80,8 +80,7 @@ def _check_settings(path: Path, line: int, record: Record, settings: str) -> Non
     what = ", ".join(differences(str(record["settings"]), settings)) or "of an earlier version of xpar"
     raise ValueError(
         f"{path}: line {line} was answered with another model or other options; different: {what}. Resume "
-        "with those of that "
-        "run, or give another --out"
+        "with those of that run, or give another --out"
     )
 
 
@@ -151,8 +150,7 @@ class _Appender:
         except OSError as error:
             raise OSError(
                 f"{self.path}: cannot be written ({error.strerror}); the answers before are kept: make room, "
-                "then run again "
-                "with --resume"
+                "then run again with --resume"
             ) from None
 
     def close(self) -> None:

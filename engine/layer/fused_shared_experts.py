@@ -89,8 +89,7 @@ def check_fusable(dispatcher: Dispatcher, etp: int) -> None:
     if etp > 1 and not dispatcher.capabilities.replicated_tokens and dispatcher.group.size > 1:
         raise ValueError(
             f"fuse_shared_experts with etp={etp} and the dispatcher {dispatcher.name}: every token would "
-            "travel to "
-            f"the {etp} ranks that slice the shared experts; use etp=1, or leave it out"
+            f"travel to the {etp} ranks that slice the shared experts; use etp=1, or leave it out"
         )
 
 

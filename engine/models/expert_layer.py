@@ -66,8 +66,7 @@ def experts_forward(
     if layer is None:
         raise RuntimeError(
             f"{type(module).__name__} has experts_implementation={IMPLEMENTATION!r} but was not spread over "
-            "ranks; "
-            "call xpar.engine.register(grid), or parallelize(model, grid), before the first forward"
+            "ranks; call xpar.engine.register(grid), or parallelize(model, grid), before the first forward"
         )
     out: Tensor = layer(hidden_states, top_k_index, top_k_weights)
     return out

@@ -63,8 +63,7 @@ def not_finite(what: str, tokens: int, dtype: torch.dtype) -> str:
     wider = "; bfloat16 and float32 reach further than float16" if dtype == torch.float16 else ""
     return (
         f"the model's {what} after its {tokens} tokens are not finite in {name}: the text, or the "
-        "checkpoint, makes numbers "
-        f"that overflow; leave it out, or use another --dtype and --out{wider}"
+        f"checkpoint, makes numbers that overflow; leave it out, or use another --dtype and --out{wider}"
     )
 
 

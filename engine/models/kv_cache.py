@@ -54,8 +54,7 @@ def describe_other_states(hf_config: Any, states: tuple[str, ...]) -> str:
     return (
         f"model_type={hf_config.model_type!r}: its layers keep more than keys and values of what they have "
         f"read ({', '.join(states)}), which cannot be continued token by token yet; xpar score reads texts "
-        "with "
-        "this model"
+        "with this model"
     )
 
 
