@@ -229,7 +229,10 @@ class SlotKernel(Protocol):
     """An expert kernel that can leave the sum over slots to whoever brings the results home."""
 
     def compute_unsummed(self, x: ExpertInput, exact: bool = False) -> Tensor | Slots:
-        """Compute all slots where they lie, without waiting, or few rows' sums, never if ``exact``."""
+        """Compute all slots where they lie, without waiting for the device.
+
+        Where the kernel sums very small batches at no cost it returns the sums, [M, H]; never with ``exact``.
+        """
 
 
 class FusedRoutingKernel(ExpertKernel, Protocol):

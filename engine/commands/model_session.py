@@ -209,7 +209,7 @@ def counts(request: RequestBase, work: Workload, new: int, failed: int, what: st
 
 
 def check_any_answered(comm: Communicator, request: RequestBase, work: Workload, failed: int) -> None:
-    """Raise one error on every rank if the model failed on all prompts: that is not done."""
+    """Raise one error on every rank if the model failed on all prompts, so that a script sees it fail."""
 
     def check() -> None:
         if 0 < len(work.order) == failed + work.failed:

@@ -66,7 +66,7 @@ class SharedSlots:
 
 
 def count_shared_slots(config: LayerConfig) -> int:
-    """Count the experts of the routed width that the shared ones are; ValueError if they cannot be."""
+    """Count the routed-width experts that make up the shared ones; ValueError if they cannot be slots."""
     shared, width = config.shared, config.intermediate_size
     if shared is None:
         raise ValueError("fuse_shared_experts: the layer has no shared experts; leave it out")

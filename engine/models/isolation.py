@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class IsolatesRows(Protocol):
-    """A layer of experts; ``isolates_rows``: whether bad rows become NaN, or all are refused."""
+    """A layer of experts; ``isolates_rows``: rows that are not finite give NaN, else all are refused."""
 
     isolates_rows: bool
 
