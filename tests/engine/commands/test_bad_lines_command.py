@@ -1,6 +1,7 @@
 """A thousand lines that are no prompts, or without an answer, among good ones: none of them ends a job."""
 
 import codecs
+import faulthandler
 import json
 import random
 import shutil
@@ -230,6 +231,8 @@ def test_no_line_ends_a_job(
 @pytest.fixture(scope="module")
 def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
     """Commands on files of texts, of prompts that the model fails on, and with impossible words."""
+    # On a busy machine they take longer than pytest lets a test be silent; they have a limit of their own.
+    faulthandler.cancel_dump_traceback_later()
     folder = tmp_path_factory.mktemp("two")
     lines = [{"text": text} for text in ("good one", "a ~ b", "bad <|extra|>", "x", "another", "~", "much ~")]
     (folder / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"text": 5}]))

@@ -1,5 +1,6 @@
 """``xpar generate`` as a user types it: the same file from any number of ranks, and nothing is lost."""
 
+import faulthandler
 import json
 import os
 import random
@@ -60,6 +61,8 @@ class ExactRuns:
 
 @pytest.fixture(scope="module")
 def exact_runs(model: Path, tmp_path_factory: pytest.TempPathFactory, fresh_seed: int) -> ExactRuns:
+    # On a busy machine the starts take longer than pytest lets a test be silent; each has a limit of its own.
+    faulthandler.cancel_dump_traceback_later()
     folder = tmp_path_factory.mktemp("exact")
     lines = [json.dumps({"id": f"p{n}", "prompt": text}) for n, text in enumerate(prompts(fresh_seed, 7))]
     lines[2:2] = [
