@@ -195,7 +195,7 @@ def agree_on_plan(
     dtype: torch.dtype,
     exact: bool,
 ) -> tuple[Routing, list[int]]:
-    """Check that all ranks are healthy and in this layer with these sizes; collective. Every plan begins so.
+    """Check that all ranks are healthy and in this layer with these sizes; begins every plan.
 
     The arguments are those of :meth:`Dispatcher.plan`. Returns the routing, and every rank's number of
     tokens.

@@ -71,7 +71,7 @@ def _make_tokenizer(args: argparse.Namespace, request: Request) -> tuple[Tokeniz
 
 
 def make_request(args: argparse.Namespace, is_first: bool) -> Request:
-    """Make the request of the options, or raise ValueError, before any rank loads or writes anything.
+    """Make the request of the options, or raise ValueError, before any rank loads or writes.
 
     ``is_first``: whether this rank reads prompts and writes answers; the others need not see those files.
     """

@@ -63,7 +63,7 @@ def _make_tokenizer(args: argparse.Namespace, request: ScoreRequest) -> tuple[To
 
 
 def make_request(args: argparse.Namespace, is_first: bool) -> ScoreRequest:
-    """Make the request of the options, or raise ValueError, before any rank loads or writes anything.
+    """Make the request of the options, or raise ValueError, before any rank loads or writes.
 
     ``is_first``: whether this rank reads texts and writes scores; the others need not see those files.
     """

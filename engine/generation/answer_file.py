@@ -57,7 +57,7 @@ def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str,
 
 
 def read_failures(out: Path, hashes: Collection[str], settings: str) -> dict[str, Record]:
-    """Read the failures beside ``out`` of prompts of ``hashes``, by hash; {} where ``out`` is not there.
+    """Read the failures beside ``out`` of prompts of ``hashes``, by hash; {} without ``out``.
 
     Lines that are no prompts are left out, as they are read anew. ValueError for one of other ``settings``.
     """

@@ -22,7 +22,7 @@ from xpar.engine.generation.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A prompt as the model reads it; ``hash`` is a digest of its text and key, which names its answer.
+    """A prompt as the model reads it; ``hash``, of its text and key, names its answer.
 
     ``first``: of ``ids``, the first that is scored, where that is asked.
     """

@@ -103,7 +103,7 @@ def home_rank(dispatcher: Dispatcher) -> int | None:
 def experts_of_shared(
     weights: SharedWeights, gated: bool, width: int, rows: slice
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut the whole shared expert into experts of the routed size, and yield (gate_up, down) of each.
+    """Cut the shared expert into experts of the routed size; yield (gate_up, down) of each.
 
     ``width``: of a routed expert, of which this rank holds ``rows``. ``gated``: as of the activation.
     """

@@ -33,7 +33,7 @@ def rows_isolated(layers: Iterable[IsolatesRows]) -> Iterator[None]:
 
 
 def bad_rows(*parts: Tensor) -> Tensor | None:
-    """Return which of T rows have a number that is not finite in ``parts`` [T, ...]: [T] bool, or None.
+    """Return which rows have a number that is not finite in ``parts`` [T, ...]: [T] or None.
 
     On a GPU the mask is always returned, since the host would have to wait to know.
     """
