@@ -22,7 +22,7 @@ ROUND_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class ColumnSlice:
-    """A product of N = ``outputs`` columns, of which this rank computes ``columns``, possibly none.
+    """A product of N = ``outputs`` columns, of which this rank computes ``columns``, or none.
 
     ``compute`` maps rows [T', K] of any ranks to [T', columns]; never called without rows or without columns.
     """
@@ -83,7 +83,7 @@ class ColumnParallel:
         self._window.reserve(ROUND_BYTES)
 
     def products(self, x: Tensor, slices: Sequence[ColumnSlice], tag: Tag) -> list[Tensor]:
-        """Multiply this rank's rows [T, K] by all columns of several products, [T, N] each; collective.
+        """Multiply this rank's rows [T, K] by all columns of several products [T, N]; collective.
 
         It takes one agreement, and one fence per round. The agreement says how many rows each rank has, that
         they have been written, and that every rank has read the last results. ``slices`` have one order on

@@ -112,7 +112,7 @@ def same_state(a: State, b: State) -> bool:
 
 
 def split_tokens(x: Tensor, group: Communicator) -> Distributed:
-    """Return this rank's part of tokens ``x`` [T, ...] that all ranks of ``group`` hold; no rows move.
+    """Return this rank's part of tokens ``x`` [T, ...] that all ranks hold; no rows move.
 
     A model does so before a sequence-parallel layer; :func:`to_full` gathers the parts again.
     """

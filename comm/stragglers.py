@@ -39,7 +39,7 @@ def gather_lateness(comm: Communicator, watchdog: Watchdog) -> list[Lateness]:
 
 
 def lateness(waits_of_ranks: Sequence[Mapping[Group, Sequence[float]]]) -> list[Lateness]:
-    """Compute every rank's lateness from the seconds that each rank waited in each collective of its groups.
+    """Compute every rank's lateness from the seconds waited in each collective of its groups.
 
     A group's waits are there for all of its ranks or for none.
     """

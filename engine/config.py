@@ -61,8 +61,7 @@ class RouterConfig:
         if self.weight_on_input and self.top_k != 1:
             raise ValueError(
                 f"weight_on_input with top_k={self.top_k}: a token has one input, so it can carry one "
-                "weight; "
-                "use top_k=1"
+                "weight; use top_k=1"
             )
         if self.choice == "sparsemixer" and self.top_k != 2:
             raise ValueError(f"sparsemixer with top_k={self.top_k}: its two rounds choose two; use top_k=2")
@@ -129,20 +128,17 @@ class LayerConfig:
         ):
             raise ValueError(
                 f"norm_eps={r.norm_eps:g} with a latent space, zero experts or shared experts: no family "
-                "says which of "
-                "them read the normalised tokens; leave those out"
+                "says which of them read the normalised tokens; leave those out"
             )
         if self.latent_size is not None and (self.output_bias or r.zero_experts):
             raise ValueError(
                 f"latent_size={self.latent_size} with an output bias or zero experts: those are H wide, and "
-                "no "
-                "family says on which side of the latent space they are added; leave one of them out"
+                "no family says on which side of the latent space they are added; leave one of them out"
             )
         if not 1 <= r.top_k <= self.num_logits:
             raise ValueError(
                 f"top_k={r.top_k} with {self.num_logits} experts: a token can go to at most every expert "
-                "once; "
-                f"choose 1 <= top_k <= {self.num_logits}"
+                f"once; choose 1 <= top_k <= {self.num_logits}"
             )
         check_groups(r, self.num_logits)
 

@@ -328,7 +328,7 @@ def require_loaded(missing: Collection[int]) -> None:
 def require_finite(
     tensor: Tensor, message: Callable[[Tensor], str], error: type[Exception] = ValueError
 ) -> None:
-    """Raise ``error`` if a value of ``tensor`` is NaN or infinite; on a GPU the call waits for the device.
+    """Raise ``error`` if a value of ``tensor`` is NaN or infinite; waits for a GPU.
 
     ``message`` makes the text from the mask of the values that are not finite, in the tensor's shape.
     """

@@ -121,7 +121,7 @@ def weighted_sum(slot_rows: Tensor, weights: Tensor, positions: Tensor, out: Ten
 
 
 def sum_rows(rows: Tensor, index: Tensor, num_out: int) -> Tensor:
-    """Return ``y[t]``, the sum of the rows r [N, H] with ``index[r] == t``: [num_out, H] in their dtype.
+    """Return ``y[t]``, the sum of the rows r [N, H] with ``index[r] == t``: [num_out, H].
 
     ``index`` [N] int64 is 0 to ``num_out`` - 1. Added in row order in float32 and rounded once; zero for no
     row.
@@ -137,7 +137,7 @@ def sum_rows(rows: Tensor, index: Tensor, num_out: int) -> Tensor:
 
 
 def sum_runs(rows: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
-    """Return ``y[t]``, the sum of the next ``sizes[t]`` rows [N, H] that ``index`` names: [M, H].
+    """Return ``y[t]``, the sum of the next ``sizes[t]`` rows that ``index`` names: [M, H].
 
     ``index`` is [sum(sizes)] int64, ``sizes`` [M] int64. Added in that order in float32 and rounded once.
     """

@@ -52,9 +52,7 @@ class GatheredTokens:
 
 
 class AllGatherDispatcher(Dispatcher):
-    """A dispatcher for small groups and for k near the number of ranks.
-
-    It moves as many bytes as all-to-all in fewer messages.
+    """A dispatcher for small groups, or k near the ranks: all-to-all's bytes, fewer messages.
 
     ``whole``: compute and reduce all tokens rather than those that have an expert here; by default on a GPU.
     """

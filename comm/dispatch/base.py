@@ -200,7 +200,7 @@ def agree_on_plan(
     dtype: torch.dtype,
     exact: bool,
 ) -> tuple[Routing, list[int]]:
-    """Check that all ranks are healthy and in this layer with these sizes; collective. Every plan begins so.
+    """Check that all ranks are healthy and in this layer with these sizes; begins every plan.
 
     In a step whose tokens all ranks have agreed on before, nothing is exchanged, unless every collective is
     to be compared. An error of one rank then ends the job. The arguments are those of

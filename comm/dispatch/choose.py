@@ -56,10 +56,11 @@ def choose_dispatcher(
     top_k: int = 2,
     sequence_parallel: bool = False,
 ) -> DispatcherChoice:
-    """Choose and build the first dispatcher that suits ``grid``, or the one called ``name``; not collective.
+    """Choose and build the first dispatcher that suits ``grid``, or that of ``name``.
 
-    Raises ValueError, with the reason and the names of those that can, if there is no dispatcher called
-    ``name`` or it cannot work here. The keywords are the fields of :class:`DispatchRequest`.
+    Makes no collective call. Raises ValueError, with the reason and the names of those that can, if there is
+    no dispatcher called ``name`` or it cannot work here. The keywords are the fields of
+    :class:`DispatchRequest`.
     """
     choice = choose_dispatcher_class(grid, placement, name, DispatchRequest(top_k, sequence_parallel))
     dispatcher = choice.chosen.build(grid, placement.to(grid.device))

@@ -41,7 +41,7 @@ class HostCounts:
 
 @dataclass(frozen=True)
 class OutgoingRows:
-    """The rows that this rank sends: the first ``sum(counts)`` of B; others are copies of token 0.
+    """The rows that this rank sends: the first ``sum(counts)`` of B; others copy token 0.
 
     Attributes:
         counts: Rows to each rank [R].

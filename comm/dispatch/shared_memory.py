@@ -33,7 +33,7 @@ LEAST_WINDOW_ROOM = 256 << 20
 class Layout:
     """The layout of rows in the window: all ranks' tokens first, then all ranks' outputs.
 
-    ``tokens`` and ``outputs``: this rank's rows among them. ``num_…``: those of all ranks.
+    ``tokens``, ``outputs``: this rank's rows among them. ``num_tokens``, ``num_outputs``: those of all ranks.
     """
 
     tokens: slice

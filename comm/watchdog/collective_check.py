@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CollectiveSignature:
-    """The collective that one rank is about to enter; ``op``, ``dtype`` and ``shape`` are the same on all.
+    """The collective that one rank is about to enter; ``op`` and ``dtype`` are alike on all.
 
     Attributes:
         shape: The part of the tensor's shape that must be the same on all ranks.

@@ -11,7 +11,7 @@ HEADLINE = "where every rank is:"
 
 @dataclass(frozen=True)
 class RankState:
-    """The facts that a survey found out about one rank, after its row of the status board (``Entry``).
+    """The facts that a survey found out about one rank, after its row of the status board.
 
     ``process``: ``stopped``, ``gone`` or empty for nothing special. ``stack``: of its threads, empty if
     unknown.

@@ -57,7 +57,7 @@ class Reporter:
         self._end(SurveyRequest(self._headline(reason), code, waiting, group))
 
     def fail_in_haste(self, reason: str, code: int, dead: int = -1) -> NoReturn:
-        """Report as :meth:`fail`, but the states of this node's ranks at once: a launcher may kill them.
+        """Report as :meth:`fail`, but this node's states at once: a launcher may kill its ranks.
 
         ``dead``: a rank whose process is known to be ending.
         """

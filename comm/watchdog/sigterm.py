@@ -43,7 +43,7 @@ def _is_handler(handler: object) -> bool:
 
 
 def _reset_in_children(handler: Callable[..., None]) -> None:
-    """Remove handler and pipe in forked children, which would take their SIGTERM for their parent's.
+    """Remove handler and pipe in forked children: their SIGTERM is not their parent's.
 
     SIGTERM is blocked while a process forks: Python drops signals that come before the child is set up.
     """

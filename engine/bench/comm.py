@@ -81,7 +81,7 @@ def choose_names(grid: ProcessGrid, num_experts: int, names: list[str]) -> list[
 
 
 def count_deduplicated(topk_ids: Tensor, placement: Placement, node_of: list[int] | None) -> int:
-    """Count the rows that ``topk_ids`` [T, k] need: one per token and rank, or node of ``node_of``."""
+    """Count the rows that ``topk_ids`` [T, k] need: one per token and rank, or per token and node."""
     ranks = destination_mask(topk_ids, placement)
     if node_of is None:
         return int(ranks.sum())

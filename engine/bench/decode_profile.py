@@ -136,7 +136,7 @@ def measure_parts(comm: Communicator, loaded: LoadedModel, ids: Tensor, new_toke
 
 @contextmanager
 def _timed(loaded: LoadedModel, timer: MeasuringTimer) -> Iterator[dict[str, float]]:
-    """Measure a model while the context is open: yields the seconds of attention, router and head.
+    """Measure a model in the context: yields the seconds of attention, router and head.
 
     ``timer`` gets the stages of the expert layers.
     """

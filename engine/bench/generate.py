@@ -45,7 +45,7 @@ class DecodeRequest:
 def measure(
     grid: ProcessGrid, loaded: LoadedModel, peer: DecodingPeer | None, request: DecodeRequest
 ) -> dict[str, Any]:
-    """Decode on both sides in turn and compare them; collective. The figures are the same on every rank.
+    """Decode on both sides in turn and compare them; collective, with the same figures on all.
 
     ``peer``: transformers' process, on rank 0; None on the other ranks.
     """

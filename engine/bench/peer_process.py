@@ -34,7 +34,7 @@ PREFILL = "grouped_mm"
 
 
 class PeerProcess:
-    """A process that runs ``serve(pipe, *args)``; the constructor waits for the ``first`` value it sends.
+    """A process that runs ``serve(pipe, *args)``; the constructor waits for its ``first`` value.
 
     Raises RuntimeError for a process that ends or is late.
     """

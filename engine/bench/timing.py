@@ -51,7 +51,7 @@ class Times:
 def take_turns(
     comm: Communicator, contenders: Sequence[Contender], batches: int, seconds: float
 ) -> dict[str, Times]:
-    """Run every contender once per round, so that a slow minute falls on all of them; collective.
+    """Run every contender once per round, so that a slow minute falls on all; collective.
 
     ``batches``: different batches, which the rounds go through. ``seconds``: about how long to measure in
     all; two rounds before say how many rounds fit: 5 to 60.

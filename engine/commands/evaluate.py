@@ -13,8 +13,7 @@ import torch
 from xpar.comm.failure import agreed
 from xpar.engine.commands import model_session
 from xpar.engine.commands.model_names import find_checkpoint
-from xpar.engine.commands.model_session import BATCH, PREFILL_TOKENS
-from xpar.engine.commands.options import attach
+from xpar.engine.commands.options import at_least, attach, batch_size
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.terminal import make_console
 from xpar.engine.generation.service import Service
@@ -32,19 +31,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "harness", nargs=argparse.REMAINDER, help="options of the harness, such as --tasks NAME --limit 10"
     )
-    p.add_argument(
-        "--batch",
-        type=int,
-        help=f"number of texts that a rank processes at a time (default {BATCH}; 1 with --exact)",
-    )
-    p.add_argument(
-        "--prefill-tokens",
-        type=int,
-        default=PREFILL_TOKENS,
-        help=f"maximum number of tokens that a rank reads in one step (default {PREFILL_TOKENS})",
-    )
-    p.add_argument("--exact", action="store_true", help="make the results independent of the number of ranks")
-    model_session.add_grid_options(p)
+    model_session.add_options(p, "texts", "a longer text is read alone, in pieces", "the results")
     p.set_defaults(main=main)
 
 
@@ -60,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     tokens = agreed(world.comm, lambda: Tokenizer(args.checkpoint))
     console.print(tokens.ends_note, soft_wrap=True, markup=False, highlight=False)
     loaded = model_session.load(args, grid, dtype, console)
-    service = Service(world.comm, loaded, tokens, model_session.batch_of(args), args.prefill_tokens)
+    service = Service(world.comm, loaded, tokens, batch_size(args), args.prefill_tokens)
     if harness is None:
         service.serve()
     else:
@@ -73,8 +60,8 @@ def _check(args: argparse.Namespace) -> torch.dtype:
     """Check the options and return the dtype; raise ValueError for options that do not fit."""
     if find_spec("lm_eval") is None:
         raise ValueError("xpar evaluate needs lm-evaluation-harness (pip install 'xpar[eval]')")
-    model_session.check_at_least_one(args, "batch", "prefill-tokens", "threads")
-    model_session.batch_of(args)
+    at_least(batch=(args.batch, 1), prefill_tokens=(args.prefill_tokens, 1), threads=(args.threads, 1))
+    batch_size(args)
     return model_session.dtype_of(args)
 
 

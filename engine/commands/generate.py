@@ -7,7 +7,7 @@ from pathlib import Path
 from xpar.engine.commands import model_session
 from xpar.engine.commands.file_command import FileCommand, run_request
 from xpar.engine.commands.generation_options import add_generation_options, generation_of
-from xpar.engine.commands.model_session import BATCH, PREFILL_TOKENS
+from xpar.engine.commands.options import add_whole_dense, at_least, batch_size
 from xpar.engine.generation.generate import generate
 from xpar.engine.generation.request import Request
 from xpar.engine.generation.tokenizer import Tokenizer
@@ -55,21 +55,8 @@ def add_options(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put each prompt into the model's chat template, as the user's message",
     )
-    p.add_argument(
-        "--batch",
-        type=int,
-        help=f"number of sequences that a rank runs at a time (default {BATCH}; 1 with --exact)",
-    )
-    p.add_argument(
-        "--prefill-tokens",
-        type=int,
-        default=PREFILL_TOKENS,
-        help="maximum number of prompt tokens that a rank reads in one step; a longer prompt is read alone "
-        f"(default {PREFILL_TOKENS})",
-    )
-    p.add_argument("--exact", action="store_true", help="make the answers independent of the number of ranks")
-    model_session.add_grid_options(p)
-    model_session.add_whole_dense(p)
+    model_session.add_options(p, "sequences", "a longer prompt is read alone", "the answers")
+    add_whole_dense(p)
     p.set_defaults(main=main)
 
 
@@ -87,12 +74,17 @@ def _make_tokenizer(args: argparse.Namespace, request: Request) -> tuple[Tokeniz
 
 
 def make_request(args: argparse.Namespace, is_first: bool) -> Request:
-    """Make the request of the options, or raise ValueError, before any rank loads or writes anything.
+    """Make the request of the options, or raise ValueError, before any rank loads or writes.
 
     ``is_first``: whether this rank reads prompts and writes answers; the others need not see those files.
     """
-    model_session.check_at_least_one(args, "max-new-tokens", "batch", "prefill-tokens", "threads")
-    batch = model_session.batch_of(args)
+    at_least(
+        max_new_tokens=(args.max_new_tokens, 1),
+        batch=(args.batch, 1),
+        prefill_tokens=(args.prefill_tokens, 1),
+        threads=(args.threads, 1),
+    )
+    batch = batch_size(args)
     if "" in args.stop:
         raise ValueError("--stop '': an empty text would end every answer; give at least one character")
     generation = generation_of(args)

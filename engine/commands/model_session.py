@@ -15,7 +15,8 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.commands.options import add_verbose, add_watchdog, job_line, pick_device
+from xpar.engine.commands import options
+from xpar.engine.commands.options import BATCH, PREFILL_TOKENS, job_line, pick_device
 from xpar.engine.console.terminal import Meter, count
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.generation.answer_file import errors_path
@@ -26,68 +27,26 @@ from xpar.engine.layer.build import FLOATS
 from xpar.engine.models.loader import LoadedModel, expert_configs, load_model
 from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
 
-BATCH = 16
-PREFILL_TOKENS = 4096
 
+def add_options(p: argparse.ArgumentParser, rows: str, longer: str, result: str) -> None:
+    """Add the options that say where and how the model computes.
 
-def add_grid_options(p: argparse.ArgumentParser) -> None:
-    """Add the options that say where and how the model computes."""
-    for axis, what in (("ep", "expert"), ("etp", "expert tensor")):
-        p.add_argument(
-            f"--{axis}",
-            type=int,
-            help=f"number of {what}-parallel ranks (default: see docs/generate.md, How it runs)",
-        )
-    p.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="device of the computation (default auto: a GPU where there is one)",
+    ``rows``: what a rank reads. ``longer``: how it reads a row of more tokens. ``result``: of the command.
+    """
+    options.add_number(
+        p, "--batch", f"number of {rows} at a time on a rank", None, f"{BATCH}; 1 with --exact"
     )
-    p.add_argument(
-        "--transport", default="auto", help="transport between GPUs: auto, nccl, staged or mpi (default auto)"
-    )
-    p.add_argument("--dispatcher", default="auto", help="name of a dispatcher, or auto (default auto)")
-    p.add_argument("--kernel", default="auto", help="name of an expert kernel, or auto (default auto)")
-    p.add_argument(
-        "--dense",
-        default="auto",
-        help="kernel of dense products: auto, zentorch, native, onednn, or plain for transformers' own "
-        "(default auto)",
-    )
-    p.add_argument(
-        "--whole-block",
-        action="store_true",
-        help="let xpar compute routers and shared experts too, instead of the model's own code",
-    )
-    p.add_argument(
-        "--dtype", choices=sorted(FLOATS), help="number type of the computation (default: the checkpoint's)"
-    )
-    p.add_argument(
-        "--threads",
-        type=int,
-        help="number of threads of a rank (default: its share of the cores; 1 with --exact)",
-    )
-    add_watchdog(p)
-    add_verbose(p)
-
-
-def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError for an option of ``names`` that is given and below 1."""
-    for name in names:
-        value = getattr(args, name.replace("-", "_"))
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: must be at least 1")
-
-
-def batch_of(args: argparse.Namespace) -> int:
-    """Return ``--batch`` or its default; raise ValueError unless it is 1 with ``--exact``."""
-    if args.exact and (args.batch or 1) > 1:
-        raise ValueError(
-            f"--exact --batch {args.batch}: sequences of one batch change each other's rounding; "
-            "leave --batch out"
-        )
-    return int(args.batch or (1 if args.exact else BATCH))
+    meaning = f"maximum number of tokens that a rank reads in one step; {longer}"
+    options.add_number(p, "--prefill-tokens", meaning, PREFILL_TOKENS)
+    options.add_exact(p, result)
+    options.add_grid(p, "ep", "etp", default="see docs/generate.md, How it runs")
+    options.add_device(p)
+    options.add_dispatcher_and_kernel(p)
+    options.add_dense(p)
+    options.add_dtype(p)
+    options.add_threads(p, "its share of the node's cores; 1 with --exact")
+    options.add_watchdog(p)
+    options.add_verbose(p)
 
 
 def check_files(prompts: Path, out: Path, resume: bool, option: str) -> None:
@@ -142,15 +101,6 @@ def choose_etp(args: argparse.Namespace, world: World, device: str) -> int | Non
     return choose_expert_slices(world.size, configs)
 
 
-def add_whole_dense(p: argparse.ArgumentParser) -> None:
-    """Add the option for commands in which every rank runs as many dense products as the others."""
-    p.add_argument(
-        "--whole-dense",
-        action="store_true",
-        help="keep all dense weights on every rank, where the ranks of a node would slice their products",
-    )
-
-
 def load(
     args: argparse.Namespace,
     grid: ProcessGrid,
@@ -162,12 +112,12 @@ def load(
 
     ``whole_dense``: whether every rank keeps all dense weights.
     """
-    options = SpreadOptions(
+    spread = SpreadOptions(
         args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense, slice_dense=not whole_dense
     )
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:
-        loaded = load_model(args.checkpoint, grid, dtype, options, meter.advance, total=meter.set_total)
+        loaded = load_model(args.checkpoint, grid, dtype, spread, meter.advance, total=meter.set_total)
     read = sum(grid.world.comm.all_gather_object(loaded.bytes_read))
     layer = loaded.layers[0].runner
     console.print(
@@ -207,7 +157,7 @@ def counts(request: RequestBase, work: Workload, new: int, failed: int, what: st
 
 
 def check_any_answered(comm: Communicator, request: RequestBase, work: Workload, failed: int) -> None:
-    """Raise one error on every rank if the model failed on all prompts: that is not done."""
+    """Raise one error on every rank if the model failed on all prompts, so that a script sees it fail."""
 
     def check() -> None:
         if 0 < len(work.order) == failed + work.failed:
@@ -222,9 +172,8 @@ def check_any_answered(comm: Communicator, request: RequestBase, work: Workload,
 def speed(outcome: RunSummary) -> str:
     """Describe tokens, time and the balance of the experts' load in one line."""
     return (
-        f"{outcome.tokens} tokens in {outcome.seconds:.1f} s, "
-        f"{outcome.tokens / outcome.seconds:.0f} tokens/s, "
-        f"load imbalance {outcome.progress.imbalance:.2f} (max/mean)"
+        f"{outcome.tokens} tokens in {outcome.seconds:.1f} s, {outcome.tokens / outcome.seconds:.0f} "
+        f"tokens/s, load imbalance {outcome.progress.imbalance:.2f} (max/mean)"
     )
 
 

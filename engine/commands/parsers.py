@@ -42,10 +42,11 @@ class CommandParser(argparse.ArgumentParser):
     def _check_options(self, words: Sequence[str]) -> None:
         """End with an error for a word that begins like an option and is none of this parser's."""
         known = list(self._option_string_actions)
+        passes_on = any(a.nargs in (argparse.REMAINDER, argparse.PARSER) for a in self._actions)
         for word in words:
             name = word.split("=")[0]
-            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
-                return  # what follows are no options, or those of a command
+            if word == "--" or (passes_on and not word.startswith("-")):
+                return  # what follows are no options, or those of another program or command
             is_option = re.fullmatch(r"--\w[\w-]*|-[a-zA-Z]", name) is not None
             if is_option and not any(option.startswith(name) for option in known):
                 likely = difflib.get_close_matches(name, known, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from xpar.comm.communicator import Communicator
 from xpar.engine.commands import model_session
 from xpar.engine.commands.file_command import FileCommand, OnProgress, StopRequested, run_request
-from xpar.engine.commands.model_session import BATCH, PREFILL_TOKENS
+from xpar.engine.commands.options import at_least, batch_size
 from xpar.engine.generation.request import ScoreRequest, Workload
 from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.generation.score import read_total, score
@@ -38,20 +38,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
         help="file of the scores (default: TEXTS with the suffix .scores.jsonl)",
     )
     p.add_argument("--resume", action="store_true", help="keep the scores that --out has already")
-    p.add_argument(
-        "--batch",
-        type=int,
-        help=f"number of texts that a rank reads at a time (default {BATCH}; 1 with --exact)",
-    )
-    p.add_argument(
-        "--prefill-tokens",
-        type=int,
-        default=PREFILL_TOKENS,
-        help="maximum number of tokens that a rank reads in one step; a longer text is read alone, in pieces "
-        f"(default {PREFILL_TOKENS})",
-    )
-    p.add_argument("--exact", action="store_true", help="make the scores independent of the number of ranks")
-    model_session.add_grid_options(p)
+    model_session.add_options(p, "texts", "a longer text is read alone, in pieces", "the scores")
     p.set_defaults(main=main)
 
 
@@ -79,12 +66,12 @@ def _make_tokenizer(args: argparse.Namespace, request: ScoreRequest) -> tuple[To
 
 
 def make_request(args: argparse.Namespace, is_first: bool) -> ScoreRequest:
-    """Make the request of the options, or raise ValueError, before any rank loads or writes anything.
+    """Make the request of the options, or raise ValueError, before any rank loads or writes.
 
     ``is_first``: whether this rank reads texts and writes scores; the others need not see those files.
     """
-    model_session.check_at_least_one(args, "batch", "prefill-tokens", "threads")
-    batch = model_session.batch_of(args)
+    at_least(batch=(args.batch, 1), prefill_tokens=(args.prefill_tokens, 1), threads=(args.threads, 1))
+    batch = batch_size(args)
     out = args.out or args.texts.with_suffix(".scores.jsonl")
     if is_first:
         model_session.check_files(args.texts, out, args.resume, "--texts")

@@ -16,7 +16,7 @@ from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
 def layer_result(
     runner: MoERunner, timers: Sequence[MeasuringTimer], traffic: Traffic, tokens: int
 ) -> dict[str, Any]:
-    """Collect the figures of one layer from all ranks, with a timer of each measured step; collective.
+    """Collect a layer's figures from all ranks, with a timer of each measured step; collective.
 
     Times are in ms, as medians over the steps; rows and bytes are those of all ranks together. ``traffic``:
     this rank's rows of one step. ``tokens``: of the whole job.

@@ -27,7 +27,7 @@ def progress(world: World, items: Sequence[T], doing: str) -> Iterator[T]:
 
 
 class Meter:
-    """A progress bar up to ``total`` (bytes ``in_bytes``) on rank 0's stderr, if a terminal; it vanishes."""
+    """A progress bar up to ``total`` on rank 0's stderr, if that is a terminal; it vanishes at the end."""
 
     def __init__(self, world: World, doing: str, total: int, in_bytes: bool = False) -> None:
         console = Console(stderr=True)

@@ -57,7 +57,7 @@ def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str,
 
 
 def read_failures(out: Path, hashes: Collection[str], settings: str) -> dict[str, Record]:
-    """Read the failures beside ``out`` of prompts of ``hashes``, by hash; {} where ``out`` is not there.
+    """Read the failures beside ``out`` of prompts of ``hashes``, by hash; {} without ``out``.
 
     Lines that are no prompts are left out, as they are read anew. ValueError for one of other ``settings``.
     """
@@ -80,8 +80,7 @@ def _check_settings(path: Path, line: int, record: Record, settings: str) -> Non
     what = ", ".join(differences(str(record["settings"]), settings)) or "of an earlier version of xpar"
     raise ValueError(
         f"{path}: line {line} was answered with another model or other options; different: {what}. Resume "
-        "with those of that "
-        "run, or give another --out"
+        "with those of that run, or give another --out"
     )
 
 
@@ -151,8 +150,7 @@ class _Appender:
         except OSError as error:
             raise OSError(
                 f"{self.path}: cannot be written ({error.strerror}); the answers before are kept: make room, "
-                "then run again "
-                "with --resume"
+                "then run again with --resume"
             ) from None
 
     def close(self) -> None:

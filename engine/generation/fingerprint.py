@@ -41,7 +41,7 @@ UNIMPORTANT = frozenset({"transformers_version", "_name_or_path", "torch_dtype",
 
 
 def fingerprint(comm: Communicator, path: Path) -> dict[str, str]:
-    """Return part of the folder ``path`` -> digest, the same on every rank, without missing parts.
+    """Return part of the folder ``path`` -> digest, alike on every rank; no missing parts.
 
     Collective: each rank reads some of the weight files. One error on every rank if it is no checkpoint.
     """

@@ -157,15 +157,13 @@ def _check(values: Mapping[str, Any], origin: Mapping[str, str]) -> None:
         if name in values and (neutral is None or values[name] != neutral):
             raise ValueError(
                 f"{origin[name]}: {name}={values[name]!r}: xpar does not generate in this way; leave it out, "
-                "or give "
-                "--no-generation-config"
+                "or give --no-generation-config"
             )
     contrastive = not values.get("do_sample") and values.get("top_k", 0) > 1
     if contrastive and values.get("penalty_alpha", 0) > 0:
         raise ValueError(
             f"{origin['penalty_alpha']}: penalty_alpha={values['penalty_alpha']!r}: xpar makes no "
-            "contrastive search; leave "
-            "it out, or give --no-generation-config"
+            "contrastive search; leave it out, or give --no-generation-config"
         )
 
 

@@ -82,8 +82,7 @@ class LmEvalAdapter:
             self.is_warned = True
             log.warning(
                 "a token spans the end of the context %r and the beginning of the continuation %r: only what "
-                "stands behind it is "
-                "scored, as the harness defines it; further ones are not reported",
+                "stands behind it is scored, as the harness defines it; further ones are not reported",
                 context[-40:],
                 continuation[:40],
             )

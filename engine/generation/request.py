@@ -22,7 +22,7 @@ from xpar.engine.generation.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A prompt as the model reads it; ``hash`` is a digest of its text and key, which names its answer.
+    """A prompt as the model reads it; ``hash``, of its text and key, names its answer.
 
     ``first``: of ``ids``, the first that is scored, where that is asked.
     """
@@ -109,8 +109,7 @@ class Request:
         if tokens.positions is not None and self.max_new_tokens >= tokens.positions:
             raise ValueError(
                 f"--max-new-tokens {self.max_new_tokens}: the model has {tokens.positions} positions for "
-                "prompt and "
-                f"answer together; give at most {tokens.positions - 1}"
+                f"prompt and answer together; give at most {tokens.positions - 1}"
             )
 
     def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
@@ -233,9 +232,8 @@ def check_ids(ids: Sequence[int], tokens: Tokenizer) -> None:
         token = max(ids)
         text = tokens.tokenizer.convert_ids_to_tokens(token)
         raise ValueError(
-            f"token {token} ({text!r}) is one of the tokenizer's alone: the model's embedding has rows for "
-            f"0 to {tokens.vocabulary - 1}; leave its text out, or use the tokenizer that belongs to the "
-            "model"
+            f"token {token} ({text!r}) is one of the tokenizer's alone: the model's embedding has rows for 0 "
+            f"to {tokens.vocabulary - 1}; leave its text out, or use the tokenizer that belongs to the model"
         )
 
 

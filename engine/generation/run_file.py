@@ -127,7 +127,7 @@ def _record_or_failure(row: R, work: Workload, record: Callable[[R], Record]) ->
 
 
 def watch_for_stop() -> Callable[[], bool]:
-    """Return a function that says whether this process has been sent SIGTERM, which then does nothing else.
+    """Return a function that says whether SIGTERM has come, which then does nothing else.
 
     A job that is pre-empted while MPI shuts down has lost nothing, and must not look as if it had.
     """

@@ -71,7 +71,7 @@ class Sampling:
         return self.choose_banned(logits, generators)
 
     def choose_banned(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-        """Choose by ``logits`` [B, V] float32 on the host, banned at minus infinity; ValueError for none."""
+        """Choose by host ``logits`` [B, V] float32 with bans as -inf; ValueError if a row has none left."""
         largest = logits.amax(dim=-1)
         if bool(
             (largest.isnan() | (largest == -torch.inf) | (largest.isinf() & (self.temperature > 0))).any()

@@ -13,7 +13,7 @@ DIGITS = 12
 
 
 def settings_text(settings: Mapping[str, object]) -> str:
-    """Return ``settings``, whose values JSON can hold, as one text without None, False and empty ones."""
+    """Return ``settings``, whose values JSON can hold, as one text; None, False and empty are left out."""
     return " ".join(
         f"{name}={_word(value)}"
         for name, value in settings.items()

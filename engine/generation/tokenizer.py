@@ -118,10 +118,9 @@ class Tokenizer:
         head = context.rstrip()
         if self.spans_join(context, text, ids):
             raise ValueError(
-                f"a token spans the end of the context and the beginning of the continuation "
-                f"({head[-12:]!r} and {(context + text)[len(head) :][:12]!r}), so that no tokens are the "
-                "continuation's alone; "
-                "let it begin with a word"
+                f"a token spans the end of the context and the beginning of the continuation ({head[-12:]!r} "
+                f"and {(context + text)[len(head) :][:12]!r}), so that no tokens are the continuation's "
+                "alone; let it begin with a word"
             )
         if len(ids) == first:
             raise ValueError(

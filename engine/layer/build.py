@@ -190,8 +190,7 @@ def _projection(config: LayerConfig, weights: LayerWeights, exact: bool) -> Expe
         if exact:
             raise ValueError(
                 "exact mode with norms inside the layer: a row's sum of squares may depend on the rest of "
-                "the batch; "
-                "leave exact out"
+                "the batch; leave exact out"
             )
         return NormProjection(weights.norm.scale, config.router.norm_eps)
     return (
@@ -231,8 +230,7 @@ def _shared_slots(config: LayerConfig, options: LayerOptions) -> int:
     if options.shared_order is not SharedOrder.AUTO:
         raise ValueError(
             f"fuse_shared_experts with shared_order={options.shared_order.value!r}: fused ones have no order "
-            "of their "
-            "own, they compute with the routed experts; leave it at auto"
+            "of their own, they compute with the routed experts; leave it at auto"
         )
     return count_shared_slots(config)
 

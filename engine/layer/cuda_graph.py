@@ -38,8 +38,7 @@ class CapturedLayer:
         if count > self.tokens or hidden_states.shape[1:] != self._input.shape[1:]:
             raise ValueError(
                 f"hidden_states of shape {tuple(hidden_states.shape)}: recorded for at most {self.tokens} "
-                "tokens of "
-                f"width {self._input.shape[1]}; record a larger graph"
+                f"tokens of width {self._input.shape[1]}; record a larger graph"
             )
         self._input[:count].copy_(hidden_states)
         self._input[count:].zero_()

@@ -61,7 +61,7 @@ class ExpertShard:
         return f"{self.experts.start}-{self.experts.stop - 1}" if self.experts else "none"
 
     def compute(self, arrived: ExpertInput, plan: DispatchPlan) -> Tensor | Slots:
-        """Compute the experts of the rows that arrived: ``[M, H]``, a row per arrived row, its slots summed.
+        """Compute the experts of the rows that arrived: ``[M, H]``, the slots of each row summed.
 
         In exact mode it is one row per slot, unsummed. A dispatcher that sums slots on their way home gets
         them where they lie.

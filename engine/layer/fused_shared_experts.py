@@ -66,7 +66,7 @@ class SharedSlots:
 
 
 def count_shared_slots(config: LayerConfig) -> int:
-    """Count the experts of the routed width that the shared ones are; ValueError if they cannot be."""
+    """Count the routed-width experts that make up the shared ones; ValueError if they cannot be slots."""
     shared, width = config.shared, config.intermediate_size
     if shared is None:
         raise ValueError("fuse_shared_experts: the layer has no shared experts; leave it out")
@@ -89,8 +89,7 @@ def check_fusable(dispatcher: Dispatcher, etp: int) -> None:
     if etp > 1 and not dispatcher.capabilities.replicated_tokens and dispatcher.group.size > 1:
         raise ValueError(
             f"fuse_shared_experts with etp={etp} and the dispatcher {dispatcher.name}: every token would "
-            "travel to "
-            f"the {etp} ranks that slice the shared experts; use etp=1, or leave it out"
+            f"travel to the {etp} ranks that slice the shared experts; use etp=1, or leave it out"
         )
 
 
@@ -104,7 +103,7 @@ def home_rank(dispatcher: Dispatcher) -> int | None:
 def experts_of_shared(
     weights: SharedWeights, gated: bool, width: int, rows: slice
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut the whole shared expert into experts of the routed size, and yield (gate_up, down) of each.
+    """Cut the shared expert into experts of the routed size; yield (gate_up, down) of each.
 
     ``width``: of a routed expert, of which this rank holds ``rows``. ``gated``: as of the activation.
     """

@@ -36,7 +36,7 @@ class NormProjection:
 
 
 class LatentProjection:
-    """A latent space that tokens enter by ``down`` [L, H] and leave by ``up`` [H, L], without biases.
+    """A latent space that tokens enter by ``down`` [L, H] and leave by ``up`` [H, L].
 
     ``row_invariant``: a token's bits do not depend on the other tokens of the batch.
     """

@@ -254,8 +254,7 @@ class MoERunner(nn.Module):
         if self.fused is not None:
             raise ValueError(
                 "forward_separately with fused shared experts: one product makes their sum; load the layer "
-                "without "
-                "fuse_shared_experts"
+                "without fuse_shared_experts"
             )
         if torch.compiler.is_compiling() and self.shared is None:
             return self.forward(hidden_states, router_logits, input_ids), None

@@ -10,7 +10,7 @@ from xpar.kernels.position_invariant import position_invariant
 
 
 class SharedExperts:
-    """The shared experts of a layer on one rank: ``kernel`` holds its part of their width, as one expert.
+    """The shared experts of a layer on one rank; ``kernel`` has its part of them as one expert.
 
     Args:
         kernel: Computes that expert.
@@ -37,7 +37,7 @@ def shared_weights(
     row_invariant: bool,
     logits: Tensor | None = None,
 ) -> Tensor:
-    """Compute the factors [T, 1] float32 on the shared experts' output: ``scale``, times sigmoid of ``gate``.
+    """Compute factors [T, 1] float32 on the shared output: ``scale``, times sigmoid of ``gate``.
 
     ``gate`` is [1, H] or None, ``logits`` [T, 1] are those of ``gate`` where they are made already.
     ``row_invariant``: a token's bits do not depend on the other tokens of the batch.

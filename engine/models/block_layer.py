@@ -86,7 +86,7 @@ def build_block(
     options: LayerOptions,
     scale_output: bool = False,
 ) -> BlockLayer:
-    """Build this rank's part of ``layer``, without any collective; ValueError if options do not fit.
+    """Build this rank's part of ``layer``, not collective; ValueError if options do not fit.
 
     ``scale_output``: the layer returns its output over the routed scaling factor.
     """

@@ -50,12 +50,11 @@ def dense_sources(
             "the language model"
         )
         raise CheckpointError(
-            f"{checkpoint.path}: has no tensor for {', '.join(missing[:3])}"
-            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; the checkpoint is incomplete, "
-            "or "
-            f"model_type={checkpoint.config.get('model_type')!r} in its config.json is not the family of its "
-            "weights"
-            f"{head if set(missing) <= {*ties, *ties.values()} else ''}"
+            f"{checkpoint.path}: has no tensor for "
+            f"{', '.join(missing[:3])}{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; the "
+            f"checkpoint is incomplete, or model_type={checkpoint.config.get('model_type')!r} in its "
+            "config.json is not the family of its "
+            f"weights{head if set(missing) <= {*ties, *ties.values()} else ''}"
         )
     return found
 

@@ -66,8 +66,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     if layer is None:
         raise RuntimeError(
             f"{type(module).__name__} has experts_implementation={IMPLEMENTATION!r} but was not spread over "
-            "ranks; "
-            "call xpar.engine.register(grid), or parallelize(model, grid), before the first forward"
+            "ranks; call xpar.engine.register(grid), or parallelize(model, grid), before the first forward"
         )
     if not norms_slots(module):
         out: Tensor = layer(hidden_states, top_k_index, top_k_weights)

@@ -20,7 +20,7 @@ from xpar.engine.models.parallelize import SpreadOptions, build_moe_modules, row
 def register(
     grid: ProcessGrid | None = None, *, dispatcher: str = "auto", kernel: str = "auto", exact: bool = False
 ) -> None:
-    """Make ``experts_implementation="xpar"`` known to transformers; such models compute over ``grid``.
+    """Make ``experts_implementation="xpar"`` known to transformers; it computes over ``grid``.
 
     ``grid``: by default all ranks of the job, which is this process alone where no launcher started it.
     Collective. A model's first forward spreads it: each rank keeps its own experts and drops the others. So

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class IsolatesRows(Protocol):
-    """A layer of experts; ``isolates_rows``: whether bad rows become NaN, or all are refused."""
+    """A layer of experts; ``isolates_rows``: rows that are not finite give NaN, else all are refused."""
 
     isolates_rows: bool
 
@@ -33,7 +33,7 @@ def rows_isolated(layers: Iterable[IsolatesRows]) -> Iterator[None]:
 
 
 def bad_rows(*parts: Tensor) -> Tensor | None:
-    """Return which of T rows have a number that is not finite in ``parts`` [T, ...]: [T] bool, or None.
+    """Return which rows have a number that is not finite in ``parts`` [T, ...]: [T] or None.
 
     On a GPU the mask is always returned, since the host would have to wait to know.
     """
@@ -63,8 +63,7 @@ def not_finite(what: str, tokens: int, dtype: torch.dtype) -> str:
     wider = "; bfloat16 and float32 reach further than float16" if dtype == torch.float16 else ""
     return (
         f"the model's {what} after its {tokens} tokens are not finite in {name}: the text, or the "
-        "checkpoint, makes numbers "
-        f"that overflow; leave it out, or use another --dtype and --out{wider}"
+        f"checkpoint, makes numbers that overflow; leave it out, or use another --dtype and --out{wider}"
     )
 
 

@@ -12,7 +12,7 @@ BLOCK_ROWS = 32
 def gate_logits(
     hidden_states: Tensor, gate: Tensor, row_invariant: bool = False, bias: Tensor | None = None
 ) -> Tensor:
-    """Compute ``hidden_states @ gate.T + bias`` [T, E] of [T, H], [E, H] and [E] or None, all of one dtype.
+    """Compute ``hidden_states @ gate.T + bias`` [T, E], of [T, H], [E, H] and [E] or None.
 
     ``row_invariant``: products of equal shape, so that the bits of a row depend on that row alone.
     """

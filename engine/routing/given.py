@@ -34,7 +34,7 @@ class GivenRouting:
         router_logits: Tensor | None = None,
         input_ids: Tensor | None = None,
     ) -> Routing:
-        """Return the given routing of ``hidden_states`` [T, H]; ValueError for shapes, ids or weights.
+        """Return the given routing of ``hidden_states`` [T, H]; ValueError if it does not fit.
 
         On a GPU ids and weights are checked without waiting for them: wrong numbers end the process when it
         next waits for the GPU.

@@ -85,8 +85,7 @@ class ReplayRule:
         if given.shape[0] != routing.topk_ids.shape[0]:
             raise ValueError(
                 f"layer {self.layer}, step {self._next}: recorded with {routing.topk_ids.shape[0]} tokens, "
-                "called with "
-                f"{given.shape[0]}"
+                f"called with {given.shape[0]}"
             )
         self._next += 1
         return _to(routing, given.device)

@@ -40,8 +40,7 @@ class Router:
         if gate is not None and config.gate_bias != (gate_bias is not None):
             raise ValueError(
                 f"gate_bias is {'missing' if config.gate_bias else 'given'}, but the router's configuration "
-                "says "
-                f"gate_bias={config.gate_bias}"
+                f"says gate_bias={config.gate_bias}"
             )
         self.config = config
         self.row_invariant = row_invariant

@@ -53,8 +53,7 @@ class FunctionRule:
             token, slot = (int(i) for i in outside.nonzero()[0])
             raise ValueError(
                 f"the routing function sent token {token} to expert {int(ids[token, slot])}; experts are 0 "
-                "to "
-                f"{self.num_experts - 1}, or -1 for none"
+                f"to {self.num_experts - 1}, or -1 for none"
             )
         bad = ~torch.isfinite(weights)
         if bool(bad.any()):

@@ -109,7 +109,7 @@ class SyntheticLayer:
         rows: slice = ALL,
         shared_rows: slice = ALL,
     ) -> LayerWeights:
-        """Draw what ``layer_weights.load_layer_weights`` reads from a checkpoint, with its arguments.
+        """Draw what ``layer_weights.load_layer_weights`` reads, with its arguments.
 
         ``dtype`` is not used: the weights have the dtype of the layer.
         """

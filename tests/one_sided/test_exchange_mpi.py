@@ -89,7 +89,8 @@ def test_sum_with_addends(group: Communicator, window: PeerWindow, fresh_seed: i
 
 
 def test_the_window_grows_and_keeps_what_is_recorded(group: Communicator, window: PeerWindow) -> None:
-    small, large = step_of((2,) * group.size), step_of((200,) * group.size, width=3000)
+    # 150 rows of all ranks together are more than the 2 MiB that the first window has.
+    small, large = step_of((2,) * group.size), step_of((150 // group.size,) * group.size, width=3000)
     exchange = window.exchange(small)
     round_trip(exchange, 1)
     before = window.nbytes

@@ -88,7 +88,7 @@ def load_experts(kernel: ExpertKernel, weights: Weights) -> None:
 def random_input(
     spec: ExpertSpec, tokens: int, top_k: int, of: int, g: torch.Generator, *, skewed: bool = False
 ) -> ExpertInput:
-    """Draw one step's tokens [T, H] and their slots [T, k], -1 for an expert that ``spec`` does not hold.
+    """Draw one step's tokens [T, H] and slots [T, k], -1 for an expert that is not in ``spec``.
 
     ``of``: experts of the model, of which ``spec`` holds the first. ``g``: a generator on the device of
     ``spec``. ``skewed``: one expert gets most tokens, one gets none, and one slot in ten is dropped.

@@ -52,7 +52,7 @@ def expected_rows(spec: ExpertSpec, weights: Weights, x: ExpertInput, tokens: Te
 
 
 def require_near(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> str:
-    """Compare ``got`` with float64 ``expected`` by the tolerance of ``dtype``; return the error as text.
+    """Compare ``got`` with float64 ``expected`` by the tolerance of ``dtype``; return the error.
 
     Raises AssertionError, which names ``what``, for an error above the tolerance, or NaN.
     """

@@ -49,7 +49,10 @@ class KernelBench:
         self.console.print(f"{time.perf_counter() - self.begin:6.1f} s  {text}", soft_wrap=True, markup=False)
 
     def attempt(self, name: str, action: Callable[[], Any], seconds: float = 150.0) -> Any:
-        """Return the result of ``action``, or report its error: None; late, end the process."""
+        """Return the result of ``action``; on an error report it and return None.
+
+        An action that takes longer than ``seconds`` ends the process.
+        """
         # A kernel that hangs must not use up the machine's time.
         faulthandler.dump_traceback_later(seconds, exit=True)
         try:

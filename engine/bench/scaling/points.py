@@ -34,7 +34,7 @@ def read_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 def choose_points(
     node_of: Sequence[int], ranks: Sequence[int] | None = None, nodes: Sequence[int] | None = None
 ) -> list[Point]:
-    """Choose points of ``ranks`` ranks and ``nodes`` whole nodes, ascending; ValueError for too many.
+    """Choose points of ``ranks`` ranks and ``nodes`` nodes, ascending; ValueError for too many.
 
     Without both they are powers of two up to all ranks, and all ranks. ``node_of``: of each rank, ascending.
     """

@@ -58,7 +58,7 @@ def run_study(
     modes: Sequence[str] = MODES,
     keep: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
-    """Measure every point in every mode; collective over ``world``. The results are the same on every rank.
+    """Measure every point in every mode, with the same results on all ranks; collective.
 
     A point that cannot be measured has a ``reason`` in place of figures. ``keep`` is called with each result
     as soon as it is known, on rank 0 alone.

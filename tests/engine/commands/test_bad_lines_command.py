@@ -1,12 +1,14 @@
 """A thousand lines that are no prompts, or without an answer, among good ones: none of them ends a job."""
 
 import codecs
+import faulthandler
 import json
 import random
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from xpar.engine.generation.tokenizer import Tokenizer
 
+TwoRanks = tuple[Path, dict[str, "CompletedProcess[str]"]]
 GOOD, BAD = 30, 1000
 MOST = 4
 TEMPLATE = (
@@ -225,31 +228,59 @@ def test_no_line_ends_a_job(
     check(tmp_path / "fresh.jsonl", ids, bad, alone)
 
 
-def test_texts_that_cannot_be_scored_end_no_job(model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
+    """Commands on files of texts, of prompts that the model fails on, and with impossible words."""
+    # On a busy machine they take longer than pytest lets a test be silent; they have a limit of their own.
+    faulthandler.cancel_dump_traceback_later()
+    folder = tmp_path_factory.mktemp("two")
     lines = [{"text": text} for text in ("good one", "a ~ b", "bad <|extra|>", "x", "another", "~", "much ~")]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"text": 5}]))
-    (tmp_path / "jobs").mkdir()
-    words = ["score", str(model), "--texts", str(tmp_path / "t.jsonl"), "--dtype", "float16"]
-    block = [*words, "--whole-block", "--out", str(tmp_path / "block.jsonl")]
-    one, again, whole = run_commands(2, [words, [*words, "--resume"], block], tmp_path / "jobs")
+    (folder / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"text": 5}]))
+    score = ["score", str(model), "--texts", str(folder / "t.jsonl"), "--dtype", "float16"]
+    (folder / "p.txt").write_text("~\na~\n")
+    answer = ["generate", str(model), "--prompts", str(folder / "p.txt"), "--dtype", "float16"]
+    (folder / "a.errors.jsonl").write_text('{"prompt": "a"}\n')
+    (folder / "wide.txt").write_bytes("hello\nthe end\n".encode("utf-16"))
+    base, room = ["generate", str(model), "--prompts"], str(Tokenizer(model).positions)
+    commands = {
+        "score": score,
+        "score again": [*score, "--resume"],
+        "score blocks": [*score, "--whole-block", "--out", str(folder / "block.jsonl")],
+        "answer": answer,
+        "answer again": [*answer, "--resume"],
+        "no room": [
+            *base,
+            str(folder / "a.errors.jsonl"),
+            "--max-new-tokens",
+            room,
+        ],
+        "over": [*base, str(folder / "a.errors.jsonl"), "--out", str(folder / "a.jsonl")],
+        "wide": [*base, str(folder / "wide.txt")],
+    }
+    (folder / "jobs").mkdir()
+    done = run_commands(2, [*commands.values()], folder / "jobs", timeout=240)
+    return folder, dict(zip(commands, done, strict=True))
+
+
+def test_texts_that_cannot_be_scored_end_no_job(two_ranks: TwoRanks) -> None:
+    folder, jobs = two_ranks
+    one, again, whole = (jobs[name] for name in ("score", "score again", "score blocks"))
     assert whole.returncode == 0, whole.stderr
-    assert [r["line"] for r in records(tmp_path / "block.jsonl")] == [1, 5, 7]
+    assert [r["line"] for r in records(folder / "block.jsonl")] == [1, 5, 7]
     assert one.returncode == again.returncode == 0, one.stderr
-    found, errors = records(tmp_path / "t.scores.jsonl"), records(tmp_path / "t.scores.errors.jsonl")
+    found, errors = records(folder / "t.scores.jsonl"), records(folder / "t.scores.errors.jsonl")
     # A tilde that ends a text is read by nobody.
     assert [r["line"] for r in found] == [1, 5, 7] and [r["line"] for r in errors] == [2, 3, 4, 6, 8]
     assert "3 of 4 texts scored" in one.stdout and "4 lines refused, 1 failed in the model" in one.stdout
     assert "1 failed in the model" in again.stdout
 
 
-def test_a_model_that_answers_nothing_is_an_error(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("~\na~\n")
-    (tmp_path / "jobs").mkdir()
-    words = ["generate", str(model), "--prompts", str(tmp_path / "p.txt"), "--dtype", "float16"]
-    for job in run_commands(2, [words, [*words, "--resume"]], tmp_path / "jobs"):
+def test_a_model_that_answers_nothing_is_an_error(two_ranks: TwoRanks) -> None:
+    folder, jobs = two_ranks
+    for job in (jobs["answer"], jobs["answer again"]):
         assert job.returncode == 1
         assert job.stderr.count("the model failed on all of 2 lines that it was given, see ") == 1
-    assert [r["line"] for r in records(tmp_path / "p.answers.errors.jsonl")] == [1, 2]
+    assert [r["line"] for r in records(folder / "p.answers.errors.jsonl")] == [1, 2]
 
 
 def test_answers_of_two_models_do_not_mix(model: Path, tmp_path: Path) -> None:
@@ -282,26 +313,15 @@ def test_answers_of_two_models_do_not_mix(model: Path, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.glob("out*")} == before
 
 
-def test_words_that_leave_no_room_or_no_file(model: Path, tmp_path: Path) -> None:
-    file = tmp_path / "a.errors.jsonl"
-    file.write_text('{"prompt": "a"}\n')
-    wide = tmp_path / "wide.txt"
-    wide.write_bytes("hello\nthe end\n".encode("utf-16"))
+def test_words_that_leave_no_room_or_no_file(model: Path, two_ranks: TwoRanks) -> None:
+    folder, jobs = two_ranks
     positions = Tokenizer(model).positions
     assert positions is not None
-    base = ["generate", str(model)]
-    cases = {
-        f"--max-new-tokens {positions}: the model has {positions} positions for prompt and answer together; "
-        "give at most "
-        f"{positions - 1}": ["--prompts", str(file), "--max-new-tokens", str(positions)],
-        "a.errors.jsonl: refused lines would be written over --prompts": [
-            "--prompts", str(file), "--out", str(tmp_path / "a.jsonl"),
-        ],
-        "wide.txt: is UTF-16, and must be UTF-8; convert it (iconv": ["--prompts", str(wide)],
-    }  # fmt: skip
-    (tmp_path / "jobs").mkdir()
-    for job, message in zip(
-        run_commands(2, [[*base, *words] for words in cases.values()], tmp_path / "jobs"), cases, strict=True
-    ):
-        assert job.returncode == 1 and job.stderr.count(message) == 1, job.stderr
-    assert file.read_text() == '{"prompt": "a"}\n'
+    for name, message in {
+        "no room": f"--max-new-tokens {positions}: the model has {positions} positions for prompt and answer "
+        f"together; give at most {positions - 1}",
+        "over": "a.errors.jsonl: refused lines would be written over --prompts",
+        "wide": "wide.txt: is UTF-16, and must be UTF-8; convert it (iconv",
+    }.items():
+        assert jobs[name].returncode == 1 and jobs[name].stderr.count(message) == 1, jobs[name].stderr
+    assert (folder / "a.errors.jsonl").read_text() == '{"prompt": "a"}\n'

@@ -12,7 +12,7 @@ from run_commands import run_commands
 from xpar.engine.architectures.layer_config import find, moe_layers
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.cli import parser
-from xpar.engine.layer.build import read_layer_config
+from xpar.engine.layer.checkpoint_config import read_layer_config
 from xpar.engine.layer.reference import layer_reference
 from xpar.engine.synthetic.config import writable_families
 from xpar.engine.synthetic.values import random_token_ids, random_tokens
@@ -110,19 +110,23 @@ VERIFIED = {
 
 
 @pytest.fixture(scope="module")
-def verified(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
-    folder = tmp_path_factory.mktemp("families")
-    commands = []
-    for family, options in VERIFIED.values():
+def two_ranks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    """The commands of VERIFIED and WRONG, by their keys, on two ranks in one start."""
+    folder = tmp_path_factory.mktemp("two")
+    commands = {}
+    for case, (family, options) in VERIFIED.items():
         assert make(family, folder / family, "--hidden", "64") == 0
-        words = ["run", str(folder / family), "--tokens", "33", "--steps", "1", "--verify", *options]
-        commands.append(words)
-    return dict(zip(VERIFIED, run_commands(2, commands, folder), strict=True))
+        commands[case] = ["run", str(folder / family), "--tokens", "33", "--steps", "1", "--verify", *options]
+    assert make("olmoe", folder / "truncated", "--hidden", "64") == 0
+    shard = next((folder / "truncated").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    commands |= {words: words.format(made=checkpoint, folder=folder).split() for words in WRONG}
+    return dict(zip(commands, run_commands(2, [*commands.values()], folder), strict=True))
 
 
 @pytest.mark.parametrize("case", VERIFIED)
-def test_run_verifies_families(verified: dict[str, Done], case: str) -> None:
-    job = verified[case]
+def test_run_verifies_families(two_ranks: dict[str, Done], case: str) -> None:
+    job = two_ranks[case]
     assert job.returncode == 0 and "relative error" in job.stdout, job.stdout + job.stderr
 
 
@@ -145,19 +149,9 @@ USAGE = ("frobnicate", "run {made} --dtype int8", "run")
 """Words that the parser refuses, with the exit status of usage errors."""
 
 
-@pytest.fixture(scope="module")
-def refused(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
-    folder = tmp_path_factory.mktemp("wrong")
-    assert make("olmoe", folder / "truncated", "--hidden", "64") == 0
-    shard = next((folder / "truncated").glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1000])
-    commands = [words.format(made=checkpoint, folder=folder).split() for words in WRONG]
-    return dict(zip(WRONG, run_commands(2, commands, folder), strict=True))
-
-
 @pytest.mark.parametrize("words", WRONG)
-def test_a_wrong_request_is_one_error_on_all_ranks(refused: dict[str, Done], words: str) -> None:
-    job = refused[words]
+def test_a_wrong_request_is_one_error_on_all_ranks(two_ranks: dict[str, Done], words: str) -> None:
+    job = two_ranks[words]
     assert job.returncode == (2 if words in USAGE else 1)
     assert job.stderr.count(WRONG[words]) == 1 and "Traceback" not in job.stderr, job.stderr
     assert job.stderr.count("error:") == 1

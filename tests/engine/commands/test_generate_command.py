@@ -1,5 +1,6 @@
 """``xpar generate`` as a user types it: the same file from any number of ranks, and nothing is lost."""
 
+import faulthandler
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,25 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_exact_text_is_the_same_on_any_number_of_ranks(model: Path, tmp_path: Path, fresh_seed: int) -> None:
+@dataclass(frozen=True)
+class ExactRuns:
+    """Exact answers to a file with bad lines on 1, 2 and 3 ranks, and to a good file on two.
+
+    ``outputs``: number of ranks -> what the command printed. ``file``: the good prompts, ``expected``: their
+    answers when nothing happens.
+    """
+
+    folder: Path
+    outputs: dict[int, str]
+    file: Path
+    expected: bytes
+
+
+@pytest.fixture(scope="module")
+def exact_runs(model: Path, tmp_path_factory: pytest.TempPathFactory, fresh_seed: int) -> ExactRuns:
+    # On a busy machine the starts take longer than pytest lets a test be silent; each has a limit of its own.
+    faulthandler.cancel_dump_traceback_later()
+    folder = tmp_path_factory.mktemp("exact")
     lines = [json.dumps({"id": f"p{n}", "prompt": text}) for n, text in enumerate(prompts(fresh_seed, 7))]
     lines[2:2] = [
         "{not json",
@@ -52,31 +72,31 @@ def test_exact_text_is_the_same_on_any_number_of_ranks(model: Path, tmp_path: Pa
         '{"id": "p0", "prompt": "again"}',
         json.dumps({"prompt": "x" * 9000}),
     ]
-    file = tmp_path / "prompts.jsonl"
-    file.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
-    texts, errors = [], []
+    mixed, good = folder / "prompts.jsonl", folder / "prompts.txt"
+    mixed.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
+    good.write_text("\n".join(prompts(7, LINES)) + "\n")
+    outputs = {}
     for n in (1, 2, 3):
-        out = tmp_path / f"{n}.jsonl"
-        words = [
-            *XPAR,
-            str(model),
-            "--prompts",
-            str(file),
-            "--out",
-            str(out),
-            "--exact",
-            "--max-new-tokens",
-            "8",
-        ]
-        job = mpirun(n, words)
-        assert job.returncode == 0, job.stderr
-        assert (
-            f"{out}: 7 of 7 prompts answered; 5 lines refused, see {tmp_path}/{n}.errors.jsonl" in job.stdout
-        )
-        texts.append(out.read_bytes())
-        errors.append(records(tmp_path / f"{n}.errors.jsonl"))
+        words = ["generate", str(model), "--prompts", str(mixed), "--out", str(folder / f"{n}.jsonl")]
+        commands = [[*words, "--exact", "--max-new-tokens", "8"]]
+        if n == 2:
+            commands.append(words_of(model, good, folder / "good.jsonl", "--exact", "--batch", "1"))
+        (folder / f"output{n}").mkdir()
+        for job in (jobs := run_commands(n, commands, folder / f"output{n}")):
+            assert job.returncode == 0, job.stderr
+        outputs[n] = jobs[0].stdout
+    return ExactRuns(folder, outputs, good, (folder / "good.jsonl").read_bytes())
+
+
+def test_exact_text_is_the_same_on_any_number_of_ranks(exact_runs: ExactRuns) -> None:
+    folder, texts, errors = exact_runs.folder, [], []
+    for n, output in exact_runs.outputs.items():
+        counts = f"7 of 7 prompts answered; 5 lines refused, see {folder}/{n}.errors.jsonl"
+        assert f"{folder / f'{n}.jsonl'}: {counts}" in output
+        texts.append((folder / f"{n}.jsonl").read_bytes())
+        errors.append(records(folder / f"{n}.errors.jsonl"))
     assert texts[0] == texts[1] == texts[2]
-    assert [r["id"] for r in records(tmp_path / "1.jsonl")] == [f"p{n}" for n in range(7)]
+    assert [r["id"] for r in records(folder / "1.jsonl")] == [f"p{n}" for n in range(7)]
     assert errors[0] == errors[1] == errors[2]
     told = {entry["line"]: entry["error"] for entry in errors[0]}
     for line, words in {
@@ -126,28 +146,17 @@ def signal_one(mark: str, out: Path, number: int, answers: int, draw: random.Ran
     os.kill(draw.choice(pids), number)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
-    """A file of prompts and what answers it when nothing happens."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    file = folder / "prompts.txt"
-    file.write_text("\n".join(prompts(7, LINES)) + "\n")
-    job = start(model, file, folder / "out.jsonl", 2, uuid.uuid4().hex, "--exact", "--batch", "1").result()
-    assert job.returncode == 0, job.stderr
-    return file, (folder / "out.jsonl").read_bytes()
-
-
 @pytest.mark.parametrize(("number", "n"), [(signal.SIGKILL, 3), (signal.SIGTERM, 1)], ids=["kill", "term"])
 def test_nothing_is_lost(
     model: Path,
     tmp_path: Path,
-    undisturbed: tuple[Path, bytes],
+    exact_runs: ExactRuns,
     fresh_seed: int,
     number: signal.Signals,
     n: int,
 ) -> None:
     """Two ranks are ended, and ``n`` go on."""
-    file, expected = undisturbed
+    file, expected = exact_runs.file, exact_runs.expected
     out, draw, mark = tmp_path / "out.jsonl", random.Random(fresh_seed), uuid.uuid4().hex
     running = start(model, file, out, 2, mark, "--exact", "--batch", "1")
     signal_one(mark, out, number, draw.randrange(LINES // 3), draw)
@@ -170,17 +179,30 @@ def test_nothing_is_lost(
         assert f"{LINES} of {LINES} prompts answered, {len(before)} of them before" in job.stdout
 
 
-def test_resume_with_nothing_left_or_other_options(
-    model: Path, tmp_path: Path, undisturbed: tuple[Path, bytes]
-) -> None:
-    file, expected = undisturbed
-    out, alike = tmp_path / "out.jsonl", ["--exact", "--batch", "1", "--resume"]
-    out.write_bytes(b"".join(sorted(expected.splitlines(keepends=True))))
-    commands = [words_of(model, file, out, *alike, *more) for more in ((), ("--seed", "5"))]
-    again, changed = run_commands(2, commands, tmp_path)
+@pytest.fixture(scope="module")
+def later_runs(
+    model: Path, exact_runs: ExactRuns, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list["subprocess.CompletedProcess[str]"]]:
+    """The file of answers, resumed: as it is, with another seed; and a command with a mistake."""
+    folder = tmp_path_factory.mktemp("later")
+    out, alike = folder / "out.jsonl", ["--exact", "--batch", "1", "--resume"]
+    out.write_bytes(b"".join(sorted(exact_runs.expected.splitlines(keepends=True))))
+    commands = [words_of(model, exact_runs.file, out, *alike, *more) for more in ((), ("--seed", "5"))]
+    commands.append(words_of(model, exact_runs.file, folder / "other.jsonl", "--kernel", "abacus"))
+    return out, run_commands(2, commands, folder)
+
+
+def test_resume_with_nothing_left_or_other_options(exact_runs: ExactRuns, later_runs: Any) -> None:
+    out, (again, changed, _) = later_runs
     assert again.returncode == 0 and "tokens/s" not in again.stdout
     assert changed.returncode == 1 and changed.stderr.count("line 1 was answered with another model") == 1
-    assert out.read_bytes() == expected
+    assert out.read_bytes() == exact_runs.expected
+
+
+def test_a_mistake_found_late_is_one_line(later_runs: Any) -> None:
+    job = later_runs[1][2]
+    assert job.returncode == 1
+    assert job.stderr.count("kernel='abacus'") == 1 and "Traceback" not in job.stderr, job.stderr
 
 
 WRONG = {
@@ -217,13 +239,6 @@ def test_answers_that_are_there_are_kept(model: Path, tmp_path: Path) -> None:
     make_request(args, is_first=False)  # another node may not see the file
     with pytest.raises(ValueError, match="line 1 is no answer of xpar generate"):
         read_answers(tmp_path / "p.answers.jsonl", set(), "")
-
-
-def test_a_mistake_found_late_is_one_line(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("a\n")
-    job = mpirun(2, [*XPAR, str(model), "--prompts", str(tmp_path / "p.txt"), "--kernel", "abacus"])
-    assert job.returncode == 1
-    assert job.stderr.count("kernel='abacus'") == 1 and "Traceback" not in job.stderr, job.stderr
 
 
 def test_what_a_folder_lacks_is_named(model: Path, tmp_path: Path) -> None:

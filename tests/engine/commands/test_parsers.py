@@ -137,6 +137,8 @@ def test_values_are_not_taken_for_options() -> None:
     args = parser().parse_args([*words, "--tem", "0.5", "--top-k=-1"])
     assert (args.stop, args.temperature, args.top_k) == (["--batchh", "a - b"], 0.5, -1)
     assert str(parser().parse_args(["run", "--tokens", "8", "--", "--odd"]).checkpoint) == "--odd"
+    args = parser().parse_args(["evaluate", "--batch", "4", "model", "--tasks", "x", "--limit=10"])
+    assert (args.batch, args.harness) == (4, ["--tasks", "x", "--limit=10"])
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])

@@ -1,7 +1,10 @@
 """Lines of a file get what each gets alone, on any number of ranks, however they are batched and cut."""
 
+import copy
 import json
 import random
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 pytestmark = pytest.mark.mpi(deadline=120)
-NEW = 8
+NEW, LINES = 8, 9
 NAMES = ("qwen3_moe-longrope", "olmoe-dynamic", "phimoe-longrope", "gpt_oss-longrope", "llama4-chunks")
 VARIANTS = tuple(variant for variant in (*ROPES, *OTHERS) if variant.name in NAMES)
 SCORED = VARIANTS
@@ -48,6 +51,22 @@ def root(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory, fresh_seed
 def folder(comm: "Intracomm", tmp_path: Path) -> Path:
     """One folder for all ranks."""
     return Path(comm.bcast(str(tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, fresh_seed: int) -> Callable[[str, bool], list[Any]]:
+    """What transformers gives each line alone, of each variant once; rank 0 computes it."""
+
+    @cache
+    def results(name: str, scores: bool) -> list[Any]:
+        model, tokens = plain_model(root / name), Tokenizer(root / name)
+        lines = [tokens.encode(line) for line in lines_of(fresh_seed + (not scores), LINES)]
+        # A copy for each line: rotary modules remember the longest text that they have seen.
+        if scores:
+            return [logprobs_alone(copy.deepcopy(model), ids) for ids in lines]
+        return [answer_alone(copy.deepcopy(model), ids, NEW) for ids in lines]
+
+    return results
 
 
 def lines_of(seed: int, count: int) -> list[str]:
@@ -82,10 +101,16 @@ def records(
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("variant", SCORED, ids=lambda variant: variant.name)
 def test_scores(
-    world: World, root: Path, folder: Path, fresh_seed: int, variant: Variant, exact: bool
+    world: World,
+    root: Path,
+    folder: Path,
+    fresh_seed: int,
+    alone: Callable[[str, bool], list[Any]],
+    variant: Variant,
+    exact: bool,
 ) -> None:
     """Whole and in pieces, and in exact mode bit by bit with another half of the lines beside them."""
-    path, lines = root / variant.name, lines_of(fresh_seed, 9)
+    path, lines = root / variant.name, lines_of(fresh_seed, LINES)
     loaded = load_model(path, ProcessGrid.create(world), options=SpreadOptions(exact=exact))
     piece, batch = random.Random(fresh_seed).choice([5, 9, 4096]), 1 if exact else 3
     settings: dict[str, Any] = {"batch": batch, "prefill_tokens": piece, "exact": exact}
@@ -94,31 +119,35 @@ def test_scores(
         fewer = records(world, loaded, path, folder, lines[::2], True, **settings)
         assert [r["logprobs"] for r in fewer] == [r["logprobs"] for r in found[::2]]
     if world.rank == 0:
-        for line, record in zip(lines, found, strict=True):
-            expected = logprobs_alone(plain_model(path), Tokenizer(path).encode(line))
+        for line, record, expected in zip(lines, found, alone(variant.name, True), strict=True):
             assert torch.tensor(record["logprobs"]).double().sub(expected).abs().max() < 1e-4, len(line)
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_answers(
-    world: World, root: Path, folder: Path, fresh_seed: int, variant: Variant, exact: bool
+    world: World,
+    root: Path,
+    folder: Path,
+    fresh_seed: int,
+    alone: Callable[[str, bool], list[Any]],
+    variant: Variant,
+    exact: bool,
 ) -> None:
     """Also where a sequence outgrows the short factors, beside others that do not."""
-    path, lines = root / variant.name, lines_of(fresh_seed + 1, 9)
+    path, lines = root / variant.name, lines_of(fresh_seed + 1, LINES)
     options = SpreadOptions(exact=exact, slice_dense=True)
     loaded = load_model(path, ProcessGrid.create(world), options=options)
     piece = random.Random(fresh_seed).choice([20, 4096])
     wanted: dict[str, Any] = {"batch": 1 if exact else 3, "prefill_tokens": piece, "exact": exact}
     found = records(world, loaded, path, folder, lines, False, **wanted)
     if world.rank == 0:
-        clear = 0
-        for line, record in zip(lines, found, strict=True):
-            alone = answer_alone(plain_model(path), Tokenizer(path).encode(line), NEW)
+        clear, tokens = 0, Tokenizer(path)
+        for line, record, one in zip(lines, found, alone(variant.name, False), strict=True):
             assert record["tokens"] == NEW
-            if alone.gap > 1e-3:
+            if one.gap > 1e-3:
                 clear += 1
-                assert record["text"] == Tokenizer(path).decode(alone.answer), len(line)
+                assert record["text"] == tokens.decode(one.answer), len(line)
         assert clear > len(lines) // 2
 
 
