@@ -128,8 +128,8 @@ def receive_buffer(
 ) -> Tensor:
     """Return the memory for the rows that an all-to-all receives: ``out``, or new memory.
 
-    Raises ValueError if counts do not describe their tensor, or ``out`` is not contiguous memory for rows
-    like those of ``x``.
+    ValueError if counts do not describe their tensor, or ``out`` is not contiguous for rows like those of
+    ``x``.
     """
     check_counts("all_to_all_v", x, send, size)
     if out is None:

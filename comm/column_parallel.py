@@ -2,8 +2,7 @@
 
 A rank then reads its part of a weight instead of all of it, and reading is what a product of few rows takes
 time for. ``y = x @ W.T`` is cut as ``W = [W_0; W_1; ...]``: rank r computes ``x @ W_r.T`` for the rows of all
-ranks.
-Letters: T rows of this rank, K inputs, N outputs (columns of the result), R ranks.
+ranks. Letters: T rows of this rank, K inputs, N outputs (columns of the result), R ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +22,9 @@ ROUND_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class ColumnSlice:
-    """A product of N = ``outputs`` columns, of which this rank computes ``columns``.
+    """A product of N = ``outputs`` columns, of which this rank computes ``columns``, possibly none.
 
-    Attributes:
-        outputs: Number of columns N of the whole product.
-        columns: This rank's columns, possibly none.
-        compute: Maps rows [T', K] of any ranks to [T', columns]; never called without rows or without
-            columns.
+    ``compute`` maps rows [T', K] of any ranks to [T', columns]; never called without rows or without columns.
     """
 
     outputs: int
@@ -39,13 +34,10 @@ class ColumnSlice:
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """The layout of one round in the window: the rows of every rank, then the results.
+    """The layout of one round in the window: the ``rows`` of every rank [K], then the results.
 
     Attributes:
-        size: Number of ranks R.
-        inputs: Numbers per row K.
         outputs: Columns of all products together.
-        dtype: Dtype of rows and results.
         rows: Rows of each rank per round.
         is_reserved: Whether a round fits into the part of the window where results never lie. Rows may then
             be written while other ranks still read the results of the round before.
@@ -91,19 +83,11 @@ class ColumnParallel:
         self._window.reserve(ROUND_BYTES)
 
     def products(self, x: Tensor, slices: Sequence[ColumnSlice], tag: Tag) -> list[Tensor]:
-        """Multiply this rank's rows by all columns of several products; collective.
+        """Multiply this rank's rows [T, K] by all columns of several products, [T, N] each; collective.
 
         It takes one agreement, and one fence per round. The agreement says how many rows each rank has, that
-        they have been written, and that every rank has read the last results, so that new ones may be
-        written.
-
-        Args:
-            x: This rank's rows [T, K].
-            slices: The products, in the same order on every rank.
-            tag: The name of the step for the agreement.
-
-        Returns:
-            [T, N] for each of ``slices``.
+        they have been written, and that every rank has read the last results. ``slices`` have one order on
+        every rank.
         """
         outputs = sum(s.outputs for s in slices)
         layout = WindowLayout.of(self.group.size, x.shape[1], outputs, x.dtype)
@@ -145,8 +129,7 @@ class ColumnParallel:
     ) -> None:
         """Multiply one round of rows; collective.
 
-        Every rank computes its own columns for the rows of all ranks, ``rows_per_rank[r]`` of rank r, and
-        then copies all columns of its own rows to ``out``.
+        Every rank computes its own columns for all rows, then copies all columns of its own rows to ``out``.
         """
         shared, rank = self._rows_of_ranks(layout), self.group.rank
         parts = [shared[r, :n] for r, n in enumerate(rows_per_rank) if n]
@@ -163,10 +146,7 @@ class ColumnParallel:
 
 
 def split_columns(outputs: int, group: Communicator, unit: int = 64) -> slice:
-    """Return this rank's columns of ``outputs``, a multiple of ``unit``; possibly none.
-
-    The last columns may be fewer than a multiple. Ranks have equally many units or one more.
-    """
+    """Return this rank's columns of ``outputs``, a multiple of ``unit`` but for the last; or none."""
     units = split_range(-(-outputs // unit), group.size, group.rank)
     return slice(min(outputs, units.start * unit), min(outputs, units.stop * unit))
 

@@ -27,8 +27,7 @@ class Tag:
         op: Name of the operation.
         layer: Index of the layer, -1 outside layers.
         step: Number of the layer's step, -1 outside steps.
-        rows: Rows that this rank brings; for reports alone.
-        row_bytes: Bytes of one row; for reports alone.
+        rows: Rows that this rank brings; for reports alone, as are the ``row_bytes`` of one.
     """
 
     op: str
@@ -126,15 +125,7 @@ class Communicator(Protocol):
         """Make the group of the ranks that give the same ``color``, ordered by ``key``; collective."""
 
     def exchange(self, header: Header, tag: Tag | None = None) -> Header:
-        """All-gather a small int64 vector per rank, always on the host.
-
-        Args:
-            header: This rank's vector [N] int64.
-            tag: What the ranks are doing; for reports.
-
-        Returns:
-            [size, N] int64, the vectors of all ranks.
-        """
+        """All-gather a small int64 vector [N] per rank, always on the host: [size, N]."""
 
     def enter_step(self, tag: Tag) -> None:
         """Count the collectives from now on to the layer and step of ``tag``, without any exchange."""

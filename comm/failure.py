@@ -112,10 +112,7 @@ def abort_on_failure() -> None:
 
 
 def report_failures(watchdog: Watchdog) -> None:
-    """Let ``watchdog`` report when this rank fails, after :func:`abort_on_failure`.
-
-    SIGTERM is answered by that report, too, unless the program has a handler for it.
-    """
+    """Let ``watchdog`` report when this rank fails, or gets a SIGTERM that no other handler takes."""
     if sys.excepthook is _end_job:
         sys.excepthook = partial(_end_job, watchdog=watchdog)
         on_sigterm(watchdog.reporter.end_on_sigterm)

@@ -1,7 +1,4 @@
-"""The process grid: dense layers see dp x tp ranks, expert layers edp x ep x etp.
-
-Both are the same ranks.
-"""
+"""The process grid: dense layers see dp x tp ranks, expert layers the same ranks as edp x ep x etp."""
 
 from dataclasses import dataclass, field, replace
 
@@ -42,16 +39,8 @@ def resolve(
 ) -> GridShape:
     """Complete the sizes of the axes for ``size`` ranks and check the products.
 
-    Args:
-        size: Number of ranks.
-        tp: Tensor parallel ranks; 1 by default.
-        dp: Data parallel ranks; by default ``size / tp``.
-        ep: Ranks with different experts; by default ``size / etp``.
-        etp: Ranks that slice the same experts; 1 by default.
-
-    Raises:
-        ValueError: The sizes do not fit; the message shows the product, the number of ranks and what would
-            fit.
+    By default ``tp`` and ``etp`` are 1, ``dp`` is ``size / tp`` and ``ep`` is ``size / etp``. Raises
+    ValueError, which shows the product, the number of ranks and what would fit, for sizes that do not.
     """
     for name, value in (("tp", tp), ("dp", dp), ("ep", ep), ("etp", etp)):
         if value is not None and value < 1:
@@ -150,8 +139,7 @@ class ProcessGrid:
             deadlines: Deadlines of the transport; by default those of ``world``.
 
         Raises:
-            AgreedError: The sizes do not fit, or device or transport cannot serve; the same text on every
-                rank.
+            AgreedError: The sizes do not fit, or device or transport cannot serve; the same on every rank.
             DesyncError: The ranks asked for different grids.
         """
         shape = agreed(world.comm, lambda: resolve(world.size, tp, dp, ep, etp), "process grid")
@@ -190,11 +178,7 @@ class ProcessGrid:
         return cls(world, GridShape(1, 1, 1, 1, 1), one, one, one, one, one, one, one, one)
 
     def close(self) -> None:
-        """Free all groups and their shared windows; collective.
-
-        Nothing that was made on them works afterwards. A grid that lives as long as its job need not be
-        closed.
-        """
+        """Free all groups and their shared windows; collective. Nothing made on them works afterwards."""
         if self.peer_window is not None:
             self.peer_window.close()
         if self.transport is not None:

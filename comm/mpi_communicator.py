@@ -195,10 +195,7 @@ class MpiCommunicator(BaseCommunicator):
 
     @contextmanager
     def journal_entry(self, op: str, seconds: float | None = None) -> Iterator[None]:
-        """Give the MPI call in the ``with`` block, made by all ranks, a deadline and a journal line.
-
-        ``seconds``: the deadline; None for that of the current step.
-        """
+        """Give the MPI call in the block, made by all ranks, a deadline (None: the step's) and a line."""
         self._journal.enter(self._journal.next_seq(), op, seconds)
         try:
             yield

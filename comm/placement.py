@@ -33,15 +33,11 @@ class Placement:
 
     @classmethod
     def blocks(cls, num_experts: int, ep: int, etp: int = 1, copies: int = 0) -> "Placement":
-        """Place experts in contiguous blocks; E need not divide by ``ep`` nor reach it.
+        """Place experts in ``ep`` contiguous blocks; E need not divide by ``ep`` nor reach it.
 
-        Args:
-            num_experts: Number of experts E. The first ep ranks hold one more than the last; the last may
-                hold none.
-            ep: Number of blocks.
-            etp: Number of ranks that slice one block.
-            copies: Number of experts that every ep rank holds besides its block. The copies of ep rank r have
-                the ids from ``E + r * copies`` on, and the local indices after those of the block.
+        The first ep ranks hold one more than the last, which may hold none. ``copies``: experts that every ep
+        rank holds besides its block; those of ep rank r have the ids from ``E + r * copies`` on, and the
+        local indices after those of the block.
         """
         sizes = split_sizes(num_experts, ep)
         owner = torch.repeat_interleave(torch.arange(ep), torch.tensor(sizes))
@@ -88,10 +84,8 @@ class Placement:
     def slot_order(self, topk_ids: Tensor) -> tuple[Tensor, list[int]]:
         """Find each slot's output among the slot outputs of all ep ranks laid end to end.
 
-        Every rank computes its slots in (token, slot) order.
-
-        Returns:
-            The positions, [T, k] int64, -1 for a dropped slot; and the number of slots of each ep rank.
+        Every rank computes its slots in (token, slot) order. Returns the positions, [T, k] int64, -1 for a
+        dropped slot; and the number of slots of each ep rank.
         """
         owners = self.owners(topk_ids).reshape(-1)
         counts = torch.bincount(owners, minlength=self.ep + 1)[: self.ep].tolist()

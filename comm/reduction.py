@@ -47,11 +47,9 @@ class Distributed:
 
 @dataclass(frozen=True)
 class Transform:
-    """A function of single tokens' outputs.
+    """A ``function`` of single tokens' outputs, [T, H] to [T, H'], each row by itself.
 
-    Attributes:
-        function: Maps [T, H] to [T, H'], each row by itself.
-        reduce_commutes: Whether f(a + b) == f(a) + f(b), as for a linear map.
+    ``reduce_commutes``: whether f(a + b) == f(a) + f(b), as for a linear map.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -114,9 +112,9 @@ def same_state(a: State, b: State) -> bool:
 
 
 def split_tokens(x: Tensor, group: Communicator) -> Distributed:
-    """Return this rank's part of tokens ``x`` [T, ...] that all ranks of ``group`` hold.
+    """Return this rank's part of tokens ``x`` [T, ...] that all ranks of ``group`` hold; no rows move.
 
-    No rows move. A model does so before a sequence-parallel layer; :func:`to_full` gathers the parts again.
+    A model does so before a sequence-parallel layer; :func:`to_full` gathers the parts again.
     """
     counts = tuple(split_sizes(x.shape[0], group.size))
     return Distributed(x[split_range(x.shape[0], group.size, group.rank)], Sharded(group, counts))

@@ -41,8 +41,7 @@ class SharedWindow:
     def reserve(self, nbytes: int) -> None:
         """Make the window at least ``nbytes`` large, the same number on every rank.
 
-        Collective if the window has to grow. Raises :class:`~xpar.comm.failure.AgreedError` on every rank if
-        the node has no room for it.
+        Collective if it has to grow. :class:`~xpar.comm.failure.AgreedError` if the node has no room for it.
         """
         if nbytes <= self._bytes.numel():
             return
@@ -109,10 +108,7 @@ class SharedWindow:
 
 
 def get_window(group: Communicator, use: str = "tokens") -> SharedWindow:
-    """Return the window that all users on ``group`` have in common for one ``use``.
-
-    A model's layers run one after the other, so that one window serves all of them.
-    """
+    """Return the window of ``group`` for one ``use``: layers run in turn, so that one serves all."""
     if not isinstance(group, MpiCommunicator):
         return SharedWindow(group)
     key = f"window of {use}"
@@ -144,8 +140,7 @@ def refuse_full_memory() -> None:
 def check_room(nbytes: int, reusable: int = 0) -> None:
     """Raise ValueError unless a window of ``nbytes`` fits once ``reusable`` bytes are freed.
 
-    Without this check the window would open, and the process would be killed (SIGBUS) by its first write to a
-    missing page.
+    Else the window would open, and its first write to a missing page would kill the process (SIGBUS).
     """
     free = free_bytes() + reusable
     if nbytes > free:

@@ -18,14 +18,9 @@ Group = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Lateness:
-    """The delays with which one rank came to its collectives.
+    """The delays with which world rank ``rank`` came to ``collectives`` that were compared.
 
-    Attributes:
-        rank: World rank.
-        collectives: Number of collectives that were compared.
-        p50: Median lateness in seconds.
-        p99: 99th percentile of the lateness in seconds.
-        last: Share of the collectives to which the rank came last, 0 to 1.
+    ``p50``, ``p99``: percentiles in seconds. ``last``: share of them to which the rank came last, 0 to 1.
     """
 
     rank: int
@@ -36,19 +31,17 @@ class Lateness:
 
 
 def gather_lateness(comm: Communicator, watchdog: Watchdog) -> list[Lateness]:
-    """Compare the waits of all ranks since the last call.
+    """Compare the waits of all ranks since the last call, in rank order, and empty the journals.
 
-    Collective over ``comm``, the group of all ranks. Returns the lateness of every rank in rank order, and
-    empties the journals.
+    Collective over ``comm``, the group of all ranks.
     """
     return lateness(comm.all_gather_object(watchdog.take_waits()))
 
 
 def lateness(waits_of_ranks: Sequence[Mapping[Group, Sequence[float]]]) -> list[Lateness]:
-    """Compute the lateness of every rank from the waits of all ranks.
+    """Compute every rank's lateness from the seconds that each rank waited in each collective of its groups.
 
-    ``waits_of_ranks``: for each rank and each of its groups the seconds waited in each collective. A group's
-    waits are there for all of its ranks or for none.
+    A group's waits are there for all of its ranks or for none.
     """
     late: list[list[np.ndarray]] = [[] for _ in waits_of_ranks]
     for name, ranks in sorted({group for waits in waits_of_ranks for group in waits}):

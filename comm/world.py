@@ -1,7 +1,4 @@
-"""The job as this process sees it: ranks, nodes, cores.
-
-All of it is observed, nothing is guessed from a rank number.
-"""
+"""The job as this process sees it: ranks, nodes, cores, all observed and nothing guessed."""
 
 import faulthandler
 import os

@@ -25,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line. Neither torch nor MPI is imported."""
-    top = argparse.ArgumentParser(
+    top = CommandParser(
         prog="xpar", description="MPI-native expert-parallel engine for mixture-of-experts models."
     )
     top.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
-    add_commands(top.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser))
+    add_commands(top.add_subparsers(required=True, metavar="COMMAND"))
     return top
 
 

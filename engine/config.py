@@ -92,8 +92,9 @@ class LayerConfig:
 
     ``bias``: both products of every expert add a bias. ``output_bias``: a bias [H] is added to each token's
     sum (JetMoE). ``latent_size``: the width of the routed experts' input and output, where a pair of products
-    leads from H there and back (Nemotron-3), or None. ``num_logits``: E and the zero experts, what the gate
-    scores.
+    leads from H there and back (Nemotron-3), or None. ``width_unit``: the part of I that slices of an expert
+    are multiples of where that leaves them even, the block of quantised weights. ``num_logits``: E and the
+    zero experts, what the gate scores.
     """
 
     num_experts: int
@@ -105,6 +106,7 @@ class LayerConfig:
     bias: bool = False
     output_bias: bool = False
     latent_size: int | None = None
+    width_unit: int = 1
 
     @property
     def routed_size(self) -> int:

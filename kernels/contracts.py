@@ -17,6 +17,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
+
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu2", "swiglustep", "situ"]
 
 
@@ -150,10 +152,7 @@ class ExpertInput:
 
 @dataclass(frozen=True)
 class Slots:
-    """Outputs of all slots of a batch, unweighted: ``rows`` [M k, H], slot j of entry m at row m k + j.
-
-    Rows of slots whose id is -1 are undefined.
-    """
+    """Outputs of all slots, unweighted: ``rows`` [M k, H], slot j of entry m at m k + j, undefined for -1."""
 
     rows: Tensor
 
@@ -169,6 +168,8 @@ class ExpertSpec:
         row_invariant: True if the bits of a row's result must not depend on the other rows of the batch, as
             ``exact`` mode needs.
         bias: True if both products add a bias.
+        weight_format: codes and scales that the kernel keeps and computes from; None for weights in
+            ``dtype``.
     """
 
     num_experts: int
@@ -179,6 +180,7 @@ class ExpertSpec:
     device: str = "cpu"
     row_invariant: bool = False
     bias: bool = False
+    weight_format: WeightFormat | None = None
 
 
 class ExpertKernel(Protocol):
@@ -238,6 +240,35 @@ class SlotKernel(Protocol):
         """
 
 
+@runtime_checkable
+class QuantisedKernel(ExpertKernel, Protocol):
+    """An expert kernel that keeps and computes from codes and scales, if ``spec.weight_format`` is set.
+
+    The arithmetic is that of the dequantised weights, with what the registry entry says about activations.
+    """
+
+    def load_quantised(
+        self,
+        index: int,
+        gate_up: QuantisedWeight,
+        down: QuantisedWeight,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        """Copy the weights of expert ``index`` into the kernel, as :meth:`ExpertKernel.load_expert` does.
+
+        Args:
+            index: local expert id, 0 to E - 1.
+            gate_up: [2I, H] or [I, H] in ``spec.weight_format``.
+            down: [H, I] in the same format.
+            gate_up_bias: [2I] or [I] if ``spec.bias``, else None.
+            down_bias: [H] if ``spec.bias``, else None.
+
+        Raises:
+            ValueError: ``index``, a format or a shape does not fit ``spec``.
+        """
+
+
 class FusedRoutingKernel(ExpertKernel, Protocol):
     """An expert kernel that can also route and combine, if it has all experts of the layer.
 
@@ -247,34 +278,28 @@ class FusedRoutingKernel(ExpertKernel, Protocol):
     def route_and_compute(
         self, hidden_states: Tensor, router_logits: Tensor, route: RouteSpec
     ) -> tuple[Tensor, Routing]:
-        """Route, compute and combine T tokens.
+        """Route, compute and combine tokens [T, H] by finite logits [T, E]: sums [T, H] and routing.
 
-        Args:
-            hidden_states: [T, H] in ``spec.dtype``.
-            router_logits: [T, E], finite.
-            route: the rule, one that the registry entry does not refuse.
-
-        Returns:
-            The weighted sum of the experts' outputs [T, H], and the routing behind it.
+        ``route``: a rule that the registry entry does not refuse.
         """
 
 
 def check_expert_weights(
     spec: ExpertSpec,
     index: int,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | QuantisedWeight,
+    down: Tensor | QuantisedWeight,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> None:
-    """Raise ValueError unless ``index`` and the shapes of the weights fit ``spec``.
+    """Raise ValueError unless ``index``, the format and the shapes of the weights fit ``spec``.
 
     The arguments are those of :meth:`ExpertKernel.load_expert`.
     """
     if not 0 <= index < spec.num_experts:
         raise ValueError(f"expert {index}: this rank holds experts 0 to {spec.num_experts - 1}")
     rows = spec.activation.gate_up_rows(spec.intermediate_size)
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
+    expected: dict[str, tuple[Tensor | QuantisedWeight | None, tuple[int, ...] | None]] = {
         "gate_up": (gate_up, (rows, spec.hidden_size)),
         "down": (down, (spec.hidden_size, spec.intermediate_size)),
         "gate_up_bias": (gate_up_bias, (rows,) if spec.bias else None),
@@ -284,6 +309,13 @@ def check_expert_weights(
         found = None if tensor is None else tuple(tensor.shape)
         if found != shape:
             raise ValueError(f"expert {index}: {name} is {found}, expected {shape}")
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        given = weight.format if isinstance(weight, QuantisedWeight) else None
+        if given != spec.weight_format:
+            raise ValueError(
+                f"expert {index}: {name} is in {given or 'plain numbers'}, the kernel was built for "
+                f"{spec.weight_format or 'plain numbers'}"
+            )
 
 
 def require_loaded(missing: Collection[int]) -> None:
@@ -296,13 +328,9 @@ def require_loaded(missing: Collection[int]) -> None:
 def require_finite(
     tensor: Tensor, message: Callable[[Tensor], str], error: type[Exception] = ValueError
 ) -> None:
-    """Raise ``error`` if a value of ``tensor`` is NaN or infinite.
+    """Raise ``error`` if a value of ``tensor`` is NaN or infinite; on a GPU the call waits for the device.
 
-    Args:
-        tensor: any shape and floating dtype; on a GPU the call waits for the device.
-        message: makes the text of the error from the mask of the values that are not finite, in the tensor's
-            shape.
-        error: class of the exception.
+    ``message`` makes the text from the mask of the values that are not finite, in the tensor's shape.
     """
     # One sum runs at memory speed and is finite only if every term is; if finite terms overflow, the mask
     # decides.

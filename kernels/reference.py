@@ -1,7 +1,4 @@
-"""The definition of what experts compute: plain torch, one expert at a time.
-
-Every other kernel is compared with this module. Letters: :mod:`xpar.kernels.contracts`.
-"""
+"""The definition of what experts compute, with which every kernel is compared: plain torch, one at a time."""
 
 from collections.abc import Sequence
 
@@ -10,6 +7,7 @@ from torch import Tensor
 
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec, check_expert_weights, require_loaded
+from xpar.kernels.quantised_weight import QuantisedWeight
 
 
 def mlp(
@@ -104,10 +102,7 @@ def routed_experts(
 
 
 class ReferenceExperts:
-    """The reference as an expert kernel for every device, dtype and shape, and slow.
-
-    Implements :class:`~xpar.kernels.contracts.ExpertKernel`.
-    """
+    """The reference as an :class:`~xpar.kernels.contracts.ExpertKernel`, for every device, and slow."""
 
     name = "reference"
 
@@ -115,8 +110,9 @@ class ReferenceExperts:
         self.spec = spec
         e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
         rows = spec.activation.gate_up_rows(i)
-        self._gate_up = torch.empty(e, rows, h, dtype=spec.dtype, device=spec.device)
-        self._down = torch.empty(e, h, i, dtype=spec.dtype, device=spec.device)
+        dtype = spec.dtype if spec.weight_format is None else torch.float32
+        self._gate_up = torch.empty(e, rows, h, dtype=dtype, device=spec.device)
+        self._down = torch.empty(e, h, i, dtype=dtype, device=spec.device)
         self._biases = (self._gate_up.new_empty(e, rows), self._down.new_empty(e, h)) if spec.bias else None
         self._missing = set(range(e))
 
@@ -129,12 +125,33 @@ class ReferenceExperts:
         down_bias: Tensor | None = None,
     ) -> None:
         check_expert_weights(self.spec, index, gate_up, down, gate_up_bias, down_bias)
+        self._keep(index, gate_up, down, gate_up_bias, down_bias)
+
+    def _keep(
+        self,
+        index: int,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+    ) -> None:
         self._gate_up[index].copy_(gate_up)
         self._down[index].copy_(down)
         if self._biases is not None and gate_up_bias is not None and down_bias is not None:
             self._biases[0][index].copy_(gate_up_bias)
             self._biases[1][index].copy_(down_bias)
         self._missing.discard(index)
+
+    def load_quantised(
+        self,
+        index: int,
+        gate_up: QuantisedWeight,
+        down: QuantisedWeight,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        check_expert_weights(self.spec, index, gate_up, down, gate_up_bias, down_bias)
+        self._keep(index, gate_up.dequantise(), down.dequantise(), gate_up_bias, down_bias)
 
     def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
         weights = x.topk_weights.float().masked_fill(x.topk_ids < 0, 0.0)
@@ -150,5 +167,6 @@ class ReferenceExperts:
     def _slots(self, x: ExpertInput) -> Tensor:
         require_loaded(self._missing)
         inputs = x.hidden_states[: x.topk_ids.shape[0]] if x.rows is None else x.hidden_states[x.rows]
+        inputs = inputs.to(self._gate_up.dtype)
         weights = (self._gate_up, self._down)
         return expert_slots(inputs, x.topk_ids, *weights, self.spec.activation, *(self._biases or ()))

@@ -12,6 +12,7 @@ from xpar.kernels.cpu.experts_native import NativeExperts
 from xpar.kernels.cpu.experts_onednn import OneDnnExperts
 from xpar.kernels.cpu.experts_zen import ZenExperts
 from xpar.kernels.gpu import availability as gpu
+from xpar.kernels.quantised_weight import WeightFormat
 from xpar.kernels.reference import ReferenceExperts
 
 
@@ -57,6 +58,7 @@ class KernelEntry:
         all_activations: True if it has every other form of :class:`~xpar.kernels.contracts.Activation`, too.
         fused_routing: the routings that it covers besides computing, or None. If set, the kernels that
             ``build`` makes are :class:`~xpar.kernels.contracts.FusedRoutingKernel`.
+        why_not_format: returns the reason why it cannot compute from weights of a quantised format, or None.
         why_unsuitable: returns the reason why ``auto`` prefers a later entry although this one could serve,
             or None.
     """
@@ -71,6 +73,7 @@ class KernelEntry:
     measured: str
     all_activations: bool = False
     fused_routing: FusedRouting | None = None
+    why_not_format: Callable[[WeightFormat], str | None] = lambda fmt: f"does not compute from {fmt} weights"
     why_unsuitable: Callable[[ExpertSpec], str | None] = lambda spec: None
 
     def why_not(self, spec: ExpertSpec) -> str | None:
@@ -85,6 +88,8 @@ class KernelEntry:
             return f"has activations {_join_names(self.activations)}, not {spec.activation}"
         if spec.row_invariant and not self.row_invariant:
             return "a row's bits may depend on the rest of the batch, which exact mode rules out"
+        if spec.weight_format is not None and (reason := self.why_not_format(spec.weight_format)):
+            return reason
         return self.why_unavailable(spec)
 
 
@@ -158,6 +163,7 @@ KERNELS: tuple[KernelEntry, ...] = (
         row_invariant=False,
         why_unavailable=lambda spec: None,
         build=ReferenceExperts,
+        why_not_format=lambda fmt: None,
         all_activations=True,
         measured="the definition, not made to be fast",
     ),

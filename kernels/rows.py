@@ -67,13 +67,7 @@ def group_by_expert(topk_ids: Tensor, num_experts: int) -> ExpertGroups:
 
 
 def gather_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return ``x[index]``, in ``out`` if that is given.
-
-    Args:
-        x: [N, H].
-        index: [M] int64.
-        out: [M, H] in the dtype of ``x``, or None.
-    """
+    """Return ``x[index]`` of [N, H] and [M] int64, in ``out`` [M, H] if that is given."""
     if _has_gpu_kernel(x):
         from xpar.kernels.gpu import rows as gpu
 
@@ -127,16 +121,10 @@ def weighted_sum(slot_rows: Tensor, weights: Tensor, positions: Tensor, out: Ten
 
 
 def sum_rows(rows: Tensor, index: Tensor, num_out: int) -> Tensor:
-    """Return ``y[t]``, the sum of the rows r with ``index[r] == t``.
+    """Return ``y[t]``, the sum of the rows r [N, H] with ``index[r] == t``: [num_out, H] in their dtype.
 
-    Args:
-        rows: [N, H].
-        index: [N] int64, 0 to ``num_out`` - 1.
-        num_out: number of sums.
-
-    Returns:
-        [num_out, H] in the dtype of ``rows``, added in row order in float32 and rounded once; zero for no
-        row.
+    ``index`` [N] int64 is 0 to ``num_out`` - 1. Added in row order in float32 and rounded once; zero for no
+    row.
     """
     if _has_gpu_kernel(rows):
         from xpar.kernels.gpu import rows as gpu
@@ -149,15 +137,9 @@ def sum_rows(rows: Tensor, index: Tensor, num_out: int) -> Tensor:
 
 
 def sum_runs(rows: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
-    """Return ``y[t]``, the sum of the next ``sizes[t]`` rows that ``index`` names.
+    """Return ``y[t]``, the sum of the next ``sizes[t]`` rows [N, H] that ``index`` names: [M, H].
 
-    Args:
-        rows: [N, H].
-        index: [sum(sizes)] int64.
-        sizes: [M] int64.
-
-    Returns:
-        [M, H] in the dtype of ``rows``, added in the order of ``index`` in float32 and rounded once.
+    ``index`` is [sum(sizes)] int64, ``sizes`` [M] int64. Added in that order in float32 and rounded once.
     """
     if _has_gpu_kernel(rows):
         from xpar.kernels.gpu import rows as gpu

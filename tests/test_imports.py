@@ -20,6 +20,7 @@ ALLOWED = {
 ENGINE_ROOMS = (
     "config",
     "checkpoint",
+    "formats",
     "routing",
     "architectures",
     "layer",

@@ -42,11 +42,9 @@ SMALL_GROUP = 4
 
 @dataclass(frozen=True)
 class GatheredTokens:
-    """The plan in which the tokens of all ranks are entries.
+    """The plan in which the tokens of all ranks are entries; ``counts`` of each rank.
 
-    Attributes:
-        arrived: Local ids and weights of every token of every rank.
-        counts: Tokens of each rank.
+    ``arrived``: local ids and weights of every token of every rank.
     """
 
     arrived: Routing
@@ -124,10 +122,7 @@ class AllGatherDispatcher(Dispatcher):
 def plan_from_gathered(
     own: Routing, gathered: Routing, counts: list[int], placement: Placement, rank: int, exact: bool
 ) -> AllToAllPlan:
-    """Derive the plan that all-to-all learns by asking.
-
-    ``own``, ``gathered``: the routing of this rank's and of all ranks' tokens, ``counts`` of each rank.
-    """
+    """Derive the plan that all-to-all learns by asking, from the routing of all ranks' tokens."""
     destination, tokens, send = rows_by_destination(own.topk_ids, placement)
     local = placement.local_ids(gathered.topk_ids, placement.ep_rank(rank))
     rows = (local >= 0).any(dim=1).nonzero()[:, 0]

@@ -69,10 +69,7 @@ class CountsInFlight:
 
 
 class AllToAllDispatcher(Dispatcher):
-    """The general dispatcher: any number of ranks, uneven tokens and experts.
-
-    ``early``: begin to pack rows before their number is known; by default on a GPU.
-    """
+    """The general dispatcher; ``early``: pack rows before their number is known (default: on a GPU)."""
 
     name = "alltoall"
     capabilities = Capabilities(("cpu", "cuda"), needs_host_counts=True, graph_capture=False)
@@ -159,11 +156,7 @@ def exchange_counts(group: Communicator, send: list[int]) -> list[int]:
 
 
 def rows_by_destination(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor, list[int]]:
-    """List the rows to send for ``topk_ids`` [T, k], by destination rank and then token.
-
-    Returns:
-        The rank of each row [S], the token of each row [S], and the number of rows per rank.
-    """
+    """List the rows to send for ``topk_ids`` [T, k]: their ranks and tokens [S], and rows per rank."""
     mask = destination_mask(topk_ids, placement)
     pairs = mask.nonzero()
     return pairs[:, 0], pairs[:, 1], mask.sum(1).tolist()
@@ -181,10 +174,7 @@ def returning_slots(active: Tensor, tokens: Tensor, send: list[int]) -> tuple[Te
 
 
 def invert_slots(slots: Tensor, shape: torch.Size) -> Tensor:
-    """Return for each slot of ``shape`` the row r with ``slots[r]`` equal to its index.
-
-    [T, k] int64, -1 for a slot that is not among ``slots``.
-    """
+    """Return for each slot of ``shape`` its row in ``slots``: [T, k] int64, -1 for one that is not there."""
     positions = torch.full((shape.numel(),), -1, dtype=torch.int64, device=slots.device)
     positions[slots] = torch.arange(len(slots), device=slots.device)
     return positions.view(shape)
@@ -195,14 +185,8 @@ def return_rows(
 ) -> Pending[Distributed]:
     """Send each row's output home and sum there; collective.
 
-    Args:
-        group: The ``moe`` group.
-        outputs: The outputs of the rows that arrived here, or in exact mode of their slots.
-        state: The plan of the exchange.
-        routing: The routing of this rank's tokens.
-
-    Returns:
-        [T, H], summed by source rank, or in exact mode in slot order with the weights.
+    ``outputs``: of the rows that arrived here, or in exact mode of their slots. The sum [T, H] is by source
+    rank, or in exact mode in slot order with the weights.
     """
     back = outputs.new_empty(sum(state.back_recv), outputs.shape[1])
     r, send, recv = group.rank, state.back_send, state.back_recv

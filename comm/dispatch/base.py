@@ -1,7 +1,4 @@
-"""The contract of every dispatcher: plan, dispatch, (the experts compute), combine.
-
-A dispatcher keeps no state between the calls.
-"""
+"""The contract of every dispatcher, which keeps no state: plan, dispatch, (experts compute), combine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,9 +79,7 @@ class Capabilities:
 class DispatchRequest:
     """The facts about a layer that decide which dispatchers serve it.
 
-    Attributes:
-        top_k: Experts per token.
-        sequence_parallel: Whether the ranks of a tp group hold different tokens.
+    ``sequence_parallel``: whether the ranks of a tp group hold different tokens.
     """
 
     top_k: int = 2
@@ -119,14 +114,8 @@ class Dispatcher(Protocol):
     """Moves tokens to the ranks of their experts and the experts' outputs back.
 
     A dispatcher is a class that inherits from this one, and an entry of
-    :data:`xpar.comm.dispatch.choose.DISPATCHERS`.
-
-    Attributes:
-        name: Name in options and reports.
-        capabilities: What callers may ask about it.
-        group: The ``moe`` group.
-        placement: The ranks of the experts.
-        agreed: What the ranks know of the current step before its layers begin; None: nothing ever.
+    :data:`xpar.comm.dispatch.choose.DISPATCHERS`. ``group`` is the ``moe`` group. ``agreed``: what the ranks
+    know of the current step before its layers begin; None: nothing ever.
     """
 
     name: ClassVar[str]
@@ -182,7 +171,10 @@ class Dispatcher(Protocol):
         """
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        """Start to move ``hidden_states`` [T, H]; the result is for this rank's experts."""
+        """Start to move ``hidden_states`` [T, H]; the result is for this rank's experts.
+
+        What arrives may lie where peers write the next step's rows: read it before :meth:`combine`.
+        """
 
     def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
         """Return memory for ``rows`` expert outputs that combine need not copy, or None."""
@@ -218,21 +210,11 @@ def agree_on_plan(
     dtype: torch.dtype,
     exact: bool,
 ) -> tuple[Routing, list[int]]:
-    """Check that all ranks are healthy and in this layer with these sizes; collective.
+    """Check that all ranks are healthy and in this layer with these sizes; collective. Every plan begins so.
 
-    Every plan begins with this handshake. In a step whose tokens all ranks have agreed on before, nothing is
-    exchanged, unless every collective is to be compared. An error of one rank then ends the job.
-
-    Args:
-        dispatcher: The dispatcher that plans.
-        routing: As for :meth:`Dispatcher.plan`.
-        tag: The same.
-        hidden_size: The same.
-        dtype: The same.
-        exact: The same.
-
-    Returns:
-        The routing, and every rank's number of tokens.
+    In a step whose tokens all ranks have agreed on before, nothing is exchanged, unless every collective is
+    to be compared. An error of one rank then ends the job. The arguments are those of
+    :meth:`Dispatcher.plan`. Returns the routing, and every rank's number of tokens.
     """
     group = dispatcher.group
     announced = None if dispatcher.agreed is None else dispatcher.agreed.tokens

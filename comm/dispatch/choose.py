@@ -56,20 +56,10 @@ def choose_dispatcher(
     top_k: int = 2,
     sequence_parallel: bool = False,
 ) -> DispatcherChoice:
-    """Choose and build the first dispatcher that suits ``grid``, or the one called ``name``.
+    """Choose and build the first dispatcher that suits ``grid``, or the one called ``name``; not collective.
 
-    Makes no collective call.
-
-    Args:
-        grid: The process grid.
-        placement: The ranks of the experts.
-        name: Name of a dispatcher, or "auto".
-        top_k: Experts per token.
-        sequence_parallel: Whether the ranks of a tp group hold different tokens.
-
-    Raises:
-        ValueError: There is no dispatcher called ``name``, or it cannot work here; with the reason and the
-            names of those that can.
+    Raises ValueError, with the reason and the names of those that can, if there is no dispatcher called
+    ``name`` or it cannot work here. The keywords are the fields of :class:`DispatchRequest`.
     """
     choice = choose_dispatcher_class(grid, placement, name, DispatchRequest(top_k, sequence_parallel))
     dispatcher = choice.chosen.build(grid, placement.to(grid.device))

@@ -14,8 +14,7 @@ def expected_destinations(num_experts: int, top_k: int, held: int) -> float:
 def expected_rows(num_experts: int, top_k: int, ranks: int) -> float:
     """Return the expected rows of a token that sends one to each rank with its experts.
 
-    That is ``R (1 - C(E - E/R, k) / C(E, k))`` if R divides E; here it holds for blocks that differ by one,
-    too.
+    That is ``R (1 - C(E - E/R, k) / C(E, k))`` if R divides E; blocks may differ by one here.
     """
     return sum(expected_destinations(num_experts, top_k, held) for held in split_sizes(num_experts, ranks))
 
@@ -25,13 +24,8 @@ def expected_crossings(
 ) -> float:
     """Return the expected rows of a token that leave its node, averaged over all ranks.
 
-    Args:
-        num_experts: Number of experts E.
-        top_k: Experts per token k.
-        etp: Number of consecutive ranks that slice the same experts.
-        node_of: The node of each rank of the group.
-        by_node: Whether a token sends one row to each node that holds any of its experts, rather than to each
-            rank.
+    ``node_of``: of each rank, of which ``etp`` in sequence slice the same experts. ``by_node``: a token sends
+    one row to each node that holds any of its experts, rather than to each rank.
     """
     held = [n for n in split_sizes(num_experts, len(node_of) // etp) for _ in range(etp)]
     on_node = {node: [h for h, n in zip(held, node_of, strict=True) if n == node] for node in node_of}

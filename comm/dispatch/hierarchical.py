@@ -60,15 +60,10 @@ class HierarchicalPlan:
 
 
 class HierarchicalDispatcher(Dispatcher):
-    """A dispatcher for groups on several nodes.
+    """A dispatcher for groups on several nodes, whose ranks are ordered by node.
 
-    Ranks are ordered by node, and all slices of an expert lie on one node.
-
-    Args:
-        group: The ``moe`` group.
-        placement: The ranks of the experts.
-        node_group: The ranks of ``group`` on this node.
-        node_of: The node of each rank of ``group``.
+    All slices of an expert lie on one node. ``node_group``: the ranks of ``group`` on this node. ``node_of``:
+    the node of each rank of ``group``.
     """
 
     name = "hierarchical"

@@ -41,15 +41,12 @@ class HostCounts:
 
 @dataclass(frozen=True)
 class OutgoingRows:
-    """The rows that this rank sends: the first ``sum(counts)`` of B.
-
-    The other rows are copies of token 0 without meaning.
+    """The rows that this rank sends: the first ``sum(counts)`` of B; others are copies of token 0.
 
     Attributes:
         counts: Rows to each rank [R].
         tokens: [B] int64, the token of each row, by destination rank and then token.
-        encoded: [B, 2k] int32, ids at the destination and weights of each row, by
-            :func:`~xpar.comm.dispatch.base.encode_routing`.
+        encoded: [B, 2k] int32, ids at the destination and weights, by ``encode_routing``.
     """
 
     counts: HostCounts
@@ -91,10 +88,7 @@ def positions_of_true(flags: Tensor, bound: int) -> Tensor:
 def local_ids_at_destination(
     topk_ids: Tensor, destination: Tensor, tokens: Tensor, placement: Placement
 ) -> Tensor:
-    """Return the local ids of sent rows' slots there: [S, k] int32, -1 for experts elsewhere.
-
-    ``destination``, ``tokens`` [S]: the rank that each row is sent to, and its token.
-    """
+    """Return local ids of sent rows' slots at ``destination`` [S]: [S, k] int32, -1 for experts elsewhere."""
     ids = topk_ids[tokens].long()
     is_at_destination = placement.owner[ids] == (destination // placement.etp)[:, None]
     return torch.where(is_at_destination, placement.local[ids], -1)

@@ -33,11 +33,7 @@ LEAST_WINDOW_ROOM = 256 << 20
 class Layout:
     """The layout of rows in the window: all ranks' tokens first, then all ranks' outputs.
 
-    Attributes:
-        tokens: This rank's rows among the tokens.
-        outputs: This rank's rows among the outputs.
-        num_tokens: Tokens of all ranks.
-        num_outputs: Outputs of all ranks.
+    ``tokens`` and ``outputs``: this rank's rows among them. ``num_…``: those of all ranks.
     """
 
     tokens: slice
@@ -194,10 +190,7 @@ class SharedMemoryDispatcher(Dispatcher):
         return self.window.view(first_byte, (layout.num_outputs, like.shape[1]), like.dtype)
 
     def _plan_window(self, gathered: Routing, own: slice, exact: bool) -> tuple[SharedMemoryPlan, Tensor]:
-        """Derive the plan, and the number of rows to each rank, from the routing of all ranks.
-
-        ``own``: which of the tokens of ``gathered`` are this rank's.
-        """
+        """Derive the plan, and the rows to each rank, from all tokens' routing; ``own``: this rank's."""
         mask = destination_mask(gathered.topk_ids, self.placement)
         rows = mask[self.group.rank].nonzero()[:, 0]
         local = self.placement.local_ids(gathered.topk_ids[rows], self.placement.ep_rank(self.group.rank))

@@ -9,11 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CollectiveSignature:
-    """The collective that one rank is about to enter.
+    """The collective that one rank is about to enter; ``op``, ``dtype`` and ``shape`` are the same on all.
 
     Attributes:
-        op: Name of the operation; the same on all ranks, like ``dtype`` and ``shape``.
-        dtype: Dtype of the tensor, empty without one.
         shape: The part of the tensor's shape that must be the same on all ranks.
         send: Rows to each rank; the other rank must expect as many.
         recv: Rows from each rank.
@@ -37,7 +35,7 @@ class CollectiveSignature:
 
 
 def find_difference(signatures: Sequence[CollectiveSignature], world_ranks: Sequence[int]) -> str | None:
-    """Describe which ranks differ and how, by their ``world_ranks``; None if all signatures fit.
+    """Describe which of ``world_ranks`` differ and how; None if all signatures fit.
 
     The most frequent signature counts as the right one, or the first rank's without a most frequent one.
     """

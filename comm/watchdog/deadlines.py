@@ -29,10 +29,7 @@ class Deadlines:
 
     @classmethod
     def of_step(cls, seconds: float) -> "Deadlines":
-        """Set ``step`` to ``seconds`` and scale the other deadlines but ``abort`` alike.
-
-        Raises ValueError unless ``seconds`` is positive and finite.
-        """
+        """Set ``step`` to ``seconds``, positive and finite, and scale the others but ``abort`` alike."""
         if not (seconds > 0 and math.isfinite(seconds)):
             raise ValueError(f"deadline of {seconds:g} s: must be positive and finite; leave it out for 60 s")
         scale = seconds / cls.step

@@ -20,13 +20,9 @@ SHARED, ROBUST = 1, 1
 
 
 class DeathLock:
-    """This process's lock in memory that other processes of the machine map, too.
+    """This process's lock in shared ``memory``, at ``offset``, a multiple of 8.
 
     One thread owns the lock for as long as the process lives, and waits for the lock of another process.
-
-    Args:
-        memory: The shared memory.
-        offset: Where this process's lock is, a multiple of 8.
     """
 
     def __init__(self, memory: mmap.mmap, offset: int) -> None:
@@ -42,10 +38,7 @@ class DeathLock:
         return self._is_acquired
 
     def watch(self, offset: int, on_death: Callable[[], None]) -> None:
-        """Call ``on_death`` in the lock's thread when the owner of the lock at ``offset`` has died.
-
-        That lock must have been acquired. To be called once.
-        """
+        """Call ``on_death`` in the lock's thread when the owner of the lock at ``offset`` dies; once."""
         self._target, self._on_death = offset, on_death
         self._has_target.set()
 

@@ -28,11 +28,7 @@ class StepDeadline:
 
 
 class Journal(Protocol):
-    """The record of a communicator's collectives.
-
-    Attributes:
-        checks_collectives: Whether the ranks compare every collective before it begins.
-    """
+    """The record of a communicator's collectives; with ``checks_collectives`` ranks compare each of them."""
 
     checks_collectives: bool
 
@@ -51,10 +47,7 @@ class Journal(Protocol):
         rows_in: int = 0,
         row_bytes: int = 0,
     ) -> None:
-        """Record that this rank begins to wait for the others; the sizes are those of ``Call``.
-
-        ``seconds``: the deadline; None for that of the current step.
-        """
+        """Record that this rank begins to wait; ``seconds``: the deadline, None for the step's."""
 
     def leave(self) -> None:
         """Record that this rank has stopped waiting."""

@@ -1,7 +1,4 @@
-"""Questions from node to node of a job over TCP.
-
-MPI cannot carry them while its collectives stand still.
-"""
+"""Questions from node to node of a job over TCP. MPI cannot carry them while its collectives stand still."""
 
 import socket
 import threading
@@ -28,15 +25,10 @@ class Address:
 
 @dataclass(frozen=True)
 class RankAddress:
-    """The address at which other ranks find a rank of the job.
+    """The host, node and index on it, by which other ranks find a rank of the job.
 
-    Attributes:
-        host: Name of its host.
-        node: Index of its node.
-        local_rank: Its index on the node.
-        address: The address of its node server; None in a job of one node.
-        has_death_lock: Whether its neighbour can learn of its death by a
-            :class:`~xpar.comm.watchdog.death_lock.DeathLock`.
+    ``address``: of its node server; None in a job of one node. ``has_death_lock``: whether its neighbour can
+    learn of its death by a :class:`~xpar.comm.watchdog.death_lock.DeathLock`.
     """
 
     host: str

@@ -1,7 +1,4 @@
-"""The text that says where every rank is.
-
-It has a line for each rank, the missing ranks by name, and equal stacks once.
-"""
+"""The text that says where every rank is: a line for each, the missing ones by name, equal stacks once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +11,10 @@ HEADLINE = "where every rank is:"
 
 @dataclass(frozen=True)
 class RankState:
-    """The facts that a survey found out about one rank.
+    """The facts that a survey found out about one rank, after its row of the status board (``Entry``).
 
-    Attributes:
-        rank: World rank.
-        host: Name of its host.
-        state: OUTSIDE, INSIDE, FAILING or LEFT, as its row of the status board says.
-        age: Seconds since it entered that state.
-        call: The collective that it is in or was in last, if any.
-        process: ``stopped``, ``gone`` or empty for nothing special.
-        stack: The stacks of its threads, empty if unknown.
+    ``process``: ``stopped``, ``gone`` or empty for nothing special. ``stack``: of its threads, empty if
+    unknown.
     """
 
     rank: int
@@ -45,13 +36,9 @@ def format_survey(
     waiting: Call | None = None,
     group: Sequence[int] = (),
 ) -> str:
-    """Write the whole report.
+    """Write the whole report of ranks ``seen``, and (rank, host) of the ``silent`` others.
 
-    Args:
-        seen: The ranks whose state is known.
-        silent: Rank and host of the others.
-        waiting: The collective that did not end in time, if that is the reason of the report.
-        group: The world ranks of that collective's group.
+    ``waiting``: the collective of ``group`` that did not end in time, if that is the reason of the report.
     """
     text = [HEADLINE, *_lines(seen, silent)]
     if waiting is not None:

@@ -28,15 +28,10 @@ RANKS_ASKED = 2
 
 
 class Reporter:
-    """Surveys all ranks, writes the report and ends the job.
+    """Surveys all ranks, writes the report and ends the job by ``abort``, from any thread.
 
     The report is written by the first rank of the first node that asks for one. A rank of another node has a
     rank of the first node write it, if any answers.
-
-    Args:
-        board: The status board of this node.
-        rank: World rank of this process.
-        abort: Ends the whole job with an exit code, from any thread.
     """
 
     def __init__(self, board: StatusBoard, rank: int, abort: Callable[[int], None]) -> None:
@@ -55,20 +50,14 @@ class Reporter:
     def fail(
         self, reason: str, code: int, waiting: Call | None = None, group: tuple[int, ...] = ()
     ) -> NoReturn:
-        """Have the report written, and end the job on every rank. From any thread.
+        """Have the report headed ``reason`` written, and end the job with ``code``. From any thread.
 
-        Args:
-            reason: The headline.
-            code: Exit code of the job.
-            waiting: The collective that did not end in time, if that is the reason.
-            group: The world ranks of that collective's group.
+        ``waiting``: the collective of world ranks ``group`` that did not end in time, if that is the reason.
         """
         self._end(SurveyRequest(self._headline(reason), code, waiting, group))
 
     def fail_in_haste(self, reason: str, code: int, dead: int = -1) -> NoReturn:
-        """Report as :meth:`fail`, but write the states of this node's ranks at once.
-
-        The launcher may kill them any moment.
+        """Report as :meth:`fail`, but the states of this node's ranks at once: a launcher may kill them.
 
         ``dead``: a rank whose process is known to be ending.
         """
@@ -177,10 +166,7 @@ class Reporter:
     # -- the survey ------------------------------------------------------------------------------------------
 
     def _survey(self, request: SurveyRequest) -> tuple[list[RankState], list[tuple[int, str]]]:
-        """Ask every node where its ranks are.
-
-        Returns the states of the ranks of nodes that answer, and rank and host of the others.
-        """
+        """Ask every node where its ranks are: the states that come, and rank and host of the others."""
         own = self.ranks[self.rank].node
         others = sorted({r.node for r in self.ranks} - {own})
         answers: dict[int, list[RankState] | None] = dict.fromkeys(others)
@@ -205,8 +191,7 @@ class Reporter:
     def _survey_node(self, with_stacks: bool = True, dead: int = -1) -> list[RankState]:
         """Return the states of this node's ranks, or of this rank alone if the board is not shared.
 
-        ``with_stacks``: collect the stacks, too, which takes a moment. ``dead``: a rank whose process is
-        ending.
+        ``with_stacks``: collect the stacks, too, which takes a moment. ``dead``: a rank that is ending.
         """
         ranks = self.ranks_of_node(self.ranks[self.rank].node) if self.board.shared else [self.rank]
         entries = [self.board.read(self.ranks[r].local_rank) for r in ranks]

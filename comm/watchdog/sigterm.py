@@ -1,7 +1,4 @@
-"""A handler of SIGTERM that works while MPI blocks the process.
-
-Launchers and people end jobs with SIGTERM.
-"""
+"""A handler of SIGTERM, by which launchers and people end jobs, that works while MPI blocks the process."""
 
 import os
 import signal
@@ -46,10 +43,9 @@ def _is_handler(handler: object) -> bool:
 
 
 def _reset_in_children(handler: Callable[..., None]) -> None:
-    """Remove handler and pipe in forked children.
+    """Remove handler and pipe in forked children, which would take their SIGTERM for their parent's.
 
-    They would take their own SIGTERM for their parent's. SIGTERM is blocked while a process forks: Python
-    drops signals that come before the child is set up.
+    SIGTERM is blocked while a process forks: Python drops signals that come before the child is set up.
     """
     masks: dict[int, set[int]] = {}  # the signal mask of each thread that forks
 

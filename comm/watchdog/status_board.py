@@ -42,18 +42,10 @@ ROW_BYTES = 256
 
 @dataclass(frozen=True)
 class Call:
-    """A collective as one rank entered it.
+    """A collective as one rank entered it, number ``seq`` of those of the group, from 1.
 
-    Attributes:
-        op: Name of the operation.
-        group: Name of the group.
-        seq: Number of the collective among those of the group, from 1.
-        layer: Index of the layer, -1 outside layers.
-        step: Number of the step, -1 outside steps.
-        rows_out: Rows that leave the rank.
-        rows_in: Rows that arrive.
-        row_bytes: Bytes of one row.
-        seconds: The deadline.
+    ``layer``, ``step``: -1 outside. ``rows_out``, ``rows_in``: rows that leave and arrive, of ``row_bytes``.
+    ``seconds``: the deadline.
     """
 
     op: str
@@ -76,14 +68,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Entry:
-    """The row of one rank.
+    """The row of one rank: in ``state`` (OUTSIDE, INSIDE, FAILING or LEFT) for ``age`` seconds.
 
-    Attributes:
-        state: OUTSIDE, INSIDE, FAILING or LEFT.
-        age: Seconds since the rank entered that state.
-        call: The collective that it is in or was in last, if any.
-        pid: Its process.
-        stack_fd: The descriptor of its file of stacks, -1 without one.
+    ``call``: the collective that it is in or was in last, if any. ``stack_fd``: the descriptor of its file of
+    stacks, -1 without one.
     """
 
     state: int
@@ -94,14 +82,10 @@ class Entry:
 
 
 class StatusBoard:
-    """The rows of a node's ranks; each rank writes its own row and reads all.
+    """The rows of a node's ranks; each rank writes its own row, ``local_rank``, and reads all.
 
-    Attributes:
-        memory: The memory of the rows.
-        local_rank: Index of this rank's row.
-        size: Number of rows.
-        file: Descriptor of the file behind the memory, None without one.
-        shared: Whether the other rows are really written by the node's ranks.
+    ``file``: descriptor of the file behind ``memory``, None without one. ``shared``: whether the other rows
+    are really written by the node's ranks.
     """
 
     def __init__(self, memory: mmap.mmap, local_rank: int, size: int, file: int | None, shared: bool) -> None:

@@ -32,25 +32,14 @@ GRACE_S = 1.0
 
 @dataclass(frozen=True)
 class WatchdogOptions:
-    """Optional work of the watchdog.
-
-    Attributes:
-        check_collectives: Compare every collective on all ranks before it begins (``--debug-collectives``).
-        record_waits: Record how long each collective waited, for a report about stragglers.
-    """
+    """Optional work: compare every collective on all ranks before it begins; record waits for stragglers."""
 
     check_collectives: bool = False
     record_waits: bool = False
 
 
 class Watchdog:
-    """The watchdog of one rank of a job of several ranks; make it with :meth:`start`.
-
-    Attributes:
-        reporter: Surveys the ranks, writes the report and ends the job.
-        deadlines: The deadlines that the watchdog enforces.
-        options: What it checks and records besides.
-    """
+    """The watchdog of one rank of a job of several ranks; make it with :meth:`start`."""
 
     def __init__(self, reporter: Reporter, deadlines: Deadlines, options: WatchdogOptions) -> None:
         self.reporter, self.deadlines, self.options = reporter, deadlines, options
@@ -71,15 +60,7 @@ class Watchdog:
         deadlines: Deadlines,
         options: WatchdogOptions,
     ) -> "Watchdog":
-        """Start the watchdogs of all ranks; collective over ``world``.
-
-        Args:
-            world: The ranks of the job.
-            node: The ranks of this rank's node.
-            node_of: The node of every rank.
-            deadlines: The deadlines to enforce.
-            options: What to check and record besides.
-        """
+        """Start the watchdogs of all ranks of ``world``, those of ``node`` on one node; collective."""
         reporter = Reporter(StatusBoard.open(node), world.rank, world.Abort)
         watchdog = cls(reporter, deadlines, options)
         key: bytes = world.bcast(secrets.token_bytes(16) if world.rank == 0 else None, root=0)

@@ -173,11 +173,6 @@ def _shared_config(arch: Architecture, hf_config: Mapping[str, Any], layer: int)
 
 
 def _check_rules(arch: Architecture, hf_config: Mapping[str, Any]) -> None:
-    if hf_config.get("quantization_config") is not None:
-        raise CheckpointError(
-            "config.json: quantization_config: quantised weights need scales that are not read; "
-            "convert the checkpoint to bfloat16 first"
-        )
     for rule in arch.rules:
         value = lookup(hf_config, rule.key)
         absent = value is None and (rule.allows_null or not has_key(hf_config, rule.key))

@@ -5,6 +5,7 @@ layer exists. Is is the width of the shared experts. Under tensor parallelism ``
 I or of Is, and I_r or Is_r is the width of that part.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from xpar.engine.architectures.layer_config import layer_config
 from xpar.engine.architectures.mlp_weights import (
     ALL,
     MlpPlace,
@@ -135,6 +137,22 @@ def load_layer_weights(
     for index, expert in stream_experts(checkpoint, arch, layer, config, experts, dtype, rows):
         sink(index, *(tensor for tensor in expert if tensor is not None))
     return weights
+
+
+def stored_layer_config(checkpoint: Checkpoint, arch: Architecture, layer: int) -> LayerConfig:
+    """Make the configuration of a layer whose experts are sliced at the blocks of their stored weights.
+
+    Raises :class:`CheckpointError` as :func:`layer_config` does, and for quantised experts that are damaged.
+    """
+    names = resolve_names(checkpoint, arch, layer).experts
+
+    def cut(name: str | None) -> tuple[int, int]:
+        return (1, 1) if name is None else checkpoint.smallest_cut(name.format(layer=layer, expert=0))
+
+    rows = [cut(name)[0] for name in (names.gate, names.up, names.gate_up)]
+    return replace(
+        layer_config(arch, checkpoint.config, layer), width_unit=math.lcm(*rows, cut(names.down)[1])
+    )
 
 
 def load_router(

@@ -201,8 +201,8 @@ def load_tensor(
     stored = checkpoint.entry(name).dtype
     if stored not in PLAIN_DTYPES:
         raise CheckpointError(
-            f"tensor {name} is stored as {stored}: quantised weights need scales that are not read; "
-            "convert the checkpoint to bfloat16 first"
+            f"tensor {name} is stored as {stored}: quantised weights need scales, and the file has none for "
+            "it, or config.json has no quantization_config; download both again, or use the bfloat16 release"
         )
     tensor = checkpoint.read(name, rows=rows, cols=cols, expect_shape=shape, out=out, index=index).to(dtype)
     _require_finite(tensor, name, stored)

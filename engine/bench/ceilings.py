@@ -35,11 +35,7 @@ class HostCeilings:
     flop_per_s: float
 
     def floor_s(self, config: LayerConfig, routing: Routing, dtype: torch.dtype) -> float:
-        """Compute the least seconds of a layer with this routing.
-
-        The weights of the chosen experts are read once, and every slot is computed; the longer of the two
-        counts.
-        """
+        """Compute the least seconds of a layer: to read the chosen weights once, or to compute every slot."""
         expert = 3 * config.routed_size * config.intermediate_size
         shared = 3 * config.hidden_size * (config.shared.intermediate_size if config.shared else 0)
         active = routing.topk_ids[routing.topk_ids >= 0]
@@ -104,11 +100,7 @@ class GpuCeilings:
     flops: float
 
     def floor_s(self, spec: ExpertSpec, x: ExpertInput) -> float:
-        """Compute the least seconds of a layer as three kernels: gate-up, down and weighted sum.
-
-        Every weight of an expert that has tokens is read once, and so is every row; each result is written
-        once.
-        """
+        """Compute the least seconds of a layer as three kernels that move rows and weights once."""
         size, h, i = spec.dtype.itemsize, spec.hidden_size, spec.intermediate_size
         active = x.topk_ids[x.topk_ids >= 0]
         slots, experts = active.numel(), torch.unique(active).numel()
@@ -125,10 +117,7 @@ class GpuCeilings:
 
 
 def measure_gpu_ceilings(dtype: torch.dtype = torch.bfloat16) -> GpuCeilings:
-    """Measure the GPU with additions over 1 GiB and with large products.
-
-    Each is the best of three, as clocks need time to rise.
-    """
+    """Measure the GPU by additions over 1 GiB and large products, the best of three, as clocks rise."""
     return GpuCeilings(_gpu_bandwidth(), _gpu_flops(dtype))
 
 

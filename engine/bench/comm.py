@@ -51,19 +51,7 @@ def count_tokens(megabytes: float, hidden_size: int, dtype: torch.dtype, rows_pe
 def measure(
     traffic: TokenTraffic, grid: ProcessGrid, names: list[str], rounds: int = ROUNDS
 ) -> list[dict[str, Any]]:
-    """Measure dispatch and combine of each dispatcher; collective.
-
-    The experts' work between dispatch and combine is not measured.
-
-    Args:
-        traffic: the tokens.
-        grid: the process grid.
-        names: the dispatchers.
-        rounds: number of measured rounds.
-
-    Returns:
-        One result per dispatcher.
-    """
+    """Measure dispatch and combine, without the experts, of each dispatcher of ``names``; collective."""
     placement = Placement.blocks(traffic.num_experts, grid.shape.ep, grid.shape.etp)
     trials = [DispatchTrial(choose_dispatcher(grid, placement, name).dispatcher, traffic) for name in names]
     node_of = [grid.world.node_of[r] for r in grid.moe.world_ranks]
@@ -76,10 +64,7 @@ def measure(
 
 
 def choose_names(grid: ProcessGrid, num_experts: int, names: list[str]) -> list[str]:
-    """Return ``names``, or if empty all dispatchers that serve ``grid`` and send something.
-
-    Raises ValueError for a name that does not serve ``grid``.
-    """
+    """Return ``names``, or all dispatchers that send something; ValueError if one cannot serve."""
     placement = Placement.blocks(num_experts, grid.shape.ep, grid.shape.etp)
 
     def serves(name: str) -> bool:
@@ -96,11 +81,7 @@ def choose_names(grid: ProcessGrid, num_experts: int, names: list[str]) -> list[
 
 
 def count_deduplicated(topk_ids: Tensor, placement: Placement, node_of: list[int] | None) -> int:
-    """Count the rows that ``topk_ids`` [T, k] need, one by one.
-
-    A token needs one row per rank that holds any of its experts. If ``node_of``, the node of each rank, is
-    given, it needs one row per node.
-    """
+    """Count the rows that ``topk_ids`` [T, k] need: one per token and rank, or node of ``node_of``."""
     ranks = destination_mask(topk_ids, placement)
     if node_of is None:
         return int(ranks.sum())
@@ -253,16 +234,9 @@ def _collect_result(
 def measure_sizes(
     base: TokenTraffic, grid: ProcessGrid, megabytes: list[float], names: list[str]
 ) -> list[dict[str, Any]]:
-    """Measure every dispatcher at every size; collective.
+    """Measure every dispatcher at every size, in MB of 2^20 bytes a rank; collective.
 
-    Args:
-        base: the traffic, whose number of tokens follows from each size.
-        grid: the process grid.
-        megabytes: sizes of each rank's dispatch in MB of 2^20 bytes.
-        names: the dispatchers; empty for all that serve ``grid``.
-
-    Returns:
-        One result per size and dispatcher.
+    ``base``: the traffic, whose tokens follow from each size. ``names``: empty for all that serve ``grid``.
     """
     rows = expected_rows(base.num_experts, base.top_k, grid.moe.size)
     names = agreed(grid.world.comm, lambda: choose_names(grid, base.num_experts, names), "bench comm")

@@ -65,19 +65,10 @@ def decode(
     on_agreement: Callable[[float], None] = lambda seconds: None,
     captured: bool = True,
 ) -> Decoded:
-    """Continue prompts greedily; collective.
+    """Continue prompts ``ids`` [B, P] int64 greedily; collective.
 
-    Args:
-        comm: the ranks of the job.
-        loaded: the model.
-        ids: prompts [B, P] int64.
-        new_tokens: number of tokens to add to each prompt.
-        on_agreement: called with the seconds of the agreement before each step.
-        captured: replay steps as CUDA graphs where ``xpar generate`` does so; otherwise launch each part of
-            each step.
-
-    Returns:
-        Times, tokens and logits.
+    ``on_agreement`` is called with the seconds of the agreement before each step. ``captured``: replay steps
+    as CUDA graphs where ``xpar generate`` does so; otherwise launch each part of each step.
     """
     sampling = RecordedSampling()
     step_begins: list[float] = []
@@ -113,18 +104,9 @@ def decode(
 
 
 def measure_parts(comm: Communicator, loaded: LoadedModel, ids: Tensor, new_tokens: int) -> dict[str, float]:
-    """Measure each of ``PARTS`` in a step that continues sequences; collective.
+    """Measure the mean milliseconds of each of ``PARTS`` in a step on this rank; collective.
 
-    A replayed CUDA graph has no parts, so that every step is launched.
-
-    Args:
-        comm: the ranks of the job.
-        loaded: the model.
-        ids: prompts [B, P] int64.
-        new_tokens: number of tokens to add to each prompt.
-
-    Returns:
-        Milliseconds of each part on this rank, as mean over the steps.
+    A replayed CUDA graph has no parts, so that every step is launched. ``ids``: prompts [B, P] int64.
     """
     timer, agreement = MeasuringTimer(loaded.device), [0.0]
     with _timed(loaded, timer) as hooked:
@@ -155,10 +137,9 @@ def measure_parts(comm: Communicator, loaded: LoadedModel, ids: Tensor, new_toke
 
 @contextmanager
 def _timed(loaded: LoadedModel, timer: MeasuringTimer) -> Iterator[dict[str, float]]:
-    """Measure a model while the context is open.
+    """Measure a model while the context is open: yields the seconds of attention, router and head.
 
-    Yields the seconds of attention, router and head, which the model's own modules compute. ``timer`` gets
-    the stages of the expert layers.
+    ``timer`` gets the stages of the expert layers.
     """
     seconds = {"attention": 0.0, "router": 0.0, "head": 0.0}
     handles = []

@@ -45,16 +45,9 @@ class DecodeRequest:
 def measure(
     grid: ProcessGrid, loaded: LoadedModel, peer: DecodingPeer | None, request: DecodeRequest
 ) -> dict[str, Any]:
-    """Decode on both sides in turn and compare them; collective.
+    """Decode on both sides in turn and compare them; collective. The figures are the same on every rank.
 
-    Args:
-        grid: the process grid.
-        loaded: the model on the grid.
-        peer: transformers' process, on rank 0; None on the other ranks.
-        request: what to decode.
-
-    Returns:
-        The figures of both sides, the same on every rank.
+    ``peer``: transformers' process, on rank 0; None on the other ranks.
     """
     comm, new_tokens = grid.world.comm, request.new_tokens
     vocab = loaded.model.config.get_text_config().vocab_size
@@ -121,19 +114,13 @@ class LoadingMemory:
 
 
 def gather_loading_memory(grid: ProcessGrid, loaded: LoadedModel, before: list[int]) -> list[LoadingMemory]:
-    """Return the memory of every rank right after loading; collective.
-
-    ``before``: result of :func:`gather_resident_bytes` before loading.
-    """
+    """Return the memory of every rank right after loading, beside that ``before`` it; collective."""
     weights = grid.world.comm.all_gather_object(loaded.dense_bytes + loaded.expert_bytes)
     return [LoadingMemory(*m) for m in zip(before, gather_peak_bytes(grid), weights, strict=True)]
 
 
 def start_peer(grid: ProcessGrid, path: Path, dtype: torch.dtype) -> DecodingPeer | None:
-    """Start transformers' process on rank 0 while the other ranks sleep; None on those.
-
-    Collective; raises one error on every rank.
-    """
+    """Start transformers' process on rank 0 while the others, which get None, sleep; collective."""
     world = grid.world
 
     def start() -> DecodingPeer | None:
@@ -153,10 +140,7 @@ def _ask_peer(peer: DecodingPeer | None, name: str, ids: torch.Tensor, new_token
 
 
 def _find_contenders(theirs: dict[str, list[Decoded]]) -> list[str]:
-    """Return the implementations that may still be the fastest.
-
-    Rounds of the others would take most of the time.
-    """
+    """Return the implementations that may still be fastest; rounds of others would take long."""
     step_ms = {name: decoded[0].step_ms for name, decoded in theirs.items() if decoded}
     return [name for name, ms in step_ms.items() if ms < FAR * min(step_ms.values())]
 

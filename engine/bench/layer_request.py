@@ -19,16 +19,11 @@ class LayerRequest:
     """The layer to measure and how.
 
     Attributes:
-        shape: the layer's sizes.
-        scale: factor on H and I.
+        scale: factor on H and I of ``shape``.
         tokens: numbers of tokens of the whole job.
-        dtype: dtype of weights and tokens.
         compare: ``transformers``; ``solo``: this layer in one process with all threads of the node;
             ``steps``: this layer with every step taken by itself.
         seconds: measuring time for each contender and number of tokens.
-        seed: seed of weights and tokens.
-        dispatcher: name of the dispatcher, or ``auto``.
-        kernel: name of the kernel, or ``auto``.
         exact: the layer's mode whose bits do not depend on the number of ranks.
         depth: whether one kernel call covers several steps.
         micro_batches: if more than 1, the layer is measured in that many overlapping parts, too.

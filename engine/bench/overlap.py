@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.bench.timing import Contender, graph_time, host_time, take_turns
+from xpar.engine.bench.timing import REPLAYS, Contender, graph_time, host_time, take_turns
 from xpar.engine.layer.build import build_layer, with_options
-from xpar.engine.layer.cuda_graph import CapturedLayer, check_capturable
+from xpar.engine.layer.cuda_graph import CapturedLayer, is_capturable
 from xpar.engine.layer.shared_expert_overlap import Overlap, SharedOrder
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
 
 BATCHES = 4
 """Number of different inputs that the rounds go through."""
-REPLAYS = 20
-"""Calls between two readings of the clock on a GPU: one call is shorter than a reading takes."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,7 @@ class OverlapRequest:
 
 
 class OverlapBench:
-    """One layer with shared experts on ``grid``. Every method is collective.
-
-    On GPUs the layer is captured as a CUDA graph if that is possible.
-    """
+    """One layer with shared experts, on GPUs as a CUDA graph if possible. Every method is collective."""
 
     def __init__(self, request: OverlapRequest, grid: ProcessGrid) -> None:
         self.request, self.grid, self.comm = request, grid, grid.world.comm
@@ -57,12 +52,9 @@ class OverlapBench:
         ]
 
     def measure(self, tokens: int) -> dict[str, Any]:
-        """Measure every order with ``tokens`` tokens per rank, relative to the order ``none``.
-
-        ``differ`` names the orders whose output has other bits.
-        """
+        """Measure every order relative to ``none``; ``differ`` names those whose output has other bits."""
         inputs = [self._draw_input(tokens, n) for n in range(BATCHES)]
-        captured = self._is_capturable(tokens)
+        captured = is_capturable(self.runner, tokens)
         forwards = {order.value: self._make_forward(order, tokens, captured) for order in self.orders}
         differ = self._find_different(forwards, inputs[0])
         contenders = [self._make_contender(name, f, inputs) for name, f in forwards.items()]
@@ -77,13 +69,6 @@ class OverlapBench:
             "ratio": {name: t.ratio(none) for name, t in times.items()},
             "differ": differ,
         }
-
-    def _is_capturable(self, tokens: int) -> bool:
-        try:
-            check_capturable(self.runner, tokens)
-        except ValueError:
-            return False
-        return True
 
     def _make_forward(self, order: SharedOrder, tokens: int, captured: bool) -> Callable[[Tensor], Tensor]:
         """Make the layer's forward that computes the shared experts in ``order``."""

@@ -34,9 +34,9 @@ PREFILL = "grouped_mm"
 
 
 class PeerProcess:
-    """A process that runs ``serve(pipe, *args)``. The constructor waits until it is ready.
+    """A process that runs ``serve(pipe, *args)``; the constructor waits for the ``first`` value it sends.
 
-    ``first``: the first value that the process sent. Raises RuntimeError for a process that ends or is late.
+    Raises RuntimeError for a process that ends or is late.
     """
 
     start_timeout_s = 600.0
@@ -104,12 +104,7 @@ class DecodingPeer(PeerProcess):
     def decode(
         self, implementation: str, ids: Tensor, new_tokens: int
     ) -> tuple[float, list[float], list[list[int]], Tensor]:
-        """Continue prompts greedily.
-
-        Args:
-            implementation: one of :data:`xpar.engine.bench.peers.DECODE_IMPLEMENTATIONS`.
-            ids: prompts [B, P] int64.
-            new_tokens: number of tokens to add to each prompt.
+        """Continue prompts ``ids`` [B, P] int64 greedily, by one of ``DECODE_IMPLEMENTATIONS``.
 
         Returns:
             Seconds of the prompts, seconds of each step after, tokens [B][new_tokens], and the logits [B, V]

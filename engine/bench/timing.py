@@ -16,15 +16,13 @@ SETTLE_S = 0.01
 LEAST_ROUNDS, MOST_ROUNDS = 5, 60
 WARM_UP_ROUNDS = 2
 """Rounds of :func:`take_turns` before those that it counts."""
+REPLAYS = 20
+"""Calls between two readings of the clock on a GPU: one call is shorter than a reading takes."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the work that is measured.
-
-    ``call`` runs batch number n and returns its seconds. ``alone``: only rank 0 calls it, and the other ranks
-    sleep.
-    """
+    """One way to do the work: ``call`` runs batch n and returns its seconds; ``alone``: on rank 0 only."""
 
     name: str
     call: Callable[[int], float]
@@ -53,18 +51,10 @@ class Times:
 def take_turns(
     comm: Communicator, contenders: Sequence[Contender], batches: int, seconds: float
 ) -> dict[str, Times]:
-    """Run every contender once per round; collective.
+    """Run every contender once per round, so that a slow minute falls on all of them; collective.
 
-    A slow minute of the machine then falls on all of them.
-
-    Args:
-        comm: the ranks that take part.
-        contenders: the ways that are compared; all run the same batch in a round.
-        batches: number of different batches, which the rounds go through.
-        seconds: about how long to measure in all. Two rounds before say how many rounds fit: 5 to 60.
-
-    Returns:
-        The times of each contender by its name.
+    ``batches``: different batches, which the rounds go through. ``seconds``: about how long to measure in
+    all; two rounds before say how many rounds fit: 5 to 60.
     """
     warm = _run_round(comm, contenders, 0) + _run_round(comm, contenders, batches - 1)
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(2 * seconds / max(sum(warm), 1e-9))))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xpar.engine.checkpoint.tensor_file import DTYPES, CheckpointError, TensorEntry, TensorFile
+from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorEntry"]
 
@@ -113,7 +114,7 @@ class Checkpoint:
         Args:
             name: name of the tensor.
             rows: slice of the first dimension, with step 1 and within the stored shape.
-            cols: slice of the second dimension of a 2-D tensor, likewise.
+            cols: slice of the second dimension, likewise.
             expect_shape: the shape that the whole stored tensor must have.
             out: contiguous tensor of the sliced shape that receives the values, converted to its dtype.
             index: read only this entry of the first dimension; ``rows`` and ``cols`` slice the entry.
@@ -133,7 +134,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{file.path}: tensor {name} has unknown dtype {entry.dtype}; known: {', '.join(DTYPES)}"
             )
-        row_range, col_range, shape = _ranges(name, _entry_shape(name, entry.shape, index), rows, cols)
+        row_range, col_range, shape = slice_ranges(name, entry_shape(name, entry.shape, index), rows, cols)
         dtype = DTYPES[entry.dtype]
         if out is not None and (tuple(out.shape) != shape or not out.is_contiguous()):
             raise ValueError(f"tensor {name}: out is {list(out.shape)}, must be contiguous and {list(shape)}")
@@ -141,6 +142,24 @@ class Checkpoint:
         target = out if out is not None and direct else torch.empty(shape, dtype=dtype)
         file.read_into(name, target, row_range, col_range, index)
         return target if out is None or direct else out.copy_(target)
+
+    def weight_format(self, name: str) -> WeightFormat | None:
+        """Return the format in which tensor ``name`` is quantised; None for one that is not."""
+        return None
+
+    def describe_conversions(self, dtype: torch.dtype) -> str:
+        """Describe the quantised weights that were read as ``dtype``; empty if none were."""
+        return ""
+
+    def smallest_cut(self, name: str) -> tuple[int, int]:
+        """Return the rows and columns of which a slice of tensor ``name`` should be a multiple."""
+        return 1, 1
+
+    def read_quantised(
+        self, name: str, rows: slice | None = None, cols: slice | None = None, index: int | None = None
+    ) -> QuantisedWeight:
+        """Read codes and scales of a slice of tensor ``name``, whose :meth:`weight_format` is not None."""
+        raise ValueError(f"tensor {name} is not quantised; read it with read()")
 
     def _find_file(self, name: str) -> TensorFile:
         filename = SINGLE_FILE if self._weight_map is None else self._weight_map.get(name)
@@ -174,7 +193,7 @@ class Checkpoint:
         return weight_map
 
 
-def _entry_shape(name: str, shape: tuple[int, ...], index: int | None) -> tuple[int, ...]:
+def entry_shape(name: str, shape: tuple[int, ...], index: int | None) -> tuple[int, ...]:
     """Return the shape of entry ``index`` of the first dimension, or ``shape`` without index."""
     if index is None:
         return shape
@@ -183,17 +202,17 @@ def _entry_shape(name: str, shape: tuple[int, ...], index: int | None) -> tuple[
     return shape[1:]
 
 
-def _ranges(
+def slice_ranges(
     name: str, shape: tuple[int, ...], rows: slice | None, cols: slice | None
 ) -> tuple[slice, slice | None, tuple[int, ...]]:
     """Return the ranges of rows and columns with explicit ends, and the shape of the slice."""
-    if (rows is not None and not shape) or (cols is not None and len(shape) != 2):
+    if (rows is not None and not shape) or (cols is not None and len(shape) < 2):
         raise ValueError(f"tensor {name} of shape {list(shape)} cannot be sliced by rows={rows}, cols={cols}")
     row_range = _bounds(name, rows, shape[0] if shape else 1)
     col_range = None if cols is None else _bounds(name, cols, shape[1])
     sliced = (row_range.stop - row_range.start, *shape[1:]) if shape else ()
     if col_range is not None:
-        sliced = (sliced[0], col_range.stop - col_range.start)
+        sliced = (sliced[0], col_range.stop - col_range.start, *sliced[2:])
     return row_range, col_range, sliced
 
 

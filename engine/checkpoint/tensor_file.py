@@ -26,6 +26,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -112,7 +113,7 @@ class TensorFile:
             name: name of the tensor.
             out: contiguous tensor of the stored dtype.
             rows: range of the first dimension.
-            cols: range of the second dimension of a 2-D tensor; only its bytes are read.
+            cols: range of the second dimension; only its bytes are read.
             index: an entry of the first dimension, which ``rows`` and ``cols`` then slice. The caller has
                 checked the bounds of all three.
         """

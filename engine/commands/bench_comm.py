@@ -153,9 +153,6 @@ def _table(results: list[dict[str, Any]]) -> Table:
 
 
 def _crossing_cells(result: dict[str, Any]) -> tuple[str, str]:
-    """Format the rows that leave a node and their expected number.
-
-    All-gather has none: it sends every token.
-    """
+    """Format the rows that leave a node and their expected number, which all-gather has none of."""
     expected = "" if result["row_granularity"] == "all" else f"{result['rows_across_expected']:.0f}"
     return str(result["rows_across_nodes"]), expected

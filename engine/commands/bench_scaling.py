@@ -11,7 +11,6 @@ from rich.console import Console
 
 from xpar.comm.failure import AgreedError, agreed
 from xpar.comm.world import World
-from xpar.engine.architectures.layer_config import find, moe_layers
 from xpar.engine.bench.scaling import result_folder
 from xpar.engine.bench.scaling.generate_study import AnswerCheck, GenerateStudy
 from xpar.engine.bench.scaling.layer_source import CheckpointLayer, LayerSource, ShapeLayer
@@ -30,10 +29,12 @@ from xpar.engine.commands.options import (
 )
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.terminal import count, make_console
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.generation.request import Request, read_request
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.tokenizer import Tokenizer
-from xpar.engine.layer.build import FLOATS, read_layer_config
+from xpar.engine.layer.build import FLOATS
+from xpar.engine.layer.checkpoint_config import read_layer_config, read_layer_configs
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import TOLERANCE
 from xpar.engine.models.parallelize import SpreadOptions
@@ -83,11 +84,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read_plan(args: argparse.Namespace, node_of: tuple[int, ...]) -> Plan:
-    """Check the whole request before any rank builds or writes anything.
-
-    ``node_of``: the node of each rank of the job. Raises ValueError or OSError for a request that cannot be
-    met.
-    """
+    """Check the whole request before any rank builds or writes; ValueError or OSError if it cannot be met."""
     at_least(
         tokens=(args.tokens, 1),
         tokens_per_rank=(args.tokens_per_rank, 1),
@@ -115,8 +112,7 @@ def _read_layer_source(args: argparse.Namespace) -> LayerSource:
         scaled = "" if args.scale == 1 else f" x {args.scale:g}"
         return ShapeLayer(f"{args.source}{scaled}", SyntheticLayer(config, dtype, args.seed), options)
     with _open_checkpoint(args.source) as checkpoint:
-        layers = moe_layers(find(checkpoint.config), checkpoint.config)
-        layer = layers[0] if args.layer is None else args.layer
+        layer = next(iter(read_layer_configs(checkpoint))) if args.layer is None else args.layer
         config = read_layer_config(checkpoint, layer)
         dtype = _read_dtype(args, checkpoint)
         return CheckpointLayer(Path(args.source), layer, config.hidden_size, dtype, options)
@@ -156,7 +152,7 @@ def _make_folders(args: argparse.Namespace) -> None:
 def _open_checkpoint(source: str) -> Checkpoint:
     if not Path(source).exists():
         raise ValueError(f"{source!r} is neither a shape nor a directory; the shapes are {', '.join(SHAPES)}")
-    return Checkpoint(Path(source))
+    return open_checkpoint(source)
 
 
 def _read_dtype(args: argparse.Namespace, checkpoint: Checkpoint) -> torch.dtype:

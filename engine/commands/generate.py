@@ -84,10 +84,9 @@ def _make_tokenizer(args: argparse.Namespace, request: Request) -> tuple[Tokeniz
 
 
 def make_request(args: argparse.Namespace, is_first: bool) -> Request:
-    """Make the request of the options, before any rank loads or writes anything.
+    """Make the request of the options, or raise ValueError, before any rank loads or writes anything.
 
     ``is_first``: whether this rank reads prompts and writes answers; the others need not see those files.
-    Raises ValueError for options that do not fit.
     """
     model_session.check_at_least_one(args, "max-new-tokens", "batch", "prefill-tokens", "threads")
     batch = model_session.batch_of(args)

@@ -28,6 +28,7 @@ def main(args: argparse.Namespace) -> int:
             dtype=FLOATS[args.dtype],
             seed=args.seed,
             writer=args.writer,
+            form=args.format,
         )
         if find_spec("transformers") and args.vocab >= BYTES:
             write_byte_tokenizer(args.directory, args.vocab)  # xpar generate needs one

@@ -15,15 +15,15 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
-from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.options import add_verbose, add_watchdog, job_line, pick_device
 from xpar.engine.console.terminal import Meter, count
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.generation.answer_file import errors_path
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import RequestBase, Workload
 from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.layer.build import FLOATS
+from xpar.engine.layer.checkpoint_config import read_layer_configs
 from xpar.engine.models.loader import LoadedModel, load_model
 from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
 
@@ -119,7 +119,7 @@ def exact_with(args: argparse.Namespace, grid: ProcessGrid) -> tuple[tuple[str, 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
     """Return ``--dtype``, or the checkpoint's dtype."""
-    with Checkpoint(args.checkpoint) as checkpoint:
+    with open_checkpoint(args.checkpoint) as checkpoint:
         return FLOATS[args.dtype] if args.dtype else checkpoint.dtype
 
 
@@ -134,19 +134,14 @@ def make_grid(args: argparse.Namespace, world: World, console: Console) -> Proce
 
 
 def choose_etp(args: argparse.Namespace, world: World, device: str) -> int | None:
-    """Return ``--etp``; where neither it nor ``--ep`` is given, let :func:`choose_expert_slices` choose.
-
-    It chooses for host ranks of one node alone; elsewhere the result is None.
-    """
+    """Return ``--etp``; without it and ``--ep``, choose slices for the host ranks of one node."""
+    with open_checkpoint(args.checkpoint) as checkpoint:
+        configs = list(read_layer_configs(checkpoint).values())
     named = args.ep is not None or args.etp is not None
     if named or args.exact or device != "cpu" or world.num_nodes > 1:
         etp: int | None = args.etp
         return etp
-    with Checkpoint(args.checkpoint) as checkpoint:
-        arch, config = find(checkpoint.config), checkpoint.config
-        return choose_expert_slices(
-            world.size, [layer_config(arch, config, n) for n in require_moe_layers(arch, config)]
-        )
+    return choose_expert_slices(world.size, configs)
 
 
 def add_whole_dense(p: argparse.ArgumentParser) -> None:
@@ -202,10 +197,7 @@ def meter(world: World, doing: str, work: Workload) -> Iterator[Callable[[Progre
 
 
 def counts(request: RequestBase, work: Workload, new: int, failed: int, what: str) -> str:
-    """Describe in one line what was done, and what is left, was refused or failed, if anything.
-
-    ``what``: such as "prompts answered". ``new``, ``failed``: the numbers of this run.
-    """
+    """Describe in one line what was done, and what is left, was refused or failed; ``what``: of ``new``."""
     before, failed = work.answered, work.failed + failed
     text = f"{request.out}: {new + before} of {len(work.order)} {what}"
     text += f", {before} of them before" if before else ""
@@ -217,11 +209,7 @@ def counts(request: RequestBase, work: Workload, new: int, failed: int, what: st
 
 
 def check_any_answered(comm: Communicator, request: RequestBase, work: Workload, failed: int) -> None:
-    """Raise one error on every rank if the model failed on all prompts, in this run and before.
-
-    Then the checkpoint or the dtype is at fault, and a script must not take the job for done. ``failed``: the
-    number of this run.
-    """
+    """Raise one error on every rank if the model failed on all prompts: that is not done."""
 
     def check() -> None:
         if 0 < len(work.order) == failed + work.failed:

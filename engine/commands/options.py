@@ -238,10 +238,7 @@ def device_name(grid: "ProcessGrid") -> str:
 
 
 def at_least(**limits: tuple[int | None, int]) -> None:
-    """Raise ValueError for the first option whose ``(value, least)`` does not fit.
-
-    An option that is not given has the value None.
-    """
+    """Raise ValueError for the first option whose ``(value, least)`` does not fit; None is not given."""
     for name, (value, least) in limits.items():
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")

@@ -4,7 +4,10 @@ Importing this module imports neither torch nor MPI. A command's own module is i
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,10 @@ AddOptions = Callable[[argparse.ArgumentParser], None]
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a command; a ``module`` adds the options when the command is chosen."""
+    """A parser that names a mistyped option before anything that may be missing because of it.
+
+    A ``module`` adds the options when the command is chosen.
+    """
 
     def __init__(self, *args: Any, module: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,7 +36,20 @@ class CommandParser(argparse.ArgumentParser):
         module, self._module = self._module, ""
         if module:
             import_module(f"{__package__}.{module}").add_options(self)
+        self._check_options(sys.argv[1:] if args is None else list(args))
         return super().parse_known_args(args, namespace)
+
+    def _check_options(self, words: Sequence[str]) -> None:
+        """End with an error for a word that begins like an option and is none of this parser's."""
+        known = list(self._option_string_actions)
+        for word in words:
+            name = word.split("=")[0]
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                return  # what follows are no options, or those of a command
+            is_option = re.fullmatch(r"--\w[\w-]*|-[a-zA-Z]", name) is not None
+            if is_option and not any(option.startswith(name) for option in known):
+                likely = difflib.get_close_matches(name, known, 1)
+                self.error(f"unrecognized option {name}" + (f"; did you mean {likely[0]}?" if likely else ""))
 
 
 class WritableFamilies:
@@ -77,10 +96,7 @@ def add_command(
     add_options: AddOptions,
     module: str | None = None,
 ) -> None:
-    """Add a command with the options that ``add_options`` adds; help prints its ``purpose``.
-
-    ``main`` of ``module`` in :mod:`xpar.engine.commands` runs the command (default: the module of its name).
-    """
+    """Add a command, run by ``main`` of ``module`` (default: of its name); ``purpose``: its help."""
     p = subparsers.add_parser(name, help=purpose, description=purpose)
     add_options(p)
     path = f"{__package__}.{module or name.replace('-', '_')}"
@@ -154,6 +170,11 @@ def add_make_checkpoint(p: argparse.ArgumentParser) -> None:
     add_number(p, "--top-k", "number of experts per token", None, "2, or 1 for a family that takes no more")
     add_number(p, "--shared", "number of shared experts", None, "1 for a family that has shared experts")
     options.add_dtype(p, "bfloat16")
+    p.add_argument(
+        "--format",
+        metavar="FORMAT",
+        help="quantised: fp8, fp8-channel, int4, gptq, awq, nvfp4, or mxfp4 for gpt_oss (default: floats)",
+    )
     options.add_seed(p, "weights")
     p.add_argument(
         "--writer",

@@ -13,14 +13,14 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.partition import split_range
 from xpar.comm.stragglers import gather_lateness
-from xpar.engine.architectures.layer_config import find, require_moe_layers
-from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.options import at_least, attach, job_line, pick_device
 from xpar.engine.console.layer_report import lateness_table, layer_result, layer_summary, layer_table
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import make_console, progress
-from xpar.engine.layer.build import FLOATS, load_layer, read_layer_config
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
+from xpar.engine.layer.build import FLOATS, load_layer
+from xpar.engine.layer.checkpoint_config import read_layer_config, read_layer_configs
 from xpar.engine.layer.expert_shard import pick_dispatcher, pick_kernel
 from xpar.engine.layer.observers import Observers
 from xpar.engine.layer.options import LayerOptions
@@ -65,8 +65,8 @@ def main(args: argparse.Namespace) -> int:
 def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
     """Check the whole request before any rank loads anything; return layers and dtype."""
     at_least(tokens=(args.tokens, 0), steps=(args.steps, 1), threads=(args.threads, 1))
-    with Checkpoint(args.checkpoint) as checkpoint:
-        layers = args.layers or list(require_moe_layers(find(checkpoint.config), checkpoint.config))
+    with open_checkpoint(args.checkpoint) as checkpoint:
+        layers = args.layers or list(read_layer_configs(checkpoint))
         for layer in layers:
             read_layer_config(checkpoint, layer)
         dtype = FLOATS[args.dtype] if args.dtype else checkpoint.dtype
@@ -98,17 +98,14 @@ def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: t
 def _relative_error(
     path: Path, grid: ProcessGrid, layer: int, tokens: Tensor, ids: Tensor | None, output: Tensor
 ) -> float:
-    """Compute ||output - reference|| / ||reference|| over the outputs of all ranks; collective.
-
-    ``tokens`` [T, H] and ``ids`` [T] are those of the whole job, ``output`` is this rank's.
-    """
+    """Compute ||output - reference|| / ||reference|| over all ranks, of the job's ``tokens``; collective."""
     kept = output.cpu() if grid.tp.rank == 0 else output.cpu()[:0]
     complete = grid.world.comm.all_gather_v(kept)
 
     def compare() -> float:
         if grid.world.rank:
             return 0.0
-        with Checkpoint(path) as checkpoint:
+        with open_checkpoint(path) as checkpoint:
             reference, _ = layer_reference(checkpoint, layer, tokens, input_ids=ids)
         return relative_error(complete, reference)
 
@@ -120,7 +117,7 @@ def _explain(
     console: Console, args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype
 ) -> None:
     """Print why the dispatcher and the kernel of ``layer`` are chosen, and its steps."""
-    with Checkpoint(args.checkpoint) as checkpoint:
+    with open_checkpoint(args.checkpoint) as checkpoint:
         config = read_layer_config(checkpoint, layer)
 
     def reasons() -> str:

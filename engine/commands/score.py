@@ -76,10 +76,9 @@ def _make_tokenizer(args: argparse.Namespace, request: ScoreRequest) -> tuple[To
 
 
 def make_request(args: argparse.Namespace, is_first: bool) -> ScoreRequest:
-    """Make the request of the options, before any rank loads or writes anything.
+    """Make the request of the options, or raise ValueError, before any rank loads or writes anything.
 
-    ``is_first``: whether this rank reads texts and writes scores; the others need not see those files. Raises
-    ValueError for options that do not fit.
+    ``is_first``: whether this rank reads texts and writes scores; the others need not see those files.
     """
     model_session.check_at_least_one(args, "batch", "prefill-tokens", "threads")
     batch = model_session.batch_of(args)

@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 
 from xpar.comm.failure import AgreedError
-from xpar.engine.architectures.layer_config import find, require_moe_layers
 from xpar.engine.bench.kernels.cases import (
     LayerCase,
     load_experts,
@@ -16,10 +15,11 @@ from xpar.engine.bench.kernels.cases import (
     random_weights,
     require_gpu,
 )
-from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.commands.options import at_least
 from xpar.engine.config import LayerConfig
-from xpar.engine.layer.build import FLOATS, read_layer_config
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
+from xpar.engine.layer.build import FLOATS
+from xpar.engine.layer.checkpoint_config import read_layer_config, read_layer_configs
 from xpar.engine.synthetic.shapes import shape_of
 
 
@@ -63,18 +63,15 @@ def _read_config(args: argparse.Namespace) -> LayerConfig:
         if args.index is not None:
             raise ValueError(f"--layer {args.index}: {args.layer} is no checkpoint; leave --layer out")
         return shape_of(args.layer).layer()
-    with Checkpoint(Path(args.layer)) as checkpoint:
-        first = require_moe_layers(find(checkpoint.config), checkpoint.config)[0]
+    with open_checkpoint(Path(args.layer)) as checkpoint:
+        first = next(iter(read_layer_configs(checkpoint)))
         return read_layer_config(checkpoint, first if args.index is None else args.index)
 
 
 def _search_and_write(
     args: argparse.Namespace, layer: LayerCase, dtype: torch.dtype, console: Console, deadline: float
 ) -> None:
-    """Search a tile table and write it to ``args.out``.
-
-    ``deadline``: value of ``time.perf_counter()`` after which nothing new is tried.
-    """
+    """Search a tile table until ``deadline`` of ``time.perf_counter()``, and write it to ``args.out``."""
     # Triton is an optional package.
     from xpar.engine.bench.kernels.tile_search import Cell, group_by_part, search
     from xpar.kernels.gpu.experts import TritonExperts

@@ -16,16 +16,10 @@ from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
 def layer_result(
     runner: MoERunner, timers: Sequence[MeasuringTimer], traffic: Traffic, tokens: int
 ) -> dict[str, Any]:
-    """Collect the figures of one layer from all ranks; collective.
+    """Collect the figures of one layer from all ranks, with a timer of each measured step; collective.
 
-    Args:
-        runner: the layer.
-        timers: this rank's timer of each measured step.
-        traffic: this rank's rows of one step.
-        tokens: number of tokens of the whole job.
-
-    Returns:
-        The figures: times in ms, as medians over the steps; rows and bytes of all ranks together.
+    Times are in ms, as medians over the steps; rows and bytes are those of all ranks together. ``traffic``:
+    this rank's rows of one step. ``tokens``: of the whole job.
     """
     timers = [timer.read() for timer in timers]
     mine = {s: statistics.median(t.seconds[s] for t in timers) * 1e3 for s in STAGES}

@@ -24,17 +24,9 @@ def write_result(path: Path, manifest: Mapping[str, Any], results: Mapping[str, 
 def grid_manifest(
     grid: ProcessGrid, dtype: torch.dtype, dispatcher: str, kernel: str | None, seed: int
 ) -> dict[str, Any]:
-    """Describe a run on a process grid.
+    """Describe a run on a process grid: :func:`world_manifest` and the arguments.
 
-    Args:
-        grid: the process grid.
-        dtype: dtype of weights and tokens.
-        dispatcher: name of the dispatcher, or ``all``.
-        kernel: name of the kernel; None on a rank without experts is written as ``none``.
-        seed: seed of the random values.
-
-    Returns:
-        Everything of :func:`world_manifest`, and the arguments.
+    ``dispatcher`` may be ``all``; the ``kernel`` of a rank without experts is None.
     """
     s = grid.shape
     return {

@@ -27,11 +27,7 @@ def progress(world: World, items: Sequence[T], doing: str) -> Iterator[T]:
 
 
 class Meter:
-    """A progress bar on rank 0's stderr, if that is a terminal; it vanishes at the end.
-
-    ``total``: the number that ``advance`` and ``show`` count up to. ``in_bytes``: that number is one of
-    bytes.
-    """
+    """A progress bar up to ``total`` (bytes ``in_bytes``) on rank 0's stderr, if a terminal; it vanishes."""
 
     def __init__(self, world: World, doing: str, total: int, in_bytes: bool = False) -> None:
         console = Console(stderr=True)

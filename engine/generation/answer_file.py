@@ -29,10 +29,7 @@ def is_failure(record: Record) -> bool:
 
 
 def write_errors(out: Path, bad: Iterable[BadLine], failures: Iterable[Record] = ()) -> None:
-    """Write the lines that are no prompts, and ``failures``, beside ``out``.
-
-    Where there are none, no such file stays.
-    """
+    """Write the lines that are no prompts, and ``failures``, beside ``out``; without any no file stays."""
     records = sorted([*(entry.record() for entry in bad), *failures], key=lambda record: record["line"])
     if records:
         _replace(errors_path(out), map(_line, records))
@@ -60,12 +57,9 @@ def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str,
 
 
 def read_failures(out: Path, hashes: Collection[str], settings: str) -> dict[str, Record]:
-    """Read the failures beside ``out`` of prompts of ``hashes``, by hash.
+    """Read the failures beside ``out`` of prompts of ``hashes``, by hash; {} where ``out`` is not there.
 
-    {} where ``out`` is not there.
-
-    Lines that are no prompts are left out, as they are read anew. Raises ValueError for one of other
-    ``settings``.
+    Lines that are no prompts are left out, as they are read anew. ValueError for one of other ``settings``.
     """
     failures: dict[str, Record] = {}
     path = errors_path(out)
@@ -106,10 +100,7 @@ def open_answer_file(out: Path, answers: Iterable[Record]) -> None:
 
 
 class AnswerFile:
-    """The answers in ``out``, made by :func:`open_answer_file`, and the failures in the file beside it.
-
-    ``failed``: how many failures were appended.
-    """
+    """The answers in ``out``, made by :func:`open_answer_file`; ``failed`` are in a file beside it."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -118,10 +109,7 @@ class AnswerFile:
         self._errors: _Appender | None = None
 
     def append(self, records: Collection[Record]) -> None:
-        """Write ``records`` and wait until they are on the disk. OSError where it is full.
-
-        What was kept before stays.
-        """
+        """Write ``records`` and wait for the disk; OSError where it is full, and what was there stays."""
         failures = [record for record in records if is_failure(record)]
         if failures:
             self._errors = self._errors or _Appender(errors_path(self.out))
@@ -135,10 +123,7 @@ class AnswerFile:
             self._errors.close()
 
     def finish(self, order: Mapping[str, int]) -> None:
-        """Close the files and sort their lines by ``order`` (hash -> place).
-
-        Errors in that of their lines.
-        """
+        """Close the files and sort their lines by ``order`` (hash -> place), errors by their lines."""
         self.close()
         lines = self.out.read_bytes().splitlines(keepends=True)
         _replace(self.out, sorted(lines, key=lambda line: order[json.loads(line)["hash"]]))

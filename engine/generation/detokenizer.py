@@ -113,10 +113,7 @@ class Detokenizer:
     def cut(
         self, prompt: Sequence[int], answer: Sequence[int], stops: Stops, keep_special: bool = False
     ) -> str:
-        """Decode an answer up to the first of ``stops``.
-
-        ``keep_special``: with the special tokens' names.
-        """
+        """Decode an answer up to the first of ``stops``; ``keep_special``: with the special tokens' names."""
         if answer and answer[-1] in stops.ids:
             answer = answer[:-1]
         context = self.context(prompt)

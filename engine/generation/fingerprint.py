@@ -41,12 +41,9 @@ UNIMPORTANT = frozenset({"transformers_version", "_name_or_path", "torch_dtype",
 
 
 def fingerprint(comm: Communicator, path: Path) -> dict[str, str]:
-    """Return part of the folder ``path`` -> digest, the same on every rank.
+    """Return part of the folder ``path`` -> digest, the same on every rank, without missing parts.
 
-    A part that is not there is left out.
-
-    Collective: each rank reads some of the weight files. Raises one error on every rank for a folder that is
-    no checkpoint.
+    Collective: each rank reads some of the weight files. One error on every rank if it is no checkpoint.
     """
     with agreed(comm, lambda: Checkpoint(path)) as checkpoint:
         files = checkpoint.weight_files()

@@ -24,10 +24,7 @@ def generate(
     stop_requested: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> RunSummary:
-    """Answer the prompts of ``work.queue`` into ``request.out``. Collective.
-
-    ``stop_requested``, ``on_progress``: see :func:`process_file`.
-    """
+    """Answer the prompts of ``work.queue`` into ``request.out``, as :func:`process_file` says. Collective."""
     stops = Stops(request.stops, tokens.ids_of(request.stop_tokens))
     detokenizer = tokens.detokenizer()
     sampling, most = request.sampling, request.max_new_tokens

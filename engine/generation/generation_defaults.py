@@ -8,7 +8,8 @@ from typing import Any
 from xpar.engine.checkpoint.reader import CheckpointError, read_json
 from xpar.engine.generation.logits_processors import MAKERS, make_processors
 from xpar.engine.generation.sampling import DRAW_SETTINGS, Sampling
-from xpar.engine.models.hf_config import LARGEST, transformers_errors
+from xpar.engine.layer.checkpoint_config import LARGEST
+from xpar.engine.models.hf_config import transformers_errors
 
 FILE = "generation_config.json"
 MAX_NEW_TOKENS = 128
@@ -65,10 +66,7 @@ class ModelDefaults:
 
 @dataclass(frozen=True)
 class Generation:
-    """The settings of answers; ``stops`` are texts that end one.
-
-    ``notes``: lines that say which settings are used and where they are from.
-    """
+    """The settings of answers; ``stops`` end one, ``notes`` say where the settings are from."""
 
     sampling: Sampling
     max_new_tokens: int
@@ -77,10 +75,7 @@ class Generation:
 
 
 def read_defaults(path: Path) -> ModelDefaults:
-    """Read the defaults of the checkpoint ``path`` from its generation config or, without one, its config.
-
-    Raises :class:`CheckpointError` for a file that transformers cannot read.
-    """
+    """Read the defaults of a checkpoint's generation config or, without one, config; else CheckpointError."""
     from transformers import GenerationConfig
 
     own = (path / FILE).exists()
@@ -113,15 +108,9 @@ def settle(
 ) -> Generation:
     """Settle how to generate, by the options ``given`` before the model's ``defaults``.
 
-    Args:
-        defaults: the model's own.
-        given: options by their names in transformers' generation config; None takes a default back.
-        max_new_tokens: bound of an answer, or None for the model's own.
-        stops: texts that end an answer, besides the model's own.
-        seed: of the draws.
-
-    Raises:
-        ValueError: a name or a value that cannot be done here.
+    ``given``: by their names in transformers' generation config; None takes a default back.
+    ``max_new_tokens`` None: the model's own. ``stops``: texts that end an answer, besides the model's own.
+    Raises ValueError for a name or a value that cannot be done here.
     """
     known = {n: given.get(n, value) for n, value in defaults.values.items()} | dict(given)
     values = {n: value for n, value in known.items() if value is not None}

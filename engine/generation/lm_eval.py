@@ -1,7 +1,4 @@
-"""The adapter of a whole model for lm-evaluation-harness, which is an optional extra.
-
-The harness runs on rank 0 and calls the service; see :mod:`xpar.engine.generation.service`.
-"""
+"""The adapter of a whole model for lm-evaluation-harness, which runs on rank 0 and asks the service."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence

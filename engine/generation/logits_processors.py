@@ -113,10 +113,7 @@ MAKERS: dict[str, Callable[[Any, Prompt], Any]] = {
 
 @dataclass(frozen=True)
 class Processors:
-    """The processors of one sequence.
-
-    ``repairs``: whether they take logits that are not finite.
-    """
+    """The processors of one sequence; ``repairs``: whether they take logits that are not finite."""
 
     chain: tuple[Processor, ...]
     repairs: bool
@@ -136,15 +133,8 @@ def make_processors(
 ) -> Processors | None:
     """Make the processors of one prompt's sequence; None where ``settings`` name none.
 
-    Args:
-        settings: values by their names in transformers' generation config; others than ``MAKERS`` are left
-            out.
-        prompt: the prompt's tokens.
-        max_new_tokens: bound of the answer.
-        ends: end tokens.
-
-    Raises:
-        ValueError: a value that transformers' class does not take.
+    ``settings``: by their names in transformers' generation config; others than ``MAKERS`` are left out.
+    ``ends``: end tokens. Raises ValueError for a value that transformers' class does not take.
     """
     given = Prompt(prompt, len(prompt) + max_new_tokens, sorted(ends), "forced_bos_token_id" in settings)
     names = [name for name in MAKERS if name in settings]
@@ -170,10 +160,7 @@ class Drawn(Protocol):
 
 
 def choose_tokens(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) -> list[int]:
-    """Choose the next token of each of ``drawn`` by its row of ``logits`` [B, V], any floating dtype.
-
-    Raises ValueError if a row is not finite.
-    """
+    """Choose the next token of each ``drawn`` by its row of ``logits`` [B, V]; ValueError if not finite."""
     generators = [r.generator for r in drawn]
     if all(r.processors is None for r in drawn):
         return sampling.choose(logits, generators)

@@ -18,9 +18,7 @@ JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of a file.
-
-    ``line`` counts from 1. ``id`` is the file's own, or None where it names none.
+    """A prompt of a file; ``line`` counts from 1, ``id`` is the file's own or None.
 
     ``context``: what stands before ``text`` and is not scored, or None; only texts to be scored have one.
     """
@@ -61,10 +59,7 @@ def prompt_form(value: Mapping[str, Any]) -> tuple[str, None]:
 
 
 def text_form(value: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Read the JSON line of a text to be scored.
-
-    It is ``{"text": …}`` or ``{"context": …, "continuation": …}``.
-    """
+    """Read a JSON line to be scored: ``{"text": …}`` or ``{"context": …, "continuation": …}``."""
     parts = [name for name in ("text", "context", "continuation") if value.get(name) is not None]
     if all(isinstance(value[name], str) for name in parts):
         if parts == ["text"]:
@@ -80,8 +75,8 @@ def text_form(value: Mapping[str, Any]) -> tuple[str, str | None]:
 def read_prompts(path: Path, form: Form = prompt_form) -> tuple[list[Prompt], list[BadLine]]:
     """Read all prompts of ``path`` in order, and all lines that are none; empty lines are neither.
 
-    A file whose name ends in .jsonl, .ndjson or .json holds JSON lines of ``form``. Raises OSError, and
-    ValueError for a file that as a whole is not UTF-8.
+    A file whose name ends in .jsonl, .ndjson or .json holds JSON lines of ``form``. OSError; ValueError for a
+    file that as a whole is not UTF-8.
     """
     prompts: list[Prompt] = []
     bad: list[BadLine] = []

@@ -22,9 +22,7 @@ from xpar.engine.generation.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A prompt as the model reads it.
-
-    ``hash``: digest of its text and its key, which names its answer.
+    """A prompt as the model reads it; ``hash`` is a digest of its text and key, which names its answer.
 
     ``first``: of ``ids``, the first that is scored, where that is asked.
     """
@@ -52,10 +50,7 @@ class RequestBase(Protocol):
         """The form of the file's JSON lines."""
 
     def settings(self) -> Mapping[str, object]:
-        """Return the options that decide an answer, by name.
-
-        The prompt and the checkpoint are not among them.
-        """
+        """Return the options that decide an answer, by name, but for prompt and checkpoint."""
 
     def check(self, tokens: Tokenizer) -> None:
         """Raise ValueError for options under which the model could take no line at all."""
@@ -68,16 +63,11 @@ class RequestBase(Protocol):
 class Request:
     """The request to answer a file of prompts.
 
-    ``stops``: texts that end an answer and are not part of it.
-
-    ``stop_tokens``: ids or names of tokens that do.
-    ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time.
+    ``stops``: texts that end an answer and are not part of it. ``stop_tokens``: ids or names of tokens that
+    do. ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time.
     ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read
-    alone.
-
-    ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if they were
-    the same. ``exact_with``: names and values of what else the bits of exact mode depend on, such as the
-    kernel.
+    alone. ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if
+    they were the same. ``exact_with``: names and values of what else the bits of exact mode depend on.
     """
 
     checkpoint: Path
@@ -137,14 +127,10 @@ class Request:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """The request to score a file of texts.
+    """The request to score a file of texts, of which a rank reads ``batch`` at a time.
 
-    ``batch``: texts that a rank reads at a time.
-
-    ``prefill_tokens``: tokens that it reads in one
-    forward; a longer text is read alone, in pieces of that many.
-
-    ``dtype``, ``exact``, ``exact_with``: as for :class:`Request`.
+    ``prefill_tokens``: tokens that it reads in one forward; a longer text is read alone, in pieces of that
+    many. The other fields are as for :class:`Request`.
     """
 
     checkpoint: Path
@@ -191,12 +177,9 @@ class ScoreRequest:
 class Workload:
     """The work on a file, the same on every rank.
 
-    ``queue``: what is to be answered, longest prompt first.
-
-    ``order``: hash -> place of
-    every question in the file. ``answered``: how many answers an earlier run left. ``refused``: lines that
-    are no prompts. ``failed``: prompts that the model could not answer in an earlier run. ``settings``: what
-    all answers have in common, as one text.
+    ``queue``: what is to be answered, longest prompt first. ``order``: hash -> place of every question in the
+    file. ``answered``, ``failed``: by an earlier run. ``refused``: lines that are no prompts. ``settings``:
+    what all answers have in common, as one text.
     """
 
     queue: tuple[WorkItem, ...]
@@ -210,8 +193,7 @@ class Workload:
 def read_request(comm: Communicator, request: RequestBase, tokens: Tokenizer, resume: bool) -> Workload:
     """Read the prompts and, with ``resume``, earlier answers; write bad lines. Collective.
 
-    Rank 0 reads and writes, and writes nothing before it has read everything; raises one error on every rank
-    if it cannot.
+    Rank 0 reads and writes, and writes nothing before all is read; one error on every rank if it cannot.
     """
     first = comm.rank == 0
     agreed(comm, lambda: request.check(tokens))
@@ -258,10 +240,7 @@ def check_ids(ids: Sequence[int], tokens: Tokenizer) -> None:
 
 
 def _question(request: RequestBase, prompt: Prompt, tokens: Tokenizer) -> WorkItem | BadLine:
-    """Make the question of ``prompt``.
-
-    Whatever that raises, in a template or a tokenizer, refuses this line alone.
-    """
+    """Make the question of ``prompt``; what a template or a tokenizer raises refuses this line alone."""
     try:
         return request.question(prompt, tokens)
     except ValueError as error:

@@ -15,13 +15,9 @@ from xpar.engine.generation.steps import LocalBatch, R
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The outcome of a run, the same on every rank.
+    """The outcome of a run, the same on every rank; not ``complete`` if a signal ended it early.
 
-    Attributes:
-        complete: False if a signal ended the run early.
-        progress: The progress at the end of the run.
-        seconds: The duration of the run.
-        failed: How many prompts the model could not answer.
+    ``failed``: how many prompts the model could not answer.
     """
 
     complete: bool
@@ -131,10 +127,9 @@ def _record_or_failure(row: R, work: Workload, record: Callable[[R], Record]) ->
 
 
 def watch_for_stop() -> Callable[[], bool]:
-    """Return a function that says whether this process has been sent SIGTERM.
+    """Return a function that says whether this process has been sent SIGTERM, which then does nothing else.
 
-    From now on, to the end of the process, the signal does nothing else. A job that is pre-empted while MPI
-    shuts down has lost nothing, and must not look as if it had.
+    A job that is pre-empted while MPI shuts down has lost nothing, and must not look as if it had.
     """
     is_requested = False
 

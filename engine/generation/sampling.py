@@ -1,7 +1,4 @@
-"""The choice of the next token among logits.
-
-The arithmetic of temperature, top-k, top-p and their like is transformers' own.
-"""
+"""The choice of the next token among logits; temperature, top-k and their like are transformers' own."""
 
 import hashlib
 from collections.abc import Sequence
@@ -62,10 +59,7 @@ class Sampling:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-        """Choose one token of each row of ``logits`` [B, V], any floating dtype, by that row's generator.
-
-        Raises ValueError if a row is not finite.
-        """
+        """Choose one token of each row of ``logits`` [B, V] by its generator; ValueError if not finite."""
         if self.temperature == 0.0:
             tokens = _likeliest(logits).tolist()
             if -1 in tokens:
@@ -77,10 +71,7 @@ class Sampling:
         return self.choose_banned(logits, generators)
 
     def choose_banned(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-        """As :meth:`choose`, of logits [B, V] float32 on the host in which minus infinity bans a token.
-
-        Raises ValueError if nothing is left of a row.
-        """
+        """Choose by ``logits`` [B, V] float32 on the host, banned at minus infinity; ValueError for none."""
         largest = logits.amax(dim=-1)
         if bool(
             (largest.isnan() | (largest == -torch.inf) | (largest.isinf() & (self.temperature > 0))).any()
@@ -102,10 +93,7 @@ class Sampling:
         return logits
 
     def warpers(self) -> list[Any]:
-        """Make transformers' warpers of a draw, in the order in which its ``generate`` applies them.
-
-        Raises ValueError for a value that one of them does not take.
-        """
+        """Make transformers' warpers of a draw, in its order; ValueError for a wrong value."""
         import transformers
 
         warpers: list[Any] = [partial(_temper, transformers.TemperatureLogitsWarper(self.temperature))]

@@ -26,10 +26,7 @@ def score(
     stop_requested: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> RunSummary:
-    """Score the texts of ``work.queue`` into ``request.out``. Collective.
-
-    ``stop_requested``, ``on_progress``: see :func:`process_file`.
-    """
+    """Score the texts of ``work.queue`` into ``request.out``, as :func:`process_file` says. Collective."""
 
     def start(place: int, question: WorkItem) -> ScoredText:
         return ScoredText(place, question.ids, question.first)
@@ -81,10 +78,7 @@ def perplexity(tokens: int, logprob: float) -> float | None:
 
 
 def logprobs_of(scored: ScoredText) -> list[float]:
-    """Return the log-probabilities of a complete text.
-
-    RuntimeError unless there is one for each token that was asked for.
-    """
+    """Return the log-probabilities of a complete text; RuntimeError unless each wanted token has one."""
     asked = len(scored.ids) - scored.first
     if len(scored.logprobs) != asked:
         raise RuntimeError(

@@ -19,17 +19,11 @@ from xpar.engine.models.rows import SeparateRows
 
 @dataclass
 class ScoredText:
-    """A text that is being scored.
-
-    ``place``: its number among the job's.
-
-    ``first``: of ``ids``, the first that is scored.
+    """A text that is being scored, number ``place`` of the job's, from ``first`` of ``ids`` on.
 
     ``logprobs``: of ids[first:], natural logarithms, so far. ``greedy``: whether each of them is the
     likeliest token. ``length``: tokens of the forward whose result is wanted, for models that treat long
-    texts otherwise;
-    None: of all ``ids``.
-    ``failure``: why it cannot be scored, or None.
+    texts otherwise; None: of all ``ids``. ``failure``: why it cannot be scored, or None.
     """
 
     place: int
@@ -122,10 +116,7 @@ class ScoreBatch:
 
     @torch.inference_mode()
     def advance(self) -> list[ScoredText]:
-        """Read the next piece of a long text, and return it if that was the last.
-
-        Or one text that is to be read alone.
-        """
+        """Read the next piece of a long text, returned if that was the last; or one text to be read alone."""
         if self._reading is None:
             return self.begin([self._alone.pop(0)])
         text, begin = self._reading.text, self._reading.read
@@ -169,10 +160,7 @@ class ScoreBatch:
 
 @dataclass
 class _Reading:
-    """A text that is read in pieces.
-
-    ``read``: its tokens so far; their keys and values are in ``cache``.
-    """
+    """A text that is read in pieces: ``read`` tokens so far, whose keys and values are in ``cache``."""
 
     text: ScoredText
     cache: Any

@@ -1,7 +1,4 @@
-"""The service of a loaded model to a program on rank 0, while the other ranks compute along.
-
-Questions come as tokens and are answered in memory, by the same loop that works through a file.
-"""
+"""The service of a loaded model to a program on rank 0, by the same loop that works through a file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,20 +22,14 @@ from xpar.engine.models.loader import LoadedModel
 
 @dataclass(frozen=True)
 class Continuations:
-    """A request to score ids[first:] of each (ids, first).
-
-    Answer: the sum of log-probabilities, and whether it is greedy.
-    """
+    """A request to score ids[first:] of each (ids, first): sum of log-probabilities, and if greedy."""
 
     texts: tuple[tuple[list[int], int], ...]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A request to answer prompts, given as tokens, by texts that are cut at the first of ``stops``.
-
-    The text is that of the answer's tokens alone, as the evaluation harness decodes them.
-    """
+    """A request to answer prompts of tokens, by texts of the answer's tokens alone, cut at ``stops``."""
 
     prompts: tuple[list[int], ...]
     max_new_tokens: int
@@ -59,10 +50,7 @@ class Service:
         self.batch, self.prefill_tokens = batch, prefill_tokens
 
     def ask(self, question: Continuations | Prompts) -> list[Any]:
-        """Answer each part of ``question``, in order.
-
-        Raises one error on every rank for a part that the model cannot answer; it names the part.
-        """
+        """Answer each part of ``question``, in order; one error on every rank names a part that cannot be."""
         self._tell(question)
         return self._work(question)
 
@@ -124,10 +112,7 @@ class Service:
         start: Callable[[int], R],
         value: Callable[[R], Record],
     ) -> list[Any]:
-        """Compute the value of each of ``ids``; rank 0 gets the values of all.
-
-        Longest first, so that no rank begins a long one last.
-        """
+        """Compute the value of each of ``ids``, longest first; rank 0 gets the values of all."""
         agreed(self.comm, lambda: self._check(ids))
         order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
         values: dict[int, Any] = {}

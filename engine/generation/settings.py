@@ -1,7 +1,6 @@
 """The settings that all answers of a file share, as a text in each answer; a later run compares them.
 
-Such as ``command=generate seed=0 dtype=float32 weights=#5d41402abc4b``; what is long is a digest, with a
-``#`` before it.
+Such as ``command=generate seed=0 weights=#5d41402abc4b``; what is long is a digest, with a ``#`` before it.
 """
 
 import hashlib
@@ -14,10 +13,7 @@ DIGITS = 12
 
 
 def settings_text(settings: Mapping[str, object]) -> str:
-    """Return ``settings``, whose values JSON can hold, as one text.
-
-    What is None, False or empty is left out.
-    """
+    """Return ``settings``, whose values JSON can hold, as one text without None, False and empty ones."""
     return " ".join(
         f"{name}={_word(value)}"
         for name, value in settings.items()

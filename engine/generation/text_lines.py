@@ -59,10 +59,7 @@ def decode(line: bytes) -> str:
 def _by_mark(path: Path, head: bytes, readable: int) -> str | None:
     """Say that a file is UTF-16 or UTF-32 if it begins like one and is one to its end.
 
-    ``readable``: lines in UTF-8.
-
-    In a file of UTF-8 whose first line alone is UTF-16, newlines of UTF-16 are fewer than lines that can be
-    read.
+    In a file of UTF-8 whose first line alone is UTF-16, newlines of UTF-16 are fewer than ``readable`` lines.
     """
     name = next((name for mark, name in MARKS if head.startswith(mark)), None)
     if name is None:

@@ -17,9 +17,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 class Tokenizer:
     """The tokenizer of a checkpoint, and what the checkpoint says about its tokens.
 
-    ``chat``: a prompt is what a user says, and goes through the checkpoint's chat template.
-    ``tokenizer``: transformers' own.
-    ``ends``: ids that end an answer: those that transformers' ``generate`` takes, of
+    ``chat``: a prompt is what a user says, and goes through the checkpoint's chat template. ``tokenizer``:
+    transformers' own. ``ends``: ids that end an answer: those that transformers' ``generate`` takes, of
     ``generation_config.json`` or, where there is none, of ``config.json``; the tokenizer's where neither file
     nor id is there. ``defaults``: of its generation config. ``ends_note``: a line that says where they are
     from. ``positions``: the most tokens that the model knows places for, prompt and answer together, or None.

@@ -17,15 +17,16 @@ from torch import Tensor
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.reduction import Full, Partial, State
-from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
+from xpar.engine.architectures.layer_config import find
 from xpar.engine.architectures.layer_weights import (
     LayerWeights,
     SharedWeights,
     load_layer_weights,
     make_router,
 )
-from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
+from xpar.engine.layer.checkpoint_config import allocation_errors, config_errors, read_layer_config
 from xpar.engine.layer.expert_shard import ExpertShard, build_expert_shard, expert_spec, width_slice
 from xpar.engine.layer.fused_shared_experts import (
     SharedSlots,
@@ -82,11 +83,12 @@ def load_layer(
 def _load(
     path: str | Path, layer: int, grid: ProcessGrid, dtype: torch.dtype | None, options: LayerOptions
 ) -> MoERunner:
-    with Checkpoint(Path(path)) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         config = read_layer_config(checkpoint, layer)
         read = partial(load_layer_weights, checkpoint, find(checkpoint.config), layer, config)
         begin = time.perf_counter()
-        runner = build_layer(config, grid, dtype or checkpoint.dtype, read, options, layer)
+        with config_errors(checkpoint), allocation_errors(layer, config):
+            runner = build_layer(config, grid, dtype or checkpoint.dtype, read, options, layer)
         log.info(
             "layer %d: experts %s in %s, %.1f MB read in %.2f s",
             layer,
@@ -95,6 +97,8 @@ def _load(
             checkpoint.bytes_read / 1e6,
             time.perf_counter() - begin,
         )
+        if conversions := checkpoint.describe_conversions(runner.dtype):
+            log.info("layer %d: quantised weights are converted: %s", layer, conversions)
         return runner
 
 
@@ -108,16 +112,8 @@ def build_layer(
 ) -> MoERunner:
     """Build a layer whose weights come from ``read``; makes no collective call.
 
-    Args:
-        config: The layer.
-        grid: The process grid.
-        dtype: The dtype that the layer computes in.
-        read: Returns the weights; it takes the keyword arguments of :func:`load_layer_weights`.
-        options: How the layer is computed.
-        layer: The layer's number, for messages.
-
-    Raises:
-        ValueError: The options do not fit the grid, the layer or this machine.
+    ``read`` takes the keyword arguments of :func:`load_layer_weights`. ``layer``: the number, for messages.
+    Raises ValueError if the options do not fit the grid, the layer or this machine.
     """
     exact, sequence_parallel = options.exact, options.sequence_parallel
     slots = _shared_slots(config, options)
@@ -166,8 +162,7 @@ def build_layer(
 def with_options(runner: MoERunner, **changes: Any) -> MoERunner:
     """Return the same layer, with the same weights, under other ``shared_order`` or ``depth``.
 
-    Raises:
-        ValueError: Another option is named: it would need other weights, or another dispatcher.
+    Raises ValueError for another option: it would need other weights, or another dispatcher.
     """
     if fixed := sorted(set(changes) - {"shared_order", "depth"}):
         raise ValueError(
@@ -204,17 +199,6 @@ def _projection(config: LayerConfig, weights: LayerWeights, exact: bool) -> Expe
         if weights.latent is None
         else LatentProjection(weights.latent.enter, weights.latent.leave, exact)
     )
-
-
-def read_layer_config(checkpoint: Checkpoint, layer: int) -> LayerConfig:
-    """Return the configuration of MoE layer ``layer``; raise CheckpointError if that layer has no experts."""
-    arch = find(checkpoint.config)
-    layers = moe_layers(arch, checkpoint.config)
-    if layer not in layers:
-        raise CheckpointError(
-            f"layer {layer} has no experts; the MoE layers are {', '.join(map(str, layers))}"
-        )
-    return layer_config(arch, checkpoint.config, layer)
 
 
 def _shared_rows(config: LayerConfig, grid: ProcessGrid, slices: int) -> slice:

@@ -1,7 +1,4 @@
-"""A layer captured as one CUDA graph.
-
-Launching its kernels one by one costs more than the arithmetic of few tokens.
-"""
+"""A layer captured as one CUDA graph, for steps whose launches cost more than their arithmetic."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,9 +18,7 @@ class CapturedLayer:
     Fewer tokens are padded with zeros, which are routed and computed like others and cut off again. Every
     rank replays in every step, a rank without tokens too. The ranks agree over MPI once, when the graph is
     captured: a rank that fails later is found by the transport's deadlines, not by the handshake of a step.
-
-    Raises:
-        ValueError: The layer cannot be captured; the message says why.
+    Raises ValueError if the layer cannot be captured; the message says why.
     """
 
     def __init__(self, runner: MoERunner, tokens: int) -> None:
@@ -83,6 +78,15 @@ def check_capturable(runner: MoERunner, tokens: int) -> None:
         raise ValueError(
             f"rows travel through the host ({transport.choice.name}): only NCCL's transfers can be recorded"
         )
+
+
+def is_capturable(runner: MoERunner, tokens: int) -> bool:
+    """Return whether :class:`CapturedLayer` takes ``runner``; every rank finds the same."""
+    try:
+        check_capturable(runner, tokens)
+    except ValueError:
+        return False
+    return True
 
 
 def watch_paused(runner: MoERunner) -> AbstractContextManager[object]:

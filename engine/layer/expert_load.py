@@ -17,12 +17,9 @@ class ExpertLoad:
     """The load of a layer over ``steps`` steps of all ranks.
 
     Attributes:
-        steps: Steps counted.
         per_expert: (token, expert) pairs of each expert.
         per_rank: (token, expert) pairs of each expert-parallel rank.
         rows: Rows sent, as in :class:`~xpar.comm.dispatch.base.Traffic`; as are the next two.
-        remote_rows: Rows that left their rank.
-        combined_rows: Rows that came back.
     """
 
     steps: int
@@ -44,15 +41,10 @@ class ExpertLoad:
 
 
 class LoadCounter:
-    """Adds up this rank's part of the load.
-
-    One of the :class:`~xpar.engine.layer.observers.Observers` of a forward.
+    """Adds up this rank's part of the load; one of the :class:`Observers` of a forward.
 
     On a GPU the tokens of experts are counted there, and nobody waits for them before :meth:`read`.
-
-    Args:
-        placement: Where the layer's experts live.
-        group: The ranks that together hold every token of the job once.
+    ``group``: the ranks that together hold every token of the job once.
     """
 
     def __init__(self, placement: Placement, group: Communicator) -> None:

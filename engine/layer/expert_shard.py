@@ -19,6 +19,11 @@ from xpar.kernels.choice import Choice
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, ExpertSpec, SlotKernel, Slots
 from xpar.kernels.registry import KernelEntry, choose_kernel
 
+UNEVEN = 1.1
+"""The widest slice over the mean from which smaller blocks are better: ranks wait for the widest."""
+LEAST_UNIT = 32
+"""Rows and columns of the smallest block that is made for evenness; smaller ones cost kernels their speed."""
+
 
 @dataclass(frozen=True)
 class ExpertShard:
@@ -56,11 +61,10 @@ class ExpertShard:
         return f"{self.experts.start}-{self.experts.stop - 1}" if self.experts else "none"
 
     def compute(self, arrived: ExpertInput, plan: DispatchPlan) -> Tensor | Slots:
-        """Compute the experts of the rows that arrived.
+        """Compute the experts of the rows that arrived: ``[M, H]``, a row per arrived row, its slots summed.
 
-        Returns:
-            ``[M, H]``, one row per arrived row, summed over its slots; in exact mode one row per slot,
-            unsummed. For a dispatcher that sums slots on their way home, the slots where they lie.
+        In exact mode it is one row per slot, unsummed. A dispatcher that sums slots on their way home gets
+        them where they lie.
         """
         if self.kernel is None:
             return torch.empty(0, self.hidden_size, dtype=self.dtype, device=arrived.topk_ids.device)
@@ -104,7 +108,7 @@ def build_expert_shard(
     check_exact(options.exact, grid)
     placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel, copies)
     experts = placement.experts_of(grid.ep_rank)
-    rows = width_slice("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
+    rows = expert_rows(config, grid)
     kernel = entry = None
     if count := len(experts) + copies:
         spec = expert_spec(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
@@ -120,12 +124,7 @@ def pick_dispatcher(
 ) -> tuple[Placement, DispatcherChoice]:
     """Place the experts on the ranks and choose how tokens reach them, with the reasons against the others.
 
-    Args:
-        grid: The process grid.
-        config: The layer.
-        name: Name of a dispatcher, or ``auto``.
-        sequence_parallel: The ranks of a tensor-parallel group give different tokens.
-        copies: Experts that every expert-parallel rank holds beside its own.
+    The arguments are those of :func:`build_expert_shard`; ``name`` is a dispatcher's, or ``auto``.
     """
     placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp, copies).to(grid.device)
     return placement, choose_dispatcher(
@@ -137,7 +136,7 @@ def pick_kernel(
     config: LayerConfig, grid: ProcessGrid, experts: int, dtype: torch.dtype, name: str, exact: bool
 ) -> Choice[KernelEntry]:
     """Choose the kernel for ``experts`` experts of this rank's width, with the reasons against the others."""
-    rows = width_slice("expert width", config.intermediate_size, grid.etp.size, grid.etp.rank)
+    rows = expert_rows(config, grid)
     width = rows.stop - rows.start
     return choose_kernel(expert_spec(config, grid.device, experts, width, dtype, exact), name)
 
@@ -171,8 +170,32 @@ def check_exact(exact: bool, grid: ProcessGrid) -> None:
         )
 
 
-def width_slice(what: str, width: int, parts: int, part: int) -> slice:
-    """Return slice ``part`` of ``parts`` of an expert's width; slices differ by at most one."""
+def expert_rows(config: LayerConfig, grid: ProcessGrid) -> slice:
+    """Return this rank's slice of the width of every expert."""
+    parts, unit = grid.etp.size, config.width_unit
+    return width_slice("expert width", config.intermediate_size, parts, grid.etp.rank, unit)
+
+
+def width_slice(what: str, width: int, parts: int, part: int, unit: int = 1) -> slice:
+    """Return slice ``part`` of ``parts`` of an expert's width, which differ by at most one unit.
+
+    Args:
+        what: the width, for the message.
+        width: the width I.
+        parts: the number of slices.
+        part: the slice to return.
+        unit: the block of quantised weights. It is halved, which repeats scales, while a slice of whole
+            blocks is much wider than the mean, down to ``LEAST_UNIT``, and further where a slice has none.
+    """
     if width < parts:
         raise ValueError(f"{what} {width} cannot be sliced over {parts} ranks; use at most {width}")
-    return split_range(width, parts, part)
+
+    def is_uneven(unit: int) -> bool:
+        units = -(-width // unit)
+        widest = -(-units // parts) * unit
+        return units < parts or (unit > LEAST_UNIT and widest * parts > UNEVEN * width)
+
+    while unit > 1 and is_uneven(unit):
+        unit = unit // 2 if unit % 2 == 0 else 1
+    units = split_range(-(-width // unit), parts, part)
+    return slice(units.start * unit, min(units.stop * unit, width))

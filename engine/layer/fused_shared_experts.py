@@ -1,6 +1,4 @@
-"""Shared experts as slots of the routed product.
-
-Every token has these slots, and one kernel computes all experts of a token.
+"""Shared experts as slots of the routed product: one kernel computes all experts of a token.
 
 Every expert-parallel rank holds a copy of the n shared experts beside its own experts. A token uses the copy
 of the rank that it is on, so that it need not travel. Where ranks hold the same tokens, each rank's copy
@@ -31,7 +29,6 @@ class SharedSlots:
         home: The expert-parallel rank whose copy serves all tokens of this rank; None where the copies take
             turns.
         gate: As for :class:`~xpar.engine.layer.shared_experts.SharedExperts`, as is ``scale``.
-        scale: See ``gate``.
         row_invariant: A token's bits do not depend on the other tokens of the batch.
     """
 
@@ -49,9 +46,7 @@ class SharedSlots:
         self.gate, self.scale, self.row_invariant = gate, scale, row_invariant
 
     def append(self, routing: Routing, hidden_states: Tensor, shared_logits: Tensor | None = None) -> Routing:
-        """Append the shared slots to ``routing`` of ``hidden_states`` [T, H].
-
-        ``[T, k + n]``, with the placement's ids.
+        """Append the shared slots to ``routing`` of ``hidden_states`` [T, H]: ids [T, k + n].
 
         ``shared_logits`` [T, 1] are the shared gate's, where a product made them already.
         """
@@ -71,11 +66,7 @@ class SharedSlots:
 
 
 def count_shared_slots(config: LayerConfig) -> int:
-    """Count the experts of the routed experts' width that make up the shared experts.
-
-    Raises:
-        ValueError: The shared experts cannot be slots of the routed product.
-    """
+    """Count the experts of the routed width that the shared ones are; ValueError if they cannot be."""
     shared, width = config.shared, config.intermediate_size
     if shared is None:
         raise ValueError("fuse_shared_experts: the layer has no shared experts; leave it out")
@@ -104,10 +95,7 @@ def check_fusable(dispatcher: Dispatcher, etp: int) -> None:
 
 
 def home_rank(dispatcher: Dispatcher) -> int | None:
-    """Return the expert-parallel rank whose copy serves this rank's tokens.
-
-    None where copies serve them in turn.
-    """
+    """Return the ep rank whose copy serves this rank's tokens, or None where copies serve them in turn."""
     if dispatcher.capabilities.replicated_tokens and dispatcher.placement.ep > 1:
         return None
     return dispatcher.placement.ep_rank(dispatcher.group.rank)
@@ -116,16 +104,9 @@ def home_rank(dispatcher: Dispatcher) -> int | None:
 def experts_of_shared(
     weights: SharedWeights, gated: bool, width: int, rows: slice
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut the whole shared expert into experts of the routed size.
+    """Cut the whole shared expert into experts of the routed size, and yield (gate_up, down) of each.
 
-    Args:
-        weights: The shared expert's weights.
-        gated: The activation multiplies two halves of the first product.
-        width: Width of a routed expert.
-        rows: The part of that width that this rank holds.
-
-    Yields:
-        (gate_up, down) of each expert.
+    ``width``: of a routed expert, of which this rank holds ``rows``. ``gated``: as of the activation.
     """
     start, stop, _ = rows.indices(width)
     halves = weights.gate_up.chunk(2 if gated else 1)

@@ -36,12 +36,9 @@ class NormProjection:
 
 
 class LatentProjection:
-    """A latent space of another width, which tokens enter and leave by two products without biases.
+    """A latent space that tokens enter by ``down`` [L, H] and leave by ``up`` [H, L], without biases.
 
-    Args:
-        down: ``[L, H]`` in the model's dtype.
-        up: ``[H, L]`` in the model's dtype.
-        row_invariant: A token's bits do not depend on the other tokens of the batch.
+    ``row_invariant``: a token's bits do not depend on the other tokens of the batch.
     """
 
     def __init__(self, down: Tensor, up: Tensor, row_invariant: bool = False) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from xpar.comm.communicator import Pending
 from xpar.comm.dispatch.base import Traffic
 from xpar.engine.layer.expert_load import LoadCounter
 from xpar.engine.layer.stage_timer import NO_STAGE_TIMER, StageTimer, default_stage_timer
@@ -59,15 +60,20 @@ class Observers:
         """Return the context that measures the stage ``name``."""
         return self.timer.stage(name)
 
-    def record(self, arrived_ids: Tensor, routing: Routing, traffic: Traffic) -> None:
-        """Count one step.
+    def record_arrived(self, topk_ids: Tensor) -> None:
+        """Count the slots of the rows that arrived: ``topk_ids`` [M, k] are local, -1 for other ranks' slots.
 
-        Args:
-            arrived_ids: Local expert ids of the rows that arrived here, [M, k], -1 for slots of other ranks.
-            routing: Where the tokens went that this rank dispatched.
-            traffic: The rows that these tokens moved.
+        Call it before the outputs go home: after that, peers may write the rows of the next step.
         """
         if self.slots is not None:
-            self.slots.add(arrived_ids)
+            self.slots.add(topk_ids)
+
+    def record_step(self, routing: Routing, traffic: Traffic | Pending[Traffic]) -> None:
+        """Count one step; only a load counter waits for numbers that are still on their way from a GPU.
+
+        Args:
+            routing: Where the tokens went that this rank dispatched.
+            traffic: The rows that these tokens moved, or their promise.
+        """
         if self.load is not None:
-            self.load.add(routing, traffic)
+            self.load.add(routing, traffic.wait() if isinstance(traffic, Pending) else traffic)

@@ -44,17 +44,11 @@ class LayerOutput(NamedTuple):
             return sum_outputs(self.routed, self.shared, transform=self.transform).tensor
 
     def deferred(self) -> Distributed:
-        """Add up what this rank holds, ``[T, H]``, and leave out the last collective.
-
-        The state says which it is.
-        """
+        """Add up what this rank holds, ``[T, H]``, without the last collective, which the state names."""
         return sum_outputs(self.routed, self.shared, transform=self.transform, deferred=True)
 
     def separately(self) -> tuple[Tensor, Tensor | None]:
-        """Return the final outputs of routed and of shared experts, ``[T, H]`` each.
-
-        The addends of :meth:`sum`.
-        """
+        """Return the addends of :meth:`sum`, routed and shared output, ``[T, H]`` each, final."""
         routed = sum_outputs(self.routed, transform=self.transform).tensor
         return routed, None if self.shared is None else sum_outputs(self.shared).tensor
 
@@ -62,19 +56,10 @@ class LayerOutput(NamedTuple):
 def add_identity_and_bias(
     routed: Distributed, hidden_states: Tensor, routing: Routing, output_bias: Tensor | None
 ) -> Distributed:
-    """Add the identity experts' output and the output bias to the routed output.
+    """Add the identity experts' output and the output bias [H] to the routed output [T, H].
 
-    The sum is float32, rounded once. Where the ranks of a group hold addends, the first rank adds these: they
-    count once.
-
-    Args:
-        routed: Output of the routed experts, ``[T, H]``.
-        hidden_states: The tokens of ``routed``, ``[T, H]``.
-        routing: The routing of these tokens.
-        output_bias: ``[H]``, or None.
-
-    Returns:
-        The sum, in the dtype and the state of ``routed``.
+    The sum is float32, rounded once to the dtype of ``routed``, whose state stays. Where the ranks of a group
+    hold addends, the first rank adds these: they count once.
     """
     identity = identity_output(hidden_states, routing)
     if identity is None and output_bias is None:

@@ -51,8 +51,7 @@ def layer_reference(
         checkpoint: The checkpoint.
         layer: The layer's number.
         hidden_states: ``[T, H]``.
-        dtype: The model's dtype, to which weights are rounded before use; by default that of
-            ``hidden_states``.
+        dtype: The model's, to which weights are rounded before use; by default that of ``hidden_states``.
         input_ids: ``[T]`` token ids, for layers that route by token id.
 
     Returns:
@@ -91,20 +90,10 @@ def slot_order_sum_reference(
     latent: LatentWeights | None = None,
     norm: NormWeights | None = None,
 ) -> Tensor:
-    """Add up a layer's output in float32.
+    """Add up a layer's output in float32: ``[T, H]``.
 
-    Args:
-        hidden_states: ``[T, H]``.
-        routing: Where the tokens go.
-        experts: (id, tensors) of each expert that some token goes to.
-        shared: The shared experts' weights, or None.
-        config: The layer.
-        output_bias: ``[H]``, or None.
-        latent: The projections to the latent space and back, or None.
-        norm: The norm of the experts' input, or None.
-
-    Returns:
-        ``[T, H]`` float32.
+    ``experts``: (id, tensors) of each expert that some token goes to. The other arguments are those that the
+    layer has, or None.
     """
     x = hidden_states.float()
     own = hidden_states if latent is None else x @ latent.enter.float().T

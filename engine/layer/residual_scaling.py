@@ -30,16 +30,10 @@ class ResidualScale:
 
 
 def scale_layer_output(config: LayerConfig) -> tuple[LayerConfig, ResidualScale]:
-    """Configure a layer that returns its output over the routed scaling factor.
+    """Configure a layer that returns its output over the routed scaling factor; say what its decoder must do.
 
     Layer and decoder must both be scaled, or neither: a decoder that ignores the scale adds a wrong sum.
-
-    Returns:
-        The layer's new configuration, and what the decoder must do.
-
-    Raises:
-        ValueError: The routed scaling factor is no factor of the whole output: the layer has weights on the
-            input, or an output bias.
+    Raises ValueError if the factor is none of the whole output: weights on the input, or an output bias.
     """
     factor = config.router.routed_scaling_factor
     if config.router.weight_on_input or config.output_bias:

@@ -50,11 +50,14 @@ class FusedRunner(MoERunner):
         *,
         router: RoutingRule | None = None,
         observers: Observers | None = None,
+        padding: Tensor | None = None,
     ) -> Step:
         """Compute the step in one call; where it does not fit one call, start it as a step of several."""
         local = self.tokens.local_slice(hidden_states.shape[0])
-        if not self._fits(local.stop - local.start, router):
-            return super().start(hidden_states, router_logits, input_ids, router=router, observers=observers)
+        if padding is not None or not self._fits(local.stop - local.start, router):
+            return super().start(
+                hidden_states, router_logits, input_ids, router=router, observers=observers, padding=padding
+            )
         self._step += 1
         observers = self._unobserved if observers is None else observers
         return FinishedStep(self._compute(hidden_states, local, router_logits, observers))
@@ -64,12 +67,9 @@ class FusedRunner(MoERunner):
         return step.output if isinstance(step, FinishedStep) else super().finish(step, together)
 
     def _fits(self, tokens: int, router: RoutingRule | None) -> bool:
-        """Tell whether a step is one call.
-
-        It has tokens, not too many, no padding among them, and the layer's own router routes them.
-        """
+        """Tell whether a step is one call: it has few tokens, and the layer's own router routes them."""
         few = self.max_tokens is None or tokens <= self.max_tokens
-        return router is None and tokens > 0 and few and self.padding is None
+        return router is None and tokens > 0 and few
 
     def _compute(
         self, hidden_states: Tensor, local: slice, router_logits: Tensor | None, observers: Observers
@@ -87,7 +87,8 @@ class FusedRunner(MoERunner):
             kernel = cast(FusedRoutingKernel, self.experts.kernel)
             output, routing = kernel.route_and_compute(x, logits, self.route_spec)
         traffic = Traffic.of(0, [x.shape[0]], x.shape[0])
-        observers.record(routing.topk_ids, routing, traffic)
+        observers.record_arrived(routing.topk_ids)
+        observers.record_step(routing, traffic)
         shared = None
         if self.shared is not None:
             with observers.stage("shared"):
@@ -97,11 +98,7 @@ class FusedRunner(MoERunner):
 
 
 def choose_runner(config: LayerConfig, experts: ExpertShard, options: LayerOptions) -> type[MoERunner]:
-    """Choose the executor of a layer.
-
-    Raises:
-        ValueError: ``options.depth`` is no known word, or asks for one call where a layer cannot be one.
-    """
+    """Choose the executor of a layer; ValueError for an unknown ``depth``, or for one call that cannot be."""
     if options.depth not in DEPTHS:
         raise ValueError(f"depth={options.depth!r}: choose one of {', '.join(DEPTHS)}")
     fused = options.fuse_shared_experts
@@ -138,12 +135,7 @@ def why_not_fused(
 ) -> str | None:
     """Say why every step of a layer is taken one by one; None where one call can serve.
 
-    Args:
-        config: The layer.
-        entry: The registry's entry of the layer's kernel; None on a rank without experts.
-        dispatcher: The layer's dispatcher.
-        exact: The layer is in exact mode.
-        fused: The shared experts are slots of the routed product.
+    ``entry``: of the layer's kernel, None on a rank without experts. ``fused``: the shared experts are slots.
     """
     if dispatcher.group.size > 1:
         return f"{dispatcher.group.size} ranks hold the experts"

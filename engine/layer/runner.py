@@ -28,16 +28,14 @@ from xpar.kernels.contracts import ExpertInput, ExpertKernel, Routing
 
 
 class RoutedTokens(NamedTuple):
-    """The tokens that this rank dispatches, after routing.
+    """The tokens ``[T, H]`` that this rank dispatches, after routing.
 
     Attributes:
-        hidden_states: The tokens, ``[T, H]``.
         rows: What the experts read: the tokens, projected or weighted where the layer asks for it.
         routing: Where the tokens go; the exception instead, if routing failed on this rank.
         weighted: The routing that the experts get with ``rows``. It is ``routing``, with the slots of fused
             shared experts added, and with weights of 1 where ``rows`` are multiplied by the weights already.
-        shared_logits: Logits ``[T, 1]`` of the shared experts' gate, where one product made them with the
-            router's.
+        shared_logits: ``[T, 1]`` of the shared experts' gate, where one product made them with the router's.
     """
 
     hidden_states: Tensor
@@ -53,11 +51,7 @@ class StepInFlight(NamedTuple):
     Attributes:
         num_tokens: Tokens that were given to this rank.
         hidden_states: The tokens of them that this rank dispatches, ``[T, H]``.
-        routing: Where these tokens go.
-        plan: Who sends which rows where.
         rows: The rows that arrive here, when they have arrived.
-        shared: The shared experts' part of the step.
-        observers: Who measures the step.
     """
 
     num_tokens: int
@@ -94,13 +88,7 @@ class MoERunner(nn.Module):
         projection: What makes the experts' input of the tokens, or None where the experts read the tokens.
         options: The caller's choices.
         layer: The layer's number, for messages.
-
-    Attributes:
-        padding: ``[T]`` bool, true for rows of the calls that hold no token, which then go to no expert; or
-            None. A recorded graph reads it anew in each replay.
     """
-
-    padding: Tensor | None = None
 
     def __init__(
         self,
@@ -146,10 +134,7 @@ class MoERunner(nn.Module):
         return self.experts.kernel
 
     def make_load_counter(self) -> LoadCounter:
-        """Make a counter of this layer's load.
-
-        ``Observers(load=counter)`` hands it to the calls that count.
-        """
+        """Make a counter of this layer's load, for ``Observers(load=counter)`` of the calls that count."""
         return LoadCounter(self.dispatcher.placement, self.tokens.job_group)
 
     # -- the pipeline
@@ -163,16 +148,16 @@ class MoERunner(nn.Module):
         *,
         router: RoutingRule | None = None,
         observers: Observers | None = None,
+        padding: Tensor | None = None,
     ) -> Step:
         """Route, plan, and send rows on their way; collective. The step must be given to :meth:`finish`.
 
-        The arguments are those of :meth:`forward`. What is wrong with them on one rank is raised on every
-        rank.
+        The arguments are those of :meth:`forward`. What is wrong with them on one rank is raised on all.
         """
         observers = self._unobserved if observers is None else observers
         self._step += 1
         with observers.stage("route"):
-            routed = self._route(hidden_states, router_logits, input_ids, router or self.router)
+            routed = self._route(hidden_states, router_logits, input_ids, router or self.router, padding)
         shared = self._begin_shared(hidden_states, routed, observers)
         with observers.stage("plan"):
             plan = self._plan(routed.weighted)
@@ -185,10 +170,10 @@ class MoERunner(nn.Module):
         )
 
     def finish(self, step: Step, together: bool = False) -> LayerOutput:
-        """Compute the rows that arrive and bring their outputs home; collective.
+        """Compute the rows that arrive and bring outputs home, unsummed as yet; collective.
 
-        The value that is returned knows the last step of the pipeline, the sum. ``together``: nobody will ask
-        for shared and routed output apart, so that they may be added where the routed output comes home.
+        ``together``: nobody will ask for shared and routed output apart, so that they may be added where the
+        routed output comes home.
         """
         assert isinstance(step, StepInFlight)
         observers = step.observers
@@ -196,6 +181,7 @@ class MoERunner(nn.Module):
             arrived = step.rows.wait()
         with observers.stage("compute"):
             outputs = self.experts.compute(arrived, step.plan)
+        observers.record_arrived(arrived.topk_ids)
         with observers.stage("combine"):
             returning = self.experts.combine(outputs, step.plan)
         step.shared.run_if(SharedOrder.DURING_COMBINE)
@@ -209,7 +195,7 @@ class MoERunner(nn.Module):
                     returning.wait(), step.hidden_states, step.routing, self.output_bias
                 )
                 shared = step.shared.output.wait()
-        observers.record(arrived.topk_ids, step.routing, step.plan.traffic)
+        observers.record_step(step.routing, step.plan.pending_traffic)
         return LayerOutput(
             self.tokens.as_sharded(routed, step.num_tokens),
             shared,
@@ -227,13 +213,13 @@ class MoERunner(nn.Module):
         *,
         router: RoutingRule | None = None,
         observers: Observers | None = None,
+        padding: Tensor | None = None,
         together: bool = False,
     ) -> LayerOutput:
-        """Run :meth:`start` and :meth:`finish`.
-
-        The forward without its last sum, with routing and traffic.
-        """
-        step = self.start(hidden_states, router_logits, input_ids, router=router, observers=observers)
+        """Run :meth:`start` and :meth:`finish`: the forward but for its last sum, with routing."""
+        step = self.start(
+            hidden_states, router_logits, input_ids, router=router, observers=observers, padding=padding
+        )
         return self.finish(step, together)
 
     # -- ways to call it: alike up to the sum
@@ -247,6 +233,7 @@ class MoERunner(nn.Module):
         *,
         router: RoutingRule | None = None,
         observers: Observers | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Compute the layer; collective. Under torch.compile it is one opaque operator of the graph.
 
@@ -257,6 +244,8 @@ class MoERunner(nn.Module):
             input_ids: ``[T]`` token ids, for layers that route by token id.
             router: Routes this call in place of the layer's own router.
             observers: Who measures this call.
+            padding: ``[T]`` bool, true for rows that hold no token and go to no expert. A recorded graph
+                reads it anew in each replay.
 
         Returns:
             ``[T, H]`` in the layer's dtype.
@@ -269,7 +258,13 @@ class MoERunner(nn.Module):
             output: Tensor = moe_forward(self.handle, hidden_states, router_logits, input_ids)
             return output
         return self.run(
-            hidden_states, router_logits, input_ids, router=router, observers=observers, together=True
+            hidden_states,
+            router_logits,
+            input_ids,
+            router=router,
+            observers=observers,
+            padding=padding,
+            together=True,
         ).sum()
 
     def forward_separately(
@@ -277,9 +272,7 @@ class MoERunner(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the forward's two addends, ``[T, H]`` each: routed experts, and shared experts or None.
 
-        Raises:
-            ValueError: The shared experts are fused with the routed ones, so that one product makes their
-                sum.
+        Raises ValueError if the shared experts are fused with the routed ones: one product makes their sum.
         """
         if self.fused is not None:
             raise ValueError(
@@ -314,10 +307,7 @@ class MoERunner(nn.Module):
         router: RoutingRule | None = None,
         observers: Observers | None = None,
     ) -> tuple[Tensor, Routing]:
-        """Run the forward, and gather where all T tokens went.
-
-        Logical expert ids and weights, for a replay.
-        """
+        """Run the forward, and gather where all T tokens went: expert ids and weights, for a replay."""
         output = self.run(hidden_states, router_logits, input_ids, router=router, observers=observers)
         return output.sum(), self.tokens.gather_routing(output.routing, hidden_states.shape[0])
 
@@ -330,11 +320,9 @@ class MoERunner(nn.Module):
         router_logits: Tensor | None,
         input_ids: Tensor | None,
         router: RoutingRule | None,
+        padding: Tensor | None,
     ) -> RoutedTokens:
-        """Route this rank's slice of the tokens. A failure is a value.
-
-        Plan raises it on all ranks together.
-        """
+        """Route this rank's slice of the tokens; a failure is a value, which plan raises on all ranks."""
         local = self.tokens.local_slice(hidden_states.shape[0])
         x = hidden_states[local]
         try:
@@ -346,7 +334,8 @@ class MoERunner(nn.Module):
             logits, shared_logits = self._logits(x, router_logits, local, router)
             routing = router.route(x, logits, None if input_ids is None else input_ids[local])
             rows, weighted = self._expert_input(x, routing, shared_logits)
-            routing, weighted = (self._without_padding(r, local) for r in (routing, weighted))
+            if padding is not None:
+                routing, weighted = (_without_padding(r, padding[local]) for r in (routing, weighted))
             return RoutedTokens(x, rows, routing, weighted, shared_logits)
         except Exception as error:  # noqa: BLE001 - raised by plan, on every rank
             return RoutedTokens(x, x, error, error, None)
@@ -367,18 +356,10 @@ class MoERunner(nn.Module):
             return x, self.fused.append(routing, x, shared_logits)
         return weigh_input(x if self.projection is None else self.projection.down(x), routing)
 
-    def _without_padding(self, routing: Routing, local: slice) -> Routing:
-        if self.padding is None:
-            return routing
-        return replace(routing, topk_ids=routing.topk_ids.masked_fill(self.padding[local, None], -1))
-
     def _begin_shared(
         self, hidden_states: Tensor, routed: RoutedTokens, observers: Observers
     ) -> RunningSharedExperts:
-        """Schedule the shared experts.
-
-        They compute nothing where there are none, or where plan will raise.
-        """
+        """Schedule the shared experts; they compute nothing where there are none, or plan will raise."""
 
         def compute() -> Distributed | None:
             if self.shared is None or isinstance(routed.routing, Exception):
@@ -386,7 +367,7 @@ class MoERunner(nn.Module):
             with observers.stage("shared"):
                 return self.shared(hidden_states, routed.shared_logits)
 
-        return self.overlap.begin(compute, hidden_states)
+        return self.overlap.begin(compute, hidden_states, routed.shared_logits)
 
     def _plan(self, routing: Routing | Exception) -> DispatchPlan:
         tag = Tag("layer", self.layer, self._step)
@@ -405,3 +386,8 @@ class MoERunner(nn.Module):
                 f"hidden_states are {hidden_states.dtype}, the layer computes in {self.dtype}; cast them "
                 "first"
             )
+
+
+def _without_padding(routing: Routing, padding: Tensor) -> Routing:
+    """Let the rows at which ``padding`` [T] is true go to no expert."""
+    return replace(routing, topk_ids=routing.topk_ids.masked_fill(padding[:, None], -1))

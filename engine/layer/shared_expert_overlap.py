@@ -1,7 +1,4 @@
-"""The moment at which shared experts compute.
-
-Shared experts read the rank's own tokens, so they can fill the time in which rows travel.
-"""
+"""The moment at which shared experts compute: they read the rank's own tokens, while rows may travel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,10 +35,7 @@ class SharedOrder(Enum):
 
 @dataclass(frozen=True)
 class RunningSharedExperts:
-    """The shared experts' part of one step.
-
-    ``output`` is computed at ``moment``, or when somebody waits for it.
-    """
+    """The shared experts' part of one step: ``output`` is made at ``moment``, or when it is waited for."""
 
     output: Pending[Distributed | None]
     moment: SharedOrder
@@ -53,10 +47,7 @@ class RunningSharedExperts:
 
 
 class Overlap:
-    """Schedules the shared experts of a layer at the moment that ``order`` names.
-
-    Every order gives the same values.
-    """
+    """Schedules the shared experts of a layer by ``order``; every order gives the same values."""
 
     def __init__(self, order: SharedOrder, device: torch.device) -> None:
         if order is SharedOrder.SIDE_STREAM and device.type != "cuda":
@@ -74,21 +65,24 @@ class Overlap:
         few_on_gpu = self.device.type == "cuda" and tokens <= SIDE_STREAM_TOKENS
         return SharedOrder.SIDE_STREAM if few_on_gpu else SharedOrder.DURING_DISPATCH
 
-    def begin(self, work: SharedExpertsCall, hidden_states: Tensor) -> RunningSharedExperts:
-        """Schedule ``work``, which reads ``hidden_states`` [T, H].
+    def begin(
+        self, work: SharedExpertsCall, hidden_states: Tensor, logits: Tensor | None = None
+    ) -> RunningSharedExperts:
+        """Schedule ``work``, which reads ``hidden_states`` [T, H] and the gate's ``logits`` [T, 1] if given.
 
         The caller waits for the output of the result.
         """
         order = self.order_of(hidden_states.shape[0])
         if order is SharedOrder.SIDE_STREAM:
-            return RunningSharedExperts(self._on_side_stream(work, hidden_states), order)
+            inputs = [hidden_states] if logits is None else [hidden_states, logits]
+            return RunningSharedExperts(self._on_side_stream(work, inputs), order)
         output = Pending(work)
         if order is SharedOrder.BEFORE:
             output.wait()
         return RunningSharedExperts(output, order)
 
-    def _on_side_stream(self, work: SharedExpertsCall, hidden_states: Tensor) -> Pending[Distributed | None]:
-        """Run ``work`` on the side stream.
+    def _on_side_stream(self, work: SharedExpertsCall, inputs: list[Tensor]) -> Pending[Distributed | None]:
+        """Run ``work`` on the side stream; the result holds ``inputs``, all that it reads, until the join.
 
         Fork and join become edges of a CUDA graph that is being captured.
         """
@@ -98,11 +92,14 @@ class Overlap:
         side.wait_stream(main)
         with torch.cuda.stream(side):
             output = work()
-        # The allocator must not give this memory away while the other stream may still use it.
-        hidden_states.record_stream(side)
+        # The allocator must not give memory away while the other stream may still use it, also if nobody
+        # joins.
+        for tensor in inputs:
+            tensor.record_stream(side)
 
         def join() -> Distributed | None:
             main.wait_stream(side)
+            inputs.clear()
             if output is not None:
                 output.tensor.record_stream(main)
             return output

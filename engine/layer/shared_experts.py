@@ -10,10 +10,10 @@ from xpar.kernels.position_invariant import position_invariant
 
 
 class SharedExperts:
-    """The shared experts of a layer on one rank.
+    """The shared experts of a layer on one rank: ``kernel`` holds its part of their width, as one expert.
 
     Args:
-        kernel: Holds this rank's part of the width, as one expert.
+        kernel: Computes that expert.
         state: Partial if the width is sliced over ranks, so that outputs must be summed; Full otherwise.
         gate: ``[1, H]``, whose sigmoid multiplies the output (Qwen2-MoE), or None.
         scale: A constant that multiplies the output as well.
@@ -23,10 +23,7 @@ class SharedExperts:
         self.kernel, self.state, self.gate, self.scale = kernel, state, gate, scale
 
     def __call__(self, hidden_states: Tensor, shared_logits: Tensor | None = None) -> Distributed:
-        """Compute ``[T, H]`` for ``[T, H]``.
-
-        ``shared_logits`` [T, 1] are the gate's, where a product made them already.
-        """
+        """Compute ``[T, H]`` for ``[T, H]``; ``shared_logits`` [T, 1]: the gate's, if made already."""
         tokens, invariant = hidden_states.shape[0], self.kernel.spec.row_invariant
         ids = torch.zeros(tokens, 1, dtype=torch.int32, device=hidden_states.device)
         weights = shared_weights(hidden_states, self.gate, self.scale, invariant, shared_logits)
@@ -40,17 +37,10 @@ def shared_weights(
     row_invariant: bool,
     logits: Tensor | None = None,
 ) -> Tensor:
-    """Compute the factors on the shared experts' output.
+    """Compute the factors [T, 1] float32 on the shared experts' output: ``scale``, times sigmoid of ``gate``.
 
-    Args:
-        hidden_states: ``[T, H]``.
-        gate: ``[1, H]``, or None for a constant factor.
-        scale: The constant factor.
-        row_invariant: A token's bits do not depend on the other tokens of the batch.
-        logits: ``[T, 1]`` of ``gate``, where they are computed already.
-
-    Returns:
-        ``[T, 1]`` float32.
+    ``gate`` is [1, H] or None, ``logits`` [T, 1] are those of ``gate`` where they are made already.
+    ``row_invariant``: a token's bits do not depend on the other tokens of the batch.
     """
     if gate is None:
         return torch.full((hidden_states.shape[0], 1), scale, device=hidden_states.device)

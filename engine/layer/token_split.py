@@ -33,17 +33,11 @@ class TokenSplit(Protocol):
         """Name the state of the local slice's output among the ranks that hold the same tokens."""
 
     def gather_routing(self, local: Routing, tokens: int) -> Routing:
-        """All-gather the routing of the local slices into the routing of all ``tokens`` tokens.
-
-        Collective.
-        """
+        """All-gather the routing of the local slices into that of all ``tokens`` tokens; collective."""
 
 
 class KeepAllTokens:
-    """Every rank dispatches all its tokens.
-
-    No other rank has them, or the dispatcher wants copies on its ranks.
-    """
+    """Every rank dispatches all its tokens: no other has them, or the dispatcher wants copies."""
 
     def __init__(self, job_group: Communicator) -> None:
         self.job_group = job_group
@@ -87,10 +81,7 @@ class SplitOverTensorParallel:
 
 
 def choose_token_split(grid: ProcessGrid, dispatcher: Dispatcher, sequence_parallel: bool) -> TokenSplit:
-    """Choose the split.
-
-    With ``sequence_parallel`` the ranks of a tensor-parallel group hold different tokens.
-    """
+    """Choose the split; ``sequence_parallel``: the ranks of a tp group hold different tokens."""
     if sequence_parallel or grid.tp.size == 1:
         return KeepAllTokens(grid.world.comm)
     if dispatcher.capabilities.replicated_tokens:

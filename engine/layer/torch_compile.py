@@ -34,10 +34,7 @@ class RunnerHandle(OpaqueBase):
         self.layer = layer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RunnerHandle":
-        """Return the handle itself.
-
-        Torch 2.11 copies its inputs, and a copy would need weights and MPI groups.
-        """
+        """Return the handle itself: torch 2.11 copies inputs, and a copy would need the weights."""
         return self
 
 

@@ -42,8 +42,7 @@ def backends(device: torch.device) -> AbstractContextManager[None]:
     """Restrict torch's attention on ``device`` to kernels that serve every length, within the context.
 
     cuDNN's, which torch would take on a GPU, makes a plan for each length that it meets, and a cache has
-    another one at every
-    token: 24 ms a step of four layers (H200, torch 2.11).
+    another one at every token: 24 ms a step of four layers (H200, torch 2.11).
     """
     if device.type != "cuda":
         return nullcontext()

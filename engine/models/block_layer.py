@@ -1,8 +1,4 @@
-"""Whole blocks of a model replaced by xpar's layer: router, experts, shared experts, scaling.
-
-For families whose block does not let its experts be provided it is the only way; for the others it is a
-choice.
-"""
+"""Whole blocks of a model replaced by xpar's layer, where experts cannot be provided or by choice."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -12,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
-from xpar.engine.architectures.layer_weights import load_layer_weights
+from xpar.engine.architectures.layer_config import find, moe_layers
+from xpar.engine.architectures.layer_weights import load_layer_weights, stored_layer_config
 from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.layer.build import build_layer
@@ -26,10 +22,7 @@ from xpar.engine.routing.router import Router
 
 
 class BlockLayer(nn.Module, ModelLayer):
-    """A layer that takes the place of a whole block; every rank of the runner's grid calls it together.
-
-    ``pair`` says whether the model expects a second value from the block; that value is None.
-    """
+    """A layer in the place of a whole block, called by all ranks; a ``pair`` has None as second value."""
 
     def __init__(self, runner: MoERunner, pair: bool) -> None:
         super().__init__()
@@ -46,11 +39,12 @@ class BlockLayer(nn.Module, ModelLayer):
         """Compute ``[T, H]``. The logits are made here where a row of them may not be finite."""
         runner, router = self.runner, self.runner.router
         if not self.isolates_rows or not isinstance(router, Router):
-            output: Tensor = runner(hidden_states, observers=self.observers)
+            output: Tensor = runner(hidden_states, observers=self.observers, padding=self.padding)
             return output
         logits = router.logits(hidden_states)
         rows = bad_rows(hidden_states, logits)
-        output = runner(cleared(rows, hidden_states), cleared(rows, logits), observers=self.observers)
+        x, logits = cleared(rows, hidden_states), cleared(rows, logits)
+        output = runner(x, logits, observers=self.observers, padding=self.padding)
         return spoiled(rows, output)
 
 
@@ -62,10 +56,7 @@ class NoModule(nn.Module):
 
 
 def block_modules(model: nn.Module, hf_config: dict[str, Any]) -> dict[int, tuple[str, ...]]:
-    """Find the names of each layer's block and of the module beside it, by layer, ascending.
-
-    Raises :class:`CheckpointError` where the model has none.
-    """
+    """Find the names of each layer's block and of the module beside it; CheckpointError if there is none."""
     arch = find(hf_config)
     if arch.norm is not None:
         raise CheckpointError(
@@ -95,14 +86,12 @@ def build_block(
     options: LayerOptions,
     scale_output: bool = False,
 ) -> BlockLayer:
-    """Build this rank's part of ``layer``, without any collective.
-
-    Raises ValueError for options that do not fit.
+    """Build this rank's part of ``layer``, without any collective; ValueError if options do not fit.
 
     ``scale_output``: the layer returns its output over the routed scaling factor.
     """
     arch = find(checkpoint.config)
-    config = layer_config(arch, checkpoint.config, layer)
+    config = stored_layer_config(checkpoint, arch, layer)
     read = partial(load_layer_weights, checkpoint, arch, layer, config)
     if scale_output:
         config, _ = scale_layer_output(config)

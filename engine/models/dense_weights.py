@@ -112,10 +112,7 @@ def load_dense(
 
 
 def _tie(model: Any, tensors: Mapping[str, Tensor], warns: bool) -> None:
-    """Tie the parameters that the config of ``model`` ties, but for pairs that differ.
-
-    A pair of which both are in ``tensors`` differs; ``warns``: say so in the log.
-    """
+    """Tie the parameters that the config ties, but for ``tensors`` that differ (``warns``: log them)."""
     tied: dict[str, str] = model.all_tied_weights_keys
     for target, source in list(tied.items()):
         if target in tensors and source in tensors:
@@ -133,10 +130,7 @@ def _tie(model: Any, tensors: Mapping[str, Tensor], warns: bool) -> None:
 
 
 def restore_buffers(model: Any, foreign: tuple[str, ...]) -> None:
-    """Give the buffers that no checkpoint has, such as rotary frequencies, transformers' values.
-
-    Raises :class:`CheckpointError` naming what is still without values.
-    """
+    """Give the buffers that no checkpoint has transformers' values; CheckpointError names what has none."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = True  # transformers' own mark: its initialisation leaves these alone
     for module in model.modules():
@@ -188,10 +182,7 @@ def _dtype_of(key: str, dtype: torch.dtype, plan: Mapping[str, torch.dtype]) -> 
 
 
 def _on_first(read: Callable[[], T], node: Communicator) -> T:
-    """Call ``read`` on rank 0 of the node and return its value, or raise its error, on all ranks.
-
-    Collective over ``node``. The value travels pickled and must be small.
-    """
+    """Call ``read`` on rank 0 of the node; return its small value, or raise its error, on all. Collective."""
     outcome: tuple[Any, str | None] = (None, None)
     if node.rank == 0:
         try:
@@ -228,8 +219,8 @@ def _read(checkpoint: Checkpoint, name: str, out: Tensor) -> None:
     stored = checkpoint.entry(name).dtype
     if stored not in FLOATS:
         raise CheckpointError(
-            f"tensor {name} is stored as {stored}: quantised weights need scales that are not read; "
-            "convert the checkpoint to bfloat16 first"
+            f"tensor {name} is stored as {stored}: quantised weights need scales, and the file has none for "
+            "it, or config.json has no quantization_config; download both again, or use the bfloat16 release"
         )
     checkpoint.read(name, expect_shape=tuple(out.shape), out=out)
     if not math.isfinite(float(out.sum())) and not bool(torch.isfinite(out).all()):

@@ -50,7 +50,7 @@ class ExpertLayer(ModelLayer):
         config, check_finite = self.runner.config, not self.isolates_rows
         x, ids, weights = (cleared(rows, part) for part in (hidden_states, topk_ids, topk_weights))
         given = GivenRouting(ids, weights, config.num_experts, config.router.top_k, check_finite)
-        output: Tensor = self.runner(x, router=given, observers=self.observers)
+        output: Tensor = self.runner(x, router=given, observers=self.observers, padding=self.padding)
         return spoiled(rows, output)
 
     def join(self, rows: int = 0) -> None:

@@ -21,9 +21,7 @@ from xpar.engine.models.parallelize import SpreadOptions, build_moe_modules, row
 def register(
     grid: ProcessGrid | None = None, *, dispatcher: str = "auto", kernel: str = "auto", exact: bool = False
 ) -> None:
-    """Make the name ``experts_implementation="xpar"`` known to transformers; collective.
-
-    Models that are loaded with that name compute over ``grid``.
+    """Make ``experts_implementation="xpar"`` known to transformers; such models compute over ``grid``.
 
     ``grid``: by default all ranks of the job, which is this process alone where no launcher started it.
     Collective. A model's first forward spreads it: each rank keeps its own experts and drops the others. So

@@ -1,35 +1,25 @@
 """The config of a checkpoint as transformers reads it, and one line for everything that transformers refuses.
 
 transformers checks the types of most values, few sizes, and reports the rest by exceptions of many types from
-within its model code. The sizes are therefore checked here first, by the words that their names are made of.
+within its model code. The sizes are therefore checked first, by :func:`check_numbers`.
 """
 
 import json
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from xpar.engine.architectures.layer_config import MAX_LAYERS
 from xpar.engine.checkpoint.reader import CheckpointError, read_json
+from xpar.engine.layer.checkpoint_config import POSITIVE, SIZE, check_numbers
+
+__all__ = ["check_numbers", "read_hf_config", "transformers_errors"]
 
 log = logging.getLogger("xpar.models")
 EXTRAS = ("output_router_logits", "output_hidden_states", "output_attentions")
 """Keys with which a config asks that a forward returns more than logits and cache."""
-SIZE = re.compile(r"^(num|n)_|_(size|dim|heads|layers|rank)$|^max_(position_embeddings|seq_len)$|^d_model$")
-"""The names of keys that give a size or a count."""
-POSITIVE = re.compile(
-    r"^(vocab_size|(hidden|intermediate|ffn_hidden)_size|d_model|head_dim|max_(position_embeddings|seq_len)"
-    r"|(num|n)_(hidden_)?layers|(num|n)_(attention_|key_value_)?heads)$"
-)
-"""The names of sizes that no model has as 0."""
-MAX_EXPERTS = 2**16
-"""More experts than any layer has; transformers makes modules, or lists, of as many."""
-LARGEST = 2**31 - 1
-"""The largest size that is taken for one."""
 WRONG_TYPE = re.compile(
     r"[Ff]ield '(?P<key>\w+)'.*? expected (?P<type>.+?), got \w+ \(value: (?P<value>.*)\)$"
 )
@@ -51,6 +41,8 @@ def read_hf_config(path: Path) -> Any:
         hf_config = AutoConfig.from_pretrained(path)
         configs = {id(c): c for c in (hf_config, hf_config.get_text_config())}.values()
     for config in configs:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # weights come as floats, and no quantizer is to look for packages
         config.return_dict = True
         for name in EXTRAS:
             if getattr(config, name, None):
@@ -58,30 +50,12 @@ def read_hf_config(path: Path) -> Any:
     return hf_config
 
 
-def check_numbers(file: Path, values: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise :class:`CheckpointError` for the first value that is not finite, or an impossible size."""
-    padding, rows = values.get("pad_token_id"), values.get("vocab_size")
-    if isinstance(padding, int) and isinstance(rows, int) and padding >= rows > 0:
-        raise CheckpointError(f"{file}: {prefix}pad_token_id={padding}: must be less than vocab_size={rows}")
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            check_numbers(file, value, f"{name}.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise CheckpointError(f"{file}: {name}={value}: must be a finite number")
-        least = int(bool(POSITIVE.search(key)))
-        most = MAX_LAYERS if key.endswith("layers") else MAX_EXPERTS if key.endswith("experts") else LARGEST
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and SIZE.search(key) and not least <= value <= most:
-            raise CheckpointError(f"{file}: {name}={value}: must be {least} to {most}")
-
-
 @contextmanager
 def transformers_errors(file: Path, values: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Turn every exception of transformers about ``file`` into one :class:`CheckpointError` of one line.
 
     The traceback goes to the log, where ``-v`` shows it. Where the exception names no key, the message lists
-    the sizes among ``values`` that are null, or else all.
+    the ``values`` that it shows, or else the sizes that are null, or else all sizes.
     """
     try:
         yield
@@ -100,12 +74,21 @@ def _in_one_line(error: Exception, values: Mapping[str, Any]) -> str:
     if len(text) > 300:
         text = f"{text[:300]}…"
     named = set(re.findall(r"\w*_\w+", text))
+    quoted = set(re.findall(r"(?:=|')(-?\w[\w.]*)", text))
     keys = [key for key in values if key in named]
+    keys = keys or [
+        key for key, value in values.items() if _may_be_named(key, value) and str(value) in quoted
+    ]
     if not keys:
         nulls = [key for key in values if SIZE.search(key) and values[key] is None]
         keys = nulls or [key for key in values if POSITIVE.search(key)]
     given = ", ".join(f"{key}={_short(values[key])}" for key in keys if key in values)
     return f"transformers does not take it: {text}{f' (given: {given})' if given else ''}"
+
+
+def _may_be_named(key: str, value: Any) -> bool:
+    """Return whether a message that shows ``value`` may mean ``key``: a size, or a word."""
+    return isinstance(value, str) or (type(value) is int and SIZE.search(key) is not None)
 
 
 def _short(value: Any) -> str:

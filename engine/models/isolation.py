@@ -14,10 +14,7 @@ from torch import Tensor
 
 
 class IsolatesRows(Protocol):
-    """A layer of experts.
-
-    ``isolates_rows``: whether it gives NaN for rows that are not finite, or refuses all.
-    """
+    """A layer of experts; ``isolates_rows``: whether bad rows become NaN, or all are refused."""
 
     isolates_rows: bool
 
@@ -36,9 +33,7 @@ def rows_isolated(layers: Iterable[IsolatesRows]) -> Iterator[None]:
 
 
 def bad_rows(*parts: Tensor) -> Tensor | None:
-    """Return which of T rows have a number that is not finite in any of ``parts`` [T, ...]: [T] bool.
-
-    None for no row.
+    """Return which of T rows have a number that is not finite in ``parts`` [T, ...]: [T] bool, or None.
 
     On a GPU the mask is always returned, since the host would have to wait to know.
     """

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xpar.engine.architectures.layer_config import find, require_moe_layers
-from xpar.engine.checkpoint.reader import Checkpoint
-from xpar.engine.models.hf_config import check_numbers, read_hf_config
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
+from xpar.engine.layer.checkpoint_config import read_layer_configs
+from xpar.engine.models.hf_config import read_hf_config
 
 LEAST_ROOM = 64
 """Spare columns of memory that is allocated for keys or values.
@@ -40,9 +40,8 @@ def other_states(hf_config: Any) -> tuple[str, ...]:
 
 def check_generates(path: Path) -> None:
     """Raise ValueError if xpar cannot generate text with the checkpoint at ``path``."""
-    with Checkpoint(path) as checkpoint:
-        check_numbers(path / "config.json", checkpoint.config)
-        require_moe_layers(find(checkpoint.config), checkpoint.config)
+    with open_checkpoint(path) as checkpoint:
+        read_layer_configs(checkpoint)
     if find_spec("transformers") is None:
         return  # which loading the model says better
     hf_config = read_hf_config(path)
@@ -75,10 +74,7 @@ class KvCache:
 
     @classmethod
     def of(cls, cache: Any, lengths: tuple[int, ...]) -> "KvCache":
-        """Take the keys and values that a forward left in ``cache``.
-
-        Raises ValueError for a model that keeps another kind of state.
-        """
+        """Take the keys and values that a forward left in ``cache``; ValueError for another kind of state."""
         layers: list[tuple[Tensor, Tensor]] = []
         for layer in cache.layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -94,10 +90,7 @@ class KvCache:
         return int(self.layers[0][0].shape[2])
 
     def cache(self) -> Any:
-        """Return a cache for transformers' forward, which appends to it.
-
-        For one forward only: a second would append to the same.
-        """
+        """Return a cache for one forward of transformers, which appends to it; a second would do so too."""
         if self.origin is not None:
             return self.origin
         copy = new_cache()
@@ -137,19 +130,13 @@ def _stack(a: Tensor, b: Tensor, columns: int) -> Tensor:
 
 
 class GrowingCacheLayer:
-    """Keys or values [B, heads, S, D] at the front of memory that has room for more columns.
-
-    Appending a token then does not copy the tokens before it.
-    """
+    """Keys or values [B, heads, S, D] in memory with room for more columns, so that appending copies none."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
     def append(self, old: Tensor | None, new: Tensor) -> Tensor:
-        """Return a view of ``old`` followed by the columns of ``new``.
-
-        Nothing of ``old`` is copied if it is the view that the last call returned and there is room.
-        """
+        """Return a view of ``old`` (not copied if it is the last view and there is room) and ``new``."""
         columns = 0 if old is None or not old.numel() else old.shape[2]
         total = columns + new.shape[2]
         if self._memory is None or total > self._memory.shape[2]:

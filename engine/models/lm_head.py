@@ -1,7 +1,4 @@
-"""The second half of a causal language model: from hidden states to logits, some rows at a time.
-
-T tokens, V vocabulary, H hidden size.
-"""
+"""The second half of a causal language model: hidden states [T, H] to logits [T, V], in parts."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -49,10 +46,7 @@ class Head:
             self._given.hidden_states = None
 
     def scores(self, hidden_states: Tensor, targets: Tensor) -> Iterator[tuple[list[float], bool]]:
-        """Yield log-probabilities of ``targets`` [T] and whether all are the likeliest, some rows at a time.
-
-        Raises ValueError for logits that are not finite.
-        """
+        """Yield log-probabilities of ``targets`` [T], and if all are likeliest; ValueError if not finite."""
         rows = max(1, LOGITS_BYTES // (4 * self._model.config.get_text_config().vocab_size))
         for begin in range(0, len(targets), rows):
             wanted = targets[begin : begin + rows]

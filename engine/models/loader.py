@@ -16,9 +16,10 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.shared_window import SHARED_FILES, free_bytes
 from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
-from xpar.engine.architectures.layer_weights import stream_experts
+from xpar.engine.architectures.layer_weights import stored_layer_config, stream_experts
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.models.block_layer import build_block
 from xpar.engine.models.dense_weights import load_dense, sources
 from xpar.engine.models.expert_layer import IMPLEMENTATION, ExpertLayer, register
@@ -138,7 +139,7 @@ def load_model(
     if grid.shape.tp > 1:
         raise ValueError(f"tp={grid.shape.tp}: dense layers of whole models are not sliced; use tp=1")
     comm = grid.world.comm
-    with agreed(comm, lambda: Checkpoint(Path(path))) as checkpoint:
+    with agreed(comm, lambda: open_checkpoint(path)) as checkpoint:
         kind = agreed(comm, lambda: dtype or checkpoint.dtype)
         chosen = agreed(comm, lambda: _choose_dense(kind, grid.device, options))
         model, parts = agreed(comm, lambda: _empty_model(checkpoint, kind, options.whole_block))
@@ -171,6 +172,8 @@ def load_model(
             held / 1e6,
             checkpoint.bytes_read / 1e6,
         )
+        if conversions := checkpoint.describe_conversions(kind):
+            log.info("quantised weights are converted: %s", conversions)
         held_layers = tuple(layers.values())
         collective_modules = _find_collective_modules(model, parts, layers)
         return LoadedModel(
@@ -316,7 +319,7 @@ def _load_layers(
     for n, part in parts.items():
         with _allocation_errors(checkpoint.path / "config.json", n):
             if part.experts:
-                config = layer_config(arch, checkpoint.config, n)
+                config = stored_layer_config(checkpoint, arch, n)
                 read = _reader(checkpoint, n, config, dtype)
                 layers[n] = build_moe_modules(config, grid, dtype, n, read, options, loaded)
             else:

@@ -22,12 +22,14 @@ class ModelLayer(Protocol):
         slot_counter: Counts the slots of all calls.
         isolates_rows: Give NaN for rows that are not finite, where an error would end the work of all ranks;
             see :mod:`xpar.engine.models.isolation`.
+        padding: ``[T]`` bool, true for rows of the calls that hold no token, or None; see :func:`padded`.
     """
 
     runner: MoERunner
     observers: Observers
     slot_counter: SlotCounter
     isolates_rows: bool
+    padding: Tensor | None
 
     @property
     def slots(self) -> int:
@@ -40,14 +42,14 @@ class ModelLayer(Protocol):
         self.observers = replace(self.observers, slots=self.slot_counter)
 
     def join(self, rows: int = 0) -> None:
-        """Take part in a step without tokens: the other ranks' tokens may need this rank's experts.
+        """Take part in a step without tokens: others may need this rank's experts. Collective.
 
-        Collective. ``rows``: how many rows of padding to bring, where all ranks bring equally many.
+        ``rows``: how many rows of padding to bring, where all ranks bring equally many.
         """
-        self.runner(self._no_tokens(rows), observers=self.observers)
+        self.runner(self._no_tokens(rows), observers=self.observers, padding=self.padding)
 
     def _observe(self, runner: MoERunner) -> None:
-        self.runner, self.isolates_rows = runner, False
+        self.runner, self.isolates_rows, self.padding = runner, False, None
         self.observers = Observers.default(runner.grid.device)
         self.reset_slots()
 
@@ -61,12 +63,12 @@ def padded(layers: Iterable[ModelLayer], padding: Tensor) -> Iterator[None]:
     """Let ``layers`` send no row to experts where ``padding`` [T] is true, while the block runs."""
     layers = tuple(layers)
     for layer in layers:
-        layer.runner.padding = padding
+        layer.padding = padding
     try:
         yield
     finally:
         for layer in layers:
-            layer.runner.padding = None
+            layer.padding = None
 
 
 @contextmanager

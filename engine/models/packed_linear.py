@@ -34,9 +34,7 @@ class PackedLinearModule(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear module of which each rank of a node holds some columns.
-
-    Every rank of its node calls it together.
+    """A linear module of which each rank of a node holds some columns; all call it together.
 
     ``linear``: the product with ``columns`` of the weight, None if there are none. ``number``: its place in
     the model. ``siblings``: those whose products are made with this one, see :func:`group_by_input`.
@@ -112,9 +110,8 @@ class SameInputGroup:
 def group_by_input(calls: Sequence[tuple[nn.Module, Any]]) -> dict[ColumnParallelLinear, SameInputGroup]:
     """Group those of ``calls`` that share an input, so that one exchange makes their products.
 
-    ``calls`` are modules and their inputs in a forward's order. Returns the first of each group
-    and the group.
-    All ranks see the same calls, and so form the same groups.
+    ``calls`` are modules and their inputs in a forward's order, the same on all ranks. Returns the first of
+    each group and the group.
     """
     groups: list[list[ColumnParallelLinear]] = []
     last: Any = None

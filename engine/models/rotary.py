@@ -33,14 +33,8 @@ class RowRotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute the factors of ``position_ids`` [1 or B, S], each of B rows as if it were alone.
 
-        Args:
-            x: of the dtype and on the device that are wanted.
-            position_ids: [B, S], or [1, S] where they are the same in all rows.
-            args: further arguments of the module.
-            kwargs: further arguments of the module.
-
-        Returns:
-            A tensor or a tuple of tensors, [B, S, ...], or [1, S, ...] where all rows have the same.
+        ``x`` has the dtype and the device that are wanted; further arguments are the module's. Returns a
+        tensor or a tuple of tensors, [B, S, ...], or [1, S, ...] where all rows have the same.
         """
 
         def call(positions: Tensor) -> Any:
@@ -73,10 +67,7 @@ class RowRotary(nn.Module):
 
 
 def wrap_rotaries(model: nn.Module) -> list[RowRotary]:
-    """Wrap every rotary module of ``model`` that depends on the longest row; return the wrappers.
-
-    Of a model that is wrapped already, the wrappers there are.
-    """
+    """Wrap every rotary module of ``model`` that depends on the longest row; return all wrappers."""
     wrapped = {name: module for name, module in model.named_modules() if isinstance(module, RowRotary)}
     if not wrapped:
         for name, module in list(model.named_modules()):

@@ -21,10 +21,9 @@ LENGTHS = 1 << 16
 
 
 class SeparateRows:
-    """A change of ``model`` in place, after which each row of a batch gets what it gets alone.
+    """A change of ``model`` in place, made once, after which each row of a batch gets what it gets alone.
 
-    ``model``: a transformers causal language model; one that is changed already stays as it is. ``rereads``:
-    whether the model may need the whole past of a sequence anew.
+    ``rereads``: whether the model may need the whole past of a sequence anew.
     """
 
     def __init__(self, model: Any) -> None:
@@ -36,10 +35,7 @@ class SeparateRows:
 
     @contextmanager
     def of_lengths(self, lengths: Sequence[int]) -> Iterator[None]:
-        """Set the tokens of each row's whole text for the calls within the context.
-
-        A text that is read in pieces has the same length in each of them.
-        """
+        """Set the tokens of each row's whole text, pieces included, for the calls within the context."""
         for rotary in self._rotaries:
             rotary.lengths = tuple(lengths)
         try:

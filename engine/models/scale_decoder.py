@@ -1,7 +1,4 @@
-"""The decoder's half of float16 scaling.
-
-:mod:`xpar.engine.layer.residual_scaling` is the expert layers' half.
-"""
+"""The decoder's half of float16 scaling; :mod:`xpar.engine.layer.residual_scaling` is the layers' half."""
 
 from typing import Any
 
@@ -21,10 +18,8 @@ def scale_decoder(model: Any, scale: ResidualScale) -> None:
     That is the output of its embedding, attention and dense layers. The epsilon of each norm of the residual
     is divided by the factor's square, so that all norms, and thereby the logits, are those of the full
     residual. The whole blocks of ``model`` must be scaled already: ``parallelize(model, grid,
-    whole_block=True, scale_residual=True)`` does both.
-
-    Raises:
-        ValueError: The decoder has other parts than attention, feed-forward block and a norm before each.
+    whole_block=True, scale_residual=True)`` does both. Raises ValueError for a decoder with other parts than
+    attention, feed-forward block and a norm before each.
     """
     decoder = model.base_model
     layers = list(decoder.layers)

@@ -1,9 +1,8 @@
 """Attention temperature of each row's own positions.
 
 transformers takes the columns of its cache for positions there. Llama-4 multiplies the queries of layers
-without rotary factors by numbers that grow with the position
-(https://huggingface.co/papers/2501.19399); in a batch that is padded on the left, columns are not positions.
-B rows, S columns, N query numbers of a token.
+without rotary factors by numbers that grow with the position (https://huggingface.co/papers/2501.19399); in a
+batch that is padded on the left, columns are not positions. B rows, S columns, N query numbers of a token.
 """
 
 from typing import Any
@@ -13,10 +12,7 @@ from torch import Tensor, nn
 
 
 class ScaledQueries(nn.Module):
-    """A query projection whose output is multiplied by the temperature of each position.
-
-    ``positions``: [1 or B, S] int64 of the next call, which the decoder layer is given.
-    """
+    """A query projection times the temperature of the next call's ``positions`` [1 or B, S] int64."""
 
     def __init__(self, projection: nn.Module, floor_scale: float, attn_scale: float) -> None:
         super().__init__()

@@ -18,15 +18,8 @@ def choose_rule(
 ) -> RoutingRule:
     """Build the rule of ``config``.
 
-    Args:
-        config: The router.
-        correction_bias: ``[E]``, or None.
-        expert_scale: ``[E]``, or None.
-        hash_table: ``[vocabulary, k]``, or None.
-
-    Raises:
-        ValueError: The configuration needs a tensor that is missing, has no use for one that is given, or
-            names a choice that no rule makes.
+    ``correction_bias`` and ``expert_scale`` are [E] or None, ``hash_table`` [vocabulary, k] or None. Raises
+    ValueError if a tensor is missing or has no use, or no rule makes the choice that ``config`` names.
     """
     wanted = {
         "correction_bias": (config.correction_bias, correction_bias),

@@ -12,16 +12,9 @@ BLOCK_ROWS = 32
 def gate_logits(
     hidden_states: Tensor, gate: Tensor, row_invariant: bool = False, bias: Tensor | None = None
 ) -> Tensor:
-    """Compute ``hidden_states @ gate.T + bias``, all of one dtype.
+    """Compute ``hidden_states @ gate.T + bias`` [T, E] of [T, H], [E, H] and [E] or None, all of one dtype.
 
-    Args:
-        hidden_states: ``[T, H]``.
-        gate: ``[E, H]``.
-        row_invariant: Compute products of equal shape, so that the bits of a row depend on that row alone.
-        bias: ``[E]``, or None.
-
-    Returns:
-        ``[T, E]``.
+    ``row_invariant``: products of equal shape, so that the bits of a row depend on that row alone.
     """
     if not row_invariant or hidden_states.shape[0] == 0:
         return functional.linear(hidden_states, gate, bias)

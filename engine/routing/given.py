@@ -1,7 +1,4 @@
-"""Routing that the caller has chosen already, in the place of a router.
-
-Transformers' experts interface works so.
-"""
+"""Routing that the caller has chosen already, in the place of a router, as transformers' experts get it."""
 
 import math
 
@@ -37,11 +34,10 @@ class GivenRouting:
         router_logits: Tensor | None = None,
         input_ids: Tensor | None = None,
     ) -> Routing:
-        """Return the given routing of ``hidden_states`` [T, H].
+        """Return the given routing of ``hidden_states`` [T, H]; ValueError for shapes, ids or weights.
 
-        Raises:
-            ValueError: Shapes, ids or weights are wrong. On a GPU ids and weights are checked without waiting
-                for them: wrong numbers end the process when it next waits for the GPU.
+        On a GPU ids and weights are checked without waiting for them: wrong numbers end the process when it
+        next waits for the GPU.
         """
         if hidden_states is not None:
             self._check_shapes(hidden_states.shape[0])

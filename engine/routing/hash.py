@@ -1,7 +1,4 @@
-"""Routing by token id.
-
-A table of the checkpoint chooses the experts, the logits only weigh them (DeepSeek-V4).
-"""
+"""Routing by token id: a table of the checkpoint chooses, the logits only weigh (DeepSeek-V4)."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,4 @@
-"""Identity experts (LongCat-Flash): ids behind the last real expert return the token as it is.
-
-No rank computes them.
-"""
+"""Identity experts (LongCat-Flash): ids behind the last expert return the token, on no rank."""
 
 from torch import Tensor
 
@@ -37,10 +34,7 @@ class IdentityExpertRule:
 
 
 def identity_output(hidden_states: Tensor, routing: Routing) -> Tensor | None:
-    """Multiply each token by the sum of its identity experts' weights.
-
-    ``[T, H]`` float32, or None without any.
-    """
+    """Multiply each token by the sum of its identity experts' weights: ``[T, H]`` float32, or None."""
     if routing.identity_weights is None:
         return None
     return hidden_states.float() * routing.identity_weights[:, None]

@@ -59,10 +59,7 @@ class RoutingRecorder:
 
 
 class ReplayRule:
-    """A rule that answers call n with step n of a recorded layer.
-
-    With ``repeat`` it starts again after the last.
-    """
+    """A rule that answers call n with step n of a recorded layer; ``repeat``: over and over."""
 
     def __init__(self, path: str | os.PathLike[str], layer: int, *, repeat: bool = False) -> None:
         self.steps = read_routing(path, layer)
@@ -75,11 +72,7 @@ class ReplayRule:
         router_logits: Tensor | None = None,
         input_ids: Tensor | None = None,
     ) -> Routing:
-        """Return the next recorded step.
-
-        Raises:
-            ValueError: The number of tokens is not that of the step, or the last step has been replayed.
-        """
+        """Return the next recorded step; ValueError if its tokens are not as many, or none is left."""
         given = token_rows(hidden_states, router_logits, input_ids)
         if self._next == len(self.steps) and self.repeat:
             self._next = 0
@@ -100,10 +93,7 @@ class ReplayRule:
 
 
 def read_routing(path: str | os.PathLike[str], layer: int) -> Sequence[Routing]:
-    """Read the recorded steps of layer ``layer``.
-
-    Raise ValueError if ``path`` is no recording or lacks the layer.
-    """
+    """Read the recorded steps of ``layer``; ValueError if ``path`` is no recording or lacks the layer."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -1,7 +1,4 @@
-"""A layer's router: its gate makes logits of the tokens, its rule makes ids and weights of the logits.
-
-E counts identity experts too.
-"""
+"""A layer's router: its gate makes logits, its rule ids and weights; E counts identity experts."""
 
 from torch import Tensor
 
@@ -77,19 +74,14 @@ class Router:
         """Choose experts for ``hidden_states`` [T, H], or for ``router_logits`` [T, E] if those are given.
 
         Slots come in the order of the choice: falling score (with the correction bias), equal scores by
-        expert id. ``input_ids`` [T] are read by routing by token id alone.
-
-        Raises:
-            ValueError: The logits of a token are NaN or infinite; the message names the first such token.
+        expert id. ``input_ids`` [T] are read by routing by token id alone. Raises ValueError, which names the
+        first token, for logits that are NaN or infinite.
         """
         logits = self.checked_logits(hidden_states, router_logits)
         return self.rule.route(hidden_states, logits, input_ids)
 
     def checked_logits(self, hidden_states: Tensor | None, router_logits: Tensor | None = None) -> Tensor:
-        """Return ``router_logits`` [T, E], or the gate's logits where they are None.
-
-        Raise as :meth:`route` does.
-        """
+        """Return ``router_logits`` [T, E], or the gate's where they are None; raise as :meth:`route` does."""
         if router_logits is None:
             if hidden_states is None:
                 raise ValueError("route needs hidden_states or router_logits")

@@ -38,10 +38,7 @@ class RoutingRule(Protocol):
 
 
 def required(value: Tensor | None, name: str, why: str) -> Tensor:
-    """Return ``value``.
-
-    Raise ValueError with the argument's ``name`` and ``why`` it is needed if it is None.
-    """
+    """Return ``value``; ValueError with the argument's ``name`` and ``why`` it is needed if it is None."""
     if value is None:
         raise ValueError(f"route needs {name}: {why}")
     return value
@@ -50,10 +47,7 @@ def required(value: Tensor | None, name: str, why: str) -> Tensor:
 def token_rows(
     hidden_states: Tensor | None, router_logits: Tensor | None, input_ids: Tensor | None
 ) -> Tensor:
-    """Return the first argument that is given, for rules that only count tokens.
-
-    Raise ValueError if none is.
-    """
+    """Return the first argument that is given, for rules that only count tokens; ValueError if none is."""
     given = next((x for x in (hidden_states, router_logits, input_ids) if x is not None), None)
     if given is None:
         raise ValueError("route needs hidden_states, router_logits or input_ids, to count the tokens")
@@ -75,17 +69,7 @@ def scores_of(router_logits: Tensor, scoring: Scoring) -> Tensor:
 def finish_weights(
     topk_weights: Tensor, topk_ids: Tensor, config: RouterConfig, scale: Tensor | None
 ) -> Tensor:
-    """Renormalise weights in place, and multiply them by expert factors and the scaling factor.
-
-    Args:
-        topk_weights: ``[T, k]`` float32, changed in place.
-        topk_ids: ``[T, k]``.
-        config: The router.
-        scale: ``[E]`` factors, or None.
-
-    Returns:
-        ``topk_weights``.
-    """
+    """Renormalise weights [T, k] float32 in place, times ``scale`` [E] by expert and the scaling factor."""
     if config.renormalize:
         total = topk_weights.sum(dim=-1, keepdim=True)
         if config.scoring == "sigmoid":
@@ -113,11 +97,7 @@ def require_finite(router_logits: Tensor) -> None:
 
 
 def weigh_input(hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
-    """Multiply tokens by their router weight where the routing asks for it (Llama-4).
-
-    Args:
-        hidden_states: ``[T, H]``; not changed.
-        routing: The routing of these tokens.
+    """Multiply tokens [T, H] by their router weight where the routing asks for it (Llama-4).
 
     Returns:
         For ``weight_on_input`` the scaled tokens, float32 rounded once to their dtype, and the routing with

@@ -1,7 +1,4 @@
-"""Rules that take the k best experts.
-
-By their scores, within the best groups, or by the logits themselves.
-"""
+"""Rules that take the k best experts: by scores, within the best groups, or by the logits themselves."""
 
 import math
 from dataclasses import replace

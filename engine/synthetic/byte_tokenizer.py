@@ -1,7 +1,4 @@
-"""A tokenizer for checkpoints with random weights: one token per byte.
-
-A vocabulary with room for them also has a begin and an end token.
-"""
+"""A tokenizer for random checkpoints: one token per byte and, with room, a begin and an end token."""
 
 from pathlib import Path
 
@@ -10,10 +7,7 @@ SPECIAL = ("<s>", "</s>")
 
 
 def write_byte_tokenizer(path: Path, vocab: int) -> None:
-    """Write the tokenizer for ``vocab`` tokens into the folder ``path``. Needs transformers.
-
-    Raises ValueError for fewer tokens than there are bytes.
-    """
+    """Write the tokenizer for ``vocab`` tokens, at least 256, into ``path``. Needs transformers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

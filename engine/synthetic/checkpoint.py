@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -12,10 +14,13 @@ from torch import Tensor
 from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
 from xpar.engine.architectures.schema import Architecture, MlpNames
 from xpar.engine.architectures.synthetic_schema import NORMS, OUTER, SyntheticSchema, dimensions
+from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.checkpoint.tensor_writer import TensorPlan, write_tensors
 from xpar.engine.config import LayerConfig
+from xpar.engine.formats.published import PublishedForm
 from xpar.engine.synthetic.config import make_config, synthetic_schema
+from xpar.engine.synthetic.quantised_writer import published_form, write_quantised
 from xpar.engine.synthetic.values import fill_random
 
 Writer = Literal["auto", "transformers", "own"]
@@ -37,6 +42,7 @@ def make_checkpoint(
     overrides: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     writer: Writer = "auto",
+    form: str | None = None,
 ) -> Mapping[str, Any]:
     """Write a random checkpoint. The same arguments give the same bytes.
 
@@ -56,6 +62,7 @@ def make_checkpoint(
         max_shard_bytes: largest size of a file.
         writer: ``transformers`` for that package's model classes, ``own`` for this package's tables of names,
             ``auto`` for transformers if it is installed.
+        form: a quantised format, of :data:`~xpar.engine.formats.published.FORMS`; by default floats.
 
     Returns:
         The ``config.json``.
@@ -87,6 +94,41 @@ def make_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):
         raise CheckpointError(f"{path}: is not empty; give a new directory or empty this one")
+    if form is not None:
+        _make_quantised(path, published_form(form), config, writer, dtype, seed, max_shard_bytes)
+        return config
+    _write(path, config, writer, dtype, seed, max_shard_bytes)
+    return config
+
+
+def _make_quantised(
+    path: Path,
+    form: PublishedForm,
+    config: Mapping[str, Any],
+    writer: Writer,
+    dtype: torch.dtype,
+    seed: int,
+    max_shard_bytes: int,
+) -> None:
+    """Write the checkpoint in floats beside ``path``, and from there into ``path`` in ``form``."""
+    with TemporaryDirectory(dir=path.absolute().parent) as folder:
+        _write(Path(folder), config, writer, dtype, seed, max_shard_bytes)
+        with Checkpoint(Path(folder)) as source:
+            write_quantised(source, path, form, max_shard_bytes)
+        if (generation := Path(folder) / "generation_config.json").exists():
+            shutil.copy(generation, path)
+
+
+def _write(
+    path: Path,
+    config: Mapping[str, Any],
+    writer: Writer,
+    dtype: torch.dtype,
+    seed: int,
+    max_shard_bytes: int,
+) -> None:
+    arch = find(config)
+    schema = synthetic_schema(arch)
     generator = torch.Generator().manual_seed(seed)
     if writer == "transformers":
         from xpar.engine.synthetic.transformers_writer import write_with_transformers
@@ -97,7 +139,6 @@ def make_checkpoint(
         write_tensors(path, plans, lambda plan: _random(plan, schema, generator), max_shard_bytes)
         # Last, so that a directory whose writing was cut short is not taken for a checkpoint.
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return config
 
 
 def tensor_plans(arch: Architecture, config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[TensorPlan]:
@@ -157,16 +198,7 @@ def _moe_plans(
 def mlp_plans(
     names: MlpNames, layer: int, experts: int, width: int, hidden: int, dtype: torch.dtype
 ) -> Iterator[TensorPlan]:
-    """Yield the tensors of some MLPs.
-
-    Args:
-        names: names and layout of the tensors.
-        layer: index of the layer.
-        experts: number of MLPs.
-        width: width I of each.
-        hidden: size H of their input and output.
-        dtype: dtype of the tensors.
-    """
+    """Yield the tensors of ``experts`` MLPs of ``width`` I between rows of ``hidden`` H."""
 
     def matrix(
         name: str | None, shape: tuple[int, int], transposed: bool

@@ -107,10 +107,7 @@ def _head_dim(schema: SyntheticSchema, head: int) -> dict[str, int]:
 
 
 def _dense_width(schema: SyntheticSchema, width: int) -> dict[str, int]:
-    """Return the key of the dense layers' width, if the family has dense layers.
-
-    In other families the key may be the experts' by another name.
-    """
+    """Return the key of the dense layers' width, if there are any; it may be the experts' elsewhere."""
     return {} if schema.dense_key is None else {"intermediate_size": width}
 
 
@@ -127,10 +124,7 @@ def _layer_kinds(arch: Architecture, layers: int) -> dict[str, list[str]]:
 
 
 def _shared_keys(arch: Architecture, shared: int | None, intermediate: int) -> dict[str, int]:
-    """Return the keys of ``shared`` shared experts.
-
-    Raises CheckpointError for a number that the family does not have.
-    """
+    """Return the keys of ``shared`` shared experts; CheckpointError for a number that the family has not."""
     if arch.shared is None:
         if shared:
             raise CheckpointError(f"shared={shared}: {arch.model_type} has no shared experts; leave it out")

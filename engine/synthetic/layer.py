@@ -109,17 +109,9 @@ class SyntheticLayer:
         rows: slice = ALL,
         shared_rows: slice = ALL,
     ) -> LayerWeights:
-        """Draw what ``layer_weights.load_layer_weights`` reads from a checkpoint.
+        """Draw what ``layer_weights.load_layer_weights`` reads from a checkpoint, with its arguments.
 
-        Args:
-            experts: global ids of the experts to draw.
-            sink: called with the tensors of each expert.
-            dtype: not used; the weights have the dtype of the layer.
-            rows: slice of the experts' width I.
-            shared_rows: slice of the shared experts' width.
-
-        Returns:
-            The other weights of the layer.
+        ``dtype`` is not used: the weights have the dtype of the layer.
         """
         for index, expert in enumerate(experts):
             sink(index, *self._sliced(*self.expert(expert), rows), *self._sliced_biases(expert, rows))
@@ -129,10 +121,7 @@ class SyntheticLayer:
         return LayerWeights(self.router(), shared, self.output_bias(), self.latent(), self.norm())
 
     def reference(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Compute the layer in float32, one expert at a time: the output [T, H], and the routing.
-
-        ``hidden_states`` [T, H]. ``input_ids`` [T] int64, for a layer that routes by token id.
-        """
+        """Compute the layer in float32, one expert at a time: the output [T, H], and the routing."""
         routing = self.make_router().route(hidden_states, None, input_ids)
         experts = ((e, MlpTensors(*self.expert(e), *(self.biases(e) or ()))) for e in chosen_experts(routing))
         weights = (self.shared(), self.config, self.output_bias(), self.latent(), self.norm())

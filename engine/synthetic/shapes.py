@@ -1,7 +1,4 @@
-"""Sizes of MoE layers of published models, by name, for benchmarks.
-
-Importing this module imports no torch: the help of the commands lists the names.
-"""
+"""Sizes of MoE layers of published models, by name; importing it imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,6 +62,8 @@ SHAPES: Mapping[str, Shape] = {
     "qwen3-30b-a3b": Shape("qwen3_moe", 2048, 768, 128, 8, overrides={"norm_topk_prob": True}),
     "qwen3-235b-a22b": Shape("qwen3_moe", 4096, 1536, 128, 8, overrides={"norm_topk_prob": True}),
     "deepseek-v2-lite": Shape("deepseek_v2", 2048, 1408, 64, 6, 2, {"topk_method": "greedy"}),
+    "gpt-oss-20b": Shape("gpt_oss", 2880, 2880, 32, 4),
+    "gpt-oss-120b": Shape("gpt_oss", 2880, 2880, 128, 4),
     "deepseek-v3": Shape("deepseek_v3", 7168, 2048, 256, 8, 1),
 }
 

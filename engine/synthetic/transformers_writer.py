@@ -19,15 +19,7 @@ def write_with_transformers(
     generator: torch.Generator,
     max_shard_bytes: int,
 ) -> None:
-    """Build a model, fill its tensors with random values, and save it.
-
-    Args:
-        path: directory of the checkpoint.
-        config: the ``config.json``.
-        dtype: dtype of the weights.
-        generator: draws the values.
-        max_shard_bytes: largest size of a file.
-    """
+    """Build a model of ``config``, fill its tensors with random values, and save it at ``path``."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {key: value for key, value in config.items() if key != "model_type"}

@@ -1,7 +1,4 @@
-"""Random weights and tokens.
-
-The weights keep activations of order one and spread tokens over experts unevenly, as training does.
-"""
+"""Random weights that keep activations of order one and spread tokens unevenly; random tokens."""
 
 import math
 
@@ -51,10 +48,7 @@ def random_tokens(tokens: int, hidden_size: int, seed: int) -> Tensor:
 
 
 def random_token_ids(tokens: int, config: LayerConfig, seed: int) -> Tensor | None:
-    """Draw ids [tokens] int64, the same on every rank, for a layer that routes by token id.
-
-    For any other layer the result is None.
-    """
+    """Draw ids [tokens] int64, alike on all ranks, for a layer that routes by token id; else None."""
     if config.router.choice != "hash":
         return None
     generator = torch.Generator().manual_seed(seed)

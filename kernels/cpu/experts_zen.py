@@ -132,11 +132,7 @@ class ZenExperts:
         return self._gate_up.nbytes + self._down.nbytes
 
     def _slots(self, x: ExpertInput) -> tuple[Tensor, Tensor]:
-        """Compute active slots as entries of one slot each.
-
-        Returns their outputs [S, H] in (entry, slot) order and their rows [M, k] among them, -1 for inactive
-        slots.
-        """
+        """Compute active slots as entries of one slot: [S, H], and their rows [M, k], -1 for none."""
         active = x.topk_ids >= 0
         entry = active.nonzero()[:, 0]
         positions = (active.reshape(-1).cumsum(0) - 1).view(active.shape).masked_fill(~active, -1)

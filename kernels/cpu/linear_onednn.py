@@ -23,11 +23,7 @@ def why_not_packed(dtype: torch.dtype) -> str | None:
 
 
 class PackedLinear:
-    """A dense product with a weight packed by oneDNN.
-
-    The product of a row has the same bits whatever the other rows are, except that in float32 a single row
-    may differ from the same row among several.
-    """
+    """A dense product packed by oneDNN; in float32 a row alone may have other bits than among others."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape = weight.shape

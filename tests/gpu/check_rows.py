@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / ".typing"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / ".typing"), str(ROOT / "tests" / "support")]
 
 import torch
 from row_models import ORIGINAL, OTHERS, ROPES, answer_alone, build

@@ -61,7 +61,7 @@ def layers(world: World, grid: ProcessGrid, name: str, scale: float, seed: int) 
             ("allgather", theirs, wanted),
             ("one-sided exact", exact, wanted_exact),
         ):
-            graph = CapturedLayer(runner, total // world.size)
+            graph = CapturedLayer(runner, -(-total // world.size))
             for kind, call in (("launched", runner), ("recorded", graph)):
                 if not torch.equal(call(mine), want):
                     wrong.append(f"{what}, {kind}")

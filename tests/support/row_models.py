@@ -152,5 +152,8 @@ def answer_alone(model: Any, ids: Sequence[int], new: int) -> Alone:
         pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
+        # Where a text grows past the short factors, Phi-3.5-MoE reads it again; transformers 5.17 drops the
+        # cache there and reads the last token only. Without a cache every version reads all of it.
+        use_cache=model.config.model_type != "phimoe",
     )
     return Alone(out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits))

@@ -1,4 +1,1 @@
-"""Checks and timing of the expert kernels of one GPU, and the search for their tile shapes.
-
-The kernels are compared with float64, with their peers, and with the limits of the GPU.
-"""
+"""Checks and timing of one GPU's expert kernels, against float64, peers and limits; tile shapes."""

@@ -88,18 +88,10 @@ def load_experts(kernel: ExpertKernel, weights: Weights) -> None:
 def random_input(
     spec: ExpertSpec, tokens: int, top_k: int, of: int, g: torch.Generator, *, skewed: bool = False
 ) -> ExpertInput:
-    """Draw one step's tokens and their experts.
+    """Draw one step's tokens [T, H] and their slots [T, k], -1 for an expert that ``spec`` does not hold.
 
-    Args:
-        spec: the layer's description; it holds the first experts of the model.
-        tokens: number of tokens T.
-        top_k: number of different experts per token.
-        of: number of experts of the model.
-        g: generator on the device of ``spec``.
-        skewed: one expert gets most tokens, one gets none, and one slot in ten is dropped.
-
-    Returns:
-        Hidden states [T, H] and slots [T, k]; a slot of an expert that ``spec`` does not hold has id -1.
+    ``of``: experts of the model, of which ``spec`` holds the first. ``g``: a generator on the device of
+    ``spec``. ``skewed``: one expert gets most tokens, one gets none, and one slot in ten is dropped.
     """
     scores = torch.rand(tokens, of, generator=g, device=spec.device)
     if skewed and of > top_k:
@@ -115,10 +107,7 @@ def random_input(
 
 
 def random_inputs(spec: ExpertSpec, layer: LayerCase, tokens: int, g: torch.Generator) -> list[ExpertInput]:
-    """Draw several inputs to time in turn.
-
-    Few tokens read only some experts, and the next input must read others.
-    """
+    """Draw inputs to time in turn: few tokens read some experts, the next must read others."""
     copies = 8 if tokens <= 64 else 4 if tokens <= 1024 else 2
     return [random_input(spec, tokens, layer.top_k, layer.of, g) for _ in range(copies)]
 

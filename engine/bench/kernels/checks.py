@@ -52,19 +52,9 @@ def expected_rows(spec: ExpertSpec, weights: Weights, x: ExpertInput, tokens: Te
 
 
 def require_near(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> str:
-    """Compare a result with its expected value.
+    """Compare ``got`` with float64 ``expected`` by the tolerance of ``dtype``; return the error as text.
 
-    Args:
-        got: the result, of any shape.
-        expected: its expected value, float64 of the same shape.
-        dtype: the dtype whose tolerance applies.
-        what: name of the result for the message.
-
-    Returns:
-        The relative error as text.
-
-    Raises:
-        AssertionError: the error is above the tolerance, or NaN.
+    Raises AssertionError, which names ``what``, for an error above the tolerance, or NaN.
     """
     error = float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
     if not error <= TOLERANCE[dtype]:
@@ -97,19 +87,9 @@ def layer_checks(
 def check_tokens(
     layer: LayerCase, kernel: ExpertKernel, weights: Weights, g: torch.Generator, tokens: int
 ) -> str:
-    """Check a layer on a skewed step with an empty expert.
+    """Check a layer on a skewed step with an empty expert; return the relative error as text.
 
     All rows must be finite, and 16 of them near float64.
-
-    Args:
-        layer: the layer.
-        kernel: its kernel with ``weights`` loaded.
-        weights: its weights.
-        g: generator of the step.
-        tokens: number of tokens of the step.
-
-    Returns:
-        The relative error as text.
     """
     spec = kernel.spec
     x = random_input(spec, tokens, layer.top_k, layer.of, g, skewed=True)
@@ -123,10 +103,7 @@ def check_tokens(
 
 
 def check_activation(dtype: torch.dtype, activation: Activation, g: torch.Generator) -> str:
-    """Check ``compute`` and ``compute_slots`` with one activation.
-
-    The inputs have all buckets, ragged widths, rows by index, and slots with id -1.
-    """
+    """Check ``compute`` and ``compute_slots`` with one activation, on all buckets, ragged widths and rows."""
     errors = []
     shapes = [(200, 136, True), (500, 260, False)]
     for hidden, width, bias in (

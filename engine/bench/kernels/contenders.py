@@ -16,10 +16,7 @@ ComputeExperts = Callable[[ExpertInput], Tensor]
 
 
 def torch_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) -> ComputeExperts:
-    """Build torch's grouped products, with sort, gather, activation and sum around them.
-
-    ``has_dropped``: some slots have id -1, which costs further steps.
-    """
+    """Build torch's grouped products with all around them; ``has_dropped``: some slots have id -1."""
     product = getattr(functional, "grouped_mm", None) or torch._grouped_mm
     gate_up, down = weights.gate_up.transpose(1, 2), weights.down.transpose(1, 2)
     experts = spec.num_experts
@@ -47,10 +44,7 @@ def torch_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) -> Comp
 
 
 def transformers_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) -> ComputeExperts:
-    """Build transformers' own ``grouped_mm`` experts; raise ImportError if it has none.
-
-    ``has_dropped``: as for :func:`torch_grouped`.
-    """
+    """Build transformers' own ``grouped_mm`` experts; raise ImportError if it has none."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     module = SimpleNamespace(

@@ -1,7 +1,4 @@
-"""The run of ``xpar bench kernels``: checks, then times beside peers and the GPU's limits.
-
-A cell, one layer with one number of tokens, may fail without stopping the others.
-"""
+"""The run of ``xpar bench kernels``: checks, then times of each layer and number of tokens beside peers."""
 
 import argparse
 import faulthandler
@@ -52,10 +49,7 @@ class KernelBench:
         self.console.print(f"{time.perf_counter() - self.begin:6.1f} s  {text}", soft_wrap=True, markup=False)
 
     def attempt(self, name: str, action: Callable[[], Any], seconds: float = 150.0) -> Any:
-        """Return the result of ``action``; on any error report the failure and return None.
-
-        An action that takes longer than ``seconds`` ends the process.
-        """
+        """Return the result of ``action``, or report its error: None; late, end the process."""
         # A kernel that hangs must not use up the machine's time.
         faulthandler.dump_traceback_later(seconds, exit=True)
         try:

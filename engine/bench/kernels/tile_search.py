@@ -1,7 +1,4 @@
-"""The search for a tile table: each part by itself, judged over all cells that use it.
-
-A cell is one layer with one number of tokens.
-"""
+"""The search for a tile table: each part by itself, judged over all cells (layer, tokens) that use it."""
 
 import copy
 import math
@@ -52,10 +49,7 @@ class TileTrial:
 
 @dataclass(frozen=True)
 class TileResult:
-    """The times of a trial relative to the first table, by the cell's name.
-
-    ``mean``: their geometric mean.
-    """
+    """The times of a trial relative to the first table, by the cell's name, and their geometric ``mean``."""
 
     trial: TileTrial
     ratios: dict[str, float]
@@ -75,10 +69,9 @@ def group_by_part(cells: list[Cell]) -> dict[str, tuple[Cell, ...]]:
 
 
 def make_trials(cells: list[Cell], limit: int, early: bool) -> list[TileTrial]:
-    """Make up to ``limit`` trials for every part that any cell uses.
+    """Make up to ``limit`` trials for every part that any cell uses, in rounds over the parts.
 
-    The trials go in rounds over the parts, so that a deadline leaves out the least likely values of each.
-    ``early``: of the parts that must be chosen first, or of the others.
+    A deadline then leaves out the least likely values of each. ``early``: of the parts that are chosen first.
     """
     rounds: list[tuple[int, TileTrial]] = []
     for part, users in group_by_part(cells).items():
@@ -94,12 +87,7 @@ def search(cells: list[Cell], limit: int, note: Callable[[str], None], deadline:
     """Search the best value of each part: first where rows go, then the tiles for that.
 
     A trial that does not compile, does not fit the machine or changes the result is noted and left out.
-
-    Args:
-        cells: all start from one table.
-        limit: largest number of values to try for each part.
-        note: called with each line of the report.
-        deadline: value of ``time.perf_counter()`` after which nothing new is timed.
+    ``deadline``: value of ``time.perf_counter()`` after which nothing new is timed.
 
     Returns:
         As plain values: ``table``, made of the best values if it is faster, otherwise the first table; the
@@ -156,10 +144,7 @@ def with_table(kernel: TritonExperts, table: Table) -> TritonExperts:
 def _find_sound(
     found: list[TileTrial], expected: dict[str, Tensor], note: Callable[[str], None], deadline: float
 ) -> list[TileTrial]:
-    """Return the trials that compile and keep the result of all their cells.
-
-    Compiling is most of a search, and most of it happens outside the interpreter lock: threads share it out.
-    """
+    """Return the trials that compile (in threads: most of a search) and keep all results."""
 
     def find_fault(unit: tuple[TileTrial, list[Cell]]) -> str | None:
         trial, same_code = unit

@@ -38,10 +38,7 @@ class AnswerCheck:
         self.first: dict[str, str] = {}
 
     def judge(self, answers: Mapping[str, str]) -> dict[str, Any]:
-        """Compare ``answers``, from the hash of each prompt to its text.
-
-        Returns ``answers_same`` of ``answers_compared``, and ``correct``.
-        """
+        """Compare ``answers`` by hash: ``answers_same`` of ``answers_compared``, ``correct``."""
         same = sum(self.first.setdefault(key, text) == text for key, text in answers.items())
         correct = same == len(answers) or not self.exact
         return {"answers_same": same, "answers_compared": len(answers), "correct": correct}
@@ -56,11 +53,8 @@ class GenerateStudy:
         request: the request of ``xpar generate``, whose ``out`` is a folder for the answers.
         work: every prompt of the file. In the weak mode a point of n ranks answers the first n of ``largest``
             parts.
-        tokenizer: the checkpoint's tokenizer.
-        options: how the model is spread over the ranks.
         largest: number of ranks of the largest point.
         seconds: rounds are repeated for so long, up to 5.
-        check: the check of the answers.
     """
 
     axes: Axes

@@ -32,18 +32,7 @@ def place_checked_tokens(tokens: int) -> list[int]:
 
 
 def draw_batch(tokens: int, mine: slice, hidden_size: int, seed: int, number: int) -> Tensor:
-    """Draw this rank's tokens of one batch.
-
-    Args:
-        tokens: number of tokens of the whole job.
-        mine: places of this rank's tokens.
-        hidden_size: H.
-        seed: seed of all batches.
-        number: number of the batch.
-
-    Returns:
-        The tokens [len(mine), H] float32.
-    """
+    """Draw this rank's tokens [len(mine), H] float32 of batch ``number`` of the whole job's ``tokens``."""
     first, last = mine.start // BLOCK, -(-mine.stop // BLOCK)
     blocks = [_draw(BLOCK, hidden_size, (seed, number + 1, block)) for block in range(first, last)]
     drawn = torch.cat(blocks) if blocks else torch.empty(0, hidden_size)

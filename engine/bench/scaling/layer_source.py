@@ -10,7 +10,7 @@ from torch import Tensor
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.ceilings import available_bytes
-from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.build import build_layer, load_layer
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import layer_reference
@@ -95,5 +95,5 @@ class CheckpointLayer:
         return load_layer(self.path, self.layer, grid, self.dtype, self.options)
 
     def reference(self, x: Tensor) -> Tensor:
-        with Checkpoint(self.path) as checkpoint:
+        with open_checkpoint(self.path) as checkpoint:
             return layer_reference(checkpoint, self.layer, x)[0]

@@ -5,7 +5,7 @@ C is the number of tokens whose output is compared.
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ from xpar.engine.bench.scaling.inputs import (
     place_checked_tokens,
 )
 from xpar.engine.bench.scaling.layer_source import LayerSource
-from xpar.engine.bench.timing import WARM_UP_ROUNDS, Contender, take_turns
+from xpar.engine.bench.timing import REPLAYS, WARM_UP_ROUNDS, Contender, take_turns
 from xpar.engine.console.manifest import grid_manifest
+from xpar.engine.layer.cuda_graph import CapturedLayer, is_capturable
 from xpar.engine.layer.expert_load import imbalance
 from xpar.engine.layer.observers import Observers
 from xpar.engine.layer.reference import TOLERANCE, relative_error
@@ -51,13 +52,7 @@ class Axes:
 
 
 class LayerCheck:
-    """The check of a layer's output on rank 0 of the job.
-
-    Args:
-        source: the layer.
-        seed: seed of the tokens.
-        exact: outputs must also have the bits of the first output.
-    """
+    """The check of a layer's output on rank 0; ``exact``: it must also have the bits of the first output."""
 
     def __init__(self, source: LayerSource, seed: int, exact: bool) -> None:
         self.limit, self.exact = TOLERANCE[source.dtype], exact
@@ -65,10 +60,7 @@ class LayerCheck:
         self.first: Tensor | None = None
 
     def judge(self, output: Tensor) -> Mapping[str, Any]:
-        """Compare ``output`` [C, H] of the checked tokens.
-
-        Returns ``rel_error`` against the reference, ``same_bits`` in exact mode, and ``correct``.
-        """
+        """Compare ``output`` [C, H]: ``rel_error``, in exact mode ``same_bits``, ``correct``."""
         found = len(output)
         error = relative_error(output, self.reference[:found])
         verdict: dict[str, Any] = {"rel_error": error, "tolerance": self.limit, "checked_tokens": found}
@@ -86,12 +78,10 @@ class LayerStudy:
     """The study of a layer; calling it builds the layer on the ranks of one point.
 
     Attributes:
-        source: the layer.
         axes: the arrangement of the ranks.
         tokens: number of tokens of every point in the strong mode.
         tokens_per_rank: number of tokens of each rank in the weak mode.
         seconds: measuring time for each mode and point.
-        seed: seed of the tokens.
         check: the check of the output, on rank 0 of the job; None on the other ranks.
     """
 
@@ -148,7 +138,9 @@ class LayerPoint:
     def measure(self, tokens: int) -> tuple[dict[str, Any], Tensor]:
         """Measure with ``tokens`` tokens in the whole job; collective.
 
-        Returns the figures, and on every rank the output [C, H] of the checked tokens.
+        On a GPU the layer is replayed as a CUDA graph if it can be captured, as decoding does; its stages and
+        ``launched_ms`` are those of launched steps. Returns the figures, and on every rank the output [C, H]
+        of the checked tokens.
         """
         mine = split_range(tokens, self.grid.dp.size, self.grid.dp.rank)
         inputs = [self._make_input(tokens, mine, number) for number in range(count_batches(tokens))]
@@ -169,8 +161,16 @@ class LayerPoint:
 
         comm = self.grid.world.comm
         (times,) = take_turns(comm, [Contender("xpar", step)], len(inputs), self.seconds).values()
+        recorded: dict[str, Any] = {}
+        forward: Callable[[Tensor], Tensor] = self.runner
+        if self.grid.device.type == "cuda" and is_capturable(self.runner, tokens):
+            forward = CapturedLayer(self.runner, -(-tokens // self.grid.dp.size))
+            recorded = {"recorded": True, "launched_ms": times.median_ms}
+            replay = Contender("xpar", self._make_replay(forward, inputs))
+            (times,) = take_turns(comm, [replay], len(inputs), self.seconds).values()
         figures = {
             "tokens": tokens,
+            **recorded,
             "steps": len(times.seconds),
             "ms": {"median": times.median_ms, "min": times.min_ms, "max": max(times.seconds) * 1e3},
             "tokens_per_s": tokens / times.median_ms * 1e3,
@@ -178,7 +178,19 @@ class LayerPoint:
             **self._gather_loads(traffic, timers),
             **self._names(),
         }
-        return figures, self._compute_checked(tokens, mine, inputs[0])
+        return figures, self._compute_checked(forward, tokens, mine, inputs[0])
+
+    def _make_replay(
+        self, forward: Callable[[Tensor], Tensor], inputs: list[Tensor]
+    ) -> Callable[[int], float]:
+        def replay(number: int) -> float:
+            begin = time.perf_counter()
+            for _ in range(REPLAYS):
+                forward(inputs[number])
+            torch.cuda.synchronize(self.grid.device)
+            return (time.perf_counter() - begin) / REPLAYS
+
+        return replay
 
     def manifest(self) -> dict[str, Any]:
         """Describe the point for the JSON document."""
@@ -222,8 +234,10 @@ class LayerPoint:
             "imbalance": imbalance([m[3] for m in gathered]),
         }
 
-    def _compute_checked(self, tokens: int, mine: slice, x: Tensor) -> Tensor:
+    def _compute_checked(
+        self, forward: Callable[[Tensor], Tensor], tokens: int, mine: slice, x: Tensor
+    ) -> Tensor:
         """Compute the output [C, H] of the checked tokens, gathered from all ranks."""
         places = [p - mine.start for p in place_checked_tokens(tokens) if mine.start <= p < mine.stop]
-        rows = self.runner(x).cpu()[places if self.grid.tp.rank == 0 else []]
+        rows = forward(x).cpu()[places if self.grid.tp.rank == 0 else []]
         return self.grid.world.comm.all_gather_v(rows)

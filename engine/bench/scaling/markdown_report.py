@@ -29,6 +29,11 @@ BYTES = (
     "place does not count."
 )
 
+RECORDED = (
+    "The layer was replayed as a CUDA graph, as when decoding. Its stages and the column launched are of "
+    "a step whose kernels are launched one by one."
+)
+
 ANSWERS = (
     "Answers are compared with those that the smallest point gave to the same prompts. Without --exact "
     "another number of ranks rounds otherwise, and a text may take another turn."
@@ -72,6 +77,7 @@ def _setting(results: Sequence[Result]) -> str:
         BANDWIDTH,
         SPEED,
         *((BYTES,) if any("dispatch_bytes" in r for r in results) else ()),
+        *((RECORDED,) if any("recorded" in r for r in results) else ()),
         *((ANSWERS,) if any("prompts" in r for r in results) else ()),
     )
     return "\n".join(f"- {line}" for line in lines)
@@ -104,6 +110,7 @@ def _figures(found: Sequence[Result]) -> str:
     head += [f"speed-up over {baseline}", f"parallel efficiency, relative to {baseline}", "imbalance"]
     moved = "dispatch_bytes" in found[0]
     head += ["MB to other ranks", "MB to other nodes", "dispatcher"] if moved else []
+    head += ["launched, ms"] if "recorded" in found[0] else []
     rows = []
     for r in found:
         ms = r["ms"]
@@ -117,6 +124,7 @@ def _figures(found: Sequence[Result]) -> str:
                 f"{sent['to_other_nodes'] / 1e6:.3g}",
                 r["dispatcher"],
             ]
+        row += [f"{r['launched_ms']:.4g}" if "recorded" in r else "-"] if "recorded" in found[0] else []
         rows.append([*row, format_check(r)])
     return format_table([*head, "check"], rows)
 

@@ -34,19 +34,9 @@ def read_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 def choose_points(
     node_of: Sequence[int], ranks: Sequence[int] | None = None, nodes: Sequence[int] | None = None
 ) -> list[Point]:
-    """Choose the points of a job.
+    """Choose points of ``ranks`` ranks and ``nodes`` whole nodes, ascending; ValueError for too many.
 
-    Args:
-        node_of: the node of each rank, ascending.
-        ranks: numbers of ranks.
-        nodes: numbers of whole nodes.
-
-    Returns:
-        The points in ascending order; without ``ranks`` and ``nodes``, powers of two up to all ranks, and all
-        ranks.
-
-    Raises:
-        ValueError: more ranks or nodes than the job has.
+    Without both they are powers of two up to all ranks, and all ranks. ``node_of``: of each rank, ascending.
     """
     size, num_nodes = len(node_of), node_of[-1] + 1
     for what, asked, most in (("ranks", ranks, size), ("nodes", nodes, num_nodes)):
@@ -75,11 +65,7 @@ def format_baseline(baseline: Mapping[str, int]) -> str:
 
 
 def compute_relative_speed(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute speed-up and parallel efficiency of ``result`` relative to ``baseline``.
-
-    Speed is in tokens per second. Efficiency is the speed per rank over the baseline's speed per rank, in
-    both modes.
-    """
+    """Compute speed-up (of tokens/s) and efficiency (per rank) of ``result`` over ``baseline``."""
     speedup = result["tokens_per_s"] / baseline["tokens_per_s"]
     return {
         "speedup": speedup,

@@ -58,18 +58,10 @@ def run_study(
     modes: Sequence[str] = MODES,
     keep: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
-    """Measure every point in every mode; collective over ``world``.
+    """Measure every point in every mode; collective over ``world``. The results are the same on every rank.
 
-    Args:
-        world: all ranks of the job.
-        points: the points in ascending order.
-        study: makes the thing to measure ready on a point.
-        modes: the modes to measure.
-        keep: called with each result as soon as it is known, on rank 0 alone.
-
-    Returns:
-        One result per point and mode, the same on every rank. A point that cannot be measured has a
-        ``reason`` in place of figures.
+    A point that cannot be measured has a ``reason`` in place of figures. ``keep`` is called with each result
+    as soon as it is known, on rank 0 alone.
     """
     results: list[Result] = []
     for point in points:

@@ -88,7 +88,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "bool for int": (MIXTRAL | {"hidden_size": True}, r"hidden_size=True must be of type int"),
     "top_k over E": (MIXTRAL | {"num_experts_per_tok": 9}, r"top_k=9 with 8 experts.*choose 1 <= top_k <= 8"),
     "activation": (MIXTRAL | {"hidden_act": "relu"}, r"hidden_act='relu' is not one of silu"),
-    "quantised": (V3 | {"quantization_config": {"quant_method": "fp8"}}, r"quantised weights need scales"),
     "topk_method": (
         V2 | {"topk_method": "noaux_tc"},
         r"topk_method='noaux_tc' of deepseek_v2: must be 'greedy' or",
@@ -103,7 +102,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "groups of one": (V3 | {"n_group": 256, "topk_group": 8}, r"top2_sum needs groups of two or more"),
     "kept groups": (V3 | {"topk_group": 9}, r"topk_group=9: must be 1 to num_expert_group=8"),
     "step": (QWEN3 | {"decoder_sparse_step": 0}, r"decoder_sparse_step=0 must be at least 1"),
-    "mxfp4": (GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}, r"quantised weights need scales"),
     "activation of gpt-oss": (
         GPT_OSS | {"hidden_act": "gelu"},
         r"hidden_act='gelu' of gpt_oss: must be 'silu'",

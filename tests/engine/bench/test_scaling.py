@@ -190,6 +190,18 @@ def test_no_efficiency_without_its_baseline() -> None:
     assert "WRONG" not in text
 
 
+def test_recorded_layers_are_told_from_launched_steps() -> None:
+    lost, *found = records()
+    recorded = [{**r, "recorded": True, "launched_ms": 7.25} for r in found[:-1]]
+    text = format_report([lost, *recorded, found[-1]], None)
+    assert "replayed as a CUDA graph" in text
+    head = next(line for line in text.splitlines() if line.startswith("| ranks | nodes"))
+    rows = [line for line in text.splitlines() if "alltoall" in line]
+    assert [row.count("|") for row in rows] == [head.count("|")] * len(rows)
+    assert ["| 7.25 |" in row for row in rows] == [True] * (len(rows) - 1) + [False]
+    assert "replayed" not in format_report(records(), None)
+
+
 def test_a_wrong_point_is_named() -> None:
     found = records()
     found[-1].update(rel_error=0.5, correct=False)

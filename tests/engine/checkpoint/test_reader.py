@@ -229,7 +229,7 @@ def test_wrong_shape_and_bad_slices(path: Path) -> None:
         with pytest.raises(ValueError, match=r"must have step 1 and lie within 0\.\.7"):
             checkpoint.read("a", rows=bad)
     with pytest.raises(ValueError, match=r"cannot be sliced"):
-        checkpoint.read("cube", cols=slice(0, 1))
+        checkpoint.read("c", cols=slice(0, 1))
     with pytest.raises(ValueError, match=r"out is \[7, 4\], must be contiguous and \[7, 5\]"):
         checkpoint.read("a", out=torch.empty(7, 4))
 
@@ -267,6 +267,14 @@ def test_an_entry_of_the_first_dimension_is_read_alone(
     expected = TENSORS["cube"][1, rows or slice(None), cols or slice(None)]
     assert torch.equal(tensor, expected)
     assert read == header_bytes(path / "model.safetensors") + expected.numel() * 2
+
+
+def test_columns_of_a_tensor_of_three_dimensions(path: Path) -> None:
+    with Checkpoint(path) as checkpoint:
+        tensor = checkpoint.read("cube", slice(0, 2), slice(1, 3))
+        read = checkpoint.bytes_read
+    assert torch.equal(tensor, TENSORS["cube"][:2, 1:3])
+    assert read == header_bytes(path / "model.safetensors") + tensor.nbytes
 
 
 def test_an_entry_may_be_a_vector(path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,47 @@ def test_names_that_the_parsers_repeat_are_those_of_the_engine() -> None:
     assert Deadlines().step == options.DEADLINE_S
     assert bench_parsers.MODES == MODES
     assert list(bench_parsers.KERNEL_LAYERS) == list(LAYERS)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in commands(parser())])
+@pytest.mark.parametrize("form", ["--{}x", "--{}x=5", "--{}x 5"])
+def test_a_mistyped_option_is_named_before_what_is_missing(
+    name: str, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No argument that the command needs is given: the option that is not there is the first to be named."""
+    top = parser()
+    with suppress(SystemExit):
+        top.parse_args([*name.split()[1:], "--help"])  # adds the options of a command that holds them itself
+    options = {s for s in dict(commands(top))[name]._option_string_actions if s.startswith("--")}
+    for option in sorted(options - {"--help"}) or ["--help"]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            top.parse_args([*name.split()[1:], *form.format(option[2:]).split()])
+        said = capsys.readouterr().err.splitlines()
+        assert said[0].startswith(f"usage: {name} ")
+        assert said[-1] == f"{name}: error: unrecognized option {option}x; did you mean {option}?"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--versoin", "xpar: error: unrecognized option --versoin; did you mean --version?"),
+        ("-q run made", "xpar: error: unrecognized option -q"),
+        ("bench --tokens 5", "xpar bench: error: unrecognized option --tokens"),
+        ("run -q", "xpar run: error: unrecognized option -q"),
+    ],
+)
+def test_an_option_that_no_command_has(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(words.split())
+    assert capsys.readouterr().err.splitlines()[-1] == said
+
+
+def test_values_are_not_taken_for_options() -> None:
+    words = ["generate", "model", "--prompts", "p", "--stop=--batchh", "--stop", "a - b", "--set", "x=-1"]
+    args = parser().parse_args([*words, "--tem", "0.5", "--top-k=-1"])
+    assert (args.stop, args.temperature, args.top_k) == (["--batchh", "a - b"], 0.5, -1)
+    assert str(parser().parse_args(["run", "--tokens", "8", "--", "--odd"]).checkpoint) == "--odd"
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])

@@ -4,6 +4,7 @@ Exact mode equals itself on any number of ranks.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,15 @@ from hypothesis import strategies as st
 from moe_families import ONE_PER_FAMILY, Case, transformers_block, transformers_output
 
 from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
+from xpar.comm.communicator import Pending
 from xpar.comm.partition import split_range
 from xpar.engine import MoERunner
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.layer.build import load_layer
+from xpar.engine.layer.observers import Observers, SlotCounter
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import layer_reference
+from xpar.kernels.contracts import ExpertInput
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -230,3 +234,54 @@ def test_what_cannot_be_is_one_error_everywhere(
         options: dict[str, Any] = {"path": path, "layer": 1, "grid": grid, **wrong}
         with pytest.raises(AgreedError, match=message):
             load_layer(**options)
+
+
+def test_nobody_waits_for_the_traffic_of_a_step_that_nobody_counts(
+    world: World, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers may be on a GPU, and a graph that is being captured cannot wait for it."""
+    path = next(iter(checkpoints.values()))
+    runner = load_layer(path, 1, ProcessGrid.create(world), options=LayerOptions("allgather", depth="steps"))
+    plan = runner.dispatcher.plan
+
+    def promised(*args: Any, **kwargs: Any) -> Any:
+        made = plan(*args, **kwargs)
+        return replace(made, pending_traffic=Pending(lambda: asked.append(1) or made.traffic))
+
+    asked: list[int] = []
+    monkeypatch.setattr(runner.dispatcher, "plan", promised)
+    x = torch.zeros(3, runner.config.hidden_size)
+    runner(x)
+    runner(x, observers=Observers(slots=SlotCounter(x.device)))
+    assert not asked
+    runner(x, observers=Observers(load=runner.make_load_counter()))
+    assert asked == [1]
+
+
+def test_slots_are_counted_before_peers_may_write_the_next_rows(
+    world: World, checkpoints: dict[str, Path], fresh_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that has its outputs may begin the next step while this rank is still in this one."""
+    path = next(iter(checkpoints.values()))
+    runner = load_layer(path, 1, ProcessGrid.create(world), options=LayerOptions("allgather", depth="steps"))
+    dispatch, combine = runner.dispatcher.dispatch, runner.dispatcher.combine
+    arrived: list[ExpertInput] = []
+
+    def watched(*args: Any) -> Any:
+        rows = dispatch(*args).wait()
+        arrived.append(rows)
+        return Pending(lambda: rows)
+
+    def overwriting(*args: Any) -> Any:
+        arrived[-1].topk_ids.fill_(-1)
+        return combine(*args)
+
+    counter = SlotCounter(torch.device("cpu"))
+    x = hidden(5, runner.config.hidden_size, fresh_seed, torch.float32)
+    runner(x, observers=Observers(slots=counter))
+    expected = counter.slots
+    assert sum(world.comm.all_gather_object(expected)) == 5 * world.size * runner.config.router.top_k
+    monkeypatch.setattr(runner.dispatcher, "dispatch", watched)
+    monkeypatch.setattr(runner.dispatcher, "combine", overwriting)
+    runner(x, observers=Observers(slots=counter))
+    assert counter.slots == 2 * expected

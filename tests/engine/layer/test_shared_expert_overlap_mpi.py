@@ -1,5 +1,8 @@
 """The shared experts compute when they are told to, and no order changes a bit of the output."""
 
+import gc
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +111,42 @@ def test_the_device_and_the_tokens_choose() -> None:
     assert Overlap(SharedOrder.AUTO, host).order_of(1) is SharedOrder.DURING_DISPATCH
     with pytest.raises(ValueError, match="shared_order='side_stream' on cpu: only GPUs have streams"):
         Overlap(SharedOrder.SIDE_STREAM, host)
+
+
+def test_what_the_side_stream_reads_lives_until_the_join(
+    world: World, fresh_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A GPU's allocator gives memory that nobody refers to away at once, also inside a graph that is being
+    # captured, while the kernels of the other stream have not read it yet.
+    class Stream:
+        def __init__(self, *_: object) -> None: ...
+
+        def wait_stream(self, other: "Stream") -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    layer = SyntheticLayer(CONFIG, torch.float32, fresh_seed)
+    options = LayerOptions(depth="steps")
+    runner = build_layer(CONFIG, ProcessGrid.create(world), torch.float32, layer.read, options)
+    runner.overlap.order_of = lambda tokens: SharedOrder.SIDE_STREAM  # type: ignore[method-assign]
+    shared, read = runner.shared, []
+    assert shared is not None
+
+    def watch(hidden_states: torch.Tensor, logits: torch.Tensor | None) -> Any:
+        read.extend(weakref.ref(tensor) for tensor in (hidden_states, logits) if tensor is not None)
+        return shared(hidden_states, logits)
+
+    runner.shared = watch  # type: ignore[assignment]
+    step = runner.start(torch.zeros(3, 32))
+    gc.collect()
+    assert len(read) == 2
+    assert all(tensor() is not None for tensor in read)
+    runner.finish(step).sum()
+    del step
+    gc.collect()
+    assert read[1]() is None
 
 
 def test_a_layer_without_shared_experts(world: World, fresh_seed: int) -> None:

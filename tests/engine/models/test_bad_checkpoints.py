@@ -17,6 +17,7 @@ from xpar.comm import AgreedError, ProcessGrid
 from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.generation.generation_defaults import read_defaults
 from xpar.engine.generation.tokenizer import Tokenizer
+from xpar.engine.layer.build import load_layer
 from xpar.engine.models.hf_config import transformers_errors
 from xpar.engine.models.kv_cache import check_generates
 from xpar.engine.models.loader import load_model
@@ -41,6 +42,7 @@ EVERY_FAMILY: tuple[tuple[str, Any, str], ...] = (
     ("num_experts_per_tok", -1, "must be"),
     ("hidden_act", 7, "hidden_act=7"),
     ("dtype", "int3", "is not one of"),
+    ("dtype", "x", 'dtype="x"'),
     ("model_type", None, "is not a known MoE family"),
     ("eos_token_id", -1, "must be the id of a token"),
 )
@@ -54,6 +56,7 @@ OTHERS: tuple[tuple[str, str, Any, str], ...] = (
     ("deepseek_v3", "v_head_dim", None, "v_head_dim=null"),
     ("deepseek_v3", "first_k_dense_replace", -1, "must be at least 0"),
     ("deepseek_v3", "n_group", 3, "do not divide into"),
+    ("deepseek_v3", "qk_rope_head_dim", 7, "(given: qk_rope_head_dim=7)"),
     ("gpt_oss", "head_dim", 0, "must be 1 to"),
 )
 
@@ -129,6 +132,47 @@ def test_any_value_works_or_is_refused_in_one_line(config: Path, family: str, fr
         except (AgreedError, CheckpointError) as error:
             assert "\n" not in str(error), (key, str(error))
         config.write_text(text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_value_of_a_layer_works_or_is_refused_with_file_and_key(
+    config: Path, family: str, fresh_seed: int
+) -> None:
+    """A layer alone needs neither transformers nor the rest of the model; its refusals say as much."""
+    draw, text = random.Random(fresh_seed), config.read_text()
+    keys = sorted(json.loads(text))
+    for _ in range(40):
+        key = draw.choice(keys)
+        config.write_text(text)
+        changed(config, key, draw.choice(["x", -1, 0, 1.5, NAN, None, [], {}, True, 7, 2**31 - 1, HUGE]))
+        try:
+            load_layer(config.parent, 1, ProcessGrid.single())
+        except AgreedError as error:
+            said = str(error)
+            assert "\n" not in said and str(config.parent) in said, (key, said)
+            assert key in said or "of the same model" in said or "no layer of this model" in said, (key, said)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("n_routed_experts", 0, "n_routed_experts=0: must be at least 1"),
+        ("num_experts_per_tok", 99, "num_experts_per_tok=99 with 8 experts"),
+        ("n_group", 3, "8 experts do not divide into n_group=3 equal groups"),
+        ("n_shared_experts", -1, "n_shared_experts=-1: must be 0 to"),
+        ("moe_intermediate_size", HUGE, "moe_intermediate_size=1000000000000: must be 0 to"),
+    ],
+)
+def test_a_layer_is_refused_by_the_key_of_the_file(models: Path, key: str, value: Any, said: str) -> None:
+    file = models / "deepseek_v3" / "config.json"
+    text = file.read_text()
+    changed(file, key, value)
+    try:
+        with pytest.raises(AgreedError) as caught:
+            load_layer(file.parent, 1, ProcessGrid.single())
+    finally:
+        file.write_text(text)
+    assert str(caught.value).startswith(f"{file}: {said}")
 
 
 HEADERS: dict[str, Any] = {

@@ -1,0 +1,80 @@
+"""compressed-tensors' ``pack-quantized``: integers of 4 or 8 bits in words along K, stored with an offset."""
+
+from dataclasses import replace
+from functools import cached_property
+
+from torch import Tensor
+
+from xpar.engine.formats.stored_weight import StoredWeight, scale_dtype
+from xpar.engine.formats.words import as_signed, bytes_along_columns, bytes_along_rows, codes_of_bytes
+from xpar.kernels.quantised_weight import CodeType, QuantisedWeight, WeightFormat
+
+CODES, ZEROS, SCALES, SHAPE = ".weight_packed", ".weight_zero_point", ".weight_scale", ".weight_shape"
+
+
+class PackedInt(StoredWeight):
+    """``weight_packed`` [N, words], ``weight_scale`` [N, G], ``weight_shape``, and perhaps zero points.
+
+    Zero points are packed along N: [words, G].
+    """
+
+    @cached_property
+    def bits(self) -> int:
+        """The bits of a code, 4 or 8."""
+        bits = self.scheme.bits
+        if bits not in (4, 8):
+            raise self.parts.error(
+                CODES,
+                f"has codes of {bits} bits: 4 and 8 are read; use a checkpoint of 4 or 8 bits, or bfloat16",
+            )
+        return bits
+
+    @property
+    def unit(self) -> tuple[int, int]:  # type: ignore[override]
+        return 1, 32 // self.bits
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        rows, words = self.parts.shape(CODES)
+        per_word = 32 // self.bits
+        if not self.parts.has(SHAPE):
+            return rows, words * per_word
+        shape: tuple[int, ...] = tuple(self.parts.read(SHAPE).tolist())
+        if len(shape) != 2 or shape[0] != rows or -(-shape[1] // per_word) != words:
+            raise self.parts.error(
+                SHAPE,
+                f"says {list(shape)}, its {self.bits}-bit words are {[rows, words]}; download the file again",
+            )
+        return shape
+
+    @cached_property
+    def format(self) -> WeightFormat:
+        rows, cols = self.shape
+        self.parts.expect(CODES, (rows, -(-cols * self.bits // 32)), "I32")
+        block = self.scheme.block or (1, 0)
+        stored = self.parts.shape(SCALES)
+        self.check_grid(stored if len(stored) == 2 else (*stored, 1), block, SCALES)
+        has_zeros = self.parts.has(ZEROS)
+        if has_zeros:
+            groups = 1 if not block[1] else -(-cols // block[1])
+            self.parts.expect(ZEROS, (-(-rows * self.bits // 32), groups), "I32")
+        code = CodeType.INT4 if self.bits == 4 else CodeType.INT8
+        return WeightFormat(code, block, scale_dtype(self.parts, SCALES), has_zeros)
+
+    def read(self, index: int | None, rows: slice, cols: slice) -> QuantisedWeight:
+        scales, block = self.read_scales(SCALES, rows, cols, self.format.block)
+        per_word, count = 32 // self.bits, cols.stop - cols.start
+        words = self.parts.read(CODES, rows, slice(cols.start // per_word, -(-cols.stop // per_word)))
+        width = -(-count // 2) if self.bits == 4 else count
+        codes = as_signed(bytes_along_rows(words), self.bits)[:, :width].contiguous()
+        zeros = self._zeros(rows, cols) if self.format.zero_point else None
+        return QuantisedWeight(replace(self.format, block=block), codes, scales, count, zeros)
+
+    def _zeros(self, rows: slice, cols: slice) -> Tensor:
+        """Read the zero points [N, blocks of K] of a slice, one a byte."""
+        per_word = 32 // self.bits
+        from_word = slice(rows.start // per_word, -(-rows.stop // per_word))
+        words, _ = self.read_blocks(ZEROS, from_word, cols, (1, self.format.block[1]))
+        zeros = codes_of_bytes(bytes_along_columns(words), self.bits).T
+        first = rows.start - from_word.start * per_word
+        return as_signed(zeros[first : first + rows.stop - rows.start].contiguous(), self.bits)
