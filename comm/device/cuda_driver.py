@@ -67,6 +67,16 @@ class Driver:
         """Free what :meth:`allocate` gave."""
         self._call("cuMemFree_v2", ADDRESS(address))
 
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        """Copy device memory on ``stream``, by a copy engine; one of the addresses may be a peer's."""
+        self._call(
+            "cuMemcpyDtoDAsync_v2",
+            ADDRESS(target),
+            ADDRESS(source),
+            ctypes.c_size_t(nbytes),
+            ctypes.c_void_p(stream),
+        )
+
     def export_ipc(self, address: int) -> bytes:
         """Return the 64 bytes by which another process opens memory of :meth:`allocate`."""
         handle = _IpcHandle()

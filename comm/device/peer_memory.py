@@ -1,6 +1,7 @@
 """Memory of this rank's GPU that all ranks of its group map, in the first way that works."""
 
 import atexit
+import ctypes
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from xpar.comm.communicator import Communicator
+from xpar.comm.device.backend import current_stream
+from xpar.comm.device.cuda_driver import Driver
 from xpar.comm.device.mappings import ROUND, DescriptorMapping, HostMapping, IpcMapping, Mapping
 from xpar.comm.device.reach import reach_facts, why_slow, why_unreachable
 from xpar.comm.failure import AgreedError, agreed
@@ -151,6 +154,17 @@ class PeerMemory:
             processors,
             self.group.checks_collectives(),
         )
+
+    def copy_to(self, rank: int, nbytes: int) -> None:
+        """Copy the first ``nbytes`` of this rank's window to ``rank``'s, without a kernel.
+
+        On a GPU the current stream's work; for measurements of the link alone.
+        """
+        source, target = self.bases[self.group.rank], self.bases[rank]
+        if self.device.type == "cuda":
+            Driver().copy(target, source, nbytes, current_stream(self.device))
+        else:
+            ctypes.memmove(target, source, nbytes)
 
     def close(self) -> None:
         """Give the memory back on every rank; collective, and harmless the second time."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from xpar.comm.communicator import Communicator
-from xpar.comm.device.backend import DeviceBackend
+from xpar.comm.device.backend import DeviceBackend, Markers
 from xpar.comm.device.communicator import DeviceCommunicator
 from xpar.comm.device.mpi_backend import MpiBackend
 from xpar.comm.device.nccl_backend import NcclBackend
@@ -41,6 +41,7 @@ class Transport:
         device: The device of the tensors.
         connect: Makes the backend of one group; collective over the group.
         watch: Follows the work on the GPU, if anything does.
+        finish: The deadline of work that :meth:`follow` is asked to follow, in seconds.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Transport:
         device: torch.device,
         connect: Callable[[MpiCommunicator], DeviceBackend],
         watch: Watch | None = None,
+        finish: float = Deadlines.finish,
     ) -> None:
         self.choice, self.device, self.watch, self._connect = choice, device, watch, connect
+        self._markers, self._finish = Markers(device), finish
         self._backends: dict[tuple[int, ...], DeviceBackend] = {}
         atexit.register(self.close)  # while CUDA and MPI are still there
 
@@ -64,6 +67,11 @@ class Transport:
         if host.world_ranks not in self._backends:
             self._backends[host.world_ranks] = self._connect(host)
         return DeviceCommunicator(host, self.device, self._backends[host.world_ranks], self.wrap)
+
+    def follow(self, what: str) -> None:
+        """Have the watch follow the current stream's work so far, such as a replayed recording."""
+        if self.watch is not None:
+            self.watch.add(self._markers.record(), what, self._finish, lambda: None)
 
     def close(self) -> None:
         """Close every connection, the last one first; collective; runs when the process ends."""
@@ -146,7 +154,7 @@ def nccl_transport(
         first.close()
         return second
 
-    return Transport(choice, device, connect, watch)
+    return Transport(choice, device, connect, watch, deadlines.finish)
 
 
 def _connect_nccl(

@@ -56,6 +56,7 @@ class Capabilities:
         single_node: Whether all ranks of the group must share memory.
         takes_slots: Whether it is a :class:`SlotDispatcher`, which sums the outputs of single slots itself.
         needs_transport: Whether tokens travel through the transport of the group.
+        adds_at_home: Whether :meth:`Dispatcher.add_at_home` works.
     """
 
     devices: tuple[str, ...]
@@ -67,6 +68,7 @@ class Capabilities:
     single_node: bool = False
     takes_slots: bool = False
     needs_transport: bool = True
+    adds_at_home: bool = False
 
     def moves_rows(self, num_nodes: int) -> bool:
         """Return whether the dispatcher moves rows in a way of its own on ``num_nodes`` nodes."""
@@ -183,6 +185,14 @@ class Dispatcher(Protocol):
 
         ``outputs``: [M, H] per arrived row, or in exact mode one row per arrived slot.
         """
+
+    def add_at_home(self, plan: DispatchPlan, bias: Tensor | None, shared: Tensor | None) -> None:
+        """Have the sum of :meth:`combine`, not waited for yet, take in ``bias`` [H] and ``shared`` [T, H].
+
+        The bits are those of additions afterwards, bias first. Not in exact mode.
+        """
+        problem = f"the dispatcher {self.name} adds nothing at home"
+        raise NotImplementedError(problem)
 
 
 class SlotDispatcher(Dispatcher, Protocol):

@@ -46,6 +46,8 @@ class OneSidedPlan:
         weights: ``[T, k]`` float32, contiguous.
         label: The layer, and with ``--debug-collectives`` a digest of its step and sizes.
         exchange: The places of the step in the window, once it is dispatched.
+        bias: ``[H]`` float32 that the sum at home takes in, or None.
+        shared: ``[T, H]`` that it takes in after that, or None.
     """
 
     step: "Step"
@@ -53,6 +55,8 @@ class OneSidedPlan:
     weights: Tensor
     label: int = 0
     exchange: "Exchange | None" = None
+    bias: Tensor | None = None
+    shared: Tensor | None = None
 
 
 class OneSidedDispatcher(Dispatcher):
@@ -73,6 +77,7 @@ class OneSidedDispatcher(Dispatcher):
         takes_slots=True,
         needs_transport=False,
         single_node=True,
+        adds_at_home=True,
     )
 
     def __init__(self, group: Communicator, placement: Placement, window: PeerWindow) -> None:
@@ -148,6 +153,12 @@ class OneSidedDispatcher(Dispatcher):
             exchange.weighted_home(slots.rows, plan.dispatcher_state.label)
         return Pending(lambda: self._sum(exchange, plan))
 
+    def add_at_home(self, plan: DispatchPlan, bias: Tensor | None, shared: Tensor | None) -> None:
+        if plan.exact:
+            raise ValueError("exact mode sums slots, not ranks: nothing is added at home")
+        plan.dispatcher_state.bias = None if bias is None else bias.float().contiguous()
+        plan.dispatcher_state.shared = None if shared is None else shared.contiguous()
+
     def _sum(self, exchange: "Exchange", plan: DispatchPlan) -> Distributed:
         from xpar.kernels.gpu.rows import weighted_sum
 
@@ -155,7 +166,9 @@ class OneSidedDispatcher(Dispatcher):
         if plan.exact:
             total = weighted_sum(exchange.slots_at_home(), detail.weights, detail.ids, in_place=True)
         else:
-            total = exchange.sum_ranks(detail.ids, self._owner, self.placement.etp)
+            total = exchange.sum_ranks(
+                detail.ids, self._owner, self.placement.etp, shared=detail.shared, bias=detail.bias
+            )
         return Distributed(total, Full())
 
     def _traffic(self, topk_ids: Tensor, exact: bool) -> Traffic:

@@ -70,7 +70,9 @@ class SharedMemoryDispatcher(Dispatcher):
 
     A step has two fences: after the tokens are written, and after the outputs are written. No third one is
     needed: a rank overwrites tokens only after the second fence, when no rank computes any more, and outputs
-    only after the next step's first fence, when every rank has summed its own.
+    only after the next step's first fence, when every rank has summed its own. Where the next step's tokens
+    are so many that they lie where outputs lay, its gathering of routing comes first, to which a rank with
+    tokens contributes after it has summed; one without has nothing to sum.
     """
 
     name = "shared-memory"

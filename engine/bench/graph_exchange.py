@@ -4,7 +4,8 @@ In launched steps the host's time hides the exchange; inside a recording the GPU
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator, Tag
+from xpar.comm.device.backend import synchronize
+from xpar.comm.device.peer_memory import PeerMemory
 from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.dispatch.choose import choose_dispatcher
 from xpar.comm.grid import ProcessGrid
@@ -20,6 +23,9 @@ from xpar.engine.layer.cuda_graph import rehearse
 from xpar.kernels.contracts import Routing
 
 NAMES = ("one-sided", "allgather")
+LINK_BYTES = 256 << 20
+"""Bytes of one copy that measures the link between two GPUs."""
+COPIES = 8
 CALLS, REPLAYS, ROUNDS = 10, 10, 5
 """Calls in one graph, replays of it in one measurement, and measurements, of which the median counts."""
 
@@ -35,8 +41,56 @@ class Sizes:
     seed: int = 0
 
 
-def measure(grid: ProcessGrid, sizes: Sizes) -> dict[str, Any]:
-    """Return microseconds of every dispatcher, and whether the results have the same bits; collective."""
+Clock = Callable[[Communicator, ProcessGrid, Callable[[], None]], float]
+
+
+def measure_all(grid: ProcessGrid, sizes: Sequence[Sizes]) -> list[dict[str, Any]]:
+    """Measure every one of ``sizes`` beside the bandwidth of the link; collective.
+
+    ``link_us``: how long the rows that leave the busiest rank take at that bandwidth, one way. None where the
+    ranks do not map each other's memory.
+    """
+    window = grid.peer_window
+    link = None
+    if window is not None and window.access.way is not None:
+        link = link_gbs(grid.moe, grid.device, LINK_BYTES)
+    results = []
+    for size in sizes:
+        record = measure(grid, size, _movers(grid, size))
+        rows = max(grid.moe.all_gather_object(record["remote_rows"]))
+        row_bytes = size.hidden_size * torch.bfloat16.itemsize
+        record |= {"link_gbs": link, "link_us": None if link is None else rows * row_bytes / link / 1e3}
+        results.append(record)
+    return results
+
+
+def link_gbs(group: Communicator, device: torch.device, nbytes: int) -> float:
+    """Measure the copies of ``nbytes`` from every rank to the next at once, 1e9 bytes a second; collective.
+
+    The slowest rank's direction counts.
+    """
+    memory = PeerMemory.open(group, nbytes, device)
+    target, spent = (group.rank + 1) % group.size, []
+    for _ in range(ROUNDS):
+        synchronize(device)
+        group.barrier()
+        begin = time.perf_counter()
+        for _ in range(COPIES):
+            memory.copy_to(target, nbytes)
+        synchronize(device)
+        spent.append(time.perf_counter() - begin)
+    slowest = max(group.all_gather_object(statistics.median(spent)))
+    memory.close()
+    return float(COPIES * nbytes / slowest / 1e9)
+
+
+def measure(
+    grid: ProcessGrid, sizes: Sizes, movers: Sequence[Dispatcher], clock: "Clock | None" = None
+) -> dict[str, Any]:
+    """Return microseconds of every one of ``movers``, and whether the results have the same bits.
+
+    Collective. ``remote_rows``: those that must leave this rank. ``clock``: :func:`graph_us` by default.
+    """
     record: dict[str, Any] = {
         "tokens_per_rank": sizes.tokens,
         "hidden_size": sizes.hidden_size,
@@ -45,26 +99,36 @@ def measure(grid: ProcessGrid, sizes: Sizes) -> dict[str, Any]:
         "ranks": grid.moe.size,
     }
     results = []
-    for name in NAMES:
-        placement = Placement.blocks(sizes.num_experts, grid.shape.ep, grid.shape.etp)
-        case = _Case(choose_dispatcher(grid, placement, name).dispatcher, grid, sizes)
-        record |= {f"{name} {what} us": us for what, us in case.times()}
+    for mover in movers:
+        case = _Case(mover, grid, sizes, clock or graph_us)
+        record |= {f"{mover.name} {what} us": us for what, us in case.times()}
         results.append(case.result())
     record["remote_rows"] = case.dispatcher_rows()
-    record["same_bits"] = all(grid.moe.all_gather_object(torch.equal(*results)))
+    same = all(torch.equal(results[0], other) for other in results[1:])
+    record["same_bits"] = all(grid.moe.all_gather_object(same))
     return record
+
+
+def _movers(grid: ProcessGrid, sizes: Sizes) -> list[Dispatcher]:
+    """Make those of ``NAMES`` that serve ``grid``; there is always the all-gather."""
+    movers = []
+    for name in NAMES:
+        placement = Placement.blocks(sizes.num_experts, grid.shape.ep, grid.shape.etp)
+        if name != NAMES[0] or (grid.peer_window is not None and grid.peer_window.access.way is not None):
+            movers.append(choose_dispatcher(grid, placement, name).dispatcher)
+    return movers
 
 
 class _Case:
     """A dispatcher with its tokens; an expert multiplies a row by its weight and number."""
 
-    def __init__(self, mover: Dispatcher, grid: ProcessGrid, sizes: Sizes) -> None:
+    def __init__(self, mover: Dispatcher, grid: ProcessGrid, sizes: Sizes, clock: Clock) -> None:
         generator = torch.Generator().manual_seed(sizes.seed + grid.moe.rank)
         x = torch.randn(sizes.tokens, sizes.hidden_size, generator=generator).to(torch.bfloat16)
         scores = torch.rand(sizes.tokens, sizes.num_experts, generator=generator)
         ids = scores.topk(sizes.top_k, 1).indices.to(torch.int32)
         weights = torch.rand(sizes.tokens, sizes.top_k, generator=generator)
-        self.mover, self.grid = mover, grid
+        self.mover, self.grid, self.clock = mover, grid, clock
         self.x = x.to(grid.device)
         self.routing = Routing(ids.to(grid.device), weights.to(grid.device))
         self.plan = self._plan()
@@ -84,7 +148,7 @@ class _Case:
             combine()
 
         for what, call in (("dispatch", dispatch), ("combine", combine), ("round trip", both)):
-            yield what, graph_us(self.grid.moe, self.grid, call)
+            yield what, self.clock(self.grid.moe, self.grid, call)
 
     def result(self) -> Tensor:
         """Return what comes home, launched."""

@@ -1,16 +1,21 @@
-"""``xpar bench comm``: every dispatcher beside a bare ``MPI_Alltoallv`` of the same rows."""
+"""``xpar bench comm``: every dispatcher beside a bare ``MPI_Alltoallv`` of the same rows.
+
+On GPUs: the one-sided exchange beside NCCL's, both in CUDA graphs, and beside the link between the GPUs.
+"""
 
 import argparse
 from functools import partial
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.comm import TOLERANCE, TokenTraffic, measure_sizes
-from xpar.engine.commands.options import at_least, attach, check_positive
+from xpar.engine.bench.graph_exchange import NAMES, Sizes, measure_all
+from xpar.engine.commands.options import at_least, attach, check_positive, job_line, pick_device
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import count, make_console
@@ -23,13 +28,18 @@ def main(args: argparse.Namespace) -> int:
     start_logging(world, args.verbose)
     traffic = agreed(world.comm, lambda: _read_traffic(args))
     torch.set_num_threads(args.threads or world.threads())
-    grid = ProcessGrid.create(world, tp=args.tp, dp=args.dp, ep=args.ep, etp=args.etp)
+    device = pick_device(world, args.device)
+    grid = ProcessGrid.create(
+        world, tp=args.tp, dp=args.dp, ep=args.ep, etp=args.etp, device=device, transport=args.transport
+    )
     console = make_console(world)
     if grid.moe.size == 1:
         console.print(
             "an expert group of one rank sends nothing: start more ranks (mpirun -n 2), or give --ep"
         )
         return 1
+    if device == "cuda":
+        return _measure_graphs(args, grid, console, traffic)
     results = measure_sizes(traffic, grid, args.megabytes, args.dispatchers)
     job = f"{count(world.size, 'rank')} on {count(world.num_nodes, 'node')}"
     console.print(f"{job} | {grid.shape} | {world.library.splitlines()[0]}", soft_wrap=True)
@@ -46,11 +56,68 @@ def main(args: argparse.Namespace) -> int:
     return int(bool(wrong or more))
 
 
+def _measure_graphs(
+    args: argparse.Namespace, grid: ProcessGrid, console: Console, traffic: TokenTraffic
+) -> int:
+    """Measure on GPUs; return 1 if the two ways differ in a bit."""
+    if grid.transport is not None and grid.transport.choice.name != "nccl":
+        console.print(
+            f"rows travel through the host ({grid.transport.choice.name}), which a CUDA graph cannot record: "
+            "install NCCL's bindings, and give every rank a GPU of its own"
+        )
+        return 1
+    sizes = [
+        Sizes(tokens, traffic.hidden_size, traffic.num_experts, traffic.top_k, traffic.seed)
+        for tokens in args.tokens
+    ]
+    results = measure_all(grid, sizes)
+    console.print(job_line(grid), soft_wrap=True)
+    if grid.peer_window is not None and grid.peer_window.access.refusal is not None:
+        console.print(f"one-sided: not here, {grid.peer_window.access.refusal}", soft_wrap=True)
+    console.print(graph_table(results))
+    if args.json:
+        manifest = grid_manifest(grid, torch.bfloat16, "one-sided, allgather", "scaled rows", args.seed)
+        write = partial(write_result, args.json, manifest, {"results": results})
+        agreed(grid.world.comm, lambda: None if grid.world.rank else write())
+    wrong = [r["tokens_per_rank"] for r in results if not r["same_bits"]]
+    for tokens in wrong:
+        console.print(f"{tokens} tokens a rank: one-sided and allgather give other bits")
+    return int(bool(wrong))
+
+
+def graph_table(results: list[dict[str, Any]]) -> Table:
+    """Make the table of what :mod:`~xpar.engine.bench.graph_exchange` measured.
+
+    A dash stands for what is not here.
+    """
+    link = results[0]["link_gbs"]
+    title = "us in a CUDA graph, one-sided / allgather by NCCL; link: the rows of dispatch alone"
+    if link is not None:
+        title += f" at {link:.0f} GB/s, measured by copies in both directions"
+    table = Table(title=title, title_justify="left")
+    for column in ("tokens a rank", "dispatch", "combine", "round trip", "ratio", "link", "same bits"):
+        table.add_column(column, justify="right")
+    for r in results:
+        ours, theirs = (
+            [r.get(f"{name} {what} us") for what in ("dispatch", "combine", "round trip")] for name in NAMES
+        )
+        pairs = [f"{_us(a)} / {_us(b)}" for a, b in zip(ours, theirs, strict=True)]
+        ratio = "-" if ours[-1] is None or theirs[-1] is None else f"{theirs[-1] / ours[-1]:.2f}"
+        same = "yes" if r["same_bits"] else "NO"
+        table.add_row(str(r["tokens_per_rank"]), *pairs, ratio, _us(r["link_us"]), same)
+    return table
+
+
+def _us(microseconds: float | None) -> str:
+    return "-" if microseconds is None else f"{microseconds:.1f}"
+
+
 def _read_traffic(args: argparse.Namespace) -> TokenTraffic:
     """Check the whole request before any rank sends anything."""
     at_least(
         hidden=(args.hidden, 1), experts=(args.experts, 1), top_k=(args.top_k, 1), threads=(args.threads, 1)
     )
+    at_least(tokens=(min(args.tokens), 1))
     if args.top_k > args.experts:
         raise ValueError(
             f"--top-k {args.top_k}: a token goes to at most every expert once; at most {args.experts}"

@@ -39,7 +39,13 @@ def add_layer(p: argparse.ArgumentParser) -> None:
 
 def add_comm(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar bench comm``."""
-    add_number(p, "--megabytes", "payload of each rank's dispatch, in MB of 2^20 bytes", (0.0625, 1, 16))
+    add_number(
+        p,
+        "--megabytes",
+        "on host processors, payload of each rank's dispatch, in MB of 2^20 bytes",
+        (0.0625, 1, 16),
+    )
+    add_number(p, "--tokens", "on GPUs, numbers of tokens of each rank", (1, 4, 16, 64, 128, 256, 1024, 4096))
     add_number(p, "--hidden", "hidden size H", 2048)
     add_number(p, "--experts", "number of experts", 64)
     add_number(p, "--top-k", "number of experts per token", 8)
@@ -48,9 +54,11 @@ def add_comm(p: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="dispatchers to measure (default: every one that serves the grid and sends something)",
+        help="on host processors, dispatchers to measure (default: every one that serves the grid and sends "
+        "something)",
     )
     options.add_grid(p, "tp", "dp", "ep", "etp")
+    options.add_device(p)
     _add_common(p)
 
 

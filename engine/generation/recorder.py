@@ -67,8 +67,8 @@ class DecodeGraph:
         """Make one, or return None where steps are not recorded.
 
         That is so on host processors, for a model that norms the outputs of slots, and with layers that wait
-        for the host in a step, as all do in exact mode and those of several ranks do, unless rows go straight
-        into the peers' memory.
+        for the host in a step: in exact mode, and with rows of several ranks that neither NCCL gathers nor
+        kernels store in the peers' memory.
         """
         if loaded.device.type != "cuda" or not loaded.sends_tokens_once:
             return None
@@ -131,6 +131,7 @@ class DecodeGraph:
         if past is not self._held:
             step.load(past)
         logits, self._held = step(ids, replay)
+        self._follow()
         self.went_on(self._held)
         self.replayed += 1
         return logits, self._held
@@ -153,8 +154,17 @@ class DecodeGraph:
             step.idle(replay)
         elif self._joining is not None:
             self._joining()
+        self._follow()
         self.replayed += 1
         return True
+
+    def _follow(self) -> None:
+        """Give the replay a deadline where it waits for peers in NCCL; one-sided kernels have their own."""
+        runner = self._loaded.layers[0].runner if self._loaded.layers else None
+        if runner is None or runner.grid.transport is None:
+            return
+        if runner.dispatcher.capabilities.needs_transport and runner.grid.world.size > 1:
+            runner.grid.transport.follow("a recorded step")
 
     def _begin(self, past: KvCache) -> None:
         self._recording = self._joining = self._held = None  # frees its memory
@@ -196,9 +206,12 @@ class DecodeGraph:
 
 def _is_recordable(layer: Layer) -> bool:
     runner = layer.runner
-    if runner.dispatcher.capabilities.takes_slots:
+    can, transport = runner.dispatcher.capabilities, runner.grid.transport
+    if can.takes_slots or runner.options.exact:
+        return can.takes_slots
+    if runner.grid.world.size == 1:
         return True
-    return not runner.options.exact and runner.grid.world.size == 1
+    return can.graph_capture and transport is not None and transport.choice.name == "nccl"
 
 
 def _watch_paused(loaded: LoadedModel) -> AbstractContextManager[object]:

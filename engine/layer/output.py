@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Pending
-from xpar.comm.dispatch.base import Traffic
-from xpar.comm.reduction import Distributed, Partial, Transform, sum_outputs
+from xpar.comm.dispatch.base import Dispatcher, DispatchPlan, Traffic
+from xpar.comm.reduction import Distributed, Full, Partial, Transform, sum_outputs
 from xpar.engine.layer.observers import Observers
 from xpar.engine.routing import identity_output
 from xpar.kernels.contracts import Routing
@@ -72,3 +72,21 @@ def add_identity_and_bias(
     if output_bias is not None:
         total = total + output_bias.float()
     return Distributed(total.to(routed.tensor.dtype), routed.state)
+
+
+def bring_home(
+    dispatcher: Dispatcher,
+    plan: DispatchPlan,
+    returning: Pending[Distributed],
+    shared: Pending[Distributed | None],
+    output_bias: Tensor | None,
+) -> tuple[Distributed, Distributed | None]:
+    """Wait for the routed output with the bias, and for the shared output where it is not added to it.
+
+    For a dispatcher that adds at home: one sum does all that can be added there, with the same bits.
+    """
+    beside = shared.wait()
+    added = beside.tensor if beside is not None and isinstance(beside.state, Full) else None
+    if output_bias is not None or added is not None:
+        dispatcher.add_at_home(plan, output_bias, added)
+    return returning.wait(), beside if added is None else None

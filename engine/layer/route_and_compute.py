@@ -62,9 +62,9 @@ class FusedRunner(MoERunner):
         observers = self._unobserved if observers is None else observers
         return FinishedStep(self._compute(hidden_states, local, router_logits, observers))
 
-    def finish(self, step: Step) -> LayerOutput:
+    def finish(self, step: Step, together: bool = False) -> LayerOutput:
         """Return the output of a step that is computed already, or finish one of several calls."""
-        return step.output if isinstance(step, FinishedStep) else super().finish(step)
+        return step.output if isinstance(step, FinishedStep) else super().finish(step, together)
 
     def _fits(self, tokens: int, router: RoutingRule | None) -> bool:
         """Tell whether a step is one call: it has few tokens, and the layer's own router routes them."""

@@ -17,10 +17,10 @@ from xpar.engine.layer.fused_shared_experts import SharedSlots
 from xpar.engine.layer.latent import ExpertInputProjection
 from xpar.engine.layer.observers import Observers
 from xpar.engine.layer.options import DEFAULT, LayerOptions
-from xpar.engine.layer.output import LayerOutput, add_identity_and_bias
+from xpar.engine.layer.output import LayerOutput, add_identity_and_bias, bring_home
 from xpar.engine.layer.shared_expert_overlap import Overlap, RunningSharedExperts, SharedOrder
 from xpar.engine.layer.shared_experts import SharedExperts
-from xpar.engine.layer.token_split import choose_token_split
+from xpar.engine.layer.token_split import KeepAllTokens, choose_token_split
 from xpar.engine.layer.torch_compile import RunnerHandle, moe_forward, moe_forward_separately
 from xpar.engine.routing import RoutingRule, weigh_input
 from xpar.engine.routing.router import FusedGateRouter
@@ -114,6 +114,12 @@ class MoERunner(nn.Module):
         self.tokens = choose_token_split(grid, experts.dispatcher, options.sequence_parallel)
         self.overlap = Overlap(SharedOrder.NONE if shared is None else options.shared_order, grid.device)
         self.handle = RunnerHandle(self)
+        # A latent output is projected first, exact mode sums slots, and slices of tokens are gathered first.
+        self._adds_at_home = (
+            experts.dispatcher.capabilities.adds_at_home
+            and not (options.exact or projection)
+            and isinstance(self.tokens, KeepAllTokens)
+        )
         self._unobserved = Observers.default(grid.device)
         self._step = 0
 
@@ -163,8 +169,12 @@ class MoERunner(nn.Module):
             hidden_states.shape[0], routed.hidden_states, routed.routing, plan, rows, shared, observers
         )
 
-    def finish(self, step: Step) -> LayerOutput:
-        """Compute the rows that arrive and bring outputs home, unsummed as yet; collective."""
+    def finish(self, step: Step, together: bool = False) -> LayerOutput:
+        """Compute the rows that arrive and bring outputs home, unsummed as yet; collective.
+
+        ``together``: nobody will ask for shared and routed output apart, so that they may be added where the
+        routed output comes home.
+        """
         assert isinstance(step, StepInFlight)
         observers = step.observers
         with observers.stage("dispatch"):
@@ -176,13 +186,19 @@ class MoERunner(nn.Module):
             returning = self.experts.combine(outputs, step.plan)
         step.shared.run_if(SharedOrder.DURING_COMBINE)
         with observers.stage("combine"):
-            routed = add_identity_and_bias(
-                returning.wait(), step.hidden_states, step.routing, self.output_bias
-            )
+            if together and self._adds_at_home and step.routing.identity_weights is None:
+                routed, shared = bring_home(
+                    self.dispatcher, step.plan, returning, step.shared.output, self.output_bias
+                )
+            else:
+                routed = add_identity_and_bias(
+                    returning.wait(), step.hidden_states, step.routing, self.output_bias
+                )
+                shared = step.shared.output.wait()
         observers.record_step(step.routing, step.plan.pending_traffic)
         return LayerOutput(
             self.tokens.as_sharded(routed, step.num_tokens),
-            step.shared.output.wait(),
+            shared,
             None if self.projection is None else self.projection.up,
             step.routing,
             step.plan.pending_traffic,
@@ -198,12 +214,13 @@ class MoERunner(nn.Module):
         router: RoutingRule | None = None,
         observers: Observers | None = None,
         padding: Tensor | None = None,
+        together: bool = False,
     ) -> LayerOutput:
         """Run :meth:`start` and :meth:`finish`: the forward but for its last sum, with routing."""
         step = self.start(
             hidden_states, router_logits, input_ids, router=router, observers=observers, padding=padding
         )
-        return self.finish(step)
+        return self.finish(step, together)
 
     # -- ways to call it: alike up to the sum
     # ------------------------------------------------------------------------
@@ -241,7 +258,13 @@ class MoERunner(nn.Module):
             output: Tensor = moe_forward(self.handle, hidden_states, router_logits, input_ids)
             return output
         return self.run(
-            hidden_states, router_logits, input_ids, router=router, observers=observers, padding=padding
+            hidden_states,
+            router_logits,
+            input_ids,
+            router=router,
+            observers=observers,
+            padding=padding,
+            together=True,
         ).sum()
 
     def forward_separately(

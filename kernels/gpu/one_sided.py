@@ -256,7 +256,7 @@ class Exchange:
         residual: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Sum the ranks' results for each own token, in rank order; rounded once.
+        """Sum the ranks' results for each own token, in rank order; rounded once, and once for each addend.
 
         Args:
             ids: [T, k] int32 as they were sent.

@@ -176,7 +176,10 @@ def rank_sum_kernel(
     R: tl.constexpr,  # ranks
     ETP: tl.constexpr,  # consecutive ranks that slice the experts of one ep rank
 ):
-    """Sum a token's results in rank order, then bias, shared, residual; rounded once."""
+    """Sum a token's results in rank order; then add bias, shared and residual, each rounded as it is added.
+
+    So the bits are those of separate additions.
+    """
     parts: tl.constexpr = (H + BLOCK - 1) // BLOCK
     j = tl.arange(0, K_LANES)
     for i in range(tl.program_id(0), tokens * parts, tl.num_programs(0)):
@@ -190,10 +193,14 @@ def rank_sum_kernel(
             live = inside & (tl.max((home == r // ETP).to(tl.int32), 0) + column * 0 > 0)
             value = tl.load(back + (wide(tokens) * r + t) * H + column, mask=live, other=0.0)
             total += value.to(tl.float32)
+        value = total.to(out.dtype.element_ty)
         if bias is not None:
-            total += tl.load(bias + column, mask=inside, other=0.0)
+            added = tl.load(bias + column, mask=inside, other=0.0)
+            value = (value.to(tl.float32) + added).to(out.dtype.element_ty)
         if shared is not None:
-            total += tl.load(shared + t * H + column, mask=inside, other=0.0).to(tl.float32)
+            added = tl.load(shared + t * H + column, mask=inside, other=0.0).to(tl.float32)
+            value = (value.to(tl.float32) + added).to(out.dtype.element_ty)
         if residual is not None:
-            total += tl.load(residual + t * H + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + t * H + column, total.to(out.dtype.element_ty), mask=inside)
+            added = tl.load(residual + t * H + column, mask=inside, other=0.0).to(tl.float32)
+            value = (value.to(tl.float32) + added).to(out.dtype.element_ty)
+        tl.store(out + t * H + column, value, mask=inside)

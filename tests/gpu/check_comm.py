@@ -3,6 +3,8 @@
     mpirun -n 2 python -m mpi4py tests/gpu/check_comm.py --json comm.json
     mpirun -n 2 python -m mpi4py tests/gpu/check_comm.py --hang      # must end the job by itself within 20 s,
     with a report
+    mpirun -n 2 python -m mpi4py tests/gpu/check_comm.py --hang-launch    # the same, in the launch of a first
+    all_gather
 
 xpar need not be installed: the rooms are taken from this checkout. Every rank of the job takes part; several
 ranks on one GPU pose as hosts of their own to NCCL. ``--device cpu`` plays everything
@@ -50,6 +52,7 @@ def main() -> int:
     )
     parser.add_argument("--only", choices=["checks", "bench"], help="one half")
     parser.add_argument("--hang", action="store_true", help="a rank stays away: see the watch end the job")
+    parser.add_argument("--hang-launch", action="store_true", help="the same, with a launch that waits")
     args = parser.parse_args()
     world = World.attach()
     limit = threading.Timer(args.seconds, late, (world,))
@@ -58,8 +61,8 @@ def main() -> int:
     seed = world.comm.all_gather_object(args.seed)[0]
     report: dict[str, Any] = {"ranks": world.size, "seed": seed, **environment(world, args.device)}
     say(world, json.dumps(report, indent=1))
-    if args.hang:
-        return hang(world, args.device)
+    if args.hang or args.hang_launch:
+        return hang(world, args.device, args.hang_launch)
     results: list[dict[str, Any]] = []
     figures: list[dict[str, Any]] = []
     grids: dict[str, ProcessGrid] = {}
@@ -127,9 +130,12 @@ def outcome(world: World, title: str, check: Callable[[], str | None]) -> dict[s
     return {"check": title, "ok": not wrong, "remark": remark, "problems": wrong, "seconds": seconds}
 
 
-def hang(world: World, device: str) -> int:
-    """Rank 0 starts an exchange that nobody joins, and then waits for its GPU as any program would."""
-    deadlines = Deadlines(connect=60, launch=60, finish=5, abort=2)
+def hang(world: World, device: str, first: bool = False) -> int:
+    """Rank 0 starts an exchange that nobody joins, and then waits for its GPU as any program would.
+
+    ``first``: it is the first one of its kind, in whose launch NCCL itself waits for the other ranks.
+    """
+    deadlines = Deadlines(connect=60, launch=5 if first else 60, finish=5, abort=2)
     facts = world.comm.all_gather_object(collect_facts(bind_gpu(world.local_rank)))
     choice = choose_transport(facts, "nccl")
     where = torch.device("cuda", torch.cuda.current_device())
@@ -138,7 +144,10 @@ def hang(world: World, device: str) -> int:
     group = opened.wrap(world.comm)
     if world.rank == 0:
         counts = [1] * world.size
-        group.all_to_all_v(torch.ones(world.size, 1024, device=where), counts, counts)
+        if first:
+            group.all_gather_v(torch.ones(1, 1024, device=where), counts)
+        else:
+            group.all_to_all_v(torch.ones(world.size, 1024, device=where), counts, counts)
         torch.cuda.synchronize()
     else:
         time.sleep(60)
@@ -166,11 +175,12 @@ def say(world: World, text: str) -> None:
 
 def table(results: list[dict[str, Any]], figures: list[dict[str, Any]]) -> None:
     def lines() -> Iterator[str]:
-        yield f"{'transport':10}{'what':26}{'size':>22}{'us':>10}{'GB/s':>8}{'of link':>9}"
+        yield f"{'transport':10}{'what':26}{'size':>22}{'us':>10}{'us host':>9}{'GB/s':>8}{'of link':>9}"
         for f in figures:
             share = f"{100 * f['gbs'] / f['bound_gbs']:.0f} %" if f["gbs"] else ""
             gbs = f"{f['gbs']:.1f}" if f["gbs"] else ""
-            yield f"{f['transport']:10}{f['what']:26}{f['size']:>22}{f['us']:>10.1f}{gbs:>8}{share:>9}"
+            times = f"{f['us']:>10.1f}{f['us_host']:>9.1f}"
+            yield f"{f['transport']:10}{f['what']:26}{f['size']:>22}{times}{gbs:>8}{share:>9}"
         bad = [r for r in results if not r["ok"]]
         yield f"{len(results) - len(bad)} checks ok, {len(bad)} wrong"
         for r in bad:

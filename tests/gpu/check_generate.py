@@ -5,6 +5,7 @@ Needs GPUs, not part of the test run.
     python -m mpi4py tests/gpu/check_generate.py CHECKPOINT [CHECKPOINT ...] --json generate.json
     mpirun -n 2 python -m mpi4py tests/gpu/check_generate.py CHECKPOINT --batch 1 3 16 --json generate-2.json
     mpirun -n 2 python -m mpi4py tests/gpu/check_generate.py CHECKPOINT --batch 16 --ending
+    mpirun -n 2 python -m mpi4py tests/gpu/check_generate.py CHECKPOINT --batch 1 16 --dispatcher allgather
 
 Several ranks share out the sequences, so that a batch of 1 leaves all but one without any. Both sides are
 given the same tokens, so that they stay comparable: logits in float32, times in the checkpoint's dtype. xpar
@@ -68,10 +69,11 @@ def main() -> int:
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--whole-block", action="store_true", help="as for xpar generate")
+    parser.add_argument("--dispatcher", default="auto", help="as for xpar generate")
     parser.add_argument("--ending", action="store_true", help="sequences end one after the other")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    options = SpreadOptions(whole_block=args.whole_block)
+    options = SpreadOptions(whole_block=args.whole_block, dispatcher=args.dispatcher)
     torch.backends.cuda.matmul.allow_tf32 = False
     grid = ProcessGrid.create(World.attach(allow_singleton=True), device="cuda")
     rows = []

@@ -32,10 +32,8 @@ import torch
 
 from xpar.comm import ProcessGrid, World, run
 from xpar.comm.watchdog.deadlines import Deadlines
-from xpar.engine.bench.graph_exchange import Sizes, measure
+from xpar.engine.bench.graph_exchange import Sizes, measure_all
 
-LINK_GBS = 365.0
-"""Measured between two H200 over NVLink 4, one direction, 1e9 bytes a second."""
 SHAPES = {
     "olmoe": (2048, 64, 8),
     "mixtral": (4096, 8, 2),
@@ -123,15 +121,15 @@ def main() -> int:
 
 def bench(world: World, grid: ProcessGrid, name: str, tokens: int, seed: int) -> dict[str, Any]:
     h, experts, k = SHAPES[name]
-    record = {"shape": name} | measure(grid, Sizes(tokens, h, experts, k, seed))
-    record["link_us"] = record["remote_rows"] * h * 2 / LINK_GBS / 1e3
+    record = {"shape": name, **measure_all(grid, [Sizes(tokens, h, experts, k, seed)])[0]}
     say(
         world,
         f"{name:12} T {tokens:5} dispatch {record['one-sided dispatch us']:7.1f} "
         f"({record['allgather dispatch us']:7.1f})"
         f" combine {record['one-sided combine us']:7.1f} ({record['allgather combine us']:7.1f})"
         f" both {record['one-sided round trip us']:7.1f} ({record['allgather round trip us']:7.1f})"
-        f" rows alone at {LINK_GBS:g} GB/s {record['link_us']:7.1f} us  same bits {record['same_bits']}",
+        f" rows alone at {record['link_gbs']:.0f} GB/s {record['link_us']:7.1f} us  same bits "
+        f"{record['same_bits']}",
     )
     return record
 

@@ -272,7 +272,7 @@ def given_up(world: World, grid: ProcessGrid) -> str:
     """
     watch = Watch(lambda wrong: None)
     link = NcclCommunicator.connect(
-        open_library(), world.comm, Deadlines(connect=60, launch=20, finish=1e6, abort=5), watch
+        open_library(), world.comm, Deadlines(connect=60, launch=20, finish=1e6, abort=5), watch, grid.device
     )
     mover = NcclBackend(link, grid.device)
     mover.check(world.comm)

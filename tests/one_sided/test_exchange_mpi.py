@@ -88,6 +88,34 @@ def test_sum_with_addends(group: Communicator, window: PeerWindow, fresh_seed: i
     round_trip(exchange, 3, shared=whole(tokens, 24), residual=whole(tokens, 24), bias=whole(24))
 
 
+@pytest.mark.parametrize("parts", ["bias", "shared", "bias shared", "bias shared residual"])
+def test_a_sum_with_addends_has_the_bits_of_additions_afterwards(
+    group: Communicator, window: PeerWindow, fresh_seed: int, parts: str
+) -> None:
+    """In float16, whose numbers the interpreter rounds as torch does."""
+    tokens, width = 3, 40
+    step = Step((tokens,) * group.size, group.size, 2 * width, width, torch.float16)
+    exchange = window.exchange(step)
+    ids, weights, owner, local = everywhere(exchange)
+    generator = torch.Generator().manual_seed(fresh_seed + group.rank)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows = numbers(tokens, width).half()
+    exchange.dispatch(rows, ids, weights, owner, local)
+    exchange.rows_home(exchange.rows(torch.float16) * (1 + group.rank))
+    bias, shared, residual = numbers(width), numbers(tokens, width).half(), numbers(tokens, width).half()
+    added = {"bias": bias, "shared": shared, "residual": residual}
+    want = exchange.sum_ranks(ids, owner)
+    for name in parts.split():
+        want = (want.float() + added[name].float()).half()
+    got = exchange.sum_ranks(ids, owner, **{name: added[name] for name in parts.split()})
+    assert torch.equal(got, want)
+    once = exchange.sum_ranks(ids, owner).float() + sum(added[name].float() for name in parts.split())
+    assert len(parts.split()) == 1 or not torch.equal(got, once.half())  # roundings can be told apart
+
+
 def test_the_window_grows_and_keeps_what_is_recorded(group: Communicator, window: PeerWindow) -> None:
     # 150 rows of all ranks together are more than the 2 MiB that the first window has.
     small, large = step_of((2,) * group.size), step_of((150 // group.size,) * group.size, width=3000)

@@ -1,5 +1,6 @@
 """The choice of a transport and of a rank's GPU, without a GPU."""
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,8 @@ from launch import mpirun, python_program
 
 from xpar.comm.device import binding
 from xpar.comm.device.binding import Gpu, driver_version, find_gpu, gpu_index, shared_gpus
+from xpar.comm.device.staged_backend import StagedBackend
+from xpar.comm.device.transport import Transport
 from xpar.comm.device.transport_choice import (
     TRANSPORTS,
     DeviceFacts,
@@ -16,6 +19,8 @@ from xpar.comm.device.transport_choice import (
     fall_back,
     host_override,
 )
+from xpar.comm.device.watch import Watch
+from xpar.kernels.choice import Choice
 
 
 def facts(
@@ -153,3 +158,20 @@ def test_a_grid_on_a_device_that_is_not_there_is_one_message(device: str) -> Non
     job = mpirun(2, python_program("create_grid", device), timeout=40, env={"CUDA_VISIBLE_DEVICES": ""})
     assert job.returncode == 1
     assert job.stderr.count(f"device='{device}': ") == 1 and "Traceback" not in job.stderr
+
+
+def test_a_recorded_step_is_followed_with_a_deadline() -> None:
+    """By the watch, where there is one."""
+    found: list[str] = []
+    late = threading.Event()
+    watch = Watch(lambda problem: (found.append(problem), late.set()), pause=0.01)
+    choice = Choice(next(t for t in TRANSPORTS if t.name == "nccl"), ())
+    host = torch.device("cpu")
+    followed = Transport(choice, host, lambda group: StagedBackend(group, host), watch, finish=0.05)
+    followed._markers.record = lambda: lambda: False  # type: ignore[method-assign, assignment]
+    followed.follow("a recorded step")
+    assert late.wait(5) and found[0].startswith("a recorded step: not done on the GPU 0.05 s after")
+    followed.close()
+    unwatched = Transport(choice, host, lambda group: StagedBackend(group, host))
+    unwatched.follow("a recorded step")
+    unwatched.close()

@@ -1,5 +1,6 @@
 """The benchmarks: their figures are right where they can be known, and what they print is complete."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,12 +8,15 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
+from rich.console import Console
 from run_commands import run_commands
 
 from xpar.comm.dispatch.expected_traffic import expected_rows
 from xpar.engine.bench.ceilings import HostCeilings
+from xpar.engine.bench.graph_exchange import NAMES
 from xpar.engine.bench.peers import IMPLEMENTATIONS, block_function, transformers_layer
 from xpar.engine.bench.timing import Times
+from xpar.engine.commands.bench_comm import graph_table
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import SHAPES, shape_of
 from xpar.kernels.contracts import Routing
@@ -167,6 +171,7 @@ WRONG = {
     "comm --top-k 65": "--top-k 65: a token goes to at most every expert once",
     "comm --megabytes -1": "--megabytes -1: must be positive",
     "comm --dispatchers pigeon": "'pigeon'",
+    "comm --tokens 0": "--tokens 0: must be at least 1",
     "overlap olmoe": "shape 'olmoe' has no shared experts to overlap; choose one of qwen2-57b-a14b",
     "overlap deepseek-v3 --experts 5": "top_k=8 with 5 experts",
 }
@@ -196,3 +201,23 @@ def test_a_wrong_request_is_one_line(
     job = two_ranks[1][words]
     assert job.returncode == 1
     assert job.stderr.count(WRONG[words]) == 1 and "Traceback" not in job.stderr, job.stderr
+
+
+def test_the_table_of_gpus_has_both_ways_and_the_link() -> None:
+    whats = ("dispatch", "combine", "round trip")
+    there = {
+        f"{name} {what} us": 10.0 * n + m for n, name in enumerate(NAMES, 1) for m, what in enumerate(whats)
+    }
+    both = {"tokens_per_rank": 16, "link_gbs": 365.4, "link_us": 1.26, "same_bits": True, **there}
+    without = {k: v for k, v in both.items() if not k.startswith(NAMES[0])}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(graph_table([both, without | {"link_us": None, "same_bits": False}]))
+    text = console.export_text()
+    assert "at 365 GB/s" in " ".join(text.split())  # a title is broken to the table's width
+    first, second = (line for line in text.splitlines() if " 16 " in line)
+    assert [cell.strip() for cell in first.split("│")[1:-1]] == [
+        "16", "10.0 / 20.0", "11.0 / 21.0", "12.0 / 22.0", "1.83", "1.3", "yes",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in second.split("│")[1:-1]] == [
+        "16", "- / 20.0", "- / 21.0", "- / 22.0", "-", "-", "NO",
+    ]  # fmt: skip

@@ -18,6 +18,7 @@ from moe_families import Case
 from tiny_models import BYTES, FAMILIES, plain_model, write_model
 from torch import Tensor
 
+from xpar.comm.dispatch.choose import DISPATCHERS
 from xpar.engine.generation import decode_graph, recorder
 from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
 from xpar.engine.generation.decode_graph import PaddedDecodeStep
@@ -276,19 +277,44 @@ def test_buckets() -> None:
         assert n <= bucket_of(n) <= max(2 * n, 1) and bucket_of(bucket_of(n)) == bucket_of(n)
 
 
-def test_host_processors_and_layers_that_wait_are_not_recorded() -> None:
-    def of(device: str, exact: bool, size: int, takes_slots: bool = False) -> DecodeGraph | None:
-        grid = SimpleNamespace(world=SimpleNamespace(size=size))
-        runner = SimpleNamespace(
-            options=SimpleNamespace(exact=exact),
-            grid=grid,
-            dispatcher=SimpleNamespace(capabilities=SimpleNamespace(takes_slots=takes_slots)),
-        )
-        layer = SimpleNamespace(runner=runner, slot_counter=SimpleNamespace(counted=torch.zeros(())))
-        model: Any = SimpleNamespace(device=torch.device(device), layers=(layer, layer))
-        return DecodeGraph.of(model)
+def recorder_of(
+    device: str, exact: bool, size: int, dispatcher: str = "allgather", transport: str = "staged"
+) -> DecodeGraph | None:
+    """The recorder of a model with layers of this kind."""
+    capabilities = next(cls.capabilities for cls in DISPATCHERS if cls.name == dispatcher)
+    opened = SimpleNamespace(choice=SimpleNamespace(name=transport), watch=None, follow=followed.append)
+    runner = SimpleNamespace(
+        options=SimpleNamespace(exact=exact),
+        grid=SimpleNamespace(world=SimpleNamespace(size=size), transport=opened),
+        dispatcher=SimpleNamespace(capabilities=capabilities),
+    )
+    layer = SimpleNamespace(runner=runner, slot_counter=SimpleNamespace(counted=torch.zeros(())))
+    model: Any = SimpleNamespace(device=torch.device(device), layers=(layer, layer))
+    return DecodeGraph.of(model)
 
-    assert of("cuda", False, 1) is not None
-    assert of("cpu", False, 1) is of("cuda", True, 1) is of("cuda", False, 2) is None
-    assert of("cuda", False, 2, takes_slots=True) is not None
-    assert of("cuda", True, 2, takes_slots=True) is not None and of("cpu", False, 2, takes_slots=True) is None
+
+followed: list[str] = []
+
+
+def test_host_processors_and_layers_that_wait_are_not_recorded() -> None:
+    assert recorder_of("cuda", False, 1, "replicated") is not None
+    assert (
+        recorder_of("cpu", False, 1) is recorder_of("cuda", True, 1) is recorder_of("cuda", False, 2) is None
+    )
+    assert recorder_of("cuda", False, 2, "one-sided") is not None
+    assert recorder_of("cuda", True, 2, "one-sided") is not None
+    assert recorder_of("cpu", False, 2, "one-sided") is None
+
+
+def test_steps_over_nccl_are_recorded_and_followed() -> None:
+    """Where nothing waits for counts; kernels that store rows have a deadline of their own."""
+    recorders = {
+        name: recorder_of("cuda", False, 2, name, "nccl") for name in ("allgather", "alltoall", "one-sided")
+    }
+    assert recorders["alltoall"] is None and recorder_of("cuda", True, 2, "allgather", "nccl") is None
+    for name, expected in (("allgather", ["a recorded step"]), ("one-sided", [])):
+        followed.clear()
+        found = recorders[name]
+        assert found is not None
+        found._follow()
+        assert followed == expected

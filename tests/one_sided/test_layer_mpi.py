@@ -1,0 +1,67 @@
+"""A layer whose shared experts and bias are added where its routed output comes home."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from xpar.comm import ProcessGrid, World
+from xpar.comm.device.peer_window import PeerWindow
+from xpar.comm.dispatch.allgather import AllGatherDispatcher
+from xpar.comm.dispatch.base import Dispatcher
+from xpar.comm.dispatch.one_sided import OneSidedDispatcher
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.options import LayerOptions
+from xpar.engine.layer.runner import MoERunner
+from xpar.engine.synthetic.layer import SyntheticLayer
+from xpar.engine.synthetic.shapes import shape_of
+
+pytestmark = pytest.mark.mpi(deadline=120)
+
+
+def through(runner: MoERunner, mover: Dispatcher, bias: torch.Tensor | None) -> MoERunner:
+    """The same layer with another dispatcher."""
+    return MoERunner(
+        runner.config,
+        runner.grid,
+        runner.router,
+        replace(runner.experts, dispatcher=mover),
+        dtype=runner.dtype,
+        shared=runner.shared,
+        output_bias=bias,
+        options=runner.options,
+    )
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+def test_the_sum_is_that_of_the_parts(
+    world: World,
+    window: PeerWindow,
+    fresh_seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+    has_bias: bool,
+    exact: bool,
+) -> None:
+    grid = ProcessGrid.create(world)
+    layer = SyntheticLayer(shape_of("qwen2-57b-a14b").layer(0.0625), torch.float32, fresh_seed)
+    options = LayerOptions(dispatcher="allgather" if world.size > 1 else "auto", exact=exact)
+    runner = build_layer(layer.config, grid, torch.float32, layer.read, options)
+    assert runner.shared is not None
+    h = layer.config.hidden_size
+    bias = torch.randn(h, generator=torch.Generator().manual_seed(fresh_seed)) if has_bias else None
+    placement = runner.dispatcher.placement
+    ours = through(runner, OneSidedDispatcher(grid.moe, placement, window), bias)
+    theirs = through(runner, AllGatherDispatcher(grid.moe, placement, whole=not exact), bias)
+    added: list[Any] = []
+    add = OneSidedDispatcher.add_at_home
+    monkeypatch.setattr(OneSidedDispatcher, "add_at_home", lambda *args: added.append(args[2:]) or add(*args))
+    x = torch.randn(2 + world.rank, h, generator=torch.Generator().manual_seed(fresh_seed + world.rank))
+    got = ours(x)
+    assert len(added) == (not exact)
+    assert exact or ((added[0][0] is not None) == has_bias and added[0][1] is not None)
+    fine = torch.allclose(got, theirs(x), rtol=1e-5, atol=1e-6)
+    routed, shared = ours.forward_separately(x)
+    fine = fine and len(added) == (not exact) and shared is not None and torch.equal(routed + shared, got)
+    assert all(grid.moe.all_gather_object(fine))
