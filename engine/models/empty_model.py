@@ -76,7 +76,7 @@ def check_family(checkpoint: Checkpoint) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     name = values.get("model_type")
-    if name not in CONFIG_MAPPING:
+    if not isinstance(name, str) or name not in CONFIG_MAPPING:
         code = "; the code beside the weights (auto_map) is never run" if values.get("auto_map") else ""
         raise CheckpointError(
             f"{file}: model_type={name!r} is not a known MoE family, and transformers "

@@ -22,7 +22,7 @@ class Head:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._owner, self._name = find_decoder(model)
-        self._given = _Given()
+        self._given = _Given(model.get_input_embeddings())
 
     def hidden_states(self, **inputs: Any) -> Tensor:
         """Compute [B, S, H] after the last layer; ``inputs`` are transformers'."""
@@ -80,6 +80,13 @@ class _Given(torch.nn.Module):
 
     hidden_states: Tensor | None = None
     form: Any = None
+
+    def __init__(self, embeddings: torch.nn.Module) -> None:
+        super().__init__()
+        self._embeddings = (embeddings,)  # in a tuple, or it would be a part of this module
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self._embeddings[0]
 
     def forward(self, *_: object, **__: object) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast

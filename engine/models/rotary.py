@@ -78,10 +78,16 @@ def wrap_rotaries(model: nn.Module) -> list[RowRotary]:
 
 
 def depends_on_length(rotary: nn.Module) -> bool:
-    """Return whether ``rotary`` changes a position's value where a far position is in the same call."""
+    """Return whether ``rotary`` changes a position's value where a far position is in the same call.
+
+    A module of a model with images may want several positions a token, and then has no such frequencies.
+    """
     found = False
     for probe in _probes(rotary):
-        probe([0])
+        try:
+            probe([0])
+        except IndexError:
+            return False
         found |= not _equal(probe([1]), _first_columns(probe([1, FAR]), 1))
         probe([0])
     return found

@@ -241,6 +241,15 @@ def classes(family: str) -> Iterator[tuple[str, str]]:
 
 def small_model(model_type: str, class_name: str, seed: int) -> Any:
     """Make a small random float32 model of transformers' class ``class_name``, with its own classes."""
+    torch.manual_seed(seed)
+    model = empty_small_model(model_type, class_name)
+    assert sum(p.numel() for p in model.parameters()) < MOST_PARAMETERS
+    _draw(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def empty_small_model(model_type: str, class_name: str) -> Any:
+    """Make a small model with the values that transformers gives it."""
     import transformers
 
     config = small_config(model_type)
@@ -249,11 +258,7 @@ def small_model(model_type: str, class_name: str, seed: int) -> Any:
         config = config.get_text_config()
     # The reference: each expert in a loop.
     config._experts_implementation = "eager"
-    torch.manual_seed(seed)
-    model = kind._from_config(config, dtype=torch.float32).eval()
-    assert sum(p.numel() for p in model.parameters()) < MOST_PARAMETERS
-    _draw(model, torch.Generator().manual_seed(seed))
-    return model
+    return kind._from_config(config, dtype=torch.float32).eval()
 
 
 def small_config(model_type: str) -> Any:

@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from shrunk_families import small_model
+from shrunk_families import NOT_RUN, WITHOUT_INTERFACE, classes, empty_small_model, families, small_model
 from torch import nn
 
+from xpar.engine.architectures import ARCHITECTURES
+from xpar.engine.architectures.layer_config import find, layer_config, moe_layers
 from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.models.expert_layer import experts_modules
 from xpar.engine.models.experts_module import describe_experts, describe_module
+from xpar.engine.models.parallelize import experts_alone
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation
 
@@ -90,3 +93,26 @@ def test_experts_a_token_are_those_of_a_forward(model_type: str, name: str) -> N
     for module in modules:
         config = describe_experts(model, module)
         assert (config.router.top_k, config.hidden_size) == (seen[module].top_k, seen[module].hidden)
+
+
+KNOWN = [name for name in families() if name in {arch.model_type for arch in ARCHITECTURES} - NOT_RUN.keys()]
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_a_schema_describes_the_experts_that_the_model_has(family: str) -> None:
+    """What xpar's schema says of a layer is what its experts module says, where there is one."""
+    model_type, name = next(entry for entry in classes(family) if entry[0] == family)
+    with torch.device("meta"):
+        model = empty_small_model(model_type, name)
+    values = {**model.config.to_dict(), "model_type": model_type}
+    modules, arch = experts_modules(model), find(values)
+    if not modules:
+        assert family in WITHOUT_INTERFACE
+        return
+    assert list(modules) == list(moe_layers(arch, values))
+    for layer, module in modules.items():
+        schema = experts_alone(layer_config(arch, values, layer))
+        found = describe_experts(model, module)
+        for field in ("num_experts", "hidden_size", "intermediate_size", "activation", "bias"):
+            assert getattr(found, field) == getattr(schema, field), field
+        assert found.router.top_k == schema.router.top_k
