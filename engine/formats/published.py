@@ -58,13 +58,13 @@ def _fp8(weight: QuantisedWeight) -> Tensors:
 
 
 def _fp8_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
-    return {
+    config = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": list(form.block),
-        "modules_to_not_convert": list(floats),
     }
+    return {**config, "modules_to_not_convert": list(floats)} if floats else config
 
 
 def _channel(weight: QuantisedWeight) -> Tensors:
