@@ -138,6 +138,11 @@ class QuantisedCheckpoint(Checkpoint):
         weight = self.find(name)
         return (1, 1) if weight is None else weight.smallest_cut
 
+    def smallest_code_unit(self, name: str) -> int:
+        """Return the columns of tensor ``name`` whose codes share a byte or a word."""
+        weight = self.find(name)
+        return 1 if weight is None else weight.unit[1]
+
     def read_quantised(
         self,
         name: str,
