@@ -43,9 +43,9 @@ def write_quantised(
     """
     names = list(source.names())
     chosen = {name: _module(name, form) for name in names if _is_quantised(source, name, form)}
-    if not chosen:
+    if not any(EXPERT.search(name) for name in chosen):
         raise CheckpointError(
-            f"format {form.name}: the family stores no weight that this format has; its experts are "
+            f"format {form.name}: the family stores no experts that this format has; its experts are "
             f"{'not ' if form.stacked else ''}stacked in one tensor"
         )
     widths = [source.entry(name).shape[-2 if form.stacked else -1] for name in chosen]
