@@ -20,6 +20,7 @@ ERRORS = {
     "gptq": 0.111,
     "awq": 0.100,
     "nvfp4": 0.095,
+    "fp4": 0.115,
     "mxfp4": 0.115,
 }
 """Root mean square errors on Gaussian weights, relative; of int4 in groups of 128 but for ``int4``."""
