@@ -41,7 +41,10 @@ ENGINE_FILES = [
     path for path in MODULES if path.parts[-2:] != ("engine", "__init__.py") and "engine" in path.parts
 ]
 # Only the extras bring these; a module that needs one imports it where it is used.
-OPTIONAL = ("zentorch", "transformers", "matplotlib", "nccl", "lm_eval", "pytest", "hypothesis")
+OPTIONAL = (
+    *("zentorch", "transformers", "matplotlib", "nccl", "lm_eval"),
+    *("compressed_tensors", "pytest", "hypothesis"),
+)
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[str]:

@@ -26,5 +26,7 @@ DEEPSEEK_V3 = Architecture(
         Rule("topk_method", ("noaux_tc",), "this is the family's router"),
         Rule("scoring_func", ("sigmoid",), "the family scores with sigmoid"),
     ),
-    synthetic=SyntheticSchema(MULTI_HEAD_LATENT, {**LATENT_SIZES, "num_nextn_predict_layers": 0}),
+    synthetic=SyntheticSchema(
+        MULTI_HEAD_LATENT, {**LATENT_SIZES, "num_nextn_predict_layers": 0}, unquantised=()
+    ),
 )

@@ -21,5 +21,10 @@ MINIMAX_M2 = Architecture(
         Rule("use_routing_bias", (True,), "the family's router has a correction bias"),
         Rule("shared_intermediate_size", (0,), "the family has no shared experts"),
     ),
-    synthetic=SyntheticSchema({**GROUPED_QUERY, **WIDE_NORMS}, needs_head_dim=True, strong=(".w2",)),
+    synthetic=SyntheticSchema(
+        {**GROUPED_QUERY, **WIDE_NORMS},
+        needs_head_dim=True,
+        strong=(".w2",),
+        unquantised=("gate", "e_score_correction_bias", "lm_head"),
+    ),
 )

@@ -69,6 +69,7 @@ class SyntheticSchema:
         ones: endings of the names of tensors that are filled with ones, besides norms.
         strong: parts of the names of further tensors that are gates or down projections, whose random values
             are twice as large as the others.
+        unquantised: what the published fp8 checkpoints list as left out; None for the full names of all.
     """
 
     attention: Mapping[str, Shape] | None = None
@@ -79,6 +80,7 @@ class SyntheticSchema:
     outer: Mapping[str, Shape] = field(default_factory=dict)
     ones: tuple[str, ...] = ()
     strong: tuple[str, ...] = ()
+    unquantised: tuple[str, ...] | None = None
 
 
 def dimensions(schema: SyntheticSchema, config: Mapping[str, Any]) -> dict[str, int]:

@@ -155,8 +155,17 @@ class Checkpoint:
         """Return the rows and columns of which a slice of tensor ``name`` should be a multiple."""
         return 1, 1
 
+    def smallest_code_unit(self, name: str) -> int:
+        """Return the columns of tensor ``name`` whose codes share a byte or a word."""
+        return 1
+
     def read_quantised(
-        self, name: str, rows: slice | None = None, cols: slice | None = None, index: int | None = None
+        self,
+        name: str,
+        rows: slice | None = None,
+        cols: slice | None = None,
+        index: int | None = None,
+        block: tuple[int, int] | None = None,
     ) -> QuantisedWeight:
         """Read codes and scales of a slice of tensor ``name``, whose :meth:`weight_format` is not None."""
         raise ValueError(f"tensor {name} is not quantised; read it with read()")

@@ -174,7 +174,8 @@ def add_make_checkpoint(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--format",
         metavar="FORMAT",
-        help="quantised: fp8, fp8-channel, int4, gptq, awq, nvfp4, or mxfp4 for gpt_oss (default: floats)",
+        help="quantised: fp8, fp8-channel, int4, gptq, awq, nvfp4, fp4 for deepseek_v4 or mxfp4 for gpt_oss "
+        "(default: floats)",
     )
     options.add_seed(p, "weights")
     p.add_argument(

@@ -42,7 +42,7 @@ class AwqWeight(StoredWeight):
     def read(self, index: int | None, rows: slice, cols: slice) -> QuantisedWeight:
         words = slice(rows.start // 8, -(-rows.stop // 8))
         count = rows.stop - rows.start
-        codes = awq_codes(self.parts.read(CODES, cols, words)).T[:count]
+        codes = awq_codes(self.parts.read_words(CODES, cols, words)).T[:count]
         cut = cut_blocks(self.format.block[1], cols)
         scales = self.check_scales(SCALES, self.parts.read(SCALES, cut.stored, rows))
         zeros = awq_codes(self.parts.read(ZEROS, cut.stored, words))[:, :count]

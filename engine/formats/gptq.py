@@ -95,7 +95,8 @@ class GptqWeight(StoredWeight):
 
     def read(self, index: int | None, rows: slice, cols: slice) -> QuantisedWeight:
         per_word, count = 32 // self.bits, cols.stop - cols.start
-        words = self.parts.read(CODES, slice(cols.start // per_word, -(-cols.stop // per_word)), rows)
+        inputs = slice(cols.start // per_word, -(-cols.stop // per_word))
+        words = self.parts.read_words(CODES, inputs, rows)
         width = -(-count // 2) if self.bits == 4 else count
         codes = as_signed(bytes_along_columns(words), self.bits)[:, :width].contiguous()
         if self._is_reordered:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,13 +58,13 @@ def _fp8(weight: QuantisedWeight) -> Tensors:
 
 
 def _fp8_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
-    return {
+    config = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": list(form.block),
-        "modules_to_not_convert": list(floats),
     }
+    return {**config, "modules_to_not_convert": list(floats)} if floats else config
 
 
 def _channel(weight: QuantisedWeight) -> Tensors:
@@ -199,6 +199,14 @@ def _mxfp4_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any
     return {"quant_method": "mxfp4", "modules_to_not_convert": left_out}
 
 
+def _fp4(weight: QuantisedWeight) -> Tensors:
+    return {".weight": weight.codes.view(torch.int8), ".scale": weight.scales}
+
+
+def _fp4_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
+    return {**_fp8_config(replace(form, block=(128, 128)), ()), "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
+
+
 E8M0 = torch.float8_e8m0fnu
 FORMS = {
     form.name: form
@@ -218,6 +226,7 @@ FORMS = {
             _nvfp4,
             _nvfp4_config,
         ),
+        PublishedForm("fp4", WeightFormat(CodeType.E2M1, (1, 32), E8M0), _fp4, _fp4_config, True),
         PublishedForm("mxfp4", WeightFormat(CodeType.E2M1, (1, 32), E8M0), _mxfp4, _mxfp4_config, True, True),
     )
 }

@@ -10,7 +10,7 @@ LARGEST = {CodeType.E4M3: 448.0, CodeType.INT8: 127.0, CodeType.INT4: 7.0, CodeT
 E2M1_BORDERS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 """The values halfway between two neighbouring magnitudes of e2m1."""
 LEAST = 1e-12
-"""The range of a block of zeros, whose scale must not be 0."""
+"""The least factor or power of two, of a weight or a block of zeros."""
 
 
 def quantise(weight: Tensor, form: WeightFormat) -> QuantisedWeight:
@@ -25,16 +25,16 @@ def quantise(weight: Tensor, form: WeightFormat) -> QuantisedWeight:
     factor, zeros = None, None
     if form.zero_point:
         levels = 15.0 if form.code is CodeType.INT4 else 255.0
-        scales = ((high.clamp_min(0) - low.clamp_max(0)).clamp_min(LEAST) / levels).to(form.scale)
+        scales = _as_scales((high.clamp_min(0) - low.clamp_max(0)) / levels, form.scale)
         zeros = (-low.clamp_max(0) / scales.float()).round().clamp(0, levels)
         codes = (values / _spread(scales, form, rows, cols)).round() + _spread(zeros, form, rows, cols)
         packed, zeros = _store(codes.clamp(0, levels), form.code), _store_bytes(zeros, form.code)
         return QuantisedWeight(form, packed, scales, cols, zeros)
-    ranges = torch.maximum(high, -low).clamp_min(LEAST) / LARGEST[form.code]
+    ranges = torch.maximum(high, -low) / LARGEST[form.code]
     if form.global_scale:
-        factor = (ranges.max() / LARGEST[CodeType.E4M3]).reshape(())
-        ranges = (ranges / factor).clamp_min(2.0**-9)  # the least value of e4m3 above 0
-    scales = _power_of_two(ranges) if form.scale == torch.float8_e8m0fnu else ranges.to(form.scale)
+        factor = (ranges.max().clamp_min(LEAST) / LARGEST[CodeType.E4M3]).reshape(())
+        ranges = ranges / factor
+    scales = _as_scales(ranges, form.scale)
     step = _spread(scales, form, rows, cols) * (1.0 if factor is None else factor)
     return QuantisedWeight(form, _encode(values / step, form.code), scales, cols, None, factor)
 
@@ -58,6 +58,14 @@ def _spread(per_block: Tensor, form: WeightFormat, rows: int, cols: int) -> Tens
     height, width = form.block[0] or rows, form.block[1] or cols
     spread = per_block.float().repeat_interleave(height, 0)[:rows]
     return spread.repeat_interleave(width, 1)[:, :cols]
+
+
+def _as_scales(ranges: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``ranges`` in the dtype of scales, which are above 0 also where all values are 0."""
+    if dtype == torch.float8_e8m0fnu:
+        return _power_of_two(ranges.clamp_min(LEAST))
+    scales = ranges.to(dtype).float()
+    return torch.where(scales > 0, scales, torch.finfo(dtype).smallest_normal).to(dtype)
 
 
 def _power_of_two(ranges: Tensor) -> Tensor:

@@ -138,6 +138,11 @@ class QuantisedCheckpoint(Checkpoint):
         weight = self.find(name)
         return (1, 1) if weight is None else weight.smallest_cut
 
+    def smallest_code_unit(self, name: str) -> int:
+        """Return the columns of tensor ``name`` whose codes share a byte or a word."""
+        weight = self.find(name)
+        return 1 if weight is None else weight.unit[1]
+
     def read_quantised(
         self,
         name: str,
@@ -203,22 +208,19 @@ class QuantisedCheckpoint(Checkpoint):
 
     def _visible_names(self) -> list[str]:
         """List the names of the float checkpoint, each weight where its marker stands."""
-        hidden = {module + end for module in self._modules.values() for end in COMPANIONS}
-        at_marker = {marker: name for name, marker in self._marker_of().items()}
-        names = []
+        weight_of = {module: name for name, module in self._modules.items()}
+        names, cache_scales = [], 0
         for name in self.stored.names():
-            if name in at_marker:
-                names.append(at_marker[name])
-            if name not in hidden and not name.endswith(CACHE_SCALES):
-                names.append(name)
+            ends = [end for end in COMPANIONS if name.endswith(end)] if name.endswith(COMPANIONS) else []
+            modules = [name.removesuffix(end) for end in ends]
+            weight = next((weight_of[module] for module in modules if module in weight_of), None)
+            if name.endswith(CACHE_SCALES):
+                cache_scales += 1
+            else:
+                names.append(name if weight is None else weight)
+        if cache_scales:
+            log.info("%s: %d scales of attention caches are not used", self.path, cache_scales)
         return names
-
-    def _marker_of(self) -> dict[str, str]:
-        stored = self.stored.names()
-        return {
-            name: next(module + end for end in COMPANIONS if module + end in stored)
-            for name, module in self._modules.items()
-        }
 
     def _fill(self, weight: StoredWeight, out: Tensor, index: int | None, rows: slice, cols: slice) -> None:
         """Write a slice of W into ``out`` [rows, cols], which may be a transposed view."""

@@ -41,6 +41,10 @@ PACKINGS = {
 """Layouts of GPTQ and AWQ that are not read, and why."""
 
 
+AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
+"""AutoRound's own names of the two packings."""
+
+
 def schemes_of(config: Config) -> SchemeOf:
     """Choose the reader of ``config``; CheckpointError, with what to use instead, for one that is refused."""
     method = str(config.get("quant_method") or "").lower().replace("_", "-")
@@ -137,7 +141,9 @@ def _awq(config: Config) -> SchemeOf:
 
 def _auto_round(config: Config) -> SchemeOf:
     packing = str(config.get("packing_format") or "auto_round:auto_gptq")
-    kind = "awq" if "awq" in packing else "gptq" if "gptq" in packing else None
+    kind = AUTO_ROUND.get(packing)
+    if packing == "auto_round:gptqmodel" and config.get("sym"):
+        kind = "gptq"  # zero points of symmetric files say themselves how they are stored
     if kind is None:
         raise CheckpointError(
             f"config.json: quantization_config.packing_format={packing!r} is not read: auto_round:auto_gptq "

@@ -16,6 +16,10 @@ SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "F8_E4M3")
 """The dtypes of scales; bytes are taken for e8m0."""
 
 
+FEW_RUNS = 128
+PAGE = 4096  # bytes, of file systems and of memory
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What config.json says about one weight; None where it says nothing.
@@ -63,6 +67,15 @@ class Parts:
     ) -> Tensor:
         """Read a slice, in the stored dtype."""
         return self.checkpoint.read(self.module + suffix, rows, cols, index=index)
+
+    def read_words(self, suffix: str, rows: slice, cols: slice) -> Tensor:
+        """Read words that are packed inputs first; many short runs of columns as whole rows.
+
+        A run of less than a page makes the file system read the page anyway, and each costs a system call.
+        """
+        if rows.stop - rows.start > FEW_RUNS and 4 * (cols.stop - cols.start) < PAGE:
+            return self.read(suffix, rows)[:, cols].clone(memory_format=torch.contiguous_format)
+        return self.read(suffix, rows, cols)
 
     def error(self, suffix: str, why: str) -> CheckpointError:
         """Make the error about one of the tensors."""

@@ -114,7 +114,8 @@ def _make_quantised(
     with TemporaryDirectory(dir=path.absolute().parent) as folder:
         _write(Path(folder), config, writer, dtype, seed, max_shard_bytes)
         with Checkpoint(Path(folder)) as source:
-            write_quantised(source, path, form, max_shard_bytes)
+            left_out = synthetic_schema(find(config)).unquantised if form.name == "fp8" else None
+            write_quantised(source, path, form, max_shard_bytes, left_out)
         if (generation := Path(folder) / "generation_config.json").exists():
             shutil.copy(generation, path)
 

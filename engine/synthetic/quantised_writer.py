@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,16 +28,24 @@ def published_form(name: str) -> PublishedForm:
     return FORMS[name]
 
 
-def write_quantised(source: Checkpoint, out: Path, form: PublishedForm, max_shard_bytes: int) -> None:
+def write_quantised(
+    source: Checkpoint,
+    out: Path,
+    form: PublishedForm,
+    max_shard_bytes: int,
+    left_out: Sequence[str] | None = None,
+) -> None:
     """Write the float checkpoint ``source`` into the folder ``out``, in ``form``.
+
+    ``left_out``: what the config lists as unquantised; by default the full names of those modules.
 
     Raises :class:`CheckpointError` if ``source`` has no weight that ``form`` can store.
     """
     names = list(source.names())
     chosen = {name: _module(name, form) for name in names if _is_quantised(source, name, form)}
-    if not chosen:
+    if not any(EXPERT.search(name) for name in chosen):
         raise CheckpointError(
-            f"format {form.name}: the family stores no weight that this format has; its experts are "
+            f"format {form.name}: the family stores no experts that this format has; its experts are "
             f"{'not ' if form.stacked else ''}stacked in one tensor"
         )
     widths = [source.entry(name).shape[-2 if form.stacked else -1] for name in chosen]
@@ -59,10 +67,8 @@ def write_quantised(source: Checkpoint, out: Path, form: PublishedForm, max_shar
         return stored(name)[plan.name.removeprefix(chosen[name])].contiguous()
 
     write_tensors(out, plans, value, max_shard_bytes)
-    config = {
-        **source.config,
-        "quantization_config": form.config(weight_format, _floats(source, set(chosen))),
-    }
+    floats = _floats(source, set(chosen)) if left_out is None else left_out
+    config = {**source.config, "quantization_config": form.config(weight_format, floats)}
     # Last, so that a directory whose writing was cut short is not taken for a checkpoint.
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

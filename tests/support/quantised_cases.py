@@ -84,7 +84,15 @@ def group(form: str, bits: int, kind: str, **weights: Any) -> dict[str, Any]:
     }
 
 
-def packed(name: str, bits: int, rows: int, cols: int, size: int | None, asymmetric: bool = False) -> Case:
+def packed(
+    name: str,
+    bits: int,
+    rows: int,
+    cols: int,
+    size: int | None,
+    asymmetric: bool = False,
+    order: str | None = None,
+) -> Case:
     strategy = {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
     groups = 1 if size is None else ceil(cols, size)
 
@@ -95,6 +103,10 @@ def packed(name: str, bits: int, rows: int, cols: int, size: int | None, asymmet
             ".weight_shape": torch.tensor([rows, cols], dtype=torch.int64 if bits == 4 else torch.int32),
         }
         zeros = {".weight_zero_point": any_words(ceil(rows * bits, 32), groups, g=g)} if asymmetric else {}
+        if order is not None:
+            usual = torch.arange(cols, dtype=torch.int32) // (size or cols)
+            drawn = usual[torch.randperm(cols, generator=g)]
+            zeros[".weight_g_idx"] = drawn if order == "drawn" else torch.full_like(drawn, -1)
         return {**made, **zeros}
 
     return Case(
@@ -103,6 +115,7 @@ def packed(name: str, bits: int, rows: int, cols: int, size: int | None, asymmet
         make,
         lambda stored: formulas.of_packed(stored, bits, size),
         unit=(1, 32 // bits),
+        packs=order != "drawn",
     )
 
 
@@ -275,6 +288,8 @@ CASES = (
     packed("ct-int4-odd", 4, 33, 91, 32),
     packed("ct-int4-channel", 4, 33, 96, None),
     packed("ct-int4-asymmetric", 4, 33, 96, 32, asymmetric=True),
+    packed("ct-int4-actorder", 4, 33, 96, 32, asymmetric=True, order="drawn"),
+    packed("ct-int4-unused-order", 4, 33, 96, 32, order="unused"),
     packed("ct-int8-g32", 8, 33, 90, 32),
     packed("ct-int8-channel-asymmetric", 8, 33, 96, None, asymmetric=True),
     integers("ct-int-channel", None),

@@ -82,6 +82,8 @@ def of_packed(stored: Stored, bits: int, group: int | None) -> Tensor:
     n, k = axes(rows, cols)
     q = ((stored[".weight_packed"].long()[n, k // per] >> (bits * (k % per))) & (2 * offset - 1)) - offset
     j = k // (group or cols)
+    if ".weight_g_idx" in stored and int(stored[".weight_g_idx"].min()) >= 0:
+        j = stored[".weight_g_idx"].long()[k]
     if ".weight_zero_point" in stored:
         words = stored[".weight_zero_point"].long()[n // per, j]
         q = q - (((words >> (bits * (n % per))) & (2 * offset - 1)) - offset)

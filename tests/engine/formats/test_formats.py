@@ -2,9 +2,11 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import quantised_files as formulas
 import torch
 from quantised_cases import CASES, Case
 from safetensors.torch import save_file
@@ -98,6 +100,23 @@ def test_codes_for_kernels_are_the_same_weight(case: Case, tmp_path: Path, fresh
             part[side] = slice(1, size)
             with pytest.raises(ValueError, match=f"is no multiple of {unit}, the block of its format"):
                 checkpoint.read_quantised(NAME, *part)
+
+
+def test_many_short_runs_are_read_as_whole_rows(tmp_path: Path) -> None:
+    """Of a weight whose inputs come first, and of which a slice of outputs is wanted."""
+    tensors = {
+        ".qweight": torch.arange(256 * 16, dtype=torch.int32).view(256, 16) * 7919,
+        ".qzeros": torch.full((2, 16), 0x35353535, dtype=torch.int32),
+        ".scales": torch.rand(2, 128).half() + 0.1,
+    }
+    case = next(case for case in CASES if case.name == "awq")
+    write(tmp_path, replace(case, config={**case.config, "group_size": 128}), tensors)
+    checkpoint = open_checkpoint(tmp_path)
+    checkpoint.entry(NAME)
+    before = checkpoint.bytes_read
+    found = checkpoint.read(NAME, rows=slice(16, 32))
+    assert checkpoint.bytes_read - before == 256 * 16 * 4 + 2 * 2 * 4 + 2 * 16 * 2
+    assert torch.equal(found, formulas.of_awq(tensors, 128)[16:32])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -51,6 +51,10 @@ REFUSED = {
         {"quant_method": "auto-round", "packing_format": "auto_round:gguf"},
         r"packing_format='auto_round:gguf' is not read: auto_round:auto_gptq and auto_round:auto_awq are",
     ),
+    "auto-round's other zero points": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel", "sym": False},
+        r"packing_format='auto_round:gptqmodel' is not read",
+    ),
     "e5m2": ({"quant_method": "fp8", "fmt": "e5m2"}, r"fmt='e5m2': only e4m3 is read"),
     "modelopt": (
         {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},

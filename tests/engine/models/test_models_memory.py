@@ -38,17 +38,18 @@ run(main)
 CONSTANT = 16 * 2**20
 
 
+@pytest.mark.parametrize("form", [None, "fp8"])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_peak_is_dense_weights_and_own_experts_plus_a_tenth(tmp_path: Path) -> None:
+def test_peak_is_dense_weights_and_own_experts_plus_a_tenth(tmp_path: Path, form: str | None) -> None:
     # Of a form that the same kernel serves.
-    write_model(Case("olmoe", "olmoe"), tmp_path / "small", torch.bfloat16, 1, intermediate=64)
+    write_model(Case("olmoe", "olmoe"), tmp_path / "small", torch.bfloat16, 1, intermediate=64, form=form)
     sizes = {"hidden": 512, "intermediate": 512, "experts": 32, "layers": 3, "vocab": 20000, "top_k": 2}
-    write_model(Case("olmoe", "olmoe"), tmp_path / "large", torch.bfloat16, 1, **sizes)
+    write_model(Case("olmoe", "olmoe"), tmp_path / "large", torch.bfloat16, 1, form=form, **sizes)
     experts = 3 * 32 * 3 * 512 * 512 * 2
     source = PROGRAM.replace("{small!r}", repr(str(tmp_path / "small")))
     source = source.replace("{large!r}", repr(str(tmp_path / "large")))
     held = {}
-    for n in (1, 2):
+    for n in (1, 2) if form is None else (2,):
         job = mpirun(n, source, timeout=120)
         assert job.returncode == 0, job.stderr
         facts = json.loads(job.stdout)
@@ -57,4 +58,4 @@ def test_peak_is_dense_weights_and_own_experts_plus_a_tenth(tmp_path: Path) -> N
             assert own >= experts // n
             assert peak <= 1.1 * (dense + own) + CONSTANT
             assert experts // 2 > CONSTANT  # the bound would notice another rank's experts
-    assert held[1] == held[2]
+    assert form is not None or held[1] == held[2]

@@ -41,6 +41,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+LAYERS_ONLY = {"deepseek_v4-fp4": ("deepseek_v4", "fp4", {}, {"swiglu_limit": 1.5})}
+
+
 @pytest.fixture(scope="module")
 def grid(comm: "Intracomm") -> ProcessGrid:
     return ProcessGrid.create(World.attach(comm))
@@ -51,7 +54,7 @@ def root(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Every case, quantised and in floats."""
     path = Path(comm.bcast(str(tmp_path_factory.mktemp("quantised"))))
     if comm.rank == 0:
-        for seed, (name, (family, form, sizes, overrides)) in enumerate(CASES.items()):
+        for seed, (name, (family, form, sizes, overrides)) in enumerate({**CASES, **LAYERS_ONLY}.items()):
             sizes = {**SIZES, **sizes, "vocab": BYTES + 2}
             make_checkpoint(family, path / name, **sizes, overrides=overrides, seed=seed, form=form)
             write_tokenizer(path / name)
@@ -79,7 +82,7 @@ def test_logits_are_those_of_transformers_with_the_weights_in_floats(
     assert float((found - expected).norm() / expected.norm()) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *LAYERS_ONLY])
 def test_layers_on_slices_of_every_width(comm: "Intracomm", root: Path, fresh_seed: int, name: str) -> None:
     """Each rank has a slice of every expert, of whole blocks where the experts have enough of them."""
     grid = ProcessGrid.create(World.attach(comm), etp=comm.size, tp=1)

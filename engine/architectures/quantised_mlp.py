@@ -1,0 +1,102 @@
+"""The codes and scales of one MLP, in the one format that a kernel takes for both of its products.
+
+What :mod:`~xpar.engine.architectures.mlp_weights` reads as floats is read here as it is stored.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from xpar.engine.architectures.mlp_weights import ALL, MlpPlace
+from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
+
+
+def quantised_format(checkpoint: Checkpoint, place: MlpPlace) -> WeightFormat | None:
+    """Return the format of both weights of the MLP at ``place``; None if they cannot have one.
+
+    Its blocks divide those in the file, so that none lies across the slice's ends or the border of gate and
+    up. Gate and up have different scales of whole tensors, which become scales of rows, and different factors
+    of NVFP4, which are multiplied into its scales.
+    """
+    formats = [checkpoint.weight_format(_full(name, place)) for name in (*_up_names(place), place.names.down)]
+    first = formats[0]
+    if first is None or any(other != first for other in formats) or place.names.storage == "rows":
+        return None
+    start, stop = place.bounds
+    rows, cols = first.block
+    rows = math.gcd(rows or 1, start, stop, place.width if place.names.gate_up else stop)
+    inner = math.gcd(cols, start) if stop == place.width else math.gcd(cols, start, stop)
+    form = replace(first, block=(1 if place.names.interleaved else rows, inner if cols else 0))
+    unit = math.lcm(checkpoint.smallest_code_unit(_full(place.names.down, place)), form.block[1] or 1)
+    if start % unit or (stop % unit and stop != place.width):
+        return None
+    return replace(form, scale=torch.float32, global_scale=False) if form.global_scale else form
+
+
+def read_quantised_mlp(
+    checkpoint: Checkpoint, place: MlpPlace, form: WeightFormat
+) -> tuple[QuantisedWeight, QuantisedWeight]:
+    """Read ``gate_up``, packed rows [2 I_r, H] or [I_r, H], and ``down`` [H, I_r] of the MLP at ``place``.
+
+    ``form``: its :func:`quantised_format`.
+    """
+    start, stop = place.bounds
+    names, index = _up_names(place), place.expert if place.names.storage == "stacked" else None
+
+    def read(name: str, rows: slice, cols: slice) -> QuantisedWeight:
+        weight = checkpoint.read_quantised(_full(name, place), rows, cols, index, form.block)
+        return _fold_factor(weight)
+
+    if place.names.interleaved:
+        both = read(names[0], slice(2 * start, 2 * stop), ALL)
+        up = [_rows(both, slice(0, None, 2)), _rows(both, slice(1, None, 2))]
+    elif place.names.gate_up:
+        halves = (slice(start, stop), slice(place.width + start, place.width + stop))
+        up = [read(names[0], half, ALL) for half in halves]
+    else:
+        up = [read(name, slice(start, stop), ALL) for name in names]
+    return _below_each_other(up), read(place.names.down, ALL, slice(start, stop))
+
+
+def _up_names(place: MlpPlace) -> tuple[str, ...]:
+    names = place.names
+    if names.gate_up is not None:
+        return (names.gate_up,)
+    return tuple(name for name in (names.gate, names.up) if name is not None)
+
+
+def _full(name: str, place: MlpPlace) -> str:
+    return name.format(layer=place.layer, expert=place.expert)
+
+
+def _fold_factor(weight: QuantisedWeight) -> QuantisedWeight:
+    if weight.global_scale is None:
+        return weight
+    form = replace(weight.format, scale=torch.float32, global_scale=False)
+    return replace(weight, format=form, scales=weight.scales.float() * weight.global_scale, global_scale=None)
+
+
+def _rows(weight: QuantisedWeight, rows: slice) -> QuantisedWeight:
+    """Return rows of a weight whose blocks are one row high."""
+    zeros = None if weight.zeros is None else weight.zeros[rows]
+    return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=zeros)
+
+
+def _below_each_other(weights: list[QuantisedWeight]) -> QuantisedWeight:
+    first = weights[0]
+    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
+    return replace(
+        first,
+        codes=_cat([weight.codes for weight in weights]),
+        scales=_cat([weight.scales for weight in weights]),
+        zeros=_cat(zeros) if zeros else None,
+    )
+
+
+def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Concatenate rows, of 8-bit floats, too."""
+    if parts[0].dtype.itemsize == 1:
+        return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+    return torch.cat(parts)
