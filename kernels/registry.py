@@ -152,6 +152,7 @@ KERNELS: tuple[KernelEntry, ...] = (
         row_invariant=True,
         why_unavailable=gpu.why_unavailable,
         build=gpu.build,
+        why_not_format=gpu.why_not_format,
         all_activations=True,
         measured="measure with xpar bench kernels",
     ),

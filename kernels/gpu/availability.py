@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 
 from xpar.kernels.contracts import ExpertKernel, ExpertSpec
+from xpar.kernels.quantised_weight import CodeType, WeightFormat
 
 # The oldest compute capability with bfloat16 matrix units and asynchronous copies to shared memory.
 _OLDEST = (8, 0)
+_BLOCK = 128  # inputs that share a scale of the activations
 
 
 def why_unavailable(spec: ExpertSpec) -> str | None:
@@ -23,8 +25,22 @@ def why_unavailable(spec: ExpertSpec) -> str | None:
     return None
 
 
+def why_not_format(fmt: WeightFormat) -> str | None:
+    """Return the reason why the kernel cannot compute from weights of a format, or None."""
+    columns = fmt.block[1]
+    if fmt.code is not CodeType.E4M3:
+        return f"computes from e4m3 codes, not from {fmt}"
+    if columns % _BLOCK:
+        return f"computes from blocks of a multiple of {_BLOCK} columns or whole rows, not from {fmt}"
+    return None
+
+
 def build(spec: ExpertSpec) -> ExpertKernel:
-    """Make a :class:`~xpar.kernels.gpu.experts.TritonExperts`; only this call imports Triton."""
+    """Make the kernel for plain weights or for ``spec.weight_format``; only this call imports Triton."""
+    if spec.weight_format is not None:
+        from xpar.kernels.gpu.quantised_experts import QuantisedExperts
+
+        return QuantisedExperts(spec)
     from xpar.kernels.gpu.experts import TritonExperts
 
     return TritonExperts(spec)
@@ -38,7 +54,10 @@ def use_table(kernel: ExpertKernel, path: Path) -> None:
         raise ValueError(f"tiles={path}: kernel {kernel.name} has no tile table; leave tiles out")
     from xpar.kernels.gpu.experts import TritonExperts
 
-    assert isinstance(kernel, TritonExperts)
+    if not isinstance(kernel, TritonExperts):
+        raise ValueError(  # noqa: TRY004 - the option is wrong, not a type
+            f"tiles={path}: tables are for plain weights, not {kernel.spec.weight_format}; leave tiles out"
+        )
     table = read_table(path, kernel.machine, kernel.spec.dtype)
     if table is None:
         raise ValueError(

@@ -28,6 +28,7 @@ from xpar.engine.bench.kernels.cases import (
 )
 from xpar.engine.bench.kernels.checks import Check, layer_checks, require_near, small_checks
 from xpar.engine.bench.kernels.contenders import CONTENDERS, ComputeExperts
+from xpar.engine.bench.kernels.measure_formats import measure_formats
 from xpar.engine.bench.kernels.tile_search import Cell, search
 from xpar.engine.bench.timing import eager_time, graph_time
 from xpar.engine.console.manifest import write_result
@@ -45,7 +46,7 @@ class KernelBench:
         self.begin = time.perf_counter()
         self.failures: list[str] = []
         self.machine = _describe_machine()
-        self.results: dict[str, Any] = {"checks": {}, "times": [], "sweep": {}}
+        self.results: dict[str, Any] = {"checks": {}, "times": [], "formats": [], "sweep": {}}
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the start."""
@@ -98,7 +99,7 @@ def measure_kernels(args: argparse.Namespace) -> int:
     seed = torch.seed() % 2**31 if args.seed is None else args.seed
     g = torch.Generator("cuda").manual_seed(seed)
     bench.say(f"{bench.machine}, --seed {seed}")
-    if args.only != "times" and not args.sweep:
+    if args.only != "times" and not args.sweep and not args.formats:
         bench.check(small_checks(g))
     ceilings = bench.attempt("ceilings", measure_gpu_ceilings)
     if ceilings:
@@ -107,7 +108,9 @@ def measure_kernels(args: argparse.Namespace) -> int:
         bench.say(speeds)
     if args.sweep:
         bench.attempt("sweep", lambda: _sweep(bench, g), seconds=args.seconds + 60)
-    for name in [] if args.sweep else args.models:
+    if args.formats:
+        measure_formats(bench, g, ceilings)
+    for name in [] if args.sweep or args.formats else args.models:
         bench.attempt(name, partial(_measure_layer, bench, LAYERS[name], g, ceilings))
         bench.save()
         torch.cuda.empty_cache()
