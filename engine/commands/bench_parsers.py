@@ -16,7 +16,10 @@ KERNEL_LAYERS = (
     "olmoe", "qwen3-30b", "mixtral", "gpt-oss", "qwen3-235b", "deepseek-v3-slice", "deepseek-v3-64"
 )  # fmt: skip
 """As ``LAYERS`` of :mod:`xpar.engine.bench.kernels.cases`."""
-KERNEL_FORMATS = ("fp8-block", "fp8-block-ue8m0", "fp8-channel", "fp8-block-w8a16", "fp8-channel-w8a16")
+KERNEL_FORMATS = (
+    "fp8-block", "fp8-block-ue8m0", "fp8-channel", "fp8-block-w8a16", "fp8-channel-w8a16",
+    "int4-32", "int4-128", "int4-128-zeros", "mxfp4", "nvfp4",
+)  # fmt: skip
 """As ``FORMATS`` of :mod:`xpar.engine.bench.kernels.formats`."""
 
 

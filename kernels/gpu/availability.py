@@ -26,21 +26,28 @@ def why_unavailable(spec: ExpertSpec) -> str | None:
 
 
 def why_not_format(fmt: WeightFormat) -> str | None:
-    """Return the reason why the kernel cannot compute from weights of a format, or None."""
-    columns = fmt.block[1]
-    if fmt.code is not CodeType.E4M3:
-        return f"computes from e4m3 codes, not from {fmt}"
-    if columns % _BLOCK:
-        return f"computes from blocks of a multiple of {_BLOCK} columns or whole rows, not from {fmt}"
+    """Return the reason why the kernels cannot compute from weights of a format, or None."""
+    rows, columns = fmt.block
+    if fmt.code is CodeType.E4M3 and (fmt.zero_point or columns % _BLOCK):
+        return f"computes from e4m3 in blocks of a multiple of {_BLOCK} columns or whole rows, not from {fmt}"
+    if fmt.code is CodeType.INT8:
+        return f"does not compute from {fmt} weights"
+    if fmt.code.is_nibble:
+        fits = rows == 1 and (columns % _BLOCK == 0 or columns in (32, 64))
+        if fmt.code is CodeType.E2M1 and not fmt.zero_point:
+            fits = fits or (rows, columns) == (1, 16)
+        if not fits:
+            return f"computes from nibbles in groups of 32, 64 or 128 columns of a row, not from {fmt}"
     return None
 
 
 def build(spec: ExpertSpec) -> ExpertKernel:
     """Make the kernel for plain weights or for ``spec.weight_format``; only this call imports Triton."""
     if spec.weight_format is not None:
+        from xpar.kernels.gpu.nibble_experts import NibbleExperts
         from xpar.kernels.gpu.quantised_experts import QuantisedExperts
 
-        return QuantisedExperts(spec)
+        return (NibbleExperts if spec.weight_format.code.is_nibble else QuantisedExperts)(spec)
     from xpar.kernels.gpu.experts import TritonExperts
 
     return TritonExperts(spec)

@@ -144,6 +144,34 @@ _DECODED = replace(
 )
 
 
+# Nibbles: a step is 32 or 64 bytes a row, so copies are many and small. Sums of gate and up, and of their
+# blocks, fill the registers from 32 rows a tile on; at 64 they spill 184 bytes a thread.
+_NIBBLES = CodeTable(
+    heights=(
+        Height(
+            8.0,
+            Tile(16, 128, 128, stages=4, warps=4, per_sm=2),
+            Tile(16, 128, 128, stages=4, warps=4, per_sm=3),
+            swapped=True,
+        ),
+        Height(
+            float("inf"),
+            Tile(32, 128, 128, stages=3, warps=8, per_sm=1),
+            Tile(32, 128, 128, stages=3, warps=8, per_sm=2),
+            swapped=True,
+        ),
+    ),
+    gate_up_vector=Vector(columns=4, depth=2048, stages=2, warps=8),
+    down_vector=Vector(columns=8, depth=1024, stages=2, warps=4),
+    exact=1,
+)
+
+
+def default_nibble_table(machine: Machine) -> CodeTable:
+    """Return the checked-in parameters for nibbles on ``machine``."""
+    return _NIBBLES
+
+
 def has_dot8(machine: Machine) -> bool:
     """Return whether the matrix unit multiplies e4m3."""
     return machine.capability >= (8, 9)

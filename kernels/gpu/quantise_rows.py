@@ -18,13 +18,16 @@ _MOVED = (16, 1024)  # rows and bytes of one program of permute_codes_kernel
 def quantise_blocks_kernel(
     x,  # [N, H]
     rows,  # [num_rows] int64, row of x that each row of the result is made of; None for row r itself
-    codes,  # [TERMS, num_rows, K], result: codes, zero from H to K
+    codes,  # [PARTS * TERMS, num_rows, K], result: codes, zero from H to K
     scales,  # [BLOCKS, num_rows] or, with BY_ROW, [num_rows, BLOCKS] float32, result
+    sums,  # [K / SUM, num_rows] float32, result: sums of the codes of SUM columns; None for none
     num_rows,  # rows of the result
     H: tl.constexpr,  # elements of a row of x
     K: tl.constexpr,  # elements of a row of codes
     BLOCKS: tl.constexpr,  # blocks of 128 columns that codes have, the last maybe partial
     TERMS: tl.constexpr,  # codes of an element: 1, or 2 with what the first leaves
+    PARTS: tl.constexpr,  # 2 for terms that are zero in the odd runs of 16 columns, then in the even ones
+    SUM: tl.constexpr,  # columns of a sum
     POWER_OF_TWO: tl.constexpr,  # True if scales are powers of two
     BY_ROW: tl.constexpr,  # True if the scales of a row lie together
     DOT8: tl.constexpr,  # True if codes are stored as e4m3, else as uint8
@@ -44,11 +47,20 @@ def quantise_blocks_kernel(
     tl.store(scales + place, scale, mask=live[:, None] & (block < BLOCKS)[None, :])
     to = codes + rm.to(tl.int64)[:, None, None] * K + column[None]
     exists = live[:, None, None] & (column < K)[None]
-    high, rest = encode(value / scale[:, :, None], DOT8)
-    tl.store(to, high, mask=exists)
-    if TERMS == 2:
-        low, rest = encode(rest, DOT8)
-        tl.store(to + num_rows.to(tl.int64) * K, low, mask=exists)
+    term = num_rows.to(tl.int64) * K
+    value /= scale[:, :, None]
+    for p in tl.static_range(PARTS):
+        kept = value if PARTS == 1 else tl.where(((column // 16) % 2 == p)[None], value, 0.0)
+        high, rest = encode(kept, DOT8)
+        tl.store(to + p * TERMS * term, high, mask=exists)
+        if TERMS == 2:
+            low, rest = encode(rest, DOT8)
+            tl.store(to + (p * TERMS + 1) * term, low, mask=exists)
+        if sums is not None:
+            found = tl.sum(tl.reshape(kept - rest, (BM, BG * (128 // SUM), SUM)), 2)
+            place = tl.program_id(1) * (BG * (128 // SUM)) + tl.arange(0, BG * (128 // SUM))
+            inside = live[:, None] & (place < K // SUM)[None, :]
+            tl.store(sums + place[None, :] * num_rows + rm[:, None], found, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -162,10 +174,41 @@ def quantise_rows(
         return codes, scales
     per_program = 4 if m > 64 else 1  # few rows: more programs
     quantise_blocks_kernel[(triton.cdiv(m, per_program), triton.cdiv(blocks, 4))](
-        x, rows, codes, scales, m, H=h, K=k, BLOCKS=blocks, TERMS=terms, POWER_OF_TWO=power_of_two,
-        BY_ROW=by_row, DOT8=has_dot8, BM=per_program, BG=4, num_warps=4,
+        x, rows, codes, scales, None, m, H=h, K=k, BLOCKS=blocks, TERMS=terms, PARTS=1, SUM=128,
+        POWER_OF_TWO=power_of_two, BY_ROW=by_row, DOT8=has_dot8, BM=per_program, BG=4, num_warps=4,
     )  # fmt: skip
     return codes, scales
+
+
+def split_rows(
+    x: Tensor, rows: Tensor | None, columns: int, *, parts: int, half: int, has_sums: bool, has_dot8: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows as two terms, which keep all bits of bfloat16: codes, scales and sums of the codes.
+
+    Args:
+        x: [N, H], contiguous, any floating dtype.
+        rows: [M] int64, row of ``x`` that each row is made of; None for all rows in order.
+        columns: elements of a row of codes, a multiple of 128.
+        parts: 2 for two pairs of terms, the first zero in the odd runs of 16 columns, the second in the even.
+        half: columns of a sum.
+        has_sums: True for sums; otherwise their values are undefined.
+        has_dot8: as for :func:`quantise_rows`.
+
+    Returns:
+        Codes [2 parts, M, columns], scales [columns / 128, M], sums [columns / half, M].
+    """
+    h, m, blocks = x.shape[1], x.shape[0] if rows is None else rows.shape[0], columns // 128
+    dtype = torch.float8_e4m3fn if has_dot8 else torch.uint8
+    codes = torch.empty(2 * parts, m, columns, dtype=dtype, device=x.device)
+    scales = torch.empty(blocks, m, dtype=torch.float32, device=x.device)
+    sums = torch.empty(columns // half, m, dtype=torch.float32, device=x.device)
+    per_program = 4 if m > 64 else 1
+    quantise_blocks_kernel[(triton.cdiv(m, per_program), triton.cdiv(blocks, 4))](
+        x, rows, codes, scales, sums if has_sums else None, m, H=h, K=columns, BLOCKS=blocks, TERMS=2,
+        PARTS=parts, SUM=half, POWER_OF_TWO=True, BY_ROW=False, DOT8=has_dot8, BM=per_program, BG=4,
+        num_warps=4,
+    )  # fmt: skip
+    return codes, scales, sums
 
 
 def permute_codes(

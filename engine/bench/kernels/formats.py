@@ -43,6 +43,11 @@ FORMATS = {
     "fp8-channel": Format(_CHANNEL, ActivationScheme(0)),
     "fp8-block-w8a16": Format(_E4M3),
     "fp8-channel-w8a16": Format(_CHANNEL),
+    "int4-32": Format(WeightFormat(CodeType.INT4, (1, 32), torch.bfloat16)),
+    "int4-128": Format(WeightFormat(CodeType.INT4, (1, 128), torch.bfloat16)),
+    "int4-128-zeros": Format(WeightFormat(CodeType.INT4, (1, 128), torch.float16, zero_point=True)),
+    "mxfp4": Format(WeightFormat(CodeType.E2M1, (1, 32), torch.float8_e8m0fnu)),
+    "nvfp4": Format(WeightFormat(CodeType.E2M1, (1, 16), torch.float8_e4m3fn, global_scale=True)),
 }
 
 
@@ -69,10 +74,24 @@ class CodedLayer:
 def draw_weight(fmt: WeightFormat, rows: int, cols: int, g: torch.Generator) -> QuantisedWeight:
     """Draw a weight [rows, cols] that keeps the variance of unit inputs, as codes and scales."""
     grid = fmt.grid(rows, cols)
+    if fmt.code.is_nibble:
+        return _draw_nibbles(fmt, rows, cols, g)
     values = torch.randn(rows, cols, generator=g, device=g.device)
     codes = (values * 60).clamp(-448, 448).to(fmt.code.dtype)
     scales = (torch.rand(grid, generator=g, device=g.device) + 0.5) / (60 * cols**0.5)
     return QuantisedWeight(fmt, codes, scales.to(fmt.scale), cols)
+
+
+def _draw_nibbles(fmt: WeightFormat, rows: int, cols: int, g: torch.Generator) -> QuantisedWeight:
+    """Draw any nibbles, and scales of several octaves."""
+    grid, spread = fmt.grid(rows, cols), 3.4 if fmt.code is CodeType.E2M1 else 5.0
+    octaves = torch.randn(grid, generator=g, device=g.device) * 0.5
+    scales = torch.exp2(octaves) * (20.0 if fmt.global_scale else 1.0) / (spread * cols**0.5)
+    shape = fmt.code_shape(rows, cols)
+    codes = torch.randint(0, 256, shape, generator=g, device=g.device, dtype=torch.uint8)
+    zeros = torch.randint(4, 13, grid, generator=g, device=g.device, dtype=torch.uint8)
+    factor = torch.tensor(0.05, device=g.device) if fmt.global_scale else None
+    return QuantisedWeight(fmt, codes, scales.to(fmt.scale), cols, zeros if fmt.zero_point else None, factor)
 
 
 def draw_layer(layer: LayerCase, fmt: Format, dtype: torch.dtype, g: torch.Generator) -> CodedLayer:

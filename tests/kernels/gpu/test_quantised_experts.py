@@ -26,7 +26,7 @@ GPT_OSS = Activation("silu", limit=0.7, alpha=1.702, beta=1.0)
 def small_table(rows, swapped, columns=128):
     tile = Tile(rows, columns, 128, stages=2, warps=4, per_sm=1, group=2)
     height = Height(float("inf"), tile, replace(tile, columns=64), swapped)
-    return CodeTable((height,), Vector(8, 256, 2, 4), Vector(16, 128, 2, 4), vector_tokens=0, exact=0)
+    return CodeTable((height,), Vector(64, 256, 2, 4), Vector(128, 128, 2, 4), vector_tokens=0, exact=0)
 
 
 TABLES = {
@@ -79,6 +79,8 @@ def draw_weight(fmt, rows, cols, g):
 class Layer:
     """Random weights and inputs of one case: 5 experts, the last of them without slots."""
 
+    draw = staticmethod(draw_weight)
+
     def __init__(self, case, g, tokens=11, top_k=2, row_invariant=False):
         e, h, i = 5, case.hidden, case.width
         self.spec = ExpertSpec(
@@ -87,9 +89,7 @@ class Layer:
         )  # fmt: skip
         self.machine = case.machine
         packed = case.activation.gate_up_rows(i)
-        self.weights = [
-            (draw_weight(case.fmt, packed, h, g), draw_weight(case.fmt, h, i, g)) for _ in range(e)
-        ]
+        self.weights = [(self.draw(case.fmt, packed, h, g), self.draw(case.fmt, h, i, g)) for _ in range(e)]
         self.biases = [torch.randn(e, n, generator=g).bfloat16() for n in (packed, h) if case.bias]
         ids = torch.rand(tokens, e - 1, generator=g).topk(top_k).indices.to(torch.int32)
         ids[torch.rand(ids.shape, generator=g) < 0.2] = -1
@@ -140,3 +140,29 @@ def test_equals_the_reference(table, name, g):
     else:
         assert error(got, layer.dequantised()) < 6e-2
         assert error(got, layer.emulated(case.scheme)) < 4e-3
+
+
+def test_rows_do_not_depend_on_the_batch(g):
+    """Exact mode leaves activations as they are, even where the layer has a scheme."""
+    layer = Layer(CASES["block"], g, tokens=40, row_invariant=True)
+    kernel = layer.kernel(TABLES["vector"])
+    whole, x = kernel.compute(layer.x), layer.x
+    assert error(whole, layer.dequantised()) < 6e-3
+    for size in (1, 9):
+        pick = torch.randperm(40, generator=g)[:size]
+        part = ExpertInput(x.hidden_states, x.topk_ids[pick], x.topk_weights[pick], x.rows[pick])
+        assert torch.equal(kernel.compute(part), whole[pick])
+
+
+def test_wrong_weights_are_refused(g):
+    layer = Layer(CASES["block"], g)
+    kernel = QuantisedExperts(layer.spec, TABLES["16 rows"], HOPPER)
+    with pytest.raises(RuntimeError, match="expert 0 has tokens but no weights"):
+        kernel.compute(layer.x)
+    with pytest.raises(
+        ValueError, match="gate_up is in plain numbers, the kernel was built for e4m3 128x128"
+    ):
+        kernel.load_expert(0, torch.zeros(256, 256), torch.zeros(256, 128))
+    other = draw_weight(CHANNEL, 256, 256, g), draw_weight(CHANNEL, 256, 128, g)
+    with pytest.raises(ValueError, match="gate_up is in e4m3 1xall, the kernel was built for e4m3 128x128"):
+        kernel.load_quantised(0, *other)
