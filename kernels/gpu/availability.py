@@ -6,11 +6,9 @@ from pathlib import Path
 import torch
 
 from xpar.kernels.contracts import ExpertKernel, ExpertSpec
-from xpar.kernels.quantised_weight import CodeType, WeightFormat
 
 # The oldest compute capability with bfloat16 matrix units and asynchronous copies to shared memory.
 _OLDEST = (8, 0)
-_BLOCK = 128  # inputs that share a scale of the activations
 
 
 def why_unavailable(spec: ExpertSpec) -> str | None:
@@ -22,22 +20,6 @@ def why_unavailable(spec: ExpertSpec) -> str | None:
     found = torch.cuda.get_device_capability(spec.device)
     if found < _OLDEST:
         return f"compute capability {found[0]}.{found[1]} is below {_OLDEST[0]}.{_OLDEST[1]}"
-    return None
-
-
-def why_not_format(fmt: WeightFormat) -> str | None:
-    """Return the reason why the kernels cannot compute from weights of a format, or None."""
-    rows, columns = fmt.block
-    if fmt.code is CodeType.E4M3 and (fmt.zero_point or columns % _BLOCK):
-        return f"computes from e4m3 in blocks of a multiple of {_BLOCK} columns or whole rows, not from {fmt}"
-    if fmt.code is CodeType.INT8:
-        return f"does not compute from {fmt} weights"
-    if fmt.code.is_nibble:
-        fits = rows == 1 and (columns % _BLOCK == 0 or columns in (32, 64))
-        if fmt.code is CodeType.E2M1 and not fmt.zero_point:
-            fits = fits or (rows, columns) == (1, 16)
-        if not fits:
-            return f"computes from nibbles in groups of 32, 64 or 128 columns of a row, not from {fmt}"
     return None
 
 

@@ -18,6 +18,9 @@ Why these tiles (H200: 132 multiprocessors, 227 KiB of shared memory and 65536 r
 from dataclasses import dataclass, replace
 
 from xpar.kernels.gpu.tile_tables import Machine, Tile, Vector
+from xpar.kernels.quantised_weight import CodeType, WeightFormat
+
+_BLOCK = 128  # inputs that share a scale of the activations
 
 _SHARED = {"hopper": 227 << 10, "blackwell": 227 << 10, "ampere": 163 << 10, "small": 99 << 10}
 """Bytes of shared memory that the programs of a multiprocessor may use together."""
@@ -157,7 +160,7 @@ _NIBBLES = CodeTable(
         Height(
             float("inf"),
             Tile(32, 128, 128, stages=3, warps=8, per_sm=1),
-            Tile(32, 128, 128, stages=3, warps=8, per_sm=2),
+            Tile(32, 128, 128, stages=3, warps=4, per_sm=2),
             swapped=True,
         ),
     ),
@@ -170,6 +173,22 @@ _NIBBLES = CodeTable(
 def default_nibble_table(machine: Machine) -> CodeTable:
     """Return the checked-in parameters for nibbles on ``machine``."""
     return _NIBBLES
+
+
+def why_not_format(fmt: WeightFormat) -> str | None:
+    """Return the reason why the kernels cannot compute from weights of a format, or None."""
+    rows, columns = fmt.block
+    if fmt.code is CodeType.E4M3 and (fmt.zero_point or columns % _BLOCK):
+        return f"computes from e4m3 in blocks of a multiple of {_BLOCK} columns or whole rows, not from {fmt}"
+    if fmt.code is CodeType.INT8:
+        return f"does not compute from {fmt} weights"
+    if fmt.code.is_nibble:
+        fits = rows == 1 and (columns % _BLOCK == 0 or columns in (32, 64))
+        if fmt.code is CodeType.E2M1 and not fmt.zero_point:
+            fits = fits or (rows, columns) == (1, 16)
+        if not fits:
+            return f"computes from nibbles in groups of 32, 64 or 128 columns of a row, not from {fmt}"
+    return None
 
 
 def has_dot8(machine: Machine) -> bool:

@@ -8,8 +8,13 @@ import triton
 from torch import Tensor
 
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, check_expert_weights
-from xpar.kernels.gpu.availability import why_not_format
-from xpar.kernels.gpu.code_tables import CodeTable, default_nibble_table, has_dot8, saves_launches
+from xpar.kernels.gpu.code_tables import (
+    CodeTable,
+    default_nibble_table,
+    has_dot8,
+    saves_launches,
+    why_not_format,
+)
 from xpar.kernels.gpu.expert_sort import plan_tiles
 from xpar.kernels.gpu.grouped_mm_nibbles import down_nibbles, gate_up_nibbles
 from xpar.kernels.gpu.grouped_mm_nibbles_vector import down_nibbles_vector, gate_up_nibbles_vector

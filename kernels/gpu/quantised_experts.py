@@ -9,8 +9,14 @@ import triton
 from torch import Tensor
 
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, check_expert_weights
-from xpar.kernels.gpu.availability import why_not_format
-from xpar.kernels.gpu.code_tables import CodeTable, Height, default_code_table, has_dot8, saves_launches
+from xpar.kernels.gpu.code_tables import (
+    CodeTable,
+    Height,
+    default_code_table,
+    has_dot8,
+    saves_launches,
+    why_not_format,
+)
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
 from xpar.kernels.gpu.grouped_mm_codes_small import down_codes_small, gate_up_codes_small
 from xpar.kernels.gpu.grouped_mm_codes_tiled import down_codes_tiled, gate_up_codes_tiled
@@ -271,7 +277,9 @@ def _aligned(width: int) -> int:
 
 
 def _fit_depth(vector: Vector, width: int) -> Vector:
-    """Return ``vector`` with the most inputs at a time, a power of two of blocks, that waste none of them."""
+    """Return ``vector`` with as many inputs at a time as leave few lanes without work."""
     blocks, most = width // _BLOCK, vector.depth // _BLOCK
-    fitting = blocks & -blocks  # the largest power of two that divides the blocks
-    return replace(vector, depth=_BLOCK * min(most, max(fitting, most // 4)))
+    steps = -(-blocks // most)
+    if blocks >= most and 3 * steps * most > 4 * blocks:
+        most //= 2
+    return replace(vector, depth=_BLOCK * min(most, triton.next_power_of_2(blocks)))

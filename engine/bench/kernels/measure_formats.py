@@ -1,7 +1,7 @@
 """The run of ``xpar bench kernels --formats``: each format checked, then timed beside its contenders."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table as RichTable
@@ -19,15 +19,13 @@ from xpar.engine.bench.kernels.formats import (
     format_inputs,
     load_coded,
 )
+from xpar.engine.bench.kernels.kernel_bench import KernelBench
 from xpar.engine.bench.timing import times_in_turn
-
-if TYPE_CHECKING:
-    from xpar.engine.bench.kernels.measure import KernelBench
 
 _SAME = 9e-2  # relative error of two contenders, each of which may round activations to e4m3 and more often
 
 
-def measure_formats(bench: "KernelBench", g: torch.Generator, ceilings: GpuCeilings | None) -> None:
+def measure_formats(bench: KernelBench, g: torch.Generator, ceilings: GpuCeilings | None) -> None:
     """Check and time every requested format of every requested layer; failures leave out a cell alone."""
     for model in bench.args.models:
         for place, name in enumerate(bench.args.formats):
@@ -44,7 +42,7 @@ def measure_formats(bench: "KernelBench", g: torch.Generator, ceilings: GpuCeili
 
 
 def _measure(
-    bench: "KernelBench",
+    bench: KernelBench,
     model: str,
     name: str,
     peers: list[str],
@@ -76,7 +74,7 @@ def _measure(
 
 
 def _time_cell(
-    bench: "KernelBench",
+    bench: KernelBench,
     coded: CodedLayer,
     kernel: Any,
     ways: dict[str, Any],
