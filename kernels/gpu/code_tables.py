@@ -147,8 +147,9 @@ _DECODED = replace(
 )
 
 
-# Nibbles: a step is 32 or 64 bytes a row, so copies are many and small. Sums of gate and up, and of their
-# blocks, fill the registers from 32 rows a tile on; at 64 they spill 184 bytes a thread.
+# Nibbles: a step is 32 or 64 bytes a row, so copies are many and small: several programs a multiprocessor
+# with four copies each have 100 KB in flight. Gate and up rows follow each other. At 64 rows the sums of
+# both, of a block and of a group fill the registers: 40 bytes a thread spill, once a tile.
 _NIBBLES = CodeTable(
     heights=(
         Height(
@@ -158,15 +159,21 @@ _NIBBLES = CodeTable(
             swapped=True,
         ),
         Height(
+            20.0,
+            Tile(32, 128, 128, stages=4, warps=8, per_sm=1),
+            Tile(32, 128, 128, stages=4, warps=8, per_sm=1),
+            swapped=True,
+        ),
+        Height(
             float("inf"),
-            Tile(32, 128, 128, stages=3, warps=8, per_sm=1),
-            Tile(32, 128, 128, stages=3, warps=4, per_sm=2),
+            Tile(64, 128, 128, stages=3, warps=8, per_sm=1),
+            Tile(64, 128, 128, stages=3, warps=8, per_sm=1),
             swapped=True,
         ),
     ),
     gate_up_vector=Vector(columns=4, depth=2048, stages=2, warps=8),
     down_vector=Vector(columns=8, depth=1024, stages=2, warps=4),
-    exact=1,
+    exact=2,
 )
 
 

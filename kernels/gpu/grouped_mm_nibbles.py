@@ -2,7 +2,8 @@
 
 As :mod:`xpar.kernels.gpu.grouped_mm_codes_small`, but weights are read as packed bytes, in tiles that are
 contiguous in memory, and both planes of a tile go into the matrix unit from registers. A block is 128 inputs:
-its groups' sums are multiplied by the weights' scales, then together by the activations' scale.
+its groups' sums are multiplied by the weights' scales, then together by the activations' scale. Gate and up
+rows follow each other: side by side their sums would take twice the registers, and rows are read from cache.
 
 Activations have two terms. With PARTS = 2 there are two pairs of them, of which each has zeros in every other
 run of 16 inputs: so the sums of groups of 16 are separate although the unit adds 32 products at least.
@@ -62,14 +63,52 @@ def add_plane(
 
 
 @triton.jit
-def add_step(
-    total, packed, a, b, c, d, sums, words, zeros,
-    HIGH: tl.constexpr, FIRST: tl.constexpr, CODE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
-    ZERO: tl.constexpr, DOT8: tl.constexpr, ASM: tl.constexpr,
+def sum_blocks(
+    source, row, live, num_rows, term, row_scales, row_sums, packed, words, zeros, inside,
+    ROWS: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, WORDS: tl.constexpr,
+    G: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, ZERO: tl.constexpr, DOT8: tl.constexpr,
+    ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Return :func:`add_plane` of the low or the high nibbles of ``packed`` [BN, HALF]."""
-    w = decode_plane(packed, HIGH, CODE, DOT8, ASM)
-    return add_plane(total, w, a, b, c, d, sums, words, zeros, FIRST, PARTS, SCALE, ZERO, DOT8)
+    """Return the products [BN, BM] of BN rows of a matrix of nibbles and BM rows of codes, over all inputs.
+
+    ``source``: [HALF, BM] pointers to the rows' first codes; the next term is ``term`` further. ``row``,
+    ``live``: [BM], places of the rows' scales and sums among ``num_rows``, and which rows exist. ``packed``
+    [BN, HALF], ``words`` [BN], ``zeros`` [BN] or None: pointers to the first step and block of the matrix's
+    rows, of which it has ROWS. ``inside``: those of the BN rows that exist, all if EVEN.
+    """
+    PER_BLOCK: tl.constexpr = 64 // HALF  # steps of a block
+    acc = tl.zeros((BN, BM), tl.float32)
+    # The scales of the next block are on their way while this block is multiplied.
+    next_words = load_words(words, 0, ROWS, inside, 0, WORDS)
+    next_row = tl.load(row_scales + row, mask=live, other=0.0)
+    for kb in range(K // 128):
+        own_words = next_words
+        row_scale = next_row
+        after = tl.minimum(kb + 1, K // 128 - 1)
+        next_words = load_words(words, 0, ROWS, inside, after, WORDS)
+        next_row = tl.load(row_scales + after * num_rows + row, mask=live, other=0.0)
+        own_zeros = tl.load(zeros + kb * ROWS, mask=inside, other=0) if zeros is not None else None
+        block = tl.zeros((BN, BM), tl.float32)
+        for s in tl.static_range(PER_BLOCK):
+            step = kb * PER_BLOCK + s
+            if EVEN:
+                bytes = tl.load(packed + step * (ROWS * HALF))
+            else:
+                bytes = tl.load(packed + step * (ROWS * HALF), mask=inside[:, None], other=0)
+            for h in tl.static_range(2):
+                half = 2 * step + h
+                a, b, c, d = load_pairs(source + half * HALF, live, term, PARTS)
+                if ZERO is not None:
+                    sums = tl.load(row_sums + half * num_rows + row, mask=live, other=0.0)
+                else:
+                    sums = row_scale
+                w = decode_plane(bytes, h == 1, CODE, DOT8, ASM)
+                block = add_plane(
+                    block, w, a, b, c, d, sums, own_words, own_zeros,
+                    (2 * s + h) * HALF // G, PARTS, SCALE, ZERO, DOT8,
+                )  # fmt: skip
+        acc += block * row_scale[None, :]
+    return acc if DOT8 else acc * 65536.0
 
 
 @triton.jit
@@ -125,7 +164,6 @@ def gate_up_nibbles(
     """Compute ``hidden[r] = act(weight[expert] @ x[row of r] + bias)`` for sorted rows r, as codes."""
     WIDE: tl.constexpr = 2 * I if GATED else I
     STEPS: tl.constexpr = K // (2 * HALF)
-    PER_BLOCK: tl.constexpr = 64 // HALF  # steps of a block
     num_n = I // BN
     num_m = tl.load(tile_count)
     rh = tl.arange(0, HALF)
@@ -141,56 +179,20 @@ def gate_up_nibbles(
         source = x + row.to(tl.int64)[None, :] * K + rh[:, None]
         term = num_tokens.to(tl.int64) * K
         packed = weight + expert.to(tl.int64) * (STEPS * WIDE * HALF) + rn[:, None] * HALF + rh[None, :]
-        scales = weight_scales + expert * (K // 128 * WORDS * WIDE) + rn
-        points = zeros + expert * (K // 128 * WIDE) + rn if zeros is not None else scales
-        gate = tl.zeros((BN, BM), tl.float32)
-        up = tl.zeros((BN, BM), tl.float32)
-        # The scales of the next block are on their way while this block is multiplied.
-        next_gate = load_words(scales, 0, WIDE, every, 0, WORDS)
-        next_up = load_words(scales, WIDE - I, WIDE, every, 0, WORDS)
-        next_row = tl.load(x_scales + row, mask=live, other=0.0)
-        for kb in range(K // 128):
-            gate_words = next_gate
-            up_words = next_up
-            row_scale = next_row
-            after = tl.minimum(kb + 1, K // 128 - 1)
-            next_gate = load_words(scales, 0, WIDE, every, after, WORDS)
-            if GATED:
-                next_up = load_words(scales, WIDE - I, WIDE, every, after, WORDS)
-            next_row = tl.load(x_scales + after * num_tokens + row, mask=live, other=0.0)
-            gate_zeros = tl.load(points + kb * WIDE) if zeros is not None else None
-            up_zeros = tl.load(points + kb * WIDE + WIDE - I) if zeros is not None else None
-            gate_block = tl.zeros((BN, BM), tl.float32)
-            up_block = tl.zeros((BN, BM), tl.float32)
-            for s in tl.static_range(PER_BLOCK):
-                step = kb * PER_BLOCK + s
-                gates = tl.load(packed + step * (WIDE * HALF))
-                ups = tl.load(packed + step * (WIDE * HALF) + (WIDE - I) * HALF)
-                for h in tl.static_range(2):
-                    half = 2 * step + h
-                    a, b, c, d = load_pairs(source + half * HALF, live, term, PARTS)
-                    if ZERO is not None:
-                        total = tl.load(x_sums + half * num_tokens + row, mask=live, other=0.0)
-                    else:
-                        total = row_scale
-                    gate_block = add_step(
-                        gate_block, gates, a, b, c, d, total, gate_words, gate_zeros,
-                        h == 1, (2 * s + h) * HALF // G, CODE, PARTS, SCALE, ZERO, DOT8, ASM,
-                    )  # fmt: skip
-                    if GATED:
-                        up_block = add_step(
-                            up_block, ups, a, b, c, d, total, up_words, up_zeros,
-                            h == 1, (2 * s + h) * HALF // G, CODE, PARTS, SCALE, ZERO, DOT8, ASM,
-                        )  # fmt: skip
-            gate += gate_block * row_scale[None, :]
-            if GATED:
-                up += up_block * row_scale[None, :]
-        unit: tl.constexpr = 1.0 if DOT8 else 65536.0
-        gate *= tl.load(factors + 2 * expert) * unit
+        words = weight_scales + expert * (K // 128 * WORDS * WIDE) + rn
+        points = zeros + expert * (K // 128 * WIDE) + rn if zeros is not None else None
+        gate = sum_blocks(
+            source, row, live, num_tokens, term, x_scales, x_sums, packed, words, points, every,
+            WIDE, K, CODE, SCALE, WORDS, G, HALF, PARTS, ZERO, DOT8, ASM, BM, BN, True,
+        ) * tl.load(factors + 2 * expert)  # fmt: skip
         if bias is not None:
             gate += tl.load(bias + expert * WIDE + rn).to(tl.float32)[:, None]
         if GATED:
-            up *= tl.load(factors + 2 * expert + 1) * unit
+            points = points + I if zeros is not None else None
+            up = sum_blocks(
+                source, row, live, num_tokens, term, x_scales, x_sums, packed + I * HALF, words + I, points,
+                every, WIDE, K, CODE, SCALE, WORDS, G, HALF, PARTS, ZERO, DOT8, ASM, BM, BN, True,
+            ) * tl.load(factors + 2 * expert + 1)  # fmt: skip
             if bias is not None:
                 up += tl.load(bias + expert * WIDE + I + rn).to(tl.float32)[:, None]
             y = activate(gate, up, NAME, LIMIT, ALPHA, BETA)
@@ -218,7 +220,6 @@ def down_nibbles(
 ):  # fmt: skip
     """Compute ``out[slot of r] = weight[expert] @ hidden[r] + bias``; each slot is written once."""
     STEPS: tl.constexpr = I // (2 * HALF)
-    PER_BLOCK: tl.constexpr = 64 // HALF
     num_n = tl.cdiv(H, BN)
     num_m = tl.load(tile_count)
     rh = tl.arange(0, HALF)
@@ -232,39 +233,12 @@ def down_nibbles(
         source = hidden + rm.to(tl.int64)[None, :] * I + rh[:, None]
         term = num_rows.to(tl.int64) * I
         packed = weight + expert.to(tl.int64) * (STEPS * H * HALF) + rn[:, None] * HALF + rh[None, :]
-        scales = weight_scales + expert * (I // 128 * WORDS * H) + rn
-        points = zeros + expert * (I // 128 * H) + rn if zeros is not None else scales
-        acc = tl.zeros((BN, BM), tl.float32)
-        next_words = load_words(scales, 0, H, inside, 0, WORDS)
-        next_row = tl.load(hidden_scales + rm, mask=live, other=0.0)
-        for kb in range(I // 128):
-            words = next_words
-            row_scale = next_row
-            after = tl.minimum(kb + 1, I // 128 - 1)
-            next_words = load_words(scales, 0, H, inside, after, WORDS)
-            next_row = tl.load(hidden_scales + after * num_rows + rm, mask=live, other=0.0)
-            block_zeros = tl.load(points + kb * H, mask=inside, other=0) if zeros is not None else None
-            block = tl.zeros((BN, BM), tl.float32)
-            for s in tl.static_range(PER_BLOCK):
-                step = kb * PER_BLOCK + s
-                if H % BN == 0:
-                    bytes = tl.load(packed + step * (H * HALF))
-                else:
-                    bytes = tl.load(packed + step * (H * HALF), mask=inside[:, None], other=0)
-                for h in tl.static_range(2):
-                    half = 2 * step + h
-                    a, b, c, d = load_pairs(source + half * HALF, live, term, PARTS)
-                    if ZERO is not None:
-                        total = tl.load(hidden_sums + half * num_rows + rm, mask=live, other=0.0)
-                    else:
-                        total = row_scale
-                    block = add_step(
-                        block, bytes, a, b, c, d, total, words, block_zeros,
-                        h == 1, (2 * s + h) * HALF // G, CODE, PARTS, SCALE, ZERO, DOT8, ASM,
-                    )  # fmt: skip
-            acc += block * row_scale[None, :]
-        unit: tl.constexpr = 1.0 if DOT8 else 65536.0
-        acc *= tl.load(factors + expert) * unit
+        words = weight_scales + expert * (I // 128 * WORDS * H) + rn
+        points = zeros + expert * (I // 128 * H) + rn if zeros is not None else None
+        acc = sum_blocks(
+            source, rm, live, num_rows, term, hidden_scales, hidden_sums, packed, words, points, inside,
+            H, I, CODE, SCALE, WORDS, G, HALF, PARTS, ZERO, DOT8, ASM, BM, BN, H % BN == 0,
+        ) * tl.load(factors + expert)  # fmt: skip
         if bias is not None:
             acc += tl.load(bias + expert * H + rn, mask=inside, other=0.0).to(tl.float32)[:, None]
         slot = tl.load(slots + rm, mask=live, other=0).to(tl.int64)

@@ -53,7 +53,11 @@ def test_heights_follow_the_average_number_of_rows() -> None:
     table = default_code_table(H200, terms=1)
     rows = [table.height(slots, 64).gate_up.rows for slots in (8, 512, 513, 1280, 2048, 3072, 3073, 10**6)]
     assert rows == [16, 16, 32, 32, 64, 64, 128, 128]
-    assert [default_nibble_table(H200).height(slots, 64).down.rows for slots in (512, 10**6)] == [16, 32]
+    assert [default_nibble_table(H200).height(slots, 64).down.rows for slots in (512, 1280, 10**6)] == [
+        16,
+        32,
+        64,
+    ]
     with pytest.raises(ValueError, match="gate_up has tiles of 16 rows and down of 32"):
         replace(table.heights[0], down=table.heights[1].down)
     with pytest.raises(ValueError, match="64 columns: must be 128"):

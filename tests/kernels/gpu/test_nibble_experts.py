@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_quantised_experts import AMPERE, GPT_OSS, HOPPER, Case, Layer, error, small_table
+from coded_layers import AMPERE, GPT_OSS, HOPPER, Case, Layer, error, small_table
 
 from xpar.kernels.contracts import Activation, ExpertInput
 from xpar.kernels.gpu.nibble_experts import NibbleExperts
