@@ -17,7 +17,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
+from xpar.kernels.quantised_weight import ActivationScheme, QuantisedWeight, WeightFormat
 
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu2", "swiglustep", "situ"]
 
@@ -170,6 +170,8 @@ class ExpertSpec:
         bias: True if both products add a bias.
         weight_format: codes and scales that the kernel keeps and computes from; None for weights in
             ``dtype``.
+        activation_scheme: the way in which a kernel that keeps codes may quantise the inputs of both
+            products, too; None, and ``row_invariant``, leave the inputs as they are.
     """
 
     num_experts: int
@@ -181,6 +183,7 @@ class ExpertSpec:
     row_invariant: bool = False
     bias: bool = False
     weight_format: WeightFormat | None = None
+    activation_scheme: ActivationScheme | None = None
 
 
 class ExpertKernel(Protocol):

@@ -80,6 +80,25 @@ class WeightFormat:
 
 
 @dataclass(frozen=True)
+class ActivationScheme:
+    """The way in which the inputs of a layer's products are brought to e4m3 before they are multiplied.
+
+    A layer without a scheme multiplies its inputs as they are.
+
+    Attributes:
+        group: inputs that share a scale, 128; 0 for all inputs of a row (dynamic per token).
+        power_of_two: True if scales are powers of two (``scale_fmt`` ue8m0).
+    """
+
+    group: int = 128
+    power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group not in (0, 128):
+            raise ValueError(f"activation group {self.group}: must be 128 inputs, or 0 for a whole row")
+
+
+@dataclass(frozen=True)
 class QuantisedWeight:
     """One weight W [N, K], or a stack of them [E, N, K], as codes and scales.
 

@@ -12,6 +12,7 @@ from xpar.kernels.cpu.experts_native import NativeExperts
 from xpar.kernels.cpu.experts_onednn import OneDnnExperts
 from xpar.kernels.cpu.experts_zen import ZenExperts
 from xpar.kernels.gpu import availability as gpu
+from xpar.kernels.gpu import code_tables
 from xpar.kernels.quantised_weight import WeightFormat
 from xpar.kernels.reference import ReferenceExperts
 
@@ -152,6 +153,7 @@ KERNELS: tuple[KernelEntry, ...] = (
         row_invariant=True,
         why_unavailable=gpu.why_unavailable,
         build=gpu.build,
+        why_not_format=code_tables.why_not_format,
         all_activations=True,
         measured="measure with xpar bench kernels",
     ),

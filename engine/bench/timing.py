@@ -3,7 +3,7 @@
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,13 +85,35 @@ def graph_time(calls: Sequence[Callable[[], object]], budget: float = 0.15) -> f
     Calls on different random inputs read other experts' weights each time, so that a small batch does not
     find all its weights in cache. ``budget``: seconds to spend on replays.
     """
+    return _event_time(_record(calls).replay, budget) / len(calls)
+
+
+def times_in_turn(
+    calls: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 12, burst: float = 2e-3
+) -> dict[str, float]:
+    """Measure the median seconds per call of several contenders, each as one CUDA graph of its calls.
+
+    A round replays each contender's graph for about ``burst`` seconds, so that a GPU that slows down, by heat
+    or by others, slows down all of them alike.
+    """
+    graphs = {name: _record(own) for name, own in calls.items()}
+    replays = {name: max(1, round(burst / _event_time(graph.replay, 0.0))) for name, graph in graphs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            seconds[name].append(_seconds_between_events(graph.replay, replays[name]) / replays[name])
+    return {name: statistics.median(times) / len(calls[name]) for name, times in seconds.items()}
+
+
+def _record(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """Record ``calls`` in turn as one CUDA graph, after a rehearsal."""
     rehearse(lambda: [call() for call in calls], 1, torch.device("cuda", torch.cuda.current_device()))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return _event_time(graph.replay, budget) / len(calls)
+    return graph
 
 
 def eager_time(calls: Sequence[Callable[[], object]], budget: float = 0.15) -> float:
@@ -130,13 +152,19 @@ def _event_time(action: Callable[[], object], budget: float) -> float:
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 5 or (time.perf_counter() - begin < budget and len(times) < 200):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        first.record()
-        action()
-        last.record()
-        last.synchronize()
-        times.append(first.elapsed_time(last) / 1e3)
+        times.append(_seconds_between_events(action, 1))
     return statistics.median(times)
+
+
+def _seconds_between_events(action: Callable[[], object], repeats: int) -> float:
+    """Measure the seconds of ``repeats`` of ``action`` between two events on the GPU."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    first.record()
+    for _ in range(repeats):
+        action()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3
 
 
 def peak_bytes() -> int:

@@ -12,8 +12,15 @@ COMPARE = ("transformers", "solo", "steps")
 MODES = ("strong", "weak")
 """As :data:`xpar.engine.bench.scaling.points.MODES`, which cannot be imported here; a test compares the
 two."""
-KERNEL_LAYERS = ("olmoe", "qwen3-30b", "mixtral", "gpt-oss", "qwen3-235b", "deepseek-v3-slice")
+KERNEL_LAYERS = (
+    "olmoe", "qwen3-30b", "mixtral", "gpt-oss", "qwen3-235b", "deepseek-v3-slice", "deepseek-v3-64"
+)  # fmt: skip
 """As ``LAYERS`` of :mod:`xpar.engine.bench.kernels.cases`."""
+KERNEL_FORMATS = (
+    "fp8-block", "fp8-block-ue8m0", "fp8-channel", "fp8-block-w8a16", "fp8-channel-w8a16",
+    "int4-32", "int4-128", "int4-128-zeros", "mxfp4", "nvfp4",
+)  # fmt: skip
+"""As ``FORMATS`` of :mod:`xpar.engine.bench.kernels.formats`."""
 
 
 def add_layer(p: argparse.ArgumentParser) -> None:
@@ -110,6 +117,14 @@ def add_kernels(p: argparse.ArgumentParser) -> None:
         default="torch,transformers",
         metavar="NAME,NAME",
         help="what to measure beside the kernels, or an empty word for nothing (default torch,transformers)",
+    )
+    p.add_argument(
+        "--formats",
+        nargs="+",
+        choices=KERNEL_FORMATS,
+        default=[],
+        metavar="NAME",
+        help=f"measure kernels of quantised weights instead: any of {', '.join(KERNEL_FORMATS)}",
     )
     p.add_argument(
         "--only", choices=("checks", "times"), help="run only the checks or only the timing (default: both)"

@@ -24,7 +24,12 @@ def why_unavailable(spec: ExpertSpec) -> str | None:
 
 
 def build(spec: ExpertSpec) -> ExpertKernel:
-    """Make a :class:`~xpar.kernels.gpu.experts.TritonExperts`; only this call imports Triton."""
+    """Make the kernel for plain weights or for ``spec.weight_format``; only this call imports Triton."""
+    if spec.weight_format is not None:
+        from xpar.kernels.gpu.nibble_experts import NibbleExperts
+        from xpar.kernels.gpu.quantised_experts import QuantisedExperts
+
+        return (NibbleExperts if spec.weight_format.code.is_nibble else QuantisedExperts)(spec)
     from xpar.kernels.gpu.experts import TritonExperts
 
     return TritonExperts(spec)
@@ -38,7 +43,10 @@ def use_table(kernel: ExpertKernel, path: Path) -> None:
         raise ValueError(f"tiles={path}: kernel {kernel.name} has no tile table; leave tiles out")
     from xpar.kernels.gpu.experts import TritonExperts
 
-    assert isinstance(kernel, TritonExperts)
+    if not isinstance(kernel, TritonExperts):
+        raise ValueError(  # noqa: TRY004 - the option is wrong, not a type
+            f"tiles={path}: tables are for plain weights, not {kernel.spec.weight_format}; leave tiles out"
+        )
     table = read_table(path, kernel.machine, kernel.spec.dtype)
     if table is None:
         raise ValueError(

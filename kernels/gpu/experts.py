@@ -1,18 +1,17 @@
 """Experts on a GPU: a sort of the slots, two products per bucket, and a weighted sum."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from xpar.kernels.contracts import ExpertInput, ExpertSpec, Slots, check_expert_weights, require_loaded
+from xpar.kernels.contracts import ExpertInput, ExpertSpec, check_expert_weights
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
 from xpar.kernels.gpu.grouped_mm_small import down_small, gate_up_small
 from xpar.kernels.gpu.grouped_mm_tiled import down_tiled, gate_up_tiled, permute_kernel
 from xpar.kernels.gpu.grouped_mm_vector import down_vector, gate_up_vector
-from xpar.kernels.gpu.rows import weighted_sum
+from xpar.kernels.gpu.slot_experts import SlotExperts, use_device_allocator
 from xpar.kernels.gpu.tile_tables import (
     MANY,
     NO_LIMIT,
@@ -29,7 +28,7 @@ _ALIGNED = 8
 _PERMUTE_BLOCK = (16, 512)  # rows and columns of one program
 
 
-class TritonExperts:
+class TritonExperts(SlotExperts):
     """An expert kernel in bfloat16, float16 and float32, for every activation and bias.
 
     Implements :class:`~xpar.kernels.contracts.ExpertKernel`.
@@ -84,38 +83,9 @@ class TritonExperts:
             self._down_bias[index].copy_(down_bias)
         self._missing.discard(index)
 
-    def compute(self, x: ExpertInput, out: Tensor | None = None) -> Tensor:
-        require_loaded(self._missing)
-        with self._device():
-            if self.is_tiny(x):
-                total = self._compute_tiny(x, out if out is not None and out.is_contiguous() else None)
-                return total if out is None or out is total else out.copy_(total)
-            slots = self._compute_all_slots(x)
-            return weighted_sum(slots, x.topk_weights, x.topk_ids, out, in_place=True)
-
-    def compute_slots(self, x: ExpertInput) -> Tensor:
-        require_loaded(self._missing)
-        with self._device():
-            return self._compute_all_slots(x)[x.topk_ids.reshape(-1) >= 0]
-
-    def compute_unsummed(self, x: ExpertInput, exact: bool = False) -> Tensor | Slots:
-        """See :class:`xpar.kernels.contracts.SlotKernel`."""
-        require_loaded(self._missing)
-        with self._device():
-            return (
-                self._compute_tiny(x, None)
-                if self.is_tiny(x) and not exact
-                else Slots(self._compute_all_slots(x))
-            )
-
     def nbytes(self) -> int:
         tensors = (self._gate_up, self._down, self._gate_up_bias, self._down_bias)
         return sum(t.nbytes for t in tensors if t is not None)
-
-    def _device(self) -> AbstractContextManager[object]:
-        """Return a context with the weights' device as the current one, on which Triton launches."""
-        on_gpu = self._down.is_cuda
-        return torch.cuda.device(self._down.device) if on_gpu else nullcontext()
 
     def is_tiny(self, x: ExpertInput) -> bool:
         """Return whether hardly any weight is read twice if each slot reads its expert's weights."""
@@ -150,7 +120,7 @@ class TritonExperts:
         out = self._new(num_slots, self.spec.hidden_size)
         if not num_slots:
             return out
-        triton.set_allocator(_allocate)  # for this thread: descriptors made on the device need memory
+        use_device_allocator()
         ids = x.topk_ids.contiguous()
         limits = self.limits(tokens, num_slots)
         plan = plan_tiles(ids, self.spec.num_experts, self.table.gate_up, limits, self._tall)
@@ -232,17 +202,6 @@ class TritonExperts:
     def _tall(self) -> bool:
         return self.table.tall and not self.spec.row_invariant
 
-    def _activation(self) -> dict[str, Any]:
-        a = self.spec.activation
-        return {"GATED": a.gated, "NAME": a.name, "LIMIT": a.limit, "ALPHA": a.alpha, "BETA": a.beta}
-
-    def _new(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=self.spec.dtype, device=self.spec.device)
-
 
 def _aligned(width: int) -> int:
     return -(-width // _ALIGNED) * _ALIGNED
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -1,9 +1,9 @@
-"""Triton's interpreter, taught that bfloat16 is a number. Import before the first kernel runs.
+"""Triton's interpreter, taught that bfloat16 and e4m3 are numbers. Import before the first kernel runs.
 
-The interpreter keeps bfloat16 values as their 16 bits and computes with those: products and sums are wrong
-without an error, and casts from float32 cut bits off. Here every operation on them goes through float32 and
-rounds to nearest even, as the hardware does. With NumPy from 2.4, Triton 3.6 also cannot take a tensor as a
-loop's bound.
+The interpreter keeps such values as their bits and computes with those: products and sums are wrong
+without an error, and casts from float32 cut bits off. Here every operation on bfloat16 goes through float32
+and rounds to nearest even, as the hardware does; e4m3 is cast and multiplied so, too. With NumPy from 2.4,
+Triton 3.6 also cannot take a tensor as a loop's bound.
 """
 
 import numpy as np
@@ -20,8 +20,15 @@ def is_bf16(handle):
     return handle.dtype.scalar is tl.bfloat16
 
 
+def is_e4m3(handle):
+    return handle.dtype.scalar is tl.float8e4nv
+
+
 def to_float(handle):
-    """The handle's values, bfloat16 ones as float32."""
+    """The handle's values, bfloat16 and e4m3 ones as float32."""
+    if is_e4m3(handle):
+        codes = torch.from_numpy(np.ascontiguousarray(handle.data).view(np.uint8).copy())
+        return codes.view(torch.float8_e4m3fn).float().numpy().reshape(handle.data.shape)
     if not is_bf16(handle):
         return handle.data
     bits = np.ascontiguousarray(handle.data).astype(np.uint32) << 16
@@ -35,6 +42,13 @@ def to_bits(values):
     return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
 
 
+def to_codes(values):
+    """float32 values as the bits of the nearest e4m3; NaN stays, what is too large becomes 448."""
+    values = torch.from_numpy(np.array(values, dtype=np.float32))
+    bounded = torch.where(values.isnan(), values, values.clamp(-448, 448))
+    return bounded.to(torch.float8_e4m3fn).view(torch.uint8).numpy().reshape(tuple(values.shape))
+
+
 def result(values, dtype):
     return Handle(to_bits(values), dtype) if dtype is tl.bfloat16 else Handle(values, dtype)
 
@@ -43,6 +57,8 @@ def cast(self, source, to, *_):
     scalar = to.scalar
     if scalar is tl.bfloat16:
         return Handle(to_bits(to_float(source)), scalar)
+    if scalar is tl.float8e4nv:
+        return Handle(to_codes(to_float(source)), scalar)
     return Handle(to_float(source).astype(interpreter._get_np_dtype(scalar)), scalar)
 
 

@@ -48,6 +48,7 @@ LAYERS = {
         LayerCase("gpt-oss", 2880, 2880, 128, 4, 128, _GPT_OSS, bias=True),
         LayerCase("qwen3-235b", 4096, 1536, 128, 8, 128),
         LayerCase("deepseek-v3-slice", 7168, 2048, 64, 8, 256),
+        LayerCase("deepseek-v3-64", 7168, 2048, 64, 8, 64),
     )
 }
 

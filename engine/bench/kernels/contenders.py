@@ -10,6 +10,7 @@ from torch.nn import functional
 from xpar.engine.bench.kernels.cases import Weights
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
+from xpar.kernels.quantised_weight import QuantisedWeight
 
 ComputeExperts = Callable[[ExpertInput], Tensor]
 """Computes the outputs [T, H] of a step."""
@@ -68,6 +69,50 @@ def transformers_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) 
             ids = ids.masked_fill(ids < 0, spec.num_experts)
         result: Tensor = grouped_mm_experts_forward(module, x.hidden_states, ids.long(), x.topk_weights)
         return result
+
+    return compute
+
+
+def torch_scaled_grouped(
+    spec: ExpertSpec,
+    weights: list[tuple[QuantisedWeight, QuantisedWeight]],
+    biases: tuple[Tensor, ...],
+    has_dropped: bool,
+) -> ComputeExperts:
+    """Build torch's grouped products of e4m3 with a scale a row, around which torch quantises rows.
+
+    The arguments are those of :func:`torch_grouped`, ``weights`` with a scale for each of their rows.
+    """
+    gate_up, down = (torch.stack([pair[n].codes for pair in weights]).transpose(1, 2) for n in range(2))
+    scales = [torch.stack([pair[n].scales[:, 0].float() for pair in weights]) for n in range(2)]
+    experts = spec.num_experts
+
+    def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+        scale = rows.abs().amax(1).float().clamp(min=1e-20) / 448.0
+        return (rows / scale[:, None]).to(torch.float8_e4m3fn), scale
+
+    def product(rows: Tensor, n: int, ends: Tensor) -> Tensor:
+        codes, scale = quantise(rows)
+        result: Tensor = torch._scaled_grouped_mm(
+            codes, (gate_up, down)[n], scale, scales[n], offs=ends, out_dtype=spec.dtype
+        )
+        return result
+
+    def compute(x: ExpertInput) -> Tensor:
+        tokens, top_k = x.topk_ids.shape
+        flat = x.topk_ids.reshape(-1)
+        ids, order = torch.sort(flat.masked_fill(flat < 0, experts) if has_dropped else flat)
+        ends = torch.histc(ids, bins=experts, min=0, max=experts - 1).cumsum(0, dtype=torch.int32)
+        expert_of_row = ids.clamp(max=experts - 1)
+        packed = product(x.hidden_states[order // top_k], 0, ends)
+        y = product(
+            activate(packed + biases[0][expert_of_row] if biases else packed, spec.activation), 1, ends
+        )
+        slots = torch.empty_like(y)
+        slots[order] = y + biases[1][expert_of_row] if biases else y
+        if has_dropped:
+            slots.masked_fill_((flat < 0)[:, None], 0.0)
+        return torch.einsum("mkh,mk->mh", slots.view(tokens, top_k, -1), x.topk_weights.to(y.dtype))
 
     return compute
 

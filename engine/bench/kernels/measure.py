@@ -1,16 +1,10 @@
 """The run of ``xpar bench kernels``: checks, then times of each layer and number of tokens beside peers."""
 
 import argparse
-import faulthandler
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from xpar.engine.bench.ceilings import GpuCeilings, measure_gpu_ceilings
@@ -23,70 +17,15 @@ from xpar.engine.bench.kernels.cases import (
     random_inputs,
     random_weights,
 )
-from xpar.engine.bench.kernels.checks import Check, layer_checks, require_near, small_checks
+from xpar.engine.bench.kernels.checks import layer_checks, require_near, small_checks
 from xpar.engine.bench.kernels.contenders import CONTENDERS, ComputeExperts
+from xpar.engine.bench.kernels.kernel_bench import KernelBench
+from xpar.engine.bench.kernels.measure_formats import measure_formats
 from xpar.engine.bench.kernels.tile_search import Cell, search
 from xpar.engine.bench.timing import eager_time, graph_time
-from xpar.engine.console.manifest import write_result
 from xpar.kernels.contracts import ExpertInput
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tile_tables import Machine, Table, default_table, read_table, write_table
-
-
-class KernelBench:
-    """One run: its console, its results, and the failures after which it went on."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.console = Console(highlight=False, width=150)
-        self.begin = time.perf_counter()
-        self.failures: list[str] = []
-        self.machine = _describe_machine()
-        self.results: dict[str, Any] = {"checks": {}, "times": [], "sweep": {}}
-
-    def say(self, text: str) -> None:
-        """Print a line with the seconds since the start."""
-        self.console.print(f"{time.perf_counter() - self.begin:6.1f} s  {text}", soft_wrap=True, markup=False)
-
-    def attempt(self, name: str, action: Callable[[], Any], seconds: float = 150.0) -> Any:
-        """Return the result of ``action``; on an error report it and return None.
-
-        An action that takes longer than ``seconds`` ends the process.
-        """
-        # A kernel that hangs must not use up the machine's time.
-        faulthandler.dump_traceback_later(seconds, exit=True)
-        try:
-            result = action()
-            torch.cuda.synchronize()  # an error of a kernel belongs to its own cell
-            return result
-        except Exception as why:  # noqa: BLE001 - machine time is scarce: the other cells go on
-            self.failures.append(f"{name}: {why!r}"[:500])
-            self.say(f"FAILED {name}\n{traceback.format_exc(limit=-6)}")
-            self.save()
-            if _is_device_lost():
-                self.say("the device takes no more work after this error; run the rest in another process")
-                sys.exit(3)
-            return None
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-    def is_late(self) -> bool:
-        """Whether the time for starting new work is over."""
-        return time.perf_counter() - self.begin > float(self.args.seconds)
-
-    def check(self, checks: Iterable[Check]) -> None:
-        """Run the checks and keep their results."""
-        for name, action in checks:
-            result = self.attempt(name, action)
-            self.results["checks"][name] = result or "FAILED"
-            if result:
-                self.say(f"ok {name}: {result}")
-
-    def save(self) -> None:
-        """Write the results so far, so that a run that is cut off leaves what it had."""
-        self.results["failures"] = self.failures
-        if self.args.json:
-            write_result(self.args.json, {"machine": self.machine}, self.results)
 
 
 def measure_kernels(args: argparse.Namespace) -> int:
@@ -95,7 +34,7 @@ def measure_kernels(args: argparse.Namespace) -> int:
     seed = torch.seed() % 2**31 if args.seed is None else args.seed
     g = torch.Generator("cuda").manual_seed(seed)
     bench.say(f"{bench.machine}, --seed {seed}")
-    if args.only != "times" and not args.sweep:
+    if args.only != "times" and not args.sweep and not args.formats:
         bench.check(small_checks(g))
     ceilings = bench.attempt("ceilings", measure_gpu_ceilings)
     if ceilings:
@@ -104,7 +43,9 @@ def measure_kernels(args: argparse.Namespace) -> int:
         bench.say(speeds)
     if args.sweep:
         bench.attempt("sweep", lambda: _sweep(bench, g), seconds=args.seconds + 60)
-    for name in [] if args.sweep else args.models:
+    if args.formats:
+        measure_formats(bench, g, ceilings)
+    for name in [] if args.sweep or args.formats else args.models:
         bench.attempt(name, partial(_measure_layer, bench, LAYERS[name], g, ceilings))
         bench.save()
         torch.cuda.empty_cache()
@@ -203,15 +144,6 @@ def _time_cell(
     bench.say(f"{cell}: {shown} us")
 
 
-def _is_device_lost() -> bool:
-    """Whether an error made the device context of this process useless."""
-    try:
-        torch.zeros(1, device="cuda").item()
-    except RuntimeError:
-        return True
-    return False
-
-
 def _times_table(rows: list[dict[str, Any]]) -> RichTable:
     """Make the table of times in microseconds, beside the floor and the peers."""
     peers = [name for name in CONTENDERS if any(f"{name} graph" in row for row in rows)]
@@ -236,13 +168,3 @@ def _us(seconds: float | None) -> str:
 
 def _ratio(theirs: float | None, ours: float | None) -> str:
     return f"{theirs / ours:.2f}" if theirs and ours else "-"
-
-
-def _describe_machine() -> str:
-    import triton
-
-    found = torch.cuda.get_device_properties("cuda")
-    return (
-        f"{found.name}, {found.multi_processor_count} multiprocessors, torch {torch.__version__}, "
-        f"triton {triton.__version__}"
-    )

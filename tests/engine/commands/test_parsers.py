@@ -15,6 +15,7 @@ from launch import clean_environment
 import xpar.engine
 from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.engine.bench.kernels.cases import LAYERS
+from xpar.engine.bench.kernels.formats import FORMATS
 from xpar.engine.bench.scaling.points import MODES
 from xpar.engine.cli import parser
 from xpar.engine.commands import bench_parsers, options
@@ -96,6 +97,7 @@ def test_names_that_the_parsers_repeat_are_those_of_the_engine() -> None:
     assert Deadlines().step == options.DEADLINE_S
     assert bench_parsers.MODES == MODES
     assert list(bench_parsers.KERNEL_LAYERS) == list(LAYERS)
+    assert list(bench_parsers.KERNEL_FORMATS) == list(FORMATS)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in commands(parser())])

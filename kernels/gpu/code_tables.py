@@ -1,0 +1,221 @@
+"""Tile shapes and launch parameters of the products of codes, as plain data.
+
+All experts of a batch get tiles of one height, which follows from the average number of their rows: every
+product is one launch. An expert with more rows than a tile gets several tiles.
+
+Why these tiles (H200: 132 multiprocessors, 227 KiB of shared memory and 65536 registers each):
+
+- A step of the sum is 128 inputs, the block of an activation's scale: codes of 128 bytes are one row of the
+  matrix unit's swizzle.
+- A gate-up tile has 128 columns, because activated rows become codes with one scale for 128 columns.
+- Up to 64 rows a tile the time is that of reading weights. In flight must be 4.2 TB/s x about 1 us / 132 = 32
+  KB a multiprocessor. A step of gate-up is 32 KB of weights, of down 16 KB: two programs with three copies
+  each have 130 KB in flight, and one multiplies while the other adds its partial sums.
+- With 128 rows the partial sums need as many registers as half of the sums. 128 x (2 x 128) would be 256 of
+  them a thread and spills 88 bytes; 128 x (2 x 64) twice in turn takes 241 registers and spills nothing.
+"""
+
+from dataclasses import dataclass, replace
+
+from xpar.kernels.gpu.tile_tables import Machine, Tile, Vector
+from xpar.kernels.quantised_weight import CodeType, WeightFormat
+
+_BLOCK = 128  # inputs that share a scale of the activations
+
+_SHARED = {"hopper": 227 << 10, "blackwell": 227 << 10, "ampere": 163 << 10, "small": 99 << 10}
+"""Bytes of shared memory that the programs of a multiprocessor may use together."""
+_EXTRA_BYTES = 32 << 20  # that may be read twice before a sort pays: its launches take as long (H200)
+
+
+@dataclass(frozen=True)
+class Height:
+    """The tiles of batches whose experts have up to ``average`` rows each, on average.
+
+    Attributes:
+        average: slots of the batch divided by experts.
+        gate_up: tile of the first product; ``columns`` is 128, or 64 for two halves in turn if not swapped.
+        down: tile of the second product, with the same ``rows``.
+        swapped: True if the weights are the tall operand of the matrix unit.
+    """
+
+    average: float
+    gate_up: Tile
+    down: Tile
+    swapped: bool
+
+    def __post_init__(self) -> None:
+        if self.gate_up.rows != self.down.rows:
+            raise ValueError(
+                f"gate_up has tiles of {self.gate_up.rows} rows and down of {self.down.rows}; both read one "
+                "tile list, so give them the same number"
+            )
+        if self.gate_up.columns not in ((128,) if self.swapped else (64, 128)):
+            raise ValueError(
+                f"gate_up has {self.gate_up.columns} columns: must be 128, the columns of a scale"
+            )
+
+
+@dataclass(frozen=True)
+class CodeTable:
+    """All launch parameters of a layer of codes.
+
+    Attributes:
+        heights: ascending by their averages; the last one takes all larger batches.
+        gate_up_vector: the first product of batches of few tokens.
+        down_vector: the second product of batches of few tokens.
+        vector_tokens: number of tokens up to which a batch may take the vector products.
+        exact: index of the height that every batch takes if bits must not depend on it.
+    """
+
+    heights: tuple[Height, ...]
+    gate_up_vector: Vector
+    down_vector: Vector
+    vector_tokens: int = 4
+    exact: int = 2
+
+    def height(self, slots: int, experts: int) -> Height:
+        """Return the height for a batch of ``slots`` slots on ``experts`` experts."""
+        average = slots / experts
+        return next((h for h in self.heights if average <= h.average), self.heights[-1])
+
+
+def saves_launches(slots: int, experts: int, chosen: int, expert_bytes: int) -> bool:
+    """Return whether reading an expert once for each of its slots costs less than sorting them.
+
+    Args:
+        slots: M k.
+        experts: E, all of which are chosen equally often.
+        chosen: k.
+        expert_bytes: bytes of an expert's weights.
+    """
+    different = (
+        experts * (1.0 - (1.0 - chosen / experts) ** (slots / chosen)) if chosen < experts else experts
+    )
+    return (slots - different) * expert_bytes <= _EXTRA_BYTES
+
+
+_VECTOR = Vector(columns=4, depth=2048, stages=2, warps=8)
+_VECTOR_DOWN = Vector(columns=4, depth=1024, stages=3, warps=4)
+_LARGE = CodeTable(
+    heights=(
+        Height(
+            8.0,
+            Tile(16, 128, 128, stages=3, warps=4, per_sm=2),
+            Tile(16, 128, 128, stages=4, warps=4, per_sm=3),
+            swapped=True,
+        ),
+        Height(
+            20.0,
+            Tile(32, 128, 128, stages=3, warps=4, per_sm=2),
+            Tile(32, 128, 128, stages=4, warps=4, per_sm=2),
+            swapped=True,
+        ),
+        Height(
+            48.0,
+            Tile(64, 128, 128, stages=4, warps=8, per_sm=1),
+            Tile(64, 128, 128, stages=4, warps=4, per_sm=2),
+            swapped=True,
+        ),
+        Height(
+            float("inf"),
+            Tile(128, 64, 128, stages=4, warps=8, per_sm=1, group=8),
+            Tile(128, 128, 128, stages=5, warps=8, per_sm=1, group=8),
+            swapped=False,
+        ),
+    ),
+    gate_up_vector=_VECTOR,
+    down_vector=_VECTOR_DOWN,
+)
+# Codes become float16 in registers, which the tallest tile has not: 64 rows are its limit.
+_DECODED = replace(
+    _LARGE,
+    heights=(
+        Height(
+            16.0,
+            Tile(16, 128, 128, stages=3, warps=8, per_sm=1),
+            Tile(16, 128, 128, stages=3, warps=8, per_sm=1),
+            swapped=True,
+        ),
+        Height(
+            float("inf"),
+            Tile(64, 64, 128, stages=3, warps=8, per_sm=1, group=8),
+            Tile(64, 128, 128, stages=3, warps=8, per_sm=1, group=8),
+            swapped=False,
+        ),
+    ),
+    exact=1,
+)
+
+
+# Nibbles: a step is 32 or 64 bytes a row, so copies are many and small: several programs a multiprocessor
+# with four copies each have 100 KB in flight. Gate and up rows follow each other. At 64 rows the sums of
+# both, of a block and of a group fill the registers: 40 bytes a thread spill, once a tile.
+_NIBBLES = CodeTable(
+    heights=(
+        Height(
+            8.0,
+            Tile(16, 128, 128, stages=4, warps=4, per_sm=2),
+            Tile(16, 128, 128, stages=4, warps=4, per_sm=3),
+            swapped=True,
+        ),
+        Height(
+            20.0,
+            Tile(32, 128, 128, stages=4, warps=8, per_sm=1),
+            Tile(32, 128, 128, stages=4, warps=8, per_sm=1),
+            swapped=True,
+        ),
+        Height(
+            float("inf"),
+            Tile(64, 128, 128, stages=3, warps=8, per_sm=1),
+            Tile(64, 128, 128, stages=3, warps=8, per_sm=1),
+            swapped=True,
+        ),
+    ),
+    gate_up_vector=Vector(columns=4, depth=2048, stages=2, warps=8),
+    down_vector=Vector(columns=8, depth=1024, stages=2, warps=4),
+    exact=2,
+)
+
+
+def default_nibble_table(machine: Machine) -> CodeTable:
+    """Return the checked-in parameters for nibbles on ``machine``."""
+    return _NIBBLES
+
+
+def why_not_format(fmt: WeightFormat) -> str | None:
+    """Return the reason why the kernels cannot compute from weights of a format, or None."""
+    rows, columns = fmt.block
+    if fmt.code is CodeType.E4M3 and (fmt.zero_point or columns % _BLOCK):
+        return f"computes from e4m3 in blocks of a multiple of {_BLOCK} columns or whole rows, not from {fmt}"
+    if fmt.code is CodeType.INT8:
+        return f"does not compute from {fmt} weights"
+    if fmt.code.is_nibble:
+        fits = rows == 1 and (columns % _BLOCK == 0 or columns in (32, 64))
+        if fmt.code is CodeType.E2M1 and not fmt.zero_point:
+            fits = fits or (rows, columns) == (1, 16)
+        if not fits:
+            return f"computes from nibbles in groups of 32, 64 or 128 columns of a row, not from {fmt}"
+    return None
+
+
+def has_dot8(machine: Machine) -> bool:
+    """Return whether the matrix unit multiplies e4m3."""
+    return machine.capability >= (8, 9)
+
+
+def default_code_table(machine: Machine, terms: int) -> CodeTable:
+    """Return the checked-in parameters for rows of ``terms`` codes an element on ``machine``."""
+    table = _LARGE if machine.family in ("hopper", "blackwell") else _DECODED
+    shared = _SHARED[machine.family]
+    return replace(table, heights=tuple(_fit(height, terms, shared) for height in table.heights))
+
+
+def _fit(height: Height, terms: int, shared: int) -> Height:
+    """Return ``height`` with as many copies in flight as fit into shared memory."""
+
+    def fit(tile: Tile, weight_rows: int) -> Tile:
+        step = (terms * tile.rows + weight_rows) * tile.depth
+        return replace(tile, stages=max(2, min(tile.stages, (shared // tile.per_sm - 2048) // step)))
+
+    gate_up = fit(height.gate_up, 2 * height.gate_up.columns)
+    return replace(height, gate_up=gate_up, down=fit(height.down, height.down.columns))
