@@ -124,7 +124,7 @@ def add_kernels(p: argparse.ArgumentParser) -> None:
         choices=KERNEL_FORMATS,
         default=[],
         metavar="NAME",
-        help=f"measure kernels of quantised weights instead: any of {', '.join(KERNEL_FORMATS)}",
+        help=f"measure kernels of quantised weights: any of {', '.join(KERNEL_FORMATS)} (default: none)",
     )
     p.add_argument(
         "--only", choices=("checks", "times"), help="run only the checks or only the timing (default: both)"

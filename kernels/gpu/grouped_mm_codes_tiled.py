@@ -4,7 +4,7 @@ As in :mod:`xpar.kernels.gpu.grouped_mm_tiled`, rows are the tall operand, both 
 descriptors, and gate and up meet in registers. There are no tall tiles. Every 128 inputs the partial sums are
 multiplied by their scales and added in float32. Activated rows become codes here, 128 columns with one scale.
 
-The parameters have their lines in :mod:`xpar.kernels.gpu.grouped_mm_codes_small`, and ``num_rows`` is M k.
+Functions that kernels call have the parameters of the kernels, and these:
 ``xd``, ``hd``, ``wd`` are descriptors of ``x``, ``hidden`` and ``weight``; first, end, column: a tile's first
 sorted row, the row after its expert's last, its first column.
 """
@@ -118,14 +118,39 @@ def store_numbers(y, to, first, end, column, I: tl.constexpr, BM: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["num_rows", "capacity"])
 def gate_up_codes_tiled(
-    x, x_scales, weight, weight_scales, bias, hidden, hidden_scales,
-    offsets, tile_expert, tile_row, tile_count, num_rows, capacity,
-    E: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
-    GATED: tl.constexpr, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    TERMS: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    TO_CODES: tl.constexpr, POWER_OF_TWO: tl.constexpr, DOT8: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    x,  # [TERMS, M k, K] codes of the hidden states in sorted order
+    x_scales,  # [ROW_BLOCKS, M k]
+    weight,  # [E, 2I, K] codes, gate rows, then up rows, or [E, I, K] without a gate
+    weight_scales,  # [E, 2I / BLOCK_ROWS, BLOCKS], or [E, I / BLOCK_ROWS, BLOCKS]
+    bias,  # [E, 2I] or [E, I], or None
+    hidden,  # result in sorted order: [TERMS, M k, I] codes, or [M k, I] numbers without TO_CODES
+    hidden_scales,  # [I / 128, M k], result with TO_CODES
+    offsets,  # [E + 1] int32, first sorted row of each expert, then the number of active slots
+    tile_expert,  # [4, capacity] int32, expert of each tile; only the first list is used
+    tile_row,  # [4, capacity] int32, first sorted row of each tile
+    tile_count,  # [4] int32, tiles in each list
+    num_rows,  # M k
+    capacity,  # tiles that fit into a list: stride of tile_expert and tile_row
+    E: tl.constexpr,  # experts
+    I: tl.constexpr,  # width of an expert
+    K: tl.constexpr,  # elements of a row of x and weight
+    GATED: tl.constexpr,  # True if the weight has gate and up rows
+    NAME: tl.constexpr,  # name of the activation
+    LIMIT: tl.constexpr,  # its limit, None for no bound
+    ALPHA: tl.constexpr,  # its alpha
+    BETA: tl.constexpr,  # its beta
+    TERMS: tl.constexpr,  # codes of an activation, 1 or 2
+    ROW_BLOCKS: tl.constexpr,  # scales of a row of activations: one for 128 inputs, or 1
+    BLOCKS: tl.constexpr,  # scales of a row of weight: one for 128 inputs, or 1
+    BLOCK_ROWS: tl.constexpr,  # weight rows that share their scales
+    TO_CODES: tl.constexpr,  # True if hidden becomes codes
+    POWER_OF_TWO: tl.constexpr,  # True if the scales of hidden are powers of two
+    DOT8: tl.constexpr,  # True if the matrix unit multiplies e4m3
+    BM: tl.constexpr,  # token rows of a tile
+    BN: tl.constexpr,  # weight rows of a tile or program
+    GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
+    PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
+):
     """Compute ``hidden[r] = act(weight[expert] @ x[r] + bias)`` for sorted rows r, as codes or numbers.
 
     A tile has 128 columns, those of one scale. With BN = 64 they are computed one half after the other.
@@ -164,13 +189,32 @@ def gate_up_codes_tiled(
 
 @triton.jit(do_not_specialize=["num_rows", "capacity"])
 def down_codes_tiled(
-    hidden, hidden_scales, weight, weight_scales, bias, out,
-    slots, offsets, tile_expert, tile_row, tile_count, num_rows, capacity,
-    E: tl.constexpr, I: tl.constexpr, H: tl.constexpr,
-    TERMS: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    DOT8: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    hidden,  # [TERMS, M k, I] codes of the activated rows in sorted order
+    hidden_scales,  # [ROW_BLOCKS, M k]
+    weight,  # [E, H, I] codes
+    weight_scales,  # [E, ceil(H / BLOCK_ROWS), BLOCKS]
+    bias,  # [E, H], or None
+    out,  # [M k, H], result, in slot order
+    slots,  # [M k] int32, slot of each sorted row
+    offsets,  # [E + 1] int32, first sorted row of each expert, then the number of active slots
+    tile_expert,  # [4, capacity] int32, expert of each tile; only the first list is used
+    tile_row,  # [4, capacity] int32, first sorted row of each tile
+    tile_count,  # [4] int32, tiles in each list
+    num_rows,  # M k
+    capacity,  # tiles that fit into a list: stride of tile_expert and tile_row
+    E: tl.constexpr,  # experts
+    I: tl.constexpr,  # width of an expert
+    H: tl.constexpr,  # elements of a row of x or out
+    TERMS: tl.constexpr,  # codes of an activation, 1 or 2
+    ROW_BLOCKS: tl.constexpr,  # scales of a row of activations: one for 128 inputs, or 1
+    BLOCKS: tl.constexpr,  # scales of a row of weight: one for 128 inputs, or 1
+    BLOCK_ROWS: tl.constexpr,  # weight rows that share their scales
+    DOT8: tl.constexpr,  # True if the matrix unit multiplies e4m3
+    BM: tl.constexpr,  # token rows of a tile
+    BN: tl.constexpr,  # weight rows of a tile or program
+    GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
+    PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
+):
     """Compute ``out[slot of r] = weight[expert] @ hidden[r] + bias``; each slot is written once."""
     hd = tl.make_tensor_descriptor(hidden, [TERMS * num_rows, I], [I, 1], [BM, 128])
     wd = tl.make_tensor_descriptor(weight, [E * H, I], [I, 1], [BN, 128])

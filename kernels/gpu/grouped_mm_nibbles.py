@@ -8,8 +8,7 @@ rows follow each other: side by side their sums would take twice the registers, 
 Activations have two terms. With PARTS = 2 there are two pairs of them, of which each has zeros in every other
 run of 16 inputs: so the sums of groups of 16 are separate although the unit adds 32 products at least.
 
-Layout and decoding: :mod:`xpar.kernels.gpu.nibbles`. The parameters that have no line here have theirs in
-``grouped_mm_codes_small``.
+Layout and decoding: :mod:`xpar.kernels.gpu.nibbles`.
 """
 
 import triton
@@ -144,12 +143,27 @@ def gate_up_nibbles(
     weight_scales,  # [E, K / 128, WORDS, WIDE] int32
     zeros,  # [E, K / 128, WIDE] int32, or None
     factors,  # [E, 2] float32: on the gate and the up rows
-    bias, hidden,
+    bias,  # [E, rows of the weight], or None
+    hidden,  # [2 PARTS, M k, I] codes, result, in sorted order
     hidden_scales,  # [I / 128, M k], result
     hidden_sums,  # [I / HALF, M k], result with ZERO
-    slots, offsets, tile_expert, tile_row, tile_count, num_tokens, num_rows, capacity,
-    I: tl.constexpr, K: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
-    GATED: tl.constexpr, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    slots,  # [M k] int32, slot of each sorted row
+    offsets,  # [E + 1] int32, first sorted row of each expert, then the number of active slots
+    tile_expert,  # [4, capacity] int32, expert of each tile; only the first list is used
+    tile_row,  # [4, capacity] int32, first sorted row of each tile
+    tile_count,  # [4] int32, tiles in each list
+    num_tokens,  # M
+    num_rows,  # M k
+    capacity,  # tiles that fit into a list: stride of tile_expert and tile_row
+    I: tl.constexpr,  # width of an expert
+    K: tl.constexpr,  # elements of a row of x and weight
+    E: tl.constexpr,  # experts
+    TOP_K: tl.constexpr,  # slots of an entry
+    GATED: tl.constexpr,  # True if the weight has gate and up rows
+    NAME: tl.constexpr,  # name of the activation
+    LIMIT: tl.constexpr,  # its limit, None for no bound
+    ALPHA: tl.constexpr,  # its alpha
+    BETA: tl.constexpr,  # its beta
     CODE: tl.constexpr,  # "int4" or "e2m1"
     SCALE: tl.constexpr,  # type of the scales, as in group_scale
     WORDS: tl.constexpr,  # words of a block's scales
@@ -157,10 +171,13 @@ def gate_up_nibbles(
     HALF: tl.constexpr,  # inputs of a plane
     PARTS: tl.constexpr,  # 2 for groups of 16, else 1
     ZERO: tl.constexpr,  # the zero point of all int4 nibbles if there is no tensor of them; None for e2m1
-    DOT8: tl.constexpr,
+    DOT8: tl.constexpr,  # True if the matrix unit multiplies e4m3
     ASM: tl.constexpr,  # True for inline PTX
-    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    BM: tl.constexpr,  # token rows of a tile
+    BN: tl.constexpr,  # weight rows of a tile or program
+    GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
+    PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
+):
     """Compute ``hidden[r] = act(weight[expert] @ x[row of r] + bias)`` for sorted rows r, as codes."""
     WIDE: tl.constexpr = 2 * I if GATED else I
     STEPS: tl.constexpr = K // (2 * HALF)
@@ -212,12 +229,32 @@ def down_nibbles(
     weight_scales,  # [E, I / 128, WORDS, H] int32
     zeros,  # [E, I / 128, H] int32, or None
     factors,  # [E] float32
-    bias, out, slots, offsets, tile_expert, tile_row, tile_count, num_rows, capacity,
-    I: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
-    CODE: tl.constexpr, SCALE: tl.constexpr, WORDS: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
-    PARTS: tl.constexpr, ZERO: tl.constexpr, DOT8: tl.constexpr, ASM: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    bias,  # [E, rows of the weight], or None
+    out,  # [M k, H], result, in slot order
+    slots,  # [M k] int32, slot of each sorted row
+    offsets,  # [E + 1] int32, first sorted row of each expert, then the number of active slots
+    tile_expert,  # [4, capacity] int32, expert of each tile; only the first list is used
+    tile_row,  # [4, capacity] int32, first sorted row of each tile
+    tile_count,  # [4] int32, tiles in each list
+    num_rows,  # M k
+    capacity,  # tiles that fit into a list: stride of tile_expert and tile_row
+    I: tl.constexpr,  # width of an expert
+    H: tl.constexpr,  # elements of a row of x or out
+    E: tl.constexpr,  # experts
+    CODE: tl.constexpr,  # "int4" or "e2m1"
+    SCALE: tl.constexpr,  # type of the scales, as in group_scale
+    WORDS: tl.constexpr,  # words of a block's scales
+    G: tl.constexpr,  # inputs of a group
+    HALF: tl.constexpr,  # inputs of a plane
+    PARTS: tl.constexpr,  # 2 for groups of 16, else 1
+    ZERO: tl.constexpr,  # the zero point of all int4 nibbles if there is no tensor of them; None for e2m1
+    DOT8: tl.constexpr,  # True if the matrix unit multiplies e4m3
+    ASM: tl.constexpr,  # True for inline PTX
+    BM: tl.constexpr,  # token rows of a tile
+    BN: tl.constexpr,  # weight rows of a tile or program
+    GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
+    PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
+):
     """Compute ``out[slot of r] = weight[expert] @ hidden[r] + bias``; each slot is written once."""
     STEPS: tl.constexpr = I // (2 * HALF)
     num_n = tl.cdiv(H, BN)

@@ -74,18 +74,35 @@ def add_steps(
 @triton.jit
 def gate_up_nibbles_vector(
     x,  # [N, H], hidden states
-    weight, weight_scales, zeros, factors, bias,  # as in gate_up_nibbles
+    weight,  # as in gate_up_nibbles
+    weight_scales,  # as in gate_up_nibbles
+    zeros,  # zero points, [E, blocks, rows] int32, or None
+    factors,  # float32 factors of each expert's matrices
+    bias,  # [E, rows of the weight], or None
     hidden,  # [M k, I], result, in slot order
     rows,  # [M] int64, row of x that each entry reads; None if entry m reads row m
     ids,  # [M k] int32, expert of each slot, -1 for none
-    I: tl.constexpr, H: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
-    GATED: tl.constexpr, NAME: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    CODE: tl.constexpr, SCALE: tl.constexpr, WORDS: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
-    ZERO: tl.constexpr, DOT8: tl.constexpr, ASM: tl.constexpr,
+    I: tl.constexpr,  # width of an expert
+    H: tl.constexpr,  # elements of a row of x or out
+    K: tl.constexpr,  # elements of a row of x and weight
+    TOP_K: tl.constexpr,  # slots of an entry
+    GATED: tl.constexpr,  # True if the weight has gate and up rows
+    NAME: tl.constexpr,  # name of the activation
+    LIMIT: tl.constexpr,  # its limit, None for no bound
+    ALPHA: tl.constexpr,  # its alpha
+    BETA: tl.constexpr,  # its beta
+    CODE: tl.constexpr,  # "int4" or "e2m1"
+    SCALE: tl.constexpr,  # type of the scales, as in group_scale
+    WORDS: tl.constexpr,  # words of a block's scales
+    G: tl.constexpr,  # inputs of a group
+    HALF: tl.constexpr,  # inputs of a plane
+    ZERO: tl.constexpr,  # the zero point of all int4 nibbles if there is no tensor of them; None for e2m1
+    DOT8: tl.constexpr,  # True if the matrix unit multiplies e4m3
+    ASM: tl.constexpr,  # True for inline PTX
     BN: tl.constexpr,  # columns of a program
     BG: tl.constexpr,  # steps at a time
     STAGES: tl.constexpr,  # copies in flight
-):  # fmt: skip
+):
     """Compute ``hidden[slot] = act(weight[expert] @ x[row] + bias)``; grid: columns, slots."""
     WIDE: tl.constexpr = 2 * I if GATED else I
     STEPS: tl.constexpr = K // (2 * HALF)
@@ -119,15 +136,29 @@ def gate_up_nibbles_vector(
 @triton.jit
 def down_nibbles_vector(
     hidden,  # [M k, I], activated rows in slot order
-    weight, weight_scales, zeros, factors, bias,  # as in down_nibbles
+    weight,  # as in down_nibbles
+    weight_scales,  # as in down_nibbles
+    zeros,  # zero points, [E, blocks, rows] int32, or None
+    factors,  # float32 factors of each expert's matrices
+    bias,  # [E, rows of the weight], or None
     out,  # [M, H], result
     ids,  # [M k] int32, expert of each slot, -1 for none
     router_weights,  # [M k] float32; that of a slot without an expert is not read
-    I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
-    CODE: tl.constexpr, SCALE: tl.constexpr, WORDS: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
-    ZERO: tl.constexpr, DOT8: tl.constexpr, ASM: tl.constexpr,
-    BN: tl.constexpr, BG: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    I: tl.constexpr,  # width of an expert
+    H: tl.constexpr,  # elements of a row of x or out
+    TOP_K: tl.constexpr,  # slots of an entry
+    CODE: tl.constexpr,  # "int4" or "e2m1"
+    SCALE: tl.constexpr,  # type of the scales, as in group_scale
+    WORDS: tl.constexpr,  # words of a block's scales
+    G: tl.constexpr,  # inputs of a group
+    HALF: tl.constexpr,  # inputs of a plane
+    ZERO: tl.constexpr,  # the zero point of all int4 nibbles if there is no tensor of them; None for e2m1
+    DOT8: tl.constexpr,  # True if the matrix unit multiplies e4m3
+    ASM: tl.constexpr,  # True for inline PTX
+    BN: tl.constexpr,  # weight rows of a tile or program
+    BG: tl.constexpr,  # steps at a time
+    STAGES: tl.constexpr,  # copies in flight
+):
     """Sum ``router weight * (weight[expert] @ hidden[slot] + bias)`` over each entry's slots.
 
     Grid: blocks of columns, entries.
