@@ -1,11 +1,13 @@
 """The choice of an expert kernel, and its reasons."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from xpar.kernels.contracts import Activation, ExpertSpec
+from xpar.kernels.quantised_weight import ActivationScheme, CodeType, WeightFormat
 from xpar.kernels.registry import KERNELS, choose_kernel
 
 SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"))
@@ -80,3 +82,27 @@ def test_a_name_chooses_that_kernel_or_says_why_not():
 def test_the_error_gives_every_kernels_reason():
     with pytest.raises(ValueError, match=r"no kernel serves .*\n  zentorch: .*\n  native: .*\n  onednn: "):
         choose_kernel(replace(SPEC, dtype=torch.float64))
+
+
+BLOCKS = WeightFormat(CodeType.E4M3, (128, 128), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_wrong"),
+    [
+        ({}, False),
+        ({"weight_format": BLOCKS, "activation_scheme": ActivationScheme()}, False),
+        ({"weight_format": BLOCKS}, True),
+        ({"weight_format": BLOCKS, "activation_scheme": ActivationScheme(), "row_invariant": True}, True),
+        ({"weight_format": WeightFormat(CodeType.INT4, (1, 128), torch.bfloat16)}, True),
+    ],
+    ids=["plain", "fp8 activations", "weights alone", "exact", "int4"],
+)
+def test_what_was_wrong_on_a_gpu_is_passed_over_there(
+    change: dict[str, Any], is_wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    choice = choose_kernel(replace(SPEC, device="cuda:0", **change))
+    assert (choice.name == "reference") is is_wrong
+    assert ("wrong on an H200" in choice.explain()) is is_wrong
