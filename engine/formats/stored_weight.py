@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -265,6 +264,3 @@ def scale_dtype(parts: Parts, suffix: str) -> torch.dtype:
     if stored not in SCALE_DTYPES:
         raise parts.error(suffix, f"is {stored}; scales are {', '.join(SCALE_DTYPES)} or U8")
     return DTYPES[stored]
-
-
-Builder = Callable[[Parts, Scheme], StoredWeight]
