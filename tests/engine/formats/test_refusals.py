@@ -231,6 +231,24 @@ def test_long_lists_are_compiled_once(tmp_path: Path) -> None:
     assert scheme_of("lm_head") is None
 
 
+WARNED = {
+    "gptq-v2-that-says-v1": "GPTQ zero points are of the other version than config.json says",
+    "gptq-v1": "GPTQ zero points of 15 are read as 0",
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_a_doubtful_file_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    config, tensors = made(name)
+    both = {f"{module}{end}": t.clone() for module in ("a", "b") for end, t in tensors.items()}
+    checkpoint = write(tmp_path, config, both, "")
+    for module in ("a", "b", "a"):
+        checkpoint.read(f"{module}.weight")
+    assert [WARNED[name] in record.message for record in caplog.records] == [True]
+
+
 def test_several_groups_in_one_file(tmp_path: Path) -> None:
     """fp8 attention beside int4 experts, chosen by regexes, and a class for the rest."""
     files = {"model.layers.0.self_attn.o_proj": "ct-float-block", MODULE: "ct-int4-g32", "head": "ct-nvfp4"}
