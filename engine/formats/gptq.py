@@ -4,7 +4,6 @@
 version 2 stores z, and symmetric files say by their zero points which of them they are.
 """
 
-import logging
 from dataclasses import replace
 from functools import cached_property
 
@@ -15,7 +14,6 @@ from xpar.engine.formats.stored_weight import StoredWeight, cut_blocks, scale_dt
 from xpar.engine.formats.words import as_signed, bytes_along_columns, bytes_along_rows, codes_of_bytes
 from xpar.kernels.quantised_weight import CodeType, QuantisedWeight, WeightFormat
 
-log = logging.getLogger("xpar.formats")
 CODES, ZEROS, SCALES, ORDER = ".qweight", ".qzeros", ".scales", ".g_idx"
 
 
@@ -123,9 +121,15 @@ class GptqWeight(StoredWeight):
         first, middle = rows.start - from_word.start * per_word, 1 << (self.bits - 1)
         zeros = zeros[:, first : first + rows.stop - rows.start]
         if not self.scheme.symmetric:
-            return (zeros + 1) & (2 * middle - 1) if self.scheme.zero_plus_one else zeros
+            return self._add_one(zeros, 2 * middle - 1) if self.scheme.zero_plus_one else zeros
         self._check_symmetric(zeros, middle)
         return None
+
+    def _add_one(self, zeros: Tensor, most: int) -> Tensor:
+        """Return the zero points of version 1, whose largest number stands for 0."""
+        if bool((zeros == most).any()):
+            self.parts.warn_once(f"GPTQ zero points of {most} are read as 0; some programs read {most + 1}")
+        return (zeros + 1) & most
 
     def _check_symmetric(self, zeros: Tensor, middle: int) -> None:
         """Raise :class:`CheckpointError` unless all zero points are the middle, in either version."""
@@ -139,4 +143,6 @@ class GptqWeight(StoredWeight):
                 f"(version 1) or {middle} (version 2) everywhere; correct sym in its quantization_config",
             )
         if (low == middle - 1) != self.scheme.zero_plus_one:
-            log.debug("%s%s is of the other version than config.json says", self.parts.module, ZEROS)
+            self.parts.warn_once(
+                "GPTQ zero points are of the other version than config.json says; so they are read"
+            )

@@ -53,6 +53,7 @@ class QuantisedCheckpoint(Checkpoint):
         self._scheme_of = scheme_of
         self._modules = {name: module for module, name in find_modules(stored.names())}
         self._weights: dict[str, StoredWeight | None] = {}
+        self._warned: set[str] = set()
         self._names = dict.fromkeys(self._visible_names())
         self._converted: Counter[str] = Counter()
 
@@ -183,7 +184,7 @@ class QuantisedCheckpoint(Checkpoint):
         if module is None:
             return None
         if name not in self._weights:
-            parts = Parts(self.stored, module)
+            parts = Parts(self.stored, module, self._warned)
             scheme = self._scheme_of(module)
             weight = make_weight(parts, scheme or Scheme("none"))
             if weight is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from xpar.engine.checkpoint.tensor_file import CheckpointError
-from xpar.engine.formats.patterns import is_glob, is_path_or_end, is_target
+from xpar.engine.formats.patterns import globs, path_or_end, targets
 from xpar.engine.formats.stored_weight import Scheme
 
 Config = Mapping[str, Any]
@@ -66,29 +66,32 @@ def _fp8(config: Config) -> SchemeOf:
     if "e5m2" in fmt:
         raise CheckpointError(f"config.json: quantization_config.fmt={fmt!r}: only e4m3 is read; {INSTEAD}")
     scheme = Scheme(str(config.get("quant_method")), 8, block)
-    left_out = [*_list(config, "modules_to_not_convert"), *_list(config, "ignored_layers")]
-    return lambda module: None if is_path_or_end(module, left_out) else scheme
+    is_left_out = path_or_end([*_list(config, "modules_to_not_convert"), *_list(config, "ignored_layers")])
+    return lambda module: None if is_left_out(module) else scheme
 
 
 def _mxfp4(config: Config) -> SchemeOf:
     scheme = Scheme("mxfp4", 4, (1, 32))
     left_out = _list(config, "modules_to_not_convert")
-    return lambda module: None if is_path_or_end(module, left_out) or is_glob(module, left_out) else scheme
+    is_path, is_glob = path_or_end(left_out), globs(left_out)
+    return lambda module: None if is_path(module) or is_glob(module) else scheme
 
 
 def _compressed_tensors(config: Config) -> SchemeOf:
     """Resolve a module's group: an exact name before a regex, that before a class; ``ignore`` before all."""
-    ignore = [str(name) for name in _list(config, "ignore")]
+    is_ignored = targets(_list(config, "ignore"))
     groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-    targets = [(str(t), _group_scheme(g)) for g in groups for t in g.get("targets") or ()]
-    named = [t for t in targets if not t[0].startswith("re:") and "." in t[0]]
-    regexes = [t for t in targets if t[0].startswith("re:")]
-    classes = [scheme for name, scheme in targets if not name.startswith("re:") and "." not in name]
+    wanted = [(str(t), _group_scheme(g)) for g in groups for t in g.get("targets") or ()]
+    names = {name: scheme for name, scheme in wanted if not name.startswith("re:") and "." in name}
+    regexes = [(targets([name]), scheme) for name, scheme in wanted if name.startswith("re:")]
+    classes = [scheme for name, scheme in wanted if not name.startswith("re:") and "." not in name]
 
     def scheme_of(module: str) -> Scheme | None:
-        if any(is_target(module, pattern) for pattern in ignore):
+        if is_ignored(module):
             return None
-        matching = (scheme for pattern, scheme in [*named, *regexes] if is_target(module, pattern))
+        if module in names:
+            return names[module]
+        matching = (scheme for is_target, scheme in regexes if is_target(module))
         return next(matching, classes[0] if classes else None)
 
     return scheme_of
@@ -135,8 +138,8 @@ def _awq(config: Config) -> SchemeOf:
     for key in ("version", "format"):
         _refuse_packing(str(config.get(key) or "gemm").lower(), key)
     scheme = _integer_scheme(config, "awq", "awq")
-    left_out = _list(config, "modules_to_not_convert")
-    return lambda module: None if is_path_or_end(module, left_out) else scheme
+    is_left_out = path_or_end(_list(config, "modules_to_not_convert"))
+    return lambda module: None if is_left_out(module) else scheme
 
 
 def _auto_round(config: Config) -> SchemeOf:
@@ -150,10 +153,11 @@ def _auto_round(config: Config) -> SchemeOf:
             f"and auto_round:auto_awq are; {INSTEAD}"
         )
     extra: Mapping[str, Any] = config.get("extra_config") or {}
+    regexes = [(targets([f"re:(?:{name})$"]), name) for name in extra if re.search(r"[^\w.\-]", name)]
 
     def scheme_of(module: str) -> Scheme | None:
-        found = (c for name, c in extra.items() if module == name or _is_match(name, module))
-        changes: Mapping[str, Any] = next(found, {}) or {}
+        matching = (extra[name] for is_match, name in regexes if is_match(module))
+        changes: Mapping[str, Any] = extra.get(module) or next(matching, None) or {}
         if int(changes.get("bits") or config.get("bits") or 4) >= 16:
             return None
         return _integer_scheme({**config, **changes}, "auto-round", kind)
@@ -164,7 +168,7 @@ def _auto_round(config: Config) -> SchemeOf:
 def _modelopt(config: Config) -> SchemeOf:
     """Read either place of ModelOpt's configuration; the file's dtypes tell NVFP4 and fp8 apart."""
     inner: Mapping[str, Any] = config.get("quantization") or config
-    left_out = [*_list(inner, "exclude_modules"), *_list(inner, "ignore")]
+    is_left_out = globs([*_list(inner, "exclude_modules"), *_list(inner, "ignore")])
     algorithm = str(inner.get("quant_algo") or "NVFP4").upper()
     known = ("NVFP4", "FP8", "W4A16_NVFP4", "MIXED_PRECISION", "FP8_PB_WO", "NVFP4_AWQ", "W4A8_NVFP4_FP8")
     if algorithm not in known:
@@ -173,7 +177,7 @@ def _modelopt(config: Config) -> SchemeOf:
             f"{INSTEAD}"
         )
     scheme = Scheme("modelopt", None, (128, 128) if algorithm == "FP8_PB_WO" else None)
-    return lambda module: None if is_glob(module, left_out) else scheme
+    return lambda module: None if is_left_out(module) else scheme
 
 
 def _integer_scheme(config: Config, method: str, packing: str) -> Scheme:
@@ -195,13 +199,6 @@ def _refuse_packing(name: object, key: str) -> None:
             f"config.json: quantization_config.{key}={name!r} is not read: it {PACKINGS[str(name)]}; "
             f"{INSTEAD}"
         )
-
-
-def _is_match(pattern: str, module: str) -> bool:
-    try:
-        return re.fullmatch(pattern, module) is not None
-    except re.error:
-        return False
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

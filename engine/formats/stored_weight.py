@@ -1,9 +1,9 @@
 """The stored tensors of one quantised weight, and the form in which all formats are read."""
 
+import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "F8_E4M3")
 """The dtypes of scales; bytes are taken for e8m0."""
 
 
+log = logging.getLogger("xpar.formats")
 FEW_RUNS = 128
 PAGE = 4096  # bytes, of file systems and of memory
 
@@ -45,10 +46,14 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Parts:
-    """The stored tensors of one module, by what follows the module's name."""
+    """The stored tensors of one module, by what follows the module's name.
+
+    ``warned``: what has been warned of, shared by all modules of a checkpoint.
+    """
 
     checkpoint: Checkpoint
     module: str
+    warned: set[str] = field(default_factory=set)
 
     def has(self, suffix: str) -> bool:
         """Return whether the module has a tensor of this suffix."""
@@ -76,6 +81,12 @@ class Parts:
         if rows.stop - rows.start > FEW_RUNS and 4 * (cols.stop - cols.start) < PAGE:
             return self.read(suffix, rows)[:, cols].clone(memory_format=torch.contiguous_format)
         return self.read(suffix, rows, cols)
+
+    def warn_once(self, message: str) -> None:
+        """Log ``message`` unless it was logged of another module of the checkpoint."""
+        if message not in self.warned:
+            self.warned.add(message)
+            log.warning("%s: %s (first in %s)", self.checkpoint.path, message, self.module)
 
     def error(self, suffix: str, why: str) -> CheckpointError:
         """Make the error about one of the tensors."""
@@ -265,6 +276,3 @@ def scale_dtype(parts: Parts, suffix: str) -> torch.dtype:
     if stored not in SCALE_DTYPES:
         raise parts.error(suffix, f"is {stored}; scales are {', '.join(SCALE_DTYPES)} or U8")
     return DTYPES[stored]
-
-
-Builder = Callable[[Parts, Scheme], StoredWeight]

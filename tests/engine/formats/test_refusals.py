@@ -1,6 +1,7 @@
 """What is refused, and what contradicts itself: one line with the name and the remedy."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ EXCLUSIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "gptq-v1": lambda c: c.update(dynamic={r"-:.*experts\.3": {}}),
     "awq": lambda c: c.update(modules_to_not_convert=["down_proj"]),
     "auto-round-gptq": lambda c: c.update(extra_config={MODULE: {"bits": 16}}),
+    "auto-round-awq": lambda c: c.update(extra_config={r".*experts\.\d+\.down_proj": {"bits": 16}}),
 }
 
 
@@ -214,6 +216,37 @@ def test_floats_with_a_scale_beside_them_are_floats(tmp_path: Path) -> None:
     checkpoint = write(tmp_path, {"quant_method": "fp8"}, tensors)
     assert list(checkpoint.names()) == [NAME]
     assert torch.equal(checkpoint.read(NAME), tensors[".weight"]) and checkpoint.weight_format(NAME) is None
+
+
+def test_long_lists_are_compiled_once(tmp_path: Path) -> None:
+    """Thousands of patterns, of which some are no regex, for thousands of modules."""
+    from xpar.engine.formats.schemes import schemes_of
+
+    left_out = [*(f"model.layers.{n}.mlp.gate" for n in range(3000)), "a(b", "lm_head"]
+    scheme_of = schemes_of({"quant_method": "fp8", "modules_to_not_convert": left_out})
+    begin = time.process_time()
+    assert all(scheme_of(f"model.layers.1.mlp.experts.{n}.gate_proj") for n in range(1000))
+    assert time.process_time() - begin < 5  # seconds; compiled each time it would take a hundred
+    assert scheme_of("model.layers.2999.mlp.gate") is None and scheme_of("x.a(b") is None
+    assert scheme_of("lm_head") is None
+
+
+WARNED = {
+    "gptq-v2-that-says-v1": "GPTQ zero points are of the other version than config.json says",
+    "gptq-v1": "GPTQ zero points of 15 are read as 0",
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_a_doubtful_file_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    config, tensors = made(name)
+    both = {f"{module}{end}": t.clone() for module in ("a", "b") for end, t in tensors.items()}
+    checkpoint = write(tmp_path, config, both, "")
+    for module in ("a", "b", "a"):
+        checkpoint.read(f"{module}.weight")
+    assert [WARNED[name] in record.message for record in caplog.records] == [True]
 
 
 def test_several_groups_in_one_file(tmp_path: Path) -> None:
