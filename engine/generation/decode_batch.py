@@ -258,8 +258,8 @@ class DecodeBatch:
                 # Without padding a causal model needs no mask, and its attention is faster.
                 attention_mask=seen.to(device) if min(lengths) < columns else None,
                 position_ids=places.to(device),
-                past_key_values=empty_cache(self._loaded) if past is None else past.cache(),
+                past_key_values=empty_cache(self._loaded.model) if past is None else past.cache(),
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return out.logits[:, -1], past_of(self._loaded, out.past_key_values, lengths)
+        return out.logits[:, -1], past_of(out.past_key_values, lengths)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpar.engine.models.kv_cache import KvCache, growing_layer, new_cache
+from xpar.engine.models.kv_cache import KvCache, growing_layer, new_cache, other_states
 
 Change = Callable[[Tensor], Tensor]
 
@@ -115,28 +115,28 @@ def _mapped_value(value: Any, change: Change) -> Any:
     return value
 
 
-def empty_cache(loaded: Any) -> Any:
+def empty_cache(model: Any) -> Any:
     """Make the cache for the first forward of new sequences; None where the model makes its own."""
-    if loaded.is_cache_of_keys_and_values:
+    if not other_states(model.config):
         return new_cache()
     from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    family = type(loaded.model).__module__
+    family = type(model).__module__
     types = [value for value in vars(sys.modules[family]).values() if isinstance(value, type)]
     if any(issubclass(value, Cache) and value.__module__ == family for value in types):
         return None
-    made = DynamicCache(config=loaded.model.config)
+    made = DynamicCache(config=model.config)
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     # The mask serves layers with a sliding window, as in a cache of keys and values.
     made.layers = [growing_layer()() if type(layer) in plain else layer for layer in made.layers]
     return made
 
 
-def past_of(loaded: Any, cache: Any, lengths: tuple[int, ...]) -> Any:
-    """Take what a forward of ``loaded`` left in ``cache`` of sequences of ``lengths`` tokens.
+def past_of(cache: Any, lengths: tuple[int, ...]) -> Any:
+    """Take what a forward left in ``cache`` of sequences of ``lengths`` tokens.
 
     Returns a :class:`~xpar.engine.models.kv_cache.KvCache`, or a :class:`StateCache`, which has its methods.
     """
-    if loaded.is_cache_of_keys_and_values:
+    if all(isinstance(layer, growing_layer()) for layer in cache.layers):
         return KvCache.of(cache, lengths)
     return StateCache(cache, lengths)
