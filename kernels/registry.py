@@ -7,8 +7,16 @@ import torch
 
 from xpar.kernels.choice import Choice, choose
 from xpar.kernels.contracts import ActivationName, ExpertKernel, ExpertSpec, RouteSpec
-from xpar.kernels.cpu import experts_native, experts_onednn, experts_zen, native_library
+from xpar.kernels.cpu import (
+    experts_native,
+    experts_native_quantised,
+    experts_onednn,
+    experts_zen,
+    native_library,
+    quantised_library,
+)
 from xpar.kernels.cpu.experts_native import NativeExperts
+from xpar.kernels.cpu.experts_native_quantised import NativeQuantisedExperts
 from xpar.kernels.cpu.experts_onednn import OneDnnExperts
 from xpar.kernels.cpu.experts_zen import ZenExperts
 from xpar.kernels.gpu import availability as gpu
@@ -143,6 +151,19 @@ KERNELS: tuple[KernelEntry, ...] = (
         all_activations=True,
         fused_routing=FusedRouting(("softmax",), tokens=4, measured=f"1.08 / 1.01 / 1.01 {_STEPS_EPYC}"),
         measured=f"1.4 / 1.4 / 1.3 / 1.4 / 1.3 / 1.2 x {_OLMOE})",
+    ),
+    KernelEntry(
+        name="native-quantised",
+        devices=("cpu",),
+        dtypes=(torch.bfloat16,),
+        activations=_GATED,
+        row_invariant=True,
+        why_unavailable=experts_native_quantised.why_unavailable,
+        build=NativeQuantisedExperts,
+        why_not_format=quantised_library.why_not_format,
+        all_activations=True,
+        fused_routing=FusedRouting(("softmax",), tokens=4, measured="MEASURED"),
+        measured="MEASURED",
     ),
     KernelEntry(
         name="triton",

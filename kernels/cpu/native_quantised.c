@@ -20,13 +20,18 @@
 #define PREFETCH_BYTES 4096
 /* Vectors of columns of a panel. */
 #define PANEL_VECTORS 4
-/* Rows that are multiplied by codes decoded on the way, at most. */
-#define FEW 4
+/* Rows of a tile, at most. */
+#define ROWS 6
+/* Rows of an expert that are multiplied by nibbles or bytes decoded on the way, at most. */
+#ifndef MOST_NIBBLE
+#define MOST_NIBBLE 48
+#define MOST_BYTE 6
+#endif
 
 /* Meanings of a code; PAIRS: codes that are decoded already. */
 enum { NIBBLE, E4M3, INT8, PAIRS };
 /* Types of scales as they are stored. */
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { FLOAT32, BFLOAT16, FLOAT16, SCALE_E8M0, SCALE_E4M3 };
 
 /* A table of bfloat16 numbers: of the 16 nibbles, or of the e4m3 codes below the smallest normal one. Each is
  * there as often as a register holds it.
@@ -49,21 +54,25 @@ struct quantised {
  * multiplied by `factor` before `bias` is added, which may be NULL.
  */
 struct target {
-    uint16_t *out;
+    void *out;
     int64_t stride, columns;
     const float *bias;
     float factor;
+    int is_float32;
 };
 
-static inline int64_t scale_bytes(int32_t scale) { return scale == FLOAT32 ? 4 : 2; }
+static inline int64_t scale_bytes(int32_t scale)
+{
+    return scale == FLOAT32 ? 4 : scale == BFLOAT16 || scale == FLOAT16 ? 2 : 1;
+}
 
 #include "native_quantised_sets.h"
 
-/* One instruction set: the largest number of rows of a tile, the columns of a panel, the bytes of x for a pair
- * of inputs, and its functions.
+/* One instruction set: the columns of a panel, the bytes of x for a pair of inputs, the vectors of a tile of
+ * decoded numbers, and its functions.
  */
 struct isa {
-    int rows, columns, pair_bytes;
+    int columns, pair_bytes, pair_vectors;
     void (*decode)(const struct quantised *, const char *, uint32_t *);
     void (*codes)(
         int, const struct quantised *, const char *, const void *, const float *, const struct target *);
@@ -74,12 +83,12 @@ struct isa {
         const struct quantised *, const uint16_t *, const int64_t *, int64_t, int, void *, float *);
 };
 
-#define ISA(suffix, rows, columns, pair_bytes) \
-    {rows, columns, pair_bytes, decode_panel_##suffix, multiply_codes_##suffix, multiply_pairs_##suffix, \
+#define ISA(suffix, columns, pair_bytes, pair_vectors) \
+    {columns, pair_bytes, pair_vectors, decode_panel_##suffix, multiply_codes_##suffix, multiply_pairs_##suffix, \
      lay_rows_##suffix}
 /* By the numbers that `xpar_quantised_set` returns. */
 static const struct isa sets[] = {
-    {0}, ISA(avx2, 6, 32, 8), ISA(avx512, 12, 64, 8), ISA(bf16, 12, 64, 4)};
+    {0}, ISA(avx2, 32, 8, 2), ISA(avx512, 64, 8, 4), ISA(bf16, 64, 4, 4)};
 
 /* Return the best instruction set here: 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 products; 0 for none. */
 int xpar_quantised_set(void)
@@ -171,14 +180,14 @@ struct block {
     int rows;
 };
 
-/* Split spans (expert, first, end) evenly into blocks of at most `most` rows and return how many there are. */
+/* Split spans (expert, first, end) evenly into blocks of at most ROWS rows and return how many there are. */
 static int64_t split_spans(
-    const int64_t *spans, int64_t num_spans, int most, struct block *blocks, int64_t *starts)
+    const int64_t *spans, int64_t num_spans, struct block *blocks, int64_t *starts)
 {
     int64_t count = 0;
     for (int64_t s = 0; s < num_spans; s++) {
         const int64_t begin = spans[3 * s + 1], rows = spans[3 * s + 2] - begin;
-        const int64_t parts = rows <= FEW ? 1 : (rows + most - 1) / most;
+        const int64_t parts = (rows + ROWS - 1) / ROWS;
         starts[s] = count;
         for (int64_t p = 0; p < parts; p++) {
             const int64_t first = rows * p / parts, end = rows * (p + 1) / parts;
@@ -199,12 +208,12 @@ struct product {
     const char *packed;    /* [experts, panels] */
     const float *factors;  /* [experts], or NULL */
     const float *bias;     /* [experts, panels, columns], or NULL */
-    uint16_t *out;         /* [results, outputs] */
+    char *out;             /* [results, outputs] bfloat16, or float32 if `is_float32` */
     char *laid;            /* room for all rows, `laid_bytes` each, at a cache line's start */
     int64_t laid_bytes;
     char *scratch;         /* room for one decoded panel a thread */
     int64_t scratch_bytes;
-    int32_t set, threads;
+    int32_t is_float32, set, threads;
 };
 
 /* Multiply all rows of a span by one panel. */
@@ -219,23 +228,24 @@ static void multiply_panel(
     const char *packed =
         p->packed + (expert * panels + panel) * xpar_quantised_panel_bytes(w, p->set, &columns);
     uint32_t *scratch = (uint32_t *)(p->scratch + omp_get_thread_num() * p->scratch_bytes);
-    const int is_few = num_blocks == 1 && blocks->rows <= FEW;
-    if (!is_few)
+    const int64_t rows = p->spans[3 * span + 2] - p->spans[3 * span + 1];
+    const int is_direct = rows <= (w->code == NIBBLE ? MOST_NIBBLE : MOST_BYTE);
+    if (!is_direct)
         isa->decode(w, packed, scratch);
     for (const struct block *b = blocks; b < blocks + num_blocks; b++) {
         char *laid = p->laid + (b->first - base) * p->laid_bytes;
         const float *sums = (const float *)(laid + b->rows * sums_at);
         const int64_t column = panel * columns, left = w->outputs - column;
         const struct target to = {
-            p->out + b->first * w->outputs + column, w->outputs, left < columns ? left : columns,
+            p->out + (b->first * w->outputs + column) * (p->is_float32 ? 4 : 2), w->outputs, left < columns ? left : columns,
             p->bias ? p->bias + expert * panels * columns + column : NULL,
-            p->factors ? p->factors[expert] : 1,
+            p->factors ? p->factors[expert] : 1, p->is_float32,
         };
-        if (is_few) {
+        if (is_direct) {
             isa->codes(b->rows, w, packed, laid, sums, &to);
             continue;
         }
-        for (int vector = 0; vector < PANEL_VECTORS; vector += 2)
+        for (int vector = 0; vector < PANEL_VECTORS; vector += isa->pair_vectors)
             isa->pairs(b->rows, vector, w, packed, scratch, laid, sums, &to);
     }
 }
@@ -251,7 +261,7 @@ int xpar_quantised_product(const struct product *p)
     const int64_t sums_at = (w->inputs + 7) / 8 * 4 * isa->pair_bytes, base = p->num_spans ? p->spans[1] : 0;
     int64_t most = 0;
     for (int64_t s = 0; s < p->num_spans; s++)
-        most += (p->spans[3 * s + 2] - p->spans[3 * s + 1] + isa->rows - 1) / isa->rows + 1;
+        most += (p->spans[3 * s + 2] - p->spans[3 * s + 1] + ROWS - 1) / ROWS;
     struct block *blocks = malloc(most * sizeof *blocks + 1);
     int64_t *starts = malloc((p->num_spans + 1) * sizeof *starts);
     if (!blocks || !starts) {
@@ -259,7 +269,7 @@ int xpar_quantised_product(const struct product *p)
         free(starts);
         return -1;
     }
-    const int64_t count = split_spans(p->spans, p->num_spans, isa->rows, blocks, starts);
+    const int64_t count = split_spans(p->spans, p->num_spans, blocks, starts);
 
 #pragma omp parallel num_threads(p->threads)
     {

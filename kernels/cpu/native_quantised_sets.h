@@ -11,7 +11,8 @@
     typedef float floats_##suffix __attribute__((vector_size(bytes))); \
     typedef uint32_t words_##suffix __attribute__((vector_size(bytes))); \
     typedef int32_t signed_words_##suffix __attribute__((vector_size(bytes))); \
-    typedef uint16_t halves_##suffix __attribute__((vector_size(bytes / 2)))
+    typedef uint16_t halves_##suffix __attribute__((vector_size(bytes / 2))); \
+    typedef uint8_t bytes_##suffix __attribute__((vector_size(bytes / 4)))
 DEFINE_TYPES(bf16, 64);
 DEFINE_TYPES(avx512, 64);
 DEFINE_TYPES(avx2, 32);
@@ -77,12 +78,13 @@ INLINE void step_numbers_bf16(
 }
 #define SUFFIX bf16
 #define VBYTES 64
-#define ROWS 12
+#define PAIR_VECTORS 4
 #define NUMBERS_OF_PAIR 1
 #define VECTORS_OF_ROWS(n) 4
 #include "native_quantised_tile.h"
 #undef SUFFIX
 #undef NUMBERS_OF_PAIR
+#undef PAIR_VECTORS
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -90,11 +92,12 @@ INLINE void step_numbers_bf16(
 DEFINE_AVX512(avx512)
 DEFINE_FLOAT32_STEP(avx512)
 #define SUFFIX avx512
+#define PAIR_VECTORS 4
 #define NUMBERS_OF_PAIR 2
 #include "native_quantised_tile.h"
 #undef SUFFIX
 #undef VBYTES
-#undef ROWS
+#undef PAIR_VECTORS
 #undef VECTORS_OF_ROWS
 #pragma GCC pop_options
 
@@ -133,12 +136,12 @@ INLINE floats_avx2 wide_half_avx2(halves_avx2 half)
 DEFINE_FLOAT32_STEP(avx2)
 #define SUFFIX avx2
 #define VBYTES 32
-#define ROWS 6
+#define PAIR_VECTORS 2
 #define VECTORS_OF_ROWS(n) (n == 1 ? 4 : 2)
 #include "native_quantised_tile.h"
 #undef SUFFIX
 #undef VBYTES
-#undef ROWS
+#undef PAIR_VECTORS
 #undef NUMBERS_OF_PAIR
 #undef VECTORS_OF_ROWS
 #pragma GCC pop_options

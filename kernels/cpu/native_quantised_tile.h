@@ -20,6 +20,7 @@
 #define words JOIN(words, SUFFIX)
 #define signed_words JOIN(signed_words, SUFFIX)
 #define halves JOIN(halves, SUFFIX)
+#define bytes JOIN(bytes, SUFFIX)
 #define nibble_pair JOIN(nibble_pair, SUFFIX)
 #define e4m3_pair JOIN(e4m3_pair, SUFFIX)
 #define step_numbers JOIN(step_numbers, SUFFIX)
@@ -66,11 +67,21 @@ static inline __attribute__((always_inline)) floats column_values(int kind, cons
 {
     if (kind == FLOAT32)
         return ((const floats *)values)[vector];
-    halves half;
-    memcpy(&half, values + vector * sizeof half, sizeof half);
-    if (kind == FLOAT16)
-        return wide_half(half);
-    return (floats)(__builtin_convertvector(half, words) << 16);
+    if (kind == FLOAT16 || kind == BFLOAT16) {
+        halves half;
+        memcpy(&half, values + vector * sizeof half, sizeof half);
+        return kind == FLOAT16 ? wide_half(half) : (floats)(__builtin_convertvector(half, words) << 16);
+    }
+    bytes byte;
+    memcpy(&byte, values + vector * sizeof byte, sizeof byte);
+    const words code = __builtin_convertvector(byte, words);
+    if (kind == SCALE_E8M0) /* code 0 is 2^-127, which float32 holds as half of its smallest normal number */
+        return (floats)(code << 23 | ((words)(code == 0) & 0x400000u));
+    /* As if all codes were normal; below the smallest normal one, 2^-6, the exponent is that of 2^-6. */
+    const floats normal = (floats)(((code & 0x7f) << 20) + (120u << 23));
+    const floats less = normal - 0x1p-6f;
+    const floats size = normal + (floats)((words)less & (words)(less < 0));
+    return (floats)((words)size | (code & 0x80) << 24);
 }
 
 /* Compute and store one tile. Every call passes constants as `code`, `rows` and `vectors`, so that all sums
@@ -157,8 +168,13 @@ static inline __attribute__((always_inline)) void quantised_tile(
             const floats factor = (floats){0} + to->factor;
             const floats value = to->bias ? fuse(total[m][v], factor, ((const floats *)to->bias)[first + v])
                                           : total[m][v] * factor;
+            const int64_t place = m * to->stride + column;
+            if (to->is_float32) {
+                memcpy((float *)to->out + place, &value, count * sizeof(float));
+                continue;
+            }
             const halves result = round_to_bfloat16(value);
-            memcpy(to->out + m * to->stride + column, &result, count * sizeof *to->out);
+            memcpy((uint16_t *)to->out + place, &result, count * sizeof(uint16_t));
         }
     }
 }
@@ -193,37 +209,37 @@ static void JOIN(decode_panel, SUFFIX)(const struct quantised *w, const char *pa
     }
 }
 
-/* Multiply `rows` rows, at most FEW, by a panel whose codes are decoded on the way. */
+/* Multiply `rows` rows, at most ROWS, by a panel whose codes are decoded on the way. */
 static void JOIN(multiply_codes, SUFFIX)(
     int rows, const struct quantised *w, const char *panel, const void *x, const float *sums,
     const struct target *to)
 {
     for (int first = 0; first < PANEL_VECTORS;) {
-        switch (4 * w->code + rows) {
+        switch (8 * w->code + rows) {
 #define CASE(code, n) \
-    case 4 * code + n: \
+    case 8 * code + n: \
         quantised_tile(code, n, VECTORS_OF_ROWS(n), first, w, panel, NULL, x, sums, to); \
         first += VECTORS_OF_ROWS(n); \
         break
             CASE(NIBBLE, 1); CASE(NIBBLE, 2); CASE(NIBBLE, 3); CASE(NIBBLE, 4);
+            CASE(NIBBLE, 5); CASE(NIBBLE, 6);
             CASE(E4M3, 1); CASE(E4M3, 2); CASE(E4M3, 3); CASE(E4M3, 4);
+            CASE(E4M3, 5); CASE(E4M3, 6);
             CASE(INT8, 1); CASE(INT8, 2); CASE(INT8, 3); CASE(INT8, 4);
+            CASE(INT8, 5); CASE(INT8, 6);
 #undef CASE
         }
     }
 }
 
-/* Multiply `rows` rows, at most ROWS, by two vectors of a decoded panel. */
+/* Multiply `rows` rows, at most ROWS, by PAIR_VECTORS vectors of a decoded panel. */
 static void JOIN(multiply_pairs, SUFFIX)(
     int rows, int first, const struct quantised *w, const char *panel, const uint32_t *pairs, const void *x,
     const float *sums, const struct target *to)
 {
     switch (rows) {
-#define CASE(n) case n: quantised_tile(PAIRS, n, 2, first, w, panel, pairs, x, sums, to); break
+#define CASE(n) case n: quantised_tile(PAIRS, n, PAIR_VECTORS, first, w, panel, pairs, x, sums, to); break
         CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6);
-#if ROWS > 6
-        CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12);
-#endif
 #undef CASE
     }
 }
@@ -269,6 +285,7 @@ static void JOIN(lay_rows, SUFFIX)(
 #undef words
 #undef signed_words
 #undef halves
+#undef bytes
 #undef nibble_pair
 #undef e4m3_pair
 #undef step_numbers

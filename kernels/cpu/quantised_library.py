@@ -20,13 +20,12 @@ _LAID_BYTES = 64 * 2**20
 _MIN_ROWS_PER_CALL = 48
 _CACHE_LINE = 64
 _CODES = {CodeType.INT4: 0, CodeType.E2M1: 0, CodeType.E4M3: 1, CodeType.INT8: 2}
-# Scales in bfloat16 are those whose dtype it holds exactly.
 _SCALES = {
-    torch.float32: (0, torch.float32),
-    torch.bfloat16: (1, torch.bfloat16),
-    torch.float16: (2, torch.float16),
-    torch.float8_e8m0fnu: (1, torch.bfloat16),
-    torch.float8_e4m3fn: (1, torch.bfloat16),
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e8m0fnu: 3,
+    torch.float8_e4m3fn: 4,
 }
 
 
@@ -59,6 +58,7 @@ class _Product(ctypes.Structure):
         ("laid_bytes", ctypes.c_int64),
         ("scratch", ctypes.c_void_p),
         ("scratch_bytes", ctypes.c_int64),
+        ("is_float32", ctypes.c_int32),
         ("set", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
@@ -115,8 +115,7 @@ class PackedCodes:
         self.outputs, self.inputs, self.format = outputs, inputs, fmt
         self._set = instruction_set() if instructions is None else instructions
         self._decoder = _make_decoder(fmt.code)
-        kind, self._scale_dtype = _SCALES[fmt.scale]
-        group, code = fmt.block[1] or inputs, _CODES[fmt.code]
+        group, code, kind = fmt.block[1] or inputs, _CODES[fmt.code], _SCALES[fmt.scale]
         self._layout = _Quantised(
             outputs, inputs, group, code, kind, fmt.zero_point, ctypes.pointer(self._decoder)
         )
@@ -145,7 +144,7 @@ class PackedCodes:
                 f"weight is {weight.format} {weight.shape}, expected {expected[0]} {expected[1]}"
             )
         codes = weight.codes.contiguous()
-        scales = weight.scales.to(self._scale_dtype).contiguous()
+        scales = weight.scales.contiguous()
         zeros = None
         if weight.zeros is not None:
             table = self.format.code.values() if self.format.code.is_nibble else None
@@ -173,6 +172,7 @@ class PackedCodes:
         x: Tensor,
         spans: Sequence[Span],
         rows: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
         buffer_bytes: int = _LAID_BYTES,
     ) -> Tensor:
         """Compute ``x[rows[r]] @ weight[e].T + bias[e]`` for the rows r of each span.
@@ -181,17 +181,18 @@ class PackedCodes:
             x: [N, K] bf16, contiguous.
             spans: one after the other from 0 to S, the number of results; none is empty.
             rows: [S] int64, the row of ``x`` that each result reads; None if result r reads row r.
+            dtype: bfloat16 or float32, of the result.
             buffer_bytes: bytes of rows, as tiles read them, in one call of the library.
 
         Returns:
-            [S, N] bf16, rounded once. The bits of a row depend on that row and its expert alone.
+            [S, N] in ``dtype``, rounded once. The bits of a row depend on that row and its expert alone.
         """
         if x.dtype != torch.bfloat16 or not x.is_contiguous() or x.shape[-1] != self.inputs:
             raise ValueError(
                 f"x is {tuple(x.shape)} {x.dtype}: expected contiguous bfloat16 rows of {self.inputs}"
             )
         total, threads = spans[-1][2] if spans else 0, torch.get_num_threads()
-        out = torch.empty(total, self.outputs, dtype=torch.bfloat16)
+        out = torch.empty(total, self.outputs, dtype=dtype)
         rows_per_call = max(_MIN_ROWS_PER_CALL, buffer_bytes // self._laid_bytes)
         laid = _aligned_bytes(min(total, rows_per_call) * self._laid_bytes)
         scratch = _aligned_bytes(threads * self._scratch_bytes)
@@ -211,6 +212,7 @@ class PackedCodes:
                 self._laid_bytes,
                 scratch.data_ptr(),
                 self._scratch_bytes,
+                dtype == torch.float32,
                 self._set,
                 threads,
             )
