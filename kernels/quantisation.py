@@ -16,8 +16,6 @@ NAMED_FORMATS = {
 """The formats that weights are quantised to, by the names that options have for them."""
 # The largest value of each code.
 _LARGEST = {CodeType.E4M3: 448.0, CodeType.INT8: 127.0, CodeType.INT4: 7.0, CodeType.E2M1: 6.0}
-# Values half way between the magnitudes of e2m1; of two as near, the one with an even code is taken.
-_E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _SMALLEST = 2.0**-126
 
 
@@ -61,8 +59,8 @@ def _block_maxima(values: Tensor, fmt: WeightFormat) -> Tensor:
     rows, cols = values.shape[-2:]
     block_rows, block_cols = fmt.block[0] or rows, fmt.block[1] or cols
     padded = functional.pad(values.abs(), (0, -cols % block_cols, 0, -rows % block_rows))
-    blocks = padded.unflatten(-1, (-1, block_cols)).unflatten(-3, (-1, block_rows))
-    return blocks.amax((-3, -1))
+    shape = (*padded.shape[:-2], -1, block_rows, padded.shape[-1] // block_cols, block_cols)
+    return padded.view(shape).amax((-3, -1))
 
 
 def _round_scales(wanted: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,10 +85,11 @@ def _encode(ratio: Tensor, code: CodeType) -> Tensor:
         return ratio.round().to(torch.int8)
     if code is CodeType.INT4:
         return _join_nibbles((ratio.round() + 8).to(torch.uint8))
-    bounds = torch.tensor(_E2M1_BOUNDS, device=ratio.device)
-    size = torch.bucketize(ratio.abs(), bounds, right=False)
-    tie = (ratio.abs() == bounds[size.clamp_max(6)]) & (size % 2 == 1)
-    nibbles = (size + tie).to(torch.uint8) | (ratio < 0).to(torch.uint8) << 3
+    # e2m1 has steps of 0.5 up to 2, of 1 up to 4 and of 2 up to 6, and a code for each step.
+    size = ratio.abs()
+    above = torch.where(size < 4, size.round() + 2, (size / 2).round() + 4)
+    nibbles = torch.where(size < 2, (2 * size).round(), above).to(torch.uint8)
+    nibbles |= (ratio < 0).to(torch.uint8) << 3
     return _join_nibbles(nibbles)
 
 

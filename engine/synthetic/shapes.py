@@ -65,6 +65,7 @@ SHAPES: Mapping[str, Shape] = {
     "qwen3-30b-a3b": Shape("qwen3_moe", 2048, 768, 128, 8, overrides={"norm_topk_prob": True}),
     "qwen3-235b-a22b": Shape("qwen3_moe", 4096, 1536, 128, 8, overrides={"norm_topk_prob": True}),
     "deepseek-v2-lite": Shape("deepseek_v2", 2048, 1408, 64, 6, 2, {"topk_method": "greedy"}),
+    "gpt-oss-20b": Shape("gpt_oss", 2880, 2880, 32, 4),
     "deepseek-v3": Shape("deepseek_v3", 7168, 2048, 256, 8, 1),
 }
 
