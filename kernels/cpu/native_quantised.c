@@ -127,7 +127,7 @@ static uint32_t every_other_nibble(uint32_t word)
 /* Copy one weight into the layout of native_quantised_tile.h.
  *
  * codes: [outputs, inputs] bytes, or [outputs, (inputs + 1) / 2] with the nibble of an even input low.
- * scales, zeros: [blocks of `block_rows` outputs, groups]; zeros in bfloat16.
+ * scales, zeros: [blocks of `block_rows` outputs, groups]; zeros in bfloat16, times 2^24 if codes are int8.
  *
  * Returns the number of e4m3 codes that are NaN.
  */
@@ -239,7 +239,7 @@ static void multiply_panel(
         const struct target to = {
             p->out + (b->first * w->outputs + column) * (p->is_float32 ? 4 : 2), w->outputs, left < columns ? left : columns,
             p->bias ? p->bias + expert * panels * columns + column : NULL,
-            p->factors ? p->factors[expert] : 1, p->is_float32,
+            (p->factors ? p->factors[expert] : 1) * (w->code == INT8 ? 0x1p-24f : 1), p->is_float32,
         };
         if (is_direct) {
             isa->codes(b->rows, w, packed, laid, sums, &to);

@@ -41,11 +41,11 @@ static inline __attribute__((always_inline)) halves round_to_bfloat16(floats val
     return __builtin_convertvector((near & ~nan) | (((bits >> 16) | 0x40) & nan), halves);
 }
 
-/* Pair `j` of the signed bytes of each word. */
+/* Pair `j` of the signed bytes of each word, times 2^24: at the top of a word a byte needs no extension. */
 static inline __attribute__((always_inline)) words int8_pair(words word, int j)
 {
-    signed_words even = (signed_words)(word << (24 - 8 * j)) >> 24;
-    signed_words odd = (signed_words)(word << (8 - 8 * j)) >> 24;
+    const signed_words even = (signed_words)(word << (24 - 8 * j) & 0xff000000u);
+    const signed_words odd = (signed_words)((j ? word : word << 8) & 0xff000000u);
     words low = (words)__builtin_convertvector(even, floats);
     words high = (words)__builtin_convertvector(odd, floats);
     return low >> 16 | high; /* exact: the low halves of both are zero */

@@ -147,8 +147,9 @@ class PackedCodes:
         scales = weight.scales.contiguous()
         zeros = None
         if weight.zeros is not None:
-            table = self.format.code.values() if self.format.code.is_nibble else None
-            values = weight.zeros.float() if table is None else table[weight.zeros.long()]
+            # The library decodes int8 codes to 2^24 times their value.
+            is_nibble = self.format.code.is_nibble
+            values = self.format.code.values()[weight.zeros.long()] if is_nibble else weight.zeros * 2.0**24
             zeros = values.bfloat16().contiguous()
         nans = _load().xpar_quantised_pack(
             ctypes.byref(self._layout),

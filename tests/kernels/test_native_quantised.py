@@ -12,7 +12,8 @@ REASON = quantised_library.why_unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 HERE = range(1, 1 + (0 if REASON else quantised_library.instruction_set()))
 every_set = pytest.mark.parametrize("instructions", HERE, ids=lambda number: SETS[number])
-every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
+ALL_FORMATS = [*FORMATS, WeightFormat(CodeType.INT8, (0, 64), torch.float32, zero_point=True)]
+every_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
 SHAPES = [(1, 1), (16, 2), (31, 7), (33, 64), (100, 129), (515, 96), (130, 260)]
 
 

@@ -26,6 +26,6 @@ def draw(fmt: WeightFormat, rows: int, cols: int, g: torch.Generator) -> Quantis
         codes.view(fmt.code.dtype),
         (torch.rand(grid, generator=g) + 0.25).to(fmt.scale),
         cols,
-        torch.randint(0, 16, grid, generator=g, dtype=torch.uint8) if fmt.zero_point else None,
+        torch.randint(0, 16, grid, generator=g).to(fmt.code.dtype) if fmt.zero_point else None,
         torch.rand((), generator=g) if fmt.global_scale else None,
     )
