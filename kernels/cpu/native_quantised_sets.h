@@ -11,8 +11,7 @@
     typedef float floats_##suffix __attribute__((vector_size(bytes))); \
     typedef uint32_t words_##suffix __attribute__((vector_size(bytes))); \
     typedef int32_t signed_words_##suffix __attribute__((vector_size(bytes))); \
-    typedef uint16_t halves_##suffix __attribute__((vector_size(bytes / 2))); \
-    typedef uint8_t bytes_##suffix __attribute__((vector_size(bytes / 4)))
+    typedef uint16_t halves_##suffix __attribute__((vector_size(bytes / 2)))
 DEFINE_TYPES(bf16, 64);
 DEFINE_TYPES(avx512, 64);
 DEFINE_TYPES(avx2, 32);
@@ -43,14 +42,23 @@ DEFINE_TYPES(avx2, 32);
         return (words_##suffix)_mm512_permutexvar_epi16( \
             (__m512i)word, _mm512_loadu_si512(decoder->numbers)); \
     } \
-    INLINE words_##suffix e4m3_pair_##suffix(words_##suffix word, const struct decoder *decoder) \
+    /* The bytes of pair `j`, each at the top of half a word. */ \
+    INLINE words_##suffix high_bytes_##suffix(words_##suffix word, int j) \
     { \
-        const words_##suffix shifted = (word << 4) & 0x07f007f0u; \
-        const __mmask32 small = _mm512_testn_epi16_mask((__m512i)word, _mm512_set1_epi16(0x78)); \
-        __m512i size = _mm512_add_epi16((__m512i)shifted, _mm512_set1_epi16(120 << 7)); \
-        size = _mm512_mask_permutexvar_epi16( \
-            size, small, (__m512i)word, _mm512_loadu_si512(decoder->numbers)); \
-        return (words_##suffix)size | ((word << 8) & 0x80008000u); \
+        const __m512i zero = _mm512_setzero_si512(); \
+        return (words_##suffix)(j ? _mm512_unpackhi_epi8(zero, (__m512i)word) \
+                                  : _mm512_unpacklo_epi8(zero, (__m512i)word)); \
+    } \
+    /* Shift a code to where bfloat16 has exponent and fraction, but look up those below the normal ones. */ \
+    INLINE words_##suffix e4m3_shifted_##suffix(words_##suffix word, int j, const struct decoder *decoder) \
+    { \
+        const words_##suffix both = high_bytes_##suffix(word, j); \
+        const __m512i code = _mm512_srli_epi16((__m512i)both, 8); \
+        const __mmask32 small = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x78)); \
+        __m512i size = (__m512i)((both & 0x7f007f00u) >> 4); \
+        size = _mm512_add_epi16(size, _mm512_set1_epi16(120 << 7)); \
+        size = _mm512_mask_permutexvar_epi16(size, small, code, _mm512_loadu_si512(decoder->numbers)); \
+        return (words_##suffix)size | (both & 0x80008000u); \
     } \
     INLINE floats_##suffix fuse_##suffix(floats_##suffix a, floats_##suffix b, floats_##suffix c) \
     { \
@@ -62,8 +70,24 @@ DEFINE_TYPES(avx2, 32);
     }
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,prefer-vector-width=512")
 DEFINE_AVX512(bf16)
+/* For few rows, look up both bytes of every number: seven bits of an index choose among 128 bytes. With more
+ * rows the tables take registers that sums need.
+ */
+INLINE words_bf16 e4m3_pair_bf16(words_bf16 word, int j, const int rows, const struct decoder *decoder)
+{
+    if (rows > 2)
+        return e4m3_shifted_bf16(word, j, decoder);
+    const __m512i low = _mm512_permutex2var_epi8(
+        _mm512_loadu_si512(decoder->low_of_size), (__m512i)word,
+        _mm512_loadu_si512(decoder->low_of_size + 64));
+    const __m512i size = _mm512_permutex2var_epi8(
+        _mm512_loadu_si512(decoder->high_of_size), (__m512i)word,
+        _mm512_loadu_si512(decoder->high_of_size + 64));
+    const __m512i high = (__m512i)((words_bf16)size | (word & 0x80808080u));
+    return (words_bf16)(j ? _mm512_unpackhi_epi8(low, high) : _mm512_unpacklo_epi8(low, high));
+}
 INLINE void step_numbers_bf16(
     const int rows, const int vectors, const words_bf16 *numbers, const uint32_t *x,
     floats_bf16 (*part)[PANEL_VECTORS])
@@ -90,6 +114,11 @@ INLINE void step_numbers_bf16(
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 DEFINE_AVX512(avx512)
+INLINE words_avx512 e4m3_pair_avx512(words_avx512 word, int j, int rows, const struct decoder *decoder)
+{
+    (void)rows;
+    return e4m3_shifted_avx512(word, j, decoder);
+}
 DEFINE_FLOAT32_STEP(avx512)
 #define SUFFIX avx512
 #define PAIR_VECTORS 4
@@ -117,13 +146,21 @@ INLINE words_avx2 nibble_pair_avx2(words_avx2 word, const struct decoder *decode
 {
     return (words_avx2)number_of_index((__m256i)(word & 0x000f000fu), decoder);
 }
-INLINE words_avx2 e4m3_pair_avx2(words_avx2 word, const struct decoder *decoder)
+INLINE words_avx2 high_bytes_avx2(words_avx2 word, int j)
 {
-    const __m256i size = (__m256i)(word & 0x007f007fu);
+    const __m256i zero = _mm256_setzero_si256();
+    return (words_avx2)(j ? _mm256_unpackhi_epi8(zero, (__m256i)word)
+                          : _mm256_unpacklo_epi8(zero, (__m256i)word));
+}
+INLINE words_avx2 e4m3_pair_avx2(words_avx2 word, int j, int rows, const struct decoder *decoder)
+{
+    (void)rows;
+    const words_avx2 both = high_bytes_avx2(word, j);
+    const __m256i size = _mm256_srli_epi16((__m256i)(both & 0x7f007f00u), 8);
     const __m256i normal = _mm256_add_epi16(_mm256_slli_epi16(size, 4), _mm256_set1_epi16(120 << 7));
     const __m256i small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), size);
     const __m256i looked_up = number_of_index(_mm256_and_si256(size, _mm256_set1_epi16(7)), decoder);
-    return (words_avx2)_mm256_blendv_epi8(normal, looked_up, small) | ((word << 8) & 0x80008000u);
+    return (words_avx2)_mm256_blendv_epi8(normal, looked_up, small) | (both & 0x80008000u);
 }
 INLINE floats_avx2 fuse_avx2(floats_avx2 a, floats_avx2 b, floats_avx2 c)
 {

@@ -4,10 +4,11 @@
  * `e4m3_pair`, `step_numbers`, `fuse` and `wide_half`.
  *
  * Layout of a weight: panels of COLUMNS columns (outputs). A panel is a sequence of groups along the inputs,
- * and a group is the scale of each column, its zero point if there are any, and the codes. The codes of a
- * column are 32-bit words of 8 nibbles or 4 bytes: word halves hold even and odd inputs, so that shifting a
- * word brings the codes of inputs k and k + 1 to the low ends of its halves, and both become bfloat16 in
- * place.
+ * and a group is the scale of each column, its zero point if there are any, and the codes. The nibbles of
+ * a column are 32-bit words of 8, whose halves hold those of even and of odd inputs: shifting a word brings
+ * the codes of inputs k and k + 1 to the low ends of its halves, and both become bfloat16 in place. Bytes lie
+ * 4 of a column and 4 columns to 16 bytes: inputs k and k + 1 of each column, then k + 2 and k + 3, so that
+ * the lower and the upper 8 bytes become two vectors of pairs.
  *
  * Each element of a result is a sum over groups in ascending order, each group one chain of multiply-adds
  * that is scaled in float32, whatever the numbers of rows and threads, and whether codes are decoded here or
@@ -20,7 +21,7 @@
 #define words JOIN(words, SUFFIX)
 #define signed_words JOIN(signed_words, SUFFIX)
 #define halves JOIN(halves, SUFFIX)
-#define bytes JOIN(bytes, SUFFIX)
+#define high_bytes JOIN(high_bytes, SUFFIX)
 #define nibble_pair JOIN(nibble_pair, SUFFIX)
 #define e4m3_pair JOIN(e4m3_pair, SUFFIX)
 #define step_numbers JOIN(step_numbers, SUFFIX)
@@ -44,21 +45,21 @@ static inline __attribute__((always_inline)) halves round_to_bfloat16(floats val
 /* Pair `j` of the signed bytes of each word, times 2^24: at the top of a word a byte needs no extension. */
 static inline __attribute__((always_inline)) words int8_pair(words word, int j)
 {
-    const signed_words even = (signed_words)(word << (24 - 8 * j) & 0xff000000u);
-    const signed_words odd = (signed_words)((j ? word : word << 8) & 0xff000000u);
+    const words both = high_bytes(word, j);
+    const signed_words even = (signed_words)(both << 16), odd = (signed_words)(both & 0xff000000u);
     words low = (words)__builtin_convertvector(even, floats);
     words high = (words)__builtin_convertvector(odd, floats);
     return low >> 16 | high; /* exact: the low halves of both are zero */
 }
 
-/* The bfloat16 numbers of pair `j` of a word. `code` is a constant. */
+/* The bfloat16 numbers of pair `j` of a word. `code` and `rows`, which they are multiplied by, are constants. */
 static inline __attribute__((always_inline)) words decode_pair(
-    const int code, words word, int j, const struct decoder *decoder)
+    const int code, words word, int j, const int rows, const struct decoder *decoder)
 {
     if (code == NIBBLE)
         return nibble_pair(word >> (4 * j), decoder);
     if (code == E4M3)
-        return e4m3_pair(j ? word >> 8 : word, decoder);
+        return e4m3_pair(word, j, rows, decoder);
     return int8_pair(word, j);
 }
 
@@ -67,21 +68,11 @@ static inline __attribute__((always_inline)) floats column_values(int kind, cons
 {
     if (kind == FLOAT32)
         return ((const floats *)values)[vector];
-    if (kind == FLOAT16 || kind == BFLOAT16) {
-        halves half;
-        memcpy(&half, values + vector * sizeof half, sizeof half);
-        return kind == FLOAT16 ? wide_half(half) : (floats)(__builtin_convertvector(half, words) << 16);
-    }
-    bytes byte;
-    memcpy(&byte, values + vector * sizeof byte, sizeof byte);
-    const words code = __builtin_convertvector(byte, words);
-    if (kind == SCALE_E8M0) /* code 0 is 2^-127, which float32 holds as half of its smallest normal number */
-        return (floats)(code << 23 | ((words)(code == 0) & 0x400000u));
-    /* As if all codes were normal; below the smallest normal one, 2^-6, the exponent is that of 2^-6. */
-    const floats normal = (floats)(((code & 0x7f) << 20) + (120u << 23));
-    const floats less = normal - 0x1p-6f;
-    const floats size = normal + (floats)((words)less & (words)(less < 0));
-    return (floats)((words)size | (code & 0x80) << 24);
+    halves half;
+    memcpy(&half, values + vector * sizeof half, sizeof half);
+    if (kind == FLOAT16)
+        return wide_half(half);
+    return (floats)(__builtin_convertvector(half, words) << 16);
 }
 
 /* Compute and store one tile. Every call passes constants as `code`, `rows` and `vectors`, so that all sums
@@ -137,7 +128,7 @@ static inline __attribute__((always_inline)) void quantised_tile(
                         break;
 #pragma GCC unroll 16
                     for (int v = 0; v < vectors; v++)
-                        numbers[v] = decode_pair(code, loaded[v], j, w->decoder);
+                        numbers[v] = decode_pair(code, loaded[v], j, rows, w->decoder);
                     step_numbers(rows, vectors, numbers, x, part);
                     x += NUMBERS_OF_PAIR * rows;
                 }
@@ -193,7 +184,7 @@ static void JOIN(decode_panel, SUFFIX)(const struct quantised *w, const char *pa
                 const words loaded = ((const words *)panel)[v];
 #define DECODE(code, n) \
     _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) \
-        ((words *)(pairs + j * COLUMNS))[v] = decode_pair(code, loaded, j, w->decoder)
+        ((words *)(pairs + j * COLUMNS))[v] = decode_pair(code, loaded, j, 1, w->decoder)
                 if (w->code == NIBBLE) {
                     DECODE(NIBBLE, 4);
                 } else if (w->code == E4M3) {
@@ -285,7 +276,7 @@ static void JOIN(lay_rows, SUFFIX)(
 #undef words
 #undef signed_words
 #undef halves
-#undef bytes
+#undef high_bytes
 #undef nibble_pair
 #undef e4m3_pair
 #undef step_numbers

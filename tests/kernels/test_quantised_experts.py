@@ -83,10 +83,10 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(fmt, g):
     """Also where a batch has so many rows that codes are decoded before they are multiplied."""
     spec = replace(SPEC, num_experts=2, row_invariant=True, weight_format=fmt, bias=True)
     kernel, _ = build(spec, g)
-    x = batch(spec, 150, 2, g)
-    whole, slots = kernel.compute(x), kernel.compute_slots(x).view(150, 2, -1)
-    for size in (1, 2, 5, 7, 12, 13, 49, 120):
-        pick = torch.randperm(150, generator=g)[:size]
+    x = batch(spec, 200, 2, g)
+    whole, slots = kernel.compute(x), kernel.compute_slots(x).view(200, 2, -1)
+    for size in (1, 2, 3, 5, 7, 13, 49, 130):
+        pick = torch.randperm(200, generator=g)[:size]
         part = ExpertInput(x.hidden_states, x.topk_ids[pick], x.topk_weights[pick], pick)
         assert torch.equal(kernel.compute(part), whole[pick])
         assert torch.equal(kernel.compute_slots(part).view(size, 2, -1), slots[pick])
@@ -96,7 +96,8 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(fmt, g):
 def test_memory_is_that_of_the_codes_and_scales(fmt, g):
     spec = replace(SPEC, hidden_size=512, intermediate_size=256, num_experts=2, weight_format=fmt)
     weights = [draw(fmt, 512, 512, g), draw(fmt, 512, 256, g)]
-    assert ENTRY.build(spec).nbytes() <= 1.1 * 2 * sum(weight.nbytes for weight in weights)
+    # Scales of one byte are kept in two.
+    assert ENTRY.build(spec).nbytes() <= 1.12 * 2 * sum(weight.nbytes for weight in weights)
 
 
 def test_what_does_not_fit_is_refused(g):
