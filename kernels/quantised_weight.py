@@ -3,6 +3,7 @@
 N outputs, K inputs of a product ``y = x W^T``. A block is the rows and columns of codes that share one scale.
 """
 
+import math
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -73,6 +74,12 @@ class WeightFormat:
         """Return the blocks along N and along K of a weight [rows, cols]; the last may be partial."""
         block_rows, block_cols = self.block
         return -(-rows // (block_rows or rows or 1)), -(-cols // (block_cols or cols or 1))
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Return the bytes of the codes, scales, zero points and factor of a weight [rows, cols]."""
+        per_block = self.scale.itemsize + (self.code.dtype.itemsize if self.zero_point else 0)
+        blocks = math.prod(self.grid(rows, cols)) * per_block
+        return math.prod(self.code_shape(rows, cols)) + blocks + (4 if self.global_scale else 0)
 
     def code_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Return the shape of the tensor that holds the codes of a weight [rows, cols]."""

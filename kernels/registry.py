@@ -7,8 +7,16 @@ import torch
 
 from xpar.kernels.choice import Choice, choose
 from xpar.kernels.contracts import ActivationName, ExpertKernel, ExpertSpec, RouteSpec
-from xpar.kernels.cpu import experts_native, experts_onednn, experts_zen, native_library
+from xpar.kernels.cpu import (
+    experts_native,
+    experts_native_quantised,
+    experts_onednn,
+    experts_zen,
+    native_library,
+    quantised_library,
+)
 from xpar.kernels.cpu.experts_native import NativeExperts
+from xpar.kernels.cpu.experts_native_quantised import NativeQuantisedExperts
 from xpar.kernels.cpu.experts_onednn import OneDnnExperts
 from xpar.kernels.cpu.experts_zen import ZenExperts
 from xpar.kernels.gpu import availability as gpu
@@ -146,6 +154,19 @@ KERNELS: tuple[KernelEntry, ...] = (
         measured=f"1.4 / 1.4 / 1.3 / 1.4 / 1.3 / 1.2 x {_OLMOE})",
     ),
     KernelEntry(
+        name="native-quantised",
+        devices=("cpu",),
+        dtypes=(torch.bfloat16,),
+        activations=_GATED,
+        row_invariant=True,
+        why_unavailable=experts_native_quantised.why_unavailable,
+        build=NativeQuantisedExperts,
+        why_not_format=quantised_library.why_not_format,
+        all_activations=True,
+        fused_routing=FusedRouting(("softmax",), tokens=4, measured="MEASURED"),
+        measured="MEASURED",
+    ),
+    KernelEntry(
         name="triton",
         devices=("cuda",),
         dtypes=_FLOATS,
@@ -167,6 +188,8 @@ KERNELS: tuple[KernelEntry, ...] = (
         build=ReferenceExperts,
         why_not_format=lambda fmt: None,
         all_activations=True,
+        # A kernel that computes from converted weights is faster by far.
+        why_unsuitable=lambda spec: "keeps float32 copies" if spec.weight_format else None,
         measured="the definition, not made to be fast",
     ),
 )
@@ -211,6 +234,39 @@ def choose_kernel(
             raise
         raise ValueError(f"no kernel serves {spec}: {error}") from None
     return replace(choice, reason="; ".join(filter(None, (choice.chosen.measured, choice.reason))))
+
+
+def choose_packed_kernel(
+    spec: ExpertSpec,
+    fmt: WeightFormat,
+    name: str = "auto",
+    kernels: tuple[KernelEntry, ...] = KERNELS,
+) -> tuple[ExpertSpec, Choice[KernelEntry]]:
+    """Choose a kernel that computes from weights in ``fmt``, or else one that takes them converted.
+
+    Args:
+        spec: the requirements of the layer, with weights in plain numbers.
+        fmt: the format in which its weights are stored.
+        name: a kernel's name, or "auto". A named kernel that does not take ``fmt`` gets converted weights.
+        kernels: the candidates, the fastest first.
+
+    Returns:
+        What the kernel has to be built for, with ``weight_format`` if the weights stay as they are; and the
+        choice, whose reasons say why each of the others does not take ``fmt``.
+
+    Raises:
+        ValueError: no kernel serves ``spec`` either way.
+    """
+    packed = replace(spec, weight_format=fmt)
+    against = {entry.name: entry.why_not(packed) or entry.why_unsuitable(packed) for entry in kernels}
+    if name == "auto" and not any(reason is None for reason in against.values()):
+        choice = choose_kernel(spec, name, kernels)
+        rejected = tuple((other, against[other] or reason) for other, reason in choice.rejected)
+        return spec, replace(choice, rejected=rejected)
+    named = next((entry for entry in kernels if entry.name == name), None)
+    if named is not None and named.why_not(packed) is not None:
+        return spec, choose_kernel(spec, name, kernels)
+    return packed, choose_kernel(packed, name, kernels)
 
 
 def _join_names(values: Iterable[object]) -> str:

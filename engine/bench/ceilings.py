@@ -13,6 +13,7 @@ from xpar.engine.config import LayerConfig
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, Routing
 from xpar.kernels.cpu import host, native_library
 from xpar.kernels.cpu.native_library import PackedWeights
+from xpar.kernels.quantised_weight import WeightFormat
 
 STREAM_BYTES = 1 << 29
 """Bytes that are read to measure the host's memory: more than its caches hold."""
@@ -34,12 +35,24 @@ class HostCeilings:
     bytes_per_s: float
     flop_per_s: float
 
-    def floor_s(self, config: LayerConfig, routing: Routing, dtype: torch.dtype) -> float:
-        """Compute the least seconds of a layer: to read the chosen weights once, or to compute every slot."""
-        expert = 3 * config.routed_size * config.intermediate_size
+    def floor_s(
+        self,
+        config: LayerConfig,
+        routing: Routing,
+        dtype: torch.dtype,
+        weight_format: WeightFormat | None = None,
+    ) -> float:
+        """Compute the least seconds of a layer: to read the chosen weights once, or to compute every slot.
+
+        ``weight_format``: that of the experts' weights, if they are quantised.
+        """
+        h, i = config.routed_size, config.intermediate_size
+        expert, expert_bytes = 3 * h * i, 3 * h * i * dtype.itemsize
+        if weight_format is not None:
+            expert_bytes = weight_format.nbytes(2 * i, h) + weight_format.nbytes(h, i)
         shared = 3 * config.hidden_size * (config.shared.intermediate_size if config.shared else 0)
         active = routing.topk_ids[routing.topk_ids >= 0]
-        weights: int = (torch.unique(active).numel() * expert + shared) * dtype.itemsize
+        weights: int = torch.unique(active).numel() * expert_bytes + shared * dtype.itemsize
         work: int = 2 * (active.numel() * expert + routing.topk_ids.shape[0] * shared)
         return max(weights / self.bytes_per_s, work / self.flop_per_s)
 

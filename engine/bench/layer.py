@@ -23,6 +23,7 @@ from xpar.engine.layer.reference import relative_error
 from xpar.engine.layer.route_and_compute import FusedRunner
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
+from xpar.engine.synthetic.layer import SyntheticLayer
 
 CHECKED_TOKENS = 64
 """Number of tokens whose output is compared with the reference."""
@@ -77,6 +78,13 @@ class LayerBench:
     def _build(self) -> MoERunner:
         r = self.request
         options = LayerOptions(r.dispatcher, r.kernel, r.exact, depth=r.depth)
+        fmt = r.weight_format
+        return build_layer(self.config, self.grid, r.dtype, self.weights.read, options, weight_format=fmt)
+
+    def _build_converted(self) -> MoERunner:
+        """Build the layer that has the same weights converted to the request's dtype."""
+        r = self.request
+        options = LayerOptions(r.dispatcher, exact=r.exact, depth=r.depth)
         return build_layer(self.config, self.grid, r.dtype, self.weights.read, options)
 
     def _build_forwards(self) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -88,6 +96,8 @@ class LayerBench:
                     "--compare steps: the layer takes its steps one by one already; leave it out"
                 )
             forwards["steps"] = with_options(self.runner, depth="steps")
+        if "bf16" in self.request.compare:
+            forwards["bf16"] = self._build_converted()
         if (count := self.request.micro_batches) > 1:
             forwards[f"{count} micro-batches"] = MicroBatches(self.runner, count)
         return forwards
@@ -118,7 +128,8 @@ class LayerBench:
         """Compute the least time in ms, as median over the batches; the nodes divide the work."""
         router = self.weights.make_router()
         c, dtype = self.config, self.request.dtype
-        floors = [self.ceilings.floor_s(c, router.route(x), dtype) for x in inputs]
+        fmt = self.request.weight_format
+        floors = [self.ceilings.floor_s(c, router.route(x), dtype, fmt) for x in inputs]
         return statistics.median(floors) * 1e3 / self.grid.world.num_nodes
 
     def _compute_errors(self, tokens: int, x: Tensor) -> dict[str, float]:
@@ -157,7 +168,10 @@ class LayerBench:
         """Raise ValueError if this node's ranks would need more memory than the node has left."""
         world, whole = self.grid.world, self.weights.nbytes()
         ranks = world.node_of.count(world.node)
-        peers = whole * len(self.request.peers) if world.node == 0 else 0
+        peers: float = whole * len(self.request.peers) if world.node == 0 else 0
+        if "bf16" in self.request.compare:
+            plain = SyntheticLayer(self.config, self.request.dtype, 0).nbytes()
+            peers += plain * ranks / self.grid.moe.size
         needed = 1.1 * (whole * ranks / self.grid.moe.size + peers)
         free = available_bytes()
         if needed > free:

@@ -8,6 +8,7 @@ from torch import Tensor
 from xpar.engine.layer.options import Depth
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
+from xpar.kernels.quantised_weight import WeightFormat
 
 BATCHES = 8
 """Number of different inputs that the rounds go through: few tokens meet other experts each time, not those
@@ -22,10 +23,11 @@ class LayerRequest:
         scale: factor on H and I of ``shape``.
         tokens: numbers of tokens of the whole job.
         compare: ``transformers``; ``solo``: this layer in one process with all threads of the node;
-            ``steps``: this layer with every step taken by itself.
+            ``steps``: this layer with every step taken by itself; ``bf16``: the same weights, converted.
         seconds: measuring time for each contender and number of tokens.
         exact: the layer's mode whose bits do not depend on the number of ranks.
         depth: whether one kernel call covers several steps.
+        weight_format: the format of the routed experts, or None for plain numbers.
         micro_batches: if more than 1, the layer is measured in that many overlapping parts, too.
     """
 
@@ -41,15 +43,16 @@ class LayerRequest:
     exact: bool = False
     depth: Depth = "auto"
     micro_batches: int = 1
+    weight_format: WeightFormat | None = None
 
     @property
     def peers(self) -> tuple[str, ...]:
         """The entries of ``compare`` that a process beside the job computes."""
-        return tuple(name for name in self.compare if name != "steps")
+        return tuple(name for name in self.compare if name not in ("steps", "bf16"))
 
     def make_weights(self) -> SyntheticLayer:
         """Make the layer's weights, the same in every process."""
-        return SyntheticLayer(self.shape.layer(self.scale), self.dtype, self.seed)
+        return SyntheticLayer(self.shape.layer(self.scale), self.dtype, self.seed, self.weight_format)
 
     def draw_input(self, tokens: int, number: int) -> Tensor:
         """Draw batch ``number`` of ``BATCHES``: [tokens, H], the same in every process."""

@@ -18,6 +18,7 @@ from xpar.engine.console.terminal import count, make_console, progress
 from xpar.engine.layer.build import FLOATS
 from xpar.engine.layer.reference import TOLERANCE
 from xpar.engine.synthetic.shapes import shape_of
+from xpar.kernels.quantisation import NAMED_FORMATS
 
 
 def main(args: argparse.Namespace) -> int:
@@ -32,6 +33,7 @@ def main(args: argparse.Namespace) -> int:
     c, runner = bench.config, bench.runner
     kernel = runner.kernel.name if runner.kernel else "none"
     sizes = f"H {c.hidden_size}, I {c.intermediate_size}, E {c.num_experts}, k {c.router.top_k}, {args.dtype}"
+    sizes += f", experts {request.weight_format}" if request.weight_format else ""
     job = f"{count(world.size, 'rank')} x {count(torch.get_num_threads(), 'thread')}"
     console.print(
         f"{args.shape}: {sizes} | {job} | {grid.shape} | {runner.dispatcher.name}, {kernel}", soft_wrap=True
@@ -64,6 +66,8 @@ def _read_request(args: argparse.Namespace) -> LayerRequest:
     at_least(tokens=(min(args.tokens), 1), threads=(args.threads, 1), micro_batches=(args.micro_batches, 1))
     check_positive(seconds=args.seconds)
     shape.layer(args.scale)
+    if "bf16" in args.compare and (args.format is None or args.dtype != "bfloat16"):
+        raise ValueError("--compare bf16 converts quantised weights: give --format, and --dtype bfloat16")
     return LayerRequest(
         shape=shape,
         scale=args.scale,
@@ -77,6 +81,7 @@ def _read_request(args: argparse.Namespace) -> LayerRequest:
         exact=args.exact,
         depth=args.depth,
         micro_batches=args.micro_batches,
+        weight_format=NAMED_FORMATS[args.format] if args.format else None,
     )
 
 

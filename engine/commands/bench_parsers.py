@@ -8,7 +8,9 @@ from xpar.engine.commands import options
 from xpar.engine.commands.options import add_number
 from xpar.engine.synthetic.shapes import SHAPES
 
-COMPARE = ("transformers", "solo", "steps")
+COMPARE = ("transformers", "solo", "steps", "bf16")
+FORMATS = ("fp8", "int8", "int4", "mxfp4", "nvfp4")
+"""As ``NAMED_FORMATS`` of :mod:`xpar.kernels.quantisation`, which cannot be imported here."""
 MODES = ("strong", "weak")
 """As :data:`xpar.engine.bench.scaling.points.MODES`, which cannot be imported here; a test compares the
 two."""
@@ -33,7 +35,11 @@ def add_layer(p: argparse.ArgumentParser) -> None:
         default=[],
         choices=COMPARE,
         help="what to measure beside the layer. transformers: the model's own layer; solo: this layer in one "
-        "process with all threads of the node; steps: one call for each step of the layer (default: nothing)",
+        "process with all threads of the node; steps: one call for each step of the layer; bf16: the weights "
+        "of --format converted when they are loaded (default: nothing)",
+    )
+    p.add_argument(
+        "--format", choices=FORMATS, help="quantise the routed experts' weights (default: plain numbers)"
     )
     add_number(p, "--seconds", "measuring time in seconds per contender and number of tokens", 2.0)
     options.add_dispatcher_and_kernel(p)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,8 +42,9 @@ from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.shared_expert_overlap import SharedOrder
 from xpar.engine.layer.shared_experts import SharedExperts
 from xpar.engine.layer.token_split import KeepAllTokens, choose_token_split
-from xpar.kernels.contracts import ExpertKernel
+from xpar.kernels.contracts import ExpertKernel, QuantisedKernel
 from xpar.kernels.gpu.availability import use_table
+from xpar.kernels.quantised_weight import WeightFormat
 from xpar.kernels.registry import choose_kernel
 
 log = logging.getLogger("xpar.build")
@@ -109,25 +110,38 @@ def build_layer(
     read: Callable[..., LayerWeights],
     options: LayerOptions = DEFAULT,
     layer: int = 0,
+    weight_format: WeightFormat | None = None,
 ) -> MoERunner:
     """Build a layer whose weights come from ``read``; makes no collective call.
 
-    ``read`` takes the keyword arguments of :func:`load_layer_weights`. ``layer``: the number, for messages.
-    Raises ValueError if the options do not fit the grid, the layer or this machine.
+    Args:
+        config: The layer.
+        grid: The process grid.
+        dtype: The dtype that the layer computes in.
+        read: Returns the weights; it takes the keyword arguments of :func:`load_layer_weights`, and if
+            ``weight_format`` is given also ``packed``: True if ``sink`` takes the experts as
+            :class:`~xpar.kernels.quantised_weight.QuantisedWeight`.
+        options: How the layer is computed.
+        layer: The layer's number, for messages.
+        weight_format: The format in which the routed experts are stored; None for plain numbers.
+
+    Raises:
+        ValueError: The options do not fit the grid, the layer or this machine.
     """
     exact, sequence_parallel = options.exact, options.sequence_parallel
     slots = _shared_slots(config, options)
-    experts = build_expert_shard(config, grid, dtype, options, sequence_parallel, slots)
+    experts = build_expert_shard(config, grid, dtype, options, sequence_parallel, slots, weight_format)
     if experts.kernel is not None and options.tiles is not None:
         use_table(experts.kernel, options.tiles)
     # Under sequence parallel each rank has other tokens, and with them a whole copy of the shared experts.
     slices = 1 if exact or sequence_parallel or slots else grid.tp.size
     weights = read(
         experts=experts.experts,
-        sink=_no_expert if experts.kernel is None else experts.kernel.load_expert,
+        sink=_sink(experts.kernel),
         dtype=dtype,
         rows=experts.rows,
         shared_rows=_shared_rows(config, grid, slices),
+        **({} if weight_format is None else {"packed": experts.weight_format is not None}),
     )
     weights = weights.to(grid.device)
     shared = fused = None
@@ -260,6 +274,15 @@ def _gate_beside_router(
         return None
     tokens = choose_token_split(grid, experts.dispatcher, options.sequence_parallel)
     return shared.gate if options.fuse_shared_experts or isinstance(tokens, KeepAllTokens) else None
+
+
+def _sink(kernel: ExpertKernel | None) -> Callable[..., None]:
+    """Return what takes the weights of each expert."""
+    if kernel is None:
+        return _no_expert
+    if kernel.spec.weight_format is None:
+        return kernel.load_expert
+    return cast(QuantisedKernel, kernel).load_quantised
 
 
 def _no_expert(index: int, *tensors: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """The routed experts of one rank, with the dispatcher that reaches them and the kernel that computes them."""
 
+import logging
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,7 +19,10 @@ from xpar.engine.config import LayerConfig
 from xpar.engine.layer.options import ExpertOptions
 from xpar.kernels.choice import Choice
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, ExpertSpec, SlotKernel, Slots
-from xpar.kernels.registry import KernelEntry, choose_kernel
+from xpar.kernels.quantised_weight import WeightFormat
+from xpar.kernels.registry import KernelEntry, choose_kernel, choose_packed_kernel
+
+log = logging.getLogger("xpar.build")
 
 UNEVEN = 1.1
 """The widest slice over the mean from which smaller blocks are better: ranks wait for the widest."""
@@ -49,6 +54,11 @@ class ExpertShard:
     hidden_size: int
     dtype: torch.dtype
     exact: bool
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """The format that ``kernel`` computes from: its experts come to ``load_quantised``."""
+        return None if self.kernel is None else self.kernel.spec.weight_format
 
     @property
     def kernel_name(self) -> str:
@@ -89,6 +99,7 @@ def build_expert_shard(
     options: ExpertOptions,
     sequence_parallel: bool = False,
     copies: int = 0,
+    weight_format: WeightFormat | None = None,
 ) -> ExpertShard:
     """Choose the dispatcher and the kernel of this rank's experts; the kernel has no weights yet.
 
@@ -101,6 +112,8 @@ def build_expert_shard(
         options: The caller's choices.
         sequence_parallel: The ranks of a tensor-parallel group give different tokens.
         copies: Experts of the same width that every expert-parallel rank holds beside its own.
+        weight_format: The format in which the experts' weights are stored, or None for plain numbers. They
+            are kept in it if :attr:`ExpertShard.weight_format` says so.
 
     Raises:
         ValueError: The options do not fit the grid, the layer or this machine.
@@ -112,7 +125,8 @@ def build_expert_shard(
     kernel = entry = None
     if count := len(experts) + copies:
         spec = expert_spec(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
-        entry = choose_kernel(spec, options.kernel).chosen
+        spec, choice = choose_for_weights(spec, options.kernel, weight_format, bool(copies))
+        entry = choice.chosen
         kernel = entry.build(spec)
     return ExpertShard(
         chosen.dispatcher, experts, rows, kernel, entry, config.routed_size, dtype, options.exact
@@ -133,12 +147,69 @@ def pick_dispatcher(
 
 
 def pick_kernel(
-    config: LayerConfig, grid: ProcessGrid, experts: int, dtype: torch.dtype, name: str, exact: bool
+    config: LayerConfig,
+    grid: ProcessGrid,
+    experts: int,
+    dtype: torch.dtype,
+    name: str,
+    exact: bool,
+    weight_format: WeightFormat | None = None,
 ) -> Choice[KernelEntry]:
-    """Choose the kernel for ``experts`` experts of this rank's width, with the reasons against the others."""
+    """Choose the kernel for ``experts`` experts of this rank's width, with the reasons against the others.
+
+    ``weight_format`` is the format in which the weights are stored, or None for plain numbers.
+    """
     rows = expert_rows(config, grid)
     width = rows.stop - rows.start
-    return choose_kernel(expert_spec(config, grid.device, experts, width, dtype, exact), name)
+    spec = expert_spec(config, grid.device, experts, width, dtype, exact)
+    return choose_for_weights(spec, name, weight_format)[1]
+
+
+def choose_for_weights(
+    spec: ExpertSpec, name: str, weight_format: WeightFormat | None, has_copies: bool = False
+) -> tuple[ExpertSpec, Choice[KernelEntry]]:
+    """Choose the kernel for experts whose weights are stored in ``weight_format``.
+
+    If no kernel computes from that format, the weights are converted to ``spec.dtype`` when they are loaded,
+    and one line of the log says what that costs.
+
+    Args:
+        spec: The requirements, with weights in plain numbers.
+        name: A kernel's name, or ``auto``.
+        weight_format: The format in which the weights are stored; None for plain numbers.
+        has_copies: Copies of shared experts, in plain numbers, come into the same kernel.
+
+    Returns:
+        What the kernel has to be built for, and the choice with its reasons.
+    """
+    if weight_format is None:
+        return spec, choose_kernel(spec, name)
+    if has_copies:
+        choice, why = choose_kernel(spec, name), "shared experts are fused with them"
+    else:
+        spec, choice = choose_packed_kernel(spec, weight_format, name)
+        why = "no kernel computes from them" if name == "auto" else f"kernel {name} was asked for"
+    if spec.weight_format is None:
+        _log_conversion(spec, weight_format, choice.name, why)
+    return spec, choice
+
+
+def _log_conversion(spec: ExpertSpec, fmt: WeightFormat, kernel: str, why: str) -> None:
+    h, i = spec.hidden_size, spec.intermediate_size
+    shapes = ((spec.activation.gate_up_rows(i), h), (h, i))
+    stored = spec.num_experts * sum(fmt.nbytes(*shape) for shape in shapes)
+    kept = spec.num_experts * sum(math.prod(shape) for shape in shapes) * spec.dtype.itemsize
+    log.info(
+        "%s weights of %d experts are converted to %s for %s, %.1f MB instead of %.1f (%.1f times): %s",
+        fmt,
+        spec.num_experts,
+        str(spec.dtype).removeprefix("torch."),
+        kernel,
+        kept / 1e6,
+        stored / 1e6,
+        kept / stored,
+        why,
+    )
 
 
 def expert_spec(

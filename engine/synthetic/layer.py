@@ -5,6 +5,7 @@ it holds, and a reference can draw any expert again.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,21 +25,41 @@ from xpar.engine.layer.reference import chosen_experts, slot_order_sum_reference
 from xpar.engine.routing.router import Router
 from xpar.engine.synthetic.values import fill_random
 from xpar.kernels.contracts import Routing
+from xpar.kernels.quantisation import quantise
+from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
 
 
 class SyntheticLayer:
     """The random weights of one layer.
 
     Experts have gate and up [2I, H], gate rows first, or [I, H] without a gate, and down [H, I]. Biases,
-    correction bias, expert scale and the table of token ids exist if the configuration has them.
+    correction bias, expert scale and the table of token ids exist if the configuration has them. With a
+    ``weight_format`` the routed experts are those weights quantised to it.
     """
 
-    def __init__(self, config: LayerConfig, dtype: torch.dtype, seed: int) -> None:
-        self.config, self.dtype, self.seed = config, dtype, seed
+    def __init__(
+        self, config: LayerConfig, dtype: torch.dtype, seed: int, weight_format: WeightFormat | None = None
+    ) -> None:
+        self.config, self.dtype, self.seed, self.weight_format = config, dtype, seed, weight_format
+        # Drawing is fast, quantising is not.
+        self._quantised: dict[int, tuple[QuantisedWeight, QuantisedWeight]] = {}
 
     def expert(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Draw ``gate_up`` and ``down`` of a global expert id, the same at every call."""
+        """Draw ``gate_up`` and ``down`` of a global expert id, the same at every call.
+
+        Quantised weights are returned as the float32 numbers that they stand for.
+        """
+        if self.weight_format is not None:
+            gate_up, down = self.quantised(expert, self.weight_format)
+            return gate_up.dequantise(), down.dequantise()
         return self._mlp(expert, self.config.intermediate_size, self.config.routed_size)
+
+    def quantised(self, expert: int, fmt: WeightFormat) -> tuple[QuantisedWeight, QuantisedWeight]:
+        """Draw ``gate_up`` and ``down`` of a global expert id in ``fmt``."""
+        if expert not in self._quantised:
+            gate_up, down = self._mlp(expert, self.config.intermediate_size, self.config.routed_size)
+            self._quantised[expert] = quantise(gate_up, fmt), quantise(down, fmt)
+        return self._quantised[expert]
 
     def biases(self, expert: int) -> tuple[Tensor, Tensor] | None:
         """Draw the biases [2I] or [I], and [H], of a global expert id; None without biases."""
@@ -108,13 +129,19 @@ class SyntheticLayer:
         dtype: torch.dtype,
         rows: slice = ALL,
         shared_rows: slice = ALL,
+        packed: bool = False,
     ) -> LayerWeights:
         """Draw what ``layer_weights.load_layer_weights`` reads, with its arguments.
 
-        ``dtype`` is not used: the weights have the dtype of the layer.
+        ``dtype`` is not used: the weights have the dtype of the layer. ``packed``: True if ``sink`` takes
+        weights in ``weight_format``.
         """
         for index, expert in enumerate(experts):
-            sink(index, *self._sliced(*self.expert(expert), rows), *self._sliced_biases(expert, rows))
+            if packed and self.weight_format is not None:
+                weights: tuple[Any, ...] = self._whole(*self.quantised(expert, self.weight_format), rows)
+            else:
+                weights = self._sliced(*self.expert(expert), rows)
+            sink(index, *weights, *self._sliced_biases(expert, rows))
         shared = self.shared()
         if shared is not None:
             shared = SharedWeights(*self._sliced(shared.gate_up, shared.down, shared_rows), shared.gate)
@@ -130,9 +157,14 @@ class SyntheticLayer:
     def nbytes(self) -> int:
         """Return the bytes of all experts together, shared experts included."""
         c = self.config
-        routed = 3 * c.num_experts * c.intermediate_size * c.routed_size
+        shapes = (
+            (c.activation.gate_up_rows(c.intermediate_size), c.routed_size),
+            (c.routed_size, c.intermediate_size),
+        )
+        fmt, size = self.weight_format, self.dtype.itemsize
+        routed = sum(n * k * size if fmt is None else fmt.nbytes(n, k) for n, k in shapes)
         shared = 3 * c.shared.intermediate_size * c.hidden_size if c.shared else 0
-        return (routed + shared + 2 * c.hidden_size * (c.latent_size or 0)) * self.dtype.itemsize
+        return c.num_experts * routed + (shared + 2 * c.hidden_size * (c.latent_size or 0)) * size
 
     def _mlp(self, number: int, width: int, hidden: int) -> tuple[Tensor, Tensor]:
         gate_up = self._draw("gate_up_proj", 2 * number, self.config.activation.gate_up_rows(width), hidden)
@@ -143,6 +175,11 @@ class SyntheticLayer:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
         fill_random(name, tensor, generator)
         return tensor
+
+    def _whole(self, gate_up: QuantisedWeight, down: QuantisedWeight, rows: slice) -> tuple[Any, ...]:
+        if range(self.config.intermediate_size)[rows] != range(self.config.intermediate_size):
+            raise ValueError(f"random weights in {gate_up.format} are not sliced: use etp=1")
+        return gate_up, down
 
     def _sliced(self, gate_up: Tensor, down: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         halves = gate_up.chunk(2 if self.config.activation.gated else 1)

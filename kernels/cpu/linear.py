@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from xpar.kernels.choice import Choice, choose
-from xpar.kernels.cpu import linear_zen, native_library, zen_library
+from xpar.kernels.cpu import linear_native_quantised, linear_zen, native_library, zen_library
 from xpar.kernels.cpu.linear_native import NativeLinear
+from xpar.kernels.cpu.linear_native_quantised import NativeQuantisedLinear
 from xpar.kernels.cpu.linear_onednn import PackedLinear, PlainLinear, why_not_packed
 from xpar.kernels.cpu.linear_zen import ZenLinear
+from xpar.kernels.quantised_weight import QuantisedWeight
 
 
 class LinearKernel(Protocol):
@@ -58,6 +60,8 @@ class LinearEntry:
 
 PLAIN = "plain"
 """The name of the choice that leaves the model's own products unchanged."""
+QUANTISED = "native-quantised"
+"""The name of the product that computes from codes and scales."""
 _PLAIN = LinearEntry(PLAIN, None, lambda dtype: None, PlainLinear, "the model's own products")
 _SHAPE = "torch at 1, 4, 16, 64 rows of 2048 x 2048, 1 thread of an EPYC (Zen 4), benchmarks/dense_layers.py"
 # Fastest first.
@@ -114,3 +118,26 @@ def choose_linear(
         option="dense",
         outranked="measured slower than {chosen}",
     )
+
+
+def build_quantised_linear(
+    weight: QuantisedWeight, bias: Tensor | None, dtype: torch.dtype, name: str = "auto"
+) -> LinearKernel:
+    """Build the product of a quantised weight: from its codes if that is possible, else converted.
+
+    Args:
+        weight: [N, K].
+        bias: [N], or None.
+        dtype: dtype of the rows, and of a converted weight.
+        name: "auto", or the name of an entry, which gets a converted weight. ``native-quantised`` is the name
+            of the product that computes from codes.
+
+    Raises:
+        ValueError: the named product does not exist or cannot serve.
+    """
+    reason = linear_native_quantised.why_not(weight.format, dtype)
+    if name == QUANTISED and reason is not None:
+        raise ValueError(f"dense={name!r} with {weight.format} weights: {reason}")
+    if name == QUANTISED or (name == "auto" and reason is None):
+        return NativeQuantisedLinear(weight, bias)
+    return choose_linear(dtype, name).chosen.build(weight.dequantise().to(dtype), bias)

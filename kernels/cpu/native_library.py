@@ -23,7 +23,7 @@ Span = tuple[int, int, int]
 def why_unavailable() -> str | None:
     """Return the reason why the compiled products cannot be used on this machine, or None."""
     try:
-        lanes = _load().xpar_lanes()
+        lanes = load().xpar_lanes()
     except OSError as error:
         return str(error)
     return None if lanes else "this processor has no AVX2 with FMA"
@@ -38,19 +38,19 @@ def why_unsuitable() -> str | None:
 
 def run_attention(call: ctypes.Structure) -> None:
     """Compute the attention that ``call``, a ``struct attention`` of ``native.c``, describes."""
-    if _load().xpar_attend(ctypes.byref(call), lanes(), torch.get_num_threads()):
+    if load().xpar_attend(ctypes.byref(call), lanes(), torch.get_num_threads()):
         raise MemoryError("no memory for the scores of attention")
 
 
 @cache
 def lanes() -> int:
     """Return the float32 numbers in a vector here, 16 or 8; packed weights are laid out by it."""
-    return int(_load().xpar_lanes())
+    return int(load().xpar_lanes())
 
 
 def forget_library() -> None:
     """Forget what is known of the library, so that the next call looks for it again."""
-    for function in (why_unavailable, lanes, _load):
+    for function in (why_unavailable, lanes, load):
         function.cache_clear()
 
 
@@ -71,7 +71,7 @@ class PackedWeights:
             raise ValueError(f"weight is {tuple(weight.shape)}, expected {(self.outputs, self.inputs)}")
         target = self._words[expert].data_ptr()
         threads = torch.get_num_threads()
-        _load().xpar_pack(weight.data_ptr(), self.outputs, self.inputs, target, self.lanes, threads)
+        load().xpar_pack(weight.data_ptr(), self.outputs, self.inputs, target, self.lanes, threads)
         if self._bias is not None and bias is not None:
             self._bias[expert, : self.outputs] = bias.to(torch.bfloat16)
 
@@ -102,9 +102,9 @@ class PackedWeights:
         width = self.inputs + self.inputs % 2
         rows_per_call = max(_MIN_ROWS_PER_CALL, buffer_bytes // (4 * width))
         float32_rows = torch.empty(min(total, rows_per_call) * width)
-        for piece in _split_spans(spans, rows_per_call):
+        for piece in split_spans(spans, rows_per_call):
             numbers = (ctypes.c_int64 * (3 * len(piece)))(*(number for span in piece for number in span))
-            status = _load().xpar_product(
+            status = load().xpar_product(
                 x.data_ptr(),
                 None if rows is None else rows.data_ptr(),
                 self.inputs,
@@ -127,7 +127,7 @@ class PackedWeights:
         return self._words.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
 
-def _split_spans(spans: Sequence[Span], limit: int) -> list[list[Span]]:
+def split_spans(spans: Sequence[Span], limit: int) -> list[list[Span]]:
     """Split ``spans`` into runs of at most ``limit`` rows; a longer span is cut."""
     pieces: list[list[Span]] = [[]]
     room = limit
@@ -144,7 +144,7 @@ def _split_spans(spans: Sequence[Span], limit: int) -> list[list[Span]]:
 
 
 @cache
-def _load() -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
     """Open the library, or raise OSError with the reason why that is not possible."""
     spec = find_spec("xpar.kernels.cpu._native")
     if spec is None or spec.origin is None:
