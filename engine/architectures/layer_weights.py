@@ -23,11 +23,13 @@ from xpar.engine.architectures.mlp_weights import (
     mlp_buffers,
     read_mlp,
 )
+from xpar.engine.architectures.quantised_mlp import quantised_format, stream_quantised
 from xpar.engine.architectures.schema import Architecture, MlpNames
 from xpar.engine.architectures.stored_names import resolve_names
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
 from xpar.engine.routing.router import FusedGateRouter, Router
+from xpar.kernels.quantised_weight import WeightFormat
 
 Sink = Callable[..., None]
 """Takes (local index, gate_up, down) of an expert, followed by (gate_up_bias, down_bias) if it has biases."""
@@ -109,6 +111,7 @@ def load_layer_weights(
     dtype: torch.dtype,
     rows: slice = ALL,
     shared_rows: slice = ALL,
+    packed: bool = False,
 ) -> LayerWeights:
     """Load a rank's part of layer ``layer``.
 
@@ -123,6 +126,8 @@ def load_layer_weights(
         dtype: dtype of the tensors.
         rows: this rank's slice of I.
         shared_rows: this rank's slice of Is.
+        packed: True if ``sink`` takes codes and scales as :meth:`QuantisedKernel.load_quantised` does, in the
+            :func:`experts_format` of the layer.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, is quantised or is not finite.
@@ -134,9 +139,23 @@ def load_layer_weights(
         load_latent(checkpoint, arch, layer, config, dtype),
         load_norm(checkpoint, arch, layer, config),
     )
+    if packed:
+        place = _expert_place(checkpoint, arch, layer, config, rows)
+        form = quantised_format(checkpoint, place)
+        assert form is not None  # the caller has asked
+        for index, quantised in stream_quantised(checkpoint, place, form, experts, dtype):
+            sink(index, *(tensor for tensor in quantised if tensor is not None))
+        return weights
     for index, expert in stream_experts(checkpoint, arch, layer, config, experts, dtype, rows):
         sink(index, *(tensor for tensor in expert if tensor is not None))
     return weights
+
+
+def experts_format(
+    checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, rows: slice
+) -> WeightFormat | None:
+    """Return the format in which the routed experts' slices ``rows`` can stay; None for floats."""
+    return quantised_format(checkpoint, _expert_place(checkpoint, arch, layer, config, rows))
 
 
 def stored_layer_config(checkpoint: Checkpoint, arch: Architecture, layer: int) -> LayerConfig:
@@ -266,9 +285,18 @@ def stream_experts(
     unknown = [e for e in experts if not 0 <= e < config.num_experts]
     if unknown:
         raise ValueError(f"experts {unknown} of layer {layer}: ids are 0 to {config.num_experts - 1}")
-    arch = resolve_names(checkpoint, arch, layer)
-    place = MlpPlace(
-        arch.experts,
+    place = _expert_place(checkpoint, arch, layer, config, rows)
+    out = mlp_buffers(place, dtype)
+    for index, expert in enumerate(experts):
+        read_mlp(checkpoint, replace(place, expert=expert), out)
+        yield index, out
+
+
+def _expert_place(
+    checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, rows: slice
+) -> MlpPlace:
+    return MlpPlace(
+        resolve_names(checkpoint, arch, layer).experts,
         layer,
         config.routed_size,
         config.intermediate_size,
@@ -276,10 +304,6 @@ def stream_experts(
         experts=config.num_experts,
         spare=config.router.zero_experts,
     )
-    out = mlp_buffers(place, dtype)
-    for index, expert in enumerate(experts):
-        read_mlp(checkpoint, replace(place, expert=expert), out)
-        yield index, out
 
 
 def _to_device(weights: Weights, device: torch.device) -> Weights:

@@ -61,12 +61,10 @@ def mlp_buffers(place: MlpPlace, dtype: torch.dtype) -> MlpTensors:
     start, stop = place.bounds
     width = stop - start
     packed = 2 * width if place.names.is_gated else width
-    biased = place.names.down_bias is not None
     return MlpTensors(
         torch.empty(packed, place.hidden, dtype=dtype),
         torch.empty(place.hidden, width, dtype=dtype),
-        torch.empty(packed, dtype=dtype) if biased else None,
-        torch.empty(place.hidden, dtype=dtype) if biased else None,
+        *bias_buffers(place, dtype),
     )
 
 
@@ -89,13 +87,28 @@ def read_mlp(checkpoint: Checkpoint, place: MlpPlace, out: MlpTensors) -> None:
         names.down_transposed,
         out.down,
     )
-    if out.gate_up_bias is not None and names.gate_up_bias is not None:
-        _read_packed_bias(checkpoint, place, names.gate_up_bias, out.gate_up_bias)
-    if out.down_bias is not None and names.down_bias is not None:
+    read_biases(checkpoint, place, out.gate_up_bias, out.down_bias)
+
+
+def bias_buffers(place: MlpPlace, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Allocate the tensors that :func:`read_biases` fills; None for an MLP without biases."""
+    start, stop = place.bounds
+    packed = (2 if place.names.is_gated else 1) * (stop - start)
+    if place.names.down_bias is None:
+        return None, None
+    return torch.empty(packed, dtype=dtype), torch.empty(place.hidden, dtype=dtype)
+
+
+def read_biases(checkpoint: Checkpoint, place: MlpPlace, gate_up: Tensor | None, down: Tensor | None) -> None:
+    """Fill the biases of the MLP at ``place``, if it has some; :func:`read_mlp` says what slices get."""
+    names = place.names
+    if gate_up is not None and names.gate_up_bias is not None:
+        _read_packed_bias(checkpoint, place, names.gate_up_bias, gate_up)
+    if down is not None and names.down_bias is not None:
         if place.bounds[0] == 0:
-            _read_vector(checkpoint, place, names.down_bias, place.hidden, ALL, out.down_bias)
+            _read_vector(checkpoint, place, names.down_bias, place.hidden, ALL, down)
         else:
-            out.down_bias.zero_()
+            down.zero_()
 
 
 def _read_packed(checkpoint: Checkpoint, place: MlpPlace, out: Tensor) -> None:

@@ -4,11 +4,13 @@ What :mod:`~xpar.engine.architectures.mlp_weights` reads as floats is read here 
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from xpar.engine.architectures.mlp_weights import ALL, MlpPlace
+from xpar.engine.architectures.mlp_weights import ALL, MlpPlace, bias_buffers, read_biases
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
 
@@ -60,6 +62,24 @@ def read_quantised_mlp(
     return _below_each_other(up), read(place.names.down, ALL, slice(start, stop))
 
 
+QuantisedTensors = tuple[QuantisedWeight, QuantisedWeight, Tensor | None, Tensor | None]
+"""The codes and scales of gate_up and down, and their biases in floats."""
+
+
+def stream_quantised(
+    checkpoint: Checkpoint, place: MlpPlace, form: WeightFormat, experts: Sequence[int], dtype: torch.dtype
+) -> Iterator[tuple[int, QuantisedTensors]]:
+    """Yield (position in ``experts``, codes and scales of that expert, and its biases in ``dtype``).
+
+    The next step overwrites the biases.
+    """
+    biases = bias_buffers(place, dtype)
+    for index, expert in enumerate(experts):
+        here = replace(place, expert=expert)
+        read_biases(checkpoint, here, *biases)
+        yield index, (*read_quantised_mlp(checkpoint, here, form), *biases)
+
+
 def _up_names(place: MlpPlace) -> tuple[str, ...]:
     names = place.names
     if names.gate_up is not None:
@@ -95,7 +115,7 @@ def _below_each_other(weights: list[QuantisedWeight]) -> QuantisedWeight:
     )
 
 
-def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
+def _cat(parts: list[Tensor]) -> Tensor:
     """Concatenate rows, of 8-bit floats, too."""
     if parts[0].dtype.itemsize == 1:
         return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)

@@ -13,6 +13,8 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.partition import split_range
 from xpar.comm.stragglers import gather_lateness
+from xpar.engine.architectures.layer_config import find
+from xpar.engine.architectures.layer_weights import experts_format
 from xpar.engine.commands.model_names import find_checkpoint
 from xpar.engine.commands.options import at_least, attach, job_line, pick_device
 from xpar.engine.console.layer_report import lateness_table, layer_result, layer_summary, layer_table
@@ -22,7 +24,7 @@ from xpar.engine.console.terminal import make_console, progress
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.build import FLOATS, load_layer
 from xpar.engine.layer.checkpoint_config import read_layer_config, read_layer_configs
-from xpar.engine.layer.expert_shard import pick_dispatcher, pick_kernel
+from xpar.engine.layer.expert_shard import expert_rows, pick_dispatcher, pick_kernel
 from xpar.engine.layer.observers import Observers
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import TOLERANCE, layer_reference, relative_error
@@ -121,11 +123,13 @@ def _explain(
     """Print why the dispatcher and the kernel of ``layer`` are chosen, and its steps."""
     with open_checkpoint(args.checkpoint) as checkpoint:
         config = read_layer_config(checkpoint, layer)
+        arch, rows = find(checkpoint.config), expert_rows(config, grid)
+        stored = experts_format(checkpoint, arch, layer, config, rows)
 
     def reasons() -> str:
         placement, dispatcher = pick_dispatcher(grid, config, args.dispatcher)
         local = len(placement.experts_of(grid.ep_rank))
-        kernel = pick_kernel(config, grid, max(1, local), dtype, args.kernel, args.exact)
+        kernel = pick_kernel(config, grid, max(1, local), dtype, args.kernel, args.exact, stored)
         steps = explain_depth(config, kernel.chosen, dispatcher.dispatcher, args.exact, args.depth)
         return f"dispatcher\n{dispatcher.explain()}\nkernel\n{kernel.explain()}\nsteps\n{steps}"
 

@@ -21,13 +21,20 @@ from xpar.engine.architectures.layer_config import find
 from xpar.engine.architectures.layer_weights import (
     LayerWeights,
     SharedWeights,
+    experts_format,
     load_layer_weights,
     make_router,
 )
 from xpar.engine.config import LayerConfig
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.checkpoint_config import allocation_errors, config_errors, read_layer_config
-from xpar.engine.layer.expert_shard import ExpertShard, build_expert_shard, expert_spec, width_slice
+from xpar.engine.layer.expert_shard import (
+    ExpertShard,
+    build_expert_shard,
+    expert_rows,
+    expert_spec,
+    width_slice,
+)
 from xpar.engine.layer.fused_shared_experts import (
     SharedSlots,
     check_fusable,
@@ -86,10 +93,12 @@ def _load(
 ) -> MoERunner:
     with open_checkpoint(path) as checkpoint:
         config = read_layer_config(checkpoint, layer)
-        read = partial(load_layer_weights, checkpoint, find(checkpoint.config), layer, config)
+        arch = find(checkpoint.config)
+        read = partial(load_layer_weights, checkpoint, arch, layer, config)
         begin = time.perf_counter()
         with config_errors(checkpoint), allocation_errors(layer, config):
-            runner = build_layer(config, grid, dtype or checkpoint.dtype, read, options, layer)
+            stored = experts_format(checkpoint, arch, layer, config, expert_rows(config, grid))
+            runner = build_layer(config, grid, dtype or checkpoint.dtype, read, options, layer, stored)
         log.info(
             "layer %d: experts %s in %s, %.1f MB read in %.2f s",
             layer,

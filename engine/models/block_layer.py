@@ -9,10 +9,15 @@ from torch import Tensor, nn
 
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures.layer_config import find, moe_layers
-from xpar.engine.architectures.layer_weights import load_layer_weights, stored_layer_config
+from xpar.engine.architectures.layer_weights import (
+    experts_format,
+    load_layer_weights,
+    stored_layer_config,
+)
 from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.expert_shard import expert_rows
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.residual_scaling import scale_layer_output
 from xpar.engine.layer.runner import MoERunner
@@ -95,7 +100,8 @@ def build_block(
     read = partial(load_layer_weights, checkpoint, arch, layer, config)
     if scale_output:
         config, _ = scale_layer_output(config)
-    runner = build_layer(config, grid, dtype, read, options, layer)
+    stored = experts_format(checkpoint, arch, layer, config, expert_rows(config, grid))
+    runner = build_layer(config, grid, dtype, read, options, layer, stored)
     return BlockLayer(runner, arch.block.returns_pair)
 
 

@@ -6,7 +6,7 @@ conversion of transformers' mixes experts is a layer converted whole and cut aft
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from xpar.engine.architectures.layer_weights import width_unit
 from xpar.engine.architectures.mlp_weights import MlpPlace, mlp_buffers, read_mlp
+from xpar.engine.architectures.quantised_mlp import QuantisedTensors, quantised_format, stream_quantised
 from xpar.engine.architectures.schema import MlpNames
 from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.models.experts_module import module_names
-from xpar.engine.models.parallelize import Experts, ReadLayer
+from xpar.engine.models.parallelize import Experts, ReadLayer, StoredExperts
 from xpar.engine.models.weight_sources import Source
 
 log = logging.getLogger("xpar.models")
@@ -63,6 +64,33 @@ def experts_reader(
             yield index, out
 
     return read
+
+
+def stored_experts(
+    model: Any,
+    name: str,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    config: LayerConfig,
+    dtype: Any,
+    rows: slice,
+) -> StoredExperts | None:
+    """Find the codes and scales of slices ``rows`` of the experts module ``name``; None for floats.
+
+    The other arguments are those of :func:`experts_reader`.
+    """
+    names = _names(model, name, checkpoint, sources)[2]
+    if names is None:
+        return None
+    place = MlpPlace(names, 0, config.routed_size, config.intermediate_size, rows, experts=config.num_experts)
+    form = quantised_format(checkpoint, place)
+    if form is None:
+        return None
+
+    def read(experts: Sequence[int]) -> Iterator[tuple[int, QuantisedTensors]]:
+        return stream_quantised(checkpoint, place, form, experts, dtype)
+
+    return StoredExperts(form, read)
 
 
 def width_unit_of(model: Any, name: str, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> int:

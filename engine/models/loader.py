@@ -19,6 +19,7 @@ from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.checkpoint_config import read_layer_configs
+from xpar.engine.layer.expert_shard import expert_rows
 from xpar.engine.models.block_layer import build_block
 from xpar.engine.models.dense_weights import dense_sources, load_dense
 from xpar.engine.models.empty_model import build_empty_model, is_known
@@ -29,7 +30,7 @@ from xpar.engine.models.expert_layer import (
     norms_slots,
     register,
 )
-from xpar.engine.models.expert_sources import experts_reader, width_unit_of
+from xpar.engine.models.expert_sources import experts_reader, stored_experts, width_unit_of
 from xpar.engine.models.experts_module import describe_experts
 from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.malloc import give_back_freed_memory
@@ -315,7 +316,9 @@ def _load_layers(
                 unit = width_unit_of(model, name, checkpoint, sources)
                 config = replace(describe_experts(model, name), width_unit=unit)
                 read = experts_reader(model, name, checkpoint, sources, config, dtype)
-                layers[n] = build_moe_modules(config, grid, dtype, n, read, options, loaded)
+                rows = expert_rows(config, grid)
+                stored = stored_experts(model, name, checkpoint, sources, config, dtype, rows)
+                layers[n] = build_moe_modules(config, grid, dtype, n, read, options, loaded, stored)
             else:
                 before = checkpoint.bytes_read
                 layers[n] = build_block(checkpoint, n, grid, dtype, options.of_layer())

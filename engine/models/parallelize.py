@@ -1,8 +1,9 @@
 """Expert layers over a grid, built from a checkpoint or from a model that is already in memory."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -10,6 +11,7 @@ from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.engine.architectures.layer_config import find, layer_config
 from xpar.engine.architectures.mlp_weights import MlpPlace, MlpTensors, mlp_buffers, read_mlp
+from xpar.engine.architectures.quantised_mlp import QuantisedTensors
 from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import CheckpointError
 from xpar.engine.config import LayerConfig
@@ -34,6 +36,8 @@ from xpar.engine.models.expert_layer import (
 )
 from xpar.engine.models.experts_module import describe_experts, module_names
 from xpar.engine.models.scale_decoder import check_parts, scale_decoder
+from xpar.kernels.contracts import QuantisedKernel
+from xpar.kernels.quantised_weight import WeightFormat
 
 Layer = ExpertLayer | BlockLayer
 Experts = Iterator[tuple[int, MlpTensors]]
@@ -69,6 +73,19 @@ class SpreadOptions(ExpertOptions):
         return LayerOptions(self.dispatcher, self.kernel, self.exact)
 
 
+@dataclass(frozen=True)
+class StoredExperts:
+    """A layer's experts as a quantised checkpoint has them.
+
+    Attributes:
+        form: The format of this rank's slice of each.
+        read: Yields (local index, codes and scales and biases) of the experts with the given ids.
+    """
+
+    form: WeightFormat
+    read: Callable[[Sequence[int]], Iterator[tuple[int, QuantisedTensors]]]
+
+
 def build_moe_modules(
     config: LayerConfig,
     grid: ProcessGrid,
@@ -77,15 +94,22 @@ def build_moe_modules(
     read: ReadLayer,
     options: SpreadOptions,
     loaded: Callable[[int], None] = lambda nbytes: None,
+    stored: StoredExperts | None = None,
 ) -> ExpertLayer:
     """Build this rank's part of a layer's experts, read by ``read``; no collective is called.
 
-    ``loaded`` hears the bytes of each expert.
-
-    Holds no collective. Raises ValueError for options that do not fit the grid, the layer or this machine.
+    ``loaded`` hears the bytes of each expert, as numbers of ``dtype``. ``stored``: the experts' codes and
+    scales, which stay as they are if a kernel computes from them. Raises ValueError for options that do not
+    fit the grid, the layer or this machine.
     """
-    experts = build_expert_shard(config, grid, dtype, options)
-    if experts.kernel is not None:
+    form = None if stored is None else stored.form
+    experts = build_expert_shard(config, grid, dtype, options, weight_format=form)
+    if stored is not None and experts.weight_format is not None:
+        kernel = cast(QuantisedKernel, experts.kernel)
+        for index, codes in stored.read(experts.experts):
+            kernel.load_quantised(index, *codes)
+            loaded(sum(math.prod(t.shape) for t in codes if t is not None) * dtype.itemsize)
+    elif experts.kernel is not None:
         for index, tensors in read(experts.experts, experts.rows):
             experts.kernel.load_expert(index, *tensors)
             loaded(sum(t.nbytes for t in tensors if t is not None))

@@ -64,7 +64,7 @@ def test_a_layer_is_that_of_the_dequantised_weights(fmt, sizes, tokens, g):
     for activation, bias in ((ACTIVATIONS[0], False), (ACTIVATIONS[2], True)):
         spec = ExpertSpec(6, *sizes, torch.bfloat16, activation, bias=bias, weight_format=fmt)
         kernel, reference = build(spec, g)
-        x = batch(spec, tokens, 3, g, drop=0.2)
+        x = batch(spec, tokens, 3, g, drop=0.2 if tokens > 1 else 0.0)  # one token must keep a slot
         assert_near(kernel.compute(x), reference.compute(x))
         assert_near(kernel.compute_slots(x), reference.compute_slots(x))
 
