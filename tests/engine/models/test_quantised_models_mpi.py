@@ -18,6 +18,7 @@ from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 from xpar.engine.synthetic.checkpoint import make_checkpoint
 from xpar.engine.synthetic.values import random_tokens
+from xpar.kernels.cpu import quantised_library
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -93,3 +94,47 @@ def test_layers_on_slices_of_every_width(comm: "Intracomm", root: Path, fresh_se
     assert relative_error(layer(x), expected) < TOLERANCE
     unit, rows = layer.config.width_unit, layer.experts.rows
     assert (unit > 1) == ("channel" not in name) and (comm.size == 1 or rows.start % min(unit, 32) == 0)
+
+
+PACKED = [name for name in CASES if quantised_library.why_unavailable() is None]
+
+
+@pytest.mark.parametrize("etp", [False, True], ids=["ep", "etp"])
+@pytest.mark.parametrize("name", PACKED)
+def test_experts_stay_as_they_are_stored_and_compute_so(
+    comm: "Intracomm", root: Path, fresh_seed: int, name: str, etp: bool
+) -> None:
+    """In bfloat16, with the memory of the codes; the reference has the weights in floats."""
+    grid = ProcessGrid.create(World.attach(comm), etp=comm.size if etp else 1, tp=1)
+    layer = load_layer(root / name, 1, grid, torch.bfloat16)
+    x = random_tokens(9, layer.config.hidden_size, fresh_seed + comm.rank).bfloat16()
+    output = layer(x)
+    with open_checkpoint(root / f"{name}-floats") as floats:
+        expected, _ = layer_reference(floats, 1, x.float())
+    assert relative_error(output, expected) < 2e-2
+    if etp and layer.experts.weight_format is None:
+        assert "nvfp4" in name or "int4" in name or "gptq" in name or "awq" in name  # a slice inside a byte
+        return
+    assert layer.kernel is not None and layer.kernel.name == "native-quantised"
+    converted = load_layer(root / name, 1, grid, torch.bfloat16, LayerOptions(kernel="onednn"))
+    assert converted.kernel is not None and converted.experts.weight_format is None
+    most = 0.75 if "fp8" in name else 0.6
+    assert layer.kernel.nbytes() < most * converted.kernel.nbytes()
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_whole_models_keep_experts_packed_too(
+    grid: ProcessGrid, root: Path, fresh_seed: int, name: str
+) -> None:
+    packed = load_model(root / name, grid, torch.bfloat16, SpreadOptions(dense="plain"))
+    options = SpreadOptions(dense="plain", kernel="onednn")
+    converted = load_model(root / name, grid, torch.bfloat16, options)
+    assert packed.layers[0].runner.experts.kernel_name == "native-quantised"
+    assert packed.expert_bytes < 0.75 * converted.expert_bytes
+    # The first layer alone: the routing of later ones may turn on a rounding.
+    x = random_tokens(7, packed.layers[0].runner.config.hidden_size, fresh_seed).bfloat16()
+    experts, k = (packed.layers[0].runner.config.num_experts, packed.layers[0].runner.config.router.top_k)
+    ids = torch.stack([torch.randperm(experts)[:k] for _ in range(7)])
+    weights = torch.rand(7, k)
+    found = [model.layers[0](x, ids, weights) for model in (packed, converted)]
+    assert relative_error(found[0], found[1]) < 2e-2
