@@ -18,6 +18,7 @@ from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.checkpoint_config import check_numbers, read_layer_configs
 from xpar.engine.models.expert_layer import experts_modules
 from xpar.engine.models.hf_config import read_hf_config, transformers_errors
+from xpar.engine.models.kv_cache import has_attention
 
 OTHER_SENSES = re.compile(r"(vision|visual|image|video|audio)(_|$)")
 """The beginning of the names of modules inside a text decoder that compute nothing of text (Ernie-4.5-VL)."""
@@ -54,11 +55,17 @@ def build_empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 def check_generates(path: Path) -> None:
-    """Raise ValueError if xpar cannot make a whole model of the checkpoint at ``path``."""
+    """Raise ValueError if xpar cannot generate text with the checkpoint at ``path``."""
     with open_checkpoint(path) as checkpoint:
         check_family(checkpoint)
-    if find_spec("transformers") is not None:
-        read_hf_config(path)
+    if find_spec("transformers") is None:
+        return  # which loading the model says better
+    hf_config = read_hf_config(path)
+    if not has_attention(hf_config):
+        raise CheckpointError(
+            f"{path / 'config.json'}: none of its layers has attention, and transformers does not continue "
+            "such a model token by token; xpar score reads texts with it"
+        )
 
 
 def check_family(checkpoint: Checkpoint) -> None:

@@ -141,34 +141,33 @@ def _stored(
     field: str, source: Source, own: MlpNames, shape: tuple[int, ...], checkpoint: Checkpoint
 ) -> dict[str, Any] | None:
     """Return the fields of :class:`MlpNames` that say how one parameter is stored, or None."""
-    steps = [(type(op).__name__, vars(op)) for op in source.operations]
-    kinds = [kind for kind, _ in steps]
     if source.name is not None:
         return {field: source.name, "storage": "stacked"}
-    if kinds[0] == "MergeModulelist" and not (own.up_transposed or own.interleaved):
-        if steps[0][1]["dim"] != 0:
-            return None
-        templates = [_template(names) for names in source.names.values()]
-        if (
-            field == "gate_up"
-            and kinds[1:] == ["Concatenate"]
-            and len(templates) == 2
-            and steps[1][1]["dim"] == 1
-        ):
-            return {"gate": templates[0], "up": templates[1], "gate_up": None, "storage": "single"}
-        if kinds == ["MergeModulelist"] and len(templates) == 1:
-            return {field: templates[0], "storage": "single"}
-        return None
+    steps = [(type(op).__name__, vars(op)) for op in source.operations]
     single = [names[0] for names in source.names.values() if len(names) == 1]
-    if kinds == ["Concatenate"] and field == "gate_up" and len(single) == 2 and steps[0][1]["dim"] == 1:
-        return {"gate": single[0], "up": single[1], "gate_up": None, "storage": "stacked"}
-    if kinds == ["Interleave"] and field == "gate_up" and steps[0][1] == {"dim": 1, "inverse": False}:
-        return {field: single[0], "storage": "stacked", "interleaved": not own.interleaved}
-    if kinds == ["Transpose"] and {steps[0][1]["dim0"], steps[0][1]["dim1"]} == {1, 2}:
-        flips = not steps[0][1]["check_dims"] or checkpoint.entry(single[0]).shape != shape
-        side = "down_transposed" if field == "down" else "up_transposed"
-        return {field: single[0], "storage": "stacked", side: getattr(own, side) != flips}
+    is_plain = not (own.up_transposed or own.down_transposed or own.interleaved)
+    match steps:
+        case [("Transpose", {"dim0": 1, "dim1": 2, "check_dims": checks})] if single:
+            flips = not checks or checkpoint.entry(single[0]).shape != shape
+            side = "down_transposed" if field == "down" else "up_transposed"
+            return {field: single[0], "storage": "stacked", side: getattr(own, side) != flips}
+        case [("MergeModulelist", {"dim": 0})] if is_plain and len(source.names) == 1:
+            (names,) = source.names.values()
+            return {field: _template(names), "storage": "single"}
+        case [("MergeModulelist", {"dim": 0}), ("Concatenate", {"dim": 1})] if is_plain:
+            parts = [_template(names) for names in source.names.values()]
+            return _gate_and_up(field, parts, "single")
+        case [("Concatenate", {"dim": 1})] if is_plain:
+            return _gate_and_up(field, single, "stacked")
+        case [("Interleave", {"dim": 1, "inverse": False})] if is_plain and field == "gate_up":
+            return {field: single[0], "storage": "stacked", "interleaved": True}
     return None
+
+
+def _gate_and_up(field: str, parts: list[str], storage: str) -> dict[str, Any] | None:
+    if field != "gate_up" or len(parts) != 2:
+        return None
+    return {"gate": parts[0], "up": parts[1], "gate_up": None, "storage": storage}
 
 
 def _fields(own: MlpNames) -> dict[str, str]:

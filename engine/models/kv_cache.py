@@ -32,6 +32,13 @@ def other_states(hf_config: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(c.__name__ for c in classes if c not in known))
 
 
+def has_attention(hf_config: Any) -> bool:
+    """Return whether any layer has attention; transformers counts the tokens of a past by it."""
+    from transformers.cache_utils import DynamicCache
+
+    return any(hasattr(layer, "get_mask_sizes") for layer in DynamicCache(config=hf_config).layers)
+
+
 @dataclass(frozen=True)
 class KvCache:
     """The keys and values of running sequences, one row each.

@@ -180,12 +180,13 @@ def load_model(
         model.to(grid.device)
         held = sum(k.nbytes() for k in (x.runner.kernel for x in layers.values()) if k is not None)
         log.info(
-            "%s: %.1f MB of dense weights (%s products%s), %.1f MB of experts, %.1f MB read",
+            "%s: %.1f MB of dense weights (%s products%s), %.1f MB of experts%s, %.1f MB read",
             type(model).__name__,
             dense / 1e6,
             chosen.name,
             "".join(f"; {name}: {why}" for name, why in chosen.rejected),
             held / 1e6,
+            "" if is_known(checkpoint.config) else " alone (no schema of this family's blocks)",
             checkpoint.bytes_read / 1e6,
         )
         if conversions := checkpoint.describe_conversions(kind):

@@ -9,6 +9,7 @@ import torch
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
+from xpar.engine.architectures import ARCHITECTURES
 from xpar.engine.architectures.layer_config import find, layer_config
 from xpar.engine.architectures.mlp_weights import MlpPlace, MlpTensors, mlp_buffers, read_mlp
 from xpar.engine.architectures.quantised_mlp import QuantisedTensors
@@ -26,6 +27,7 @@ from xpar.engine.models.block_layer import (
     build_block,
     weights_of,
 )
+from xpar.engine.models.empty_model import is_known
 from xpar.engine.models.expert_layer import (
     ATTRIBUTE,
     IMPLEMENTATION,
@@ -279,6 +281,11 @@ def moe_modules(
     experts = {} if whole_block else experts_modules(model)
     if experts:
         return {n: MoeModules((name,), (model.get_submodule(name),), True) for n, name in experts.items()}
+    if not is_known(hf_config):
+        raise CheckpointError(
+            f"model_type={hf_config.get('model_type')!r}: xpar has no schema of its blocks, only of those of "
+            f"{', '.join(arch.model_type for arch in ARCHITECTURES)}; leave whole_block (--whole-block) out"
+        )
     arch = find(hf_config)
     if why := arch.why_layers_only:
         raise CheckpointError(f"model_type={arch.model_type!r}: {why}; xpar run computes its layers")

@@ -13,12 +13,13 @@ import torch
 from shrunk_families import NOT_RUN, WITHOUT_INTERFACE, classes, families, small_model
 from tiny_models import CLEAR
 
-from xpar.comm import ProcessGrid, World
+from xpar.comm import AgreedError, ProcessGrid, World
 from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
 from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
 from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.parallelize import SpreadOptions
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -107,6 +108,17 @@ def differences(model: Any, family: str, path: Path, everyones: list[Any]) -> It
         read = [nbytes for *_, nbytes in everyones]
         if sum(read) > file.stat().st_size + (len(read) - 1) * header:
             yield f"ranks read {read} bytes of {file.stat().st_size}"
+
+
+def test_whole_blocks_of_a_family_without_a_schema_are_one_error(
+    comm: "Intracomm", grid: ProcessGrid, tmp_path: Path
+) -> None:
+    path = Path(comm.bcast(str(tmp_path)))
+    if comm.rank == 0:
+        write("afmoe", "AfmoeForCausalLM", path)
+    comm.barrier()
+    with pytest.raises(AgreedError, match="model_type='afmoe': xpar has no schema of its blocks"):
+        load_model(path, grid, options=SpreadOptions(whole_block=True))
 
 
 @pytest.mark.parametrize("family", families())

@@ -23,6 +23,7 @@ from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
 from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
+from xpar.engine.models.empty_model import check_generates
 from xpar.engine.models.lm_head import Head
 from xpar.engine.models.loader import LoadedModel, load_model
 from xpar.engine.models.parallelize import SpreadOptions
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.mpi(max_size=2, deadline=120)
 TOLERANCE = 1e-4
+WITHOUT_ATTENTION = ("qwen3_next", "jamba")
+"""Cases whose layers are all recurrent; no published model is like that."""
 LENGTH = 21
 PIECES = (64, 8)
 FORMS = {"usual": "", "modules": "-modules", "inside": "-inside"}
@@ -104,7 +107,7 @@ def test_a_block_that_is_no_module_is_one_error(grid: ProcessGrid, root: Path, n
 
 
 @pytest.mark.parametrize("slice_dense", [False, True], ids=["whole", "shared out"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in WITHOUT_ATTENTION])
 def test_greedy_text_of_every_family(
     grid: ProcessGrid, root: Path, fresh_seed: int, name: str, slice_dense: bool
 ) -> None:
@@ -118,6 +121,14 @@ def test_greedy_text_of_every_family(
     for r in running:
         plain = greedy(model, r.ids, 4, ())
         assert plain.gap < CLEAR or r.answer == plain.answer
+
+
+@pytest.mark.parametrize("name", WITHOUT_ATTENTION)
+def test_a_model_without_attention_is_one_line(root: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: none of its layers has attention") as e:
+        check_generates(root / name)
+    assert "\n" not in str(e.value)
+    check_generates(root / f"{name}-mixed")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
