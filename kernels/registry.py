@@ -114,7 +114,7 @@ _STEPS = "x faster than the steps one by one at 1 / 2 / 4 tokens (OLMoE, bf16,"
 # Those to the single steps: by --compare steps of the same command.
 _STEPS_EPYC, _STEPS_XEON = f"{_STEPS} 1 thread of a loaded machine)", f"{_STEPS} 2 threads of that Xeon)"
 
-# Fastest first: the first that serves a spec is chosen.
+# Fastest first: the first that serves a spec is chosen. Kernels of quantised weights compete with no others.
 KERNELS: tuple[KernelEntry, ...] = (
     KernelEntry(
         name="zentorch",
@@ -237,7 +237,7 @@ def choose_kernel(
     return replace(choice, reason="; ".join(filter(None, (choice.chosen.measured, choice.reason))))
 
 
-def choose_packed_kernel(
+def choose_quantised_kernel(
     spec: ExpertSpec,
     fmt: WeightFormat,
     name: str = "auto",
@@ -258,16 +258,16 @@ def choose_packed_kernel(
     Raises:
         ValueError: no kernel serves ``spec`` either way.
     """
-    packed = replace(spec, weight_format=fmt)
-    against = {entry.name: entry.why_not(packed) or entry.why_unsuitable(packed) for entry in kernels}
+    quantised = replace(spec, weight_format=fmt)
+    against = {entry.name: entry.why_not(quantised) or entry.why_unsuitable(quantised) for entry in kernels}
     if name == "auto" and not any(reason is None for reason in against.values()):
         choice = choose_kernel(spec, name, kernels)
         rejected = tuple((other, against[other] or reason) for other, reason in choice.rejected)
         return spec, replace(choice, rejected=rejected)
     named = next((entry for entry in kernels if entry.name == name), None)
-    if named is not None and named.why_not(packed) is not None:
+    if named is not None and named.why_not(quantised) is not None:
         return spec, choose_kernel(spec, name, kernels)
-    return packed, choose_kernel(packed, name, kernels)
+    return quantised, choose_kernel(quantised, name, kernels)
 
 
 def _join_names(values: Iterable[object]) -> str:

@@ -111,7 +111,7 @@ def load_layer_weights(
     dtype: torch.dtype,
     rows: slice = ALL,
     shared_rows: slice = ALL,
-    packed: bool = False,
+    as_codes: bool = False,
 ) -> LayerWeights:
     """Load a rank's part of layer ``layer``.
 
@@ -126,11 +126,11 @@ def load_layer_weights(
         dtype: dtype of the tensors.
         rows: this rank's slice of I.
         shared_rows: this rank's slice of Is.
-        packed: True if ``sink`` takes codes and scales as :meth:`QuantisedKernel.load_quantised` does, in the
-            :func:`experts_format` of the layer.
+        as_codes: True if ``sink`` takes codes and scales as :meth:`QuantisedKernel.load_quantised` does, in
+            the :func:`experts_format` of the layer.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, is quantised or is not finite.
+        CheckpointError: a tensor is missing, has another shape or is not finite.
     """
     weights = LayerWeights(
         load_router(checkpoint, arch, layer, config, dtype),
@@ -139,7 +139,7 @@ def load_layer_weights(
         load_latent(checkpoint, arch, layer, config, dtype),
         load_norm(checkpoint, arch, layer, config),
     )
-    if packed:
+    if as_codes:
         place = _expert_place(checkpoint, arch, layer, config, rows)
         form = quantised_format(checkpoint, place)
         assert form is not None  # the caller has asked

@@ -128,7 +128,7 @@ def build_layer(
         grid: The process grid.
         dtype: The dtype that the layer computes in.
         read: Returns the weights; it takes the keyword arguments of :func:`load_layer_weights`, and if
-            ``weight_format`` is given also ``packed``: True if ``sink`` takes the experts as
+            ``weight_format`` is given also ``as_codes``: True if ``sink`` takes the experts as
             :class:`~xpar.kernels.quantised_weight.QuantisedWeight`.
         options: How the layer is computed.
         layer: The layer's number, for messages.
@@ -150,7 +150,7 @@ def build_layer(
         dtype=dtype,
         rows=experts.rows,
         shared_rows=_shared_rows(config, grid, slices),
-        **({} if weight_format is None else {"packed": experts.weight_format is not None}),
+        **({} if weight_format is None else {"as_codes": experts.weight_format is not None}),
     )
     weights = weights.to(grid.device)
     shared = fused = None

@@ -20,7 +20,7 @@ from xpar.engine.layer.options import ExpertOptions
 from xpar.kernels.choice import Choice
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, ExpertSpec, SlotKernel, Slots
 from xpar.kernels.quantised_weight import WeightFormat
-from xpar.kernels.registry import KernelEntry, choose_kernel, choose_packed_kernel
+from xpar.kernels.registry import KernelEntry, choose_kernel, choose_quantised_kernel
 
 log = logging.getLogger("xpar.build")
 
@@ -187,7 +187,7 @@ def choose_for_weights(
     if has_copies:
         choice, why = choose_kernel(spec, name), "shared experts are fused with them"
     else:
-        spec, choice = choose_packed_kernel(spec, weight_format, name)
+        spec, choice = choose_quantised_kernel(spec, weight_format, name)
         why = "no kernel computes from them" if name == "auto" else f"kernel {name} was asked for"
     if spec.weight_format is None:
         _log_conversion(spec, weight_format, choice.name, why)

@@ -129,15 +129,15 @@ class SyntheticLayer:
         dtype: torch.dtype,
         rows: slice = ALL,
         shared_rows: slice = ALL,
-        packed: bool = False,
+        as_codes: bool = False,
     ) -> LayerWeights:
         """Draw what ``layer_weights.load_layer_weights`` reads, with its arguments.
 
-        ``dtype`` is not used: the weights have the dtype of the layer. ``packed``: True if ``sink`` takes
+        ``dtype`` is not used: the weights have the dtype of the layer. ``as_codes``: True if ``sink`` takes
         weights in ``weight_format``.
         """
         for index, expert in enumerate(experts):
-            if packed and self.weight_format is not None:
+            if as_codes and self.weight_format is not None:
                 weights: tuple[Any, ...] = self._whole(*self.quantised(expert, self.weight_format), rows)
             else:
                 weights = self._sliced(*self.expert(expert), rows)
