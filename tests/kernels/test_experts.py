@@ -55,11 +55,15 @@ CASES = [
 ]
 
 
+PLAIN = [entry for entry in KERNELS if "cpu" in entry.devices and entry.name != "native-quantised"]
+"""The kernels of plain weights; those of quantised ones are in ``test_quantised_experts.py``."""
+
+
 def specs() -> list[Any]:
     """Return kernels x dtypes x activations x biases; those that cannot run here are skipped."""
     found = []
     for entry in KERNELS:
-        if "cpu" not in entry.devices:
+        if entry not in PLAIN:
             continue
         activations = [Activation(name) for name in entry.activations]
         forms = [(a, False) for a in activations]
@@ -203,7 +207,7 @@ def test_weights_are_copied_and_kernels_independent(entry, dtype, form, fresh_se
     assert_near(kernels[0].compute(first.input()), expected, dtype)
 
 
-@pytest.mark.parametrize("entry", [r for r in KERNELS if "cpu" in r.devices], ids=lambda r: r.name)
+@pytest.mark.parametrize("entry", PLAIN, ids=lambda r: r.name)
 def test_refuses_wrong_weights(entry):
     spec = ExpertSpec(2, 64, 128, torch.bfloat16, Activation("silu"))
     _skip_if_refused(entry, spec)
@@ -227,12 +231,7 @@ def test_refuses_wrong_weights(entry):
 @pytest.mark.parametrize("shape", [(128, 192), (1024, 256), (100, 36)], ids=str)
 @pytest.mark.parametrize(
     ("entry", "dtype"),
-    [
-        pytest.param(r, dtype, id=f"{r.name}-{dtype}")
-        for r in KERNELS
-        if r.row_invariant and "cpu" in r.devices
-        for dtype in r.dtypes
-    ],
+    [pytest.param(r, dtype, id=f"{r.name}-{dtype}") for r in PLAIN if r.row_invariant for dtype in r.dtypes],
 )
 def test_rows_do_not_depend_on_the_batch(entry, dtype, shape, threads, g):
     case = Case(tokens=300, k=2, experts=4, ids="skewed", hidden=shape[0], width=shape[1])

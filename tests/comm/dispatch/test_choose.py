@@ -24,6 +24,7 @@ def test_dispatchers_for_a_gpu_follow_from_their_capabilities() -> None:
         moe=moe,
         tp=tp,
         shape=SimpleNamespace(tp=1),
+        agreed=None,
         peer_window=SimpleNamespace(access=PeerAccess(None, (("CUDA IPC handles", "planted"),))),
     )
     tables = torch.zeros(9)
@@ -67,6 +68,7 @@ def test_auto_sends_a_row_a_node_from_host_memory_only(device: str, chosen: str)
         moe_node=SimpleNamespace(size=4, rank=0, world_ranks=ranks[:4]),
         tp=SimpleNamespace(size=1, world_ranks=(0,)),
         shape=SimpleNamespace(tp=1, etp=1),
+        agreed=None,
         peer_window=None,
     )
     placement: Any = SimpleNamespace(to=lambda device: placement, device=torch.device(device), num_experts=64)

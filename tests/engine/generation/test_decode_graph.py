@@ -289,7 +289,7 @@ def recorder_of(
         dispatcher=SimpleNamespace(capabilities=capabilities),
     )
     layer = SimpleNamespace(runner=runner, slot_counter=SimpleNamespace(counted=torch.zeros(())))
-    model: Any = SimpleNamespace(device=torch.device(device), layers=(layer, layer))
+    model: Any = SimpleNamespace(device=torch.device(device), layers=(layer, layer), sends_tokens_once=True)
     return DecodeGraph.of(model)
 
 

@@ -30,10 +30,14 @@ BAR = 6e-3
 """The relative error of a layer that computes from exact codes with bfloat16 rows and float32 sums."""
 
 
+@pytest.fixture(scope="module")
+def grid(comm: "Intracomm") -> ProcessGrid:
+    return ProcessGrid.create(World.attach(comm))
+
+
 def build(
-    comm: "Intracomm", shape: str, name: str, seed: int, options: LayerOptions
+    grid: ProcessGrid, shape: str, name: str, seed: int, options: LayerOptions
 ) -> tuple[SyntheticLayer, MoERunner]:
-    grid = ProcessGrid.create(World.attach(comm))
     config = shape_of(shape).layer(0.0625)
     weights = SyntheticLayer(config, torch.bfloat16, seed, NAMED_FORMATS[name])
     runner = build_layer(
@@ -52,20 +56,20 @@ def error_of(weights: SyntheticLayer, runner: MoERunner, seed: int) -> float:
 @pytest.mark.parametrize("exact", [False, True], ids=["", "exact"])
 @pytest.mark.parametrize("shape", ["olmoe", "gpt-oss-20b", "deepseek-v2-lite"])
 @pytest.mark.parametrize("name", NAMED_FORMATS)
-def test_a_layer_keeps_its_weights_packed(
-    comm: "Intracomm", name: str, shape: str, exact: bool, fresh_seed: int
+def test_a_layer_keeps_its_weights_quantised(
+    grid: ProcessGrid, name: str, shape: str, exact: bool, fresh_seed: int
 ) -> None:
-    weights, runner = build(comm, shape, name, fresh_seed, LayerOptions(exact=exact))
+    weights, runner = build(grid, shape, name, fresh_seed, LayerOptions(exact=exact))
     assert runner.experts.weight_format == NAMED_FORMATS[name]
     assert runner.experts.kernel_name == "native-quantised"
     assert error_of(weights, runner, fresh_seed) <= BAR
 
 
 def test_a_kernel_without_the_format_gets_converted_weights(
-    comm: "Intracomm", fresh_seed: int, caplog: pytest.LogCaptureFixture
+    grid: ProcessGrid, fresh_seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="xpar.build"):
-        weights, runner = build(comm, "olmoe", "int4", fresh_seed, LayerOptions(kernel="onednn"))
+        weights, runner = build(grid, "olmoe", "int4", fresh_seed, LayerOptions(kernel="onednn"))
     assert runner.experts.weight_format is None
     (line,) = [record.getMessage() for record in caplog.records if "converted" in record.getMessage()]
     assert line.startswith(f"int4 1x128 weights of {len(runner.experts.experts)} experts are converted to ")
@@ -73,12 +77,11 @@ def test_a_kernel_without_the_format_gets_converted_weights(
     assert error_of(weights, runner, fresh_seed) <= 1e-2
 
 
-def test_reasons_name_the_format(comm: "Intracomm") -> None:
-    grid = ProcessGrid.create(World.attach(comm))
+def test_reasons_name_the_format(grid: ProcessGrid) -> None:
     config, fmt = shape_of("olmoe").layer(0.0625), NAMED_FORMATS["fp8"]
-    packed = pick_kernel(config, grid, 4, torch.bfloat16, "auto", False, fmt)
-    assert packed.name == "native-quantised"
-    assert dict(packed.rejected)["onednn"] == "does not compute from e4m3 128x128 weights"
+    quantised = pick_kernel(config, grid, 4, torch.bfloat16, "auto", False, fmt)
+    assert quantised.name == "native-quantised"
+    assert dict(quantised.rejected)["onednn"] == "does not compute from e4m3 128x128 weights"
     converted = pick_kernel(config, grid, 4, torch.float32, "auto", False, fmt)
     assert converted.name == "onednn"
     assert "in bfloat16, not in float32" in dict(converted.rejected)["native-quantised"]

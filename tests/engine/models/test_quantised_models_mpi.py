@@ -51,6 +51,12 @@ def grid(comm: "Intracomm") -> ProcessGrid:
 
 
 @pytest.fixture(scope="module")
+def slices(comm: "Intracomm") -> ProcessGrid:
+    """Each rank has a slice of every expert."""
+    return ProcessGrid.create(World.attach(comm), etp=comm.size, tp=1)
+
+
+@pytest.fixture(scope="module")
 def root(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Every case, quantised and in floats."""
     path = Path(comm.bcast(str(tmp_path_factory.mktemp("quantised"))))
@@ -84,10 +90,11 @@ def test_logits_are_those_of_transformers_with_the_weights_in_floats(
 
 
 @pytest.mark.parametrize("name", [*CASES, *LAYERS_ONLY])
-def test_layers_on_slices_of_every_width(comm: "Intracomm", root: Path, fresh_seed: int, name: str) -> None:
+def test_layers_on_slices_of_every_width(
+    comm: "Intracomm", slices: ProcessGrid, root: Path, fresh_seed: int, name: str
+) -> None:
     """Each rank has a slice of every expert, of whole blocks where the experts have enough of them."""
-    grid = ProcessGrid.create(World.attach(comm), etp=comm.size, tp=1)
-    layer = load_layer(root / name, 1, grid, torch.float32, LayerOptions())
+    layer = load_layer(root / name, 1, slices, torch.float32, LayerOptions())
     x = random_tokens(9, layer.config.hidden_size, fresh_seed + comm.rank)
     with open_checkpoint(root / f"{name}-floats") as floats:
         expected, _ = layer_reference(floats, 1, x)
@@ -102,12 +109,12 @@ PACKED = [name for name in CASES if quantised_library.why_unavailable() is None]
 @pytest.mark.parametrize("etp", [False, True], ids=["ep", "etp"])
 @pytest.mark.parametrize("name", PACKED)
 def test_experts_stay_as_they_are_stored_and_compute_so(
-    comm: "Intracomm", root: Path, fresh_seed: int, name: str, etp: bool
+    grid: ProcessGrid, slices: ProcessGrid, root: Path, fresh_seed: int, name: str, etp: bool
 ) -> None:
     """In bfloat16, with the memory of the codes; the reference has the weights in floats."""
-    grid = ProcessGrid.create(World.attach(comm), etp=comm.size if etp else 1, tp=1)
+    grid = slices if etp else grid
     layer = load_layer(root / name, 1, grid, torch.bfloat16)
-    x = random_tokens(9, layer.config.hidden_size, fresh_seed + comm.rank).bfloat16()
+    x = random_tokens(9, layer.config.hidden_size, fresh_seed + grid.world.rank).bfloat16()
     output = layer(x)
     with open_checkpoint(root / f"{name}-floats") as floats:
         expected, _ = layer_reference(floats, 1, x.float())
