@@ -22,11 +22,17 @@ PROGRAM = Path(__file__).parents[1] / "programs/experts_memory.py"
 def test_peak_is_weights_once_plus_a_tenth(entry):
     if reason := entry.why_not(ExpertSpec(24, 1536, 1024, torch.bfloat16, Activation("silu"))):
         pytest.skip(reason)
-    done = subprocess.run(
-        [sys.executable, PROGRAM, entry.name], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    weights, peak = map(int, done.stdout.split())
-    assert weights >= 2 * 24 * 3 * 1536 * 1024
-    # The constant covers one expert's plain weights and the libraries' own buffers.
-    assert peak <= 1.1 * weights + 64 * 2**20
+    # Threads and huge pages come and go: the growth of one process differs by 40 MB. A second copy would be in
+    # each.
+    for attempt in range(3):
+        done = subprocess.run(
+            [sys.executable, PROGRAM, entry.name], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        weights, peak = map(int, done.stdout.split())
+        assert weights >= 2 * 24 * 3 * 1536 * 1024
+        # The constant covers one expert's plain weights and the libraries' own buffers.
+        most = 1.1 * weights + 64 * 2**20
+        if peak <= most:
+            break
+    assert peak <= most, f"in {attempt + 1} processes"
