@@ -164,8 +164,8 @@ KERNELS: tuple[KernelEntry, ...] = (
         why_not_format=quantised_library.why_not_format,
         all_activations=True,
         fused_routing=FusedRouting(("softmax",), tokens=4, measured="as native; not measured itself"),
-        measured="fp8 1.1 / 1.2 / 0.7, int4 3.7 / 2.2 / 1.1 x as fast as zentorch in bf16 "
-        "at 1 / 4 / 64 tokens (OLMoE, 1 thread of a loaded EPYC, Zen 4)",
+        measured="fp8 1.2 / 1.4 / 0.8, int4 1.6 / 2.2 / 1.3 x as fast as zentorch in bf16 "
+        "at 1 / 4 / 64 tokens (OLMoE, 2 threads of an EPYC, Zen 4)",
     ),
     KernelEntry(
         name="triton",
