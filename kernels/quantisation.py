@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xpar.kernels.quantised_weight import CodeType, QuantisedWeight, WeightFormat
+from xpar.kernels.quantised_weight import CodeType, QuantisedWeight, WeightFormat, join_nibbles, spread_blocks
 
 NAMED_FORMATS = {
     "fp8": WeightFormat(CodeType.E4M3, (128, 128), torch.float32),
@@ -14,8 +14,6 @@ NAMED_FORMATS = {
     "nvfp4": WeightFormat(CodeType.E2M1, (1, 16), torch.float8_e4m3fn, global_scale=True),
 }
 """The formats that weights are quantised to, by the names that options have for them."""
-# The largest value of each code.
-_LARGEST = {CodeType.E4M3: 448.0, CodeType.INT8: 127.0, CodeType.INT4: 7.0, CodeType.E2M1: 6.0}
 _SMALLEST = 2.0**-126
 
 
@@ -35,7 +33,7 @@ def quantise(weight: Tensor, fmt: WeightFormat) -> QuantisedWeight:
     values = weight.float()
     if not bool(values.isfinite().all()):
         raise ValueError(f"weights of shape {tuple(weight.shape)} have values that are not finite")
-    largest, factor = _LARGEST[fmt.code], None
+    largest, factor = fmt.code.largest, None
     wanted = _block_maxima(values, fmt) / largest
     if fmt.global_scale:
         # The largest scale is then the largest number of the scales' dtype.
@@ -43,7 +41,7 @@ def quantise(weight: Tensor, fmt: WeightFormat) -> QuantisedWeight:
         wanted = wanted / factor[..., None, None]
     scales = _round_scales(wanted, fmt.scale)
     grid = scales.float() if factor is None else scales.float() * factor[..., None, None]
-    ratio = values / _spread(grid.clamp_min(_SMALLEST), fmt, values.shape)
+    ratio = values / spread_blocks(grid.clamp_min(_SMALLEST), fmt, *values.shape[-2:])
     codes = _encode(ratio.clamp(-largest, largest), fmt.code)
     return QuantisedWeight(fmt, codes, scales, weight.shape[-1], None, factor)
 
@@ -71,12 +69,6 @@ def _round_scales(wanted: Tensor, dtype: torch.dtype) -> Tensor:
     return wanted.to(dtype)
 
 
-def _spread(grid: Tensor, fmt: WeightFormat, shape: torch.Size) -> Tensor:
-    rows, cols = shape[-2:]
-    spread = grid.repeat_interleave(fmt.block[0] or rows, -2)[..., :rows, :]
-    return spread.repeat_interleave(fmt.block[1] or cols, -1)[..., :cols]
-
-
 def _encode(ratio: Tensor, code: CodeType) -> Tensor:
     """Return the codes nearest to ``ratio`` [.., N, K]; ties go to the even code."""
     if code is CodeType.E4M3:
@@ -84,16 +76,10 @@ def _encode(ratio: Tensor, code: CodeType) -> Tensor:
     if code is CodeType.INT8:
         return ratio.round().to(torch.int8)
     if code is CodeType.INT4:
-        return _join_nibbles((ratio.round() + 8).to(torch.uint8))
+        return join_nibbles((ratio.round() + 8).to(torch.uint8))
     # e2m1 has steps of 0.5 up to 2, of 1 up to 4 and of 2 up to 6, and a code for each step.
     size = ratio.abs()
     above = torch.where(size < 4, size.round() + 2, (size / 2).round() + 4)
     nibbles = torch.where(size < 2, (2 * size).round(), above).to(torch.uint8)
     nibbles |= (ratio < 0).to(torch.uint8) << 3
-    return _join_nibbles(nibbles)
-
-
-def _join_nibbles(nibbles: Tensor) -> Tensor:
-    """Join the nibbles [.., N, K] of even and odd columns to bytes [.., N, ceil(K / 2)]."""
-    even = functional.pad(nibbles, (0, nibbles.shape[-1] % 2))
-    return even[..., 0::2] | even[..., 1::2] << 4
+    return join_nibbles(nibbles)

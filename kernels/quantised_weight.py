@@ -9,6 +9,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class CodeType(Enum):
@@ -33,6 +34,11 @@ class CodeType(Enum):
     def dtype(self) -> torch.dtype:
         """The dtype of the tensor that holds the codes."""
         return {CodeType.E4M3: torch.float8_e4m3fn, CodeType.INT8: torch.int8}.get(self, torch.uint8)
+
+    @property
+    def largest(self) -> float:
+        """The largest value of a code whose negative is the value of a code, too."""
+        return {CodeType.E4M3: 448.0, CodeType.INT8: 127.0, CodeType.INT4: 7.0, CodeType.E2M1: 6.0}[self]
 
     def values(self) -> Tensor:
         """Return the values of the 16 nibbles, [16] float32; ValueError for a byte code."""
@@ -173,18 +179,24 @@ class QuantisedWeight:
         if self.zeros is not None:
             # One zero point a byte: a nibble's is in the low four bits.
             zeros = decode(self.zeros.unsqueeze(-1), self.format.code, 1).squeeze(-1)
-            weight = weight - self._spread(zeros)
-        weight = weight * self._spread(self.scales.float())
+            weight = weight - spread_blocks(zeros, self.format, *self.shape[-2:])
+        weight = weight * spread_blocks(self.scales.float(), self.format, *self.shape[-2:])
         if self.global_scale is not None:
             weight = weight * self.global_scale[..., None, None]
         return weight
 
-    def _spread(self, per_block: Tensor) -> Tensor:
-        """Repeat one value a block [.., blocks of N, blocks of K] for each of its codes [.., N, K]."""
-        rows, cols = self.shape[-2:]
-        block_rows, block_cols = self.format.block
-        spread = per_block.repeat_interleave(block_rows or rows, -2)[..., :rows, :]
-        return spread.repeat_interleave(block_cols or cols, -1)[..., :cols]
+
+def spread_blocks(per_block: Tensor, fmt: WeightFormat, rows: int, cols: int) -> Tensor:
+    """Repeat one value a block [.., blocks of N, blocks of K] for each of its codes [.., N, K]."""
+    block_rows, block_cols = fmt.block
+    spread = per_block.repeat_interleave(block_rows or rows, -2)[..., :rows, :]
+    return spread.repeat_interleave(block_cols or cols, -1)[..., :cols]
+
+
+def join_nibbles(nibbles: Tensor) -> Tensor:
+    """Join nibbles [.., N, K], one a byte, to codes [.., N, ceil(K / 2)]; the last of odd K stands alone."""
+    even = pad(nibbles, (0, nibbles.shape[-1] % 2))
+    return even[..., 0::2] | even[..., 1::2] << 4
 
 
 def decode(codes: Tensor, code: CodeType, cols: int) -> Tensor:

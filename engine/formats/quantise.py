@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from xpar.kernels.quantised_weight import CodeType, QuantisedWeight, WeightFormat
+from xpar.kernels.quantised_weight import CodeType, QuantisedWeight, WeightFormat, join_nibbles, spread_blocks
 
-LARGEST = {CodeType.E4M3: 448.0, CodeType.INT8: 127.0, CodeType.INT4: 7.0, CodeType.E2M1: 6.0}
-"""The largest value of a code whose negative is a code, too."""
 E2M1_BORDERS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 """The values halfway between two neighbouring magnitudes of e2m1."""
 LEAST = 1e-12
@@ -27,15 +25,16 @@ def quantise(weight: Tensor, form: WeightFormat) -> QuantisedWeight:
         levels = 15.0 if form.code is CodeType.INT4 else 255.0
         scales = _as_scales((high.clamp_min(0) - low.clamp_max(0)) / levels, form.scale)
         zeros = (-low.clamp_max(0) / scales.float()).round().clamp(0, levels)
-        codes = (values / _spread(scales, form, rows, cols)).round() + _spread(zeros, form, rows, cols)
+        steps = spread_blocks(scales.float(), form, rows, cols)
+        codes = (values / steps).round() + spread_blocks(zeros, form, rows, cols)
         packed, zeros = _store(codes.clamp(0, levels), form.code), _store_bytes(zeros, form.code)
         return QuantisedWeight(form, packed, scales, cols, zeros)
-    ranges = torch.maximum(high, -low) / LARGEST[form.code]
+    ranges = torch.maximum(high, -low) / form.code.largest
     if form.global_scale:
-        factor = (ranges.max().clamp_min(LEAST) / LARGEST[CodeType.E4M3]).reshape(())
+        factor = (ranges.max().clamp_min(LEAST) / CodeType.E4M3.largest).reshape(())
         ranges = ranges / factor
     scales = _as_scales(ranges, form.scale)
-    step = _spread(scales, form, rows, cols) * (1.0 if factor is None else factor)
+    step = spread_blocks(scales.float(), form, rows, cols) * (1.0 if factor is None else factor)
     return QuantisedWeight(form, _encode(values / step, form.code), scales, cols, None, factor)
 
 
@@ -54,12 +53,6 @@ def _extremes(values: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return reduce(float("inf"), "amin"), reduce(float("-inf"), "amax")
 
 
-def _spread(per_block: Tensor, form: WeightFormat, rows: int, cols: int) -> Tensor:
-    height, width = form.block[0] or rows, form.block[1] or cols
-    spread = per_block.float().repeat_interleave(height, 0)[:rows]
-    return spread.repeat_interleave(width, 1)[:, :cols]
-
-
 def _as_scales(ranges: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``ranges`` in the dtype of scales, which are above 0 also where all values are 0."""
     if dtype == torch.float8_e8m0fnu:
@@ -70,7 +63,7 @@ def _as_scales(ranges: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _power_of_two(ranges: Tensor) -> Tensor:
     """Return the scales of MXFP4: the exponent of the largest value, less that of 6."""
-    exponent = torch.floor(torch.log2(ranges * LARGEST[CodeType.E2M1])) - 2
+    exponent = torch.floor(torch.log2(ranges * CodeType.E2M1.largest)) - 2
     return (exponent.clamp(-127, 127) + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
@@ -80,23 +73,17 @@ def _encode(scaled: Tensor, code: CodeType) -> Tensor:
         return scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
     if code is CodeType.E2M1:
         magnitude = torch.bucketize(scaled.abs().contiguous(), torch.tensor(E2M1_BORDERS))
-        return _pack((magnitude + 8 * (scaled < 0)).to(torch.uint8))
-    limit = int(LARGEST[code]) + 1
+        return join_nibbles((magnitude + 8 * (scaled < 0)).to(torch.uint8))
+    limit = int(code.largest) + 1
     return _store(scaled.round().clamp(-limit, limit - 1) + limit, code)
 
 
 def _store(offset: Tensor, code: CodeType) -> Tensor:
     """Return canonical codes of whole numbers from 0 on."""
-    return _pack(offset.to(torch.uint8)) if code is CodeType.INT4 else _store_bytes(offset, code)
+    return join_nibbles(offset.to(torch.uint8)) if code is CodeType.INT4 else _store_bytes(offset, code)
 
 
 def _store_bytes(offset: Tensor, code: CodeType) -> Tensor:
     """Return one canonical code a byte of whole numbers from 0 on."""
     byte = offset.to(torch.uint8)
     return byte if code is CodeType.INT4 else (byte ^ 0x80).view(torch.int8)
-
-
-def _pack(codes: Tensor) -> Tensor:
-    """Return two codes a byte, the low nibble first; the last of an odd number stands alone."""
-    even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
-    return even[:, 0::2] | (even[:, 1::2] << 4)

@@ -5,7 +5,7 @@ import torch
 from quantised_weights import FORMATS
 
 from xpar.kernels.quantisation import NAMED_FORMATS, quantise, relative_error
-from xpar.kernels.quantised_weight import CodeType, WeightFormat, decode
+from xpar.kernels.quantised_weight import CodeType, WeightFormat, decode, spread_blocks
 
 SYMMETRIC = [fmt for fmt in FORMATS if not fmt.zero_point]
 # rms errors of Gaussian weights: what the number of values and the scales leave.
@@ -29,7 +29,7 @@ def test_each_value_is_the_nearest_that_its_scale_allows(fmt, shape, fresh_seed)
     weight = torch.randn(shape, generator=g) * torch.rand(shape[-1], generator=g)
     found = quantise(weight, fmt)
     assert found.shape == tuple(shape)
-    scales = found._spread(found.scales.float())
+    scales = spread_blocks(found.scales.float(), found.format, *found.shape[-2:])
     if found.global_scale is not None:
         scales = scales * found.global_scale[..., None, None]
     allowed = all_values(fmt)
