@@ -10,34 +10,21 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from xpar.engine.formats.stored_weight import StoredWeight, cut_blocks, scale_dtype
+from xpar.engine.formats.stored_weight import StoredWords, cut_blocks, scale_dtype
 from xpar.engine.formats.words import as_signed, bytes_along_columns, bytes_along_rows, codes_of_bytes
 from xpar.kernels.quantised_weight import CodeType, QuantisedWeight, WeightFormat
 
 CODES, ZEROS, SCALES, ORDER = ".qweight", ".qzeros", ".scales", ".g_idx"
 
 
-class GptqWeight(StoredWeight):
+class GptqWeight(StoredWords):
     """``qweight`` [K / 8, N], ``qzeros`` [G, N / 8], ``scales`` [G, N], and ``g_idx`` [K] or none.
 
     With ``g_idx`` in any other order than that of K (``desc_act``), every code has a scale of its own here;
     the weight is read as floats.
     """
 
-    @cached_property
-    def bits(self) -> int:
-        """The bits of a code, 4 or 8."""
-        bits = self.scheme.bits
-        if bits not in (4, 8):
-            raise self.parts.error(
-                CODES,
-                f"has codes of {bits} bits: 4 and 8 are read; use a checkpoint of 4 or 8 bits, or bfloat16",
-            )
-        return bits
-
-    @property
-    def unit(self) -> tuple[int, int]:  # type: ignore[override]
-        return 1, 32 // self.bits
+    codes = CODES
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

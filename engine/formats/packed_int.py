@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from xpar.engine.formats.stored_weight import StoredWeight, scale_dtype
+from xpar.engine.formats.stored_weight import StoredWords, scale_dtype
 from xpar.engine.formats.words import as_signed, bytes_along_columns, bytes_along_rows, codes_of_bytes
 from xpar.kernels.quantised_weight import CodeType, QuantisedWeight, WeightFormat
 
@@ -15,26 +15,13 @@ ORDER = ".weight_g_idx"
 """The group of each input, in files that were calibrated with ``actorder: group``; -1 where it is unused."""
 
 
-class PackedInt(StoredWeight):
+class PackedInt(StoredWords):
     """``weight_packed`` [N, words], ``weight_scale`` [N, G], ``weight_shape``, and perhaps zero points.
 
     Zero points are packed along N: [words, G].
     """
 
-    @cached_property
-    def bits(self) -> int:
-        """The bits of a code, 4 or 8."""
-        bits = self.scheme.bits
-        if bits not in (4, 8):
-            raise self.parts.error(
-                CODES,
-                f"has codes of {bits} bits: 4 and 8 are read; use a checkpoint of 4 or 8 bits, or bfloat16",
-            )
-        return bits
-
-    @property
-    def unit(self) -> tuple[int, int]:  # type: ignore[override]
-        return 1, 32 // self.bits
+    codes = CODES
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

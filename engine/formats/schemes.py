@@ -1,4 +1,4 @@
-"""What a quantization_config says about each module: one function for each ``quant_method``.
+"""The schemes that a quantization_config gives to modules: one function for each ``quant_method``.
 
 Such a function takes the configuration and makes a function of a module's name; that returns the module's
 scheme, or None for a module that the configuration leaves unquantised.

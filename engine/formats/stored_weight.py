@@ -4,6 +4,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -194,6 +195,27 @@ class StoredWeight(ABC):
                 "download the file again, or quantise the model again",
             )
         return scales
+
+
+class StoredWords(StoredWeight):
+    """A weight whose codes are integers in words of 32 bits, in the tensor ``codes``."""
+
+    codes: str
+
+    @cached_property
+    def bits(self) -> int:
+        """The bits of a code, 4 or 8."""
+        bits = self.scheme.bits
+        if bits not in (4, 8):
+            raise self.parts.error(
+                self.codes,
+                f"has codes of {bits} bits: 4 and 8 are read; use a checkpoint of 4 or 8 bits, or bfloat16",
+            )
+        return bits
+
+    @property
+    def unit(self) -> tuple[int, int]:  # type: ignore[override]
+        return 1, 32 // self.bits
 
 
 def cut_units(weight: StoredWeight, block: tuple[int, int]) -> tuple[int, int]:
