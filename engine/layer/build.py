@@ -27,7 +27,7 @@ from xpar.engine.architectures.layer_weights import (
 )
 from xpar.engine.config import LayerConfig
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
-from xpar.engine.layer.checkpoint_config import allocation_errors, config_errors, read_layer_config
+from xpar.engine.layer.checkpoint_config import FIELDS, allocation_errors, config_errors, read_layer_config
 from xpar.engine.layer.expert_shard import (
     ExpertShard,
     build_expert_shard,
@@ -96,7 +96,8 @@ def _load(
         arch = find(checkpoint.config)
         read = partial(load_layer_weights, checkpoint, arch, layer, config)
         begin = time.perf_counter()
-        with config_errors(checkpoint), allocation_errors(layer, config):
+        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in FIELDS[:3])
+        with config_errors(checkpoint), allocation_errors(layer, f"config.json: {sizes}"):
             stored = experts_format(checkpoint, arch, layer, config, expert_rows(config, grid))
             runner = build_layer(config, grid, dtype or checkpoint.dtype, read, options, layer, stored)
         log.info(

@@ -80,16 +80,18 @@ def config_errors(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 @contextmanager
-def allocation_errors(layer: int, config: LayerConfig) -> Iterator[None]:
-    """Turn a failed allocation for the experts of ``layer`` into one :class:`CheckpointError`."""
+def allocation_errors(layer: int, where: str) -> Iterator[None]:
+    """Turn a failed allocation for the experts of ``layer`` into one :class:`CheckpointError`.
+
+    ``where``: what the message begins with, such as the file that gives the sizes.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not FAILED_ALLOCATION.search(str(error)):
             raise
-        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in FIELDS[:3])
         raise CheckpointError(
-            f"config.json: {sizes}: the experts of layer {layer} do not fit into this rank's memory; "
+            f"{where}: the experts of layer {layer} do not fit into this rank's memory; "
             "use more ranks, or check that this config.json belongs to the weights"
         ) from None
 

@@ -1,9 +1,7 @@
 """A whole model on this rank: transformers' code, the dense weights, and this rank's experts."""
 
 import logging
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +13,10 @@ from xpar.comm.column_parallel import ROUND_BYTES, ColumnParallel
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.shared_window import SHARED_FILES, free_bytes
-from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
+from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
-from xpar.engine.layer.checkpoint_config import read_layer_configs
+from xpar.engine.layer.checkpoint_config import allocation_errors, read_layer_configs
 from xpar.engine.layer.expert_shard import expert_rows
 from xpar.engine.models.block_layer import build_block
 from xpar.engine.models.dense_weights import dense_sources, load_dense
@@ -48,10 +46,6 @@ from xpar.kernels.choice import Choice
 from xpar.kernels.cpu.linear import PLAIN, LinearEntry, choose_linear
 
 log = logging.getLogger("xpar.models")
-FAILED_ALLOCATION = re.compile(
-    r"can't allocate memory|out of memory|not enough memory|calculation overflowed"
-)
-"""The messages of torch for too little memory."""
 LEAST_FREE = 4 * ROUND_BYTES
 """Bytes of shared memory that a node must have free before its ranks slice dense products.
 
@@ -311,7 +305,7 @@ def _load_layers(
 ) -> dict[int, Layer]:
     layers: dict[int, Layer] = {}
     for n, part in parts.items():
-        with _allocation_errors(checkpoint.path / "config.json", n):
+        with allocation_errors(n, str(checkpoint.path / "config.json")):
             if part.experts:
                 name = part.names[0]
                 unit = width_unit_of(model, name, checkpoint, sources)
@@ -325,17 +319,3 @@ def _load_layers(
                 layers[n] = build_block(checkpoint, n, grid, dtype, options.of_layer())
                 loaded(checkpoint.bytes_read - before)
     return layers
-
-
-@contextmanager
-def _allocation_errors(file: Path, layer: int) -> Iterator[None]:
-    """Turn a failed allocation for the experts of ``layer`` into one :class:`CheckpointError`."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not FAILED_ALLOCATION.search(str(error)):
-            raise
-        raise CheckpointError(
-            f"{file}: the experts of layer {layer} do not fit into this rank's memory; "
-            "use more ranks, or check that this config.json belongs to the weights"
-        ) from None
