@@ -53,7 +53,7 @@ class KernelBench:
             faulthandler.cancel_dump_traceback_later()
 
     def is_late(self) -> bool:
-        """Whether the time for starting new work is over."""
+        """Return whether the time for starting new work is over."""
         return time.perf_counter() - self.begin > float(self.args.seconds)
 
     def check(self, checks: Iterable[Check]) -> None:
@@ -72,7 +72,7 @@ class KernelBench:
 
 
 def _is_device_lost() -> bool:
-    """Whether an error made the device context of this process useless."""
+    """Return whether an error made the device context of this process useless."""
     try:
         torch.zeros(1, device="cuda").item()
     except RuntimeError:
