@@ -20,7 +20,7 @@ from xpar.kernels.gpu.grouped_mm_nibbles import down_nibbles, gate_up_nibbles
 from xpar.kernels.gpu.grouped_mm_nibbles_vector import down_nibbles_vector, gate_up_nibbles_vector
 from xpar.kernels.gpu.nibbles import SCALE_BYTES
 from xpar.kernels.gpu.quantise_rows import split_rows
-from xpar.kernels.gpu.slot_experts import SlotExperts, use_device_allocator
+from xpar.kernels.gpu.slot_experts import CodeExperts, use_device_allocator
 from xpar.kernels.gpu.tile_tables import NO_LIMIT, Limits, Machine, Tile, Vector
 from xpar.kernels.quantised_weight import CodeType, QuantisedWeight
 
@@ -32,7 +32,7 @@ _SCALE_NAMES = {
 _UNITS = {CodeType.E2M1: 2.0**6, CodeType.INT4: 2.0**9}  # value of a code over its e4m3 pattern's
 
 
-class NibbleExperts(SlotExperts):
+class NibbleExperts(CodeExperts):
     """An expert kernel that computes from int4 or e2m1 nibbles in groups of 16 to 128 inputs.
 
     Implements :class:`~xpar.kernels.contracts.QuantisedKernel`. Activations are as exact as in bfloat16.
@@ -74,17 +74,6 @@ class NibbleExperts(SlotExperts):
         self._down_bias = self._new(e, h).zero_() if spec.bias else None
         self._missing = set(range(e))
 
-    def load_expert(
-        self,
-        index: int,
-        gate_up: Tensor,
-        down: Tensor,
-        gate_up_bias: Tensor | None = None,
-        down_bias: Tensor | None = None,
-    ) -> None:
-        """Raise ValueError: this kernel takes nibbles; see :meth:`load_quantised`."""
-        check_expert_weights(self.spec, index, gate_up, down, gate_up_bias, down_bias)
-
     def load_quantised(
         self,
         index: int,
@@ -100,12 +89,8 @@ class NibbleExperts(SlotExperts):
         for half in range(self._halves):
             source = slice(half * i, half * i + i)
             self._format.copy(gate_up, source, self._gate_up, index, half * self._width)
-            if self._gate_up_bias is not None and gate_up_bias is not None:
-                to = slice(half * self._width, half * self._width + i)
-                self._gate_up_bias[index, to].copy_(gate_up_bias[source])
         self._format.copy(down, slice(0, h), self._down_parts, index, 0)
-        if self._down_bias is not None and down_bias is not None:
-            self._down_bias[index].copy_(down_bias)
+        self._load_biases(index, gate_up_bias, down_bias)
         for factors, weight in ((self._factors, gate_up), (self._down_factors, down)):
             factors[index] = unit if weight.global_scale is None else weight.global_scale * unit
         self._missing.discard(index)

@@ -22,14 +22,14 @@ from xpar.kernels.gpu.grouped_mm_codes_small import down_codes_small, gate_up_co
 from xpar.kernels.gpu.grouped_mm_codes_tiled import down_codes_tiled, gate_up_codes_tiled
 from xpar.kernels.gpu.grouped_mm_codes_vector import down_codes_vector, gate_up_codes_vector
 from xpar.kernels.gpu.quantise_rows import permute_codes, quantise_rows
-from xpar.kernels.gpu.slot_experts import SlotExperts, use_device_allocator
+from xpar.kernels.gpu.slot_experts import CodeExperts, use_device_allocator
 from xpar.kernels.gpu.tile_tables import NO_LIMIT, Limits, Machine, Tile, Vector
 from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
 
 _BLOCK = 128  # inputs of a scale of activations; widths are rounded up to this, with zeros
 
 
-class QuantisedExperts(SlotExperts):
+class QuantisedExperts(CodeExperts):
     """An expert kernel that computes from e4m3 codes in blocks of 128 inputs, or with a scale a row.
 
     Implements :class:`~xpar.kernels.contracts.QuantisedKernel`. Where the layer has an activation scheme, and
@@ -75,17 +75,6 @@ class QuantisedExperts(SlotExperts):
         """Codes of an activation: one where the layer quantises activations, else two."""
         return 1 if self.scheme else 2
 
-    def load_expert(
-        self,
-        index: int,
-        gate_up: Tensor,
-        down: Tensor,
-        gate_up_bias: Tensor | None = None,
-        down_bias: Tensor | None = None,
-    ) -> None:
-        """Raise ValueError: this kernel takes codes; see :meth:`load_quantised`."""
-        check_expert_weights(self.spec, index, gate_up, down, gate_up_bias, down_bias)
-
     def load_quantised(
         self,
         index: int,
@@ -101,12 +90,9 @@ class QuantisedExperts(SlotExperts):
             to, source = slice(half * self._width, half * self._width + i), slice(half * i, half * i + i)
             self._gate_up[index, to, :h].copy_(gate_up.codes[source].view(torch.uint8))
             self._gate_up_blocks.copy(gate_up, half * i, i, self._gate_up_scales[index, half])
-            if self._gate_up_bias is not None and gate_up_bias is not None:
-                self._gate_up_bias[index, to].copy_(gate_up_bias[source])
         self._down[index, :, :i].copy_(down.codes.view(torch.uint8))
         self._down_blocks.copy(down, 0, h, self._down_scales[index, 0])
-        if self._down_bias is not None and down_bias is not None:
-            self._down_bias[index].copy_(down_bias)
+        self._load_biases(index, gate_up_bias, down_bias)
         self._missing.discard(index)
 
     def nbytes(self) -> int:

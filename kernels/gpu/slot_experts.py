@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from xpar.kernels.contracts import ExpertInput, ExpertSpec, Slots, require_loaded
+from xpar.kernels.contracts import ExpertInput, ExpertSpec, Slots, check_expert_weights, require_loaded
 from xpar.kernels.gpu.rows import weighted_sum
 
 
@@ -70,6 +70,36 @@ class SlotExperts(ABC):
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.spec.dtype, device=self.spec.device)
+
+
+class CodeExperts(SlotExperts):
+    """Such a kernel of quantised weights: it takes codes and scales alone, and keeps biases in floats.
+
+    The rows of both halves of its first product are rounded up to ``_width``.
+    """
+
+    _width: int
+    _gate_up_bias: Tensor | None
+    _down_bias: Tensor | None
+
+    def load_expert(
+        self,
+        index: int,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        """Raise ValueError: this kernel takes codes; see :class:`xpar.kernels.contracts.QuantisedKernel`."""
+        check_expert_weights(self.spec, index, gate_up, down, gate_up_bias, down_bias)
+
+    def _load_biases(self, index: int, gate_up: Tensor | None, down: Tensor | None) -> None:
+        width = self.spec.intermediate_size
+        if self._gate_up_bias is not None and gate_up is not None:
+            for half, part in enumerate(gate_up.split(width)):
+                self._gate_up_bias[index, half * self._width :][:width].copy_(part)
+        if self._down_bias is not None and down is not None:
+            self._down_bias[index].copy_(down)
 
 
 def use_device_allocator() -> None:
