@@ -140,7 +140,13 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def check(out: Path, ids: Sequence[str], bad: dict[int, str], alone: dict[str, str]) -> None:
+def first_line_of(file: Path) -> int:
+    """The number of the first line that is not empty; an empty one may come before it."""
+    lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    return next(n for n, line in enumerate(lines, start=1) if line.strip())
+
+
+def check(file: Path, out: Path, ids: Sequence[str], bad: dict[int, str], alone: dict[str, str]) -> None:
     """Every good line is answered, as without the bad ones; every bad one is told once."""
     found = records(out)
     assert [record["id"] for record in found] == [*ids]
@@ -154,7 +160,7 @@ def check(out: Path, ids: Sequence[str], bad: dict[int, str], alone: dict[str, s
             "calls": "the chat template or the tokenizer does not take it (UndefinedError",
             "overflows": "not finite in float16",
             "long": "shorten it",
-            "same-id": "id 'twice' is that of line 1",
+            "same-id": f"id 'twice' is that of line {first_line_of(file)};",
             "nul": "is NUL",
         }.get(bad[record["line"]], "")
         assert expected in record["error"], bad[record["line"]]
@@ -224,8 +230,8 @@ def test_no_line_ends_a_job(
         text = f"{len(bad) - overflows} lines refused, {overflows} failed in the model, see"
         assert f"{GOOD + 1} of {GOOD + 1 + overflows} prompts answered" in job.stdout and text in job.stdout
     assert "tokens/s" not in again.stdout
-    check(out, ids, bad, alone)
-    check(tmp_path / "fresh.jsonl", ids, bad, alone)
+    check(file, out, ids, bad, alone)
+    check(file, tmp_path / "fresh.jsonl", ids, bad, alone)
 
 
 @pytest.fixture(scope="module")
