@@ -10,12 +10,13 @@ from torch import Tensor
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, check_expert_weights
 from xpar.kernels.gpu.code_tables import (
     CodeTable,
+    Height,
     default_nibble_table,
     has_dot8,
     saves_launches,
     why_not_format,
 )
-from xpar.kernels.gpu.expert_sort import plan_tiles
+from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
 from xpar.kernels.gpu.grouped_mm_nibbles import down_nibbles, gate_up_nibbles
 from xpar.kernels.gpu.grouped_mm_nibbles_vector import down_nibbles_vector, gate_up_nibbles_vector
 from xpar.kernels.gpu.nibbles import SCALE_BYTES
@@ -24,6 +25,8 @@ from xpar.kernels.gpu.slot_experts import CodeExperts, use_device_allocator
 from xpar.kernels.gpu.tile_tables import NO_LIMIT, Limits, Machine, Tile, Vector
 from xpar.kernels.quantised_weight import CodeType, QuantisedWeight
 
+Terms = tuple[Tensor, Tensor, Tensor]
+"""Rows as codes, scales and sums; see :func:`xpar.kernels.gpu.quantise_rows.split_rows`."""
 _BLOCK = 128  # inputs; widths are rounded up to this, with nibbles of value zero
 _SCALE_NAMES = {
     torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3", torch.bfloat16: "bf16", torch.float16: "f16",
@@ -127,8 +130,8 @@ class NibbleExperts(CodeExperts):
 
     def _compute_all_slots(self, x: ExpertInput) -> Tensor:
         tokens, top_k = x.topk_ids.shape
-        slots, h, fmt = tokens * top_k, self.spec.hidden_size, self._format
-        out = self._new(slots, h)
+        slots = tokens * top_k
+        out = self._new(slots, self.spec.hidden_size)
         if not slots:
             return out
         use_device_allocator()
@@ -136,27 +139,52 @@ class NibbleExperts(CodeExperts):
         height = exact if self.spec.row_invariant else self.table.height(slots, self.spec.num_experts)
         tiles = (height.gate_up,) * 3
         plan = plan_tiles(x.topk_ids.contiguous(), self.spec.num_experts, tiles, Limits(NO_LIMIT, NO_LIMIT))
-        lists = (plan.slots, plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count)
-        codes, scales, sums = split_rows(
-            x.hidden_states, x.rows, self._depth, parts=fmt.parts, half=fmt.half,
-            has_sums=fmt.zero is not None, has_dot8=has_dot8(self.machine),
-        )  # fmt: skip
-        hidden = codes.new_empty(codes.shape[0], slots, self._width)
-        hidden_scales = scales.new_empty(self._width // _BLOCK, slots)
-        hidden_sums = scales.new_empty(self._width // fmt.half, slots)
-        shape = {"E": self.spec.num_experts, "I": self._width, "PARTS": fmt.parts}
-        gate_up_nibbles[self._persistent_grid(height.gate_up)](
-            codes, scales, sums, *self._gate_up.tensors, self._factors, self._gate_up_bias,
-            hidden, hidden_scales, hidden_sums, *lists, tokens, slots, plan.capacity,
-            K=self._depth, TOP_K=top_k, **shape, **self._activation(), **self._constants(),
-            **self._launch(height.gate_up),
-        )  # fmt: skip
-        down_nibbles[self._persistent_grid(height.down)](
-            hidden, hidden_scales, hidden_sums, *self._down_parts.tensors, self._down_factors,
-            self._down_bias, out, *lists, slots, plan.capacity,
-            H=h, **shape, **self._constants(), **self._launch(height.down),
-        )  # fmt: skip
+        rows = self.split(x.hidden_states, x.rows, self._depth)
+        self.multiply_down(height, self.multiply_gate_up(height, rows, plan, top_k), plan, out)
         return out
+
+    def split(self, x: Tensor, rows: Tensor | None, columns: int) -> Terms:
+        """Return rows of ``x`` as the products take them; see :data:`Terms`."""
+        return split_rows(
+            x, rows, columns, parts=self._format.parts, half=self._format.half,
+            has_sums=self._format.zero is not None, has_dot8=has_dot8(self.machine),
+        )  # fmt: skip
+
+    def multiply_gate_up(self, height: Height, rows: Terms, plan: TilePlan, top_k: int) -> Terms:
+        """Return the activated rows in sorted order, as the second product takes them.
+
+        Args:
+            height: The tiles.
+            rows: Those of the entries, from :meth:`split`.
+            plan: The sorted slots and their tiles.
+            top_k: Slots of an entry.
+        """
+        codes, scales, sums = rows
+        slots = plan.slots.shape[0]
+        hidden = (
+            codes.new_empty(codes.shape[0], slots, self._width),
+            scales.new_empty(self._width // _BLOCK, slots),
+            scales.new_empty(self._width // self._format.half, slots),
+        )
+        lists = (plan.slots, plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count)
+        gate_up_nibbles[self._persistent_grid(height.gate_up)](
+            codes, scales, sums, *self._gate_up.tensors, self._factors, self._gate_up_bias, *hidden, *lists,
+            codes.shape[1], slots, plan.capacity, K=self._depth, TOP_K=top_k, **self._shape(),
+            **self._activation(), **self._constants(), **self._launch(height.gate_up),
+        )  # fmt: skip
+        return hidden
+
+    def multiply_down(self, height: Height, hidden: Terms, plan: TilePlan, out: Tensor) -> None:
+        """Write the outputs of all active slots to ``out`` [M k, H]; the rest as in ``multiply_gate_up``."""
+        lists = (plan.slots, plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count)
+        down_nibbles[self._persistent_grid(height.down)](
+            *hidden, *self._down_parts.tensors, self._down_factors, self._down_bias, out, *lists,
+            plan.slots.shape[0], plan.capacity, H=self.spec.hidden_size, **self._shape(),
+            **self._constants(), **self._launch(height.down),
+        )  # fmt: skip
+
+    def _shape(self) -> dict[str, int]:
+        return {"E": self.spec.num_experts, "I": self._width, "PARTS": self._format.parts}
 
     def _constants(self) -> dict[str, Any]:
         return {**self._format.constants, "DOT8": has_dot8(self.machine), "ASM": self._has_asm}
