@@ -2,6 +2,9 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,8 +15,9 @@ from fake_nccl import FakeNccl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpar.comm import AgreedError, World
+from xpar.comm import AgreedError, ProcessGrid, World
 from xpar.comm.communicator import Communicator, Tag
+from xpar.comm.device import nccl_ep_exchange
 from xpar.comm.device.nccl_ep_exchange import MOST_TOKENS, NcclEp, RowShape
 from xpar.comm.device.nccl_ep_requirements import NcclEpFacts
 from xpar.comm.device.watch import Watch
@@ -24,6 +28,11 @@ from xpar.comm.handshake import CollectiveError
 from xpar.comm.placement import Placement
 from xpar.comm.step_agreement import AgreedStep
 from xpar.comm.watchdog.deadlines import Deadlines
+from xpar.engine.layer.build import build_layer
+from xpar.engine.layer.options import LayerOptions
+from xpar.engine.layer.runner import MoERunner
+from xpar.engine.synthetic.layer import SyntheticLayer
+from xpar.engine.synthetic.shapes import shape_of
 from xpar.kernels.contracts import ExpertInput, Routing, Slots
 
 if TYPE_CHECKING:
@@ -111,6 +120,75 @@ def test_equals_allgather(host: Communicator, connections: NcclEp, data: st.Data
     assert all(host.all_gather_object(bool(fine))), (got, want)  # alike on all ranks, which stay in step
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_checks_for_gpus_find_nothing(
+    host: Communicator, connections: NcclEp, monkeypatch: pytest.MonkeyPatch, fresh_seed: int, exact: bool
+) -> None:
+    """Those that a machine with the extension runs; they find results that are off in one column."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "gpu"))
+    import nccl_ep_checks
+
+    check = partial(nccl_ep_checks.same_bits, host, connections, HOST, 512, 2 * host.size + 1, 3, exact)
+    assert host.all_gather_object(check(fresh_seed, steps=5)) == [None] * host.size
+    combine = stand_in_nccl_ep.Handle.combine
+
+    def off(self: Any, inputs: Any, outputs: Any, **rest: Any) -> None:
+        combine(self, inputs, outputs, **rest)
+        outputs.tokens.buffer[:, 5] += 64
+
+    monkeypatch.setattr(stand_in_nccl_ep.Handle, "combine", off)
+    assert "differ" in str(check(fresh_seed, steps=1))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_whole_layer(host: Communicator, connections: NcclEp, fresh_seed: int, exact: bool) -> None:
+    """Shared experts, a real kernel, uneven ranks: the bits of the all-gather in exact mode."""
+    world = World.attach(allow_singleton=True)
+    grid = ProcessGrid.create(world)
+    layer = SyntheticLayer(shape_of("deepseek-v2-lite").layer(0.125), torch.float32, fresh_seed)
+    runner = build_layer(layer.config, grid, torch.float32, layer.read, LayerOptions(exact=exact))
+    placement, h = runner.dispatcher.placement, layer.config.hidden_size
+    x = torch.randn(2 + world.rank, h, generator=torch.Generator().manual_seed(fresh_seed + world.rank))
+    outputs = []
+    for mover in (
+        NcclEpDispatcher(grid.moe, placement, connections),
+        AllGatherDispatcher(grid.moe, placement, whole=not exact),
+    ):
+        experts = replace(runner.experts, dispatcher=mover)
+        parts = {"dtype": runner.dtype, "shared": runner.shared, "options": runner.options}
+        outputs.append(MoERunner(runner.config, grid, runner.router, experts, **parts)(x))
+    fine = torch.equal(*outputs) if exact else torch.allclose(*outputs, rtol=1e-5, atol=1e-6)
+    assert all(host.all_gather_object(fine))
+    grid.close()
+
+
+@pytest.mark.mpi(min_size=2, deadline=90)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_ranks_ask_each_other_when_a_grid_is_made(
+    comm: "Intracomm", host: Communicator, monkeypatch: pytest.MonkeyPatch, nodes: int
+) -> None:
+    """What one lacks refuses all; an exchange is tried between nodes alone."""
+    stand_in_nccl_ep.Installed().put(monkeypatch)
+    device, watch, library = torch.device("cpu"), Watch(print), FakeNccl(comm)
+    own = NcclEpFacts(f"node {host.rank * nodes // host.size}", f"GPU-{host.rank}", 132, "", None)
+    if host.size % nodes:
+        own = replace(own, host=f"node {host.rank}")
+    monkeypatch.setattr(nccl_ep_exchange, "collect_nccl_ep_facts", lambda device: own)
+    monkeypatch.setattr(nccl_ep_exchange, "open_library", lambda: library)
+    found = NcclEp.find(host, device, SOON, watch)
+    assert found.refusal is None and found.spans_nodes == (nodes > 1)
+    assert [n for n in ("init", "destroy") if (n in {c[0] for c in library.calls})] == ["init"] * (nodes > 1)
+    found.close()
+    own = replace(own, problem="no nvcc" if host.rank else None)
+    assert NcclEp.find(host, device, SOON, watch).refusal == "rank 1: no nvcc"
+    monkeypatch.setattr(stand_in_nccl_ep.Communicator, "gin_type", 0)
+    own, library = replace(own, problem=None), FakeNccl(comm)
+    found = NcclEp.find(host, device, SOON, watch)
+    assert ("(GIN)" in str(found.refusal)) == (nodes > 1)
+    found.close()
+    watch.close()
+
+
 @pytest.mark.mpi(min_size=3, deadline=90)
 def test_ranks_are_added_in_ascending_order(host: Communicator, connections: NcclEp, fresh_seed: int) -> None:
     """Whatever the order of a token's experts: in float32 the sum of three depends on it."""
@@ -170,6 +248,7 @@ def test_larger_steps_go_another_way(
         mover.agreed = AgreedStep(announced)
         got, plan = through(mover, x, routing, exact, way)
         assert isinstance(plan.dispatcher_state, OtherWay) and torch.equal(got, answer(x, routing))
+        assert plan.dispatcher_state.dispatcher.agreed is mover.agreed  # or it would ask for counts again
         assert plan.traffic.rows >= int((routing.topk_ids >= 0).any(1).sum())
     one_less = x[:most], Routing(routing.topk_ids[:most], routing.topk_weights[:most])
     mover.agreed = None
