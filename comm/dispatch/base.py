@@ -15,6 +15,9 @@ from xpar.comm.reduction import Distributed
 from xpar.comm.step_agreement import AgreedStep
 from xpar.kernels.contracts import ExpertInput, Routing, Slots
 
+WIDEST_LOAD = 16
+"""Bytes that a thread of a GPU loads at once."""
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -79,11 +82,14 @@ class Capabilities:
 class DispatchRequest:
     """The facts about a layer that decide which dispatchers serve it.
 
-    ``sequence_parallel``: whether the ranks of a tp group hold different tokens.
+    ``sequence_parallel``: whether the ranks of a tp group hold different tokens. ``hidden_size``, ``dtype``:
+    of the rows, None where they are not known yet.
     """
 
     top_k: int = 2
     sequence_parallel: bool = False
+    hidden_size: int | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -274,6 +280,18 @@ def destination_mask(topk_ids: Tensor, placement: Placement) -> Tensor:
     mask = torch.zeros(topk_ids.shape[0], placement.ep + 1, dtype=torch.bool, device=topk_ids.device)
     mask.scatter_(1, placement.owners(topk_ids), True)
     return mask[:, : placement.ep].t().repeat_interleave(placement.etp, dim=0)
+
+
+def count_traffic(rank: int, topk_ids: Tensor, placement: Placement, exact: bool) -> Traffic:
+    """Count what ``rank``'s tokens move at one row a (token, rank); waits for a GPU, so only when asked."""
+    sent = [int(n) for n in destination_mask(topk_ids, placement).sum(1).tolist()]
+    return Traffic.of(rank, sent, int((topk_ids >= 0).sum()) if exact else sum(sent))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return ``x`` contiguous, and at an address that words of any width, and wide loads, may begin at."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % WIDEST_LOAD else x
 
 
 def pad_missing_outputs(outputs: Tensor, rows: int) -> Tensor:

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.base import Dispatcher, DispatchRequest
 from xpar.comm.dispatch.hierarchical import HierarchicalDispatcher
+from xpar.comm.dispatch.nccl_ep import NcclEpDispatcher
 from xpar.comm.dispatch.one_sided import OneSidedDispatcher
 from xpar.comm.dispatch.replicated import ReplicatedDispatcher
 from xpar.comm.dispatch.shared_memory import SharedMemoryDispatcher
@@ -16,6 +19,7 @@ from xpar.kernels.choice import Choice, choose
 DISPATCHERS: tuple[type[Dispatcher], ...] = (
     ReplicatedDispatcher,
     OneSidedDispatcher,
+    NcclEpDispatcher,
     SharedMemoryDispatcher,
     HierarchicalDispatcher,
     AllGatherDispatcher,
@@ -55,6 +59,8 @@ def choose_dispatcher(
     *,
     top_k: int = 2,
     sequence_parallel: bool = False,
+    hidden_size: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> DispatcherChoice:
     """Choose and build the first dispatcher that suits ``grid``, or that of ``name``.
 
@@ -62,7 +68,8 @@ def choose_dispatcher(
     no dispatcher called ``name`` or it cannot work here. The keywords are the fields of
     :class:`DispatchRequest`.
     """
-    choice = choose_dispatcher_class(grid, placement, name, DispatchRequest(top_k, sequence_parallel))
+    request = DispatchRequest(top_k, sequence_parallel, hidden_size, dtype)
+    choice = choose_dispatcher_class(grid, placement, name, request)
     dispatcher = choice.chosen.build(grid, placement.to(grid.device))
     dispatcher.agreed = grid.agreed
     return DispatcherChoice(dispatcher, choice.rejected, choice.reason)

@@ -18,9 +18,9 @@ from xpar.comm.dispatch.base import (
     Dispatcher,
     DispatchPlan,
     DispatchRequest,
-    Traffic,
     agree_on_plan,
-    destination_mask,
+    aligned,
+    count_traffic,
 )
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.handshake import CollectiveError
@@ -31,9 +31,6 @@ from xpar.kernels.gpu.limits import label_of
 
 if TYPE_CHECKING:
     from xpar.kernels.gpu.one_sided import Exchange, Step
-
-ALIGNED = 16
-"""Bytes of the widest load."""
 
 
 @dataclass
@@ -122,11 +119,12 @@ class OneSidedDispatcher(Dispatcher):
         alike = (tag.step, k, hidden_size, dtype.itemsize, exact, *counts)
         label = label_of(tag.layer, *(alike if self.group.checks_collectives() else ()))
         detail = OneSidedPlan(step, ids, own.topk_weights.float().contiguous(), label)
-        return DispatchPlan(own, exact, Pending(lambda: self._traffic(own.topk_ids, exact)), detail)
+        promised = Pending(lambda: count_traffic(self.group.rank, own.topk_ids, self.placement, exact))
+        return DispatchPlan(own, exact, promised, detail)
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
         detail: OneSidedPlan = plan.dispatcher_state
-        x = _aligned(hidden_states)
+        x = aligned(hidden_states)
         step = replace(detail.step, row_bytes=x.shape[1] * x.element_size())
         exchange = detail.exchange = self.window.exchange(step)
         exchange.dispatch(
@@ -142,7 +140,7 @@ class OneSidedDispatcher(Dispatcher):
         exchange = _begun(plan)
         if plan.exact:
             return self.combine_slots(Slots(_spread(outputs, exchange.topk_ids)), plan)
-        exchange.rows_home(_aligned(outputs), plan.dispatcher_state.label)
+        exchange.rows_home(aligned(outputs), plan.dispatcher_state.label)
         return Pending(lambda: self._sum(exchange, plan))
 
     def combine_slots(self, slots: Slots, plan: DispatchPlan) -> Pending[Distributed]:
@@ -171,12 +169,6 @@ class OneSidedDispatcher(Dispatcher):
             )
         return Distributed(total, Full())
 
-    def _traffic(self, topk_ids: Tensor, exact: bool) -> Traffic:
-        """Count what this rank's tokens moved; waits for the GPU, so only when somebody asks."""
-        sent = [int(n) for n in destination_mask(topk_ids, self.placement).sum(1).tolist()]
-        back = int((topk_ids >= 0).sum()) if exact else sum(sent)
-        return Traffic.of(self.group.rank, sent, back)
-
 
 def _begun(plan: DispatchPlan) -> "Exchange":
     """Return the exchange that dispatch began."""
@@ -184,12 +176,6 @@ def _begun(plan: DispatchPlan) -> "Exchange":
     if exchange is None:
         raise RuntimeError("combine before dispatch: no row has a place yet")
     return exchange
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Return ``x`` contiguous, and at an address that words of any width, and wide loads, may begin at."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % ALIGNED else x
 
 
 def _spread(outputs: Tensor, ids: Tensor) -> Tensor:

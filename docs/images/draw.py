@@ -145,7 +145,7 @@ def grid() -> None:
 
 def dispatchers() -> None:
     """Draw who holds which rows after dispatch, with two tokens on each of two ranks."""
-    d = Drawing(980, 520, "Who holds which rows after dispatch, for each dispatcher")
+    d = Drawing(980, 676, "Who holds which rows after dispatch, for each dispatcher")
     d.text(
         490,
         26,
@@ -189,6 +189,12 @@ def dispatchers() -> None:
             ("a1 b1", "a1 a2 b1 b2"),
             "kernels store rows into the peers' GPU memory;",
             "results are stored at the tokens' home",
+        ),
+        (
+            "nccl-ep",
+            ("a1 b1", "a1 a2 b1 b2"),
+            "NCCL's EP extension, between nodes: a block of rows",
+            "from each rank; the home adds ascending ranks",
         ),
     )
     for n, (name, held, first, second) in enumerate(ways):

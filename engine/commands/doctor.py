@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xpar.comm.device.binding import bind_gpu, driver_version, find_gpu, shared_gpus
+from xpar.comm.device.nccl_ep_requirements import collect_nccl_ep_facts, why_no_nccl_ep
 from xpar.comm.device.nccl_library import open_library, version_text
 from xpar.comm.device.peer_memory import find_access
 from xpar.comm.device.transport_choice import DeviceFacts, choose_transport, collect_facts
@@ -28,6 +29,7 @@ OPTIONAL = {
     "zentorch": "the fastest CPU kernel: pip install 'xpar[zen]'",
     "transformers": "make-checkpoint with its classes: pip install 'xpar[hf]'",
     "nccl4py": "NCCL between GPUs: pip install --no-deps nccl4py cuda-pathfinder",
+    "nccl-extensions": "rows between nodes by NCCL's EP extension: docs/gpu.md",
 }
 LITTLE_SHM = 256 << 20
 """Bytes free in /dev/shm below which MPI may fail inside a node."""
@@ -64,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
     _print_ranks(console, ranks)
     _print_transport(console, ranks)
     _print_peer_memory(console, world, ranks)
+    _print_nccl_ep(console, world, ranks)
     problems = _find_problems(world, ranks)
     for note in _find_notes(ranks):
         console.print(f"note: {note}", soft_wrap=True)
@@ -143,6 +146,20 @@ def _print_peer_memory(console: Console, world: World, ranks: list[RankFacts]) -
     gpu = agreed(world.comm, lambda: bind_gpu(world.local_rank), "peer memory")
     access = find_access(world.comm, torch.device("cuda", gpu.index), world.deadlines)
     console.print(f"GPU memory mapped by peers\n{access.explain()}", soft_wrap=True, markup=False)
+
+
+def _print_nccl_ep(console: Console, world: World, ranks: list[RankFacts]) -> None:
+    """Say whether all ranks have what NCCL's EP extension needs; collective."""
+    if any(p.gpu is None for p in ranks):
+        return
+    gpu = agreed(world.comm, lambda: bind_gpu(world.local_rank), "NCCL EP")
+    device = torch.device("cuda", gpu.index)
+    facts = world.comm.all_gather_object(agreed(world.comm, lambda: collect_nccl_ep_facts(device), "NCCL EP"))
+    reason = why_no_nccl_ep(facts)
+    state = f"not here, {reason}"
+    if reason is None:
+        state = f"ready, {facts[0].versions}; a job on several nodes tries it when it starts"
+    console.print(f"NCCL's EP extension: {state}", soft_wrap=True, markup=False)
 
 
 def _find_problems(world: World, ranks: list[RankFacts]) -> list[str]:

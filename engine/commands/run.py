@@ -127,7 +127,7 @@ def _explain(
         stored = experts_format(checkpoint, arch, layer, config, rows)
 
     def reasons() -> str:
-        placement, dispatcher = pick_dispatcher(grid, config, args.dispatcher)
+        placement, dispatcher = pick_dispatcher(grid, config, dtype, args.dispatcher)
         local = len(placement.experts_of(grid.ep_rank))
         kernel = pick_kernel(config, grid, max(1, local), dtype, args.kernel, args.exact, stored)
         steps = explain_depth(config, kernel.chosen, dispatcher.dispatcher, args.exact, args.depth)

@@ -119,7 +119,7 @@ def build_expert_shard(
         ValueError: The options do not fit the grid, the layer or this machine.
     """
     check_exact(options.exact, grid)
-    placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel, copies)
+    placement, chosen = pick_dispatcher(grid, config, dtype, options.dispatcher, sequence_parallel, copies)
     experts = placement.experts_of(grid.ep_rank)
     rows = expert_rows(config, grid)
     kernel = entry = None
@@ -134,7 +134,12 @@ def build_expert_shard(
 
 
 def pick_dispatcher(
-    grid: ProcessGrid, config: LayerConfig, name: str, sequence_parallel: bool = False, copies: int = 0
+    grid: ProcessGrid,
+    config: LayerConfig,
+    dtype: torch.dtype,
+    name: str,
+    sequence_parallel: bool = False,
+    copies: int = 0,
 ) -> tuple[Placement, DispatcherChoice]:
     """Place the experts on the ranks and choose how tokens reach them, with the reasons against the others.
 
@@ -142,7 +147,13 @@ def pick_dispatcher(
     """
     placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp, copies).to(grid.device)
     return placement, choose_dispatcher(
-        grid, placement, name, top_k=config.router.top_k, sequence_parallel=sequence_parallel
+        grid,
+        placement,
+        name,
+        top_k=config.router.top_k,
+        sequence_parallel=sequence_parallel,
+        hidden_size=config.routed_size,
+        dtype=dtype,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
+import nccl_ep_checks
 import torch
 from exact_experts import experts_of, routing_of
 from torch import Tensor
@@ -52,6 +53,8 @@ def checks(world: World, grid: ProcessGrid, transport: str, seed: int) -> Iterat
     if grid.device.type == "cuda" and transport == "nccl":
         yield "allgather without host sync", lambda: no_sync(grid, seed)
         yield from one_sided(grid, seed)
+        for title, check in nccl_ep_checks.checks(grid, seed):
+            yield title, partial(require, check)
 
 
 def one_sided(grid: ProcessGrid, seed: int) -> Iterator[tuple[str, Check]]:

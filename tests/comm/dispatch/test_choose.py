@@ -1,17 +1,22 @@
 """The choice of a dispatcher from the facts of a grid, without ranks and without a GPU."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from xpar.comm.device.nccl_ep_exchange import NcclEp
+from xpar.comm.device.nccl_ep_requirements import NcclEpFacts
 from xpar.comm.device.peer_memory import PeerAccess
+from xpar.comm.device.watch import Watch
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
 from xpar.comm.dispatch.base import DispatchRequest
 from xpar.comm.dispatch.choose import DISPATCHERS, choose_dispatcher, choose_dispatcher_class
 from xpar.comm.placement import Placement
+from xpar.comm.watchdog.deadlines import Deadlines
 
 
 def test_dispatchers_for_a_gpu_follow_from_their_capabilities() -> None:
@@ -26,6 +31,7 @@ def test_dispatchers_for_a_gpu_follow_from_their_capabilities() -> None:
         shape=SimpleNamespace(tp=1),
         agreed=None,
         peer_window=SimpleNamespace(access=PeerAccess(None, (("CUDA IPC handles", "planted"),))),
+        nccl_ep=None,
     )
     tables = torch.zeros(9)
     placement: Any = SimpleNamespace(
@@ -48,7 +54,7 @@ def test_dispatchers_for_a_gpu_follow_from_their_capabilities() -> None:
         choose_dispatcher(grid, placement, "shared-memory")  # type: ignore[arg-type]
     assert choose_dispatcher(grid, placement, "alltoall").dispatcher.early  # type: ignore[arg-type, attr-defined]
     capturable = {cls.name for cls in DISPATCHERS if cls.capabilities.graph_capture}
-    assert capturable == {"allgather", "one-sided"}
+    assert capturable == {"allgather", "one-sided", "nccl-ep"}
     assert not any(cls.capabilities.needs_host_counts for cls in DISPATCHERS if cls.name in capturable)
 
 
@@ -70,6 +76,7 @@ def test_auto_sends_a_row_a_node_from_host_memory_only(device: str, chosen: str)
         shape=SimpleNamespace(tp=1, etp=1),
         agreed=None,
         peer_window=None,
+        nccl_ep=None,
     )
     placement: Any = SimpleNamespace(to=lambda device: placement, device=torch.device(device), num_experts=64)
     choice = choose_dispatcher_class(grid, placement, request=DispatchRequest(top_k=8))
@@ -79,6 +86,72 @@ def test_auto_sends_a_row_a_node_from_host_memory_only(device: str, chosen: str)
         assert rejected["hierarchical"] == "it moves cpu memory, and the job computes on cuda"
         with pytest.raises(ValueError, match="'hierarchical': it moves cpu memory"):
             choose_dispatcher(grid, placement, "hierarchical")
+
+
+def on_gpus(ranks: int, nodes: int, problem: str | None = None, access: PeerAccess | None = None) -> Any:
+    """The grid of GPU ranks on nodes that have what NCCL's EP extension needs, or a ``problem``."""
+    node_of = tuple(r * nodes // ranks for r in range(ranks))
+    facts = [NcclEpFacts(f"node {n}", f"GPU-{r}", 132, "", problem) for r, n in enumerate(node_of)]
+    moe = SimpleNamespace(size=ranks, rank=0, world_ranks=tuple(range(ranks)), name="moe")
+    connections = NcclEp(moe, torch.device("cuda"), Deadlines(), Watch(print), facts)  # type: ignore[arg-type]
+    return SimpleNamespace(
+        device=torch.device("cuda"),
+        world=SimpleNamespace(node_of=node_of, window_room=(1 << 40,) * ranks, node=0),
+        moe=moe,
+        tp=SimpleNamespace(size=1, world_ranks=(0,)),
+        shape=SimpleNamespace(tp=1, etp=1),
+        peer_window=SimpleNamespace(access=access or PeerAccess(None, (("peer memory", "2 hosts"),))),
+        nccl_ep=connections,
+    )
+
+
+MAPPED = PeerAccess("CUDA IPC handles")
+WIDE = DispatchRequest(8, False, 2048, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("grid", "request_", "chosen", "reason"),
+    [
+        (on_gpus(16, 2), WIDE, "nccl-ep", None),
+        (on_gpus(2, 2), DispatchRequest(top_k=2), "nccl-ep", None),
+        (on_gpus(16, 2, "no nvcc"), WIDE, "alltoall", "no nvcc"),
+        (on_gpus(4, 2, "no nvcc"), WIDE, "allgather", "no nvcc"),
+        (on_gpus(16, 2), replace(WIDE, hidden_size=2880), "alltoall", "rows of 2880 values in bfloat16"),
+        (on_gpus(16, 2), replace(WIDE, dtype=torch.float64), "alltoall", "rows in float64"),
+        (on_gpus(16, 2), replace(WIDE, top_k=40), "alltoall", "40 experts a token"),
+        (on_gpus(4, 1, access=MAPPED), WIDE, "one-sided", "all ranks are on one node"),
+        (on_gpus(4, 1), WIDE, "allgather", "all ranks are on one node, and it is for several"),
+        (on_gpus(8, 1), WIDE, "alltoall", "all ranks are on one node, and it is for several"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_auto_takes_the_extension_of_nccl_across_nodes(
+    grid: Any, request_: DispatchRequest, chosen: str, reason: str | None
+) -> None:
+    """Where it has what it needs; never before one-sided stores, and what was chosen without it otherwise."""
+    placement = Placement.blocks(128, grid.moe.size)
+    choice = choose_dispatcher_class(grid, placement, request=request_)
+    assert choice.name == chosen
+    rejected = dict(choice.rejected).get("nccl-ep")
+    assert rejected is None if reason is None else rejected is not None and reason in rejected
+    if reason is None or "one node" in reason:
+        assert choose_dispatcher_class(grid, placement, "nccl-ep", request_).name == "nccl-ep"
+    else:
+        with pytest.raises(ValueError, match=f"'nccl-ep': {reason}"):
+            choose_dispatcher_class(grid, placement, "nccl-ep", request_)
+
+
+def test_the_extension_of_nccl_is_for_ranks_whose_rows_travel_by_nccl() -> None:
+    grid, placement = on_gpus(2, 2), Placement.blocks(8, 2)
+    grid.nccl_ep = None
+    with pytest.raises(ValueError, match="'nccl-ep': rows do not travel by NCCL in this job; choose auto"):
+        choose_dispatcher_class(grid, placement, "nccl-ep")
+    grid.moe.size = 1
+    with pytest.raises(ValueError, match="'nccl-ep': a group of one rank has no peers"):
+        choose_dispatcher_class(grid, placement, "nccl-ep")
+    grid.device = torch.device("cpu")
+    with pytest.raises(ValueError, match="'nccl-ep': it moves cuda memory, and the job computes on cpu"):
+        choose_dispatcher_class(grid, placement, "nccl-ep")
 
 
 def test_on_the_host_dispatchers_count_rows() -> None:

@@ -1,16 +1,23 @@
 """``xpar doctor`` says what a job survives and its user should know, and does not stop the job for it."""
 
+import io
 import mmap
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from launch import ALONE, can_mount, clean_environment, find_mpirun
+from rich.console import Console
 
+from xpar.comm import World
+from xpar.comm.device.nccl_ep_requirements import NcclEpFacts
 from xpar.comm.stale_shm import StaleFiles, find_stale_files
+from xpar.engine.commands import doctor
 
 OLD = 3600
 
@@ -56,3 +63,24 @@ def test_what_a_node_should_be_rid_of_is_a_note(tmp_path: Path) -> None:
     assert "note: ranks on" in said and "have 0.5 of a core each, and wait for one another" in said
     assert "may use 1 of their cores, and OMP_NUM_THREADS is 3: unset OMP_PROC_BIND, which binds" in said
     assert "note: the nodes have 2, 1 ranks, and the fullest sets the pace" in said
+
+
+@pytest.mark.parametrize(
+    ("problem", "line"),
+    [
+        ("no nvcc", "NCCL's EP extension: not here, no nvcc\n"),
+        (None, "NCCL's EP extension: ready, NCCL EP 0.2.0; a job on several nodes tries it when it starts\n"),
+    ],
+)
+def test_the_extension_of_nccl_has_a_line(
+    monkeypatch: pytest.MonkeyPatch, problem: str | None, line: str
+) -> None:
+    """On ranks with GPUs; elsewhere only whether it is installed."""
+    facts = NcclEpFacts("a", "GPU-0", 132, "NCCL EP 0.2.0", problem)
+    monkeypatch.setattr(doctor, "bind_gpu", lambda local_rank: SimpleNamespace(index=0))
+    monkeypatch.setattr(doctor, "collect_nccl_ep_facts", lambda device: facts)
+    ranks: list[Any] = [SimpleNamespace(gpu=object()), SimpleNamespace(gpu=None)]
+    console = Console(file=io.StringIO())
+    doctor._print_nccl_ep(console, World.single(), ranks)
+    doctor._print_nccl_ep(console, World.single(), ranks[:1])
+    assert console.file.getvalue() == line  # type: ignore[attr-defined]

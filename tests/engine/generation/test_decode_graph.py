@@ -303,16 +303,19 @@ def test_host_processors_and_layers_that_wait_are_not_recorded() -> None:
     )
     assert recorder_of("cuda", False, 2, "one-sided") is not None
     assert recorder_of("cuda", True, 2, "one-sided") is not None
+    assert recorder_of("cuda", True, 2, "nccl-ep", "nccl") is not None
     assert recorder_of("cpu", False, 2, "one-sided") is None
 
 
 def test_steps_over_nccl_are_recorded_and_followed() -> None:
     """Where nothing waits for counts; kernels that store rows have a deadline of their own."""
     recorders = {
-        name: recorder_of("cuda", False, 2, name, "nccl") for name in ("allgather", "alltoall", "one-sided")
+        name: recorder_of("cuda", False, 2, name, "nccl")
+        for name in ("allgather", "alltoall", "one-sided", "nccl-ep")
     }
     assert recorders["alltoall"] is None and recorder_of("cuda", True, 2, "allgather", "nccl") is None
-    for name, expected in (("allgather", ["a recorded step"]), ("one-sided", [])):
+    followed_by_name = {"allgather": ["a recorded step"], "nccl-ep": ["a recorded step"], "one-sided": []}
+    for name, expected in followed_by_name.items():
         followed.clear()
         found = recorders[name]
         assert found is not None
