@@ -6,7 +6,7 @@ from pathlib import Path
 
 from xpar.engine.commands import model_session
 from xpar.engine.commands.file_command import FileCommand, run_request
-from xpar.engine.commands.generation_options import add_generation_options, generation_of
+from xpar.engine.commands.generation_options import add_generation_options, generation_of, run_options
 from xpar.engine.commands.options import add_whole_dense, at_least, batch_size
 from xpar.engine.generation.generate import generate
 from xpar.engine.generation.request import Request
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
 def _make_tokenizer(args: argparse.Namespace, request: Request) -> tuple[Tokenizer, Sequence[str]]:
     tokens = Tokenizer(request.checkpoint, request.chat)
     tokens.ids_of(request.stop_tokens)  # raises ValueError for a word that names no token
-    return tokens, (*generation_of(args).notes, tokens.ends_note)
+    return tokens, (*generation_of(run_options(args)).notes, tokens.ends_note)
 
 
 def make_request(args: argparse.Namespace, is_first: bool) -> Request:
@@ -87,7 +87,8 @@ def make_request(args: argparse.Namespace, is_first: bool) -> Request:
     batch = batch_size(args)
     if "" in args.stop:
         raise ValueError("--stop '': an empty text would end every answer; give at least one character")
-    generation = generation_of(args)
+    options = run_options(args)
+    generation = generation_of(options)
     out = args.out or args.prompts.with_suffix(".answers.jsonl")
     check_generates(args.checkpoint)
     if is_first:
@@ -106,4 +107,5 @@ def make_request(args: argparse.Namespace, is_first: bool) -> Request:
         prefill_tokens=args.prefill_tokens,
         dtype=model_session.dtype_of(args),
         exact=args.exact,
+        options=options,
     )

@@ -33,7 +33,8 @@ class RunningSequence:
     ``answer``: tokens so far, an end token not among them. ``finish``: why it is complete, or None.
     ``failure``: why it cannot be answered, or None. ``alone``: it was read with others and failed, and is to
     be read once more without them. ``processors``: change its logits before a token is chosen. ``stopped``:
-    as for :class:`StopConditions`, of this prompt alone.
+    as for :class:`StopConditions`, of this prompt alone. ``sampling``, ``max_new_tokens``: this prompt's own,
+    or None for those of the batch.
     """
 
     place: int
@@ -45,6 +46,8 @@ class RunningSequence:
     alone: bool = False
     processors: Processors | None = None
     stopped: Callable[[Sequence[int]], bool] = lambda answer: False
+    sampling: Sampling | None = None
+    max_new_tokens: int | None = None
 
     @property
     def ended(self) -> bool:
@@ -73,7 +76,7 @@ class StopConditions:
         running.answer.append(token)
         if self.stopped(running.answer) or running.stopped(running.answer):
             running.finish = "stop"
-        elif len(running.answer) >= self.max_new_tokens:
+        elif len(running.answer) >= (running.max_new_tokens or self.max_new_tokens):
             running.finish = "length"
 
 
@@ -215,6 +218,8 @@ class DecodeBatch:
 
         A first token that is not finite may be the fault of padding, which a prompt has only among others.
         """
+        if running.failure is not None:
+            return
         if among > 1 and not running.answer and not running.alone:
             running.alone = True
             self._alone.append(running)

@@ -6,10 +6,12 @@ What cannot be one is a value too, with its line number, so that the rest of the
 import json
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from xpar.engine.generation.line_fields import read_fields
+from xpar.engine.generation.messages import read_messages
 from xpar.engine.generation.text_lines import decode, read_lines
 
 Id = str | int
@@ -21,12 +23,17 @@ class Prompt:
     """A prompt of a file; ``line`` counts from 1, ``id`` is the file's own or None.
 
     ``context``: what stands before ``text`` and is not scored, or None; only texts to be scored have one.
+    ``messages``: a conversation that goes through the chat template in place of ``text``, or None.
+    ``fields``: those of the line that decide its answer, as :mod:`xpar.engine.generation.line_fields` reads
+    them.
     """
 
     line: int
     id: Id | None
     text: str
     context: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -47,25 +54,33 @@ class BadLine:
         return {"line": self.line, **({} if self.id is None else {"id": self.id}), "error": self.error}
 
 
-Form = Callable[[Mapping[str, Any]], tuple[str, str | None]]
-"""JSON object of a line -> text and context; ValueError for one that has none."""
+Form = Callable[[Mapping[str, Any]], Prompt]
+"""JSON object of a line -> prompt without line and id; ValueError for one that has none."""
+OWN_KEYS = frozenset({"id", "prompt", "messages"})
 
 
-def prompt_form(value: Mapping[str, Any]) -> tuple[str, None]:
-    """Read the JSON line of a prompt to be answered: ``{"prompt": …}``."""
-    if not isinstance(value.get("prompt"), str):
-        raise ValueError('must be an object with a text "prompt", such as {"id": "a1", "prompt": "…"}')  # noqa: TRY004
-    return value["prompt"], None
+def prompt_form(value: Mapping[str, Any]) -> Prompt:
+    """Read a JSON line to be answered: ``{"prompt": …}`` or ``{"messages": […]}``, with the line's fields."""
+    is_chat = value.get("messages") is not None
+    if is_chat and value.get("prompt") is not None:
+        raise ValueError("has a prompt and messages; give one of them")
+    if not is_chat and not isinstance(value.get("prompt"), str):
+        raise ValueError(
+            'must be an object with a text "prompt", such as {"id": "a1", "prompt": "…"}, or with "messages"'
+        )
+    fields = read_fields(value, is_chat, OWN_KEYS)
+    messages = read_messages(value["messages"]) if is_chat else None
+    return Prompt(0, None, "" if is_chat else value["prompt"], messages=messages, fields=fields)
 
 
-def text_form(value: Mapping[str, Any]) -> tuple[str, str | None]:
+def text_form(value: Mapping[str, Any]) -> Prompt:
     """Read a JSON line to be scored: ``{"text": …}`` or ``{"context": …, "continuation": …}``."""
     parts = [name for name in ("text", "context", "continuation") if value.get(name) is not None]
     if all(isinstance(value[name], str) for name in parts):
         if parts == ["text"]:
-            return value["text"], None
+            return Prompt(0, None, value["text"])
         if parts == ["context", "continuation"]:
-            return value["continuation"], value["context"]
+            return Prompt(0, None, value["continuation"], value["context"])
     raise ValueError(
         'must be an object with a text "text", or with two, "context" and "continuation", such as '
         '{"id": "a1", "text": "…"}'
@@ -101,12 +116,14 @@ def _json_prompt(line: int, text: str, form: Form) -> Prompt:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
-    scored, context = form(value if isinstance(value, Mapping) else {})
+    prompt = form(value if isinstance(value, Mapping) else {})
     name = value.get("id")
     if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
         raise ValueError(f"id {reprlib.repr(name)} must be a text or a whole number")
+    prompt = replace(prompt, line=line, id=name)
     try:
-        json.dumps([name, scored, context], ensure_ascii=False).encode()
+        parts = [name, prompt.text, prompt.context, prompt.messages, prompt.fields]
+        json.dumps(parts, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is no character") from None
-    return Prompt(line, name, scored, context)
+    return prompt

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.partition import split_range
 from xpar.engine.generation.answer_file import open_answer_file, read_answers, read_failures, write_errors
+from xpar.engine.generation.answer_options import AnswerOptions, RunOptions
 from xpar.engine.generation.fingerprint import fingerprint
 from xpar.engine.generation.prompts import BadLine, Form, Prompt, prompt_form, read_prompts, text_form
 from xpar.engine.generation.sampling import Sampling
@@ -22,15 +24,18 @@ from xpar.engine.generation.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A prompt as the model reads it; ``hash``, of its text and key, names its answer.
+    """A prompt as the model reads it; ``hash``, of its text, fields and key, names its answer.
 
-    ``first``: of ``ids``, the first that is scored, where that is asked.
+    ``first``: of ``ids``, the first that is scored, where that is asked. ``options``: of its answer, where
+    the line has some of its own. ``draws``: the name of its draws, where that is not the hash.
     """
 
     prompt: Prompt
     ids: list[int]
     hash: str
     first: int = 1
+    options: AnswerOptions | None = None
+    draws: str = ""
 
 
 class RequestBase(Protocol):
@@ -68,6 +73,8 @@ class Request:
     ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read
     alone. ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if
     they were the same. ``exact_with``: names and values of what else the bits of exact mode depend on.
+    ``options``: those of the run, from which lines with fields of their own begin; None for ``sampling``,
+    ``max_new_tokens`` and ``stops``.
     """
 
     checkpoint: Path
@@ -84,10 +91,15 @@ class Request:
     exact_with: tuple[tuple[str, str], ...] = ()
     stop_tokens: tuple[str, ...] = ()
     keep_special: bool = False
+    options: RunOptions | None = None
 
     @property
     def form(self) -> Form:
         return prompt_form
+
+    @cached_property
+    def _run_options(self) -> RunOptions:
+        return self.options or RunOptions.of(self.sampling, self.max_new_tokens, self.stops)
 
     def settings(self) -> Mapping[str, object]:
         sampling = asdict(self.sampling)
@@ -113,15 +125,23 @@ class Request:
             )
 
     def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
-        ids = tokens.encode(prompt.text)
-        limit = None if tokens.positions is None else tokens.positions - self.max_new_tokens
+        options = self._run_options.of_line(prompt.fields) if prompt.fields else None
+        if prompt.messages is None:
+            ids = tokens.encode(prompt.text)
+        else:
+            ids = tokens.encode_messages(prompt.messages, **prompt.fields.get("chat_template_kwargs", {}))
+        most, name = self.max_new_tokens, "--max-new-tokens"
+        if "max_tokens" in prompt.fields and options is not None:
+            most, name = options.max_new_tokens, f"max_tokens {options.max_new_tokens}"
+        limit = None if tokens.positions is None else tokens.positions - most
         if limit is not None and len(ids) > limit:
             raise ValueError(
-                f"{len(ids)} tokens, and the model has positions for {limit} besides --max-new-tokens; "
+                f"{len(ids)} tokens, and the model has positions for {max(0, limit)} besides {name}; "
                 "shorten it"
             )
         check_ids(ids, tokens)
-        return WorkItem(prompt, ids, digest([prompt.key, prompt.text]))
+        name, draws = _names(prompt, ids, options)
+        return WorkItem(prompt, ids, name, options=options, draws=draws)
 
 
 @dataclass(frozen=True)
@@ -247,7 +267,8 @@ def _question(request: RequestBase, prompt: Prompt, tokens: Tokenizer) -> WorkIt
         # A tokenizer in Rust that panics raises what is no Exception.
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        where = "the chat template or the tokenizer" if getattr(request, "chat", False) else "the tokenizer"
+        is_chat = getattr(request, "chat", False) or prompt.messages is not None
+        where = "the chat template or the tokenizer" if is_chat else "the tokenizer"
         return BadLine(
             prompt.line, f"{where} does not take it ({type(error).__name__}: {_brief(error)})", prompt.id
         )
@@ -259,6 +280,20 @@ def _brief(error: BaseException) -> str:
 
 def _exactness(exact: bool, exact_with: tuple[tuple[str, str], ...]) -> Mapping[str, object]:
     return {"exact": exact, **(dict(exact_with) if exact else {})}
+
+
+def _names(prompt: Prompt, ids: list[int], options: AnswerOptions | None) -> tuple[str, str]:
+    """Return the hash that names the answer of ``prompt``, and the name of its draws.
+
+    A text without fields has the hash of its text and key, and draws of that name. Fields change the answer's
+    hash, not the draws; a seed of the line's own makes them independent of the line's place and id.
+    """
+    parts: list[object] = [prompt.key, prompt.text if prompt.messages is None else prompt.messages]
+    name = draws = digest(parts)
+    if options is not None:
+        name = digest([*parts, prompt.fields, asdict(options)])
+        draws = digest(ids) if options.has_seed else draws
+    return name, draws
 
 
 def digest(value: object) -> str:

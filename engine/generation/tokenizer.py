@@ -1,6 +1,6 @@
 """The tokenizer of a checkpoint: text to token ids and back."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,23 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Encode a prompt with the tokenizer's marks around it; raise ValueError if it has no tokens."""
         if self.chat:
-            message = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            return self.encode_messages([{"role": "user", "content": text}])
+        return self._ids_of_text(text, special=True)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
+        """Encode a conversation by the chat template, to which ``arguments`` go, up to the next answer."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the checkpoint's tokenizer has no chat template, which messages need; give a prompt instead"
+            )
+        text = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False, **arguments
+        )
         # A template writes the marks of begin and end itself.
-        ids = self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
+        return self._ids_of_text(text, special=False)
+
+    def _ids_of_text(self, text: str, special: bool) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         if not ids:
             raise ValueError("the tokenizer makes no tokens of it")
         return [int(token) for token in ids]
