@@ -27,13 +27,20 @@ def add_options(p: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="text file with one prompt per line, or .jsonl with id and prompt",
+        help="text file with one prompt per line; .jsonl with prompt or messages; or OpenAI's batch input",
     )
     p.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
         help="file of the answers (default: PROMPTS with the suffix .answers.jsonl)",
+    )
+    p.add_argument(
+        "--format",
+        choices=("auto", "xpar", "openai"),
+        default="auto",
+        help="form of the answers: xpar's own, or that of OpenAI's batch output (default auto: openai for a "
+        "file in the form of OpenAI's batch input, else xpar)",
     )
     p.add_argument("--resume", action="store_true", help="keep the answers that --out has already")
     add_generation_options(p)
@@ -108,4 +115,6 @@ def make_request(args: argparse.Namespace, is_first: bool) -> Request:
         dtype=model_session.dtype_of(args),
         exact=args.exact,
         options=options,
+        format=args.format,
+        model=getattr(args, "model_name", str(args.checkpoint)),
     )

@@ -23,6 +23,7 @@ from xpar.engine.generation.answer_file import errors_path
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import RequestBase, Workload
 from xpar.engine.generation.run_file import RunSummary
+from xpar.engine.generation.samples import samples_path
 from xpar.engine.layer.build import FLOATS
 from xpar.engine.models.loader import LoadedModel, expert_configs, load_model
 from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
@@ -57,7 +58,8 @@ def check_files(prompts: Path, out: Path, resume: bool, option: str) -> None:
         raise ValueError(f"{out}: exists; give --resume to keep its answers, or another --out")
     if not out.parent.is_dir():
         raise ValueError(f"{out}: its folder does not exist; make it, or give another --out")
-    for path, what in ((out, "answers"), (errors_path(out), "refused lines")):
+    written = ((out, "answers"), (errors_path(out), "refused lines"), (samples_path(out), "samples"))
+    for path, what in written:
         if path.exists() and path.samefile(prompts):
             raise ValueError(f"{path}: {what} would be written over {option}; give another --out")
 

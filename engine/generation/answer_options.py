@@ -17,13 +17,21 @@ class AnswerOptions:
     """The options of one answer; ``stops`` end it.
 
     ``has_seed``: whether the seed is the line's own. Then the draws depend on it and on the prompt's tokens
-    alone, not on the line's number or id.
+    alone, not on the line's number or id. ``logprobs``: how many of the likeliest tokens are listed at each
+    place, 0 for the chosen one alone; None for no log-probabilities. ``presence_penalty``,
+    ``frequency_penalty``: OpenAI's. ``ignores_ends``: whether end tokens end nothing. ``schema``: of the JSON
+    that the answer is to be, as text.
     """
 
     sampling: Sampling
     max_new_tokens: int
     stops: tuple[str, ...] = ()
     has_seed: bool = False
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    ignores_ends: bool = False
+    schema: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,4 +88,13 @@ class RunOptions:
             given["repetition_penalty"] = fields["repetition_penalty"]
         most = fields.get("max_tokens", self.max_new_tokens)
         settled = settle(self.defaults, given, most, tuple(fields.get("stop", self.stops)), self.seed)
-        return AnswerOptions(settled.sampling, settled.max_new_tokens, settled.stops)
+        return AnswerOptions(
+            settled.sampling,
+            settled.max_new_tokens,
+            settled.stops,
+            logprobs=fields.get("logprobs"),
+            presence_penalty=fields.get("presence_penalty", 0.0),
+            frequency_penalty=fields.get("frequency_penalty", 0.0),
+            ignores_ends=fields.get("ignore_eos", False),
+            schema=fields.get("response_format"),
+        )

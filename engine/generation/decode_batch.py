@@ -14,6 +14,7 @@ from torch import Tensor
 from xpar.engine.generation.logits_processors import Processors, choose_tokens
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.token_logprobs import TokenLogprobs
 from xpar.engine.models.attention import backends
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import KvCache, mask
@@ -33,8 +34,8 @@ class RunningSequence:
     ``answer``: tokens so far, an end token not among them. ``finish``: why it is complete, or None.
     ``failure``: why it cannot be answered, or None. ``alone``: it was read with others and failed, and is to
     be read once more without them. ``processors``: change its logits before a token is chosen. ``stopped``:
-    as for :class:`StopConditions`, of this prompt alone. ``sampling``, ``max_new_tokens``: this prompt's own,
-    or None for those of the batch.
+    as for :class:`StopConditions`, of this prompt alone. ``sampling``, ``max_new_tokens``, ``ends``: this
+    prompt's own, or None for those of the batch. ``logprobs``: of the answer's tokens, where they are wanted.
     """
 
     place: int
@@ -48,6 +49,8 @@ class RunningSequence:
     stopped: Callable[[Sequence[int]], bool] = lambda answer: False
     sampling: Sampling | None = None
     max_new_tokens: int | None = None
+    ends: frozenset[int] | None = None
+    logprobs: TokenLogprobs | None = None
 
     @property
     def ended(self) -> bool:
@@ -70,7 +73,7 @@ class StopConditions:
 
     def take(self, running: RunningSequence, token: int) -> None:
         """Add ``token`` to the answer, or complete it."""
-        if token in self.ends:
+        if token in (self.ends if running.ends is None else running.ends):
             running.finish = "end"
             return
         running.answer.append(token)

@@ -4,6 +4,7 @@ A field that asks for what is not done here, or that nobody knows, refuses its l
 """
 
 import difflib
+import json
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -84,6 +85,23 @@ def arguments(value: Any) -> dict[str, Any]:
     return value
 
 
+def json_format(value: Any) -> str | None:
+    """Return the JSON schema of a ``response_format``, as text; None where any text will do."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return json.dumps({"type": "object"})
+    described = value.get("json_schema") if kind == "json_schema" else None
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        raise ValueError(  # noqa: TRY004
+            'must be {"type": "json_schema", "json_schema": {"name": "…", "schema": {…}}}, or of the type '
+            '"json_object" or "text"'
+        )
+    return json.dumps(schema)
+
+
 COUNT = 2**31 - 1
 FIELDS: Mapping[str, Check] = {
     "max_tokens": whole(1, COUNT),
@@ -92,12 +110,23 @@ FIELDS: Mapping[str, Check] = {
     "top_p": number(0, 1, above=True),
     "top_k": whole(-1, COUNT),
     "min_p": number(0, 1),
+    "n": whole(1, 128),
     "seed": whole(-(2**63), 2**63 - 1),
     "stop": texts,
     "repetition_penalty": number(0, 1e6, above=True),
+    "presence_penalty": number(-2, 2),
+    "frequency_penalty": number(-2, 2),
+    "ignore_eos": flag,
+    "response_format": json_format,
 }
 """The fields of every line; those of OpenAI's API have its ranges, the others those of transformers."""
-CHAT_FIELDS: Mapping[str, Check] = {"chat_template_kwargs": arguments}
+CHAT_FIELDS: Mapping[str, Check] = {
+    "chat_template_kwargs": arguments,
+    "logprobs": flag,
+    "top_logprobs": whole(0, 20),
+}
+PROMPT_FIELDS: Mapping[str, Check] = {"logprobs": whole(0, 5)}
+"""The log-probabilities of the five likeliest tokens at most, as the API for completions has it."""
 
 
 def read_fields(value: Mapping[str, Any], is_chat: bool, own: frozenset[str]) -> dict[str, Any]:
@@ -106,7 +135,7 @@ def read_fields(value: Mapping[str, Any], is_chat: bool, own: frozenset[str]) ->
     ``is_chat``: whether it has messages. ``own``: names that belong to the form of the line. What is null or
     has no effect is left out, so that equal results are equal lines.
     """
-    known = {**FIELDS, **(CHAT_FIELDS if is_chat else {})}
+    known = {**FIELDS, **(CHAT_FIELDS if is_chat else PROMPT_FIELDS)}
     fields: dict[str, Any] = {}
     for name, given in value.items():
         if name in own or name in LABELS or given is None:
@@ -118,7 +147,7 @@ def read_fields(value: Mapping[str, Any], is_chat: bool, own: frozenset[str]) ->
             fields[name] = _checked(name, known[name], given)
         else:
             raise ValueError(_unknown(name, is_chat, [*own, *known]))
-    return _settled(fields)
+    return _combined(_settled(fields))
 
 
 def _checked(name: str, check: Check, value: Any) -> Any:
@@ -129,7 +158,7 @@ def _checked(name: str, check: Check, value: Any) -> Any:
 
 
 def _unknown(name: str, is_chat: bool, known: list[str]) -> str:
-    if name in CHAT_FIELDS and not is_chat:
+    if name in CHAT_FIELDS and not is_chat and name not in PROMPT_FIELDS:
         return f"field {name!r} is for messages, and this line has a prompt; leave it out"
     likely = difflib.get_close_matches(name, known, 1)
     guess = f"did you mean {likely[0]!r}?" if likely else 'leave it out, or put it into "metadata"'
@@ -144,4 +173,21 @@ def _settled(fields: dict[str, Any]) -> dict[str, Any]:
         fields["top_k"] = 0
     if fields.get("stop") == []:
         del fields["stop"]
+    if fields.get("n") == 1:
+        del fields["n"]
+    top = fields.pop("top_logprobs", None)
+    if fields.get("logprobs") is True:
+        fields["logprobs"] = top or 0
+    elif top:
+        raise ValueError("top_logprobs needs logprobs true; give both")
+    return {name: value for name, value in fields.items() if value is not None and value is not False}
+
+
+def _combined(fields: dict[str, Any]) -> dict[str, Any]:
+    """Check that a line's fields do not exclude each other."""
+    if "response_format" in fields and "ignore_eos" in fields:
+        raise ValueError(
+            "response_format ends with an end token, and ignore_eos is true; leave one of them out"
+        )
+    return fields
     return fields

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xpar.engine.generation.sampling import NOT_FINITE, Sampling
 from xpar.engine.generation.token_choice import Drawn, choose_mixed
+from xpar.engine.generation.token_logprobs import note_logprobs
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """ids [1, S] int64 and logits [1, V] float32 -> logits [1, V]."""
@@ -157,6 +158,12 @@ def choose_tokens(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) ->
     ``sampling``: of the sequences without their own. Where it is the options of one line that leave no token
     to take, its sequence gets None, and why it failed.
     """
+    tokens = _choose(sampling, logits, drawn)
+    note_logprobs(logits, drawn, tokens)
+    return tokens
+
+
+def _choose(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) -> list[int | None]:
     if any(r.sampling is not None for r in drawn):
         return choose_mixed(sampling, logits, drawn)
     generators = [r.generator for r in drawn]

@@ -12,6 +12,7 @@ from typing import Any
 
 from xpar.engine.generation.line_fields import read_fields
 from xpar.engine.generation.messages import read_messages
+from xpar.engine.generation.openai_batch import is_batch_line, model_of, read_batch_line
 from xpar.engine.generation.text_lines import decode, read_lines
 
 Id = str | int
@@ -25,7 +26,7 @@ class Prompt:
     ``context``: what stands before ``text`` and is not scored, or None; only texts to be scored have one.
     ``messages``: a conversation that goes through the chat template in place of ``text``, or None.
     ``fields``: those of the line that decide its answer, as :mod:`xpar.engine.generation.line_fields` reads
-    them.
+    them. ``model``: the name of a model in the line. ``is_batch``: whether it is one of OpenAI's batch files.
     """
 
     line: int
@@ -34,6 +35,8 @@ class Prompt:
     context: str | None = None
     messages: list[dict[str, Any]] | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    is_batch: bool = False
 
     @property
     def key(self) -> str:
@@ -43,11 +46,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is no prompt, and why; ``id`` is the file's own, where it could be read."""
+    """A line that is no prompt, and why; ``id`` is the file's own, where it could be read.
+
+    ``is_batch``: whether it seems to be a line of OpenAI's batch files.
+    """
 
     line: int
     error: str
     id: Id | None = None
+    is_batch: bool = False
 
     def record(self) -> dict[str, Any]:
         """Return this line as a record of the file of errors."""
@@ -60,7 +67,12 @@ OWN_KEYS = frozenset({"id", "prompt", "messages"})
 
 
 def prompt_form(value: Mapping[str, Any]) -> Prompt:
-    """Read a JSON line to be answered: ``{"prompt": …}`` or ``{"messages": […]}``, with the line's fields."""
+    """Read a JSON line to be answered, with its fields, or one of OpenAI's batch files.
+
+    ``{"prompt": …}`` or ``{"messages": […]}``.
+    """
+    if is_batch_line(value):
+        return Prompt(0, **read_batch_line(value))
     is_chat = value.get("messages") is not None
     if is_chat and value.get("prompt") is not None:
         raise ValueError("has a prompt and messages; give one of them")
@@ -70,7 +82,8 @@ def prompt_form(value: Mapping[str, Any]) -> Prompt:
         )
     fields = read_fields(value, is_chat, OWN_KEYS)
     messages = read_messages(value["messages"]) if is_chat else None
-    return Prompt(0, None, "" if is_chat else value["prompt"], messages=messages, fields=fields)
+    text = "" if is_chat else value["prompt"]
+    return Prompt(0, None, text, messages=messages, fields=fields, model=model_of(value))
 
 
 def text_form(value: Mapping[str, Any]) -> Prompt:
@@ -107,8 +120,20 @@ def read_prompts(path: Path, form: Form = prompt_form) -> tuple[list[Prompt], li
                 )
             prompts.append(prompt)
         except ValueError as error:
-            bad.append(BadLine(line, str(error)))
+            bad.append(_bad_line(line, raw, str(error)) if in_json else BadLine(line, str(error)))
     return prompts, bad
+
+
+def _bad_line(line: int, raw: bytes, error: str) -> BadLine:
+    """Describe a line of JSON that is no prompt; its id is read where it is one of OpenAI's batch files."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, Mapping) or not is_batch_line(value):
+        return BadLine(line, error)
+    name = value.get("custom_id")
+    return BadLine(line, error, name if isinstance(name, str) else None, is_batch=True)
 
 
 def _json_prompt(line: int, text: str, form: Form) -> Prompt:
@@ -117,7 +142,7 @@ def _json_prompt(line: int, text: str, form: Form) -> Prompt:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
     prompt = form(value if isinstance(value, Mapping) else {})
-    name = value.get("id")
+    name = prompt.id if prompt.is_batch else value.get("id")
     if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
         raise ValueError(f"id {reprlib.repr(name)} must be a text or a whole number")
     prompt = replace(prompt, line=line, id=name)

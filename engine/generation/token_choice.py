@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from xpar.engine.generation.sampling import NOT_FINITE, Sampling
+from xpar.engine.generation.token_logprobs import Observed
 
 NO_TOKEN = "the fields of its line leave no token to take"
 
 
-class Drawn(Protocol):
+class LineError(ValueError):
+    """The fields of one line cannot be followed any further; the others go on."""
+
+
+class Drawn(Observed, Protocol):
     """A sequence whose next token is drawn; ``sampling`` is its own, or None for that of its batch."""
 
     ids: list[int]
@@ -35,7 +40,7 @@ def choose_mixed(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) -> 
     """Choose the next token of each ``drawn`` by its own way, else ``sampling``; ValueError if not finite.
 
     The error comes before anything is drawn: another attempt without the rows at fault draws the same tokens.
-    A row without any token to take gets None, and a failure.
+    A row whose fields leave no token to take gets None, and a failure.
     """
     chosen: list[int | None] = [None] * len(drawn)
     ways = [r.sampling or sampling for r in drawn]
@@ -53,7 +58,7 @@ def choose_mixed(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) -> 
         largest = processed[place].amax()
         if torch.isfinite(largest) or (largest == torch.inf and not ways[n].temperature):
             groups[ways[n]].append(place)
-        else:
+        elif drawn[n].failure is None:
             drawn[n].failure = NO_TOKEN
     for way, places in groups.items():
         generators = [drawn[others[place]].generator for place in places]
@@ -67,7 +72,10 @@ def _process(rows: Tensor, drawn: Sequence[Drawn]) -> Tensor:
     processed = []
     for r, row in zip(drawn, rows, strict=True):
         if r.processors is not None:
-            row = r.processors([*r.ids, *r.answer], row)
+            try:
+                row = r.processors([*r.ids, *r.answer], row)
+            except LineError as error:
+                r.failure, row = str(error), torch.full_like(row, -torch.inf)
         elif not bool(torch.isfinite(row).all()):
             raise ValueError(NOT_FINITE)
         processed.append(row)

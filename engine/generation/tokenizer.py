@@ -8,6 +8,9 @@ from typing import Any
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.generation.detokenizer import Detokenizer, first_stop
 from xpar.engine.generation.generation_defaults import FILE, read_defaults
+from xpar.engine.generation.grammar import Grammars
+from xpar.engine.generation.token_bytes import make_token_bytes
+from xpar.engine.generation.token_logprobs import LogprobsForm
 from xpar.engine.models.hf_config import read_hf_config, transformers_errors
 
 __all__ = ["TOKENIZER_FILES", "Tokenizer", "first_stop"]
@@ -61,9 +64,12 @@ class Tokenizer:
             note += f"; the tokenizer's own, {own} {name!r}, ends no answer unless --stop-token {own}"
         return ends, note
 
-    def encode(self, text: str) -> list[int]:
-        """Encode a prompt with the tokenizer's marks around it; raise ValueError if it has no tokens."""
-        if self.chat:
+    def encode(self, text: str, chat: bool | None = None) -> list[int]:
+        """Encode a prompt with the tokenizer's marks around it; raise ValueError if it has no tokens.
+
+        ``chat``: as for the class, whose own is taken without it.
+        """
+        if self.chat if chat is None else chat:
             return self.encode_messages([{"role": "user", "content": text}])
         return self._ids_of_text(text, special=True)
 
@@ -184,6 +190,17 @@ class Tokenizer:
             self.tokenizer.all_special_ids
         )
         return Detokenizer(self.tokenizer, frozenset(special), in_context)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """The grammars that answers can be bound to; ValueError where that cannot be done."""
+        return Grammars(self.tokenizer, self.vocabulary, self.ends)
+
+    def logprobs_form(self, keep_special: bool) -> LogprobsForm:
+        """Make the form of log-probabilities; ``keep_special``: whether texts show special tokens."""
+        special = self.detokenizer().special_ids
+        bytes_of = make_token_bytes(self.tokenizer, special)
+        return LogprobsForm(bytes_of, frozenset() if keep_special else special)
 
     def ids_of(self, words: Iterable[str]) -> frozenset[int]:
         """Find the ids of tokens given by number or by name; raise ValueError for other words."""
