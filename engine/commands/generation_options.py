@@ -1,4 +1,4 @@
-"""The options that choose tokens; they come before the model's own generation config."""
+"""The meaning of the options that choose tokens, which come before the model's own generation config."""
 
 import argparse
 import json
@@ -6,7 +6,6 @@ from typing import Any
 
 from xpar.engine.generation.answer_options import RunOptions
 from xpar.engine.generation.generation_defaults import (
-    MAX_NEW_TOKENS,
     SETTABLE,
     Generation,
     ModelDefaults,
@@ -14,40 +13,6 @@ from xpar.engine.generation.generation_defaults import (
     settle,
     with_temperature,
 )
-
-
-def add_generation_options(p: argparse.ArgumentParser) -> None:
-    """Add the options that say how many tokens an answer has and how each is chosen."""
-    own = "default: the model's own"
-    p.add_argument(
-        "--max-new-tokens",
-        type=int,
-        help=f"maximum number of tokens per answer ({own}, else {MAX_NEW_TOKENS})",
-    )
-    p.add_argument(
-        "--temperature",
-        type=float,
-        help=f"temperature of the draws; 0 takes the likeliest token ({own}, else 0)",
-    )
-    p.add_argument("--top-k", type=int, help=f"number of likeliest tokens to draw from ({own}, else all)")
-    p.add_argument(
-        "--top-p",
-        type=float,
-        help=f"draw from the likeliest tokens that make up this probability ({own}, else all)",
-    )
-    p.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="set another entry of transformers' generation config, with its value as JSON; repeatable",
-    )
-    p.add_argument(
-        "--no-generation-config",
-        action="store_true",
-        help="ignore the model's own generation config, its end tokens excepted",
-    )
 
 
 def run_options(args: argparse.Namespace) -> RunOptions:

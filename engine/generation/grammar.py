@@ -13,7 +13,7 @@ INSTALL = (
     "leave the field out"
 )
 
-BLANKS = {"whitespace_pattern": r"( |\n {0,64})"}
+BLANKS: Any = {"whitespace_pattern": r"( |\n {0,64})"}
 """What may stand between two words of JSON: nothing, a blank, or a new line with its indentation.
 
 JSON itself allows blanks without end, and some models write them until no token is left.
