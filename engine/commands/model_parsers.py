@@ -7,7 +7,7 @@ from xpar.engine.commands import options
 from xpar.engine.commands.options import BATCH, PREFILL_TOKENS
 
 MAX_NEW_TOKENS = 128
-"""As :data:`xpar.engine.generation.generation_defaults.MAX_NEW_TOKENS`, which cannot be imported here."""
+"""As ``MAX_NEW_TOKENS`` of :mod:`xpar.engine.generation.generation_defaults`; a test compares the two."""
 
 
 def add_generate(p: argparse.ArgumentParser) -> None:

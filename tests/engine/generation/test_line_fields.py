@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import write_tokenizer
 
 from xpar.engine.generation.answer_options import AnswerOptions, RunOptions
 from xpar.engine.generation.generation_defaults import ModelDefaults
 from xpar.engine.generation.line_fields import FIELDS, read_fields
 from xpar.engine.generation.prompts import read_prompts
 from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.tokenizer import Tokenizer
 
 NONE: frozenset[str] = frozenset()
 
@@ -85,6 +87,17 @@ def test_parts_of_text_are_one_text_and_empty_keys_are_left_out(tmp_path: Path) 
     found = read({"id": 5, "messages": lines}, tmp_path)
     assert found.id == 5 and found.fields == {}
     assert found.messages == [{"role": "assistant", "content": "x"}, {"role": "user", "content": "a\nb"}]
+
+
+def test_messages_need_a_template(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "olmoe"}')
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    found = Tokenizer(tmp_path).encode_messages(talk, unused=1)
+    assert Tokenizer(tmp_path).decode(found, special=True) == "<s>user: a\n<s>assistant: b\nassistant: "
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="has no chat template, which messages need; give a prompt instead"):
+        Tokenizer(tmp_path).encode_messages(talk)
 
 
 def test_what_has_no_effect_is_left_out() -> None:
