@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 DIGITS = 6
@@ -41,7 +42,7 @@ def note_logprobs(logits: Tensor, drawn: Sequence[Observed], tokens: Sequence[in
     rows = logits[wanted].float().log_softmax(dim=-1)
     most = max(r.logprobs.top for r in drawn if r.logprobs is not None)
     values, ids = (part.tolist() for part in rows.topk(min(most, rows.shape[1]), dim=-1))
-    places = rows.new_tensor([tokens[n] for n in wanted]).long()[:, None]
+    places = torch.tensor([[tokens[n]] for n in wanted], device=rows.device)
     chosen = rows.gather(1, places)[:, 0].tolist()
     for row, n in enumerate(wanted):
         noted = drawn[n].logprobs

@@ -11,9 +11,12 @@ import torch
 from tiny_models import END, cases, plain_model, prompts, write_model
 
 from xpar.comm import ProcessGrid, World
+from xpar.engine.generation.answer_options import RunOptions
 from xpar.engine.generation.generate import generate
+from xpar.engine.generation.generation_defaults import ModelDefaults
 from xpar.engine.generation.request import Request, digest, read_request
 from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.token_choice import NO_TOKEN
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.loader import load_model
 
@@ -150,6 +153,21 @@ def test_a_line_that_does_not_fit_is_refused_alone(world: World, model: Path, fo
     assert f"besides max_tokens {room}; shorten it" in refused[0]["error"]
     assert "temperature 3: must be" in refused[1]["error"]
     assert "give the line a temperature" in refused[2]["error"]
+
+
+def test_a_line_without_a_token_to_take_fails_alone(
+    world: World, model: Path, folder: Path, fresh_seed: int
+) -> None:
+    """Its neighbours in the batch, before and behind it, go on to their ends."""
+    banned = RunOptions(ModelDefaults(), {"suppress_tokens": [*range(END + 1)]}, MOST)
+    lines: list[Line] = [{"prompt": text} for text in prompts(fresh_seed, 7)]
+    plain, _ = answer(world, model, folder, lines)
+    for stuck in (1, 4):
+        lines[stuck]["max_tokens"] = 3
+    found, failed = answer(world, model, folder, lines, options=banned)
+    assert [(record["line"], record["error"]) for record in failed] == [(2, NO_TOKEN), (5, NO_TOKEN)]
+    left = [record["token_ids"] for n, record in enumerate(plain) if n not in (1, 4)]
+    assert sum(record["token_ids"] == ids for record, ids in zip(found, left, strict=True)) >= 4
 
 
 def test_log_probabilities_are_those_of_transformers(
