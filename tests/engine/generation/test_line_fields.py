@@ -155,6 +155,21 @@ def test_a_line_comes_before_options_and_these_before_the_model(
         assert getattr(found, name) == getattr(expected, name), name
 
 
+def test_lines_that_differ_share_no_options() -> None:
+    run = RunOptions(OWN, {}, 8)
+    lines: list[dict[str, Any]] = [
+        {"max_tokens": 3},
+        {"max_tokens": 4},
+        {"stop": ["x"]},
+        {"seed": 5},
+        {"seed": 6},
+    ]
+    found = [run.of_line(line) for line in (*lines, *lines)]
+    assert [options.max_new_tokens for options in found[:3]] == [3, 4, 8]
+    assert [options.sampling.seed for options in found[3:5]] == [5, 6]
+    assert found[:5] == found[5:] and len(set(found)) == 5
+
+
 @pytest.mark.parametrize(("name", "value"), [("top_k", 5), ("top_p", 0.5), ("min_p", 0.5)])
 def test_what_chooses_among_draws_needs_a_temperature(name: str, value: float) -> None:
     greedy = RunOptions(ModelDefaults(), {}, 8)

@@ -19,6 +19,7 @@ USUAL = Sampling(0.8, 7, 0.9)
 WAYS = (
     None,
     Sampling(),
+    Sampling(),
     Sampling(1.3),
     Sampling(1.3, 5),
     Sampling(0.5, 0, 0.7, settings=(("min_p", 0.01),)),
@@ -38,7 +39,7 @@ class Row:
     failure: str | None = field(default=None)
 
 
-def rows(seed: int, count: int = 12) -> list[Row]:
+def rows(seed: int, count: int = 24) -> list[Row]:
     """Rows of all ways, some with penalties, some with log-probabilities; the same for the same seed."""
     draw = random.Random(seed)
     made = []
