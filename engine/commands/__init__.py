@@ -2,6 +2,7 @@
 
 Only :mod:`xpar.engine.cli` imports this room.
 
-``parsers.py`` has the options of every command and imports nothing that takes long. A command's own module
-has ``main(args)``, which returns the exit status; it is imported when the command is chosen.
+``parsers.py`` and the two beside it have the options of every command and import nothing that takes long.
+A command's own module has ``main(args)``, which returns the exit status; it is imported when the command is
+chosen.
 """

@@ -28,6 +28,7 @@ from xpar.kernels.cpu import native_library
 OPTIONAL = {
     "zentorch": "the fastest CPU kernel: pip install 'xpar[zen]'",
     "transformers": "make-checkpoint with its classes: pip install 'xpar[hf]'",
+    "llguidance": "answers bound to JSON schemas: pip install 'xpar[grammar]'",
     "nccl4py": "NCCL between GPUs: pip install --no-deps nccl4py cuda-pathfinder",
     "nccl-extensions": "rows between nodes by NCCL's EP extension: docs/gpu.md",
 }

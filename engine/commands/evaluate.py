@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,21 +17,6 @@ from xpar.engine.console.logs import start_logging
 from xpar.engine.console.terminal import make_console
 from xpar.engine.generation.service import Service
 from xpar.engine.generation.tokenizer import Tokenizer
-
-
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
-    p.add_argument(
-        "checkpoint",
-        type=Path,
-        help="directory with config.json, safetensors files and tokenizer, or the name of a model on "
-        "Hugging Face",
-    )
-    p.add_argument(
-        "harness", nargs=argparse.REMAINDER, help="options of the harness, such as --tasks NAME --limit 10"
-    )
-    model_session.add_options(p, "texts", "a longer text is read alone, in pieces", "the results")
-    p.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -55,6 +55,7 @@ def run_request(args: argparse.Namespace, command: FileCommand[Q]) -> int:
     world = attach(args)
     comm = world.comm
     start_logging(world, args.verbose)
+    args.model_name = str(args.checkpoint)
     args.checkpoint = find_checkpoint(comm, args.checkpoint)
     request = agreed(comm, lambda: command.make_request(args, world.rank == 0))
     console = make_console(world)
@@ -64,6 +65,8 @@ def run_request(args: argparse.Namespace, command: FileCommand[Q]) -> int:
     for note in notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
     work = read_request(comm, request, tokens, args.resume)
+    for note in work.notes:
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
     outcome = None
     if work.queue:
         loaded = model_session.load(args, grid, request.dtype, console, getattr(args, "whole_dense", True))

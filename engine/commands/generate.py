@@ -2,62 +2,15 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from xpar.engine.commands import model_session
 from xpar.engine.commands.file_command import FileCommand, run_request
-from xpar.engine.commands.generation_options import add_generation_options, generation_of
-from xpar.engine.commands.options import add_whole_dense, at_least, batch_size
+from xpar.engine.commands.generation_options import generation_of, run_options
+from xpar.engine.commands.options import at_least, batch_size
 from xpar.engine.generation.generate import generate
 from xpar.engine.generation.request import Request
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.empty_model import check_generates
-
-
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
-    p.add_argument(
-        "checkpoint",
-        type=Path,
-        help="directory with config.json, safetensors files and tokenizer, or the name of a model on "
-        "Hugging Face, such as Qwen/Qwen3-30B-A3B or NAME@REVISION",
-    )
-    p.add_argument(
-        "--prompts",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="text file with one prompt per line, or .jsonl with id and prompt",
-    )
-    p.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="file of the answers (default: PROMPTS with the suffix .answers.jsonl)",
-    )
-    p.add_argument("--resume", action="store_true", help="keep the answers that --out has already")
-    add_generation_options(p)
-    p.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer; repeatable"
-    )
-    p.add_argument(
-        "--stop-token",
-        action="append",
-        default=[],
-        metavar="ID",
-        help="token that ends an answer, by id or by name in the vocabulary; repeatable",
-    )
-    p.add_argument(
-        "--keep-special-tokens", action="store_true", help="show special tokens in the answers' texts"
-    )
-    p.add_argument(
-        "--chat",
-        action="store_true",
-        help="put each prompt into the model's chat template, as the user's message",
-    )
-    model_session.add_options(p, "sequences", "a longer prompt is read alone", "the answers")
-    add_whole_dense(p)
-    p.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -70,7 +23,7 @@ def main(args: argparse.Namespace) -> int:
 def _make_tokenizer(args: argparse.Namespace, request: Request) -> tuple[Tokenizer, Sequence[str]]:
     tokens = Tokenizer(request.checkpoint, request.chat)
     tokens.ids_of(request.stop_tokens)  # raises ValueError for a word that names no token
-    return tokens, (*generation_of(args).notes, tokens.ends_note)
+    return tokens, (*generation_of(run_options(args)).notes, tokens.ends_note)
 
 
 def make_request(args: argparse.Namespace, is_first: bool) -> Request:
@@ -87,7 +40,8 @@ def make_request(args: argparse.Namespace, is_first: bool) -> Request:
     batch = batch_size(args)
     if "" in args.stop:
         raise ValueError("--stop '': an empty text would end every answer; give at least one character")
-    generation = generation_of(args)
+    options = run_options(args)
+    generation = generation_of(options)
     out = args.out or args.prompts.with_suffix(".answers.jsonl")
     check_generates(args.checkpoint)
     if is_first:
@@ -106,4 +60,7 @@ def make_request(args: argparse.Namespace, is_first: bool) -> Request:
         prefill_tokens=args.prefill_tokens,
         dtype=model_session.dtype_of(args),
         exact=args.exact,
+        options=options,
+        format=args.format,
+        model=getattr(args, "model_name", str(args.checkpoint)),
     )

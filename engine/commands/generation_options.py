@@ -1,70 +1,39 @@
-"""The options that choose tokens; they come before the model's own generation config."""
+"""The meaning of the options that choose tokens, which come before the model's own generation config."""
 
 import argparse
 import json
 from typing import Any
 
+from xpar.engine.generation.answer_options import RunOptions
 from xpar.engine.generation.generation_defaults import (
-    MAX_NEW_TOKENS,
     SETTABLE,
     Generation,
     ModelDefaults,
     read_defaults,
     settle,
+    with_temperature,
 )
 
 
-def add_generation_options(p: argparse.ArgumentParser) -> None:
-    """Add the options that say how many tokens an answer has and how each is chosen."""
-    own = "default: the model's own"
-    p.add_argument(
-        "--max-new-tokens",
-        type=int,
-        help=f"maximum number of tokens per answer ({own}, else {MAX_NEW_TOKENS})",
-    )
-    p.add_argument(
-        "--temperature",
-        type=float,
-        help=f"temperature of the draws; 0 takes the likeliest token ({own}, else 0)",
-    )
-    p.add_argument("--top-k", type=int, help=f"number of likeliest tokens to draw from ({own}, else all)")
-    p.add_argument(
-        "--top-p",
-        type=float,
-        help=f"draw from the likeliest tokens that make up this probability ({own}, else all)",
-    )
-    p.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="set another entry of transformers' generation config, with its value as JSON; repeatable",
-    )
-    p.add_argument(
-        "--no-generation-config",
-        action="store_true",
-        help="ignore the model's own generation config, its end tokens excepted",
-    )
-
-
-def generation_of(args: argparse.Namespace) -> Generation:
-    """Settle how to generate by the options and the checkpoint; raise ValueError for what cannot be done."""
+def run_options(args: argparse.Namespace) -> RunOptions:
+    """Collect the options and the checkpoint's own; raise ValueError for options that exclude each other."""
     defaults = read_defaults(args.checkpoint)
     if args.no_generation_config:
         defaults = ModelDefaults(defaults.source, {"eos_token_id": sorted(defaults.ends)})
-    given = _given(args, defaults)
-    return settle(defaults, given, args.max_new_tokens, tuple(args.stop), args.seed)
+    return RunOptions(defaults, _given(args, defaults), args.max_new_tokens, tuple(args.stop), args.seed)
+
+
+def generation_of(options: RunOptions) -> Generation:
+    """Settle how to generate lines without fields; raise ValueError for what cannot be done."""
+    return settle(options.defaults, options.given, options.max_new_tokens, options.stops, options.seed)
 
 
 def _given(args: argparse.Namespace, defaults: ModelDefaults) -> dict[str, Any]:
     given = dict(_setting(words) for words in args.set)
     draws = given.get("do_sample", defaults.values.get("do_sample"))
     if args.temperature is not None:
-        draws = given["do_sample"] = args.temperature != 0.0
-        given["temperature"] = args.temperature
-        if draws and "top_k" not in defaults.values:
-            given.setdefault("top_k", 0)
+        given = with_temperature(given, defaults, args.temperature)
+        draws = given["do_sample"]
     for name, everything in (("top_k", 0), ("top_p", 1.0)):
         value = getattr(args, name)
         if value is not None:

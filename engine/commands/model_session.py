@@ -15,38 +15,17 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.commands import options
-from xpar.engine.commands.options import BATCH, PREFILL_TOKENS, job_line, pick_device
+from xpar.engine.commands.options import job_line, pick_device
 from xpar.engine.console.terminal import Meter, count
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.generation.answer_file import errors_path
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import RequestBase, Workload
 from xpar.engine.generation.run_file import RunSummary
+from xpar.engine.generation.samples import samples_path
 from xpar.engine.layer.build import FLOATS
 from xpar.engine.models.loader import LoadedModel, expert_configs, load_model
 from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
-
-
-def add_options(p: argparse.ArgumentParser, rows: str, longer: str, result: str) -> None:
-    """Add the options that say where and how the model computes.
-
-    ``rows``: what a rank reads. ``longer``: how it reads a row of more tokens. ``result``: of the command.
-    """
-    options.add_number(
-        p, "--batch", f"number of {rows} at a time on a rank", None, f"{BATCH}; 1 with --exact"
-    )
-    meaning = f"maximum number of tokens that a rank reads in one step; {longer}"
-    options.add_number(p, "--prefill-tokens", meaning, PREFILL_TOKENS)
-    options.add_exact(p, result)
-    options.add_grid(p, "ep", "etp", default="see docs/generate.md, How it runs")
-    options.add_device(p)
-    options.add_dispatcher_and_kernel(p)
-    options.add_dense(p)
-    options.add_dtype(p)
-    options.add_threads(p, "its share of the node's cores; 1 with --exact")
-    options.add_watchdog(p)
-    options.add_verbose(p)
 
 
 def check_files(prompts: Path, out: Path, resume: bool, option: str) -> None:
@@ -57,7 +36,8 @@ def check_files(prompts: Path, out: Path, resume: bool, option: str) -> None:
         raise ValueError(f"{out}: exists; give --resume to keep its answers, or another --out")
     if not out.parent.is_dir():
         raise ValueError(f"{out}: its folder does not exist; make it, or give another --out")
-    for path, what in ((out, "answers"), (errors_path(out), "refused lines")):
+    written = ((out, "answers"), (errors_path(out), "refused lines"), (samples_path(out), "samples"))
+    for path, what in written:
         if path.exists() and path.samefile(prompts):
             raise ValueError(f"{path}: {what} would be written over {option}; give another --out")
 

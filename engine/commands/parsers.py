@@ -14,6 +14,7 @@ from typing import Any
 
 from xpar.engine.commands import options
 from xpar.engine.commands.bench_parsers import MEASUREMENTS
+from xpar.engine.commands.model_parsers import add_evaluate, add_generate, add_score
 from xpar.engine.commands.options import add_number
 from xpar.engine.synthetic.shapes import SHAPES
 
@@ -22,20 +23,10 @@ AddOptions = Callable[[argparse.ArgumentParser], None]
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that names a mistyped option before anything that may be missing because of it.
-
-    A ``module`` adds the options when the command is chosen.
-    """
-
-    def __init__(self, *args: Any, module: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._module = module
+    """A parser that names a mistyped option before anything that may be missing because of it."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Add the options first, as ``argparse`` calls this method for the chosen command alone."""
-        module, self._module = self._module, ""
-        if module:
-            import_module(f"{__package__}.{module}").add_options(self)
+        """Check the options first, as ``argparse`` calls this method for the chosen command alone."""
         self._check_options(sys.argv[1:] if args is None else list(args))
         return super().parse_known_args(args, namespace)
 
@@ -68,13 +59,11 @@ class WritableFamilies:
 def add_commands(subparsers: "Subparsers[CommandParser]") -> None:
     """Add every command to the top parser, in the order of ``xpar --help``."""
     add_command(subparsers, "run", "run a checkpoint's MoE layers and print where the time goes", add_run)
-    # These modules hold their options themselves.
-    for name, purpose in (
-        ("generate", "answer every prompt of a file with a whole model"),
-        ("score", "compute the log-probability of every token of a file of texts, and the perplexity"),
-        ("evaluate", "run lm-evaluation-harness on a whole model"),
-    ):
-        subparsers.add_parser(name, help=purpose, description=purpose, module=name)
+    purpose = "answer every prompt of a file with a whole model"
+    add_command(subparsers, "generate", purpose, add_generate)
+    purpose = "compute the log-probability of every token of a file of texts, and the perplexity"
+    add_command(subparsers, "score", purpose, add_score)
+    add_command(subparsers, "evaluate", "run lm-evaluation-harness on a whole model", add_evaluate)
     purpose = "measure a layer, the dispatchers, a whole model, the kernels, or scaling"
     bench = subparsers.add_parser("bench", help=purpose, description=purpose)
     measurements = bench.add_subparsers(required=True, metavar="MEASUREMENT")

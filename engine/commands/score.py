@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from xpar.comm.communicator import Communicator
 from xpar.engine.commands import model_session
@@ -13,33 +12,6 @@ from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.generation.score import read_total, score
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.loader import LoadedModel
-
-
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
-    p.add_argument(
-        "checkpoint",
-        type=Path,
-        help="directory with config.json, safetensors files and tokenizer, or the name of a model on "
-        "Hugging Face",
-    )
-    p.add_argument(
-        "--texts",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="text file with one text per line, or .jsonl with id and text, "
-        "or with id, context and continuation",
-    )
-    p.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="file of the scores (default: TEXTS with the suffix .scores.jsonl)",
-    )
-    p.add_argument("--resume", action="store_true", help="keep the scores that --out has already")
-    model_session.add_options(p, "texts", "a longer text is read alone, in pieces", "the scores")
-    p.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -7,13 +7,17 @@ is replaced, in one step, by one in the order of the prompts.
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from xpar.engine.generation.answer_form import AnswerForm, OwnForm, facts_of
 from xpar.engine.generation.prompts import BadLine
+from xpar.engine.generation.samples import Samples, samples_path
 from xpar.engine.generation.settings import differences
+from xpar.engine.generation.work_item import WorkItem
 
 Record = Mapping[str, Any]
 
@@ -25,12 +29,54 @@ def errors_path(out: Path) -> Path:
 
 def is_failure(record: Record) -> bool:
     """Return whether ``record`` says why a prompt has no answer."""
-    return "error" in record
+    return "error" in facts_of(record)
 
 
-def write_errors(out: Path, bad: Iterable[BadLine], failures: Iterable[Record] = ()) -> None:
+@dataclass(frozen=True)
+class Done:
+    """The hashes of prompts that an earlier run answered or failed on, and hash and number of samples."""
+
+    answered: frozenset[str] = frozenset()
+    failed: frozenset[str] = frozenset()
+    samples: frozenset[tuple[str, int]] = frozenset()
+
+
+def settle_files(
+    out: Path,
+    questions: Mapping[str, WorkItem],
+    bad: Iterable[BadLine],
+    settings: str,
+    form: AnswerForm,
+    resume: bool,
+) -> Done:
+    """Read what an earlier run left, then write the files that a run begins with; rank 0 alone.
+
+    ``questions``: by hash. ``bad``: lines that are no prompts. ``resume``: whether earlier answers are kept.
+    Nothing is written before all is read.
+    """
+    kept = read_answers(out, questions.keys(), settings) if resume else {}
+    failures = read_failures(out, questions.keys() - kept.keys(), settings) if resume else {}
+    left = {name for name, q in questions.items() if q.samples > 1} - kept.keys() - failures.keys()
+    samples = Samples()
+    for record in read_samples(out, left, settings) if resume else ():
+        choices = samples.add(record)
+        if choices is not None:  # the job ended between the last sample and the answer
+            kept[record["hash"]] = form.answer(questions[record["hash"]], choices, settings)
+    write_errors(out, bad, failures.values(), form)
+    open_answer_file(out, kept.values())
+    if samples.records():
+        _replace(samples_path(out), map(_line, samples.records()))
+    else:
+        samples_path(out).unlink(missing_ok=True)
+    return Done(frozenset(kept), frozenset(failures), frozenset(samples.done()))
+
+
+def write_errors(
+    out: Path, bad: Iterable[BadLine], failures: Iterable[Record] = (), form: AnswerForm | None = None
+) -> None:
     """Write the lines that are no prompts, and ``failures``, beside ``out``; without any no file stays."""
-    records = sorted([*(entry.record() for entry in bad), *failures], key=lambda record: record["line"])
+    refused = ((form or OwnForm()).refusal(entry) for entry in bad)
+    records = sorted([*refused, *failures], key=lambda record: facts_of(record)["line"])
     if records:
         _replace(errors_path(out), map(_line, records))
     else:
@@ -50,10 +96,25 @@ def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str,
         record = _record(raw)
         if record is None:
             raise ValueError(f"{out}: line {line} is no answer of xpar generate or score; give another --out")
-        _check_settings(out, line, record, settings)
-        if record["hash"] in hashes:
-            answers[record["hash"]] = record
+        facts = facts_of(record)
+        _check_settings(out, line, facts, settings)
+        if facts["hash"] in hashes:
+            answers[facts["hash"]] = record
     return answers
+
+
+def read_samples(out: Path, hashes: Collection[str], settings: str) -> list[Record]:
+    """Read the samples beside ``out`` of prompts of ``hashes``; [] without ``out``. Else as for answers."""
+    path = samples_path(out)
+    if not out.exists() or not path.exists():
+        return []
+    found: list[Record] = []
+    for line, raw in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        record = _record(raw)
+        if record is not None and isinstance(record.get("sample"), int):
+            _check_settings(path, line, record, settings)
+            found += [record] * (record["hash"] in hashes)
+    return found
 
 
 def read_failures(out: Path, hashes: Collection[str], settings: str) -> dict[str, Record]:
@@ -67,10 +128,11 @@ def read_failures(out: Path, hashes: Collection[str], settings: str) -> dict[str
         return failures
     for line, raw in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         record = _record(raw)
-        if record is not None and is_failure(record) and isinstance(record.get("line"), int):
-            _check_settings(path, line, record, settings)
-            if record["hash"] in hashes:
-                failures[record["hash"]] = record
+        facts = {} if record is None else facts_of(record)
+        if record is not None and is_failure(record) and isinstance(facts.get("line"), int):
+            _check_settings(path, line, facts, settings)
+            if facts["hash"] in hashes:
+                failures[facts["hash"]] = record
     return failures
 
 
@@ -89,8 +151,10 @@ def _record(raw: bytes) -> dict[str, Any] | None:
         record = json.loads(raw)
     except (ValueError, RecursionError):
         return None
-    known = isinstance(record, dict) and isinstance(record.get("hash"), str) and "settings" in record
-    return record if known else None
+    if not isinstance(record, dict):
+        return None
+    facts = facts_of(record)
+    return record if isinstance(facts.get("hash"), str) and "settings" in facts else None
 
 
 def open_answer_file(out: Path, answers: Iterable[Record]) -> None:
@@ -98,38 +162,69 @@ def open_answer_file(out: Path, answers: Iterable[Record]) -> None:
     _replace(out, [_line(record) for record in answers])
 
 
-class AnswerFile:
-    """The answers in ``out``, made by :func:`open_answer_file`; ``failed`` are in a file beside it."""
+Merge = Callable[[str, Sequence[Mapping[str, Any]]], Record]
+"""Hash of a prompt and the choices of all its samples -> the record of its answer."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.failed = 0
+
+class AnswerFile:
+    """The answers in ``out``, made by :func:`open_answer_file`; failures are in a file beside it.
+
+    ``merge``: makes the answer of a prompt with several samples, which wait in another file until all are
+    there. ``answered``, ``failed``: how many prompts so far.
+    """
+
+    def __init__(self, out: Path, merge: Merge | None = None) -> None:
+        self.out, self._merge = out, merge
+        self.answered = self.failed = 0
         self._answers = _Appender(out)
-        self._errors: _Appender | None = None
+        self._others: dict[Path, _Appender] = {}
+        waiting = samples_path(out).read_bytes().splitlines() if samples_path(out).exists() else []
+        self._samples = Samples(map(json.loads, waiting))
+        self._lost: set[str] = set()
 
     def append(self, records: Collection[Record]) -> None:
         """Write ``records`` and wait for the disk; OSError where it is full, and what was there stays."""
-        failures = [record for record in records if is_failure(record)]
-        if failures:
-            self._errors = self._errors or _Appender(errors_path(self.out))
-            self._errors.append(failures)
-            self.failed += len(failures)
-        self._answers.append(record for record in records if not is_failure(record))
+        failures = [record for record in records if is_failure(record) and self._is_first_failure(record)]
+        samples = [record for record in records if "sample" in record and not is_failure(record)]
+        answers = [record for record in records if "sample" not in record and not is_failure(record)]
+        self._write_beside(errors_path(self.out), failures)
+        self.failed += len(failures)
+        self._write_beside(samples_path(self.out), samples)
+        for sample in samples:
+            choices = self._samples.add(sample)
+            if choices is not None and self._merge is not None:
+                answers.append(self._merge(sample["hash"], choices))
+        self._answers.append(answers)
+        self.answered += len(answers)
+
+    def _is_first_failure(self, record: Record) -> bool:
+        """Note the failure of a prompt, of which other samples may fail, too."""
+        name = str(facts_of(record)["hash"])
+        is_first = name not in self._lost
+        self._lost.add(name)
+        return is_first
+
+    def _write_beside(self, path: Path, records: Collection[Record]) -> None:
+        if records:
+            if path not in self._others:
+                self._others[path] = _Appender(path)
+            self._others[path].append(records)
 
     def close(self) -> None:
         self._answers.close()
-        if self._errors is not None:
-            self._errors.close()
+        for file in self._others.values():
+            file.close()
 
     def finish(self, order: Mapping[str, int]) -> None:
         """Close the files and sort their lines by ``order`` (hash -> place), errors by their lines."""
         self.close()
         lines = self.out.read_bytes().splitlines(keepends=True)
-        _replace(self.out, sorted(lines, key=lambda line: order[json.loads(line)["hash"]]))
+        _replace(self.out, sorted(lines, key=lambda line: order[facts_of(json.loads(line))["hash"]]))
         if self.failed:
             path = errors_path(self.out)
             errors = path.read_bytes().splitlines(keepends=True)
-            _replace(path, sorted(errors, key=lambda line: json.loads(line)["line"]))
+            _replace(path, sorted(errors, key=lambda line: facts_of(json.loads(line))["line"]))
+        samples_path(self.out).unlink(missing_ok=True)
 
 
 class _Appender:

@@ -14,6 +14,7 @@ from torch import Tensor
 from xpar.engine.generation.logits_processors import Processors, choose_tokens
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.token_logprobs import TokenLogprobs
 from xpar.engine.models.attention import backends
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import KvCache, mask
@@ -33,7 +34,8 @@ class RunningSequence:
     ``answer``: tokens so far, an end token not among them. ``finish``: why it is complete, or None.
     ``failure``: why it cannot be answered, or None. ``alone``: it was read with others and failed, and is to
     be read once more without them. ``processors``: change its logits before a token is chosen. ``stopped``:
-    as for :class:`StopConditions`, of this prompt alone.
+    as for :class:`StopConditions`, of this prompt alone. ``sampling``, ``max_new_tokens``, ``ends``: this
+    prompt's own, or None for those of the batch. ``logprobs``: of the answer's tokens, where they are wanted.
     """
 
     place: int
@@ -45,6 +47,10 @@ class RunningSequence:
     alone: bool = False
     processors: Processors | None = None
     stopped: Callable[[Sequence[int]], bool] = lambda answer: False
+    sampling: Sampling | None = None
+    max_new_tokens: int | None = None
+    ends: frozenset[int] | None = None
+    logprobs: TokenLogprobs | None = None
 
     @property
     def ended(self) -> bool:
@@ -67,13 +73,13 @@ class StopConditions:
 
     def take(self, running: RunningSequence, token: int) -> None:
         """Add ``token`` to the answer, or complete it."""
-        if token in self.ends:
+        if token in (self.ends if running.ends is None else running.ends):
             running.finish = "end"
             return
         running.answer.append(token)
         if self.stopped(running.answer) or running.stopped(running.answer):
             running.finish = "stop"
-        elif len(running.answer) >= self.max_new_tokens:
+        elif len(running.answer) >= (running.max_new_tokens or self.max_new_tokens):
             running.finish = "length"
 
 
@@ -215,6 +221,8 @@ class DecodeBatch:
 
         A first token that is not finite may be the fault of padding, which a prompt has only among others.
         """
+        if running.failure is not None:
+            return
         if among > 1 and not running.answer and not running.alone:
             running.alone = True
             self._alone.append(running)

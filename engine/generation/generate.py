@@ -1,17 +1,22 @@
 """Answering a file of prompts on all ranks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from xpar.comm.communicator import Communicator
+from xpar.engine.generation.answer_form import Choice
+from xpar.engine.generation.answer_options import AnswerOptions
 from xpar.engine.generation.decode_batch import RunningSequence
 from xpar.engine.generation.decode_batch import StopConditions as Ends
-from xpar.engine.generation.detokenizer import Detokenizer, Stops
+from xpar.engine.generation.detokenizer import Stops
 from xpar.engine.generation.grouped_batch import make_batch
-from xpar.engine.generation.lockstep import Progress, Record
-from xpar.engine.generation.logits_processors import make_processors
-from xpar.engine.generation.request import Request, WorkItem, Workload
-from xpar.engine.generation.run_file import BatchLimits, RunSummary, first_line, last_line, process_file
+from xpar.engine.generation.line_processors import make_line_processors
+from xpar.engine.generation.lockstep import Progress
+from xpar.engine.generation.request import Request, Workload
+from xpar.engine.generation.run_file import BatchLimits, RunSummary, process_file
+from xpar.engine.generation.token_logprobs import TokenLogprobs
 from xpar.engine.generation.tokenizer import Tokenizer
+from xpar.engine.generation.work_item import WorkItem
 from xpar.engine.models.loader import LoadedModel
 
 
@@ -25,39 +30,57 @@ def generate(
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> RunSummary:
     """Answer the prompts of ``work.queue`` into ``request.out``, as :func:`process_file` says. Collective."""
-    stops = Stops(request.stops, tokens.ids_of(request.stop_tokens))
-    detokenizer = tokens.detokenizer()
-    sampling, most = request.sampling, request.max_new_tokens
-
-    def start(place: int, question: WorkItem) -> RunningSequence:
-        ids = question.ids
-        processors = make_processors(dict(sampling.settings), ids, most, tokens.ends)
-        stopped = detokenizer.stop_test(ids, stops)
-        generator = sampling.generator(question.hash)
-        return RunningSequence(place, ids, generator, processors=processors, stopped=stopped)
-
+    rows = _Rows(request, work, tokens)
     return process_file(
         comm,
         request,
         work,
-        make_batch(loaded, sampling, Ends(most, tokens.ends)),
+        make_batch(loaded, request.sampling, Ends(request.max_new_tokens, tokens.ends)),
         BatchLimits(request.batch, request.prefill_tokens),
-        start,
-        lambda r: _record(work, r, detokenizer, stops, request.keep_special),
+        rows.start,
+        rows.choice,
         stop_requested,
         on_progress,
     )
 
 
-def _record(
-    work: Workload, running: RunningSequence, detokenizer: Detokenizer, stops: Stops, keep_special: bool
-) -> Record:
-    question = work.queue[running.place]
-    return {
-        **first_line(question),
-        "text": detokenizer.cut(question.ids, running.answer, stops, keep_special),
-        "tokens": len(running.answer),
-        "finish": running.finish,
-        "token_ids": running.answer,
-        **last_line(question, work),
-    }
+class _Rows:
+    """The rows of a file's prompts: how each is begun, and what is said of it when it is complete."""
+
+    def __init__(self, request: Request, work: Workload, tokens: Tokenizer) -> None:
+        self._work, self._tokens, self._keep_special = work, tokens, request.keep_special
+        self._usual = AnswerOptions(request.sampling, request.max_new_tokens, request.stops)
+        self._stop_ids = tokens.ids_of(request.stop_tokens)
+        self._detokenizer = tokens.detokenizer()
+        self._logprobs = tokens.logprobs_form(request.keep_special)
+
+    def start(self, place: int, question: WorkItem) -> RunningSequence:
+        """Make the row of ``question``, at ``place`` of the queue."""
+        options, tokens = question.options or self._usual, self._tokens
+        grammars = None if options.schema is None else tokens.grammars
+        row = RunningSequence(place, question.ids, options.sampling.generator(question.name_of_draws))
+        row.processors = make_line_processors(options, question.ids, tokens.ends, grammars)
+        row.stopped = self._detokenizer.stop_test(question.ids, self._stops(question))
+        if question.options is not None:
+            # Equal ways to draw share a decision; the seed is in the generator.
+            row.sampling, row.max_new_tokens = replace(options.sampling, seed=0), options.max_new_tokens
+            row.ends = frozenset() if options.ignores_ends else None
+            row.logprobs = None if options.logprobs is None else TokenLogprobs(options.logprobs)
+        return row
+
+    def choice(self, running: RunningSequence) -> Choice:
+        """Describe the answer of a complete row."""
+        question = self._work.queue[running.place]
+        stops, answer = self._stops(question), running.answer
+        text = self._detokenizer.cut(question.ids, answer, stops, self._keep_special)
+        made = {"text": text, "tokens": len(answer), "finish": running.finish, "token_ids": answer}
+        if running.logprobs is not None:
+            form = self._logprobs
+            shown = answer[: form.shown(answer, text)] if running.finish == "stop" else answer
+            is_chat = question.prompt.messages is not None
+            logprobs = (form.chat if is_chat else form.completion)(shown, running.logprobs)
+            made["logprobs"] = logprobs
+        return made
+
+    def _stops(self, question: WorkItem) -> Stops:
+        return Stops((question.options or self._usual).stops, self._stop_ids)

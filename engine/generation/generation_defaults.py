@@ -136,6 +136,17 @@ def settle(
     return Generation(sampling, most, tuple(dict.fromkeys((*stops, *own_stops))), notes)
 
 
+def with_temperature(given: Mapping[str, Any], defaults: ModelDefaults, temperature: float) -> dict[str, Any]:
+    """Return ``given`` with ``temperature``: 0 takes the likeliest token, others draw among all tokens.
+
+    Among all unless ``given`` or the model's ``defaults`` have a top_k; transformers' own default is none.
+    """
+    changed = {**given, "do_sample": temperature != 0.0, "temperature": temperature}
+    if temperature and "top_k" not in defaults.values:
+        changed.setdefault("top_k", 0)
+    return changed
+
+
 def _make_sampling(values: Mapping[str, Any], taken: Mapping[str, Any], draws: bool, seed: int) -> Sampling:
     from transformers import GenerationConfig
 

@@ -5,12 +5,14 @@ V vocabulary, S tokens so far.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xpar.engine.generation.sampling import NOT_FINITE, Sampling
+from xpar.engine.generation.token_choice import Drawn, choose_mixed
+from xpar.engine.generation.token_logprobs import note_logprobs
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """ids [1, S] int64 and logits [1, V] float32 -> logits [1, V]."""
@@ -150,20 +152,23 @@ def _thaw(value: Any) -> Any:
     return [_thaw(part) for part in value] if isinstance(value, tuple) else value
 
 
-class Drawn(Protocol):
-    """A sequence whose next token is drawn."""
+def choose_tokens(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) -> list[int | None]:
+    """Choose the next token of each ``drawn`` by its row of ``logits`` [B, V]; ValueError if not finite.
 
-    ids: list[int]
-    answer: list[int]
-    generator: torch.Generator
-    processors: Processors | None
+    ``sampling``: of the sequences without their own. Where it is the options of one line that leave no token
+    to take, its sequence gets None, and why it failed.
+    """
+    tokens = _choose(sampling, logits, drawn)
+    note_logprobs(logits, drawn, tokens)
+    return tokens
 
 
-def choose_tokens(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) -> list[int]:
-    """Choose the next token of each ``drawn`` by its row of ``logits`` [B, V]; ValueError if not finite."""
+def _choose(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) -> list[int | None]:
+    if any(r.sampling is not None for r in drawn):
+        return choose_mixed(sampling, logits, drawn)
     generators = [r.generator for r in drawn]
     if all(r.processors is None for r in drawn):
-        return sampling.choose(logits, generators)
+        return [*sampling.choose(logits, generators)]
     rows = logits.float().cpu()  # in float32, as transformers does
     processed = torch.stack(
         [
@@ -171,4 +176,4 @@ def choose_tokens(sampling: Sampling, logits: Tensor, drawn: Sequence[Drawn]) ->
             for r, row in zip(drawn, rows, strict=True)
         ]
     )
-    return sampling.choose_banned(processed, generators)
+    return [*sampling.choose_banned(processed, generators)]

@@ -6,10 +6,13 @@ What cannot be one is a value too, with its line number, so that the rest of the
 import json
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from xpar.engine.generation.line_fields import read_fields
+from xpar.engine.generation.messages import read_messages
+from xpar.engine.generation.openai_batch import is_batch_line, model_of, read_batch_line
 from xpar.engine.generation.text_lines import decode, read_lines
 
 Id = str | int
@@ -21,12 +24,19 @@ class Prompt:
     """A prompt of a file; ``line`` counts from 1, ``id`` is the file's own or None.
 
     ``context``: what stands before ``text`` and is not scored, or None; only texts to be scored have one.
+    ``messages``: a conversation that goes through the chat template in place of ``text``, or None.
+    ``fields``: those of the line that decide its answer, as :mod:`xpar.engine.generation.line_fields` reads
+    them. ``model``: the name of a model in the line. ``is_batch``: whether it is one of OpenAI's batch files.
     """
 
     line: int
     id: Id | None
     text: str
     context: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    is_batch: bool = False
 
     @property
     def key(self) -> str:
@@ -36,36 +46,54 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is no prompt, and why; ``id`` is the file's own, where it could be read."""
+    """A line that is no prompt, and why; ``id`` is the file's own, where it could be read.
+
+    ``is_batch``: whether it seems to be a line of OpenAI's batch files.
+    """
 
     line: int
     error: str
     id: Id | None = None
+    is_batch: bool = False
 
     def record(self) -> dict[str, Any]:
         """Return this line as a record of the file of errors."""
         return {"line": self.line, **({} if self.id is None else {"id": self.id}), "error": self.error}
 
 
-Form = Callable[[Mapping[str, Any]], tuple[str, str | None]]
-"""JSON object of a line -> text and context; ValueError for one that has none."""
+Form = Callable[[Mapping[str, Any]], Prompt]
+"""JSON object of a line -> prompt without line and id; ValueError for one that has none."""
+OWN_KEYS = frozenset({"id", "prompt", "messages"})
 
 
-def prompt_form(value: Mapping[str, Any]) -> tuple[str, None]:
-    """Read the JSON line of a prompt to be answered: ``{"prompt": …}``."""
-    if not isinstance(value.get("prompt"), str):
-        raise ValueError('must be an object with a text "prompt", such as {"id": "a1", "prompt": "…"}')  # noqa: TRY004
-    return value["prompt"], None
+def prompt_form(value: Mapping[str, Any]) -> Prompt:
+    """Read a JSON line to be answered, with its fields, or one of OpenAI's batch files.
+
+    ``{"prompt": …}`` or ``{"messages": […]}``.
+    """
+    if is_batch_line(value):
+        return Prompt(0, **read_batch_line(value))
+    is_chat = value.get("messages") is not None
+    if is_chat and value.get("prompt") is not None:
+        raise ValueError("has a prompt and messages; give one of them")
+    if not is_chat and not isinstance(value.get("prompt"), str):
+        raise ValueError(
+            'must be an object with a text "prompt", such as {"id": "a1", "prompt": "…"}, or with "messages"'
+        )
+    fields = read_fields(value, is_chat, OWN_KEYS)
+    messages = read_messages(value["messages"]) if is_chat else None
+    text = "" if is_chat else value["prompt"]
+    return Prompt(0, None, text, messages=messages, fields=fields, model=model_of(value))
 
 
-def text_form(value: Mapping[str, Any]) -> tuple[str, str | None]:
+def text_form(value: Mapping[str, Any]) -> Prompt:
     """Read a JSON line to be scored: ``{"text": …}`` or ``{"context": …, "continuation": …}``."""
     parts = [name for name in ("text", "context", "continuation") if value.get(name) is not None]
     if all(isinstance(value[name], str) for name in parts):
         if parts == ["text"]:
-            return value["text"], None
+            return Prompt(0, None, value["text"])
         if parts == ["context", "continuation"]:
-            return value["continuation"], value["context"]
+            return Prompt(0, None, value["continuation"], value["context"])
     raise ValueError(
         'must be an object with a text "text", or with two, "context" and "continuation", such as '
         '{"id": "a1", "text": "…"}'
@@ -92,8 +120,20 @@ def read_prompts(path: Path, form: Form = prompt_form) -> tuple[list[Prompt], li
                 )
             prompts.append(prompt)
         except ValueError as error:
-            bad.append(BadLine(line, str(error)))
+            bad.append(_bad_line(line, raw, str(error)) if in_json else BadLine(line, str(error)))
     return prompts, bad
+
+
+def _bad_line(line: int, raw: bytes, error: str) -> BadLine:
+    """Describe a line of JSON that is no prompt; its id is read where it is one of OpenAI's batch files."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, Mapping) or not is_batch_line(value):
+        return BadLine(line, error)
+    name = value.get("custom_id")
+    return BadLine(line, error, name if isinstance(name, str) else None, is_batch=True)
 
 
 def _json_prompt(line: int, text: str, form: Form) -> Prompt:
@@ -101,12 +141,14 @@ def _json_prompt(line: int, text: str, form: Form) -> Prompt:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
-    scored, context = form(value if isinstance(value, Mapping) else {})
-    name = value.get("id")
+    prompt = form(value if isinstance(value, Mapping) else {})
+    name = prompt.id if prompt.is_batch else value.get("id")
     if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
         raise ValueError(f"id {reprlib.repr(name)} must be a text or a whole number")
+    prompt = replace(prompt, line=line, id=name)
     try:
-        json.dumps([name, scored, context], ensure_ascii=False).encode()
+        parts = [name, prompt.text, prompt.context, prompt.messages, prompt.fields]
+        json.dumps(parts, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is no character") from None
-    return Prompt(line, name, scored, context)
+    return prompt

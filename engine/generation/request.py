@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -12,25 +13,15 @@ import torch
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.partition import split_range
-from xpar.engine.generation.answer_file import open_answer_file, read_answers, read_failures, write_errors
+from xpar.engine.generation.answer_file import Done, settle_files
+from xpar.engine.generation.answer_form import AnswerForm, OpenAiForm, OwnForm
+from xpar.engine.generation.answer_options import AnswerOptions, RunOptions
 from xpar.engine.generation.fingerprint import fingerprint
 from xpar.engine.generation.prompts import BadLine, Form, Prompt, prompt_form, read_prompts, text_form
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.settings import settings_text
 from xpar.engine.generation.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class WorkItem:
-    """A prompt as the model reads it; ``hash``, of its text and key, names its answer.
-
-    ``first``: of ``ids``, the first that is scored, where that is asked.
-    """
-
-    prompt: Prompt
-    ids: list[int]
-    hash: str
-    first: int = 1
+from xpar.engine.generation.work_item import WorkItem
 
 
 class RequestBase(Protocol):
@@ -58,6 +49,9 @@ class RequestBase(Protocol):
     def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
         """Encode ``prompt``; raise ValueError if the model cannot take it."""
 
+    def answer_form(self, is_batch: bool) -> AnswerForm:
+        """Return the form of the records; ``is_batch``: whether the file is one of OpenAI's batch files."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -68,6 +62,9 @@ class Request:
     ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read
     alone. ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if
     they were the same. ``exact_with``: names and values of what else the bits of exact mode depend on.
+    ``options``: those of the run, from which lines with fields of their own begin; None for ``sampling``,
+    ``max_new_tokens`` and ``stops``. ``format``: of the answers, ``xpar``, ``openai`` or, for that of the
+    file, ``auto``. ``model``: the name that answers in OpenAI's form have.
     """
 
     checkpoint: Path
@@ -84,10 +81,17 @@ class Request:
     exact_with: tuple[tuple[str, str], ...] = ()
     stop_tokens: tuple[str, ...] = ()
     keep_special: bool = False
+    options: RunOptions | None = None
+    format: str = "auto"
+    model: str = ""
 
     @property
     def form(self) -> Form:
         return prompt_form
+
+    @cached_property
+    def _run_options(self) -> RunOptions:
+        return self.options or RunOptions.of(self.sampling, self.max_new_tokens, self.stops)
 
     def settings(self) -> Mapping[str, object]:
         sampling = asdict(self.sampling)
@@ -113,15 +117,31 @@ class Request:
             )
 
     def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
-        ids = tokens.encode(prompt.text)
-        limit = None if tokens.positions is None else tokens.positions - self.max_new_tokens
+        options = self._run_options.of_line(prompt.fields) if prompt.fields else None
+        if prompt.messages is None:
+            ids = tokens.encode(prompt.text, chat=False if prompt.is_batch else None)
+        else:
+            ids = tokens.encode_messages(prompt.messages, **prompt.fields.get("chat_template_kwargs", {}))
+        most, name = self.max_new_tokens, "--max-new-tokens"
+        if "max_tokens" in prompt.fields and options is not None:
+            most, name = options.max_new_tokens, f"max_tokens {options.max_new_tokens}"
+        limit = None if tokens.positions is None else tokens.positions - most
         if limit is not None and len(ids) > limit:
             raise ValueError(
-                f"{len(ids)} tokens, and the model has positions for {limit} besides --max-new-tokens; "
+                f"{len(ids)} tokens, and the model has positions for {max(0, limit)} besides {name}; "
                 "shorten it"
             )
         check_ids(ids, tokens)
-        return WorkItem(prompt, ids, digest([prompt.key, prompt.text]))
+        if options is not None and options.schema is not None:
+            tokens.grammars.check(options.schema)
+        name, draws = _names(prompt, ids, options)
+        samples = prompt.fields.get("n", 1)
+        return WorkItem(prompt, ids, name, options=options, draws=draws, samples=samples)
+
+    def answer_form(self, is_batch: bool) -> AnswerForm:
+        if self.format == "openai" or (self.format == "auto" and is_batch):
+            return OpenAiForm(self.model or self.checkpoint.name)
+        return OwnForm()
 
 
 @dataclass(frozen=True)
@@ -171,6 +191,9 @@ class ScoreRequest:
         check_ids(ids, tokens)
         return WorkItem(prompt, ids, digest([prompt.key, prompt.context, prompt.text]), first)
 
+    def answer_form(self, is_batch: bool) -> AnswerForm:
+        return OwnForm()
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -178,7 +201,7 @@ class Workload:
 
     ``queue``: what is to be answered, longest prompt first. ``order``: hash -> place of every question in the
     file. ``answered``, ``failed``: by an earlier run. ``refused``: lines that are no prompts. ``settings``:
-    what all answers have in common, as one text.
+    what all answers have in common, as one text. ``form``: of the answers. ``notes``: lines for the console.
     """
 
     queue: tuple[WorkItem, ...]
@@ -187,6 +210,8 @@ class Workload:
     refused: int
     settings: str
     failed: int = 0
+    form: AnswerForm = field(default_factory=OwnForm)
+    notes: tuple[str, ...] = ()
 
 
 def read_request(comm: Communicator, request: RequestBase, tokens: Tokenizer, resume: bool) -> Workload:
@@ -200,8 +225,14 @@ def read_request(comm: Communicator, request: RequestBase, tokens: Tokenizer, re
         comm, lambda: read_prompts(request.prompts, request.form) if first else ([], []), patient=True
     )
     prompts, bad = comm.all_gather_object(read)[0]
+    form = request.answer_form(_is_batch(prompts, bad))
     settings = settings_text(
-        {**request.settings(), "ends": sorted(tokens.ends), **fingerprint(comm, request.checkpoint)}
+        {
+            **request.settings(),
+            **({} if form.name == OwnForm.name else {"format": form.name}),
+            "ends": sorted(tokens.ends),
+            **fingerprint(comm, request.checkpoint),
+        }
     )
     part = split_range(len(prompts), comm.size, comm.rank)
     encoded = agreed(comm, lambda: [_question(request, p, tokens) for p in prompts[part]], patient=True)
@@ -209,21 +240,46 @@ def read_request(comm: Communicator, request: RequestBase, tokens: Tokenizer, re
     questions = [entry for entry in everyones if isinstance(entry, WorkItem)]
     bad = sorted(bad + [e for e in everyones if isinstance(e, BadLine)], key=lambda e: e.line)
 
-    def settle() -> tuple[set[str], set[str]]:
+    def settle() -> Done:
         if not first:
-            return set(), set()
-        hashes = {q.hash for q in questions}
-        kept = read_answers(request.out, hashes, settings) if resume else {}
-        failures = read_failures(request.out, hashes - kept.keys(), settings) if resume else {}
-        write_errors(request.out, bad, failures.values())
-        open_answer_file(request.out, kept.values())
-        return set(kept), set(failures)
+            return Done()
+        return settle_files(request.out, {q.hash: q for q in questions}, bad, settings, form, resume)
 
-    done, failed = comm.all_gather_object(agreed(comm, settle))[0]
-    queue = [q for q in questions if q.hash not in done | failed]
-    queue.sort(key=lambda q: (-len(q.ids), q.prompt.line))
+    done = comm.all_gather_object(agreed(comm, settle))[0]
+    queue = [q for question in questions for q in _samples_left(question, done)]
+    queue.sort(key=lambda q: (-len(q.ids), q.prompt.line, q.sample))
     order = {q.hash: place for place, q in enumerate(questions)}
-    return Workload(tuple(queue), order, len(done), len(bad), settings, len(failed))
+    notes = tuple(_notes(request, prompts, form))
+    return Workload(
+        tuple(queue), order, len(done.answered), len(bad), settings, len(done.failed), form, notes
+    )
+
+
+def _is_batch(prompts: Sequence[Prompt], bad: Sequence[BadLine]) -> bool:
+    """Return whether a file is one of OpenAI's batch files, which its first line decides that is JSON."""
+    entries: list[Prompt | BadLine] = [*prompts, *(entry for entry in bad if entry.is_batch)]
+    return bool(entries) and min(entries, key=lambda entry: entry.line).is_batch
+
+
+def _samples_left(question: WorkItem, done: Done) -> list[WorkItem]:
+    """Return the samples of ``question`` that are still to be drawn."""
+    if question.hash in done.answered or question.hash in done.failed:
+        return []
+    if question.samples == 1:
+        return [question]
+    left = [n for n in range(question.samples) if (question.hash, n) not in done.samples]
+    return [replace(question, sample=number) for number in left]
+
+
+def _notes(request: RequestBase, prompts: Sequence[Prompt], form: AnswerForm) -> Iterator[str]:
+    """Describe what a user may not expect of a file: the form of its answers, and who answers."""
+    if form.name != OwnForm.name:
+        yield f"{request.out}: in the form of OpenAI's batch output (--format xpar for xpar's own)"
+    answering = getattr(request, "model", "") or request.checkpoint.name
+    named = sorted({prompt.model for prompt in prompts if prompt.model} - {answering})
+    if named:
+        names = ", ".join(map(repr, named[:3])) + (", …" if len(named) > 3 else "")
+        yield f"{request.prompts}: lines name the model {names}; {answering} answers all of them"
 
 
 def check_ids(ids: Sequence[int], tokens: Tokenizer) -> None:
@@ -242,15 +298,15 @@ def _question(request: RequestBase, prompt: Prompt, tokens: Tokenizer) -> WorkIt
     try:
         return request.question(prompt, tokens)
     except ValueError as error:
-        return BadLine(prompt.line, str(error) or "ValueError", prompt.id)
+        return BadLine(prompt.line, str(error) or "ValueError", prompt.id, prompt.is_batch)
     except BaseException as error:
         # A tokenizer in Rust that panics raises what is no Exception.
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        where = "the chat template or the tokenizer" if getattr(request, "chat", False) else "the tokenizer"
-        return BadLine(
-            prompt.line, f"{where} does not take it ({type(error).__name__}: {_brief(error)})", prompt.id
-        )
+        is_chat = getattr(request, "chat", False) or prompt.messages is not None
+        where = "the chat template or the tokenizer" if is_chat else "the tokenizer"
+        why = f"{where} does not take it ({type(error).__name__}: {_brief(error)})"
+        return BadLine(prompt.line, why, prompt.id, prompt.is_batch)
 
 
 def _brief(error: BaseException) -> str:
@@ -259,6 +315,20 @@ def _brief(error: BaseException) -> str:
 
 def _exactness(exact: bool, exact_with: tuple[tuple[str, str], ...]) -> Mapping[str, object]:
     return {"exact": exact, **(dict(exact_with) if exact else {})}
+
+
+def _names(prompt: Prompt, ids: list[int], options: AnswerOptions | None) -> tuple[str, str]:
+    """Return the hash that names the answer of ``prompt``, and the name of its draws.
+
+    A text without fields has the hash of its text and key, and draws of that name. Fields change the answer's
+    hash, not the draws; a seed of the line's own makes them independent of the line's place and id.
+    """
+    parts: list[object] = [prompt.key, prompt.text if prompt.messages is None else prompt.messages]
+    name = draws = digest(parts)
+    if options is not None:
+        name = digest([*parts, prompt.fields, asdict(options)])
+        draws = digest(ids) if options.has_seed else draws
+    return name, draws
 
 
 def digest(value: object) -> str:

@@ -2,32 +2,32 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.engine.generation.answer_file import AnswerFile
+from xpar.engine.generation.answer_form import Choice
 from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, Record, run_lockstep
-from xpar.engine.generation.request import RequestBase, WorkItem, Workload
+from xpar.engine.generation.request import RequestBase, Workload
+from xpar.engine.generation.samples import sample_record
 from xpar.engine.generation.steps import LocalBatch, R
+from xpar.engine.generation.work_item import WorkItem
 
 
 @dataclass(frozen=True)
 class RunSummary:
     """The outcome of a run, the same on every rank; not ``complete`` if a signal ended it early.
 
-    ``failed``: how many prompts the model could not answer.
+    ``answers``: how many prompts were answered. ``failed``: how many the model could not answer.
     """
 
     complete: bool
     progress: Progress
     seconds: float
+    answers: int
     failed: int = 0
-
-    @property
-    def answers(self) -> int:
-        return self.progress.done - self.failed
 
     @property
     def tokens(self) -> int:
@@ -49,7 +49,7 @@ def process_file(
     steps: LocalBatch[R],
     limits: BatchLimits,
     start: Callable[[int, WorkItem], R],
-    record: Callable[[R], Record],
+    choice: Callable[[R], Choice],
     stop_requested: Callable[[], bool],
     on_progress: Callable[[Progress], None],
 ) -> RunSummary:
@@ -65,12 +65,17 @@ def process_file(
         steps: This rank's batch.
         limits: How much of the queue a rank may hold.
         start: Makes the row that ``steps`` begins from the place of a question in the queue and the question.
-        record: Makes the record of a complete row.
+        choice: Makes what the record of a complete row says of it.
         stop_requested: Returns whether this rank was asked to stop. If any rank was, all ranks end after the
             current step, with every complete row written.
         on_progress: Is called with the job's progress before each step.
     """
-    file = agreed(comm, lambda: AnswerFile(request.out) if comm.rank == 0 else None)
+    several = {q.hash: q for q in work.queue if q.samples > 1}
+
+    def merge(name: str, choices: Sequence[Choice]) -> Record:
+        return work.form.answer(several[name], choices, work.settings)
+
+    file = agreed(comm, lambda: AnswerFile(request.out, merge) if comm.rank == 0 else None)
     begin = time.monotonic()
     latest = Progress(0, 0, (0,) * comm.size)
 
@@ -84,15 +89,16 @@ def process_file(
         start=lambda place: start(place, work.queue[place]),
         length=lambda place: len(work.queue[place].ids),
         at_once=lambda place: max(1, limits.tokens // len(work.queue[place].ids)),
-        record=lambda row: _record_or_failure(row, work, record),
+        record=lambda row: _record_or_failure(row, work, choice),
         write=lambda records: file.append(records) if file else None,
         stop=stop_requested,
         tell=note,
     )
     complete = run_lockstep(comm, steps, limits.batch, job)
     agreed(comm, lambda: _close(file, complete, work.order), "writing answers")
-    failed = comm.all_gather_object(file.failed if file else 0)[0]
-    return RunSummary(complete, latest, time.monotonic() - begin, failed)
+    counts = (file.answered, file.failed) if file else (0, 0)
+    answered, failed = comm.all_gather_object(counts)[0]
+    return RunSummary(complete, latest, time.monotonic() - begin, answered, failed)
 
 
 def finish_only(comm: Communicator, request: RequestBase, work: Workload) -> None:
@@ -105,25 +111,17 @@ def finish_only(comm: Communicator, request: RequestBase, work: Workload) -> Non
     agreed(comm, finish, "writing answers")
 
 
-def first_line(question: WorkItem) -> Record:
-    """Make the beginning of a record, which names the question's line and id."""
-    name = question.prompt.id
-    return {"line": question.prompt.line, **({} if name is None else {"id": name})}
-
-
-def last_line(question: WorkItem, work: Workload) -> Record:
-    """Make the end of a record, which a later run compares."""
-    return {"hash": question.hash, "settings": work.settings}
-
-
-def _record_or_failure(row: R, work: Workload, record: Callable[[R], Record]) -> Record:
+def _record_or_failure(row: R, work: Workload, choice: Callable[[R], Choice]) -> Record:
     question, why = work.queue[row.place], row.failure
     if why is None:
         try:
-            return record(row)
+            made = choice(row)
+            if question.samples > 1:
+                return sample_record(question, made, work.settings)
+            return work.form.answer(question, [made], work.settings)
         except Exception as error:  # noqa: BLE001 - one row's answer must not end the job
             why = f"its answer cannot be written ({type(error).__name__}: {error})"
-    return {**first_line(question), "error": why, **last_line(question, work)}
+    return work.form.failure(question, why, work.settings)
 
 
 def watch_for_stop() -> Callable[[], bool]:

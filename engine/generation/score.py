@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
-from xpar.engine.generation.lockstep import Progress, Record
-from xpar.engine.generation.request import ScoreRequest, WorkItem, Workload
-from xpar.engine.generation.run_file import BatchLimits, RunSummary, first_line, last_line, process_file
+from xpar.engine.generation.answer_form import Choice
+from xpar.engine.generation.lockstep import Progress
+from xpar.engine.generation.request import ScoreRequest, Workload
+from xpar.engine.generation.run_file import BatchLimits, RunSummary, process_file
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
+from xpar.engine.generation.work_item import WorkItem
 from xpar.engine.models.loader import LoadedModel
 
 DIGITS = 6
@@ -38,7 +40,7 @@ def score(
         ScoreBatch(loaded, request.batch, request.prefill_tokens),
         BatchLimits(request.batch, request.prefill_tokens),
         start,
-        lambda s: _record(work.queue[s.place], s, work),
+        _choice,
         stop_requested,
         on_progress,
     )
@@ -87,16 +89,14 @@ def logprobs_of(scored: ScoredText) -> list[float]:
     return scored.logprobs
 
 
-def _record(question: WorkItem, scored: ScoredText, work: Workload) -> Record:
+def _choice(scored: ScoredText) -> Choice:
     logprobs = [round(logprob, DIGITS) for logprob in logprobs_of(scored)]
     total = math.fsum(logprobs)
     return {
-        **first_line(question),
         "tokens": len(logprobs),
         "sum": round(total, DIGITS),
         "perplexity": perplexity(len(logprobs), total),
         "greedy": scored.greedy,
         "token_ids": scored.ids[scored.first :],
         "logprobs": logprobs,
-        **last_line(question, work),
     }

@@ -1,6 +1,6 @@
 """The tokenizer of a checkpoint: text to token ids and back."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,9 @@ from typing import Any
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.generation.detokenizer import Detokenizer, first_stop
 from xpar.engine.generation.generation_defaults import FILE, read_defaults
+from xpar.engine.generation.grammar import Grammars
+from xpar.engine.generation.token_bytes import make_token_bytes
+from xpar.engine.generation.token_logprobs import LogprobsForm
 from xpar.engine.models.hf_config import read_hf_config, transformers_errors
 
 __all__ = ["TOKENIZER_FILES", "Tokenizer", "first_stop"]
@@ -61,13 +64,29 @@ class Tokenizer:
             note += f"; the tokenizer's own, {own} {name!r}, ends no answer unless --stop-token {own}"
         return ends, note
 
-    def encode(self, text: str) -> list[int]:
-        """Encode a prompt with the tokenizer's marks around it; raise ValueError if it has no tokens."""
-        if self.chat:
-            message = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    def encode(self, text: str, chat: bool | None = None) -> list[int]:
+        """Encode a prompt with the tokenizer's marks around it; raise ValueError if it has no tokens.
+
+        ``chat``: as for the class, whose own is taken without it.
+        """
+        if self.chat if chat is None else chat:
+            return self.encode_messages([{"role": "user", "content": text}])
+        return self._ids_of_text(text, special=True)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
+        """Encode a conversation by the chat template, to which ``arguments`` go, up to the next answer."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the checkpoint's tokenizer has no chat template, which messages need; give a prompt instead"
+            )
+        text = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False, **arguments
+        )
         # A template writes the marks of begin and end itself.
-        ids = self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
+        return self._ids_of_text(text, special=False)
+
+    def _ids_of_text(self, text: str, special: bool) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         if not ids:
             raise ValueError("the tokenizer makes no tokens of it")
         return [int(token) for token in ids]
@@ -171,6 +190,17 @@ class Tokenizer:
             self.tokenizer.all_special_ids
         )
         return Detokenizer(self.tokenizer, frozenset(special), in_context)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """The grammars that answers can be bound to; ValueError where that cannot be done."""
+        return Grammars(self.tokenizer, self.vocabulary, self.ends)
+
+    def logprobs_form(self, keep_special: bool) -> LogprobsForm:
+        """Make the form of log-probabilities; ``keep_special``: whether texts show special tokens."""
+        special = self.detokenizer().special_ids
+        bytes_of = make_token_bytes(self.tokenizer, special)
+        return LogprobsForm(bytes_of, frozenset() if keep_special else special)
 
     def ids_of(self, words: Iterable[str]) -> frozenset[int]:
         """Find the ids of tokens given by number or by name; raise ValueError for other words."""

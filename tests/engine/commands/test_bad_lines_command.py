@@ -91,6 +91,10 @@ KINDS: dict[str, Callable[[random.Random], bytes]] = {
     "unknown": asked(lambda draw: around(draw, "<|extra|>")),
     "raises": asked(lambda draw: around(draw, "RAISE")),
     "calls": asked(lambda draw: around(draw, "CALL")),
+    "field": lambda draw: json.dumps({"prompt": "a", draw.choice(["temprature", "x y", ""]): 1}).encode(),
+    "range": lambda draw: json.dumps({"prompt": "a", "top_p": draw.choice([0, 2, "1", [], True])}).encode(),
+    "talk": lambda draw: json.dumps({"messages": draw.choice([[], "a", [1], [{"role": "user"}]])}).encode(),
+    "batch": lambda draw: json.dumps({"custom_id": draw.choice([1, "", "a"]), "body": {}}).encode(),
     "overflows": asked(lambda draw: around(draw, "~")),
 }
 
@@ -162,6 +166,9 @@ def check(file: Path, out: Path, ids: Sequence[str], bad: dict[int, str], alone:
             "long": "shorten it",
             "same-id": f"id 'twice' is that of line {first_line_of(file)};",
             "nul": "is NUL",
+            "field": "is unknown;",
+            "range": "must be a number above 0 and at most 1",
+            "talk": "messages",
         }.get(bad[record["line"]], "")
         assert expected in record["error"], bad[record["line"]]
 

@@ -12,7 +12,8 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from xpar.engine.checkpoint.tensor_file import CheckpointError
-from xpar.engine.commands.generation_options import add_generation_options, generation_of
+from xpar.engine.commands.generation_options import generation_of, run_options
+from xpar.engine.commands.model_parsers import add_sampling
 from xpar.engine.generation.decode_batch import RunningSequence
 from xpar.engine.generation.generation_defaults import ModelDefaults, settle
 from xpar.engine.generation.logits_processors import choose_tokens, make_processors
@@ -166,9 +167,9 @@ def settled(folder: Path, own: dict[str, Any] | str | None, *words: str) -> Any:
         (folder / "generation_config.json").write_text(text)
     (folder / "config.json").write_text(json.dumps({"model_type": "mixtral", "repetition_penalty": 1.3}))
     parser = argparse.ArgumentParser()
-    add_generation_options(parser)
+    add_sampling(parser)
     parser.set_defaults(checkpoint=folder, stop=["x"])
-    return generation_of(parser.parse_args(words))
+    return generation_of(run_options(parser.parse_args(words)))
 
 
 OWN = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": 2}
