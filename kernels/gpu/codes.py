@@ -105,9 +105,19 @@ def bits_from_float(x):
 
 @triton.jit
 def encode(x, DOT8: tl.constexpr):
-    """Return the e4m3 codes of values of at most 448, and what they leave; codes are uint8 without DOT8."""
-    codes = x.to(tl.float8e4nv) if DOT8 else bits_from_float(x)
-    return codes, x - decode(codes, DOT8)
+    """Return the e4m3 codes of values of at most 448; they are uint8 without DOT8."""
+    return x.to(tl.float8e4nv) if DOT8 else bits_from_float(x)
+
+
+@triton.jit
+def split(x, DOT8: tl.constexpr):
+    """Return the codes as :func:`encode` does, and what they leave.
+
+    Without conversions to e4m3: ptxas joins two of them into one word, and whatever else reads the first one
+    then reads a register without a value (CUDA 12.8, 12.9 and 13.4, for compute capabilities 8.9 to 12.0).
+    """
+    bits = bits_from_float(x)
+    return bits.to(tl.float8e4nv, bitcast=True) if DOT8 else bits, x - decode(bits, False)
 
 
 @triton.jit

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from xpar.kernels.gpu.activation import activate, activate_without_gate
-from xpar.kernels.gpu.codes import add_scaled, block_scale, encode, finish_sum, largest, multiply, scale_of
+from xpar.kernels.gpu.codes import (
+    add_scaled,
+    block_scale,
+    encode,
+    finish_sum,
+    largest,
+    multiply,
+    scale_of,
+    split,
+)
 from xpar.kernels.gpu.grouped_mm_small import swizzle
 
 
@@ -45,11 +54,14 @@ def store_codes_of_columns(
     scale = scale_of(largest(y, 0), POWER_OF_TWO)
     tl.store(scales + column // 128 * num_rows + rm, scale, mask=live)
     to = codes + rm.to(tl.int64)[None, :] * I + (column + tl.arange(0, BN))[:, None]
-    high, rest = encode(y / scale[None, :], DOT8)
-    tl.store(to, high, mask=live[None, :])
+    value = y / scale[None, :]
     if TERMS == 2:
-        low, rest = encode(rest, DOT8)
+        high, rest = split(value, DOT8)
+        low, rest = split(rest, DOT8)
         tl.store(to + num_rows.to(tl.int64) * I, low, mask=live[None, :])
+    else:
+        high = encode(value, DOT8)
+    tl.store(to, high, mask=live[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "capacity"])

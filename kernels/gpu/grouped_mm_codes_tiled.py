@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from xpar.kernels.gpu.activation import activate, activate_without_gate
-from xpar.kernels.gpu.codes import add_scaled, block_scale, encode, finish_sum, largest, multiply, scale_of
+from xpar.kernels.gpu.codes import (
+    add_scaled,
+    block_scale,
+    encode,
+    finish_sum,
+    largest,
+    multiply,
+    scale_of,
+    split,
+)
 from xpar.kernels.gpu.grouped_mm_tiled import locate_tile
 
 
@@ -100,11 +109,14 @@ def store_terms(
     """Store ``y / scale`` as codes of one term or two, in rows ``rm`` before ``end``."""
     rn = column + tl.arange(0, BN)
     to = codes + rm.to(tl.int64)[:, None] * I + rn[None, :]
-    high, rest = encode(y / scale[:, None], DOT8)
-    tl.store(to, high, mask=(rm < end)[:, None])
+    value = y / scale[:, None]
     if TERMS == 2:
-        low, rest = encode(rest, DOT8)
+        high, rest = split(value, DOT8)
+        low, rest = split(rest, DOT8)
         tl.store(to + num_rows.to(tl.int64) * I, low, mask=(rm < end)[:, None])
+    else:
+        high = encode(value, DOT8)
+    tl.store(to, high, mask=(rm < end)[:, None])
 
 
 @triton.jit

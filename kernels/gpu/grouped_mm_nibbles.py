@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from xpar.kernels.gpu.activation import activate, activate_without_gate
-from xpar.kernels.gpu.codes import encode, largest, multiply, scale_of
+from xpar.kernels.gpu.codes import largest, multiply, scale_of, split
 from xpar.kernels.gpu.grouped_mm_small import swizzle
 from xpar.kernels.gpu.nibbles import decode_plane, group_scale, load_words
 
@@ -124,8 +124,8 @@ def store_terms_of_columns(
     value = y / scale[None, :]
     for p in tl.static_range(PARTS):
         kept = value if PARTS == 1 else tl.where(((n // 16) % 2 == p)[:, None], value, 0.0)
-        high, rest = encode(kept, DOT8)
-        low, left = encode(rest, DOT8)
+        high, rest = split(kept, DOT8)
+        low, left = split(rest, DOT8)
         tl.store(to + 2 * p * term, high, mask=live[None, :])
         tl.store(to + (2 * p + 1) * term, low, mask=live[None, :])
         if ZERO is not None:

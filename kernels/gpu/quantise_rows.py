@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xpar.kernels.gpu.codes import encode, largest, scale_of
+from xpar.kernels.gpu.codes import encode, largest, scale_of, split
 from xpar.kernels.gpu.grouped_mm_small import source_rows
 
 _MOVED = (16, 1024)  # rows and bytes of one program of permute_codes_kernel
@@ -51,11 +51,13 @@ def quantise_blocks_kernel(
     value /= scale[:, :, None]
     for p in tl.static_range(PARTS):
         kept = value if PARTS == 1 else tl.where(((column // 16) % 2 == p)[None], value, 0.0)
-        high, rest = encode(kept, DOT8)
-        tl.store(to + p * TERMS * term, high, mask=exists)
         if TERMS == 2:
-            low, rest = encode(rest, DOT8)
+            high, rest = split(kept, DOT8)
+            low, rest = split(rest, DOT8)
             tl.store(to + (p * TERMS + 1) * term, low, mask=exists)
+        else:
+            high, rest = encode(kept, DOT8), 0.0
+        tl.store(to + p * TERMS * term, high, mask=exists)
         if sums is not None:
             found = tl.sum(tl.reshape(kept - rest, (BM, BG * (128 // SUM), SUM)), 2)
             place = tl.program_id(1) * (BG * (128 // SUM)) + tl.arange(0, BG * (128 // SUM))
@@ -88,7 +90,7 @@ def quantise_whole_rows_kernel(
     tl.store(scales + r, scale)
     for k in range(0, K, BK):
         value = tl.load(source + k + rk, mask=k + rk < H, other=0.0).to(tl.float32)
-        high, _ = encode(value / scale, DOT8)
+        high = encode(value / scale, DOT8)
         tl.store(codes + r.to(tl.int64) * K + k + rk, high, mask=k + rk < K)
 
 

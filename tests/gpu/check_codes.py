@@ -4,9 +4,9 @@ Needs one GPU, not part of the test run.
 
     python tests/gpu/check_codes.py [CASE ...]
 
-The cases are those of the interpreter's tests and one of gpt-oss's size. Of each are compared: rows as two
-terms, the first product, the second one, the whole layer; with inline PTX and without, with copies in flight
-and without. Prints one line for each and ends with 1 if any is wrong.
+The cases are those of the interpreter's tests and three of gpt-oss's size. Of each are compared: rows as two
+terms, their sums, the first product, the second one, the whole layer; with inline PTX and without, with
+copies in flight and without. Prints one line for each and ends with 1 if any is wrong.
 """
 
 import sys
@@ -87,6 +87,12 @@ def value_of(terms: Terms) -> Tensor:
     return codes.view(torch.float8_e4m3fn).float().sum(0) * scales.T.repeat_interleave(128, 1)
 
 
+def sums_of(terms: Terms) -> Tensor:
+    """The sums of the codes, [M, runs] float32."""
+    codes, _, sums = terms
+    return codes.view(torch.float8_e4m3fn).float().cpu().sum(0).unflatten(1, (len(sums), -1)).sum(2)
+
+
 def check_pieces(layer: NibbleLayer, kernel: NibbleExperts, x: ExpertInput) -> dict[str, float]:
     """Errors of the split rows, and of each product from right inputs."""
     spec, top_k = layer.spec, x.topk_ids.shape[1]
@@ -100,6 +106,8 @@ def check_pieces(layer: NibbleLayer, kernel: NibbleExperts, x: ExpertInput) -> d
     found = {}
     rows = kernel.split(x.hidden_states, x.rows, kernel._depth)
     found["split"] = error(value_of(rows)[:, : spec.hidden_size], read)
+    if kernel._format.zero is not None:
+        found["sums"] = error(rows[2].T, sums_of(rows))
     middle = torch.zeros(len(x.topk_ids) * top_k, kernel._width)
     out = torch.zeros(len(x.topk_ids) * top_k, spec.hidden_size)
     for r, slot in enumerate(slots.tolist()):
@@ -116,6 +124,15 @@ def check_pieces(layer: NibbleLayer, kernel: NibbleExperts, x: ExpertInput) -> d
     kernel.multiply_down(height, right, plan, got)
     found["down"] = error(got, out)
     return found
+
+
+def check_terms(layer: Layer, kernel: QuantisedExperts, x: ExpertInput) -> dict[str, float]:
+    """Errors of the rows' codes, if they have two terms."""
+    if kernel.scheme:
+        return {}
+    codes, scales = kernel._quantise(x.hidden_states, x.rows, kernel._depth)
+    read = layer.x.hidden_states[layer.x.rows].float()
+    return {"split": error(value_of((codes, scales, scales))[:, : layer.spec.hidden_size], read)}
 
 
 def check(name: str, case: Case, is_nibble: bool, tokens: int) -> bool:
@@ -141,7 +158,7 @@ def check(name: str, case: Case, is_nibble: bool, tokens: int) -> bool:
                 )
             for e, pair in enumerate(weights):
                 kernel.load_quantised(e, *pair, *(b[e].to(DEVICE) for b in layer.biases))
-            found = check_pieces(layer, kernel, x) if is_nibble else {}
+            found = check_pieces(layer, kernel, x) if is_nibble else check_terms(layer, kernel, x)
             kernel.table = replace(kernel.table, vector_tokens=0)
             found["layer"] = error(kernel.compute(x), expected)
         except Exception as problem:  # noqa: BLE001 - the next variant may run
@@ -162,8 +179,11 @@ def say(line: str) -> None:
 
 def main(names: list[str]) -> int:
     """Check all cases, or those of ``names``."""
-    nibbles = {**NIBBLES, "gpt-oss mxfp4": replace(NIBBLES["mxfp4"], hidden=2880, width=2880)}
-    cases = {**{n: (c, True) for n, c in nibbles.items()}, **{n: (c, False) for n, c in CODES.items()}}
+    oss = replace(NIBBLES["mxfp4"], hidden=2880, width=2880)
+    int4, e4m3 = NIBBLES["int4 by 128"].fmt, CODES["channel alone"].fmt
+    nibbles = {**NIBBLES, "gpt-oss mxfp4": oss, "gpt-oss int4": replace(oss, fmt=int4)}
+    codes = {**CODES, "gpt-oss e4m3": replace(oss, fmt=e4m3)}
+    cases = {**{n: (c, True) for n, c in nibbles.items()}, **{n: (c, False) for n, c in codes.items()}}
     results = [
         check(name, *cases[name], tokens)
         for name in names or cases
