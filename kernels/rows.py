@@ -6,11 +6,15 @@ whose sum is the weight (three bfloat16 hold all 24 bits of it; two float16 hold
 copy of the rows is made. Rows on a GPU are moved and summed by :mod:`xpar.kernels.gpu.rows`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from xpar.kernels.contracts import ExpertInput
+from xpar.kernels.quantised_rows import decode_rows, quantise_to_words
+from xpar.kernels.row_format import RowFormat
 
 # Numbers of the dtype whose sum holds a float32 significand.
 _ADDENDS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1, torch.float64: 1}
@@ -73,6 +77,20 @@ def gather_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
 
         return gpu.gather_rows(x, index, out)
     return torch.index_select(x, 0, index) if out is None else torch.index_select(x, 0, index, out=out)
+
+
+def encode_rows(x: Tensor, form: RowFormat) -> Tensor:
+    """Return ``x`` [N, H] as words [N, W] in ``form``: codes and scales, quantised row by row."""
+    return quantise_to_words(x, form)
+
+
+def decoded(x: ExpertInput, dtype: torch.dtype) -> ExpertInput:
+    """Return ``x`` with rows in ``dtype``, for kernels that take no codes; ``x`` itself if it has none."""
+    if x.row_format is None:
+        return x
+    words = x.hidden_states if x.rows is None else gather_rows(x.hidden_states, x.rows)
+    rows = decode_rows(words, x.row_format).to(dtype)
+    return replace(x, hidden_states=rows, rows=None, row_format=None)
 
 
 def active_rows(rows: Tensor, positions: Tensor) -> Tensor:

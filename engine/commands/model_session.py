@@ -42,6 +42,7 @@ def add_options(p: argparse.ArgumentParser, rows: str, longer: str, result: str)
     options.add_grid(p, "ep", "etp", default="see docs/generate.md, How it runs")
     options.add_device(p)
     options.add_dispatcher_and_kernel(p)
+    options.add_activations(p)
     options.add_dense(p)
     options.add_dtype(p)
     options.add_threads(p, "its share of the node's cores; 1 with --exact")
@@ -113,7 +114,13 @@ def load(
     ``whole_dense``: whether every rank keeps all dense weights.
     """
     spread = SpreadOptions(
-        args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense, slice_dense=not whole_dense
+        args.dispatcher,
+        args.kernel,
+        args.exact,
+        args.activations,
+        whole_block=args.whole_block,
+        dense=args.dense,
+        slice_dense=not whole_dense,
     )
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:

@@ -81,7 +81,9 @@ def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
 
 def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype) -> dict[str, Any]:
     """Load one layer, run it on the random tokens, and return its figures; collective."""
-    options = LayerOptions(args.dispatcher, args.kernel, args.exact, tiles=args.tiles, depth=args.depth)
+    options = LayerOptions(
+        args.dispatcher, args.kernel, args.exact, args.activations, tiles=args.tiles, depth=args.depth
+    )
     runner = load_layer(args.checkpoint, layer, grid, dtype, options)
     tokens = random_tokens(args.tokens, runner.config.hidden_size, args.seed + layer).to(dtype)
     ids = random_token_ids(args.tokens, runner.config, args.seed + layer)
