@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xpar.kernels.contracts import ExpertInput
+from xpar.kernels.cpu import row_library
 from xpar.kernels.quantised_rows import decode_rows, quantise_to_words
 from xpar.kernels.row_format import RowFormat
 
@@ -81,16 +82,26 @@ def gather_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
 
 def encode_rows(x: Tensor, form: RowFormat) -> Tensor:
     """Return ``x`` [N, H] as words [N, W] in ``form``: codes and scales, quantised row by row."""
+    if _has_compiled_codes(x.device, x.dtype):
+        return row_library.encode_rows(x, form)
     return quantise_to_words(x, form)
 
 
 def decoded(x: ExpertInput, dtype: torch.dtype) -> ExpertInput:
     """Return ``x`` with rows in ``dtype``, for kernels that take no codes; ``x`` itself if it has none."""
-    if x.row_format is None:
+    form, words = x.row_format, x.hidden_states
+    if form is None:
         return x
-    words = x.hidden_states if x.rows is None else gather_rows(x.hidden_states, x.rows)
-    rows = decode_rows(words, x.row_format).to(dtype)
+    if _has_compiled_codes(words.device, dtype):
+        rows = row_library.decode_rows(words, x.rows, form)
+    else:
+        rows = decode_rows(words if x.rows is None else gather_rows(words, x.rows), form).to(dtype)
     return replace(x, hidden_states=rows, rows=None, row_format=None)
+
+
+def _has_compiled_codes(device: torch.device, dtype: torch.dtype) -> bool:
+    is_host = device.type == "cpu" and dtype == torch.bfloat16
+    return is_host and row_library.instruction_set() is not None
 
 
 def active_rows(rows: Tensor, positions: Tensor) -> Tensor:

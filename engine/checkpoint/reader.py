@@ -152,6 +152,10 @@ class Checkpoint:
         """Return how the inputs of tensor ``name`` are quantised."""
         return StoredActivations(None, "the experts are plain numbers")
 
+    def expert_inputs(self) -> StoredActivations:
+        """Return how the inputs of routed experts are quantised, by the first one that is found."""
+        return self.activations("")
+
     def describe_conversions(self, dtype: torch.dtype) -> str:
         """Describe the quantised weights that were read as ``dtype``; empty if none were."""
         return ""

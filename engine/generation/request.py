@@ -68,6 +68,7 @@ class Request:
     ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read
     alone. ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if
     they were the same. ``exact_with``: names and values of what else the bits of exact mode depend on.
+    ``activations``: what is done to inputs of experts before they are multiplied, or None for nothing.
     """
 
     checkpoint: Path
@@ -82,6 +83,7 @@ class Request:
     dtype: torch.dtype = torch.float32
     exact: bool = False
     exact_with: tuple[tuple[str, str], ...] = ()
+    activations: str | None = None
     stop_tokens: tuple[str, ...] = ()
     keep_special: bool = False
 
@@ -102,6 +104,7 @@ class Request:
             "keep-special-tokens": self.keep_special,
             "chat": self.chat,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "activations": self.activations,
             **_exactness(self.exact, self.exact_with),
         }
 
@@ -140,6 +143,7 @@ class ScoreRequest:
     dtype: torch.dtype = torch.float32
     exact: bool = False
     exact_with: tuple[tuple[str, str], ...] = ()
+    activations: str | None = None
 
     @property
     def form(self) -> Form:
@@ -151,6 +155,7 @@ class ScoreRequest:
             "dtype": str(self.dtype).removeprefix("torch."),
             # Pieces of another length round otherwise.
             "prefill-tokens": self.prefill_tokens if self.exact else None,
+            "activations": self.activations,
             **_exactness(self.exact, self.exact_with),
         }
 

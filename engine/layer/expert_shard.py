@@ -148,11 +148,12 @@ def build_expert_shard(
         ValueError: The options do not fit the grid, the layer or this machine.
     """
     check_exact(options.exact, grid)
-    placement, chosen = pick_dispatcher(grid, config, options.dispatcher, sequence_parallel, copies)
+    inputs = choose_input_scheme(config, grid.device, dtype, options.activations, options.exact)
+    placement, chosen = pick_dispatcher(
+        grid, config, options.dispatcher, sequence_parallel, copies, inputs.row_format
+    )
     experts = placement.experts_of(grid.ep_rank)
     rows = expert_rows(config, grid)
-    inputs = choose_input_scheme(config, grid.device, dtype, options.activations, options.exact)
-    chosen.dispatcher.row_bytes = None if inputs.row_format is None else inputs.row_format.nbytes
     kernel = entry = None
     if count := len(experts) + copies:
         spec = expert_spec(
@@ -166,16 +167,24 @@ def build_expert_shard(
 
 
 def pick_dispatcher(
-    grid: ProcessGrid, config: LayerConfig, name: str, sequence_parallel: bool = False, copies: int = 0
+    grid: ProcessGrid,
+    config: LayerConfig,
+    name: str,
+    sequence_parallel: bool = False,
+    copies: int = 0,
+    row_format: RowFormat | None = None,
 ) -> tuple[Placement, DispatcherChoice]:
     """Place the experts on the ranks and choose how tokens reach them, with the reasons against the others.
 
-    The arguments are those of :func:`build_expert_shard`; ``name`` is a dispatcher's, or ``auto``.
+    The arguments are those of :func:`build_expert_shard`; ``name`` is a dispatcher's, or ``auto``, and
+    ``row_format`` the form in which rows travel.
     """
     placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp, copies).to(grid.device)
-    return placement, choose_dispatcher(
+    choice = choose_dispatcher(
         grid, placement, name, top_k=config.router.top_k, sequence_parallel=sequence_parallel
     )
+    choice.dispatcher.row_bytes = None if row_format is None else row_format.nbytes
+    return placement, choice
 
 
 def pick_kernel(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xpar.engine.config import LayerConfig
+from xpar.engine.config import LayerConfig, StoredActivations
 from xpar.engine.layer.options import ACTIVATIONS, Activations
 from xpar.kernels.quantised_weight import ActivationScheme
 from xpar.kernels.row_format import RowFormat
@@ -40,32 +40,43 @@ def choose_input_scheme(
 
     Raises ValueError for an unknown option, and for quantised rows that cannot be had.
     """
-    if wanted not in ACTIVATIONS:
-        raise ValueError(f"activations={wanted!r}: choose one of {', '.join(ACTIVATIONS)}")
     stored = config.activations
-    if wanted == "exact":
-        return InputScheme(None, "exact activations were asked for")
-    if stored.scheme is None:
-        return _refused(wanted, stored.why_not)
-    if exact and stored.is_of_batch:
-        return _refused(
-            wanted, "the checkpoint asks for one scale for all tokens of a batch, which exact mode rules out"
-        )
-    form = RowFormat(config.routed_size, stored.scheme)
-    plain = config.routed_size * dtype.itemsize
+    why = why_exact(stored, device, dtype, wanted, exact)
+    if why is not None or stored.scheme is None:
+        return InputScheme(None, why or stored.why_not)
+    form, plain = RowFormat(config.routed_size, stored.scheme), config.routed_size * dtype.itemsize
     if form.nbytes >= plain:
-        return _refused(wanted, f"with its scales a row has {form.nbytes} bytes, and {plain} as it is")
-    if wanted == "auto" and (why := _nearer(device, dtype, exact)):
-        return InputScheme(None, why)
+        return InputScheme(None, f"with its scales a row has {form.nbytes} bytes, and {plain} as it is")
     size = f"{form.nbytes} bytes in place of {plain}"
     if stored.is_of_batch:
         size += "; a scale for each token is finer than the checkpoint's, one for all tokens of a batch"
-    why = "they were asked for" if wanted == "quantised" else "the checkpoint's experts quantise their inputs"
-    return InputScheme(form, f"{why}, {size}")
+    asked = "they were asked for" if wanted == "quantised" else "the checkpoint quantises inputs of experts"
+    return InputScheme(form, f"{asked}, {size}")
+
+
+def why_exact(
+    stored: StoredActivations, device: torch.device, dtype: torch.dtype, wanted: Activations, exact: bool
+) -> str | None:
+    """Return the reason why inputs of experts stay as they are, or None if they are quantised.
+
+    The arguments are as for :func:`choose_input_scheme`, and it raises the same errors.
+    """
+    if wanted not in ACTIVATIONS:
+        raise ValueError(f"activations={wanted!r}: choose one of {', '.join(ACTIVATIONS)}")
+    if wanted == "exact":
+        return "exact activations were asked for"
+    why = stored.why_not if stored.scheme is None else None
+    if stored.is_of_batch and exact:
+        why = "the checkpoint asks for one scale for all tokens of a batch, which exact mode rules out"
+    if why is not None:
+        if wanted == "quantised":
+            raise ValueError(f"activations='quantised': {why}; choose auto or exact")
+        return why
+    return _nearer(device, dtype, exact) if wanted == "auto" else None
 
 
 def _nearer(device: torch.device, dtype: torch.dtype, exact: bool) -> str | None:
-    """Return why ``auto`` leaves rows as they are, which is nearer to the model before quantisation."""
+    """Return why ``auto`` leaves inputs as they are, which is nearer to the model before quantisation."""
     if device.type == "cpu":
         return "CPUs compute from quantised weights alone (--activations quantised: half the bytes)"
     if exact:
@@ -73,9 +84,3 @@ def _nearer(device: torch.device, dtype: torch.dtype, exact: bool) -> str | None
     if dtype == torch.float32:
         return "float32 was asked for"
     return None
-
-
-def _refused(wanted: Activations, why: str) -> InputScheme:
-    if wanted == "quantised":
-        raise ValueError(f"activations='quantised': {why}; choose auto or exact")
-    return InputScheme(None, why)
