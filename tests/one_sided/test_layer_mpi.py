@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantised_on_arrival import on_arrival
 
 from xpar.comm import ProcessGrid, World
 from xpar.comm.device.peer_window import PeerWindow
@@ -75,7 +76,7 @@ def test_the_sum_is_that_of_the_parts(
 def test_rows_of_codes_travel_as_opaque_words(
     world: World, window: PeerWindow, fresh_seed: int, kernel: str, size: int
 ) -> None:
-    """Equal to all-gather's, by a kernel that takes codes and by one that gets decoded rows."""
+    """With the bits of rows that become codes on arrival, and near all-gather's sums of other batches."""
     grid, fmt = ProcessGrid.create(world), NAMED_FORMATS["fp8"]
     stored = StoredActivations(ActivationScheme(size))
     config = replace(shape_of("olmoe").layer(0.0625), activations=stored)
@@ -91,5 +92,6 @@ def test_rows_of_codes_travel_as_opaque_words(
     count = 0 if world.rank == 1 else 3 + world.rank
     generator = torch.Generator().manual_seed(fresh_seed + world.rank)
     x = torch.randn(count, config.hidden_size, generator=generator).bfloat16()
-    same = torch.equal(ours(x), theirs(x))
-    assert all(grid.moe.all_gather_object(same))
+    got, near = ours(x), theirs(x)
+    fine = torch.equal(got, on_arrival(ours)(x)) and torch.allclose(got, near, rtol=2e-2, atol=1e-2)
+    assert all(grid.moe.all_gather_object(fine))

@@ -1,25 +1,24 @@
 """Rows that travel as codes give the bits of rows that are quantised after they have travelled."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from all_dispatchers import all_dispatchers, fitting
+from quantised_on_arrival import on_arrival
 from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
-from xpar.comm.communicator import Pending
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
-from xpar.comm.dispatch.base import Dispatcher, DispatchPlan
+from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.handshake import DesyncError
 from xpar.engine.config import StoredActivations
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.build import build_layer, load_layer
-from xpar.engine.layer.expert_shard import ExpertShard
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import input_emulation, layer_reference, relative_error
 from xpar.engine.layer.runner import MoERunner
@@ -27,11 +26,9 @@ from xpar.engine.synthetic.checkpoint import make_checkpoint
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import shape_of
 from xpar.engine.synthetic.values import random_tokens
-from xpar.kernels.contracts import ExpertInput, Slots
 from xpar.kernels.quantisation import NAMED_FORMATS
 from xpar.kernels.quantised_weight import ActivationScheme
 from xpar.kernels.row_format import RowFormat
-from xpar.kernels.rows import encode_rows
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -62,26 +59,6 @@ def build(
     config = replace(shape_of(shape).layer(0.0625), activations=StoredActivations(scheme), **changes)
     weights = SyntheticLayer(config, torch.bfloat16, seed, FP8)
     return build_layer(config, grid, torch.bfloat16, weights.read, options, weight_format=FP8)
-
-
-@dataclass(frozen=True)
-class QuantisedOnArrival(ExpertShard):
-    """Experts whose rows travel as they are, and become codes where they arrive."""
-
-    def dispatch(self, rows: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        return self.dispatcher.dispatch(rows, plan)
-
-    def compute(self, arrived: ExpertInput, plan: DispatchPlan) -> Tensor | Slots:
-        assert self.row_format is not None
-        words = encode_rows(arrived.hidden_states.contiguous(), self.row_format)
-        return super().compute(replace(arrived, hidden_states=words, row_format=self.row_format), plan)
-
-
-def on_arrival(runner: MoERunner) -> MoERunner:
-    """Change ``runner``, whose rows then travel as numbers."""
-    runner.dispatcher.row_bytes = None
-    runner.experts = QuantisedOnArrival(**vars(runner.experts))
-    return runner
 
 
 def own_tokens(grid: ProcessGrid, hidden: int, seed: int) -> Tensor:
