@@ -1,13 +1,18 @@
 """When the inputs of experts are quantised, and the kernel that then computes them."""
 
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from xpar.engine.commands.model_session import activations_of
 from xpar.engine.config import WEIGHTS_ALONE, LayerConfig, RouterConfig, StoredActivations
 from xpar.engine.layer.expert_shard import choose_for_weights, expert_spec
 from xpar.engine.layer.input_scheme import choose_input_scheme
+from xpar.engine.synthetic.checkpoint import make_checkpoint
 from xpar.kernels.quantisation import NAMED_FORMATS
 from xpar.kernels.quantised_weight import ActivationScheme
 from xpar.kernels.row_format import RowFormat
@@ -104,3 +109,16 @@ def test_a_kernel_on_cpus_is_built_for_plain_inputs_except_the_reference() -> No
     for name, takes_codes in (("reference", True), ("auto", False), ("onednn", False)):
         chosen, _ = choose_for_weights(spec, name, fmt)
         assert (chosen.activation_scheme is not None) is takes_codes
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "recorded"),
+    [("auto", CPU, None), ("quantised", CPU, "quantised"), ("auto", GPU, "quantised"), ("exact", GPU, None)],
+)
+def test_answers_record_that_inputs_were_quantised(
+    wanted: str, device: torch.device, recorded: str | None, tmp_path: Path
+) -> None:
+    sizes: dict[str, Any] = {"hidden": 128, "intermediate": 128, "top_k": 1, "vocab": 16}
+    make_checkpoint("qwen3_moe", tmp_path, layers=1, experts=2, **sizes, seed=0, form="fp8")
+    args = Namespace(checkpoint=tmp_path, activations=wanted, exact=False)
+    assert activations_of(args, SimpleNamespace(device=device), BF16) == recorded  # type: ignore[arg-type]

@@ -22,6 +22,8 @@ from xpar.engine.layer.build import build_layer, load_layer
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import input_emulation, layer_reference, relative_error
 from xpar.engine.layer.runner import MoERunner
+from xpar.engine.models.loader import load_model
+from xpar.engine.models.parallelize import SpreadOptions
 from xpar.engine.synthetic.checkpoint import make_checkpoint
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import shape_of
@@ -168,6 +170,25 @@ def test_a_layer_of_a_checkpoint_quantises_as_the_file_says(
     near = 6e-2 if etp and comm.size > 1 and kernel == "reference" else 6e-3
     assert relative_error(output, emulated) < near
     assert 5e-3 < relative_error(output, plain) < 6e-2
+
+
+@pytest.mark.mpi(max_size=3, deadline=120)
+@pytest.mark.parametrize("whole_block", [False, True], ids=["experts", "blocks"])
+def test_whole_models_send_codes_with_the_bits_of_one_rank(
+    comm: "Intracomm", grid: ProcessGrid, root: Path, whole_block: bool, fresh_seed: int
+) -> None:
+    solo = ProcessGrid.create(World.attach(comm.Split(comm.rank), allow_singleton=True))
+    generator = torch.Generator().manual_seed(fresh_seed + comm.rank)
+    ids = torch.randint(64, (1, 7), generator=generator)
+    options = SpreadOptions(exact=True, activations="quantised", whole_block=whole_block)
+    with torch.inference_mode():
+        found, alone = (
+            load_model(root / "fp8", where, torch.bfloat16, options).model(ids, use_cache=False).logits
+            for where in (grid, solo)
+        )
+        as_they_are = replace(options, activations="exact")
+        plain = load_model(root / "fp8", solo, torch.bfloat16, as_they_are).model(ids, use_cache=False).logits
+    assert torch.equal(found, alone) and not torch.equal(found, plain)
 
 
 def test_on_cpus_inputs_stay_as_they_are_unless_asked(
