@@ -21,6 +21,7 @@ from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.build import build_layer, load_layer
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import input_emulation, layer_reference, relative_error
+from xpar.engine.layer.route_and_compute import FusedRunner
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
@@ -109,6 +110,19 @@ def test_exact_mode_has_the_bits_of_one_rank(
         )
         x = own_tokens(grid, runner.config.hidden_size, fresh_seed)
         assert torch.equal(runner(x), alone(x)), name
+
+
+@pytest.mark.mpi(max_size=1, deadline=120)
+def test_one_call_for_all_steps_does_not_leave_quantising_out(grid: ProcessGrid, fresh_seed: int) -> None:
+    """One rank's kernel computes a few tokens in one call, except where they are quantised first."""
+    x = own_tokens(grid, 128, fresh_seed)
+    plain, quantised = (
+        build(grid, fresh_seed, LayerOptions(activations=name, kernel="onednn"))
+        for name in ("exact", "quantised")
+    )
+    assert isinstance(plain, FusedRunner) and not isinstance(quantised, FusedRunner)
+    travelled = quantised(x)
+    assert torch.equal(travelled, on_arrival(quantised)(x)) and not torch.equal(travelled, plain(x))
 
 
 ROUTER = replace(shape_of("olmoe").layer(0.0625).router, top_k=3)
