@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xpar.kernels.contracts import Activation
+from xpar.kernels.quantised_weight import ActivationScheme
 
 SILU = Activation("silu")
 
@@ -86,14 +87,33 @@ class SharedConfig:
 
 
 @dataclass(frozen=True)
+class StoredActivations:
+    """What a checkpoint says about the inputs of its quantised experts.
+
+    Attributes:
+        scheme: How they are quantised; None: not at all, because of ``why_not``.
+        why_not: The reason, in words that follow "the inputs of experts stay as they are:".
+        is_of_batch: Whether the checkpoint asks for one scale for all tokens, of which ``scheme`` makes one
+            for each token.
+    """
+
+    scheme: ActivationScheme | None = None
+    why_not: str = "the checkpoint quantises weights alone"
+    is_of_batch: bool = False
+
+
+WEIGHTS_ALONE = StoredActivations()
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """One MoE layer: E experts of width I between H-wide tokens, a router, and perhaps shared experts.
 
     ``bias``: both products of every expert add a bias. ``output_bias``: a bias [H] is added to each token's
     sum (JetMoE). ``latent_size``: the width of the routed experts' input and output, where a pair of products
     leads from H there and back (Nemotron-3), or None. ``width_unit``: the part of I that slices of an expert
-    are multiples of where that leaves them even, the block of quantised weights. ``num_logits``: E and the
-    zero experts, what the gate scores.
+    are multiples of where that leaves them even, the block of quantised weights. ``activations``: what the
+    checkpoint says about the inputs of experts. ``num_logits``: E and the zero experts, what the gate scores.
     """
 
     num_experts: int
@@ -106,6 +126,7 @@ class LayerConfig:
     output_bias: bool = False
     latent_size: int | None = None
     width_unit: int = 1
+    activations: StoredActivations = WEIGHTS_ALONE
 
     @property
     def routed_size(self) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from xpar.kernels.quantised_weight import ActivationScheme, QuantisedWeight, WeightFormat
+from xpar.kernels.row_format import RowFormat
 
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu2", "swiglustep", "situ"]
 
@@ -138,16 +139,20 @@ class ExpertInput:
     """The rows that a rank's experts compute with after dispatch.
 
     Attributes:
-        hidden_states: [N, H], contiguous. Only rows that an entry names are read.
+        hidden_states: [N, H], contiguous; if ``row_format`` is set, [N, W] int32 words in that format. Only
+            rows that an entry names are read.
         topk_ids: [M, k] int32, *local* expert of each slot; -1 if the slot's expert is on another rank.
         topk_weights: [M, k] float32.
         rows: [M] int64, the row of ``hidden_states`` that entry m reads; None if entry m reads row m.
+        row_format: the codes and scales that rows consist of, or None for plain numbers. Only a kernel with
+            an ``ExpertSpec.activation_scheme`` gets such rows, quantised by that scheme.
     """
 
     hidden_states: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
     rows: Tensor | None = None
+    row_format: RowFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,8 @@ class ExpertSpec:
         weight_format: codes and scales that the kernel keeps and computes from; None for weights in
             ``dtype``.
         activation_scheme: the way in which a kernel that keeps codes may quantise the inputs of both
-            products, too; None, and ``row_invariant``, leave the inputs as they are.
+            products, too; None, and ``row_invariant``, leave the inputs as they are. The kernel then also
+            takes rows that were quantised before they came.
     """
 
     num_experts: int

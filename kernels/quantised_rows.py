@@ -11,6 +11,7 @@ from torch import Tensor
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation
 from xpar.kernels.quantised_weight import ActivationScheme
+from xpar.kernels.row_format import RowFormat
 
 LARGEST = 448.0  # the largest value of e4m3
 
@@ -45,9 +46,24 @@ def quantise_rows(x: Tensor, scheme: ActivationScheme) -> QuantisedRows:
     padded = torch.nn.functional.pad(x.float(), (0, groups * group - cols)).view(rows, groups, group)
     scales = padded.abs().amax(2).clamp(min=2.0**-100) / LARGEST
     if scheme.power_of_two:
-        scales = torch.exp2(torch.ceil(torch.log2(scales)))
+        up = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+        scales = torch.where(scales.isfinite(), up, scales)
     codes = (padded / scales[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return QuantisedRows(codes.view(rows, groups * group)[:, :cols].contiguous(), scales)
+
+
+def quantise_to_words(x: Tensor, form: RowFormat) -> Tensor:
+    """Return ``x`` [N, H] as words [N, W] in ``form``, by :func:`quantise_rows`."""
+    words = torch.zeros(x.shape[0], form.words, dtype=torch.int32, device=x.device)
+    coded = quantise_rows(x, form.scheme)
+    form.codes(words).view(torch.uint8).copy_(coded.codes.view(torch.uint8))
+    form.scales(words).copy_(coded.scales)
+    return words
+
+
+def decode_rows(words: Tensor, form: RowFormat) -> Tensor:
+    """Return the rows [N, H] in float32 that ``words`` [N, W] stand for."""
+    return QuantisedRows(form.codes(words), form.scales(words)).dequantise(form.scheme.group)
 
 
 def quantised_mlp(
@@ -67,11 +83,32 @@ def quantised_mlp(
     whole row is known only when the row is complete: such rows are stored between the two products, in the
     dtype of ``x``, and rounded to it.
     """
-    first = quantise_rows(x, scheme).dequantise(scheme.group).to(dtype) @ gate_up.to(dtype).T
+    decoded = quantise_rows(x, scheme).dequantise(scheme.group)
+    weights = (gate_up, down, gate_up_bias, down_bias)
+    return decoded_mlp(decoded, activation, *weights, scheme=scheme, stored=x.dtype, dtype=dtype)
+
+
+def decoded_mlp(
+    x: Tensor,
+    activation: Activation,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    scheme: ActivationScheme,
+    stored: torch.dtype,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Compute :func:`quantised_mlp` from rows that were quantised before, in the float32 they stand for.
+
+    ``stored`` is the dtype in which rows lie between the products.
+    """
+    first = x.to(dtype) @ gate_up.to(dtype).T
     if gate_up_bias is not None:
         first += gate_up_bias.to(dtype)
     activated = activate(first, activation)
-    activated = activated if scheme.group else activated.to(x.dtype)
+    activated = activated if scheme.group else activated.to(stored)
     hidden = quantise_rows(activated, scheme).dequantise(scheme.group)
     y = hidden.to(dtype) @ down.to(dtype).T
     return y if down_bias is None else y + down_bias.to(dtype)

@@ -1,12 +1,14 @@
 """The definition of what experts compute, with which every kernel is compared: plain torch, one at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec, check_expert_weights, require_loaded
+from xpar.kernels.quantised_rows import decode_rows, decoded_mlp, quantise_rows
 from xpar.kernels.quantised_weight import QuantisedWeight
 
 
@@ -55,6 +57,8 @@ def expert_slots(
     activation: Activation,
     gate_up_bias: Tensor | Sequence[Tensor] | None = None,
     down_bias: Tensor | Sequence[Tensor] | None = None,
+    *,
+    compute: Callable[..., Tensor] = mlp,
 ) -> Tensor:
     """Compute the unweighted output of every slot in float32.
 
@@ -66,6 +70,7 @@ def expert_slots(
         activation: the function between the two products.
         gate_up_bias: [E, 2I] or [E, I], or None.
         down_bias: [E, H], or None.
+        compute: computes one expert, as :func:`mlp` does.
 
     Returns:
         [T, k, H] float32; zero for a slot without an expert.
@@ -75,7 +80,7 @@ def expert_slots(
         token, slot = torch.where(topk_ids == expert)
         if token.numel():
             first, second = (b if b is None else b[expert] for b in (gate_up_bias, down_bias))
-            slots[token, slot] = mlp(
+            slots[token, slot] = compute(
                 hidden_states[token], activation, gate_up[expert], down[expert], first, second
             )
     return slots
@@ -167,6 +172,13 @@ class ReferenceExperts:
     def _slots(self, x: ExpertInput) -> Tensor:
         require_loaded(self._missing)
         inputs = x.hidden_states[: x.topk_ids.shape[0]] if x.rows is None else x.hidden_states[x.rows]
-        inputs = inputs.to(self._gate_up.dtype)
-        weights = (self._gate_up, self._down)
-        return expert_slots(inputs, x.topk_ids, *weights, self.spec.activation, *(self._biases or ()))
+        weights = (self._gate_up, self._down, self.spec.activation, *(self._biases or ()))
+        scheme = self.spec.activation_scheme
+        if scheme is None:
+            return expert_slots(inputs.to(self._gate_up.dtype), x.topk_ids, *weights)
+        if x.row_format is None:
+            decoded = quantise_rows(inputs, scheme).dequantise(scheme.group)
+        else:
+            decoded = decode_rows(inputs, x.row_format)
+        compute = partial(decoded_mlp, scheme=scheme, stored=self.spec.dtype)
+        return expert_slots(decoded, x.topk_ids, *weights, compute=compute)

@@ -70,6 +70,8 @@ class KernelEntry:
         why_not_format: returns the reason why it cannot compute from weights of a quantised format, or None.
         why_unsuitable: returns the reason why ``auto`` prefers a later entry although this one could serve,
             or None.
+        quantises_inputs: True if, with quantised weights, it computes by ``ExpertSpec.activation_scheme`` and
+            takes rows that were quantised before.
     """
 
     name: str
@@ -84,6 +86,7 @@ class KernelEntry:
     fused_routing: FusedRouting | None = None
     why_not_format: Callable[[WeightFormat], str | None] = lambda fmt: f"does not compute from {fmt} weights"
     why_unsuitable: Callable[[ExpertSpec], str | None] = lambda spec: None
+    quantises_inputs: bool = False
 
     def why_not(self, spec: ExpertSpec) -> str | None:
         """Return the reason why this kernel cannot serve ``spec``, or None."""
@@ -177,6 +180,7 @@ KERNELS: tuple[KernelEntry, ...] = (
         build=gpu.build,
         why_not_format=code_tables.why_not_format,
         all_activations=True,
+        quantises_inputs=True,
         measured="measure with xpar bench kernels",
     ),
     KernelEntry(
@@ -191,6 +195,7 @@ KERNELS: tuple[KernelEntry, ...] = (
         all_activations=True,
         # A kernel that computes from converted weights is faster by far.
         why_unsuitable=lambda spec: "keeps float32 copies" if spec.weight_format else None,
+        quantises_inputs=True,
         measured="the definition, not made to be fast",
     ),
 )

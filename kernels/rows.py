@@ -6,11 +6,16 @@ whose sum is the weight (three bfloat16 hold all 24 bits of it; two float16 hold
 copy of the rows is made. Rows on a GPU are moved and summed by :mod:`xpar.kernels.gpu.rows`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from xpar.kernels.contracts import ExpertInput
+from xpar.kernels.cpu import row_library
+from xpar.kernels.quantised_rows import decode_rows, quantise_to_words
+from xpar.kernels.row_format import RowFormat
 
 # Numbers of the dtype whose sum holds a float32 significand.
 _ADDENDS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1, torch.float64: 1}
@@ -68,11 +73,48 @@ def group_by_expert(topk_ids: Tensor, num_experts: int) -> ExpertGroups:
 
 def gather_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``x[index]`` of [N, H] and [M] int64, in ``out`` [M, H] if that is given."""
-    if _has_gpu_kernel(x):
+    if _has_gpu_kernel(x) or (x.is_cuda and x.dtype == torch.int32):
         from xpar.kernels.gpu import rows as gpu
 
         return gpu.gather_rows(x, index, out)
     return torch.index_select(x, 0, index) if out is None else torch.index_select(x, 0, index, out=out)
+
+
+def encode_rows(x: Tensor, form: RowFormat) -> Tensor:
+    """Return ``x`` [N, H] as words [N, W] in ``form``: codes and scales, quantised row by row."""
+    if _has_gpu_kernel(x):
+        from xpar.kernels.gpu import coded_rows
+
+        return coded_rows.encode_rows(x, form, has_dot8=_has_dot8(x.device))
+    if _has_compiled_codes(x.device, x.dtype):
+        return row_library.encode_rows(x, form)
+    return quantise_to_words(x, form)
+
+
+def decoded(x: ExpertInput, dtype: torch.dtype) -> ExpertInput:
+    """Return ``x`` with rows in ``dtype``, for kernels that take no codes; ``x`` itself if it has none."""
+    form, words = x.row_format, x.hidden_states
+    if form is None:
+        return x
+    if words.is_cuda and dtype in GPU_DTYPES:
+        from xpar.kernels.gpu import coded_rows
+
+        rows = coded_rows.decode_rows(words, x.rows, form, dtype, has_dot8=_has_dot8(words.device))
+    elif _has_compiled_codes(words.device, dtype):
+        rows = row_library.decode_rows(words, x.rows, form)
+    else:
+        rows = decode_rows(words if x.rows is None else gather_rows(words, x.rows), form).to(dtype)
+    return replace(x, hidden_states=rows, rows=None, row_format=None)
+
+
+def _has_dot8(device: torch.device) -> bool:
+    """Return whether a GPU converts e4m3, as :func:`xpar.kernels.gpu.code_tables.has_dot8` says."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _has_compiled_codes(device: torch.device, dtype: torch.dtype) -> bool:
+    is_host = device.type == "cpu" and dtype == torch.bfloat16
+    return is_host and row_library.instruction_set() is not None
 
 
 def active_rows(rows: Tensor, positions: Tensor) -> Tensor:

@@ -83,13 +83,14 @@ class DispatchRequest:
     """The facts about a layer that decide which dispatchers serve it.
 
     ``sequence_parallel``: whether the ranks of a tp group hold different tokens. ``hidden_size``, ``dtype``:
-    of the rows, None where they are not known yet.
+    of the rows, None where they are not known yet. ``coded_rows``: whether rows travel as codes with scales.
     """
 
     top_k: int = 2
     sequence_parallel: bool = False
     hidden_size: int | None = None
     dtype: torch.dtype | None = None
+    coded_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ class Dispatcher(Protocol):
 
     A dispatcher is a class that inherits from this one, and an entry of
     :data:`xpar.comm.dispatch.choose.DISPATCHERS`. ``group`` is the ``moe`` group. ``agreed``: what the ranks
-    know of the current step before its layers begin; None: nothing ever.
+    know of the current step before its layers begin; None: nothing ever. ``row_bytes``: those of a row on its
+    way to experts, if it does not consist of H numbers; no more than H numbers have. Such rows are tensors of
+    int32 words, whose meaning no dispatcher knows; what comes home consists of H numbers all the same.
     """
 
     name: ClassVar[str]
@@ -129,6 +132,7 @@ class Dispatcher(Protocol):
     group: Communicator
     placement: Placement
     agreed: AgreedStep | None = None
+    row_bytes: int | None = None
 
     @classmethod
     def impossible(cls, grid: ProcessGrid, placement: Placement, request: DispatchRequest) -> str | None:
@@ -173,11 +177,11 @@ class Dispatcher(Protocol):
 
         Raises:
             RemoteRankError: Routing failed on a rank.
-            DesyncError: The ranks differ in layer, step, k, H, dtype size or ``exact``.
+            DesyncError: The ranks differ in layer, step, k, H, dtype size, bytes of a row or ``exact``.
         """
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        """Start to move ``hidden_states`` [T, H]; the result is for this rank's experts.
+        """Start to move ``hidden_states`` [T, H], or [T, W] words; the result is for this rank's experts.
 
         What arrives may lie where peers write the next step's rows: read it before :meth:`combine`.
         """
@@ -231,7 +235,8 @@ def agree_on_plan(
     failure = routing if isinstance(routing, BaseException) else None
     tokens, k = (0, -1) if isinstance(routing, BaseException) else routing.topk_ids.shape
     same = {"top_k": k, "hidden_size": hidden_size, "itemsize": dtype.itemsize, "exact": int(exact)}
-    what = Tag(f"dispatch {dispatcher.name}", tag.layer, tag.step, tokens, hidden_size * dtype.itemsize)
+    same["row_bytes"] = dispatcher.row_bytes or hidden_size * dtype.itemsize
+    what = Tag(f"dispatch {dispatcher.name}", tag.layer, tag.step, tokens, same["row_bytes"])
     table = handshake(group, what, same=same, values=(tokens,), failure=failure)
     assert isinstance(routing, Routing)  # a failure on any rank has raised
     counts = [int(n) for n in table[:, 0]]

@@ -61,6 +61,7 @@ def choose_dispatcher(
     sequence_parallel: bool = False,
     hidden_size: int | None = None,
     dtype: torch.dtype | None = None,
+    coded_rows: bool = False,
 ) -> DispatcherChoice:
     """Choose and build the first dispatcher that suits ``grid``, or that of ``name``.
 
@@ -68,7 +69,7 @@ def choose_dispatcher(
     no dispatcher called ``name`` or it cannot work here. The keywords are the fields of
     :class:`DispatchRequest`.
     """
-    request = DispatchRequest(top_k, sequence_parallel, hidden_size, dtype)
+    request = DispatchRequest(top_k, sequence_parallel, hidden_size, dtype, coded_rows)
     choice = choose_dispatcher_class(grid, placement, name, request)
     dispatcher = choice.chosen.build(grid, placement.to(grid.device))
     dispatcher.agreed = grid.agreed

@@ -86,6 +86,8 @@ class NcclEpDispatcher(Dispatcher):
             return "rows do not travel by NCCL in this job"
         if grid.nccl_ep.refusal is not None:
             return grid.nccl_ep.refusal
+        if request.coded_rows:
+            return "it moves rows of numbers, and rows travel as fp8 codes here (--activations exact)"
         slots = request.top_k * placement.etp
         return grid.nccl_ep.why_not(_local_experts(placement), slots, request.hidden_size, request.dtype)
 

@@ -5,7 +5,6 @@ layer exists. Is is the width of the shared experts. Under tensor parallelism ``
 I or of Is, and I_r or Is_r is the width of that part.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -23,8 +22,8 @@ from xpar.engine.architectures.mlp_weights import (
     mlp_buffers,
     read_mlp,
 )
-from xpar.engine.architectures.quantised_mlp import quantised_format, stream_quantised
-from xpar.engine.architectures.schema import Architecture, MlpNames
+from xpar.engine.architectures.quantised_mlp import as_stored, quantised_format, stream_quantised
+from xpar.engine.architectures.schema import Architecture
 from xpar.engine.architectures.stored_names import resolve_names
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
@@ -159,24 +158,14 @@ def experts_format(
 
 
 def stored_layer_config(checkpoint: Checkpoint, arch: Architecture, layer: int) -> LayerConfig:
-    """Make the configuration of a layer whose experts are sliced at the blocks of their stored weights.
+    """Make the configuration of a layer with what the stored form of its experts adds to it.
+
+    Experts are sliced at the blocks of their weights, and their inputs may be quantised.
 
     Raises :class:`CheckpointError` as :func:`layer_config` does, and for quantised experts that are damaged.
     """
     names = resolve_names(checkpoint, arch, layer).experts
-    return replace(
-        layer_config(arch, checkpoint.config, layer), width_unit=width_unit(checkpoint, names, layer)
-    )
-
-
-def width_unit(checkpoint: Checkpoint, names: MlpNames, layer: int = 0) -> int:
-    """Return the part of I at whose multiples experts called ``names`` can be cut and stay as stored."""
-
-    def cut(name: str | None) -> tuple[int, int]:
-        return (1, 1) if name is None else checkpoint.smallest_cut(name.format(layer=layer, expert=0))
-
-    rows = [cut(name)[0] for name in (names.gate, names.up, names.gate_up)]
-    return math.lcm(*rows, cut(names.down)[1])
+    return as_stored(layer_config(arch, checkpoint.config, layer), checkpoint, names, layer)
 
 
 def load_router(

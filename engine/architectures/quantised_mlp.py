@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from xpar.engine.architectures.mlp_weights import ALL, MlpPlace, bias_buffers, read_biases
+from xpar.engine.architectures.schema import MlpNames
 from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.config import LayerConfig, StoredActivations
 from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
 
 
@@ -35,6 +37,31 @@ def quantised_format(checkpoint: Checkpoint, place: MlpPlace) -> WeightFormat | 
     if start % unit or (stop % unit and stop != place.width):
         return None
     return replace(form, scale=torch.float32, global_scale=False) if form.global_scale else form
+
+
+def as_stored(config: LayerConfig, checkpoint: Checkpoint, names: MlpNames, layer: int = 0) -> LayerConfig:
+    """Return ``config`` with what the stored form of experts called ``names`` adds to it."""
+    unit, activations = width_unit(checkpoint, names, layer), expert_activations(checkpoint, names, layer)
+    return replace(config, width_unit=unit, activations=activations)
+
+
+def expert_activations(checkpoint: Checkpoint, names: MlpNames, layer: int = 0) -> StoredActivations:
+    """Return how the inputs of experts called ``names`` are quantised, which their weights must agree on."""
+    own = (names.gate, names.up, names.gate_up, names.down)
+    found = {checkpoint.activations(n.format(layer=layer, expert=0)) for n in own if n is not None}
+    if len(found) > 1:
+        return StoredActivations(None, "the weights of an expert differ in how their inputs are quantised")
+    return found.pop()
+
+
+def width_unit(checkpoint: Checkpoint, names: MlpNames, layer: int = 0) -> int:
+    """Return the part of I at whose multiples experts called ``names`` can be cut and stay as stored."""
+
+    def cut(name: str | None) -> tuple[int, int]:
+        return (1, 1) if name is None else checkpoint.smallest_cut(name.format(layer=layer, expert=0))
+
+    rows = [cut(name)[0] for name in (names.gate, names.up, names.gate_up)]
+    return math.lcm(*rows, cut(names.down)[1])
 
 
 def read_quantised_mlp(

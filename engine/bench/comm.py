@@ -5,6 +5,7 @@ Each row of a token is sent once to each rank, or node, that holds any of its ex
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +21,13 @@ from xpar.comm.grid import ProcessGrid
 from xpar.comm.placement import Placement
 from xpar.engine.bench.timing import Times
 from xpar.kernels.contracts import ExpertInput, Routing
-from xpar.kernels.rows import gather_rows
+from xpar.kernels.row_format import RowFormat
+from xpar.kernels.rows import decoded, encode_rows, gather_rows
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest relative error of a result."""
+CODES_TOLERANCE = 4e-2
+"""The same where rows travelled as e4m3 codes, which round with 2.6e-2."""
 ROUNDS = 30
 """Number of measured rounds; two before are not measured."""
 
@@ -49,11 +53,22 @@ def count_tokens(megabytes: float, hidden_size: int, dtype: torch.dtype, rows_pe
 
 
 def measure(
-    traffic: TokenTraffic, grid: ProcessGrid, names: list[str], rounds: int = ROUNDS
+    traffic: TokenTraffic,
+    grid: ProcessGrid,
+    names: list[str],
+    rounds: int = ROUNDS,
+    forms: Sequence[RowFormat | None] = (None,),
 ) -> list[dict[str, Any]]:
-    """Measure dispatch and combine, without the experts, of each dispatcher of ``names``; collective."""
+    """Measure dispatch and combine, without the experts, of each dispatcher of ``names``; collective.
+
+    ``forms``: the forms in which rows travel; None for numbers.
+    """
     placement = Placement.blocks(traffic.num_experts, grid.shape.ep, grid.shape.etp)
-    trials = [DispatchTrial(choose_dispatcher(grid, placement, name).dispatcher, traffic) for name in names]
+    trials = [
+        DispatchTrial(choose_dispatcher(grid, placement, name).dispatcher, traffic, form)
+        for name in names
+        for form in forms
+    ]
     node_of = [grid.world.node_of[r] for r in grid.moe.world_ranks]
     bare = BareExchange(grid.moe, trials[0].routing, placement, traffic)
     steps = [[trial.step() for trial in trials] + [bare.step()] for _ in range(rounds + 2)][2:]
@@ -93,11 +108,13 @@ class DispatchTrial:
     """One dispatcher with its input.
 
     The experts are the identity, so that the result is known: each token times the sum of its weights.
-    ``error``: the largest relative error so far.
+    ``error``: the largest relative error so far. ``form``: that of rows on their way to experts, or None.
     """
 
-    def __init__(self, dispatcher: Dispatcher, traffic: TokenTraffic) -> None:
-        self.dispatcher, self.traffic = dispatcher, traffic
+    def __init__(self, dispatcher: Dispatcher, traffic: TokenTraffic, form: RowFormat | None = None) -> None:
+        self.dispatcher, self.traffic, self.form = dispatcher, traffic, form
+        self.row_bytes = traffic.hidden_size * traffic.dtype.itemsize if form is None else form.nbytes
+        dispatcher.row_bytes = None if form is None else form.nbytes
         generator = torch.Generator().manual_seed(traffic.seed + dispatcher.group.rank)
         self.x = torch.randn(traffic.tokens, traffic.hidden_size, generator=generator).to(traffic.dtype)
         self.routing = random_routing(traffic, generator)
@@ -113,10 +130,12 @@ class DispatchTrial:
         planned = time.perf_counter()
         group.barrier()
         start = time.perf_counter()
-        arrived = self.dispatcher.dispatch(self.x, plan).wait()
+        rows = self.x if self.form is None else encode_rows(self.x, self.form)
+        arrived = replace(self.dispatcher.dispatch(rows, plan).wait(), row_format=self.form)
+        arrived = decoded(arrived, t.dtype)
         dispatched = time.perf_counter()
         outputs = identity_experts(
-            arrived, self.dispatcher.output(plan, arrived.topk_ids.shape[0], arrived.hidden_states)
+            arrived, self.dispatcher.output(plan, arrived.topk_ids.shape[0], self.x[:0])
         )
         group.barrier()
         back = time.perf_counter()
@@ -201,10 +220,11 @@ def _collect_result(
     ]
     ours = Times(tuple(s[0][1] + s[0][2] for s in slowest))
     bare = Times(tuple(s[1][1] + s[1][2] for s in slowest))
-    row_bytes = trial.traffic.hidden_size * trial.traffic.dtype.itemsize
     rows = sum(r[1] for r in gathered)
     return {
         "dispatcher": trial.dispatcher.name,
+        "row_format": None if trial.form is None else str(trial.form),
+        "row_bytes": trial.row_bytes,
         "tokens_per_rank": trial.traffic.tokens,
         "rows": rows,
         "row_granularity": granularity,
@@ -221,7 +241,7 @@ def _collect_result(
         * trial.traffic.tokens
         * group.size,
         "rows_back": sum(r[2] for r in gathered),
-        "bytes_per_rank": rows * row_bytes / group.size,
+        "bytes_per_rank": rows * trial.row_bytes / group.size,
         "plan_ms": statistics.median(s[0][0] for s in slowest) * 1e3,
         "dispatch_ms": statistics.median(s[0][1] for s in slowest) * 1e3,
         "combine_ms": statistics.median(s[0][2] for s in slowest) * 1e3,
@@ -232,16 +252,21 @@ def _collect_result(
 
 
 def measure_sizes(
-    base: TokenTraffic, grid: ProcessGrid, megabytes: list[float], names: list[str]
+    base: TokenTraffic,
+    grid: ProcessGrid,
+    megabytes: list[float],
+    names: list[str],
+    forms: Sequence[RowFormat | None] = (None,),
 ) -> list[dict[str, Any]]:
     """Measure every dispatcher at every size, in MB of 2^20 bytes a rank; collective.
 
     ``base``: the traffic, whose tokens follow from each size. ``names``: empty for all that serve ``grid``.
+    ``forms``: as for :func:`measure`; the sizes are those of rows as numbers.
     """
     rows = expected_rows(base.num_experts, base.top_k, grid.moe.size)
     names = agreed(grid.world.comm, lambda: choose_names(grid, base.num_experts, names), "bench comm")
     results = []
     for size in megabytes:
         traffic = replace(base, tokens=count_tokens(size, base.hidden_size, base.dtype, rows))
-        results += [{"megabytes": size, **result} for result in measure(traffic, grid, names)]
+        results += [{"megabytes": size, **result} for result in measure(traffic, grid, names, forms=forms)]
     return results

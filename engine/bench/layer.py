@@ -18,8 +18,8 @@ from xpar.engine.bench.timing import Contender, Times, take_turns
 from xpar.engine.layer.build import build_layer, with_options
 from xpar.engine.layer.micro_batches import MicroBatches
 from xpar.engine.layer.observers import Observers
-from xpar.engine.layer.options import LayerOptions
-from xpar.engine.layer.reference import relative_error
+from xpar.engine.layer.options import Activations, LayerOptions
+from xpar.engine.layer.reference import input_emulation, relative_error
 from xpar.engine.layer.route_and_compute import FusedRunner
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
@@ -43,6 +43,7 @@ class LayerBench:
         self.config = self.weights.config
         agreed(self.comm, self._check_memory, "bench layer")
         self.runner = agreed(self.comm, self._build, "bench layer")
+        self.emulation = input_emulation(self.runner)
         self.forwards = agreed(self.comm, self._build_forwards, "bench layer")
         self.peers = agreed(self.comm, self._start_peers, "bench layer", patient=True)
         self.peer_names: list[str] = self.comm.all_gather_object(self.peers.names if self.peers else [])[0]
@@ -75,16 +76,16 @@ class LayerBench:
         if self.peers:
             self.peers.close()
 
-    def _build(self) -> MoERunner:
+    def _build(self, activations: Activations | None = None) -> MoERunner:
         r = self.request
-        options = LayerOptions(r.dispatcher, r.kernel, r.exact, depth=r.depth)
+        options = LayerOptions(r.dispatcher, r.kernel, r.exact, activations or r.activations, depth=r.depth)
         fmt = r.weight_format
         return build_layer(self.config, self.grid, r.dtype, self.weights.read, options, weight_format=fmt)
 
     def _build_converted(self) -> MoERunner:
         """Build the layer that has the same weights converted to the request's dtype."""
         r = self.request
-        options = LayerOptions(r.dispatcher, exact=r.exact, depth=r.depth)
+        options = LayerOptions(r.dispatcher, exact=r.exact, activations="exact", depth=r.depth)
         return build_layer(self.config, self.grid, r.dtype, self.weights.read, options)
 
     def _build_forwards(self) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -98,6 +99,10 @@ class LayerBench:
             forwards["steps"] = with_options(self.runner, depth="steps")
         if "bf16" in self.request.compare:
             forwards["bf16"] = self._build_converted()
+        if "exact" in self.request.compare:
+            if self.runner.experts.row_format is None:
+                raise ValueError("--compare exact: rows travel as they are; add --activations quantised")
+            forwards["exact"] = self._build("exact")
         if (count := self.request.micro_batches) > 1:
             forwards[f"{count} micro-batches"] = MicroBatches(self.runner, count)
         return forwards
@@ -142,9 +147,14 @@ class LayerBench:
         def compare() -> dict[str, float]:
             if self.peers is None:
                 return {}
-            reference, _ = self.weights.reference(x)
+            plain, _ = self.weights.reference(x)
+            ours = plain if self.emulation is None else self.weights.reference(x, emulation=self.emulation)[0]
             theirs = {name: self.peers.output(name, tokens, 0, x.shape[0]) for name in self.peer_names}
-            return {name: relative_error(y, reference) for name, y in (outputs | theirs).items()}
+            as_they_are = {"bf16", "exact", *self.peer_names}
+            return {
+                name: relative_error(y, plain if name in as_they_are else ours)
+                for name, y in (outputs | theirs).items()
+            }
 
         errors = agreed(self.comm, compare, "bench layer", patient=True)
         return dict(self.comm.all_gather_object(errors)[0])

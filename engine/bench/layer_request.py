@@ -1,14 +1,15 @@
 """The request of ``xpar bench layer``, and the weights and inputs that follow from it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from xpar.engine.layer.options import Depth
+from xpar.engine.config import LayerConfig, StoredActivations
+from xpar.engine.layer.options import Activations, Depth
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import Shape
-from xpar.kernels.quantised_weight import WeightFormat
+from xpar.kernels.quantised_weight import ActivationScheme, CodeType, WeightFormat
 
 BATCHES = 8
 """Number of different inputs that the rounds go through: few tokens meet other experts each time, not those
@@ -44,15 +45,23 @@ class LayerRequest:
     depth: Depth = "auto"
     micro_batches: int = 1
     weight_format: WeightFormat | None = None
+    activations: Activations = "auto"
 
     @property
     def peers(self) -> tuple[str, ...]:
         """The entries of ``compare`` that a process beside the job computes."""
-        return tuple(name for name in self.compare if name not in ("steps", "bf16"))
+        return tuple(name for name in self.compare if name not in ("steps", "bf16", "exact"))
 
     def make_weights(self) -> SyntheticLayer:
         """Make the layer's weights, the same in every process."""
-        return SyntheticLayer(self.shape.layer(self.scale), self.dtype, self.seed, self.weight_format)
+        return SyntheticLayer(self.make_config(), self.dtype, self.seed, self.weight_format)
+
+    def make_config(self) -> LayerConfig:
+        """Make the layer's configuration, with what checkpoints in its format say about inputs of experts."""
+        config, fmt = self.shape.layer(self.scale), self.weight_format
+        if fmt is None or fmt.code is not CodeType.E4M3:
+            return config
+        return replace(config, activations=StoredActivations(ActivationScheme(fmt.block[1])))
 
     def draw_input(self, tokens: int, number: int) -> Tensor:
         """Draw batch ``number`` of ``BATCHES``: [tokens, H], the same in every process."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xpar.engine.checkpoint.tensor_file import DTYPES, CheckpointError, TensorEntry, TensorFile
+from xpar.engine.config import StoredActivations
 from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorEntry"]
@@ -146,6 +147,14 @@ class Checkpoint:
     def weight_format(self, name: str) -> WeightFormat | None:
         """Return the format in which tensor ``name`` is quantised; None for one that is not."""
         return None
+
+    def activations(self, name: str) -> StoredActivations:
+        """Return how the inputs of tensor ``name`` are quantised."""
+        return StoredActivations(None, "the experts are plain numbers")
+
+    def expert_inputs(self) -> StoredActivations:
+        """Return how the inputs of routed experts are quantised, by the first one that is found."""
+        return self.activations("")
 
     def describe_conversions(self, dtype: torch.dtype) -> str:
         """Describe the quantised weights that were read as ``dtype``; empty if none were."""

@@ -13,13 +13,15 @@ from rich.table import Table
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.bench.comm import TOLERANCE, TokenTraffic, measure_sizes
+from xpar.engine.bench.comm import CODES_TOLERANCE, TOLERANCE, TokenTraffic, measure_sizes
 from xpar.engine.bench.graph_exchange import NAMES, Sizes, measure_all
 from xpar.engine.commands.options import at_least, attach, check_positive, job_line, pick_device
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import count, make_console
 from xpar.engine.layer.build import FLOATS
+from xpar.kernels.quantised_weight import ActivationScheme
+from xpar.kernels.row_format import RowFormat
 
 
 def main(args: argparse.Namespace) -> int:
@@ -40,7 +42,8 @@ def main(args: argparse.Namespace) -> int:
         return 1
     if device == "cuda":
         return _measure_graphs(args, grid, console, traffic)
-    results = measure_sizes(traffic, grid, args.megabytes, args.dispatchers)
+    codes = (RowFormat(traffic.hidden_size, ActivationScheme()),) if args.quantised_rows else ()
+    results = measure_sizes(traffic, grid, args.megabytes, args.dispatchers, (None, *codes))
     job = f"{count(world.size, 'rank')} on {count(world.num_nodes, 'node')}"
     console.print(f"{job} | {grid.shape} | {world.library.splitlines()[0]}", soft_wrap=True)
     console.print(_table(results))
@@ -48,7 +51,8 @@ def main(args: argparse.Namespace) -> int:
         manifest = grid_manifest(grid, traffic.dtype, "all", "identity", args.seed)
         write = partial(write_result, args.json, manifest, {"results": results})
         agreed(world.comm, lambda: None if world.rank else write())
-    wrong = [r for r in results if not r["rel_error"] <= TOLERANCE[traffic.dtype]]
+    limits = [CODES_TOLERANCE if r["row_format"] else TOLERANCE[traffic.dtype] for r in results]
+    wrong = [r for r, limit in zip(results, limits, strict=True) if not r["rel_error"] <= limit]
     more = [r for r in results if r["row_granularity"] != "all" and r["rows"] != r["rows_deduplicated"]]
     for r in wrong + more:
         rows = f"{r['rows']} rows of {r['rows_deduplicated']}"
@@ -140,7 +144,7 @@ def _table(results: list[dict[str, Any]]) -> Table:
     for r in results:
         table.add_row(
             f"{r['bytes_per_rank'] / 2**20:.2f}",
-            r["dispatcher"],
+            r["dispatcher"] + (", fp8" if r["row_format"] else ""),
             str(r["rows"]),
             str(r["rows_deduplicated"]),
             f"{r['rows_expected']:.0f}",

@@ -38,6 +38,9 @@ def main(args: argparse.Namespace) -> int:
     console.print(
         f"{args.shape}: {sizes} | {job} | {grid.shape} | {runner.dispatcher.name}, {kernel}", soft_wrap=True
     )
+    if (form := runner.experts.row_format) is not None:
+        plain = c.routed_size * request.dtype.itemsize
+        console.print(f"rows travel as {form}: {form.nbytes} bytes, {form.nbytes / plain:.3f} of {plain}")
     results = [bench.measure(tokens) for tokens in progress(world, request.tokens, "tokens")]
     bench.close()
     gb, gflop = bench.ceilings.bytes_per_s / 1e9, bench.ceilings.flop_per_s / 1e9
@@ -82,6 +85,7 @@ def _read_request(args: argparse.Namespace) -> LayerRequest:
         depth=args.depth,
         micro_batches=args.micro_batches,
         weight_format=NAMED_FORMATS[args.format] if args.format else None,
+        activations=args.activations,
     )
 
 

@@ -8,7 +8,7 @@ from xpar.engine.commands import options
 from xpar.engine.commands.options import add_number
 from xpar.engine.synthetic.shapes import SHAPES
 
-COMPARE = ("transformers", "solo", "steps", "bf16")
+COMPARE = ("transformers", "solo", "steps", "bf16", "exact")
 FORMATS = ("fp8", "int8", "int4", "mxfp4", "nvfp4")
 """As ``NAMED_FORMATS`` of :mod:`xpar.kernels.quantisation`, which cannot be imported here."""
 MODES = ("strong", "weak")
@@ -36,13 +36,15 @@ def add_layer(p: argparse.ArgumentParser) -> None:
         choices=COMPARE,
         help="what to measure beside the layer. transformers: the model's own layer; solo: this layer in one "
         "process with all threads of the node; steps: one call for each step of the layer; bf16: the weights "
-        "of --format converted when they are loaded (default: nothing)",
+        "of --format converted when they are loaded; exact: rows that travel as they are, beside "
+        "--activations quantised (default: nothing)",
     )
     p.add_argument(
         "--format", choices=FORMATS, help="quantise the routed experts' weights (default: plain numbers)"
     )
     add_number(p, "--seconds", "measuring time in seconds per contender and number of tokens", 2.0)
     options.add_dispatcher_and_kernel(p)
+    options.add_activations(p)
     options.add_exact(p)
     options.add_depth(p)
     add_number(p, "--micro-batches", "measure the layer also split into N parts that overlap", 1)
@@ -70,6 +72,12 @@ def add_comm(p: argparse.ArgumentParser) -> None:
         help="on host processors, dispatchers to measure (default: every one that serves the grid and sends "
         "something)",
     )
+    p.add_argument(
+        "--quantised-rows",
+        action="store_true",
+        help="on host processors, measure every dispatcher also with rows that travel as fp8 codes with a "
+        "scale for 128 values, the time of quantising and decoding included",
+    )
     options.add_grid(p, "tp", "dp", "ep", "etp")
     options.add_device(p)
     _add_common(p)
@@ -96,6 +104,7 @@ def add_generate(p: argparse.ArgumentParser) -> None:
     options.add_grid(p, "ep", "etp", default="see docs/generate.md, How it runs")
     options.add_device(p)
     options.add_dispatcher_and_kernel(p)
+    options.add_activations(p)
     options.add_dense(p)
     options.add_whole_dense(p)
     options.add_dtype(p)

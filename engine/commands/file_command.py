@@ -60,7 +60,11 @@ def run_request(args: argparse.Namespace, command: FileCommand[Q]) -> int:
     request = agreed(comm, lambda: command.make_request(args, world.rank == 0))
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)
-    request = replace(request, exact_with=model_session.exact_with(args, grid))
+    request = replace(
+        request,
+        exact_with=model_session.exact_with(args, grid),
+        activations=agreed(comm, lambda: model_session.activations_of(args, grid, request.dtype)),
+    )
     tokens, notes = agreed(comm, lambda: command.make_tokenizer(args, request))
     for note in notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)

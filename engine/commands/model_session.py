@@ -24,6 +24,7 @@ from xpar.engine.generation.request import RequestBase, Workload
 from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.generation.samples import samples_path
 from xpar.engine.layer.build import FLOATS
+from xpar.engine.layer.input_scheme import why_exact
 from xpar.engine.models.loader import LoadedModel, expert_configs, load_model
 from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
 
@@ -53,6 +54,14 @@ def exact_with(args: argparse.Namespace, grid: ProcessGrid) -> tuple[tuple[str, 
         ("whole-block", "yes" if args.whole_block else "no"),
         *((name, version(name)) for name in ("torch", "transformers")),
     )
+
+
+def activations_of(args: argparse.Namespace, grid: ProcessGrid, dtype: torch.dtype) -> str | None:
+    """Return ``quantised`` if inputs of experts are quantised, else None; ValueError if they cannot be."""
+    with open_checkpoint(args.checkpoint) as checkpoint:
+        stored = checkpoint.expert_inputs()
+    why = why_exact(stored, grid.device, dtype, args.activations, args.exact)
+    return "quantised" if why is None else None
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
@@ -93,7 +102,13 @@ def load(
     ``whole_dense``: whether every rank keeps all dense weights.
     """
     spread = SpreadOptions(
-        args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense, slice_dense=not whole_dense
+        args.dispatcher,
+        args.kernel,
+        args.exact,
+        args.activations,
+        whole_block=args.whole_block,
+        dense=args.dense,
+        slice_dense=not whole_dense,
     )
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:
@@ -105,7 +120,8 @@ def load(
         f"{loaded.expert_bytes / 1e6:.1f} MB of experts on rank 0; "
         f"all ranks read {read / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s | "
         f"{layer.dispatcher.name} dispatch, {layer.kernel.name if layer.kernel else 'no'} kernel, "
-        f"{loaded.dense} dense products{', shared out over each node' if loaded.slices_dense else ''}",
+        f"{loaded.dense} dense products{', shared out over each node' if loaded.slices_dense else ''}"
+        f"{f', rows as {form}' if (form := layer.experts.row_format) else ''}",
         soft_wrap=True,
     )
     return loaded

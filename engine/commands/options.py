@@ -22,6 +22,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 """Names in :data:`xpar.engine.layer.build.FLOATS`, which cannot be imported here; a test compares the two."""
 DEPTHS = ("auto", "steps", "one-call")
 """As ``DEPTHS`` of :mod:`xpar.engine.layer.options`."""
+ACTIVATIONS = ("auto", "quantised", "exact")
+"""As ``ACTIVATIONS`` of :mod:`xpar.engine.layer.options`."""
 BATCH = 16
 PREFILL_TOKENS = 4096
 AXES = {
@@ -95,6 +97,17 @@ def add_dispatcher_and_kernel(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--kernel", default="auto", metavar="NAME", help="kernel that computes the experts (default auto)"
+    )
+
+
+def add_activations(p: argparse.ArgumentParser) -> None:
+    """Add ``--activations``."""
+    p.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        default="auto",
+        help="quantised: quantise inputs of fp8 experts as the checkpoint says, before they travel; exact: "
+        "leave them as they are (default auto: quantised on GPUs, without --exact and float32)",
     )
 
 

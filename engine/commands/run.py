@@ -25,10 +25,12 @@ from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.build import FLOATS, load_layer
 from xpar.engine.layer.checkpoint_config import read_layer_config, read_layer_configs
 from xpar.engine.layer.expert_shard import expert_rows, pick_dispatcher, pick_kernel
+from xpar.engine.layer.input_scheme import choose_input_scheme
 from xpar.engine.layer.observers import Observers
 from xpar.engine.layer.options import LayerOptions
-from xpar.engine.layer.reference import TOLERANCE, layer_reference, relative_error
+from xpar.engine.layer.reference import TOLERANCE, input_emulation, layer_reference, relative_error
 from xpar.engine.layer.route_and_compute import explain_depth
+from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.stage_timer import MeasuringTimer
 from xpar.engine.synthetic.values import random_token_ids, random_tokens
 
@@ -81,7 +83,9 @@ def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
 
 def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype) -> dict[str, Any]:
     """Load one layer, run it on the random tokens, and return its figures; collective."""
-    options = LayerOptions(args.dispatcher, args.kernel, args.exact, tiles=args.tiles, depth=args.depth)
+    options = LayerOptions(
+        args.dispatcher, args.kernel, args.exact, args.activations, tiles=args.tiles, depth=args.depth
+    )
     runner = load_layer(args.checkpoint, layer, grid, dtype, options)
     tokens = random_tokens(args.tokens, runner.config.hidden_size, args.seed + layer).to(dtype)
     ids = random_token_ids(args.tokens, runner.config, args.seed + layer)
@@ -95,23 +99,32 @@ def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: t
         output = step.sum()
     result = layer_result(runner, timers, step.traffic, args.tokens)
     if args.verify:
-        result["rel_error"] = _relative_error(args.checkpoint, grid, layer, tokens, ids, output)
+        result["rel_error"] = _relative_error(args.checkpoint, runner, layer, tokens, ids, output)
     return result
 
 
 def _relative_error(
-    path: Path, grid: ProcessGrid, layer: int, tokens: Tensor, ids: Tensor | None, output: Tensor
+    path: Path, runner: MoERunner, layer: int, tokens: Tensor, ids: Tensor | None, output: Tensor
 ) -> float:
-    """Compute ||output - reference|| / ||reference|| over all ranks, of the job's ``tokens``; collective."""
+    """Compute ||output - reference|| / ||reference|| over all ranks, of the job's ``tokens``; collective.
+
+    Where the layer quantises inputs of experts, so does the reference.
+    """
+    grid, emulation = runner.grid, input_emulation(runner)
     kept = output.cpu() if grid.tp.rank == 0 else output.cpu()[:0]
     complete = grid.world.comm.all_gather_v(kept)
+
+    # Kernels on GPUs take the few rows of one rank as they are.
+    ways = [emulation, None] if emulation is not None and emulation.is_whole else [emulation]
 
     def compare() -> float:
         if grid.world.rank:
             return 0.0
         with open_checkpoint(path) as checkpoint:
-            reference, _ = layer_reference(checkpoint, layer, tokens, input_ids=ids)
-        return relative_error(complete, reference)
+            references = [
+                layer_reference(checkpoint, layer, tokens, input_ids=ids, emulation=way)[0] for way in ways
+            ]
+        return min(relative_error(complete, reference) for reference in references)
 
     error = agreed(grid.world.comm, compare, f"reference of layer {layer}", patient=True)
     return float(grid.world.comm.all_gather_object(error)[0])
@@ -127,10 +140,13 @@ def _explain(
         stored = experts_format(checkpoint, arch, layer, config, rows)
 
     def reasons() -> str:
-        placement, dispatcher = pick_dispatcher(grid, config, dtype, args.dispatcher)
-        local = len(placement.experts_of(grid.ep_rank))
-        kernel = pick_kernel(config, grid, max(1, local), dtype, args.kernel, args.exact, stored)
+        inputs = choose_input_scheme(config, grid.device, dtype, args.activations, args.exact)
+        form, scheme = inputs.row_format, inputs.scheme
+        placement, dispatcher = pick_dispatcher(grid, config, dtype, args.dispatcher, row_format=form)
+        local = max(1, len(placement.experts_of(grid.ep_rank)))
+        kernel = pick_kernel(config, grid, local, dtype, args.kernel, args.exact, stored, scheme)
         steps = explain_depth(config, kernel.chosen, dispatcher.dispatcher, args.exact, args.depth)
-        return f"dispatcher\n{dispatcher.explain()}\nkernel\n{kernel.explain()}\nsteps\n{steps}"
+        choices = f"dispatcher\n{dispatcher.explain()}\nkernel\n{kernel.explain()}\nsteps\n{steps}"
+        return f"{choices}\nrows\n{inputs.explain()}"
 
     console.print(agreed(grid.world.comm, reasons))

@@ -28,7 +28,7 @@ def layer_result(
     gathered = runner.grid.world.comm.all_gather_object((mine, total, counts))
     times, totals, all_counts = zip(*gathered, strict=True)
     dispatched, combined, _ = (sum(column) for column in zip(*all_counts, strict=True))
-    row_bytes = runner.config.routed_size * runner.dtype.itemsize
+    row_bytes = runner.config.routed_size * runner.dtype.itemsize  # of a row that comes home
     return {
         "layer": runner.layer,
         "dispatcher": runner.dispatcher.name,
@@ -36,7 +36,7 @@ def layer_result(
         "stages": {s: _spread([t[s] for t in times]) for s in STAGES},
         "total": _spread(list(totals)),
         "rows_dispatched": dispatched,
-        "bytes_dispatched": dispatched * row_bytes,
+        "bytes_dispatched": dispatched * runner.experts.row_bytes,
         "bytes_combined": combined * row_bytes,
         "imbalance": imbalance([slots for *_, slots in all_counts]),
         "tokens_per_s": tokens / (max(totals) * 1e-3),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xpar.engine.checkpoint.reader import Checkpoint, entry_shape, slice_ranges
 from xpar.engine.checkpoint.tensor_file import CheckpointError, TensorEntry
+from xpar.engine.config import WEIGHTS_ALONE, StoredActivations
 from xpar.engine.formats.dequantise import dequantise_into
 from xpar.engine.formats.registry import (
     CACHE_SCALES,
@@ -26,7 +27,7 @@ from xpar.engine.formats.registry import (
 )
 from xpar.engine.formats.schemes import SchemeOf, schemes_of
 from xpar.engine.formats.stored_weight import Parts, Scheme, StoredWeight, cut_units, refine
-from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
+from xpar.kernels.quantised_weight import CodeType, QuantisedWeight, WeightFormat
 
 log = logging.getLogger("xpar.formats")
 
@@ -133,6 +134,28 @@ class QuantisedCheckpoint(Checkpoint):
         """Return the format of quantised tensor ``name`` if kernels can compute from it, else None."""
         weight = self.find(name)
         return None if weight is None or not weight.keeps_its_codes else weight.format
+
+    def activations(self, name: str) -> StoredActivations:
+        """Return how the inputs of tensor ``name`` are quantised; they are only where its codes are e4m3."""
+        weight = self.find(name)
+        if weight is None:
+            return StoredActivations(None, "the experts are plain numbers")
+        found = weight.scheme.activations
+        if found.scheme is None or (weight.keeps_its_codes and weight.format.code is CodeType.E4M3):
+            return found
+        return StoredActivations(None, f"they are multiplied by {weight.format} codes, which take floats")
+
+    def expert_inputs(self) -> StoredActivations:
+        """Return how the inputs of routed experts are quantised, by the first that has a scheme."""
+        names = [name for name in self._modules if ".experts." in name] or list(self._modules)
+        found = WEIGHTS_ALONE
+        for name in names:
+            scheme = self._scheme_of(self._modules[name])
+            if scheme is not None and scheme.activations.scheme is not None:
+                found = self.activations(name)
+                if found.scheme is not None:
+                    break
+        return found
 
     def smallest_cut(self, name: str) -> tuple[int, int]:
         """Return the rows and columns of W [N, K] of which a slice that keeps the format is a multiple."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from xpar.engine.checkpoint.tensor_file import CheckpointError
+from xpar.engine.formats import activations
 from xpar.engine.formats.patterns import globs, path_or_end, targets
 from xpar.engine.formats.stored_weight import Scheme
 
@@ -65,7 +66,8 @@ def _fp8(config: Config) -> SchemeOf:
     fmt = str(config.get("fmt") or "e4m3")
     if "e5m2" in fmt:
         raise CheckpointError(f"config.json: quantization_config.fmt={fmt!r}: only e4m3 is read; {INSTEAD}")
-    scheme = Scheme(str(config.get("quant_method")), 8, block)
+    inputs = activations.of_fp8(config, block)
+    scheme = Scheme(str(config.get("quant_method")), 8, block, activations=inputs)
     is_left_out = path_or_end([*_list(config, "modules_to_not_convert"), *_list(config, "ignored_layers")])
     return lambda module: None if is_left_out(module) else scheme
 
@@ -111,9 +113,9 @@ def _group_scheme(group: Config) -> Scheme:
         raise CheckpointError(
             f"config.json: config_groups: strategy={strategy!r} is not one of {', '.join(block)}; {INSTEAD}"
         )
-    return Scheme(
-        "compressed-tensors", weights.get("num_bits"), block[strategy], bool(weights.get("symmetric", True))
-    )
+    bits, symmetric = weights.get("num_bits"), bool(weights.get("symmetric", True))
+    inputs = activations.of_group(group)
+    return Scheme("compressed-tensors", bits, block[strategy], symmetric, activations=inputs)
 
 
 def _gptq(config: Config) -> SchemeOf:

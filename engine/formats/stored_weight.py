@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.checkpoint.tensor_file import DTYPES, CheckpointError
+from xpar.engine.config import WEIGHTS_ALONE, StoredActivations
 from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
 
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "F8_E4M3")
@@ -34,6 +35,7 @@ class Scheme:
         zero_plus_one: True if GPTQ's zero points are stored less one.
         packing: ``gptq`` or ``awq``, for words of integers.
         signed_scales: True if the writer makes negative scales, too.
+        activations: how the weight's inputs are quantised.
     """
 
     method: str
@@ -43,6 +45,7 @@ class Scheme:
     zero_plus_one: bool = True
     packing: str | None = None
     signed_scales: bool = False
+    activations: StoredActivations = WEIGHTS_ALONE
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Request:
     ``options``: those of the run, from which lines with fields of their own begin; None for ``sampling``,
     ``max_new_tokens`` and ``stops``. ``format``: of the answers, ``xpar``, ``openai`` or, for that of the
     file, ``auto``. ``model``: the name that answers in OpenAI's form have.
+    ``activations``: what is done to inputs of experts before they are multiplied, or None for nothing.
     """
 
     checkpoint: Path
@@ -79,6 +80,7 @@ class Request:
     dtype: torch.dtype = torch.float32
     exact: bool = False
     exact_with: tuple[tuple[str, str], ...] = ()
+    activations: str | None = None
     stop_tokens: tuple[str, ...] = ()
     keep_special: bool = False
     options: RunOptions | None = None
@@ -106,6 +108,7 @@ class Request:
             "keep-special-tokens": self.keep_special,
             "chat": self.chat,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "activations": self.activations,
             **_exactness(self.exact, self.exact_with),
         }
 
@@ -160,6 +163,7 @@ class ScoreRequest:
     dtype: torch.dtype = torch.float32
     exact: bool = False
     exact_with: tuple[tuple[str, str], ...] = ()
+    activations: str | None = None
 
     @property
     def form(self) -> Form:
@@ -171,6 +175,7 @@ class ScoreRequest:
             "dtype": str(self.dtype).removeprefix("torch."),
             # Pieces of another length round otherwise.
             "prefill-tokens": self.prefill_tokens if self.exact else None,
+            "activations": self.activations,
             **_exactness(self.exact, self.exact_with),
         }
 

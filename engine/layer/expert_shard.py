@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -16,11 +16,14 @@ from xpar.comm.partition import split_range
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed
 from xpar.engine.config import LayerConfig
+from xpar.engine.layer.input_scheme import choose_input_scheme
 from xpar.engine.layer.options import ExpertOptions
 from xpar.kernels.choice import Choice
 from xpar.kernels.contracts import ExpertInput, ExpertKernel, ExpertSpec, SlotKernel, Slots
-from xpar.kernels.quantised_weight import WeightFormat
+from xpar.kernels.quantised_weight import ActivationScheme, WeightFormat
 from xpar.kernels.registry import KernelEntry, choose_kernel, choose_quantised_kernel
+from xpar.kernels.row_format import RowFormat
+from xpar.kernels.rows import decoded, encode_rows
 
 log = logging.getLogger("xpar.build")
 
@@ -44,6 +47,7 @@ class ExpertShard:
         hidden_size: Width of the rows that the experts read and write.
         dtype: The dtype of these rows.
         exact: As in :class:`~xpar.engine.layer.options.ExpertOptions`.
+        row_format: The form in which rows travel to experts; None for plain numbers. The same on every rank.
     """
 
     dispatcher: Dispatcher
@@ -54,6 +58,18 @@ class ExpertShard:
     hidden_size: int
     dtype: torch.dtype
     exact: bool
+    row_format: RowFormat | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of a row on its way to experts."""
+        plain = self.hidden_size * self.dtype.itemsize
+        return plain if self.row_format is None else self.row_format.nbytes
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether ``kernel`` quantises its inputs, and computes from rows that were quantised before."""
+        return self.kernel is not None and self.kernel.spec.activation_scheme is not None
 
     @property
     def weight_format(self) -> WeightFormat | None:
@@ -70,6 +86,14 @@ class ExpertShard:
         """The global ids as text: ``4-7``, or ``none``."""
         return f"{self.experts.start}-{self.experts.stop - 1}" if self.experts else "none"
 
+    def dispatch(self, rows: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
+        """Start to move ``rows`` [T, H] to their experts, quantised before that where the layer does so."""
+        form = self.row_format
+        if form is None or (self.dispatcher.capabilities.replicated_tokens and self.takes_codes):
+            return self.dispatcher.dispatch(rows, plan)  # what does not move is quantised by the kernel
+        moving = self.dispatcher.dispatch(encode_rows(rows, form), plan)
+        return Pending(lambda: replace(moving.wait(), row_format=form))
+
     def compute(self, arrived: ExpertInput, plan: DispatchPlan) -> Tensor | Slots:
         """Compute the experts of the rows that arrived: ``[M, H]``, the slots of each row summed.
 
@@ -77,13 +101,18 @@ class ExpertShard:
         them where they lie.
         """
         if self.kernel is None:
-            return torch.empty(0, self.hidden_size, dtype=self.dtype, device=arrived.topk_ids.device)
+            return self._no_rows(arrived)
+        if not self.takes_codes:
+            arrived = decoded(arrived, self.dtype)
         if self.dispatcher.capabilities.takes_slots and isinstance(self.kernel, SlotKernel):
             return self.kernel.compute_unsummed(arrived, self.exact)
         if self.exact:
             return self.kernel.compute_slots(arrived)
-        out = self.dispatcher.output(plan, arrived.topk_ids.shape[0], arrived.hidden_states)
+        out = self.dispatcher.output(plan, arrived.topk_ids.shape[0], self._no_rows(arrived))
         return self.kernel.compute(arrived, out)
+
+    def _no_rows(self, arrived: ExpertInput) -> Tensor:
+        return torch.empty(0, self.hidden_size, dtype=self.dtype, device=arrived.topk_ids.device)
 
     def combine(self, outputs: Tensor | Slots, plan: DispatchPlan) -> Pending[Distributed]:
         """Start to bring home what :meth:`compute` returned."""
@@ -119,18 +148,22 @@ def build_expert_shard(
         ValueError: The options do not fit the grid, the layer or this machine.
     """
     check_exact(options.exact, grid)
-    placement, chosen = pick_dispatcher(grid, config, dtype, options.dispatcher, sequence_parallel, copies)
+    inputs = choose_input_scheme(config, grid.device, dtype, options.activations, options.exact)
+    placement, chosen = pick_dispatcher(
+        grid, config, dtype, options.dispatcher, sequence_parallel, copies, inputs.row_format
+    )
     experts = placement.experts_of(grid.ep_rank)
     rows = expert_rows(config, grid)
     kernel = entry = None
     if count := len(experts) + copies:
-        spec = expert_spec(config, grid.device, count, rows.stop - rows.start, dtype, options.exact)
+        spec = expert_spec(
+            config, grid.device, count, rows.stop - rows.start, dtype, options.exact, inputs.scheme
+        )
         spec, choice = choose_for_weights(spec, options.kernel, weight_format, bool(copies))
         entry = choice.chosen
         kernel = entry.build(spec)
-    return ExpertShard(
-        chosen.dispatcher, experts, rows, kernel, entry, config.routed_size, dtype, options.exact
-    )
+    size, exact = config.routed_size, options.exact
+    return ExpertShard(chosen.dispatcher, experts, rows, kernel, entry, size, dtype, exact, inputs.row_format)
 
 
 def pick_dispatcher(
@@ -140,13 +173,15 @@ def pick_dispatcher(
     name: str,
     sequence_parallel: bool = False,
     copies: int = 0,
+    row_format: RowFormat | None = None,
 ) -> tuple[Placement, DispatcherChoice]:
     """Place the experts on the ranks and choose how tokens reach them, with the reasons against the others.
 
-    The arguments are those of :func:`build_expert_shard`; ``name`` is a dispatcher's, or ``auto``.
+    The arguments are those of :func:`build_expert_shard`; ``name`` is a dispatcher's, or ``auto``, and
+    ``row_format`` the form in which rows travel.
     """
     placement = Placement.blocks(config.num_experts, grid.shape.ep, grid.shape.etp, copies).to(grid.device)
-    return placement, choose_dispatcher(
+    choice = choose_dispatcher(
         grid,
         placement,
         name,
@@ -154,7 +189,10 @@ def pick_dispatcher(
         sequence_parallel=sequence_parallel,
         hidden_size=config.routed_size,
         dtype=dtype,
+        coded_rows=row_format is not None,
     )
+    choice.dispatcher.row_bytes = None if row_format is None else row_format.nbytes
+    return placement, choice
 
 
 def pick_kernel(
@@ -165,14 +203,16 @@ def pick_kernel(
     name: str,
     exact: bool,
     weight_format: WeightFormat | None = None,
+    scheme: ActivationScheme | None = None,
 ) -> Choice[KernelEntry]:
     """Choose the kernel for ``experts`` experts of this rank's width, with the reasons against the others.
 
-    ``weight_format`` is the format in which the weights are stored, or None for plain numbers.
+    ``weight_format`` is the format in which the weights are stored, or None for plain numbers; ``scheme``
+    that by which rows are quantised, or None.
     """
     rows = expert_rows(config, grid)
     width = rows.stop - rows.start
-    spec = expert_spec(config, grid.device, experts, width, dtype, exact)
+    spec = expert_spec(config, grid.device, experts, width, dtype, exact, scheme)
     return choose_for_weights(spec, name, weight_format)[1]
 
 
@@ -191,17 +231,22 @@ def choose_for_weights(
         has_copies: Copies of shared experts, in plain numbers, come into the same kernel.
 
     Returns:
-        What the kernel has to be built for, and the choice with its reasons.
+        What the kernel has to be built for, and the choice with its reasons. Only a kernel that computes with
+        quantised inputs is built with an activation scheme; any other gets rows as plain numbers.
     """
+    plain = replace(spec, activation_scheme=None)
     if weight_format is None:
-        return spec, choose_kernel(spec, name)
+        return plain, choose_kernel(plain, name)
     if has_copies:
-        choice, why = choose_kernel(spec, name), "shared experts are fused with them"
+        spec, why = plain, "shared experts are fused with them"
+        choice = choose_kernel(spec, name)
     else:
         spec, choice = choose_quantised_kernel(spec, weight_format, name)
         why = "no kernel computes from them" if name == "auto" else f"kernel {name} was asked for"
     if spec.weight_format is None:
         _log_conversion(spec, weight_format, choice.name, why)
+    if spec.weight_format is None or spec.row_invariant or not choice.chosen.quantises_inputs:
+        spec = replace(spec, activation_scheme=None)
     return spec, choice
 
 
@@ -230,8 +275,12 @@ def expert_spec(
     width: int,
     dtype: torch.dtype,
     exact: bool,
+    scheme: ActivationScheme | None = None,
 ) -> ExpertSpec:
-    """Describe what a kernel must be able to do for ``experts`` experts, ``width`` wide on this rank."""
+    """Describe what a kernel must be able to do for ``experts`` experts, ``width`` wide on this rank.
+
+    ``scheme``: that by which the inputs of both products may be quantised.
+    """
     return ExpertSpec(
         num_experts=experts,
         hidden_size=config.routed_size,
@@ -241,6 +290,7 @@ def expert_spec(
         device=str(device),
         row_invariant=exact,
         bias=config.bias,
+        activation_scheme=scheme,
     )
 
 

@@ -8,6 +8,8 @@ from xpar.engine.layer.shared_expert_overlap import SharedOrder
 
 Depth = Literal["auto", "steps", "one-call"]
 DEPTHS: tuple[Depth, ...] = ("auto", "steps", "one-call")
+Activations = Literal["auto", "quantised", "exact"]
+ACTIVATIONS: tuple[Activations, ...] = ("auto", "quantised", "exact")
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,14 @@ class ExpertOptions:
         exact: Slot outputs travel unsummed and are added in slot order where their token lives, by kernels
             whose rows do not depend on each other. The bits of the result then do not depend on the number of
             ranks.
+        activations: ``quantised`` quantises the inputs of experts as the checkpoint says, before they travel;
+            ``exact`` leaves them as they are; ``auto`` quantises on GPUs, outside exact mode and float32.
     """
 
     dispatcher: str = "auto"
     kernel: str = "auto"
     exact: bool = False
+    activations: Activations = "auto"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ Routing is decided as the engine decides it, in the dtypes of the model; everyth
 are read one at a time, and only experts that some token chose, so that a layer of any size can be verified.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +27,11 @@ from xpar.engine.architectures.layer_weights import (
 from xpar.engine.architectures.mlp_weights import MlpTensors
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
+from xpar.engine.layer.runner import MoERunner
 from xpar.engine.routing import identity_output, weigh_input
 from xpar.kernels.contracts import Routing
+from xpar.kernels.quantised_rows import quantise_rows, quantised_mlp
+from xpar.kernels.quantised_weight import ActivationScheme
 from xpar.kernels.reference import mlp
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -38,12 +43,37 @@ def relative_error(y: Tensor, reference: Tensor) -> float:
     return float((y.float() - reference).norm() / reference.norm().clamp_min(1e-30))
 
 
+@dataclass(frozen=True)
+class InputEmulation:
+    """An expert whose inputs are quantised as a layer's kernels do.
+
+    Attributes:
+        scheme: How they are quantised.
+        dtype: The dtype in which rows lie.
+        is_whole: Whether the inputs of both products are, from codes of weights as they are stored; else
+            only the rows that travel, which become ``dtype`` again before they are multiplied.
+    """
+
+    scheme: ActivationScheme
+    dtype: torch.dtype
+    is_whole: bool
+
+    def __call__(self, x: Tensor, *weights: Any) -> Tensor:
+        """Compute as :func:`~xpar.kernels.reference.mlp`, with its arguments."""
+        x = x.to(self.dtype)
+        if self.is_whole:
+            return quantised_mlp(x, *weights, scheme=self.scheme)
+        decoded = quantise_rows(x, self.scheme).dequantise(self.scheme.group)
+        return mlp(decoded.to(self.dtype), *weights)
+
+
 def layer_reference(
     checkpoint: Checkpoint,
     layer: int,
     hidden_states: Tensor,
     dtype: torch.dtype | None = None,
     input_ids: Tensor | None = None,
+    emulation: InputEmulation | None = None,
 ) -> tuple[Tensor, Routing]:
     """Compute MoE layer ``layer`` of a checkpoint.
 
@@ -53,6 +83,7 @@ def layer_reference(
         hidden_states: ``[T, H]``.
         dtype: The model's, to which weights are rounded before use; by default that of ``hidden_states``.
         input_ids: ``[T]`` token ids, for layers that route by token id.
+        emulation: How inputs of routed experts are quantised, or None.
 
     Returns:
         The output ``[T, H]`` float32, and the routing behind it.
@@ -64,15 +95,29 @@ def layer_reference(
     routing = router.route(hidden_states.to(dtype), None, input_ids)
 
     chosen = chosen_experts(routing)
+    # A value near the border of two codes becomes the other one with weights that are rounded.
+    kept = torch.float32 if emulation is not None and emulation.is_whole else dtype
     experts = (
         (chosen[index], expert)
-        for index, expert in stream_experts(checkpoint, arch, layer, config, chosen, dtype)
+        for index, expert in stream_experts(checkpoint, arch, layer, config, chosen, kept)
     )
     shared = load_shared(checkpoint, arch, layer, config, dtype)
     bias = load_output_bias(checkpoint, arch, layer, config, dtype)
     latent = load_latent(checkpoint, arch, layer, config, dtype)
     x, norm = hidden_states.to(dtype), load_norm(checkpoint, arch, layer, config)
-    return slot_order_sum_reference(x, routing, experts, shared, config, bias, latent, norm), routing
+    weights = (shared, config, bias, latent, norm)
+    return slot_order_sum_reference(x, routing, experts, *weights, compute=emulation or mlp), routing
+
+
+def input_emulation(runner: MoERunner) -> InputEmulation | None:
+    """Return what computes one expert as ``runner`` does; None where inputs stay as they are.
+
+    Collective over the grid of ``runner``: a rank without experts does not know what kernels do.
+    """
+    form, gather = runner.experts.row_format, runner.grid.world.comm.all_gather_object
+    if form is None:
+        return None
+    return InputEmulation(form.scheme, runner.dtype, any(gather(runner.experts.takes_codes)))
 
 
 def chosen_experts(routing: Routing) -> list[int]:
@@ -89,11 +134,13 @@ def slot_order_sum_reference(
     output_bias: Tensor | None = None,
     latent: LatentWeights | None = None,
     norm: NormWeights | None = None,
+    *,
+    compute: Callable[..., Tensor] = mlp,
 ) -> Tensor:
     """Add up a layer's output in float32: ``[T, H]``.
 
     ``experts``: (id, tensors) of each expert that some token goes to. The other arguments are those that the
-    layer has, or None.
+    layer has, or None. ``compute`` computes one routed expert.
     """
     x = hidden_states.float()
     own = hidden_states if latent is None else x @ latent.enter.float().T
@@ -104,7 +151,7 @@ def slot_order_sum_reference(
     out = torch.zeros_like(rows)
     for expert, tensors in experts:
         tokens, slots = (routing.topk_ids == expert).nonzero(as_tuple=True)
-        y = mlp(rows[tokens], config.activation, *tensors)
+        y = compute(rows[tokens], config.activation, *tensors)
         out.index_add_(0, tokens, y * weighted.topk_weights[tokens, slots, None])
     out = out if latent is None else out @ latent.leave.float().T
     identity = identity_output(x, routing)

@@ -143,6 +143,8 @@ def why_not_fused(
         return f"{dispatcher.name} was asked for, which moves tokens even on one rank"
     if entry is None or entry.fused_routing is None:
         return f"{'no kernel' if entry is None else entry.name} only computes, it neither routes nor combines"
+    if dispatcher.row_bytes is not None:
+        return "rows are quantised before the experts"
     if exact:
         return "exact mode adds a token's outputs where the token lives"
     if fused:

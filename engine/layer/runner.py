@@ -163,7 +163,7 @@ class MoERunner(nn.Module):
             plan = self._plan(routed.weighted)
         assert isinstance(routed.routing, Routing)  # a failure has raised in plan
         with observers.stage("dispatch"):
-            rows = self.experts.dispatcher.dispatch(routed.rows, plan)
+            rows = self.experts.dispatch(routed.rows, plan)
         shared.run_if(SharedOrder.DURING_DISPATCH)
         return StepInFlight(
             hidden_states.shape[0], routed.hidden_states, routed.routing, plan, rows, shared, observers

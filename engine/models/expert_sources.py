@@ -12,14 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from xpar.engine.architectures.layer_weights import width_unit
 from xpar.engine.architectures.mlp_weights import MlpPlace, mlp_buffers, read_mlp
-from xpar.engine.architectures.quantised_mlp import QuantisedTensors, quantised_format, stream_quantised
+from xpar.engine.architectures.quantised_mlp import (
+    QuantisedTensors,
+    as_stored,
+    quantised_format,
+    stream_quantised,
+)
 from xpar.engine.architectures.schema import MlpNames
 from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.config import LayerConfig
-from xpar.engine.models.experts_module import module_names
+from xpar.engine.models.experts_module import describe_experts, module_names
 from xpar.engine.models.parallelize import Experts, ReadLayer, StoredExperts
 from xpar.engine.models.weight_sources import Source
 
@@ -93,13 +97,15 @@ def stored_experts(
     return StoredExperts(form, read)
 
 
-def width_unit_of(model: Any, name: str, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> int:
-    """Return the part of I that slices of the experts module ``name`` are multiples of, as they are stored.
+def describe_stored(
+    model: Any, name: str, checkpoint: Checkpoint, sources: Mapping[str, Source]
+) -> LayerConfig:
+    """Describe the experts module ``name`` with what the stored form of its experts adds.
 
     The arguments are those of :func:`experts_reader`.
     """
-    cut = _names(model, name, checkpoint, sources)[2]
-    return 1 if cut is None else width_unit(checkpoint, cut)
+    config, cut = describe_experts(model, name), _names(model, name, checkpoint, sources)[2]
+    return config if cut is None else as_stored(config, checkpoint, cut)
 
 
 def _names(

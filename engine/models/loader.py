@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from xpar.engine.models.expert_layer import (
     norms_slots,
     register,
 )
-from xpar.engine.models.expert_sources import experts_reader, stored_experts, width_unit_of
+from xpar.engine.models.expert_sources import describe_stored, experts_reader, stored_experts
 from xpar.engine.models.experts_module import describe_experts
 from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.malloc import give_back_freed_memory
@@ -308,8 +308,7 @@ def _load_layers(
         with allocation_errors(n, str(checkpoint.path / "config.json")):
             if part.experts:
                 name = part.names[0]
-                unit = width_unit_of(model, name, checkpoint, sources)
-                config = replace(describe_experts(model, name), width_unit=unit)
+                config = describe_stored(model, name, checkpoint, sources)
                 read = experts_reader(model, name, checkpoint, sources, config, dtype)
                 rows = expert_rows(config, grid)
                 stored = stored_experts(model, name, checkpoint, sources, config, dtype, rows)

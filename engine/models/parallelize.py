@@ -72,7 +72,7 @@ class SpreadOptions(ExpertOptions):
 
     def of_layer(self) -> LayerOptions:
         """Return the options of one layer."""
-        return LayerOptions(self.dispatcher, self.kernel, self.exact)
+        return LayerOptions(self.dispatcher, self.kernel, self.exact, self.activations)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def parallelize(
     Raises:
         AgreedError: The model is of no known family, or cannot be spread in this way; the same on every rank.
     """
-    options = SpreadOptions(dispatcher, kernel, exact, whole_block, scale_residual=scale_residual)
+    options = SpreadOptions(dispatcher, kernel, exact, whole_block=whole_block, scale_residual=scale_residual)
     hf_config = model.config.to_dict()
     parts = agreed(grid.world.comm, lambda: moe_modules(model, hf_config, whole_block), "parallelize")
     scale = agreed(grid.world.comm, lambda: _check_scale(model, hf_config, parts, options), "parallelize")

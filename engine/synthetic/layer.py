@@ -21,12 +21,13 @@ from xpar.engine.architectures.layer_weights import (
 )
 from xpar.engine.architectures.mlp_weights import ALL, MlpTensors
 from xpar.engine.config import LayerConfig
-from xpar.engine.layer.reference import chosen_experts, slot_order_sum_reference
+from xpar.engine.layer.reference import InputEmulation, chosen_experts, slot_order_sum_reference
 from xpar.engine.routing.router import Router
 from xpar.engine.synthetic.values import fill_random
 from xpar.kernels.contracts import Routing
 from xpar.kernels.quantisation import quantise
 from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
+from xpar.kernels.reference import mlp
 
 
 class SyntheticLayer:
@@ -147,12 +148,22 @@ class SyntheticLayer:
             shared = SharedWeights(*self._sliced(shared.gate_up, shared.down, shared_rows), shared.gate)
         return LayerWeights(self.router(), shared, self.output_bias(), self.latent(), self.norm())
 
-    def reference(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Compute the layer in float32, one expert at a time: the output [T, H], and the routing."""
+    def reference(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor | None = None,
+        emulation: InputEmulation | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """Compute the layer in float32, one expert at a time: the output [T, H], and the routing.
+
+        ``emulation``: how inputs of routed experts are quantised, or None.
+        """
         routing = self.make_router().route(hidden_states, None, input_ids)
         experts = ((e, MlpTensors(*self.expert(e), *(self.biases(e) or ()))) for e in chosen_experts(routing))
         weights = (self.shared(), self.config, self.output_bias(), self.latent(), self.norm())
-        return slot_order_sum_reference(hidden_states, routing, experts, *weights), routing
+        compute = emulation or mlp
+        total = slot_order_sum_reference(hidden_states, routing, experts, *weights, compute=compute)
+        return total, routing
 
     def nbytes(self) -> int:
         """Return the bytes of all experts together, shared experts included."""

@@ -33,6 +33,8 @@ def quantise_blocks_kernel(
     DOT8: tl.constexpr,  # True if codes are stored as e4m3, else as uint8
     BM: tl.constexpr,  # rows of a program
     BG: tl.constexpr,  # blocks of 128 columns of a program
+    STRIDE: tl.constexpr = 0,  # codes from a row to the next; 0 for K
+    SCALE_STRIDE: tl.constexpr = 0,  # with BY_ROW, scales from a row to the next; 0 for BLOCKS
 ):
     """Quantise rows by blocks of 128 columns; grid: blocks of rows, blocks of columns."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -43,9 +45,12 @@ def quantise_blocks_kernel(
     inside = live[:, None, None] & (column < H)[None]
     value = tl.load(x + row[:, None, None] * H + column[None], mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(largest(value, 2), POWER_OF_TWO)
-    place = rm[:, None] * BLOCKS + block[None, :] if BY_ROW else block[None, :] * num_rows + rm[:, None]
+    if BY_ROW:
+        place = rm.to(tl.int64)[:, None] * (SCALE_STRIDE if SCALE_STRIDE else BLOCKS) + block[None, :]
+    else:
+        place = block[None, :] * num_rows + rm[:, None]
     tl.store(scales + place, scale, mask=live[:, None] & (block < BLOCKS)[None, :])
-    to = codes + rm.to(tl.int64)[:, None, None] * K + column[None]
+    to = codes + rm.to(tl.int64)[:, None, None] * (STRIDE if STRIDE else K) + column[None]
     exists = live[:, None, None] & (column < K)[None]
     term = num_rows.to(tl.int64) * K
     value /= scale[:, :, None]
@@ -77,6 +82,8 @@ def quantise_whole_rows_kernel(
     POWER_OF_TWO: tl.constexpr,  # True if scales are powers of two
     DOT8: tl.constexpr,  # True if codes are stored as e4m3, else as uint8
     BK: tl.constexpr,  # columns at a time
+    STRIDE: tl.constexpr = 0,  # codes from a row to the next; 0 for K
+    SCALE_STRIDE: tl.constexpr = 0,  # scales from a row to the next; 0 for one
 ):
     """Quantise rows with one scale each; grid: rows."""
     r = tl.program_id(0)
@@ -87,11 +94,11 @@ def quantise_whole_rows_kernel(
         value = tl.load(source + k + rk, mask=k + rk < H, other=0.0).to(tl.float32)
         size = tl.maximum(size, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # as in largest
     scale = scale_of(tl.max(size, 0).to(tl.float32, bitcast=True), POWER_OF_TWO)
-    tl.store(scales + r, scale)
+    tl.store(scales + r.to(tl.int64) * (SCALE_STRIDE if SCALE_STRIDE else 1), scale)
     for k in range(0, K, BK):
         value = tl.load(source + k + rk, mask=k + rk < H, other=0.0).to(tl.float32)
         high = encode(value / scale, DOT8)
-        tl.store(codes + r.to(tl.int64) * K + k + rk, high, mask=k + rk < K)
+        tl.store(codes + r.to(tl.int64) * (STRIDE if STRIDE else K) + k + rk, high, mask=k + rk < K)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])

@@ -17,6 +17,7 @@ from xpar.kernels.gpu.code_tables import (
     saves_launches,
     why_not_format,
 )
+from xpar.kernels.gpu.coded_rows import decode_rows, split_words
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
 from xpar.kernels.gpu.grouped_mm_codes_small import down_codes_small, gate_up_codes_small
 from xpar.kernels.gpu.grouped_mm_codes_tiled import down_codes_tiled, gate_up_codes_tiled
@@ -109,6 +110,11 @@ class QuantisedExperts(CodeExperts):
         return tokens == 1 or saves_launches(tokens * top_k, self.spec.num_experts, top_k, expert_bytes)
 
     def _compute_tiny(self, x: ExpertInput, out: Tensor | None) -> Tensor:
+        if x.row_format is not None:
+            decoded = decode_rows(
+                x.hidden_states, x.rows, x.row_format, self.spec.dtype, has_dot8=has_dot8(self.machine)
+            )
+            x = replace(x, hidden_states=decoded, rows=None, row_format=None)
         tokens, top_k = x.topk_ids.shape
         h = self.spec.hidden_size
         first = _fit_depth(self.table.gate_up_vector, self._depth)
@@ -136,7 +142,12 @@ class QuantisedExperts(CodeExperts):
         height = self.height(tokens * top_k)
         one_list = Limits(NO_LIMIT, NO_LIMIT)
         plan = plan_tiles(x.topk_ids.contiguous(), self.spec.num_experts, (height.gate_up,) * 3, one_list)
-        codes, scales = self._quantise(x.hidden_states, x.rows, self._depth)
+        if x.row_format is None:
+            codes, scales = self._quantise(x.hidden_states, x.rows, self._depth)
+        else:
+            codes, scales = split_words(
+                x.hidden_states, x.rows, x.row_format, self._depth, has_dot8=has_dot8(self.machine)
+            )
         hidden, hidden_scales = self._gate_up_product(height, codes, scales, plan, top_k)
         self._down_product(height, hidden, hidden_scales, plan, out)
         return out

@@ -5,17 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+from quantised_on_arrival import on_arrival
 
 from xpar.comm import ProcessGrid, World
 from xpar.comm.device.peer_window import PeerWindow
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.dispatch.one_sided import OneSidedDispatcher
+from xpar.engine.config import StoredActivations
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import shape_of
+from xpar.kernels.quantisation import NAMED_FORMATS
+from xpar.kernels.quantised_weight import ActivationScheme
 
 pytestmark = pytest.mark.mpi(deadline=120)
 
@@ -64,4 +68,30 @@ def test_the_sum_is_that_of_the_parts(
     fine = torch.allclose(got, theirs(x), rtol=1e-5, atol=1e-6)
     routed, shared = ours.forward_separately(x)
     fine = fine and len(added) == (not exact) and shared is not None and torch.equal(routed + shared, got)
+    assert all(grid.moe.all_gather_object(fine))
+
+
+@pytest.mark.parametrize("size", [128, 0], ids=["by 128", "by token"])
+@pytest.mark.parametrize("kernel", ["reference", "onednn"])
+def test_rows_of_codes_travel_as_opaque_words(
+    world: World, window: PeerWindow, fresh_seed: int, kernel: str, size: int
+) -> None:
+    """With the bits of rows that become codes on arrival, and near all-gather's sums of other batches."""
+    grid, fmt = ProcessGrid.create(world), NAMED_FORMATS["fp8"]
+    stored = StoredActivations(ActivationScheme(size))
+    config = replace(shape_of("olmoe").layer(0.0625), activations=stored)
+    layer = SyntheticLayer(config, torch.bfloat16, fresh_seed, fmt)
+    mover = "allgather" if world.size > 1 else "auto"
+    options = LayerOptions(dispatcher=mover, kernel=kernel, activations="quantised")
+    runner = build_layer(config, grid, torch.bfloat16, layer.read, options, weight_format=fmt)
+    placement = runner.dispatcher.placement
+    both = OneSidedDispatcher(grid.moe, placement, window), AllGatherDispatcher(grid.moe, placement)
+    for dispatcher in both:
+        dispatcher.row_bytes = runner.experts.row_bytes
+    ours, theirs = (through(runner, dispatcher, None) for dispatcher in both)
+    count = 0 if world.rank == 1 else 3 + world.rank
+    generator = torch.Generator().manual_seed(fresh_seed + world.rank)
+    x = torch.randn(count, config.hidden_size, generator=generator).bfloat16()
+    got, near = ours(x), theirs(x)
+    fine = torch.equal(got, on_arrival(ours)(x)) and torch.allclose(got, near, rtol=2e-2, atol=1e-2)
     assert all(grid.moe.all_gather_object(fine))

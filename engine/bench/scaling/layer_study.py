@@ -227,7 +227,7 @@ class LayerPoint:
             sum(t.slots for t in timers),
         )
         gathered = self.grid.world.comm.all_gather_object(mine)
-        row_bytes = self.runner.config.routed_size * self.source.dtype.itemsize
+        row_bytes = self.runner.experts.row_bytes
         rows, remote, across = (sum(m[i] for m in gathered) * row_bytes / len(traffic) for i in range(3))
         return {
             "dispatch_bytes": {"all": rows, "to_other_ranks": remote, "to_other_nodes": across},

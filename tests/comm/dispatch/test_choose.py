@@ -141,6 +141,14 @@ def test_auto_takes_the_extension_of_nccl_across_nodes(
             choose_dispatcher_class(grid, placement, "nccl-ep", request_)
 
 
+def test_the_extension_of_nccl_moves_no_codes() -> None:
+    grid, placement = on_gpus(2, 2), Placement.blocks(8, 2)
+    request = DispatchRequest(2, hidden_size=512, dtype=torch.bfloat16, coded_rows=True)
+    assert choose_dispatcher_class(grid, placement, request=request).name != "nccl-ep"
+    with pytest.raises(ValueError, match="rows travel as fp8 codes here"):
+        choose_dispatcher_class(grid, placement, "nccl-ep", request)
+
+
 def test_the_extension_of_nccl_is_for_ranks_whose_rows_travel_by_nccl() -> None:
     grid, placement = on_gpus(2, 2), Placement.blocks(8, 2)
     grid.nccl_ep = None

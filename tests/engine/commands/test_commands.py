@@ -136,6 +136,7 @@ WRONG = {
     "run {made} --tiles tiles.json --device cpu": "has no tile table; leave tiles out",
     "run {made} --dispatcher replicated": "hold different tokens",
     "run {made} --layers 9": "layer 9 has no experts",
+    "run {made} --activations quantised": "activations='quantised': the experts are plain numbers; choose",
     "run {made} --tokens -1": "--tokens -1: must be at least 0",
     "run {made} --exact --etp 2": "use etp=1",
     "run {folder}/nowhere": "nowhere: not a directory",

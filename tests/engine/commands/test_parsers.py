@@ -20,7 +20,7 @@ from xpar.engine.cli import parser
 from xpar.engine.commands import bench_parsers, model_parsers, options
 from xpar.engine.generation.generation_defaults import MAX_NEW_TOKENS
 from xpar.engine.layer.build import FLOATS
-from xpar.engine.layer.options import DEPTHS
+from xpar.engine.layer.options import ACTIVATIONS, DEPTHS
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = ROOT / "tests" / "programs" / "parse_words.py"
@@ -96,6 +96,7 @@ def test_names_that_the_parsers_repeat_are_those_of_the_engine() -> None:
     """The parsers cannot import the modules that own these names."""
     assert list(options.DTYPES) == sorted(FLOATS)
     assert options.DEPTHS == DEPTHS
+    assert options.ACTIVATIONS == ACTIVATIONS
     assert Deadlines().step == options.DEADLINE_S
     assert bench_parsers.MODES == MODES
     assert model_parsers.MAX_NEW_TOKENS == MAX_NEW_TOKENS

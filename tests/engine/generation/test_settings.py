@@ -94,6 +94,7 @@ OTHER_OPTIONS = {
     "stop": replace(ASKED, stops=("a", "b")),
     "chat (none, now yes)": replace(ASKED, chat=True),
     "exact (none, now yes)": replace(ASKED, exact=True, exact_with=()),
+    "activations (none, now quantised)": replace(ASKED, activations="quantised"),
     "dtype (float32, now bfloat16)": replace(ASKED, dtype=torch.bfloat16),
     "": replace(ASKED, batch=3, prefill_tokens=5, out=Path("x"), exact_with=(("kernel", "native"),)),
 }
