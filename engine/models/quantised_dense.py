@@ -31,7 +31,7 @@ log = logging.getLogger("xpar.models")
 PIECE_ROWS = 4096
 """Rows of codes that are checked at a time."""
 TRIM_BYTES = 8 * 2**20
-"""Bytes of codes after which the process returns what it freed: between packed weights it is kept otherwise."""
+"""Bytes of codes after which freed memory is returned; between packed weights it would stay."""
 
 
 @dataclass(frozen=True)
