@@ -43,6 +43,7 @@ def add_options(p: argparse.ArgumentParser, rows: str, longer: str, result: str)
     options.add_device(p)
     options.add_dispatcher_and_kernel(p)
     options.add_dense(p)
+    options.add_quantize(p, "dense layers, shared experts and head")
     options.add_dtype(p)
     options.add_threads(p, "its share of the node's cores; 1 with --exact")
     options.add_watchdog(p)
@@ -63,10 +64,13 @@ def check_files(prompts: Path, out: Path, resume: bool, option: str) -> None:
 
 
 def exact_with(args: argparse.Namespace, grid: ProcessGrid) -> tuple[tuple[str, str], ...]:
-    """List what the bits of exact mode depend on besides the request; () without ``--exact``."""
+    """List what the answers depend on besides the request: quantisation, and in exact mode what bits do."""
+    found = options.quantisation_of(args)
+    quantised = () if found is None else (("quantize", str(found)),)
     if not args.exact:
-        return ()
+        return quantised
     return (
+        *quantised,
         ("device", grid.device.type),
         ("threads", str(torch.get_num_threads())),
         ("kernel", args.kernel),
@@ -76,7 +80,8 @@ def exact_with(args: argparse.Namespace, grid: ProcessGrid) -> tuple[tuple[str, 
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
-    """Return ``--dtype``, or the checkpoint's dtype."""
+    """Return ``--dtype``, or the checkpoint's dtype; ValueError for options of quantisation that clash."""
+    options.quantisation_of(args)
     with open_checkpoint(args.checkpoint) as checkpoint:
         return FLOATS[args.dtype] if args.dtype else checkpoint.dtype
 
@@ -113,7 +118,13 @@ def load(
     ``whole_dense``: whether every rank keeps all dense weights.
     """
     spread = SpreadOptions(
-        args.dispatcher, args.kernel, args.exact, args.whole_block, args.dense, slice_dense=not whole_dense
+        args.dispatcher,
+        args.kernel,
+        args.exact,
+        args.whole_block,
+        args.dense,
+        slice_dense=not whole_dense,
+        quantisation=options.quantisation_of(args),
     )
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:

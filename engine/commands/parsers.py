@@ -114,6 +114,7 @@ def add_run(p: argparse.ArgumentParser) -> None:
     options.add_grid(p, "tp", "dp", "ep", "etp")
     options.add_device(p)
     options.add_dispatcher_and_kernel(p)
+    options.add_quantize(p, "shared experts")
     options.add_depth(p)
     p.add_argument("--tiles", type=Path, metavar="FILE", help="tile table of the GPU kernel, from xpar tune")
     options.add_dtype(p)

@@ -67,7 +67,7 @@ class Request:
     do. ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time.
     ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read
     alone. ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if
-    they were the same. ``exact_with``: names and values of what else the bits of exact mode depend on.
+    they were the same. ``exact_with``: names and values of what else the answers depend on.
     """
 
     checkpoint: Path
@@ -258,7 +258,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _exactness(exact: bool, exact_with: tuple[tuple[str, str], ...]) -> Mapping[str, object]:
-    return {"exact": exact, **(dict(exact_with) if exact else {})}
+    return {"exact": exact, **dict(exact_with)}
 
 
 def digest(value: object) -> str:

@@ -1,9 +1,10 @@
 """The options of one MoE layer: what a caller may choose, as frozen values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from xpar.engine.formats.quantised_on_load import Quantisation
 from xpar.engine.layer.shared_expert_overlap import SharedOrder
 
 Depth = Literal["auto", "steps", "one-call"]
@@ -20,11 +21,13 @@ class ExpertOptions:
         exact: Slot outputs travel unsummed and are added in slot order where their token lives, by kernels
             whose rows do not depend on each other. The bits of the result then do not depend on the number of
             ranks.
+        quantisation: The formats that weights in floats are quantised to while they are read, or None.
     """
 
     dispatcher: str = "auto"
     kernel: str = "auto"
     exact: bool = False
+    quantisation: Quantisation | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from xpar.comm.shared_window import SHARED_FILES, free_bytes
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
+from xpar.engine.formats.quantised_on_load import QuantisedOnLoad
 from xpar.engine.layer.checkpoint_config import allocation_errors, read_layer_configs
 from xpar.engine.layer.expert_shard import expert_rows
 from xpar.engine.models.block_layer import build_block
@@ -48,6 +49,7 @@ from xpar.engine.models.quantised_dense import (
     load_quantised,
 )
 from xpar.engine.models.weight_sources import Source, find_sources
+from xpar.engine.models.weights_to_quantise import log_errors, quantise_on_load
 from xpar.kernels.choice import Choice
 from xpar.kernels.cpu.linear import PLAIN, QUANTISED, LinearEntry, choose_linear
 
@@ -152,14 +154,17 @@ def load_model(
     if grid.shape.tp > 1:
         raise ValueError(f"tp={grid.shape.tp}: dense layers of whole models are not sliced; use tp=1")
     comm = grid.world.comm
-    with agreed(comm, lambda: open_checkpoint(path)) as checkpoint:
-        kind = agreed(comm, lambda: dtype or checkpoint.dtype)
+    with agreed(comm, lambda: open_checkpoint(path)) as stored:
+        kind = agreed(comm, lambda: dtype or stored.dtype)
         chosen = agreed(comm, lambda: _choose_dense(kind, grid.device, options))
-        model = agreed(comm, lambda: build_empty_model(checkpoint, kind))
-        parts = agreed(comm, lambda: moe_modules(model, dict(checkpoint.config), options.whole_block))
+        model = agreed(comm, lambda: build_empty_model(stored, kind))
+        parts = agreed(comm, lambda: moe_modules(model, dict(stored.config), options.whole_block))
         foreign = tuple(prefix for part in parts.values() for prefix in part.parameters)
-        sources = agreed(comm, lambda: find_sources(model, checkpoint))
-        plan = agreed(comm, lambda: dense_sources(model, checkpoint, sources, foreign))
+        sources = agreed(comm, lambda: find_sources(model, stored))
+        plan = agreed(comm, lambda: dense_sources(model, stored, sources, foreign))
+        checkpoint: Checkpoint = stored
+        if (to := options.quantisation) is not None:
+            checkpoint = agreed(comm, lambda: quantise_on_load(model, stored, sources, plan, parts, to))
         total(_bytes_to_hold(model, plan, parts, grid, kind))
         kernel = DenseKernel(kind, grid.device, options.dense)
         products = agreed(comm, lambda: choose_quantised(model, checkpoint, plan, kernel))
@@ -200,6 +205,8 @@ def load_model(
             "" if is_known(checkpoint.config) else " alone (no schema of this family's blocks)",
             checkpoint.bytes_read / 1e6,
         )
+        if isinstance(checkpoint, QuantisedOnLoad) and options.quantisation is not None:
+            log_errors(checkpoint, options.quantisation, comm)
         if conversions := checkpoint.describe_conversions(kind):
             log.info("quantised weights are converted: %s", conversions)
         held_layers = tuple(layers.values())

@@ -8,7 +8,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from xpar.comm.column_parallel import ColumnParallel
 from xpar.comm.communicator import Communicator
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
-from xpar.engine.formats.stored_weight import cut_blocks
+from xpar.engine.formats.stored_weight import slice_weight
 from xpar.engine.models.dense_weights import on_first, read_dense
 from xpar.engine.models.malloc import give_back_freed_memory
 from xpar.engine.models.packed_linear import module_numbers, packable, place_product
@@ -156,20 +156,11 @@ def _shared_builder(
         node.broadcast(bias)
 
     def build(part: slice) -> LinearKernel:
-        some = rows_of(weight, part)
+        some = slice_weight(weight, part)
         # A copy, so that nothing keeps the whole bias.
         return build_quantised_linear(some, None if bias is None else bias[part].clone(), dtype, QUANTISED)
 
     return build
-
-
-def rows_of(weight: QuantisedWeight, part: slice) -> QuantisedWeight:
-    """Return rows of W [N, K], in blocks of fewer rows if ``part`` begins inside a block."""
-    cut = cut_blocks(weight.format.block[0], part)
-    form = replace(weight.format, block=(cut.block, weight.format.block[1]))
-    scales = cut.spread(weight.scales[cut.stored], 0)
-    zeros = None if weight.zeros is None else cut.spread(weight.zeros[cut.stored], 0)
-    return replace(weight, format=form, codes=weight.codes[part], scales=scales, zeros=zeros)
 
 
 def describe_formats(products: Sequence[QuantisedProduct]) -> str:
