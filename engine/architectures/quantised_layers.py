@@ -58,6 +58,16 @@ class WeightsToQuantise:
             found |= dict.fromkeys(self._dense, fit_format(dense, self._widths(self._dense)))
         return found
 
+    @property
+    def experts(self) -> frozenset[str]:
+        """The tensors of experts."""
+        return frozenset(self._experts)
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """The tensors that are stored inputs first."""
+        return frozenset(self._transposed)
+
     def open(self) -> QuantisedOnLoad:
         """Return the checkpoint whose readers get these tensors quantised."""
         return QuantisedOnLoad(self.checkpoint, self.formats(), self._transposed)

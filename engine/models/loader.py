@@ -49,7 +49,7 @@ from xpar.engine.models.quantised_dense import (
     load_quantised,
 )
 from xpar.engine.models.weight_sources import Source, find_sources
-from xpar.engine.models.weights_to_quantise import log_errors, quantise_on_load
+from xpar.engine.models.weights_to_quantise import log_errors, weights_to_quantise
 from xpar.kernels.choice import Choice
 from xpar.kernels.cpu.linear import PLAIN, QUANTISED, LinearEntry, choose_linear
 
@@ -164,7 +164,9 @@ def load_model(
         plan = agreed(comm, lambda: dense_sources(model, stored, sources, foreign))
         checkpoint: Checkpoint = stored
         if (to := options.quantisation) is not None:
-            checkpoint = agreed(comm, lambda: quantise_on_load(model, stored, sources, plan, parts, to))
+            checkpoint = agreed(
+                comm, lambda: weights_to_quantise(model, stored, sources, plan, parts, to).open()
+            )
         total(_bytes_to_hold(model, plan, parts, grid, kind))
         kernel = DenseKernel(kind, grid.device, options.dense)
         products = agreed(comm, lambda: choose_quantised(model, checkpoint, plan, kernel))

@@ -19,15 +19,15 @@ from xpar.engine.models.weight_sources import Source
 log = logging.getLogger("xpar.models")
 
 
-def quantise_on_load(
+def weights_to_quantise(
     model: Any,
     checkpoint: Checkpoint,
     sources: Mapping[str, Source],
     plan: Mapping[str, Source],
     parts: Mapping[int, MoeModules],
     quantisation: Quantisation,
-) -> QuantisedOnLoad:
-    """Present ``checkpoint`` so that experts, and dense products if asked for, are read quantised.
+) -> WeightsToQuantise:
+    """Collect the weights of experts, and of dense products if asked for, that can be read quantised.
 
     Args:
         model: The model without memory.
@@ -38,7 +38,7 @@ def quantise_on_load(
         quantisation: The formats.
 
     Raises:
-        CheckpointError: Nothing can be quantised, or it is quantised already.
+        CheckpointError: The checkpoint is quantised already.
     """
     weights = WeightsToQuantise(checkpoint, quantisation)
     for layer, part in parts.items():
@@ -59,7 +59,7 @@ def quantise_on_load(
         source = plan.get(f"{name}.weight")
         if source is not None and source.name is not None:
             weights.add_dense(source.name)
-    return weights.open()
+    return weights
 
 
 def log_errors(checkpoint: QuantisedOnLoad, quantisation: Quantisation, comm: Communicator) -> None:
