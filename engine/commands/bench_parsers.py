@@ -103,6 +103,13 @@ def add_generate(p: argparse.ArgumentParser) -> None:
     options.add_dense(p)
     options.add_whole_dense(p)
     options.add_quantize(p, "dense layers, shared experts and head")
+    p.add_argument(
+        "--compare",
+        choices=("transformers", "bf16"),
+        default="transformers",
+        help="the other side. transformers: in a process of its own; bf16: the same weights, not quantised, "
+        "on these ranks (default transformers)",
+    )
     options.add_dtype(p)
     options.add_seed(p, "prompts")
     options.add_threads(p, "its share of the node's cores; 1 with --exact")
