@@ -30,8 +30,9 @@ from xpar.engine.models.empty_model import check_generates
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 """Largest relative difference of logits. Roundings add up over the layers and turn near ties of the router; a
 model with wrong experts is off by 0.5 and more."""
-QUANTISED_TOLERANCE = 0.3
-"""That of weights that are quantised at load, beside the same in bfloat16; int4 loses a tenth of them."""
+QUANTISED_TOLERANCE = 0.45
+"""That of weights that are quantised at load, beside the same in bfloat16. int4 loses a tenth of random ones,
+which four layers of OLMoE's form make 0.33 of the logits."""
 
 
 def main(args: argparse.Namespace) -> int:

@@ -66,7 +66,7 @@ def check_files(prompts: Path, out: Path, resume: bool, option: str) -> None:
 def exact_with(args: argparse.Namespace, grid: ProcessGrid) -> tuple[tuple[str, str], ...]:
     """List what the answers depend on besides the request: quantisation, and in exact mode what bits do."""
     found = options.quantisation_of(args)
-    quantised = () if found is None else (("quantize", str(found)),)
+    quantised = () if found is None else (("quantize", str(found).replace(", dense ", "+")),)
     if not args.exact:
         return quantised
     return (

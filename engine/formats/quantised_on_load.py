@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.checkpoint.tensor_file import CheckpointError, TensorEntry
@@ -24,6 +25,8 @@ log = logging.getLogger("xpar.formats")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 GROUPS = (128, 64, 32)
 """Groups along K of which int4 takes the largest that divides every K."""
+PIECE_BYTES = 32 * 2**20
+"""Bytes of float32 numbers that are quantised at a time."""
 SQUARES = tuple[float, float]
 
 
@@ -118,8 +121,20 @@ class FloatWeight(StoredWeight):
     def read(self, index: int | None, rows: slice, cols: slice) -> QuantisedWeight:
         """Quantise the whole blocks that a slice touches, and cut the slice out of them."""
         size = self.shape[-2:]
+        # Rows of whole blocks, unless a factor is that of the whole weight.
+        whole = self._form.global_scale or not self._form.block[0]
         wide = [_whole_blocks(p, b, s) for p, b, s in zip((rows, cols), self._form.block, size, strict=True)]
-        stored = (wide[1], wide[0]) if self.is_transposed else (wide[0], wide[1])
+        height = max(1, size[0] if whole else self._form.block[0])
+        step = -(-max(1, PIECE_BYTES // (4 * max(1, size[1]))) // height) * height
+        begins = range(wide[0].start, max(wide[0].stop, wide[0].start + 1), step)
+        pieces = [self._quantise(index, slice(n, min(n + step, wide[0].stop)), wide[1]) for n in begins]
+        weight = pieces[0] if len(pieces) == 1 else _below_each_other(pieces)
+        inside = [slice(p.start - w.start, p.stop - w.start) for p, w in zip((rows, cols), wide, strict=True)]
+        return slice_weight(weight, *inside)
+
+    def _quantise(self, index: int | None, rows: slice, cols: slice) -> QuantisedWeight:
+        """Quantise a part of whole blocks, and count what that loses."""
+        stored = (cols, rows) if self.is_transposed else (rows, cols)
         values = self.parts.read("", *stored, index)
         floats = (values.T if self.is_transposed else values).float().contiguous()
         try:
@@ -130,8 +145,19 @@ class FloatWeight(StoredWeight):
         numbers = torch.empty_like(floats)
         dequantise_into(weight, numbers)
         self._checkpoint.count(self.parts.module, float(floats.sub_(numbers).norm()) ** 2, total)
-        inside = [slice(p.start - w.start, p.stop - w.start) for p, w in zip((rows, cols), wide, strict=True)]
-        return slice_weight(weight, *inside)
+        return weight
+
+
+def _below_each_other(pieces: Sequence[QuantisedWeight]) -> QuantisedWeight:
+    """Join rows of whole blocks, whose codes and scales may be 8-bit floats."""
+
+    def join(parts: list[Tensor]) -> Tensor:
+        if parts[0].dtype.itemsize > 1:
+            return torch.cat(parts)
+        return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+
+    codes, scales = join([piece.codes for piece in pieces]), join([piece.scales for piece in pieces])
+    return replace(pieces[0], codes=codes, scales=scales)
 
 
 def relative_errors(squares: Sequence[Mapping[int, SQUARES]]) -> tuple[float, dict[int, float]]:

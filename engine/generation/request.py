@@ -67,7 +67,8 @@ class Request:
     do. ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time.
     ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read
     alone. ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if
-    they were the same. ``exact_with``: names and values of what else the answers depend on.
+    they were the same. ``exact_with``: names and values of what else the bits of exact mode depend on, and
+    ``quantize``.
     """
 
     checkpoint: Path
@@ -258,7 +259,8 @@ def _brief(error: BaseException) -> str:
 
 
 def _exactness(exact: bool, exact_with: tuple[tuple[str, str], ...]) -> Mapping[str, object]:
-    return {"exact": exact, **dict(exact_with)}
+    # Quantised weights give other answers in any mode.
+    return {"exact": exact, **{name: value for name, value in exact_with if exact or name == "quantize"}}
 
 
 def digest(value: object) -> str:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.checkpoint.tensor_file import CheckpointError
+from xpar.engine.formats import quantised_on_load as module
 from xpar.engine.formats.quantised_on_load import QuantisedOnLoad, fit_format, relative_errors
 from xpar.kernels.quantisation import NAMED_FORMATS, quantise, relative_error
 
@@ -54,6 +55,18 @@ def test_slices_are_those_of_the_quantised_weight(
             assert torch.equal(codes.dequantise(), expected[rows, cols])
 
 
+@pytest.mark.parametrize("name", [name for name, form in NAMED_FORMATS.items() if not form.global_scale])
+def test_pieces_are_those_of_the_weight(
+    tmp_path: Path, fresh_seed: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form, weight = NAMED_FORMATS[name], drawn(fresh_seed, ROWS, COLS)
+    monkeypatch.setattr(module, "PIECE_BYTES", 4 * COLS * 70)
+    read = QuantisedOnLoad(write(tmp_path, w=weight), {"w": form}, [])
+    expected = quantise(weight, form)
+    assert torch.equal(read.read_quantised("w").dequantise(), expected.dequantise())
+    assert relative_errors([read.squares])[0] == pytest.approx(relative_error(weight, expected), rel=1e-4)
+
+
 def test_errors_are_counted_by_layer(tmp_path: Path, fresh_seed: int) -> None:
     form = NAMED_FORMATS["int4"]
     names = ["model.layers.3.a", "model.layers.3.b", "model.layers.12.a", "head"]
@@ -64,9 +77,9 @@ def test_errors_are_counted_by_layer(tmp_path: Path, fresh_seed: int) -> None:
     whole, layers = relative_errors([read.squares, read.squares])
     both = torch.cat([weights[name] for name in names[:2]])
     assert list(layers) == [-1, 3, 12]
-    assert layers[3] == pytest.approx(relative_error(both, quantise(both, form)), rel=1e-5)
+    assert layers[3] == pytest.approx(relative_error(both, quantise(both, form)), rel=1e-4)
     everything = torch.cat(list(weights.values()))
-    assert whole == pytest.approx(relative_error(everything, quantise(everything, form)), rel=1e-5)
+    assert whole == pytest.approx(relative_error(everything, quantise(everything, form)), rel=1e-4)
 
 
 def test_groups_fit_all_widths() -> None:
