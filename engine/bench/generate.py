@@ -43,12 +43,19 @@ class DecodeRequest:
 
 
 def measure(
-    grid: ProcessGrid, loaded: LoadedModel, peer: DecodingPeer | None, request: DecodeRequest
+    grid: ProcessGrid,
+    loaded: LoadedModel,
+    peer: DecodingPeer | None,
+    request: DecodeRequest,
+    floats: LoadedModel | None = None,
 ) -> dict[str, Any]:
     """Decode on both sides in turn and compare them; collective, with the same figures on all.
 
-    ``peer``: transformers' process, on rank 0; None on the other ranks.
+    ``peer``: transformers' process, on rank 0; None on the other ranks. ``floats``: the same model with
+    weights in floats, which is then the other side, as ``bf16``.
     """
+    if floats is not None:
+        return _measure_beside(grid, loaded, floats, request)
     comm, new_tokens = grid.world.comm, request.new_tokens
     vocab = loaded.model.config.get_text_config().vocab_size
     ids = draw_prompts(request.batch, request.prompt_tokens, vocab, request.seed)
@@ -64,6 +71,22 @@ def measure(
             theirs = {name: theirs[name] for name in comm.all_gather_object(_find_contenders(theirs))[0]}
     parts = measure_parts(comm, loaded, ids, new_tokens)
     result = _compare(request, ours[1:], {n: d[1:] for n, d in theirs.items()}) if peer else {}
+    complete: dict[str, Any] = comm.all_gather_object(result | {"step_parts_ms": parts})[0]
+    return complete
+
+
+def _measure_beside(
+    grid: ProcessGrid, loaded: LoadedModel, floats: LoadedModel, request: DecodeRequest
+) -> dict[str, Any]:
+    """Decode with both models of these ranks in turn; collective."""
+    comm, vocab = grid.world.comm, loaded.model.config.get_text_config().vocab_size
+    ids = draw_prompts(request.batch, request.prompt_tokens, vocab, request.seed)
+    sides: dict[str, list[Decoded]] = {"xpar": [], "bf16": []}
+    for _ in range(request.rounds + 1):
+        for name, model in (("xpar", loaded), ("bf16", floats)):
+            sides[name].append(decode(comm, model, ids, request.new_tokens))
+    parts = measure_parts(comm, loaded, ids, request.new_tokens)
+    result = _compare(request, sides["xpar"][1:], {"bf16": sides["bf16"][1:]}) if not comm.rank else {}
     complete: dict[str, Any] = comm.all_gather_object(result | {"step_parts_ms": parts})[0]
     return complete
 

@@ -36,11 +36,15 @@ def add_layer(p: argparse.ArgumentParser) -> None:
         choices=COMPARE,
         help="what to measure beside the layer. transformers: the model's own layer; solo: this layer in one "
         "process with all threads of the node; steps: one call for each step of the layer; bf16: the weights "
-        "of --format converted when they are loaded; exact: rows that travel as they are, beside "
+        "of --quantize converted when they are loaded; exact: rows that travel as they are, beside "
         "--activations quantised (default: nothing)",
     )
     p.add_argument(
-        "--format", choices=FORMATS, help="quantise the routed experts' weights (default: plain numbers)"
+        "--quantize",
+        "--format",
+        dest="format",
+        choices=FORMATS,
+        help="quantise the routed experts' weights (default: plain numbers)",
     )
     add_number(p, "--seconds", "measuring time in seconds per contender and number of tokens", 2.0)
     options.add_dispatcher_and_kernel(p)
@@ -107,6 +111,14 @@ def add_generate(p: argparse.ArgumentParser) -> None:
     options.add_activations(p)
     options.add_dense(p)
     options.add_whole_dense(p)
+    options.add_quantize(p, "dense layers, shared experts and head")
+    p.add_argument(
+        "--compare",
+        choices=("transformers", "bf16"),
+        default="transformers",
+        help="the other side. transformers: in a process of its own; bf16: the same weights, not quantised, "
+        "on these ranks (default transformers)",
+    )
     options.add_dtype(p)
     options.add_seed(p, "prompts")
     options.add_threads(p, "its share of the node's cores; 1 with --exact")

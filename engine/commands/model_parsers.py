@@ -157,6 +157,7 @@ def add_model(p: argparse.ArgumentParser, rows: str, longer: str, result: str) -
     options.add_dispatcher_and_kernel(p)
     options.add_activations(p)
     options.add_dense(p)
+    options.add_quantize(p, "dense layers, shared experts and head")
     options.add_dtype(p)
     options.add_threads(p, "its share of the node's cores; 1 with --exact")
     options.add_watchdog(p)

@@ -15,7 +15,7 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.world import World
-from xpar.engine.commands.options import job_line, pick_device
+from xpar.engine.commands.options import job_line, pick_device, quantisation_of
 from xpar.engine.console.terminal import Meter, count
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.generation.answer_file import errors_path
@@ -44,10 +44,13 @@ def check_files(prompts: Path, out: Path, resume: bool, option: str) -> None:
 
 
 def exact_with(args: argparse.Namespace, grid: ProcessGrid) -> tuple[tuple[str, str], ...]:
-    """List what the bits of exact mode depend on besides the request; () without ``--exact``."""
+    """List what the answers depend on besides the request: quantisation, and in exact mode what bits do."""
+    found = quantisation_of(args)
+    quantised = () if found is None else (("quantize", str(found).replace(", dense ", "+")),)
     if not args.exact:
-        return ()
+        return quantised
     return (
+        *quantised,
         ("device", grid.device.type),
         ("threads", str(torch.get_num_threads())),
         ("kernel", args.kernel),
@@ -65,7 +68,8 @@ def activations_of(args: argparse.Namespace, grid: ProcessGrid, dtype: torch.dty
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
-    """Return ``--dtype``, or the checkpoint's dtype."""
+    """Return ``--dtype``, or the checkpoint's dtype; ValueError for options of quantisation that clash."""
+    quantisation_of(args)
     with open_checkpoint(args.checkpoint) as checkpoint:
         return FLOATS[args.dtype] if args.dtype else checkpoint.dtype
 
@@ -109,6 +113,7 @@ def load(
         whole_block=args.whole_block,
         dense=args.dense,
         slice_dense=not whole_dense,
+        quantisation=quantisation_of(args),
     )
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from xpar.comm.grid import ProcessGrid
     from xpar.comm.world import World
+    from xpar.engine.formats.quantised_on_load import Quantisation
 
 CHECKPOINT = (
     "directory with config.json and safetensors files, or the name of a model on Hugging Face, NAME@REVISION"
@@ -128,8 +129,8 @@ def add_dense(p: argparse.ArgumentParser) -> None:
         "--dense",
         default="auto",
         metavar="NAME",
-        help="kernel of the dense layers: auto, zentorch, native, onednn, or plain for transformers' own "
-        "(default auto)",
+        help="kernel of the dense layers: auto, zentorch, native, onednn, or plain for transformers' own; "
+        "auto and native-quantised compute from the codes of quantised weights (default auto)",
     )
     p.add_argument(
         "--whole-block",
@@ -137,6 +138,39 @@ def add_dense(p: argparse.ArgumentParser) -> None:
         help="replace the model's routers and shared experts by xpar's, too "
         "(default: only its routed experts)",
     )
+
+
+QUANTISED = ("fp8", "int8", "int4", "mxfp4")
+"""Formats to quantise to at load; the table is in :mod:`xpar.kernels.quantisation`, which needs torch."""
+
+
+def add_quantize(p: argparse.ArgumentParser, dense: str) -> None:
+    """Add ``--quantize`` and ``--quantize-dense``; ``dense``: the dense weights of the command, for help."""
+    p.add_argument(
+        "--quantize",
+        choices=QUANTISED,
+        help="quantise the experts of a checkpoint in floats while it is read: fp8 in blocks of 128 x 128, "
+        "int8 by rows, int4 in groups of 128, mxfp4 in groups of 32 (default: keep them)",
+    )
+    p.add_argument(
+        "--quantize-dense",
+        nargs="?",
+        const="same",
+        choices=("same", *QUANTISED),
+        help=f"quantise {dense}, too, in the format of --quantize or in another one (default: keep them)",
+    )
+
+
+def quantisation_of(args: argparse.Namespace) -> "Quantisation | None":
+    """Return the formats of experts and dense weights; ValueError if only those of dense ones are given."""
+    from xpar.engine.formats.quantised_on_load import Quantisation
+
+    experts, dense = args.quantize, args.quantize_dense
+    if experts is None:
+        if dense is not None:
+            raise ValueError("--quantize-dense: give --quantize FORMAT for the experts, too")
+        return None
+    return Quantisation(experts, experts if dense == "same" else dense)
 
 
 def add_whole_dense(p: argparse.ArgumentParser) -> None:

@@ -75,6 +75,8 @@ def add_commands(subparsers: "Subparsers[CommandParser]") -> None:
     add_command(
         subparsers, "make-checkpoint", "write a checkpoint with random weights (no MPI)", add_make_checkpoint
     )
+    purpose = "write a checkpoint in floats again with quantised weights (no MPI)"
+    add_command(subparsers, "quantize", purpose, add_quantize)
     purpose = "check MPI, nodes, threads, GPUs and optional packages"
     add_command(subparsers, "doctor", purpose, lambda p: None)
 
@@ -104,6 +106,7 @@ def add_run(p: argparse.ArgumentParser) -> None:
     options.add_device(p)
     options.add_dispatcher_and_kernel(p)
     options.add_activations(p)
+    options.add_quantize(p, "shared experts")
     options.add_depth(p)
     p.add_argument("--tiles", type=Path, metavar="FILE", help="tile table of the GPU kernel, from xpar tune")
     options.add_dtype(p)
@@ -174,4 +177,26 @@ def add_make_checkpoint(p: argparse.ArgumentParser) -> None:
         default="auto",
         help="transformers: the model classes of that package; own: xpar's tables of tensor names "
         "(default auto: transformers if it is installed)",
+    )
+
+
+def add_quantize(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``xpar quantize``."""
+    p.add_argument("checkpoint", metavar="DIR", type=Path, help="directory of a checkpoint in floats")
+    p.add_argument("out", metavar="OUT", type=Path, help="new directory")
+    formats = (*options.QUANTISED, "nvfp4")
+    p.add_argument(
+        "--format",
+        required=True,
+        choices=formats,
+        help="format of the experts: fp8 in blocks of 128 x 128, int8 by rows, int4 in groups of 128, "
+        "mxfp4 in groups of 32, nvfp4 in groups of 16",
+    )
+    p.add_argument(
+        "--dense",
+        nargs="?",
+        const="same",
+        choices=("same", *formats),
+        help="quantise dense layers, shared experts and head, too, in the same format or in another one "
+        "(default: keep them)",
     )

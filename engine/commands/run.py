@@ -2,7 +2,6 @@
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from xpar.comm.partition import split_range
 from xpar.comm.stragglers import gather_lateness
 from xpar.engine.architectures.layer_config import find
 from xpar.engine.architectures.layer_weights import experts_format
+from xpar.engine.architectures.quantised_layers import open_layers
 from xpar.engine.commands.model_names import find_checkpoint
-from xpar.engine.commands.options import at_least, attach, job_line, pick_device
+from xpar.engine.commands.options import at_least, attach, job_line, pick_device, quantisation_of
 from xpar.engine.console.layer_report import lateness_table, layer_result, layer_summary, layer_table
 from xpar.engine.console.logs import start_logging
 from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import make_console, progress
-from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.build import FLOATS, load_layer
 from xpar.engine.layer.checkpoint_config import read_layer_config, read_layer_configs
 from xpar.engine.layer.expert_shard import expert_rows, pick_dispatcher, pick_kernel
@@ -71,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
 def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
     """Check the whole request before any rank loads anything; return layers and dtype."""
     at_least(tokens=(args.tokens, 0), steps=(args.steps, 1), threads=(args.threads, 1))
-    with open_checkpoint(args.checkpoint) as checkpoint:
+    with open_layers(args.checkpoint, quantisation_of(args)) as checkpoint:
         layers = args.layers or list(read_layer_configs(checkpoint))
         for layer in layers:
             read_layer_config(checkpoint, layer)
@@ -84,7 +83,13 @@ def _read_request(args: argparse.Namespace) -> tuple[list[int], torch.dtype]:
 def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype) -> dict[str, Any]:
     """Load one layer, run it on the random tokens, and return its figures; collective."""
     options = LayerOptions(
-        args.dispatcher, args.kernel, args.exact, args.activations, tiles=args.tiles, depth=args.depth
+        args.dispatcher,
+        args.kernel,
+        args.exact,
+        args.activations,
+        tiles=args.tiles,
+        depth=args.depth,
+        quantisation=quantisation_of(args),
     )
     runner = load_layer(args.checkpoint, layer, grid, dtype, options)
     tokens = random_tokens(args.tokens, runner.config.hidden_size, args.seed + layer).to(dtype)
@@ -99,12 +104,17 @@ def _run_layer(args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: t
         output = step.sum()
     result = layer_result(runner, timers, step.traffic, args.tokens)
     if args.verify:
-        result["rel_error"] = _relative_error(args.checkpoint, runner, layer, tokens, ids, output)
+        result["rel_error"] = _relative_error(args, runner, layer, tokens, ids, output)
     return result
 
 
 def _relative_error(
-    path: Path, runner: MoERunner, layer: int, tokens: Tensor, ids: Tensor | None, output: Tensor
+    args: argparse.Namespace,
+    runner: MoERunner,
+    layer: int,
+    tokens: Tensor,
+    ids: Tensor | None,
+    output: Tensor,
 ) -> float:
     """Compute ||output - reference|| / ||reference|| over all ranks, of the job's ``tokens``; collective.
 
@@ -120,7 +130,7 @@ def _relative_error(
     def compare() -> float:
         if grid.world.rank:
             return 0.0
-        with open_checkpoint(path) as checkpoint:
+        with open_layers(args.checkpoint, quantisation_of(args)) as checkpoint:
             references = [
                 layer_reference(checkpoint, layer, tokens, input_ids=ids, emulation=way)[0] for way in ways
             ]
@@ -134,7 +144,7 @@ def _explain(
     console: Console, args: argparse.Namespace, grid: ProcessGrid, layer: int, dtype: torch.dtype
 ) -> None:
     """Print why the dispatcher and the kernel of ``layer`` are chosen, and its steps."""
-    with open_checkpoint(args.checkpoint) as checkpoint:
+    with open_layers(args.checkpoint, quantisation_of(args)) as checkpoint:
         config = read_layer_config(checkpoint, layer)
         arch, rows = find(checkpoint.config), expert_rows(config, grid)
         stored = experts_format(checkpoint, arch, layer, config, rows)

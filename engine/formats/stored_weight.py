@@ -281,6 +281,28 @@ def cut_blocks(block: int, part: slice) -> BlockCut:
     return BlockCut(slice(first, last), smaller, places)
 
 
+def slice_weight(weight: QuantisedWeight, rows: slice, cols: slice | None = None) -> QuantisedWeight:
+    """Return a slice of W [N, K], in smaller blocks where it begins inside a block; None is all columns.
+
+    Columns of nibbles begin at an even one, and end at an even one or at the last.
+    """
+    cols = slice(0, weight.cols) if cols is None else cols
+    down, right = cut_blocks(weight.format.block[0], rows), cut_blocks(weight.format.block[1], cols)
+    packed = 2 if weight.format.code.is_nibble else 1
+
+    def cut(per_block: Tensor) -> Tensor:
+        return right.spread(down.spread(per_block[down.stored, right.stored], 0), 1)
+
+    return replace(
+        weight,
+        format=replace(weight.format, block=(down.block, right.block)),
+        codes=weight.codes[rows, cols.start // packed : -(-cols.stop // packed)],
+        scales=cut(weight.scales),
+        cols=cols.stop - cols.start,
+        zeros=None if weight.zeros is None else cut(weight.zeros),
+    )
+
+
 def select(tensor: Tensor, places: Tensor, dim: int) -> Tensor:
     """Return the entries ``places`` of dimension ``dim``, of tensors of 8-bit floats, too."""
     if tensor.dtype.itemsize == 1:

@@ -61,7 +61,8 @@ class Request:
     do. ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time.
     ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read
     alone. ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if
-    they were the same. ``exact_with``: names and values of what else the bits of exact mode depend on.
+    they were the same. ``exact_with``: names and values of what else the bits of exact mode depend on, and
+    ``quantize``.
     ``options``: those of the run, from which lines with fields of their own begin; None for ``sampling``,
     ``max_new_tokens`` and ``stops``. ``format``: of the answers, ``xpar``, ``openai`` or, for that of the
     file, ``auto``. ``model``: the name that answers in OpenAI's form have.
@@ -319,7 +320,8 @@ def _brief(error: BaseException) -> str:
 
 
 def _exactness(exact: bool, exact_with: tuple[tuple[str, str], ...]) -> Mapping[str, object]:
-    return {"exact": exact, **(dict(exact_with) if exact else {})}
+    # Quantised weights give other answers in any mode.
+    return {"exact": exact, **{name: value for name, value in exact_with if exact or name == "quantize"}}
 
 
 def _names(prompt: Prompt, ids: list[int], options: AnswerOptions | None) -> tuple[str, str]:

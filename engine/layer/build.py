@@ -25,8 +25,9 @@ from xpar.engine.architectures.layer_weights import (
     load_layer_weights,
     make_router,
 )
+from xpar.engine.architectures.quantised_layers import open_layers
 from xpar.engine.config import LayerConfig
-from xpar.engine.formats.quantised_checkpoint import open_checkpoint
+from xpar.engine.formats.quantised_on_load import QuantisedOnLoad, relative_errors
 from xpar.engine.layer.checkpoint_config import FIELDS, allocation_errors, config_errors, read_layer_config
 from xpar.engine.layer.expert_shard import (
     ExpertShard,
@@ -91,7 +92,7 @@ def load_layer(
 def _load(
     path: str | Path, layer: int, grid: ProcessGrid, dtype: torch.dtype | None, options: LayerOptions
 ) -> MoERunner:
-    with open_checkpoint(path) as checkpoint:
+    with open_layers(path, options.quantisation) as checkpoint:
         config = read_layer_config(checkpoint, layer)
         arch = find(checkpoint.config)
         read = partial(load_layer_weights, checkpoint, arch, layer, config)
@@ -110,6 +111,9 @@ def _load(
         )
         if conversions := checkpoint.describe_conversions(runner.dtype):
             log.info("layer %d: quantised weights are converted: %s", layer, conversions)
+        if isinstance(checkpoint, QuantisedOnLoad):
+            error, _ = relative_errors([checkpoint.squares])
+            log.info("layer %d: quantised to %s, relative error %.1e", layer, options.quantisation, error)
         return runner
 
 

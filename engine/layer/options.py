@@ -1,9 +1,10 @@
 """The options of one MoE layer: what a caller may choose, as frozen values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from xpar.engine.formats.quantised_on_load import Quantisation
 from xpar.engine.layer.shared_expert_overlap import SharedOrder
 
 Depth = Literal["auto", "steps", "one-call"]
@@ -24,12 +25,14 @@ class ExpertOptions:
             ranks.
         activations: ``quantised`` quantises the inputs of experts as the checkpoint says, before they travel;
             ``exact`` leaves them as they are; ``auto`` quantises on GPUs, outside exact mode and float32.
+        quantisation: The formats that weights in floats are quantised to while they are read, or None.
     """
 
     dispatcher: str = "auto"
     kernel: str = "auto"
     exact: bool = False
     activations: Activations = "auto"
+    quantisation: Quantisation | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def load_dense(
     groups = tied_groups(model)
     tensors: dict[str, Tensor] = {}
     # Before any memory is taken: a wrong size in config.json may ask for more than there is.
-    _on_first(
+    on_first(
         partial(_check_shapes, checkpoint, {s.name: empty[key].shape for key, s in plan.items() if s.name}),
         node,
     )
@@ -101,17 +101,17 @@ def load_dense(
         if name is None:
             kinds = {t: _dtype_of(t, empty[t], kept) for t in source.targets if t in empty}
             made = {t: torch.empty(empty[t].shape, dtype=dtype_of) for t, dtype_of in kinds.items()}
-            _on_first(partial(_convert, source, model, checkpoint, made), node)
+            on_first(partial(_convert, source, model, checkpoint, made), node)
             for target, tensor in made.items():
                 tensors[target] = node.broadcast(tensor)
                 loaded(tensor.nbytes)
             continue
         twin = next((tensors[other] for other in groups.get(key, ()) if other in tensors), None)
-        if twin is not None and _on_first(partial(_is_equal, checkpoint, name, twin), node):
+        if twin is not None and on_first(partial(_is_equal, checkpoint, name, twin), node):
             loaded(twin.nbytes)
             continue
         tensor = torch.empty(empty[key].shape, dtype=kind)
-        _on_first(partial(_read, checkpoint, name, tensor), node)
+        on_first(partial(read_dense, checkpoint, name, tensor), node)
         tensors[key] = node.broadcast(tensor)
         loaded(tensor.nbytes)
     model.load_state_dict(tensors, strict=False, assign=True)
@@ -169,7 +169,7 @@ def _dtype_of(key: str, empty: Tensor, plan: Mapping[str, torch.dtype]) -> torch
     return empty.dtype
 
 
-def _on_first(read: Callable[[], T], node: Communicator) -> T:
+def on_first(read: Callable[[], T], node: Communicator) -> T:
     """Call ``read`` on rank 0 of the node; return its small value, or raise its error, on all. Collective."""
     outcome: tuple[Any, str | None] = (None, None)
     if node.rank == 0:
@@ -218,7 +218,8 @@ def _convert(source: Source, model: Any, checkpoint: Checkpoint, out: Mapping[st
         _require_finite(tensor, key, str(found.dtype)[6:])
 
 
-def _read(checkpoint: Checkpoint, name: str, out: Tensor) -> None:
+def read_dense(checkpoint: Checkpoint, name: str, out: Tensor) -> None:
+    """Read the tensor ``name`` into ``out``; CheckpointError for one that is no float or not finite."""
     stored = checkpoint.entry(name).dtype
     if stored not in (FLOATS if out.is_floating_point() else INTEGERS):
         raise CheckpointError(

@@ -108,6 +108,16 @@ def describe_stored(
     return config if cut is None else as_stored(config, checkpoint, cut)
 
 
+def stored_expert_names(
+    model: Any, name: str, checkpoint: Checkpoint, sources: Mapping[str, Source]
+) -> MlpNames | None:
+    """Name the stored tensors of the experts module ``name``; None if transformers converts whole layers.
+
+    The arguments are those of :func:`experts_reader`.
+    """
+    return _names(model, name, checkpoint, sources)[2]
+
+
 def _names(
     model: Any, name: str, checkpoint: Checkpoint, sources: Mapping[str, Source]
 ) -> tuple[MlpNames, dict[str, Source], MlpNames | None]:

@@ -16,6 +16,7 @@ from xpar.comm.shared_window import SHARED_FILES, free_bytes
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
+from xpar.engine.formats.quantised_on_load import QuantisedOnLoad
 from xpar.engine.layer.checkpoint_config import allocation_errors, read_layer_configs
 from xpar.engine.layer.expert_shard import expert_rows
 from xpar.engine.models.block_layer import build_block
@@ -41,9 +42,16 @@ from xpar.engine.models.parallelize import (
     moe_modules,
     replace_modules,
 )
+from xpar.engine.models.quantised_dense import (
+    DenseKernel,
+    choose_quantised,
+    describe_formats,
+    load_quantised,
+)
 from xpar.engine.models.weight_sources import Source, find_sources
+from xpar.engine.models.weights_to_quantise import log_errors, weights_to_quantise
 from xpar.kernels.choice import Choice
-from xpar.kernels.cpu.linear import PLAIN, LinearEntry, choose_linear
+from xpar.kernels.cpu.linear import PLAIN, QUANTISED, LinearEntry, choose_linear
 
 log = logging.getLogger("xpar.models")
 LEAST_FREE = 4 * ROUND_BYTES
@@ -73,7 +81,8 @@ class LoadedModel:
         dense_bytes: Bytes of dense weights on this rank.
         expert_bytes: Bytes of experts' weights on this rank.
         bytes_read: Bytes that this rank read from the checkpoint's files.
-        dense: The kernel of dense products, as :func:`~xpar.kernels.cpu.linear.choose_linear` names it.
+        dense: The kernels of dense products: that of weights in floats as
+            :func:`~xpar.kernels.cpu.linear.choose_linear` names it, and that of codes if some stay codes.
     """
 
     model: Any
@@ -145,22 +154,36 @@ def load_model(
     if grid.shape.tp > 1:
         raise ValueError(f"tp={grid.shape.tp}: dense layers of whole models are not sliced; use tp=1")
     comm = grid.world.comm
-    with agreed(comm, lambda: open_checkpoint(path)) as checkpoint:
-        kind = agreed(comm, lambda: dtype or checkpoint.dtype)
+    with agreed(comm, lambda: open_checkpoint(path)) as stored:
+        kind = agreed(comm, lambda: dtype or stored.dtype)
         chosen = agreed(comm, lambda: _choose_dense(kind, grid.device, options))
-        model = agreed(comm, lambda: build_empty_model(checkpoint, kind))
-        parts = agreed(comm, lambda: moe_modules(model, dict(checkpoint.config), options.whole_block))
+        model = agreed(comm, lambda: build_empty_model(stored, kind))
+        parts = agreed(comm, lambda: moe_modules(model, dict(stored.config), options.whole_block))
         foreign = tuple(prefix for part in parts.values() for prefix in part.parameters)
-        sources = agreed(comm, lambda: find_sources(model, checkpoint))
-        plan = agreed(comm, lambda: dense_sources(model, checkpoint, sources, foreign))
+        sources = agreed(comm, lambda: find_sources(model, stored))
+        plan = agreed(comm, lambda: dense_sources(model, stored, sources, foreign))
+        checkpoint: Checkpoint = stored
+        if (to := options.quantisation) is not None:
+            checkpoint = agreed(
+                comm, lambda: weights_to_quantise(model, stored, sources, plan, parts, to).open()
+            )
         total(_bytes_to_hold(model, plan, parts, grid, kind))
+        kernel = DenseKernel(kind, grid.device, options.dense)
+        products = agreed(comm, lambda: choose_quantised(model, checkpoint, plan, kernel))
+        is_packed = (record := chosen.chosen).name != PLAIN
+        shared = ColumnParallel(grid.node) if is_packed and _slices(grid, options) else None
         # Inside, the ranks of a node fail together, so that none of them is missing from this agreement.
-        dense = agreed(comm, lambda: load_dense(model, checkpoint, plan, foreign, grid.node, kind, loaded))
-        if (record := chosen.chosen).name != PLAIN:
+        dense = agreed(
+            comm, lambda: load_quantised(model, checkpoint, products, grid.node, kind, shared, loaded)
+        )
+        names = {f"{product.module}.{end}" for product in products for end in ("weight", "bias")}
+        floats = {key: source for key, source in plan.items() if key not in names}
+        dense += agreed(comm, lambda: load_dense(model, checkpoint, floats, foreign, grid.node, kind, loaded))
+        if is_packed:
             # Weights are packed before experts are loaded: one weight at a time is in memory twice.
-            shared = ColumnParallel(grid.node) if _slices(grid, options) else None
             dense += agreed(comm, lambda: pack_model(model, record, shared))
             give_back_freed_memory()
+        dense_kernels = f"{QUANTISED} and {record.name}" if products else record.name
         layers = agreed(
             comm,
             lambda: _load_layers(model, checkpoint, sources, grid, kind, parts, options, loaded),
@@ -174,21 +197,24 @@ def load_model(
         model.to(grid.device)
         held = sum(k.nbytes() for k in (x.runner.kernel for x in layers.values()) if k is not None)
         log.info(
-            "%s: %.1f MB of dense weights (%s products%s), %.1f MB of experts%s, %.1f MB read",
+            "%s: %.1f MB of dense weights (%s products%s%s), %.1f MB of experts%s, %.1f MB read",
             type(model).__name__,
             dense / 1e6,
-            chosen.name,
+            dense_kernels,
+            f": {describe_formats(products)} from codes" if products else "",
             "".join(f"; {name}: {why}" for name, why in chosen.rejected),
             held / 1e6,
             "" if is_known(checkpoint.config) else " alone (no schema of this family's blocks)",
             checkpoint.bytes_read / 1e6,
         )
+        if isinstance(checkpoint, QuantisedOnLoad) and options.quantisation is not None:
+            log_errors(checkpoint, options.quantisation, comm)
         if conversions := checkpoint.describe_conversions(kind):
             log.info("quantised weights are converted: %s", conversions)
         held_layers = tuple(layers.values())
         collective_modules = _find_collective_modules(model, parts, layers)
         return LoadedModel(
-            model, held_layers, collective_modules, kind, dense, held, checkpoint.bytes_read, chosen.name
+            model, held_layers, collective_modules, kind, dense, held, checkpoint.bytes_read, dense_kernels
         )
 
 
@@ -261,13 +287,14 @@ def forward_order(model: Any, modules: Iterable[torch.nn.Module]) -> list[tuple[
 
 
 def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptions) -> Choice[LinearEntry]:
-    """Choose the kernel of dense products.
+    """Choose the kernel of dense products with weights in floats.
 
     It is the plain one on a GPU, and in exact mode, where a row must not depend on its neighbours.
     """
+    name = "auto" if options.dense == QUANTISED else options.dense
     if device.type == "cpu" and not options.exact:
-        return choose_linear(dtype, options.dense)
-    if options.dense not in ("auto", PLAIN):
+        return choose_linear(dtype, name)
+    if name not in ("auto", PLAIN):
         raise ValueError(
             f"dense={options.dense!r}: serves neither GPUs nor exact mode; choose auto or {PLAIN}"
         )

@@ -4,7 +4,7 @@ K inputs, N outputs of a layer.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -155,7 +155,9 @@ def pack_dense(model: Any, record: LinearEntry, shared: ColumnParallel | None = 
     every rank keeps all. Returns the bytes that packing adds.
     """
     # Names, not modules: a plain weight must be free before the next one is packed.
-    return sum(_pack(model, name, record, shared, number) for number, name in enumerate(_packable(model)))
+    numbers = module_numbers(model)
+    names = [name for name in packable(model) if not model.get_submodule(name).weight.is_meta]
+    return sum(_pack(model, name, record, shared, numbers[name]) for name in names)
 
 
 def _pack(model: Any, name: str, record: LinearEntry, shared: ColumnParallel | None, number: int) -> int:
@@ -164,26 +166,61 @@ def _pack(model: Any, name: str, record: LinearEntry, shared: ColumnParallel | N
     weight = module.weight.detach()
     bias = None if module.bias is None else module.bias.detach()
     outputs, inputs = weight.shape
+
+    def build(part: slice) -> LinearKernel:
+        if part == slice(0, outputs):
+            return record.build(weight, bias)
+        # A copy, so that nothing keeps the whole bias.
+        return record.build(weight[part], None if bias is None else bias[part].clone())
+
+    return place_product(model, name, build, (outputs, inputs), weight.dtype, shared, number) - before
+
+
+def place_product(
+    model: Any,
+    name: str,
+    build: Callable[[slice], LinearKernel],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    shared: ColumnParallel | None,
+    number: int,
+) -> int:
+    """Replace the linear module ``name`` of ``model`` by a packed one; return the bytes of its weights.
+
+    Args:
+        model: The model.
+        name: The module's name.
+        build: Packs the given columns of the product, of which there are some.
+        shape: N and K.
+        dtype: That of rows and results.
+        shared: The ranks that slice the product, or None.
+        number: Its place in the model, see :func:`module_numbers`.
+    """
+    outputs, inputs = shape
     packed: PackedLinearModule | ColumnParallelLinear
     if shared is None:
-        packed = PackedLinearModule(record.build(weight, bias), outputs, weight.dtype)
+        packed = PackedLinearModule(build(slice(0, outputs)), outputs, dtype)
     else:
         part = split_columns(outputs, shared.group)
-        some = part.start < part.stop
-        # A copy, so that nothing keeps the whole bias.
-        linear = record.build(weight[part], None if bias is None else bias[part].clone()) if some else None
-        packed = ColumnParallelLinear(shared, linear, part, number, inputs, outputs, weight.dtype)
+        linear = build(part) if part.start < part.stop else None
+        packed = ColumnParallelLinear(shared, linear, part, number, inputs, outputs, dtype)
     model.set_submodule(name, packed)
-    return packed.nbytes - before
+    return packed.nbytes
 
 
-def _packable(model: Any) -> list[str]:
+def module_numbers(model: Any) -> dict[str, int]:
+    """Number the modules of ``model`` by their place, which stays when a product is replaced."""
+    return {name: number for number, (name, _) in enumerate(model.named_modules())}
+
+
+def packable(model: Any) -> list[str]:
+    """List the linear modules of attention, dense layers and head whose weights nothing else reads."""
     head = model.get_output_embeddings()
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     names = []
     for name, module in model.named_modules():
         parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
         part = module is head or parent.endswith(("Attention", "MLP"))
-        if part and type(module) is nn.Linear and uses[id(module.weight)] == 1 and not module.weight.is_meta:
+        if part and type(module) is nn.Linear and uses[id(module.weight)] == 1:
             names.append(name)
     return names

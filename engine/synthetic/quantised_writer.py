@@ -13,7 +13,7 @@ from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.checkpoint.tensor_file import DTYPES, CheckpointError
 from xpar.engine.checkpoint.tensor_writer import TensorPlan, write_tensors
 from xpar.engine.formats.published import FORMS, PublishedForm, Tensors
-from xpar.engine.formats.quantise import quantise
+from xpar.kernels.quantisation import quantise
 from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
 
 LINEAR = re.compile(r"(^|\.)(\w+_proj(_with_mqa)?|w[123])$")

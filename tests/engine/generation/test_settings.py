@@ -96,6 +96,7 @@ OTHER_OPTIONS = {
     "exact (none, now yes)": replace(ASKED, exact=True, exact_with=()),
     "activations (none, now quantised)": replace(ASKED, activations="quantised"),
     "dtype (float32, now bfloat16)": replace(ASKED, dtype=torch.bfloat16),
+    "quantize (none, now int4)": replace(ASKED, exact_with=(("quantize", "int4"),)),
     "": replace(ASKED, batch=3, prefill_tokens=5, out=Path("x"), exact_with=(("kernel", "native"),)),
 }
 

@@ -63,3 +63,19 @@ def test_peak_is_dense_weights_and_own_experts_plus_a_tenth(tmp_path: Path, form
             assert peak <= 1.1 * (dense + own) + CONSTANT
             assert experts // 2 > CONSTANT  # the bound would notice another rank's experts
     assert form is not None or held[1] == held[2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(quantised_library.why_unavailable() is not None, reason="no kernel computes from codes")
+def test_dense_weights_that_stay_quantised_never_exist_in_bfloat16(tmp_path: Path, ranks: int) -> None:
+    write_model(Case("olmoe", "olmoe"), tmp_path / "small", torch.bfloat16, 1, intermediate=64, form="fp8")
+    sizes = {"hidden": 1024, "intermediate": 64, "experts": 4, "layers": 8, "vocab": 1000, "top_k": 2}
+    write_model(Case("olmoe", "olmoe"), tmp_path / "large", torch.bfloat16, 1, form="fp8", **sizes)
+    attention, vocabulary = 8 * 4 * 1024**2, 2 * 1000 * 1024
+    source = PROGRAM.replace("{small!r}", repr(str(tmp_path / "small")))
+    job = mpirun(ranks, source.replace("{large!r}", repr(str(tmp_path / "large"))), timeout=120)
+    assert job.returncode == 0, job.stderr
+    for dense, own, peak in json.loads(job.stdout):
+        assert dense < 1.05 * (attention + 2 * vocabulary)
+        assert peak <= 1.1 * (dense + own) + CONSTANT < dense + own + 0.8 * attention

@@ -9,8 +9,8 @@ import torch
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.formats.published import FORMS
-from xpar.engine.formats.quantise import quantise
 from xpar.engine.synthetic.checkpoint import make_checkpoint
+from xpar.kernels.quantisation import quantise
 
 SIZES = {"layers": 1, "experts": 4, "hidden": 64, "intermediate": 96, "top_k": 2}
 ERRORS = {
