@@ -1,8 +1,8 @@
 /* Attention of a flat batch over keys and values in blocks, and the copying of new keys and values into them.
  *
- * paged_library.py calls these functions through ctypes. Tensors are bfloat16 (uint16_t), arithmetic is float32,
- * the result is rounded once. The definition is attend_by_definition in paged_attention.py, whose letters are
- * used here.
+ * paged_library.py calls these functions through ctypes. Tensors are bfloat16 (uint16_t), arithmetic is
+ * float32, the result is rounded once. The definition is attend_by_definition in paged_attention.py, whose
+ * letters are used here.
  *
  * A row is a query of a token and a head. Rows that read the same keys, heads of a group and tokens of a
  * chunk, are computed together, in tiles of TILE keys that begin at multiples of TILE; the softmax is kept up
@@ -60,10 +60,11 @@ struct scratch {
     int64_t *places, *key_offsets, *value_offsets, *key_ahead, *value_ahead;
 };
 
-/* Find the places `low` to `high` - 1 of the tile of keys from `tile` on that the row at `place` sees; there are
- * none unless low < high. Neither is smaller for a later row.
+/* Find the places `low` to `high` - 1 of the tile of keys from `tile` on that the row at `place` sees; there
+ * are none unless low < high. Neither is smaller for a later row.
  */
-static inline void find_visible(const struct paged *a, int64_t place, int64_t tile, int64_t *low, int64_t *high)
+static inline void find_visible(
+    const struct paged *a, int64_t place, int64_t tile, int64_t *low, int64_t *high)
 {
     const int64_t start = a->window > place ? 0 : place - a->window + 1;
     *low = start > tile ? start - tile : 0;
@@ -194,8 +195,8 @@ int xpar_paged_attend(const struct paged *a, int set, int threads)
 }
 
 /* Copy rows [T, heads, `bytes`] into the slots of a pool, in bytes; slot s is place s % block of block
- * s / block. Strides are of tokens and heads of `rows`, and of blocks, heads and places of the pool. Returns 0,
- * or -2 without having copied anything if a slot does not exist.
+ * s / block. Strides are of tokens and heads of `rows`, and of blocks, heads and places of the pool. Returns
+ * 0, or -2 without having copied anything if a slot does not exist.
  */
 int xpar_paged_store(
     const char *rows, const int64_t *row_strides, const int64_t *slots, int64_t count, int64_t heads,

@@ -1,5 +1,5 @@
-/* What native_paged_tile.h needs instructions by name for, for each instruction set: types, and the products of
- * queries and keys. A word is a pair of neighbouring bfloat16 numbers. Queries are kept as words or, without
+/* What native_paged_tile.h needs instructions by name for, for each instruction set: types, and the products
+ * of queries and keys. A word is a pair of neighbouring bfloat16 numbers. Queries are kept as words or, without
  * products of bfloat16, as vectors of the float32 numbers of the even and of the odd halves.
  */
 
@@ -17,6 +17,7 @@ DEFINE_TYPES(avx2, 32);
 typedef float float4 __attribute__((vector_size(16)));
 
 /* `larger` is its second argument where one is NaN. `times_power_of_2` takes whole n from -151 to 0. */
+#define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define DEFINE_AVX512(suffix) \
     INLINE floats_##suffix fuse_##suffix(floats_##suffix a, floats_##suffix b, floats_##suffix c) \
     { \
@@ -28,15 +29,15 @@ typedef float float4 __attribute__((vector_size(16)));
     } \
     INLINE floats_##suffix nearest_whole_##suffix(floats_##suffix a) \
     { \
-        return (floats_##suffix)_mm512_roundscale_ps((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); \
+        return (floats_##suffix)_mm512_roundscale_ps((__m512)a, NEAREST); \
     } \
     INLINE floats_##suffix times_power_of_2_##suffix(floats_##suffix a, floats_##suffix n) \
     { \
         return (floats_##suffix)_mm512_scalef_ps((__m512)a, (__m512)n); \
     }
 
-/* Products in float32: of the even halves, then of the odd ones. `dot_words` adds those of a vector of words of
- * one key; `dot_lane` those of word `lane` of a vector of the query with the same word of several keys.
+/* Products in float32: of the even halves, then of the odd ones. `dot_words` adds those of a vector of words
+ * of one key; `dot_lane` those of word `lane` of a vector of the query with the same word of several keys.
  */
 #define DEFINE_FLOAT32_DOTS(suffix, lanes) \
     INLINE floats_##suffix dot_words_##suffix(floats_##suffix sum, words_##suffix key, const float *query) \
@@ -104,7 +105,7 @@ INLINE floats_avx2 larger_avx2(floats_avx2 a, floats_avx2 b)
 }
 INLINE floats_avx2 nearest_whole_avx2(floats_avx2 a)
 {
-    return (floats_avx2)_mm256_round_ps((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (floats_avx2)_mm256_round_ps((__m256)a, NEAREST);
 }
 INLINE floats_avx2 times_power_of_2_avx2(floats_avx2 a, floats_avx2 n)
 {
