@@ -10,7 +10,10 @@ setup(
         # their threads: linking with -fopenmp would bring a second one.
         Extension(
             "xpar.kernels.cpu._native",
-            [f"kernels/cpu/{name}.c" for name in ("native", "native_quantised", "native_rows")],
+            [
+                f"kernels/cpu/{name}.c"
+                for name in ("native", "native_paged", "native_quantised", "native_rows")
+            ],
             depends=[str(path) for path in Path("kernels/cpu").glob("native_*.h")],
             extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=fast"],
             # Without a compiler xpar installs all the same, and `xpar doctor` says what is missing.

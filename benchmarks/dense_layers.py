@@ -1,5 +1,5 @@
 """A dense product and one layer's attention beside torch's, on one thread, in its CPU time: ``python
-benchmarks/dense_layers.py``."""
+benchmarks/dense_layers.py``; ``python benchmarks/dense_layers.py blocks`` for attention over blocks alone."""
 
 import statistics
 import sys
@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from xpar.kernels.cpu import native_library, zen_library
 from xpar.kernels.cpu.attention import Attention
+from xpar.kernels.cpu.host import empty_in_huge_pages
 from xpar.kernels.cpu.linear import LINEAR_KERNELS
+from xpar.kernels.cpu.paged_attention import PagedAttention, PagedRows, attend_by_definition
 
 ROUNDS = 9
 CACHES = 2**27
@@ -26,6 +28,12 @@ CACHED = (
     (16, 32, 4, 80, 128),
     (16, 32, 4, 500, 128),
     (16, 16, 16, 1000, 128),
+)
+BLOCK = 16
+# new tokens of each sequence, and those of CACHED
+IN_BLOCKS = (
+    *((1, b, *heads, s, 128) for s in (80, 1000) for heads in ((16, 16), (32, 4)) for b in (1, 16, 64)),
+    *((512, 1, *heads, s, 128) for s in (512, 912) for heads in ((16, 16), (32, 4))),
 )
 
 
@@ -85,10 +93,51 @@ def attention(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None
     tell(what, milliseconds(calls))
 
 
+def attention_in_blocks(dtype: torch.dtype, shape: tuple[int, int, int, int, int, int]) -> None:
+    """Blocks in any order beside contiguous keys and values; all results are compared with the definition."""
+    q, b, hq, hk, s, d = shape
+    query = torch.randn(b, q, hq, d).to(dtype).transpose(1, 2)
+    key, value = torch.randn(2, b, hk, s, d).to(dtype)
+    blocks = -(-s // BLOCK)
+    order = torch.randperm(b * blocks)
+    pools = [empty_in_huge_pages((b * blocks, hk, BLOCK, d), dtype) for _ in range(2)]
+    for pool, x in zip(pools, (key, value), strict=True):
+        padded = functional.pad(x, (0, 0, 0, blocks * BLOCK - s)).unflatten(2, (blocks, BLOCK))
+        pool[order] = padded.transpose(1, 2).flatten(0, 1)
+    numbers = (torch.arange(b + 1) * q, torch.full((b,), s), order.view(b, blocks))
+    rows = PagedRows(*(x.int() for x in numbers))
+    flat = query.transpose(1, 2).flatten(0, 1).contiguous()
+    causal = q == s
+    mask = None if causal or q == 1 else torch.ones(q, s, dtype=torch.bool).tril(s - q)[None, None]
+    shown = None if mask is None else mask.expand(b, 1, q, s)
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "torch": lambda: functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=hq > hk
+        ),
+        "blocks": partial(PagedAttention(), flat, *pools, rows, d**-0.5),
+    }
+    usable = {"native": native_library.why_unavailable(), "zentorch": zen_library.why_unavailable()}
+    for name in (n for n, why in usable.items() if why is None):
+        if (by := Attention(name)).backend_for(query, key, value, shown) == name:
+            calls[name] = partial(by, query, key, value, shown, causal, d**-0.5)
+    expected = attend_by_definition(flat.float(), *(p.float() for p in pools), rows, d**-0.5)
+    for name, call in calls.items():
+        found = call() if name == "blocks" else call().transpose(1, 2).flatten(0, 1)
+        error = float((found.float() - expected).norm() / expected.norm())
+        assert error < (1e-2 if dtype == torch.bfloat16 else 1e-5), f"{name} differs by {error:.1e}"
+    tell(
+        f"{str(dtype)[6:]}, {q} of {s} tokens of {b} sequences, {hq} heads, {hk} of keys", milliseconds(calls)
+    )
+
+
 @torch.inference_mode()
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    for case in IN_BLOCKS:
+        attention_in_blocks(torch.bfloat16, case)
+    if sys.argv[1:] == ["blocks"]:
+        return
     for dtype in (torch.bfloat16, torch.float32):
         for matrix in MATRICES:
             products(dtype, matrix)

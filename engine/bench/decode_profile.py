@@ -108,7 +108,7 @@ def measure_parts(comm: Communicator, loaded: LoadedModel, ids: Tensor, new_toke
     A replayed CUDA graph has no parts, so that every step is launched. ``ids``: prompts [B, P] int64.
     """
     timer, agreement = MeasuringTimer(loaded.device), [0.0]
-    with _timed(loaded, timer) as hooked:
+    with timed_parts(loaded, timer) as hooked:
 
         def on_agreement(seconds: float) -> None:
             agreement.append(seconds)
@@ -135,7 +135,7 @@ def measure_parts(comm: Communicator, loaded: LoadedModel, ids: Tensor, new_toke
 
 
 @contextmanager
-def _timed(loaded: LoadedModel, timer: MeasuringTimer) -> Iterator[dict[str, float]]:
+def timed_parts(loaded: LoadedModel, timer: MeasuringTimer) -> Iterator[dict[str, float]]:
     """Measure a model in the context: yields the seconds of attention, router and head.
 
     ``timer`` gets the stages of the expert layers.

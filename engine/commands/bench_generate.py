@@ -19,7 +19,7 @@ from xpar.engine.bench.generate import (
     measure,
     start_peer,
 )
-from xpar.engine.commands import model_session
+from xpar.engine.commands import bench_workload, model_session
 from xpar.engine.commands.model_names import find_checkpoint
 from xpar.engine.commands.options import at_least, attach, quantisation_of
 from xpar.engine.console.logs import start_logging
@@ -27,6 +27,8 @@ from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import make_console, progress
 from xpar.engine.models.empty_model import check_generates
 
+NEW_TOKENS = 33
+"""Tokens that each sequence is continued by, if none are named."""
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 """Largest relative difference of logits. Roundings add up over the layers and turn near ties of the router; a
 model with wrong experts is off by 0.5 and more."""
@@ -40,6 +42,8 @@ def main(args: argparse.Namespace) -> int:
     world = attach(args)
     start_logging(world, args.verbose)
     args.checkpoint = find_checkpoint(world.comm, args.checkpoint)
+    if args.workload is not None:
+        return bench_workload.main(args, world)
     dtype = agreed(world.comm, lambda: check_request(args))
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)
@@ -88,6 +92,11 @@ def main(args: argparse.Namespace) -> int:
 
 def check_request(args: argparse.Namespace) -> torch.dtype:
     """Raise ValueError for numbers that do not fit; return the dtype of the model."""
+    args.new_tokens = NEW_TOKENS if args.new_tokens is None else args.new_tokens
+    if args.peer_python is not None:
+        raise ValueError(
+            f"--peer-python {args.peer_python}: vLLM answers files; give --workload mixed or a file"
+        )
     at_least(prompt_tokens=(args.prompt_tokens, 1), rounds=(args.rounds, 1), threads=(args.threads, 1))
     if min(args.batch) < 1 or args.new_tokens < 3:
         raise ValueError(

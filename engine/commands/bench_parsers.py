@@ -102,8 +102,25 @@ def add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("checkpoint", type=Path, help=options.CHECKPOINT)
     add_number(p, "--batch", "numbers of sequences of the whole job", (1, 16))
     add_number(p, "--prompt-tokens", "number of tokens per prompt", 64)
-    add_number(p, "--new-tokens", "number of tokens that each sequence is continued by, greedily", 33)
+    new = "number of tokens that each sequence is continued by, greedily"
+    add_number(p, "--new-tokens", new, None, "33; 48 with --workload")
     add_number(p, "--rounds", "number of measured runs of each side, after one that is not measured", 3)
+    p.add_argument(
+        "--workload",
+        metavar="FILE",
+        help="answer the prompts of a file, as xpar generate reads it, or of the generated workload "
+        "'mixed', instead of sequences of equal length; beside transformers' continuous batching",
+    )
+    rows = "with --workload, number of sequences at a time on a rank"
+    add_number(p, "--rows", rows, None, f"{options.BATCH}; 1 with --exact")
+    reading = "with --workload, maximum number of tokens that a rank reads in one step"
+    add_number(p, "--prefill-tokens", reading, options.PREFILL_TOKENS)
+    p.add_argument(
+        "--peer-python",
+        type=Path,
+        metavar="PATH",
+        help="with --workload, a Python interpreter that has vLLM, to be measured too",
+    )
     options.add_exact(p)
     options.add_grid(p, "ep", "etp", default="see docs/generate.md, How it runs")
     options.add_device(p)

@@ -88,10 +88,8 @@ def test_transformers_reads_the_same_weights(root: Path, family: str, quantisati
     """But for one rounding to the dtype of the scales."""
     path = root / f"{family} {quantisation}"
     if quantisation == Quantisation("fp8", "fp8"):
-        pytest.importorskip("accelerate", reason="transformers wants accelerate for fp8")
         from transformers import FineGrainedFP8Config as Config
     else:
-        pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
         from transformers import CompressedTensorsConfig as Config
     options = {"dtype": torch.float32, "quantization_config": Config(dequantize=True)}
     theirs = AutoModelForCausalLM.from_pretrained(path, **options).state_dict()
