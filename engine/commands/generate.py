@@ -7,8 +7,8 @@ from pathlib import Path
 from xpar.engine.commands import model_session
 from xpar.engine.commands.file_command import FileCommand, run_request
 from xpar.engine.commands.generation_options import add_generation_options, generation_of
-from xpar.engine.commands.options import add_whole_dense, at_least, batch_size
-from xpar.engine.generation.generate import generate
+from xpar.engine.commands.options import add_whole_dense, at_least, batch_size, read_bytes
+from xpar.engine.generation.generate import generate, settle_room
 from xpar.engine.generation.request import Request
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.empty_model import check_generates
@@ -55,7 +55,24 @@ def add_options(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put each prompt into the model's chat template, as the user's message",
     )
-    model_session.add_options(p, "sequences", "a longer prompt is read alone", "the answers")
+    model_session.add_options(
+        p,
+        "sequences",
+        "a longer prompt is read in pieces",
+        "the answers",
+        "as many as memory holds, 256 at most",
+    )
+    p.add_argument(
+        "--kv-memory",
+        metavar="BYTES",
+        help="memory of a rank for keys and values, such as 4GiB (default: what the prompts can need, and at "
+        "most half of the node's free memory)",
+    )
+    p.add_argument(
+        "--no-prefix-sharing",
+        action="store_true",
+        help="read the beginnings that prompts have in common once for each prompt",
+    )
     add_whole_dense(p)
     p.set_defaults(main=main)
 
@@ -63,7 +80,10 @@ def add_options(p: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command on every rank; return 0, also if a signal ended it with everything written."""
     return run_request(
-        args, FileCommand(make_request, _make_tokenizer, generate, "answering", "prompts answered")
+        args,
+        FileCommand(
+            make_request, _make_tokenizer, generate, "answering", "prompts answered", settle=settle_room
+        ),
     )
 
 
@@ -84,7 +104,7 @@ def make_request(args: argparse.Namespace, is_first: bool) -> Request:
         prefill_tokens=(args.prefill_tokens, 1),
         threads=(args.threads, 1),
     )
-    batch = batch_size(args)
+    batch = batch_size(args) if args.exact else args.batch  # None: chosen once the model is loaded
     if "" in args.stop:
         raise ValueError("--stop '': an empty text would end every answer; give at least one character")
     generation = generation_of(args)
@@ -106,4 +126,6 @@ def make_request(args: argparse.Namespace, is_first: bool) -> Request:
         prefill_tokens=args.prefill_tokens,
         dtype=model_session.dtype_of(args),
         exact=args.exact,
+        kv_bytes=None if args.kv_memory is None else read_bytes(args.kv_memory, "--kv-memory"),
+        shares_prefixes=not args.no_prefix_sharing,
     )

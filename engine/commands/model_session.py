@@ -28,13 +28,16 @@ from xpar.engine.models.loader import LoadedModel, expert_configs, load_model
 from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
 
 
-def add_options(p: argparse.ArgumentParser, rows: str, longer: str, result: str) -> None:
+def add_options(
+    p: argparse.ArgumentParser, rows: str, longer: str, result: str, batch: str = str(BATCH)
+) -> None:
     """Add the options that say where and how the model computes.
 
     ``rows``: what a rank reads. ``longer``: how it reads a row of more tokens. ``result``: of the command.
+    ``batch``: the default number of rows.
     """
     options.add_number(
-        p, "--batch", f"number of {rows} at a time on a rank", None, f"{BATCH}; 1 with --exact"
+        p, "--batch", f"number of {rows} at a time on a rank", None, f"{batch}; 1 with --exact"
     )
     meaning = f"maximum number of tokens that a rank reads in one step; {longer}"
     options.add_number(p, "--prefill-tokens", meaning, PREFILL_TOKENS)

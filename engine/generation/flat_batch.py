@@ -13,6 +13,8 @@ from torch import Tensor
 
 from xpar.engine.generation.decode_batch import DrawsTokens, RunningSequence, StopConditions
 from xpar.engine.generation.flat_plan import FlatPlan, FlatPlanner, FlatSequence
+from xpar.engine.generation.lockstep import Deal
+from xpar.engine.generation.prompt_dealer import PromptDealer
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.models.flat_forward import FlatForward
 from xpar.engine.models.isolation import not_finite
@@ -51,7 +53,7 @@ class FlatBatch(DrawsTokens):
         size: FlatLimits,
     ) -> None:
         super().__init__(sampling, limits)
-        self._loaded, self._budget = loaded, size.tokens
+        self._loaded, self._budget, self._shares = loaded, size.tokens, size.shares_prefixes
         self._forward = FlatForward(loaded, pool)
         blocks = BlockPool(pool.blocks, BLOCK_TOKENS, size.shares_prefixes)
         self.planner = FlatPlanner(blocks, size.batch, size.tokens)
@@ -77,6 +79,10 @@ class FlatBatch(DrawsTokens):
     def tokens_of(self, lengths: Sequence[int], continued: int) -> int:
         """See :class:`~xpar.engine.generation.steps.LocalBatch`: new prompts wait for the next step."""
         return continued
+
+    def dealer(self, ids: Sequence[Sequence[int]], ranks: int, drawn: int) -> Deal:
+        """Make the dealer of prompts ``ids`` with ``drawn`` new tokens each to ``ranks``."""
+        return PromptDealer(ids, ranks, drawn, self._budget, self._shares).deal
 
     def slots(self) -> int:
         """Return how many (token, expert) pairs this rank's experts have computed."""
@@ -146,7 +152,9 @@ class FlatBatch(DrawsTokens):
         drawn = [s.running for s in complete]
         for s, token in zip(complete, self._draw(drawn, logits) if drawn else [], strict=True):
             if token is None:
-                s.running.failure = not_finite("logits", len(s.tokens), self._loaded.dtype)
+                s.running.failure = s.running.failure or not_finite(
+                    "logits", len(s.tokens), self._loaded.dtype
+                )
             else:
                 self._take(s.running, token)
                 s.tokens.append(token)

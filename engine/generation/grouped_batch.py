@@ -36,17 +36,13 @@ def make_batch(
     """
     forms = flat_forms(loaded)
     if not isinstance(forms, str):
-        pool = KvPool(forms, choose_blocks(forms, room, _ranks_of_node(loaded)))
+        pool = KvPool(forms, choose_blocks(forms, room, loaded.ranks_of_node))
         size = FlatLimits(room.batch, room.prefill_tokens, room.shares_prefixes)
         return FlatBatch(loaded, sampling, limits, pool, size)
     log.info("%s is run in padded batches without shared beginnings: %s", type(loaded.model).__name__, forms)
     if loaded.is_cache_of_keys_and_values:
         return DecodeBatch(loaded, sampling, limits, DecodeGraph.of(loaded) if records else None)
     return GroupedBatch(loaded, sampling, limits)
-
-
-def _ranks_of_node(loaded: LoadedModel) -> int:
-    return loaded.layers[0].runner.grid.node.size if loaded.layers else 1
 
 
 class GroupedBatch:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, LayerForm
 from xpar.engine.models.malloc import available_bytes
 
+BATCH, FLAT_BATCH = 16, 256
+"""Sequences that a rank runs at a time by default: in padded batches, and in flat ones, bound by memory."""
 SHARE = 0.5
 """The share of a node's free memory that its ranks take for keys and values at most, if none is given."""
 UNKNOWN_BYTES = 2**30
@@ -23,7 +25,7 @@ class BatchRoom:
     known. ``shares_prefixes``: whether prompts that begin alike share keys and values.
     """
 
-    batch: int = 16
+    batch: int = BATCH
     prefill_tokens: int = 4096
     kv_bytes: int | None = None
     lengths: Sequence[int] | None = None

@@ -21,6 +21,8 @@ FLUSH_S = 1.0
 
 Record = dict[str, Any]
 
+Deal = Callable[[Sequence[int]], list[list[int]]]
+"""Prompts that each rank would begin -> each rank's places of the queue."""
 
 STOP, FLUSH = 1, 2
 
@@ -65,7 +67,7 @@ class LockstepCallbacks(Generic[R]):
     write: Callable[[list[Record]], None]
     stop: Callable[[], bool]
     tell: Callable[[Progress], None]
-    deal: Callable[[Sequence[int]], list[list[int]]] | None = None
+    deal: Deal | None = None
 
 
 def run_lockstep(comm: Communicator, sequences: LocalBatch[R], batch: int, job: LockstepCallbacks[R]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.engine.generation.answer_file import AnswerFile
-from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, Record, run_lockstep
+from xpar.engine.generation.lockstep import Deal, LockstepCallbacks, Progress, Record, run_lockstep
 from xpar.engine.generation.request import RequestBase, WorkItem, Workload
 from xpar.engine.generation.steps import LocalBatch, R
 
@@ -52,6 +52,7 @@ def process_file(
     record: Callable[[R], Record],
     stop_requested: Callable[[], bool],
     on_progress: Callable[[Progress], None],
+    deal: Deal | None = None,
 ) -> RunSummary:
     """Process all of ``work.queue`` with ``steps`` and write the records into ``request.out``. Collective.
 
@@ -69,6 +70,7 @@ def process_file(
         stop_requested: Returns whether this rank was asked to stop. If any rank was, all ranks end after the
             current step, with every complete row written.
         on_progress: Is called with the job's progress before each step.
+        deal: Deals questions to ranks; by default in the order of the queue.
     """
     file = agreed(comm, lambda: AnswerFile(request.out) if comm.rank == 0 else None)
     begin = time.monotonic()
@@ -88,6 +90,7 @@ def process_file(
         write=lambda records: file.append(records) if file else None,
         stop=stop_requested,
         tell=note,
+        deal=deal,
     )
     complete = run_lockstep(comm, steps, limits.batch, job)
     agreed(comm, lambda: _close(file, complete, work.order), "writing answers")

@@ -112,7 +112,8 @@ def _attend(
 def flat_forms(loaded: LoadedModel) -> tuple[LayerForm, ...] | str:
     """Return the forms of the layers of keys and values of ``loaded``, or why it takes no flat batches.
 
-    Collective. The reason is a clause; it follows from the model and the options alone, so that all ranks find the same.
+    Collective. The reason is a clause; it follows from the model and the options alone, so that all ranks
+    find the same.
     """
     found: tuple[LayerForm, ...] | str | None = getattr(loaded.model, FOUND, None)
     if found is None:
