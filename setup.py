@@ -10,7 +10,7 @@ setup(
         # their threads: linking with -fopenmp would bring a second one.
         Extension(
             "xpar.kernels.cpu._native",
-            ["kernels/cpu/native.c", "kernels/cpu/native_quantised.c"],
+            ["kernels/cpu/native.c", "kernels/cpu/native_paged.c", "kernels/cpu/native_quantised.c"],
             depends=[str(path) for path in Path("kernels/cpu").glob("native_*.h")],
             extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=fast"],
             # Without a compiler xpar installs all the same, and `xpar doctor` says what is missing.

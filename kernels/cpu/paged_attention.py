@@ -1,14 +1,21 @@
-"""Attention of a flat batch over keys and values that lie in blocks.
+"""Attention of a flat batch over keys and values that lie in blocks, by the compiled code or torch.
 
 A flat batch is one stream of tokens without padding: some new tokens of each of B sequences, one after the
 other, T in all. The keys and values of a sequence lie in blocks of P tokens, anywhere in a pool of N blocks.
 Hq query heads, Hk key heads (Hq a multiple of Hk), D numbers of a key, D' of a value.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from xpar.kernels.choice import choose
+from xpar.kernels.cpu import paged_library
+
+Backend = Literal["native", "torch"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,93 @@ class PagedRows:
     query_starts: Tensor
     lengths: Tensor
     block_tables: Tensor
+
+
+@dataclass(frozen=True)
+class _BackendEntry:
+    name: Backend
+
+
+# Fastest first.
+_BACKENDS = (_BackendEntry("native"), _BackendEntry("torch"))
+
+
+class PagedAttention:
+    """Causal attention of a flat batch, as :func:`attend_by_definition` defines it, for all layers.
+
+    The compiled code computes bfloat16 whose keys and values have a multiple of 16 numbers, on x86 processors
+    with AVX2. Its arithmetic is float32, rounded once. The bits of a row are those of the row alone: they
+    depend neither on the other rows, nor on where the prompt was cut into chunks, nor on the blocks, nor on
+    the number of threads. torch computes all other calls, in float32, and promises nothing of the kind.
+
+    Args:
+        backend: "native" or "torch"; "auto" is native if this machine can use it.
+
+    Raises:
+        ValueError: The backend cannot be used on this machine; the message has the reason.
+
+    Example:
+        >>> rows = PagedRows(*(torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [3], [[1]])))
+        >>> query, keys, values = torch.ones(1, 2, 4), torch.ones(2, 1, 16, 4), torch.ones(2, 1, 16, 4)
+        >>> PagedAttention()(query, keys, values, rows, scale=0.5).shape
+        torch.Size([1, 2, 4])
+    """
+
+    def __init__(self, backend: Backend | Literal["auto"] = "auto") -> None:
+        self.choice = choose(
+            _BACKENDS,
+            refuses=lambda entry: paged_library.why_unavailable() if entry.name == "native" else None,
+            prefers_another=lambda entry: None,
+            name=backend,
+            option="attention",
+            outranked="measured slower than {chosen}",
+        )
+
+    def backend_for(self, query: Tensor, keys: Tensor, values: Tensor) -> Backend:
+        """Return the backend that computes a call with these tensors."""
+        native = self.choice.chosen.name == "native" and paged_library.set_for(query, keys, values)
+        return "native" if native else "torch"
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: PagedRows,
+        scale: float,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Compute attention; arguments and result are those of :func:`attend_by_definition`.
+
+        Raises:
+            ValueError: ``rows`` names blocks that do not exist.
+        """
+        if self.backend_for(query, keys, values) == "torch":
+            return _attend_by_torch(query, keys, values, rows, scale, window, sinks, softcap)
+        tables = (rows.query_starts, rows.lengths, rows.block_tables)
+        return paged_library.attend(query, keys, values, tables, scale, window, sinks, softcap)
+
+
+def store(pool: Tensor, slots: Tensor, new: Tensor) -> None:
+    """Write new keys or values [T, Hk, D] to the places ``slots`` of a pool [N, Hk, P, D], in place.
+
+    Args:
+        pool: The pool of one layer's keys or values.
+        slots: [T] int64; slot s is place ``s % P`` of block ``s // P``. Slots differ.
+        new: [T, Hk, D] in the pool's dtype.
+
+    Raises:
+        ValueError: A slot does not exist; then nothing was written.
+    """
+    if paged_library.can_store(pool, slots, new):
+        paged_library.store(pool, slots, new)
+        return
+    size = pool.shape[2]
+    if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < pool.shape[0] * size:
+        raise ValueError(paged_library.no_slot(pool))
+    pool.transpose(1, 2)[slots // size, slots % size] = new
 
 
 def attend_by_definition(
@@ -82,3 +176,58 @@ def _gather(pool: Tensor, table: Tensor, length: int, groups: int) -> Tensor:
     taken = pool[table[:blocks].long()].transpose(0, 1)  # [Hk, blocks, P, D]
     rows = taken.reshape(pool.shape[1], -1, pool.shape[3])[:, :length].float()
     return rows.repeat_interleave(groups, dim=0)
+
+
+def _attend_by_torch(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: PagedRows,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """Compute attention with torch's products in float32, several sequences of like lengths at a time."""
+    (heads, size), (key_heads, block) = query.shape[1:], keys.shape[1:3]
+    starts = rows.query_starts.long()
+    out = query.new_empty(*query.shape[:2], values.shape[-1])
+    for chosen, count, longest in _like_sequences(rows):
+        # The blocks that any of these rows sees, as [B, Hk, S, ..].
+        shortest = int(rows.lengths[chosen].min()) - count
+        first = 0 if window is None else max(0, shortest - window + 1) // block
+        tables = rows.block_tables[chosen, first : -(-longest // block)].long()
+        places = torch.arange(first * block, -(-longest // block) * block)
+        # Entries behind the last block of a shorter sequence name no block.
+        used = places[::block] < rows.lengths[chosen, None]
+        k, v = (pool[tables.where(used, 0)].transpose(1, 2).flatten(2, 3).float() for pool in (keys, values))
+        tokens = starts[chosen, None] + torch.arange(count)
+        q = query[tokens].float().transpose(1, 2).reshape(len(chosen), key_heads, -1, size)
+        scores = (q @ k.transpose(2, 3) * scale).view(len(chosen), heads, count, -1)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        place = (rows.lengths[chosen].long() - count)[:, None, None] + torch.arange(count)[:, None]
+        hidden = places > place
+        if window is not None:
+            hidden |= places <= place - window
+        scores.masked_fill_(hidden[:, None], float("-inf"))
+        if sinks is not None:
+            sink = sinks.float()[:, None, None].expand(len(chosen), -1, count, 1)
+            scores = torch.cat([scores, sink], dim=-1)
+        weights = scores.softmax(dim=-1)[..., : k.shape[2]]
+        # What lies behind the end of a sequence may be no number.
+        v.masked_fill_((places >= rows.lengths[chosen, None])[:, None, :, None], 0.0)
+        result = weights.reshape(len(chosen), key_heads, -1, k.shape[2]) @ v
+        out[tokens] = result.view(len(chosen), heads, count, -1).transpose(1, 2).to(out.dtype)
+    return out
+
+
+def _like_sequences(rows: PagedRows) -> Iterator[tuple[Tensor, int, int]]:
+    """Yield sequences of like counts of new tokens and lengths, the count and the longest length."""
+    counts, lengths = rows.query_starts.diff().tolist(), rows.lengths.tolist()
+    order = sorted(range(len(lengths)), key=lambda b: (counts[b], lengths[b]))
+    while order:
+        head = order[0]
+        like = [b for b in order if counts[b] == counts[head] and lengths[b] <= 2 * lengths[head]]
+        yield torch.tensor(like), counts[head], lengths[like[-1]]
+        order = order[len(like) :]
