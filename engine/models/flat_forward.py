@@ -24,7 +24,7 @@ from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.kv_pool import KvPool, LayerForm, PagedStep
 from xpar.engine.models.loader import LoadedModel
 from xpar.engine.models.rows import SeparateRows
-from xpar.kernels.cpu.paged_attention import attend_by_definition as attend
+from xpar.kernels.cpu.paged_attention import PagedAttention
 
 IMPLEMENTATION, PROBING = "xpar-flat", "xpar-probing"
 """The names of the attention, and of the one that looks at a model."""
@@ -62,13 +62,14 @@ class FlatForward:
         self._model, self._layers, self._pool = loaded.model, loaded.layers, pool
         self._configs = _attention_configs(loaded.model)
         self._cache = _cache_class()()
+        self._attention = PagedAttention()
         # Four dimensions: transformers takes it for a mask that is made already, and hands it on.
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, positions: Tensor, wanted: Tensor, step: PagedStep) -> Tensor:
         """Compute logits [W, V] after the tokens ``wanted`` [W] of ``ids`` [T] at ``positions`` [T]."""
-        setattr(self._mask, STEP, (self._pool, step))
+        setattr(self._mask, STEP, (self._pool, step, self._attention))
         with _implementation(self._configs, IMPLEMENTATION), rows_isolated(self._layers):
             out: Any = self._model(
                 input_ids=ids[None],
@@ -99,7 +100,7 @@ def _attend(
     ``query`` [1, Hq, T, D]. Returns [1, T, Hq, D'].
     """
     layer: _Layer = getattr(module, LAYER)
-    pool, step = getattr(attention_mask, STEP)
+    pool, step, attend = getattr(attention_mask, STEP)
     if layer.writes:
         pool.write(layer.number, key, value, step)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

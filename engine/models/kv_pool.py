@@ -4,12 +4,12 @@ N blocks of P tokens; Hk key heads, D numbers of a key and D' of a value; T toke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from xpar.kernels.cpu.paged_attention import PagedRows
+from xpar.kernels.cpu.paged_attention import PagedRows, store
 
 BLOCK_TOKENS = 16
 """Tokens of a block: half a block is what a sequence leaves unused on average."""
@@ -31,7 +31,7 @@ class LayerForm:
         return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
 
 
-@dataclass
+@dataclass(frozen=True)
 class PagedStep:
     """The sequences of one step, ``rows``, and the places [T] int64 of its tokens in the pool.
 
@@ -40,16 +40,6 @@ class PagedStep:
 
     rows: PagedRows
     places: Tensor
-    _targets: dict[int, Tensor] = field(default_factory=dict)
-
-    def targets(self, heads: int) -> Tensor:
-        """Return the vectors [T * heads] that the step writes, of a layer seen as [N * heads * P, D]."""
-        if heads not in self._targets:
-            block = torch.div(self.places, BLOCK_TOKENS, rounding_mode="floor")
-            first = block * (heads * BLOCK_TOKENS) + self.places % BLOCK_TOKENS
-            offsets = torch.arange(heads) * BLOCK_TOKENS
-            self._targets[heads] = (first[:, None] + offsets).reshape(-1)
-        return self._targets[heads]
 
 
 class KvPool:
@@ -67,10 +57,6 @@ class KvPool:
             ]
             for widths in ([f.key_width for f in self.forms], [f.value_width for f in self.forms])
         )
-        self._writable = [
-            (_as_words(k.view(-1, k.shape[-1])), _as_words(v.view(-1, v.shape[-1])))
-            for k, v in zip(self.keys, self.values, strict=True)
-        ]
 
     @property
     def nbytes(self) -> int:
@@ -79,13 +65,5 @@ class KvPool:
 
     def write(self, layer: int, keys: Tensor, values: Tensor, step: PagedStep) -> None:
         """Write the step's keys and values, each [1, Hk, T, D], to their places."""
-        targets = step.targets(self.forms[layer].heads)
-        for pool, new in zip(self._writable[layer], (keys, values), strict=True):
-            vectors = new[0].transpose(0, 1).reshape(-1, new.shape[-1])
-            pool.index_copy_(0, targets, vectors.view(pool.dtype))
-
-
-def _as_words(vectors: Tensor) -> Tensor:
-    """View vectors as numbers of 8 bytes, where they are that wide: copying those is twice as fast."""
-    wide = vectors.shape[-1] * vectors.element_size() % 8 == 0
-    return vectors.view(torch.int64) if wide else vectors
+        for pool, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            store(pool, step.places, new[0].transpose(0, 1))
