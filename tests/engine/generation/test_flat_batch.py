@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -165,6 +166,26 @@ def test_logits_that_are_not_finite_fail_their_line_alone(fresh_seed: int) -> No
     assert "logits after its" in (found[2].failure or "")
     for r in (found[0], found[1], found[3]):
         assert_greedy(model, r)
+
+
+def test_memory_does_not_grow_with_the_prompts(fresh_seed: int) -> None:
+    """2,000 short prompts through a pool that 60 of them fill."""
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    batch = make_flat(model, 64, FlatLimits(60, 1024), new=2)
+    waiting = [
+        RunningSequence(n, [draw.randrange(3, 190) for _ in range(draw.randint(1, 12))], torch.Generator())
+        for n in range(2000)
+    ]
+    ended, resident = 0, []
+    while waiting or batch.occupied:
+        new, waiting = waiting[: batch.wanted(60)], waiting[batch.wanted(60) :]
+        ended += len(batch.begin(new) if new else batch.advance())
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+    assert ended == 2000
+    assert batch.planner.pool.available == 64
+    third = len(resident) // 3
+    assert max(resident[third:]) - max(resident[:third]) < 4e6, "bytes"
 
 
 @pytest.mark.parametrize(

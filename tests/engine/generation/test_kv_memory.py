@@ -30,9 +30,7 @@ def test_the_given_or_the_free_memory_bounds_a_pool(monkeypatch: pytest.MonkeyPa
     assert choose_blocks(FORMS, BatchRoom(10**6, kv_bytes=7 * BLOCK + 1, lengths=lengths), 4) == 7
     monkeypatch.setattr(kv_memory, "available_bytes", lambda: 80.0 * BLOCK)
     assert choose_blocks(FORMS, BatchRoom(10**6, lengths=lengths), 4) == 10
-    with pytest.raises(
-        ValueError, match=f"--kv-memory: {BLOCK - 1} bytes, and the keys and values"
-    ):
+    with pytest.raises(ValueError, match=f"--kv-memory: {BLOCK - 1} bytes, and the keys and values"):
         choose_blocks(FORMS, BatchRoom(kv_bytes=BLOCK - 1), 1)
 
 
