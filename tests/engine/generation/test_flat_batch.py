@@ -155,6 +155,17 @@ def test_a_common_beginning_is_read_once(fresh_seed: int) -> None:
         assert_greedy(model, r)
 
 
+def test_a_beginning_that_is_read_in_pieces_is_known(fresh_seed: int) -> None:
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    first = [draw.randrange(3, 190) for _ in range(COMMON)]
+    batch = make_flat(model, 40, FlatLimits(8, BLOCK_TOKENS - 1))
+    batch.begin([RunningSequence(0, first, torch.Generator())])
+    for blocks in (0, 1, 2):
+        assert len(batch.planner.pool.find([*first, 5])) == blocks
+        batch.advance()
+
+
 def test_logits_that_are_not_finite_fail_their_line_alone(fresh_seed: int) -> None:
     model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
     draw = random.Random(fresh_seed)
