@@ -4,7 +4,7 @@ import numpy as np
 
 from xpar.comm.communicator import Communicator, Header, Tag
 
-HEADER_WORDS = 12
+HEADER_WORDS = 14
 """int64 words of every handshake; all have the same number, so that different ones can meet"""
 
 

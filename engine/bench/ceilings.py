@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -65,15 +64,6 @@ def measure_host_ceilings(dtype: torch.dtype) -> HostCeilings:
     read = min(_least_s(reader()) for reader in readers)
     product = min(_least_s(partial(torch.matmul, factor, factor)) for factor in factors)
     return HostCeilings(STREAM_BYTES / read, 2 * MATRIX**3 / product)
-
-
-def available_bytes() -> float:
-    """Return the bytes of memory that this node has left; infinity if the system does not tell."""
-    meminfo = Path("/proc/meminfo")
-    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
-        if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) * 1024
-    return float("inf")
 
 
 def _least_s(attempt: Callable[[], object]) -> float:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from xpar.comm.communicator import Communicator
 from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
+from xpar.engine.generation.flat_batch import FlatBatch
 from xpar.engine.generation.grouped_batch import make_batch
+from xpar.engine.generation.kv_memory import BatchRoom
 from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, Record, run_lockstep
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.layer.stage_timer import MeasuringTimer
@@ -79,7 +81,16 @@ def decode(
         polled[0] = time.perf_counter()
         return False
 
+    most = -(-len(ids) // comm.size)
+    room = BatchRoom(most, ids.numel(), lengths=[ids.shape[1] + new_tokens] * len(ids))
+    batch = make_batch(loaded, sampling, StopConditions(new_tokens), records=captured, room=room)
+    # A flat batch is dealt its prompts in a step of its own, in which nothing is computed.
+    deals = [isinstance(batch, FlatBatch)]
+
     def tell(_: Progress) -> None:
+        if deals[0]:
+            deals[0] = False
+            return
         step_begins.append(time.perf_counter())
         on_agreement(step_begins[-1] - polled[0])
 
@@ -94,8 +105,7 @@ def decode(
         tell=tell,
     )
     comm.barrier()
-    batch = make_batch(loaded, sampling, StopConditions(new_tokens), records=captured)
-    run_lockstep(comm, batch, -(-len(ids) // comm.size), job)
+    run_lockstep(comm, batch, most, job)
     steps = [after - before for before, after in pairwise(step_begins)]
     logits = [part for parts in comm.all_gather_object(sampling.seen) for part in parts]
     tokens = [r["tokens"] for r in sorted(records, key=lambda r: int(r["place"]))]

@@ -10,7 +10,7 @@ from torch import Tensor
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.partition import split_range
-from xpar.engine.bench.ceilings import HostCeilings, available_bytes
+from xpar.engine.bench.ceilings import HostCeilings
 from xpar.engine.bench.layer_request import BATCHES, LayerRequest
 from xpar.engine.bench.peer_process import LayerPeer
 from xpar.engine.bench.peers import IMPLEMENTATIONS
@@ -23,6 +23,7 @@ from xpar.engine.layer.reference import input_emulation, relative_error
 from xpar.engine.layer.route_and_compute import FusedRunner
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.stage_timer import STAGES, MeasuringTimer
+from xpar.engine.models.malloc import available_bytes
 from xpar.engine.synthetic.layer import SyntheticLayer
 
 CHECKED_TOKENS = 64

@@ -18,9 +18,10 @@ from xpar.engine.generation.answer_file import is_failure, open_answer_file
 from xpar.engine.generation.generate import generate
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.prompts import Prompt, prompt_form, read_prompts
-from xpar.engine.generation.request import Request, WorkItem, Workload, check_ids, digest
+from xpar.engine.generation.request import Request, Workload, check_ids, digest
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.tokenizer import Tokenizer
+from xpar.engine.generation.work_item import WorkItem
 from xpar.engine.layer.stage_timer import MeasuringTimer
 from xpar.engine.models.loader import LoadedModel
 

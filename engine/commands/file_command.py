@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, TypeVar
 
 from xpar.comm.communicator import Communicator
@@ -36,6 +37,8 @@ class FileCommand(Generic[Q]):
         doing: The title of the progress bar, such as "answering".
         done: The words behind the number of results, such as "prompts answered".
         summarize: Describes all results of the file in one line; collective.
+        settle: Chooses what a request leaves open once the model is loaded; returns it and a line for the
+            console. Collective.
     """
 
     make_request: Callable[[argparse.Namespace, bool], Q]
@@ -46,6 +49,7 @@ class FileCommand(Generic[Q]):
     doing: str
     done: str
     summarize: Callable[[Communicator, Q], str] | None = None
+    settle: Callable[[Q, Workload, LoadedModel], tuple[Q, str]] | None = None
 
 
 def run_request(args: argparse.Namespace, command: FileCommand[Q]) -> int:
@@ -74,6 +78,10 @@ def run_request(args: argparse.Namespace, command: FileCommand[Q]) -> int:
     outcome = None
     if work.queue:
         loaded = model_session.load(args, grid, request.dtype, console, getattr(args, "whole_dense", True))
+        if command.settle is not None:
+            settle = partial(command.settle, request, work, loaded)
+            request, line = agreed(comm, settle)
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
         with model_session.meter(world, command.doing, work) as on_progress:
             outcome = command.process(comm, request, work, tokens, loaded, stop_requested, on_progress)
     else:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from xpar.engine.commands import model_session
 from xpar.engine.commands.file_command import FileCommand, run_request
 from xpar.engine.commands.generation_options import generation_of, run_options
-from xpar.engine.commands.options import at_least, batch_size
-from xpar.engine.generation.generate import generate
+from xpar.engine.commands.options import at_least, batch_size, read_bytes
+from xpar.engine.generation.generate import generate, settle_room
 from xpar.engine.generation.request import Request
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.empty_model import check_generates
@@ -16,7 +16,10 @@ from xpar.engine.models.empty_model import check_generates
 def main(args: argparse.Namespace) -> int:
     """Run the command on every rank; return 0, also if a signal ended it with everything written."""
     return run_request(
-        args, FileCommand(make_request, _make_tokenizer, generate, "answering", "prompts answered")
+        args,
+        FileCommand(
+            make_request, _make_tokenizer, generate, "answering", "prompts answered", settle=settle_room
+        ),
     )
 
 
@@ -37,7 +40,7 @@ def make_request(args: argparse.Namespace, is_first: bool) -> Request:
         prefill_tokens=(args.prefill_tokens, 1),
         threads=(args.threads, 1),
     )
-    batch = batch_size(args)
+    batch = batch_size(args) if args.exact else args.batch  # None: chosen once the model is loaded
     if "" in args.stop:
         raise ValueError("--stop '': an empty text would end every answer; give at least one character")
     options = run_options(args)
@@ -63,4 +66,6 @@ def make_request(args: argparse.Namespace, is_first: bool) -> Request:
         options=options,
         format=args.format,
         model=getattr(args, "model_name", str(args.checkpoint)),
+        kv_bytes=None if args.kv_memory is None else read_bytes(args.kv_memory, "--kv-memory"),
+        shares_prefixes=not args.no_prefix_sharing,
     )

@@ -62,7 +62,19 @@ def add_generate(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put each prompt into the model's chat template, as the user's message",
     )
-    add_model(p, "sequences", "a longer prompt is read alone", "the answers")
+    longer, batch = "a longer prompt is read in pieces", "as many as memory holds, 256 at most"
+    add_model(p, "sequences", longer, "the answers", batch)
+    p.add_argument(
+        "--kv-memory",
+        metavar="BYTES",
+        help="memory of a rank for keys and values, such as 4GiB (default: what the prompts can need, and at "
+        "most half of the node's free memory)",
+    )
+    p.add_argument(
+        "--no-prefix-sharing",
+        action="store_true",
+        help="read the beginnings that prompts have in common once for each prompt",
+    )
     options.add_whole_dense(p)
 
 
@@ -141,13 +153,16 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model(p: argparse.ArgumentParser, rows: str, longer: str, result: str) -> None:
+def add_model(
+    p: argparse.ArgumentParser, rows: str, longer: str, result: str, batch: str = str(BATCH)
+) -> None:
     """Add the options that say where and how the model computes.
 
     ``rows``: what a rank reads. ``longer``: how it reads a row of more tokens. ``result``: of the command.
+    ``batch``: the default number of rows.
     """
     options.add_number(
-        p, "--batch", f"number of {rows} at a time on a rank", None, f"{BATCH}; 1 with --exact"
+        p, "--batch", f"number of {rows} at a time on a rank", None, f"{batch}; 1 with --exact"
     )
     meaning = f"maximum number of tokens that a rank reads in one step; {longer}"
     options.add_number(p, "--prefill-tokens", meaning, PREFILL_TOKENS)

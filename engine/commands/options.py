@@ -6,6 +6,7 @@ options at once.
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -299,6 +300,15 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"--{name} {value:g}: must be positive")
+
+
+def read_bytes(text: str, option: str) -> int:
+    """Read a number of bytes with a unit, such as 4GiB, 500MB or 1.5G; ValueError names ``option``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ValueError(f"{option} {text}: must be a number above zero with a unit, such as 4GiB or 500MB")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
 
 
 def batch_size(args: argparse.Namespace) -> int:

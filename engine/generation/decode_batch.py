@@ -83,11 +83,39 @@ class StopConditions:
             running.finish = "length"
 
 
-class DecodeBatch:
+class DrawsTokens:
+    """The part of a batch that chooses tokens; ``tokens``: how many have been drawn so far."""
+
+    def __init__(self, sampling: Sampling, limits: StopConditions) -> None:
+        self._sampling, self._limits = sampling, limits
+        self.tokens = 0
+
+    def _draw(self, drawn: list[RunningSequence], logits: Tensor) -> list[int | None]:
+        """Draw the next token of each row of ``logits`` [B, V]; None for a row that is not finite."""
+        try:
+            return [*choose_tokens(self._sampling, logits, drawn)]
+        except ValueError:
+            rows = torch.isfinite(logits).all(dim=-1).nonzero()[:, 0].tolist()
+            if len(rows) == len(drawn):
+                raise
+        chosen = choose_tokens(self._sampling, logits[rows], [drawn[row] for row in rows]) if rows else []
+        tokens = dict(zip(rows, chosen, strict=True))
+        return [tokens.get(row) for row in range(len(drawn))]
+
+    def _take(self, running: RunningSequence, token: int) -> None:
+        """Append ``token`` to the answer; whatever goes wrong with its text fails this answer alone."""
+        self.tokens += 1
+        try:
+            self._limits.take(running, token)
+        except Exception as error:  # noqa: BLE001 - the other rows, and the other ranks, go on
+            running.failure = f"the tokenizer does not decode its answer ({type(error).__name__}: {error})"
+
+
+class DecodeBatch(DrawsTokens):
     """The sequences of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
     ``recorder``: replays steps that continue sequences, where there is one. ``running``: those that are not
-    complete. ``tokens``: how many have been drawn so far.
+    complete.
     """
 
     def __init__(
@@ -97,13 +125,13 @@ class DecodeBatch:
         limits: StopConditions,
         recorder: DecodeGraph | None = None,
     ) -> None:
-        self._loaded, self._sampling, self._limits = loaded, sampling, limits
+        super().__init__(sampling, limits)
+        self._loaded = loaded
         self._recorder = recorder
         self._rows = SeparateRows(loaded.model)
         self._past: KvCache | None = None
         self._alone: list[RunningSequence] = []
         self.running: list[RunningSequence] = []
-        self.tokens = 0
 
     @property
     def occupied(self) -> int:
@@ -116,7 +144,11 @@ class DecodeBatch:
         r = self._row_to_reread()
         return len(self.running) if r is None else len(r.tokens)
 
-    def tokens_of(self, lengths: Sequence[int]) -> int:
+    def wanted(self, batch: int) -> int:
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        return batch - self.occupied
+
+    def tokens_of(self, lengths: Sequence[int], continued: int) -> int:
         """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
         return len(lengths) * max(lengths)
 
@@ -195,26 +227,6 @@ class DecodeBatch:
         if len(kept) < len(self.running):
             self._keep(kept)
         return ended
-
-    def _draw(self, drawn: list[RunningSequence], logits: Tensor) -> list[int | None]:
-        """Draw the next token of each row of ``logits`` [B, V]; None for a row that is not finite."""
-        try:
-            return [*choose_tokens(self._sampling, logits, drawn)]
-        except ValueError:
-            rows = torch.isfinite(logits).all(dim=-1).nonzero()[:, 0].tolist()
-            if len(rows) == len(drawn):
-                raise
-        chosen = choose_tokens(self._sampling, logits[rows], [drawn[row] for row in rows]) if rows else []
-        tokens = dict(zip(rows, chosen, strict=True))
-        return [tokens.get(row) for row in range(len(drawn))]
-
-    def _take(self, running: RunningSequence, token: int) -> None:
-        """Append ``token`` to the answer; whatever goes wrong with its text fails this answer alone."""
-        self.tokens += 1
-        try:
-            self._limits.take(running, token)
-        except Exception as error:  # noqa: BLE001 - the other rows, and the other ranks, go on
-            running.failure = f"the tokenizer does not decode its answer ({type(error).__name__}: {error})"
 
     def _fail(self, running: RunningSequence, among: int) -> None:
         """Record the failure of ``running``, or let it be read once more alone.

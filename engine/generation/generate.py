@@ -9,7 +9,9 @@ from xpar.engine.generation.answer_options import AnswerOptions
 from xpar.engine.generation.decode_batch import RunningSequence
 from xpar.engine.generation.decode_batch import StopConditions as Ends
 from xpar.engine.generation.detokenizer import Stops
+from xpar.engine.generation.flat_batch import FlatBatch
 from xpar.engine.generation.grouped_batch import make_batch
+from xpar.engine.generation.kv_memory import BATCH, FLAT_BATCH, BatchRoom, choose_blocks
 from xpar.engine.generation.line_processors import make_line_processors
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import Request, Workload
@@ -17,6 +19,8 @@ from xpar.engine.generation.run_file import BatchLimits, RunSummary, process_fil
 from xpar.engine.generation.token_logprobs import TokenLogprobs
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.generation.work_item import WorkItem
+from xpar.engine.models.flat_forward import flat_forms
+from xpar.engine.models.kv_pool import BLOCK_TOKENS
 from xpar.engine.models.loader import LoadedModel
 
 
@@ -31,17 +35,59 @@ def generate(
 ) -> RunSummary:
     """Answer the prompts of ``work.queue`` into ``request.out``, as :func:`process_file` says. Collective."""
     rows = _Rows(request, work, tokens)
+    ends = Ends(request.max_new_tokens, tokens.ends)
+    batch = make_batch(loaded, request.sampling, ends, room=room_of(request, work))
+    deal = None
+    if isinstance(batch, FlatBatch):
+        drawn = [_most_new_tokens(request, question) for question in work.queue]
+        deal = batch.dealer([question.ids for question in work.queue], comm.size, drawn)
     return process_file(
         comm,
         request,
         work,
-        make_batch(loaded, request.sampling, Ends(request.max_new_tokens, tokens.ends)),
-        BatchLimits(request.batch, request.prefill_tokens),
+        batch,
+        BatchLimits(request.batch or BATCH, request.prefill_tokens),
         rows.start,
         rows.choice,
         stop_requested,
         on_progress,
+        deal,
     )
+
+
+def settle_room(request: Request, work: Workload, loaded: LoadedModel) -> tuple[Request, str]:
+    """Choose what ``request`` leaves open of batch and memory; return it, and a line that says so.
+
+    Collective. Raises ValueError for a memory that cannot be.
+    """
+    forms = flat_forms(loaded)
+    if isinstance(forms, str):
+        batch = request.batch or BATCH
+        return replace(request, batch=batch), f"batches of {batch} padded sequences a rank: {forms}"
+    request = replace(request, batch=request.batch or FLAT_BATCH)
+    tokens = choose_blocks(forms, room_of(request, work), loaded.ranks_of_node) * BLOCK_TOKENS
+    nbytes = tokens * sum(form.nbytes for form in forms)
+    line = (
+        f"keys and values of up to {tokens} tokens a rank, {nbytes / 1e6:.1f} MB, in blocks of "
+        f"{BLOCK_TOKENS}; up to {request.batch} sequences at a time"
+    )
+    return replace(request, kv_bytes=nbytes), line
+
+
+def room_of(request: Request, work: Workload) -> BatchRoom:
+    """Return the room of a rank's batch."""
+    return BatchRoom(
+        request.batch or BATCH,
+        request.prefill_tokens,
+        request.kv_bytes,
+        [len(question.ids) + _most_new_tokens(request, question) for question in work.queue],
+        request.shares_prefixes,
+    )
+
+
+def _most_new_tokens(request: Request, question: WorkItem) -> int:
+    options = question.options
+    return request.max_new_tokens if options is None else options.max_new_tokens
 
 
 class _Rows:

@@ -4,25 +4,42 @@ Each step continues one group by one token, or reads the prompts of one. Sequenc
 long, so that groups only grow where another one reaches the same length.
 """
 
+import logging
 from collections.abc import Sequence
 from itertools import groupby
 
 import torch
 
 from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
+from xpar.engine.generation.kv_memory import BatchRoom, choose_blocks
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.steps import LocalBatch
+from xpar.engine.models.flat_forward import flat_forms
+from xpar.engine.models.kv_pool import KvPool
 from xpar.engine.models.loader import LoadedModel
+
+log = logging.getLogger("xpar.models")
 
 
 def make_batch(
-    loaded: LoadedModel, sampling: Sampling, limits: StopConditions, records: bool = True
+    loaded: LoadedModel,
+    sampling: Sampling,
+    limits: StopConditions,
+    records: bool = True,
+    room: BatchRoom = BatchRoom(),  # noqa: B008 - frozen
 ) -> LocalBatch[RunningSequence]:
-    """Make the batch that suits what ``loaded`` keeps of a sequence's past.
+    """Make the batch that suits ``loaded``: flat, padded, or in groups. Collective.
 
     ``records``: whether steps are recorded, where a GPU and the model allow it.
     """
+    forms = flat_forms(loaded)
+    if not isinstance(forms, str):
+        pool = KvPool(forms, choose_blocks(forms, room, loaded.ranks_of_node))
+        size = FlatLimits(room.batch, room.prefill_tokens, room.shares_prefixes)
+        return FlatBatch(loaded, sampling, limits, pool, size)
+    log.info("%s is run in padded batches without shared beginnings: %s", type(loaded.model).__name__, forms)
     if loaded.is_cache_of_keys_and_values:
         return DecodeBatch(loaded, sampling, limits, DecodeGraph.of(loaded) if records else None)
     return GroupedBatch(loaded, sampling, limits)
@@ -54,7 +71,11 @@ class GroupedBatch:
             return len(self._waiting[0]) * len(self._waiting[0][0].tokens)
         return self._groups[0].next_tokens if self._groups else 0
 
-    def tokens_of(self, lengths: Sequence[int]) -> int:
+    def wanted(self, batch: int) -> int:
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        return batch - self.occupied
+
+    def tokens_of(self, lengths: Sequence[int], continued: int = 0) -> int:
         """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
         return max(lengths) * list(lengths).count(max(lengths))
 

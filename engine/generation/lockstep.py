@@ -21,6 +21,8 @@ FLUSH_S = 1.0
 
 Record = dict[str, Any]
 
+Deal = Callable[[Sequence[int]], list[list[int]]]
+"""Prompts that each rank would begin -> each rank's places of the queue."""
 
 STOP, FLUSH = 1, 2
 
@@ -53,6 +55,8 @@ class LockstepCallbacks(Generic[R]):
         write: Writes records. It is called on rank 0 only, with those of all ranks.
         stop: Says whether this rank was told to stop.
         tell: Receives the job's progress before each step, for a progress bar.
+        deal: Deals prompts to ranks that want so many, as places of the queue; it remembers what it has
+            dealt, and is the same on all ranks. By default prompts are dealt in order, one each in turn.
     """
 
     total: int
@@ -63,6 +67,7 @@ class LockstepCallbacks(Generic[R]):
     write: Callable[[list[Record]], None]
     stop: Callable[[], bool]
     tell: Callable[[Progress], None]
+    deal: Deal | None = None
 
 
 def run_lockstep(comm: Communicator, sequences: LocalBatch[R], batch: int, job: LockstepCallbacks[R]) -> bool:
@@ -80,19 +85,21 @@ def run_lockstep(comm: Communicator, sequences: LocalBatch[R], batch: int, job: 
 
 def _answer(comm: Communicator, sequences: LocalBatch[R], batch: int, job: LockstepCallbacks[R]) -> bool:
     answers: list[Record] = []
-    given = written = step = 0
+    written = step = 0
+    deal = job.deal or QueueDealer(job.total, job.at_once).deal
     last = time.monotonic()
     while True:
         wishes = STOP * job.stop() + FLUSH * (comm.rank == 0 and time.monotonic() - last > FLUSH_S)
         # Besides what every step says: answers kept back here, tokens drawn, (token, expert) pairs computed,
-        # and whether a recorded step can be replayed.
-        notes = (len(answers), sequences.tokens, sequences.slots(), sequences.readiness())
-        work, tokens_of_rank = sequences.occupied, sequences.next_tokens
+        # whether a recorded step can be replayed, and prompts that would be begun.
+        tokens_of_rank = sequences.next_tokens
+        wanted = sequences.wanted(batch)
+        notes = (len(answers), sequences.tokens, sequences.slots(), sequences.readiness(), wanted)
+        work = sequences.occupied
         facts = agree_step(comm, step, tokens=tokens_of_rank, work=work, status=wishes, notes=notes)
-        kept, tokens, slots, readiness = zip(*facts.notes, strict=True)
+        kept, tokens, slots, readiness, free = zip(*facts.notes, strict=True)
         stop = bool(facts.status & STOP)
-        most = job.at_once(given) if given < job.total else 0
-        parts = deal_prompts([min(most, batch - running) for running in facts.work], job.total - given)
+        parts = deal(free)
         over = stop or not (facts.any_work or any(parts))
         job.tell(Progress(written + sum(kept), sum(tokens), slots))
         if any(kept) and (over or facts.status & FLUSH):
@@ -100,13 +107,33 @@ def _answer(comm: Communicator, sequences: LocalBatch[R], batch: int, job: Locks
             answers, written, last = [], written + sum(kept), time.monotonic()
         if over:
             return not stop
-        counts = _count_tokens(sequences, job, facts.tokens, parts, given)
+        counts = tuple(
+            sequences.tokens_of([job.length(place) for place in part], tokens) if part else tokens
+            for part, tokens in zip(parts, facts.tokens, strict=True)
+        )
         sequences.agree(counts, (0,) * comm.size if any(parts) else readiness)
-        first = given + sum(parts[: comm.rank])
-        given += sum(parts)
-        complete = _forward(sequences, [job.start(place) for place in range(first, first + parts[comm.rank])])
+        complete = _forward(sequences, [job.start(place) for place in parts[comm.rank]])
         answers += [job.record(r) for r in complete]
         step += 1
+
+
+class QueueDealer:
+    """Deals prompts 0 to ``total`` - 1 in order; ``at_once`` as for :class:`LockstepCallbacks`."""
+
+    def __init__(self, total: int, at_once: Callable[[int], int]) -> None:
+        self._total, self._at_once, self._given = total, at_once, 0
+
+    def deal(self, wanted: Sequence[int]) -> list[list[int]]:
+        """Deal prompts to ranks that want so many; return each rank's places of the queue."""
+        if self._given >= self._total:
+            return [[] for _ in wanted]
+        most = self._at_once(self._given)
+        parts = deal_prompts([min(most, free) for free in wanted], self._total - self._given)
+        dealt = []
+        for part in parts:
+            dealt.append(list(range(self._given, self._given + part)))
+            self._given += part
+        return dealt
 
 
 def deal_prompts(free: Sequence[int], left: int) -> list[int]:
@@ -118,25 +145,6 @@ def deal_prompts(free: Sequence[int], left: int) -> list[int]:
                 parts[rank] += 1
                 left -= 1
     return parts
-
-
-def _count_tokens(
-    sequences: LocalBatch[R],
-    job: LockstepCallbacks[R],
-    continued: Sequence[int],
-    parts: Sequence[int],
-    given: int,
-) -> tuple[int, ...]:
-    """Return the tokens of each rank in a step: of the prompts that it begins, or of what it continues.
-
-    ``parts``: prompts that each rank begins, from place ``given`` of the queue on.
-    """
-    counts = []
-    for tokens, part in zip(continued, parts, strict=True):
-        lengths = [job.length(place) for place in range(given, given + part)]
-        counts.append(sequences.tokens_of(lengths) if part else tokens)
-        given += part
-    return tuple(counts)
 
 
 def _forward(sequences: LocalBatch[R], new: list[R]) -> list[R]:

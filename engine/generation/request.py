@@ -58,11 +58,12 @@ class Request:
     """The request to answer a file of prompts.
 
     ``stops``: texts that end an answer and are not part of it. ``stop_tokens``: ids or names of tokens that
-    do. ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time.
-    ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer prompt is read
-    alone. ``dtype``, ``exact``: of the computation, for which answers of an earlier run are only taken if
-    they were the same. ``exact_with``: names and values of what else the bits of exact mode depend on, and
-    ``quantize``.
+    do. ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time;
+    None to choose. ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer
+    prompt is read in pieces, or alone. ``kv_bytes``: of a rank's keys and values; None to choose.
+    ``shares_prefixes``: whether prompts that begin alike share them. ``dtype``, ``exact``: of the
+    computation, for which answers of an earlier run are only taken if they were the same. ``exact_with``:
+    names and values of what else the bits of exact mode depend on, and ``quantize``.
     ``options``: those of the run, from which lines with fields of their own begin; None for ``sampling``,
     ``max_new_tokens`` and ``stops``. ``format``: of the answers, ``xpar``, ``openai`` or, for that of the
     file, ``auto``. ``model``: the name that answers in OpenAI's form have.
@@ -76,7 +77,7 @@ class Request:
     max_new_tokens: int
     stops: tuple[str, ...] = ()
     chat: bool = False
-    batch: int = 16
+    batch: int | None = 16
     prefill_tokens: int = 4096
     dtype: torch.dtype = torch.float32
     exact: bool = False
@@ -87,6 +88,8 @@ class Request:
     options: RunOptions | None = None
     format: str = "auto"
     model: str = ""
+    kv_bytes: int | None = None
+    shares_prefixes: bool = True
 
     @property
     def form(self) -> Form:

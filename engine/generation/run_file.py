@@ -9,7 +9,7 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.engine.generation.answer_file import AnswerFile
 from xpar.engine.generation.answer_form import Choice
-from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, Record, run_lockstep
+from xpar.engine.generation.lockstep import Deal, LockstepCallbacks, Progress, Record, run_lockstep
 from xpar.engine.generation.request import RequestBase, Workload
 from xpar.engine.generation.samples import sample_record
 from xpar.engine.generation.steps import LocalBatch, R
@@ -52,6 +52,7 @@ def process_file(
     choice: Callable[[R], Choice],
     stop_requested: Callable[[], bool],
     on_progress: Callable[[Progress], None],
+    deal: Deal | None = None,
 ) -> RunSummary:
     """Process all of ``work.queue`` with ``steps`` and write the records into ``request.out``. Collective.
 
@@ -69,6 +70,7 @@ def process_file(
         stop_requested: Returns whether this rank was asked to stop. If any rank was, all ranks end after the
             current step, with every complete row written.
         on_progress: Is called with the job's progress before each step.
+        deal: Deals questions to ranks; by default in the order of the queue.
     """
     several = {q.hash: q for q in work.queue if q.samples > 1}
 
@@ -93,6 +95,7 @@ def process_file(
         write=lambda records: file.append(records) if file else None,
         stop=stop_requested,
         tell=note,
+        deal=deal,
     )
     complete = run_lockstep(comm, steps, limits.batch, job)
     agreed(comm, lambda: _close(file, complete, work.order), "writing answers")

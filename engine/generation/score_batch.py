@@ -74,7 +74,11 @@ class ScoreBatch:
             return min(self._piece, len(self._reading.text.inputs) - self._reading.read)
         return self.tokens_of([len(self._alone[0].ids)]) if self._alone else 0
 
-    def tokens_of(self, lengths: Sequence[int]) -> int:
+    def wanted(self, batch: int) -> int:
+        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        return batch - self.occupied
+
+    def tokens_of(self, lengths: Sequence[int], continued: int = 0) -> int:
         """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
         columns = max(lengths) - 1
         return min(columns, self._piece) if self._is_read_in_pieces(lengths) else len(lengths) * columns

@@ -8,7 +8,9 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
 from xpar.engine.generation.detokenizer import Stops
+from xpar.engine.generation.flat_batch import FlatBatch
 from xpar.engine.generation.grouped_batch import make_batch
+from xpar.engine.generation.kv_memory import BatchRoom
 from xpar.engine.generation.lockstep import LockstepCallbacks, Record, run_lockstep
 from xpar.engine.generation.logits_processors import make_processors
 from xpar.engine.generation.request import check_ids
@@ -101,8 +103,11 @@ class Service:
                 "value": detokenizer.cut(running.ids, running.answer, stops),
             }
 
-        steps = make_batch(self.loaded, sampling, limits)
-        return self._run(steps, question.prompts, start, value)
+        lengths = [len(ids) + most for ids in question.prompts]
+        room = BatchRoom(self.batch, self.prefill_tokens, lengths=lengths)
+        return self._run(
+            make_batch(self.loaded, sampling, limits, room=room), question.prompts, start, value, most
+        )
 
     def _run(
         self,
@@ -110,6 +115,7 @@ class Service:
         ids: Sequence[list[int]],
         start: Callable[[int], R],
         value: Callable[[R], Record],
+        drawn: int = 0,
     ) -> list[Any]:
         """Compute the value of each of ``ids``, longest first; rank 0 gets the values of all."""
         agreed(self.comm, lambda: self._check(ids))
@@ -130,6 +136,9 @@ class Service:
             write=write,
             stop=lambda: False,
             tell=lambda progress: None,
+            deal=steps.dealer([ids[place] for place in order], self.comm.size, [drawn] * len(order))
+            if isinstance(steps, FlatBatch)
+            else None,
         )
         run_lockstep(self.comm, steps, self.batch, job)
         agreed(self.comm, lambda: _refuse(failures, len(ids)))

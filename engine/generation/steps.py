@@ -37,8 +37,14 @@ class LocalBatch(Protocol[R]):
     def next_tokens(self) -> int:
         """The number of tokens that the next ``advance`` computes; 0 where this rank would ``join``."""
 
-    def tokens_of(self, lengths: Sequence[int]) -> int:
-        """Return how many tokens a rank computes that begins rows of ``lengths``; the same on every rank."""
+    def wanted(self, batch: int) -> int:
+        """Return how many rows this rank would begin now if it may have ``batch``."""
+
+    def tokens_of(self, lengths: Sequence[int], continued: int) -> int:
+        """Return how many tokens a rank computes that begins rows of ``lengths``; the same on every rank.
+
+        ``continued``: its ``next_tokens``.
+        """
 
     def slots(self) -> int:
         """Return how many (token, expert) pairs this rank's experts have computed."""

@@ -114,6 +114,11 @@ class LoadedModel:
         """The device of the model."""
         return self.layers[0].runner.grid.device
 
+    @property
+    def ranks_of_node(self) -> int:
+        """The number of ranks on this rank's node."""
+        return self.layers[0].runner.grid.node.size if self.layers else 1
+
     def slots(self) -> int:
         """Return how many (token, expert) pairs this rank's experts have computed."""
         return sum(layer.slots for layer in self.layers)

@@ -1,4 +1,4 @@
-"""The C library's memory: freed memory stays with the process, ready for the next step.
+"""The node's memory and the C library's: freed memory stays with the process, ready for the next step.
 
 By default glibc returns the end of its heap to the kernel as soon as it is free, and maps every large block
 afresh. A layer's buffers are a few MB and live for one step, so the kernel would clear the same pages in
@@ -7,6 +7,7 @@ every layer.
 
 import ctypes
 import sys
+from pathlib import Path
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -30,6 +31,28 @@ def give_back_freed_memory() -> bool:
     """Return all free memory to the kernel; return whether there was any (glibc)."""
     trim = _of_c_library("malloc_trim")
     return trim is not None and bool(trim(0))
+
+
+def available_bytes() -> float:
+    """Return the bytes of memory that this node has left; infinity if the system does not tell.
+
+    A container's limit counts where it is lower.
+    """
+    meminfo = Path("/proc/meminfo")
+    found = float("inf")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
+        if line.startswith("MemAvailable:"):
+            found = float(line.split()[1]) * 1024
+    return min(found, _container_bytes(Path("/sys/fs/cgroup")))
+
+
+def _container_bytes(group: Path) -> float:
+    """Return the bytes that a control group ``group`` has left; infinity without a limit."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return float("inf") if limit == "max" else float(int(limit) - int(used))
+    except (OSError, ValueError):
+        return float("inf")
 
 
 def _of_c_library(name: str) -> Any:

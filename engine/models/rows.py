@@ -23,11 +23,13 @@ LENGTHS = 1 << 16
 class SeparateRows:
     """A change of ``model`` in place, made once, after which each row of a batch gets what it gets alone.
 
-    ``rereads``: whether the model may need the whole past of a sequence anew.
+    ``rereads``: whether the model may need the whole past of a sequence anew. ``depend_on_length``: whether
+    its rotary factors depend on the tokens of the whole text.
     """
 
     def __init__(self, model: Any) -> None:
         self._rotaries = wrap_rotaries(model)
+        self.depend_on_length = bool(self._rotaries)
         wrap_queries(model)
         self._prepare = _own_preparation(model)
         self.needs_whole_past = lru_cache(LENGTHS)(self._needs_whole_past)

@@ -87,7 +87,7 @@ class GenerateStudyStep:
     def __init__(self, study: GenerateStudy, grid: ProcessGrid, loaded: LoadedModel) -> None:
         self.study, self.grid, self.loaded = study, grid, loaded
         self._measured: dict[int, dict[str, Any]] = {}
-        self._answer(min(grid.world.size * study.request.batch, len(study.work.queue)))  # warms up
+        self._answer(min(grid.world.size * (study.request.batch or 1), len(study.work.queue)))  # warms up
 
     def measure(self, mode: str) -> dict[str, Any]:
         """Measure one mode; if both modes have the same prompts, they are answered once. Collective."""

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.engine.bench.ceilings import available_bytes
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.layer.build import build_layer, load_layer
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.reference import layer_reference
 from xpar.engine.layer.runner import MoERunner
+from xpar.engine.models.malloc import available_bytes
 from xpar.engine.synthetic.layer import SyntheticLayer
 
 

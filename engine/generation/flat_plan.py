@@ -1,0 +1,179 @@
+"""The plan of a flat step: which sequences take part with how many tokens, and which blocks they use.
+
+Every running sequence gets its one token; what is left of the budget goes to prompts, oldest first, in pieces
+where they are long. A sequence begins when the pool has blocks for all of its tokens. If a running one needs
+a block and there is none, the youngest is dropped, and read again later.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xpar.engine.generation.decode_batch import RunningSequence
+from xpar.engine.models.kv_blocks import ROOT, BlockPool
+
+
+@dataclass(eq=False)
+class FlatSequence:
+    """A sequence of a flat batch.
+
+    ``tokens``: of prompt and answer. ``read``: how many of them have keys and values, in ``blocks``.
+    ``named``: how many blocks the pool knows by their tokens; None once one is known under another number.
+    ``row``: that of the sequence in the table of blocks.
+    """
+
+    running: RunningSequence
+    tokens: list[int]
+    read: int = 0
+    blocks: list[int] = field(default_factory=list)
+    named: int | None = 0
+    row: int = -1
+
+
+@dataclass(frozen=True)
+class FlatPlan:
+    """The sequences of a step and how many tokens each has in it."""
+
+    sequences: tuple[FlatSequence, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of the step."""
+        return sum(self.counts)
+
+
+class FlatPlanner:
+    """The sequences of a rank, and the blocks of its pool; ``batch`` run at a time at most.
+
+    ``budget``: tokens of prompts that are read in one step at most. ``table`` [batch, M] int32: the blocks of
+    each row. ``preempted``: how often a sequence was dropped.
+    """
+
+    def __init__(self, pool: BlockPool, batch: int, budget: int) -> None:
+        self.pool, self._batch, self._budget = pool, batch, budget
+        self._waiting: deque[FlatSequence] = deque()
+        self._active: list[FlatSequence] = []  # oldest first
+        self._rows = list(range(batch - 1, -1, -1))
+        self.table: NDArray[np.int32] = np.zeros((batch, 8), np.int32)
+        self.refused: list[RunningSequence] = []
+        self.preempted = 0
+
+    @property
+    def occupied(self) -> int:
+        """The number of sequences that are running, wait, or have failed since they were last collected."""
+        return len(self._active) + len(self._waiting) + len(self.refused)
+
+    @property
+    def unread(self) -> int:
+        """The number of tokens that are still to be read of sequences that have begun or wait."""
+        active = sum(len(s.tokens) - s.read for s in self._active)
+        return active + sum(len(s.tokens) for s in self._waiting)
+
+    def add(self, new: Iterable[RunningSequence]) -> None:
+        """Let the sequences ``new`` wait for their turn."""
+        self._waiting.extend(FlatSequence(r, r.tokens) for r in new)
+
+    def plan(self) -> FlatPlan:
+        """Plan the next step; sequences that can never fit are moved to ``refused``."""
+        planned: list[FlatSequence] = []
+        counts: list[int] = []
+        budget, turn = self._budget, 0
+        while turn < len(self._active):  # the youngest may leave the list on the way
+            s = self._active[turn]
+            left = len(s.tokens) - s.read
+            count = left if left == 1 else min(left, budget)
+            if count and self._grow(s, s.read + count):
+                planned.append(s)
+                counts.append(count)
+                budget -= count if left > 1 else 0
+            turn += 1
+        while self._waiting and len(self._active) < self._batch and budget > 0:
+            begun = self._begin(self._waiting[0])
+            if begun is None:
+                break
+            if begun:
+                s = self._waiting.popleft()
+                count = min(len(s.tokens) - s.read, budget)
+                self._name(s, s.read + count)
+                planned.append(s)
+                counts.append(count)
+                budget -= count
+        return FlatPlan(tuple(planned), tuple(counts))
+
+    def end(self, s: FlatSequence) -> None:
+        """Give back what ``s`` has; its known blocks stay known."""
+        self._active.remove(s)
+        self._drop(s)
+
+    def _begin(self, s: FlatSequence) -> bool | None:
+        """Give ``s`` its blocks; None if it has to wait, False if it can never fit and is refused."""
+        total = self.pool.blocks_of(len(s.tokens))
+        if total > self.pool.size:
+            self._waiting.popleft()
+            self._refuse(s)
+            return False
+        found = self.pool.find(s.tokens)
+        spare = 1 + len(self._active) // 4 if self._active else 0  # for those that run already
+        if self.pool.available - self.pool.idle_of(found) < total - len(found) + spare:
+            return None
+        self.pool.share(found)
+        s.blocks, s.named, s.read = [], len(found), len(found) * self.pool.tokens
+        s.row = self._rows.pop()
+        for block in found:
+            self._append(s, block)
+        while len(s.blocks) < total:
+            self._append(s, self.pool.take())
+        self._active.append(s)
+        return True
+
+    def _grow(self, s: FlatSequence, tokens: int) -> bool:
+        """Give ``s`` blocks for ``tokens`` tokens; False if it was dropped for that."""
+        while len(s.blocks) < self.pool.blocks_of(tokens):
+            while not self.pool.available:
+                victim = self._active.pop()
+                self._drop(victim)
+                if victim is s and not self._active:
+                    self._refuse(s)
+                    return False
+                self._waiting.appendleft(victim)
+                self.preempted += 1
+                if victim is s:
+                    return False
+            self._append(s, self.pool.take())
+        self._name(s, tokens)
+        return True
+
+    def _append(self, s: FlatSequence, block: int) -> None:
+        if len(s.blocks) == self.table.shape[1]:
+            self.table = np.pad(self.table, ((0, 0), (0, self.table.shape[1])))
+        self.table[s.row, len(s.blocks)] = block
+        s.blocks.append(block)
+
+    def _name(self, s: FlatSequence, end: int) -> None:
+        """Make the prompt's full blocks known that are read up to token ``end``; others may begin with them.
+
+        Within a step, too: a layer writes all keys and values of the step before it reads any.
+        """
+        size = self.pool.tokens
+        end = min(end, len(s.running.ids))
+        while s.named is not None and (s.named + 1) * size <= end:
+            parent = s.blocks[s.named - 1] if s.named else ROOT
+            ids = s.tokens[s.named * size : (s.named + 1) * size]
+            s.named = s.named + 1 if self.pool.name(s.blocks[s.named], parent, ids) else None
+
+    def _drop(self, s: FlatSequence) -> None:
+        self.pool.release(s.blocks)
+        self._rows.append(s.row)
+        s.blocks, s.read, s.row = [], 0, -1
+
+    def _refuse(self, s: FlatSequence) -> None:
+        room = self.pool.size * self.pool.tokens
+        s.running.failure = (
+            f"its {len(s.tokens)} tokens so far do not fit: the keys and values of {room} tokens do; give a "
+            "larger --kv-memory, or leave the line out"
+        )
+        self.refused.append(s.running)

@@ -1,0 +1,54 @@
+"""The size of a rank's pool of keys and values."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from xpar.engine.models.kv_pool import BLOCK_TOKENS, LayerForm
+from xpar.engine.models.malloc import available_bytes
+
+BATCH, FLAT_BATCH = 16, 256
+"""Sequences that a rank runs at a time by default: in padded batches, and in flat ones, bound by memory."""
+SHARE = 0.5
+"""The share of a node's free memory that its ranks take for keys and values at most, if none is given."""
+UNKNOWN_BYTES = 2**30
+"""The bytes of a pool for work of unknown size."""
+KEPT = 2
+"""The blocks of a pool over those that running sequences can need: room to keep the beginnings of others."""
+
+
+@dataclass(frozen=True)
+class BatchRoom:
+    """The room of a rank's batch.
+
+    ``batch``: sequences that run at a time. ``prefill_tokens``: of prompts read in one step. ``kv_bytes``: of
+    keys and values; None to choose. ``lengths``: most tokens of each prompt and its answer, where they are
+    known. ``shares_prefixes``: whether prompts that begin alike share keys and values.
+    """
+
+    batch: int = BATCH
+    prefill_tokens: int = 4096
+    kv_bytes: int | None = None
+    lengths: Sequence[int] | None = None
+    shares_prefixes: bool = True
+
+
+def choose_blocks(forms: Collection[LayerForm], room: BatchRoom, ranks: int) -> int:
+    """Choose the number of blocks of a pool on a node of so many ``ranks``.
+
+    It is what ``room.kv_bytes``, or else a share of the free memory, has place for, but no more than the work
+    can need. Raises ValueError for bytes that are not enough for one block.
+    """
+    block = BLOCK_TOKENS * sum(form.nbytes for form in forms)
+    given = room.kv_bytes
+    if given is not None and given < block:
+        raise ValueError(
+            f"--kv-memory: {given} bytes, and the keys and values of {BLOCK_TOKENS} tokens take {block}; "
+            "give more"
+        )
+    most = given if given is not None else int(SHARE * min(available_bytes(), 2.0**60) / ranks)
+    if room.lengths is None:
+        most = most if given is not None else min(most, UNKNOWN_BYTES)
+        return max(1, most // block)
+    sizes = sorted((-(-length // BLOCK_TOKENS) for length in room.lengths), reverse=True)
+    needed = min(sum(sizes), KEPT * sum(sizes[: room.batch])) + room.batch // 4 + 1
+    return max(1, min(most // block, needed))

@@ -1,0 +1,217 @@
+"""Flat batches give each prompt what it gets alone: arrivals, pieces, sharing, preemption."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from shrunk_families import small_model
+from tiny_models import CLEAR
+
+from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
+from xpar.engine.generation.grouped_batch import make_batch
+from xpar.engine.generation.sampling import Sampling
+from xpar.engine.models.flat_forward import flat_forms
+from xpar.engine.models.kv_cache import other_states
+from xpar.engine.models.kv_pool import BLOCK_TOKENS, KvPool
+
+FAMILIES = {
+    "plain": ("olmoe", "OlmoeForCausalLM"),
+    "sinks and windows": ("gpt_oss", "GptOssForCausalLM"),
+    "windows, keys that are values": ("gemma4_text", "Gemma4ForCausalLM"),
+    "narrow values": ("deepseek_v3", "DeepseekV3ForCausalLM"),
+    "two attentions a layer": ("longcat_flash", "LongcatFlashForCausalLM"),
+    "repeated keys": ("jetmoe", "JetMoeForCausalLM"),
+    "window layers of another form": ("mimo_v2_flash", "MiMoV2FlashForCausalLM"),
+}
+NEW, PROMPTS = 6, 7
+COMMON = 2 * BLOCK_TOKENS + 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def loaded(model: Any) -> Any:
+    """As ``load_model`` gives it, all experts transformers' own."""
+    return SimpleNamespace(
+        is_cache_of_keys_and_values=not other_states(model.config),
+        dtype=model.dtype,
+        model=model,
+        device=torch.device("cpu"),
+        layers=(),
+        ranks_of_node=1,
+        slots=lambda: 0,
+        expect=lambda tokens: None,
+        join=lambda: None,
+    )
+
+
+def make_flat(model: Any, blocks: int, size: FlatLimits, new: int = NEW) -> FlatBatch:
+    """A batch whose pool is full of NaN, as memory may be: nothing of it is to be read."""
+    holder = loaded(model)
+    forms = flat_forms(holder)
+    assert not isinstance(forms, str), forms
+    pool = KvPool(forms, blocks)
+    for tensor in (*pool.keys, *pool.values):
+        tensor.fill_(float("nan"))
+    return FlatBatch(holder, Sampling(), StopConditions(new), pool, size)
+
+
+def draw_prompts(draw: random.Random, count: int) -> list[list[int]]:
+    """Prompts of many lengths, half of which begin alike."""
+    common = [draw.randrange(3, 190) for _ in range(COMMON)]
+    return [
+        (common if n % 2 else []) + [draw.randrange(3, 190) for _ in range(draw.choice([1, 2, 9, 17, 30]))]
+        for n in range(count)
+    ]
+
+
+def run(batch: FlatBatch, prompts: list[list[int]], draw: random.Random) -> list[RunningSequence]:
+    """Answer ``prompts``, which arrive a few at a time."""
+    sequences = [RunningSequence(n, ids, torch.Generator()) for n, ids in enumerate(prompts)]
+    waiting, ended = list(sequences), []
+    while waiting or batch.occupied:
+        count = draw.choice([0, 0, 1, 3])
+        new, waiting = waiting[:count], waiting[count:]
+        ended += batch.begin(new) if new else batch.advance()
+    assert sorted(r.place for r in ended) == list(range(len(prompts)))
+    return sequences
+
+
+@torch.inference_mode()
+def assert_greedy(model: Any, r: RunningSequence, new: int = NEW) -> None:
+    """Check the answer against the definition: no cache, no batch."""
+    assert r.failure is None and len(r.answer) == new
+    ids = list(r.ids)
+    for token in r.answer:
+        best = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].topk(2)
+        if best.values[0] - best.values[1] < CLEAR:
+            return
+        assert token == int(best.indices[0]), f"prompt {r.place}, after {len(ids)} tokens"
+        ids.append(token)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_each_prompt_alone(fresh_seed: int, family: str) -> None:
+    draw = random.Random(fresh_seed)
+    model = small_model(*FAMILIES[family], seed=3)
+    shares = draw.random() < 0.5
+    size = FlatLimits(draw.choice([2, 5]), draw.choice([1, 7, 24, 4096]), shares)
+    for r in run(make_flat(model, 40, size), draw_prompts(draw, PROMPTS), draw):
+        assert_greedy(model, r)
+
+
+@pytest.mark.parametrize("shares", [True, False], ids=["shared", "alone"])
+def test_a_small_pool_drops_the_youngest_and_reads_it_again(fresh_seed: int, shares: bool) -> None:
+    """Four sequences of at most five blocks each in a pool of nine."""
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    new = 24
+    prompts = [ids[: BLOCK_TOKENS * 3] for ids in draw_prompts(draw, PROMPTS)]
+    batch = make_flat(model, 9, FlatLimits(4, 64, shares), new)
+    for r in run(batch, prompts, draw):
+        assert_greedy(model, r, new)
+    assert batch.planner.preempted > 0
+    assert batch.planner.pool.available == 9
+
+
+def test_a_sequence_that_never_fits_fails_alone(fresh_seed: int) -> None:
+    """One that is too long at once, and one that grows too long."""
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    lengths = (3 * BLOCK_TOKENS + 1, 3 * BLOCK_TOKENS - 2, 5)
+    prompts = [[draw.randrange(3, 190) for _ in range(length)] for length in lengths]
+    batch = make_flat(model, 3, FlatLimits(2, 4096))
+    long, growing, short = run(batch, prompts, draw)
+    assert_greedy(model, short)
+    assert "its 49 tokens so far do not fit: the keys and values of 48 tokens do" in (long.failure or "")
+    assert "give a larger --kv-memory" in (growing.failure or "") and len(growing.answer) < NEW
+    assert batch.planner.pool.available == 3
+
+
+def test_a_common_beginning_is_read_once(fresh_seed: int) -> None:
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    common = [draw.randrange(3, 190) for _ in range(COMMON)]
+    prompts = [common + [draw.randrange(3, 190) for _ in range(5)] for _ in range(4)]
+    sequences = [RunningSequence(n, ids, torch.Generator()) for n, ids in enumerate(prompts)]
+    batch = make_flat(model, 40, FlatLimits(8, 4096))
+    batch.planner.add(sequences)
+    full = COMMON // BLOCK_TOKENS * BLOCK_TOKENS
+    # Within one step, too: those behind the first read what it writes in that very step.
+    assert batch.next_tokens == 4 * (COMMON + 5) - 3 * full
+    while batch.occupied:
+        batch.advance()
+    for r in sequences:
+        assert_greedy(model, r)
+
+
+def test_a_beginning_that_is_read_in_pieces_is_known(fresh_seed: int) -> None:
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    first = [draw.randrange(3, 190) for _ in range(COMMON)]
+    batch = make_flat(model, 40, FlatLimits(8, BLOCK_TOKENS - 1))
+    batch.begin([RunningSequence(0, first, torch.Generator())])
+    for blocks in (0, 1, 2):
+        assert len(batch.planner.pool.find([*first, 5])) == blocks
+        batch.advance()
+
+
+def test_logits_that_are_not_finite_fail_their_line_alone(fresh_seed: int) -> None:
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    draw = random.Random(fresh_seed)
+    prompts = draw_prompts(draw, 4)
+    prompts[2] = [200, *prompts[2]]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[200] = float("inf")
+    found = run(make_flat(model, 40, FlatLimits(4, 4096)), prompts, draw)
+    assert "logits after its" in (found[2].failure or "")
+    for r in (found[0], found[1], found[3]):
+        assert_greedy(model, r)
+
+
+def test_memory_does_not_grow_with_the_prompts(fresh_seed: int) -> None:
+    """2,000 short prompts through a pool that 60 of them fill."""
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    batch = make_flat(model, 64, FlatLimits(60, 1024), new=2)
+    waiting = [
+        RunningSequence(n, [draw.randrange(3, 190) for _ in range(draw.randint(1, 12))], torch.Generator())
+        for n in range(2000)
+    ]
+    ended, resident = 0, []
+    while waiting or batch.occupied:
+        new, waiting = waiting[: batch.wanted(60)], waiting[batch.wanted(60) :]
+        ended += len(batch.begin(new) if new else batch.advance())
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+    assert ended == 2000
+    assert batch.planner.pool.available == 64
+    third = len(resident) // 3
+    assert max(resident[third:]) - max(resident[:third]) < 4e6, "bytes"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "reason"),
+    [
+        ("phimoe", "PhimoeForCausalLM", "its rotary factors depend on the length of the whole text"),
+        ("llama4_text", "Llama4ForCausalLM", "its attention has a mask that is neither causal nor a window"),
+        ("qwen3_next", "Qwen3NextForCausalLM", "it keeps more than keys and values of the past"),
+    ],
+)
+def test_other_models_are_padded_and_the_log_says_why(
+    model_type: str, name: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    holder = loaded(small_model(model_type, name, seed=3))
+    with caplog.at_level("INFO", "xpar.models"):
+        batch = make_batch(holder, Sampling(), StopConditions(NEW))
+    assert isinstance(batch, DecodeBatch) == holder.is_cache_of_keys_and_values
+    assert not isinstance(batch, FlatBatch) and reason in caplog.text
