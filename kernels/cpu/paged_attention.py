@@ -166,8 +166,21 @@ def attend_by_definition(
             sink = sinks.float()[:, None, None].expand(-1, end - begin, 1)
             scores = torch.cat([scores, sink], dim=-1)
         weights = scores.softmax(dim=-1)[..., :length]
-        out[begin:end] = torch.einsum("hqs,hsd->qhd", weights, v).to(out.dtype)
+        out[begin:end] = _weighted(weights, v, hidden).transpose(0, 1).to(out.dtype)
     return out
+
+
+def _weighted(weights: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """Return ``weights @ values`` with NaN for the sums that see a value that is no finite number.
+
+    One that is ``hidden`` has the weight 0, and 0 times NaN would be NaN: a token that a line is refused for
+    would spoil the tokens before it, which other lines may share.
+    """
+    odd = ~values.isfinite()
+    if not odd.any():
+        return weights @ values
+    sees = (~hidden).to(values.dtype) @ odd.to(values.dtype)
+    return (weights @ values.masked_fill(odd, 0.0)).masked_fill(sees > 0, float("nan"))
 
 
 def _gather(pool: Tensor, table: Tensor, length: int, groups: int) -> Tensor:
@@ -217,7 +230,8 @@ def _attend_by_torch(
         weights = scores.softmax(dim=-1)[..., : k.shape[2]]
         # What lies behind the end of a sequence may be no number.
         v.masked_fill_((places >= rows.lengths[chosen, None])[:, None, :, None], 0.0)
-        result = weights.reshape(len(chosen), key_heads, -1, k.shape[2]) @ v
+        unseen = hidden[:, None].expand(-1, heads // key_heads, -1, -1).flatten(1, 2)[:, None]
+        result = _weighted(weights.reshape(len(chosen), key_heads, -1, k.shape[2]), v, unseen)
         out[tokens] = result.view(len(chosen), heads, count, -1).transpose(1, 2).to(out.dtype)
     return out
 

@@ -1,5 +1,6 @@
 """Attention over blocks equals its definition in every instruction set, with the bits of each row alone."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -158,18 +159,30 @@ def test_bits_do_not_depend_on_threads_and_blocks(instructions, g):
     assert torch.equal(compiled((query, *joined, one_block), instructions), found[0])
 
 
-@needs_native
-@every_set
-def test_special_values_stay_in_rows_that_see_them(instructions, g):
+def by_torch(call, **options):
+    return PagedAttention("torch")(*call, 0.11, **options)
+
+
+def by_definition(call, **options):
+    return define(*call, 0.11, **options)
+
+
+@pytest.mark.parametrize("shape", ["own keys", "shared keys, narrow values"])
+@pytest.mark.parametrize(
+    "compute",
+    [by_torch, by_definition, *(partial(compiled, instructions=number) for number in HERE)],
+    ids=["torch", "definition", *(paged_library.SETS[number] for number in HERE)],
+)
+def test_special_values_stay_in_rows_that_see_them(compute, shape, g):
     """A key or value that is no number reaches the rows that see it, and no row before or behind."""
-    query, keys, values, rows = batch("a long chunk", SHAPES["own keys"], g)
-    clean = compiled((query, keys, values, rows), instructions, window=50)
-    place = 200  # of the sequence; row 77 of the chunk
-    block, inside = int(rows.block_tables[0, place // 16]), place % 16
+    query, keys, values, rows = batch("a long chunk", SHAPES[shape], g)
+    clean = compute((query, keys, values, rows), window=50)
+    place, size = 200, keys.shape[2]  # of the sequence; row 77 of the chunk
+    block, inside = int(rows.block_tables[0, place // size]), place % size
     for pool in (keys, values):
         before = pool[block, :, inside].clone()
         pool[block, :, inside] = float("nan")
-        found = compiled((query, keys, values, rows), instructions, window=50)
+        found = compute((query, keys, values, rows), window=50)
         pool[block, :, inside] = before
         sees = torch.zeros(210, dtype=torch.bool)
         sees[77:127] = True
