@@ -31,6 +31,6 @@ def test_launches_are_found():
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_every_parameter_has_its_line(kernel):
     lines = LINES[kernel.name].read_text().splitlines()
-    pattern = r"^    {}(: tl\.constexpr)?,  # \S.*"
+    pattern = r"^    {}(: tl\.constexpr)?( = \S+)?,  # \S.*"
     found = {a.arg: re.match(pattern.format(a.arg), lines[a.lineno - 1]) for a in kernel.args.args}
     assert [name for name, line in found.items() if line is None] == []
