@@ -101,8 +101,10 @@ check mypy mypy
 # ever once a test has ended its worker.
 tests serial python -m pytest --color=no --durations=5 -n 2 --dist worksteal --ignore=tests/cluster
 if [ -z "$quick" ]; then finish "mpi, n = 1"; fi
+# In two jobs: an MPI process has 2048 communicators, and many tests make grids of their own that live as long as it.
 for n in $sizes; do
-  tests "mpi, n = $n" mpirun -n "$n" "${ranks[@]}"
+  tests "mpi, n = $n" mpirun -n "$n" "${ranks[@]}" --ignore=tests/engine/layer
+  tests "layers, n = $n" mpirun -n "$n" "${ranks[@]}" tests/engine/layer
 done
 
 on_nodes() { # on_nodes NAME HOSTS RANKS FILES...: HOSTS as a:2,b:1, two ranks on a node and one on another
