@@ -32,7 +32,7 @@ NEW_TOKENS = 33
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
 """Largest relative difference of logits. Roundings add up over the layers and turn near ties of the router; a
 model with wrong experts is off by 0.5 and more. In bfloat16 transformers' attention rounds its weights, and
-flat batches' does not: they differed by 0.050 to 0.056 (OLMoE's form, 4 layers, 16 sequences, three seeds)."""
+flat batches' does not: they differed by 0.050 to 0.056 (OLMoE's form, 4 layers, 16 rows, three seeds)."""
 QUANTISED_TOLERANCE = 0.45
 """That of weights that are quantised at load, beside the same in bfloat16. int4 loses a tenth of random ones,
 which four layers of OLMoE's form make 0.33 of the logits."""
