@@ -24,7 +24,7 @@ from xpar.comm.device.nccl_library import open_library, version_text
 
 INSTALL = "pip install --no-deps nccl-extensions nccl4py cuda-core cuda-pathfinder cuda-bindings packaging"
 LEAST_BINDINGS = (0, 5)
-"""Of nccl4py. Its 0.3 has an NCCL EP 0.1 of its own, in which rows may be corrupted."""
+"""The oldest nccl4py. Its 0.3 has an NCCL EP 0.1 of its own, in which rows may be corrupted."""
 LEAST_EP = (0, 2)
 BUILT_FOR = 23007
 """The version of NCCL that the extension was built with. An older one does not have what it calls."""
@@ -37,9 +37,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROW_UNIT = 1024
 """Bytes: 32 lanes load two words of 16 bytes at a time."""
 MOST_UNITS = 27
-"""Of a row: what two groups of warps keep of it must fit into the shared memory of a Hopper GPU."""
+"""The most units of a row: two groups of warps keep it in the shared memory of a Hopper GPU."""
 MOST_GROUPS, WARPS = 14, 32
-"""Of a block of threads: groups of warps, each for one expert, and warps."""
+"""The most groups of warps of a block of threads, each for one expert, and its warps."""
 
 
 @dataclass(frozen=True)

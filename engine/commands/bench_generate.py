@@ -34,7 +34,7 @@ LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.
 model with wrong experts is off by 0.5 and more. In bfloat16 transformers' attention rounds its weights, and
 flat batches' does not: they differed by 0.050 to 0.056 (OLMoE's form, 4 layers, 16 rows, three seeds)."""
 QUANTISED_TOLERANCE = 0.45
-"""That of weights that are quantised at load, beside the same in bfloat16. int4 loses a tenth of random ones,
+"""The same for weights that are quantised at load, beside bfloat16. int4 loses a tenth of random weights,
 which four layers of OLMoE's form make 0.33 of the logits."""
 
 

@@ -190,4 +190,3 @@ def _combined(fields: dict[str, Any]) -> dict[str, Any]:
             "response_format ends with an end token, and ignore_eos is true; leave one of them out"
         )
     return fields
-    return fields
