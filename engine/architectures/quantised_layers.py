@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xpar.engine.architectures.layer_config import find, layer_config, require_moe_layers
-from xpar.engine.architectures.schema import MlpNames
+from xpar.engine.architectures.schema import Architecture, MlpNames
 from xpar.engine.architectures.stored_names import resolve_names
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.formats.quantised_checkpoint import QuantisedCheckpoint, open_checkpoint
@@ -35,10 +35,12 @@ class WeightsToQuantise:
         for expert in numbers:
             self._experts += self._mlp(names, layer, expert)
 
-    def add_shared(self, names: MlpNames, layer: int) -> None:
-        """Add the shared experts of a layer, if dense weights are quantised."""
-        if self.quantisation.dense is not None:
-            self._dense += self._mlp(names, layer, 0)
+    def add_layer(self, arch: Architecture, layer: int) -> None:
+        """Add the experts of a layer of the family ``arch``, and the shared ones if dense weights are."""
+        names = resolve_names(self.checkpoint, arch, layer)
+        self.add_experts(names.experts, layer, layer_config(arch, self.checkpoint.config, layer).num_experts)
+        if names.shared is not None and self.quantisation.dense is not None:
+            self._dense += self._mlp(names.shared.names, layer, 0)
 
     def add_dense(self, name: str) -> None:
         """Add the weight of a dense product, if dense weights are quantised."""
@@ -96,9 +98,5 @@ def open_layers(path: str | Path, quantisation: Quantisation | None) -> Iterator
         weights = WeightsToQuantise(checkpoint, quantisation)
         arch = find(checkpoint.config)
         for layer in require_moe_layers(arch, checkpoint.config):
-            names = resolve_names(checkpoint, arch, layer)
-            experts = layer_config(arch, checkpoint.config, layer).num_experts
-            weights.add_experts(names.experts, layer, experts)
-            if names.shared is not None:
-                weights.add_shared(names.shared.names, layer)
+            weights.add_layer(arch, layer)
         yield weights.open()

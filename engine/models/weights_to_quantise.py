@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from xpar.comm.communicator import Communicator
-from xpar.engine.architectures.layer_config import find, layer_config
+from xpar.engine.architectures.layer_config import find
 from xpar.engine.architectures.quantised_layers import WeightsToQuantise
-from xpar.engine.architectures.stored_names import resolve_names
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.formats.quantised_on_load import Quantisation, QuantisedOnLoad, relative_errors
 from xpar.engine.models.expert_sources import stored_expert_names
@@ -50,11 +49,7 @@ def weights_to_quantise(
             else:
                 weights.add_experts(names, layer, describe_experts(model, name).num_experts)
             continue
-        arch = find(checkpoint.config)
-        resolved = resolve_names(checkpoint, arch, layer)
-        weights.add_experts(resolved.experts, layer, layer_config(arch, checkpoint.config, layer).num_experts)
-        if resolved.shared is not None:
-            weights.add_shared(resolved.shared.names, layer)
+        weights.add_layer(find(checkpoint.config), layer)
     for name in packable(model):
         source = plan.get(f"{name}.weight")
         if source is not None and source.name is not None:
