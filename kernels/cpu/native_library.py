@@ -1,7 +1,7 @@
 """The compiled products of ``native.c``: the check whether they can be used, and the calls."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -22,11 +22,18 @@ Span = tuple[int, int, int]
 @cache
 def why_unavailable() -> str | None:
     """Return the reason why the compiled products cannot be used on this machine, or None."""
+    return why_without_set(lanes, "AVX2 with FMA")
+
+
+def why_without_set(instruction_set: Callable[[], int], least: str) -> str | None:
+    """Return why code whose best set is ``instruction_set()``, 0 for none, cannot be used, or None.
+
+    ``least``: the features of a processor that the smallest set needs.
+    """
     try:
-        lanes = load().xpar_lanes()
+        return None if instruction_set() else f"this processor has no {least}"
     except OSError as error:
         return str(error)
-    return None if lanes else "this processor has no AVX2 with FMA"
 
 
 def why_unsuitable() -> str | None:

@@ -50,11 +50,7 @@ class _Paged(ctypes.Structure):
 @cache
 def why_unavailable() -> str | None:
     """Return the reason why the compiled attention cannot be used on this machine, or None."""
-    try:
-        found = instruction_set()
-    except OSError as error:
-        return str(error)
-    return None if found else "this processor has no AVX2 with FMA"
+    return native_library.why_without_set(instruction_set, "AVX2 with FMA")
 
 
 @cache
