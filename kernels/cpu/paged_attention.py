@@ -77,8 +77,11 @@ class PagedAttention:
 
     def backend_for(self, query: Tensor, keys: Tensor, values: Tensor) -> Backend:
         """Return the backend that computes a call with these tensors."""
-        native = self.choice.chosen.name == "native" and paged_library.set_for(query, keys, values)
-        return "native" if native else "torch"
+        return "native" if self._set_for(query, keys, values) else "torch"
+
+    def _set_for(self, query: Tensor, keys: Tensor, values: Tensor) -> int:
+        """Return the instruction set of the compiled code for a call; 0 if torch computes it."""
+        return paged_library.set_for(query, keys, values) if self.choice.chosen.name == "native" else 0
 
     def __call__(
         self,
@@ -96,10 +99,11 @@ class PagedAttention:
         Raises:
             ValueError: ``rows`` names blocks that do not exist.
         """
-        if self.backend_for(query, keys, values) == "torch":
+        instructions = self._set_for(query, keys, values)
+        if not instructions:
             return _attend_by_torch(query, keys, values, rows, scale, window, sinks, softcap)
         tables = (rows.query_starts, rows.lengths, rows.block_tables)
-        return paged_library.attend(query, keys, values, tables, scale, window, sinks, softcap)
+        return paged_library.attend(query, keys, values, tables, scale, window, sinks, softcap, instructions)
 
 
 def store(pool: Tensor, slots: Tensor, new: Tensor) -> None:

@@ -78,9 +78,9 @@ def attend(
     window: int | None,
     sinks: Tensor | None,
     softcap: float | None,
-    instructions: int | None = None,
+    instructions: int,
 ) -> Tensor:
-    """Compute what ``attend_by_definition`` defines; :func:`set_for` must know a set for the tensors.
+    """Compute what ``attend_by_definition`` defines.
 
     Args:
         query: [T, Hq, D] bf16.
@@ -91,12 +91,11 @@ def attend(
         window: Tokens that a token sees, or None.
         sinks: [Hq] or None.
         softcap: Bound of the scores, or None.
-        instructions: Number of the best of :data:`SETS` to use; None for the best here.
+        instructions: Number of one of :data:`SETS`, from :func:`set_for` for these tensors.
 
     Returns:
         [T, Hq, D'] bf16, rounded once.
     """
-    instructions = set_for(query, keys, values, instructions)
     starts, lengths, tables = (x.to(torch.int32).contiguous() for x in rows)
     sinks = None if sinks is None else sinks.float().contiguous()
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])

@@ -77,7 +77,8 @@ def tables_of(rows):
 def compiled(call, instructions, scale=0.11, **options):
     query, keys, values, rows = call
     given = [options.get(name) for name in ("window", "sinks", "softcap")]
-    return paged_library.attend(query, keys, values, tables_of(rows), scale, *given, instructions)
+    number = paged_library.set_for(query, keys, values, instructions)
+    return paged_library.attend(query, keys, values, tables_of(rows), scale, *given, number)
 
 
 def within_rounding(found, expected, rounding):
