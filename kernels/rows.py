@@ -108,8 +108,11 @@ def decoded(x: ExpertInput, dtype: torch.dtype) -> ExpertInput:
 
 
 def _has_dot8(device: torch.device) -> bool:
-    """Return whether a GPU converts e4m3, as :func:`xpar.kernels.gpu.code_tables.has_dot8` says."""
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    """Return whether a GPU converts e4m3."""
+    from xpar.kernels.gpu.code_tables import has_dot8
+    from xpar.kernels.gpu.tile_tables import Machine
+
+    return has_dot8(Machine.of(device))
 
 
 def _has_compiled_codes(device: torch.device, dtype: torch.dtype) -> bool:
