@@ -12,12 +12,7 @@ MAX_NEW_TOKENS = 128
 
 def add_generate(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar generate``."""
-    p.add_argument(
-        "checkpoint",
-        type=Path,
-        help="directory with config.json, safetensors files and tokenizer, or the name of a model on "
-        "Hugging Face, such as Qwen/Qwen3-30B-A3B or NAME@REVISION",
-    )
+    add_checkpoint(p, ", such as Qwen/Qwen3-30B-A3B or NAME@REVISION")
     p.add_argument(
         "--prompts",
         type=Path,
@@ -80,12 +75,7 @@ def add_generate(p: argparse.ArgumentParser) -> None:
 
 def add_score(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar score``."""
-    p.add_argument(
-        "checkpoint",
-        type=Path,
-        help="directory with config.json, safetensors files and tokenizer, or the name of a model on "
-        "Hugging Face",
-    )
+    add_checkpoint(p)
     p.add_argument(
         "--texts",
         type=Path,
@@ -106,16 +96,21 @@ def add_score(p: argparse.ArgumentParser) -> None:
 
 def add_evaluate(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar evaluate``."""
-    p.add_argument(
-        "checkpoint",
-        type=Path,
-        help="directory with config.json, safetensors files and tokenizer, or the name of a model on "
-        "Hugging Face",
-    )
+    add_checkpoint(p)
     p.add_argument(
         "harness", nargs=argparse.REMAINDER, help="options of the harness, such as --tasks NAME --limit 10"
     )
     add_model(p, "texts", "a longer text is read alone, in pieces", "the results")
+
+
+def add_checkpoint(p: argparse.ArgumentParser, examples: str = "") -> None:
+    """Add the checkpoint of a whole model; ``examples``: of names, behind its help."""
+    p.add_argument(
+        "checkpoint",
+        type=Path,
+        help="directory with config.json, safetensors files and tokenizer, or the name of a model on "
+        f"Hugging Face{examples}",
+    )
 
 
 def add_sampling(p: argparse.ArgumentParser) -> None:
