@@ -16,6 +16,7 @@ from xpar.engine.generation.flat_plan import FlatPlan, FlatPlanner, FlatSequence
 from xpar.engine.generation.lockstep import Deal
 from xpar.engine.generation.prompt_dealer import PromptDealer
 from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.steps import UnrecordedSteps
 from xpar.engine.models.flat_forward import FlatForward
 from xpar.engine.models.isolation import not_finite
 from xpar.engine.models.kv_blocks import BlockPool
@@ -37,7 +38,7 @@ class FlatLimits:
     shares_prefixes: bool = True
 
 
-class FlatBatch(DrawsTokens):
+class FlatBatch(UnrecordedSteps, DrawsTokens):
     """The sequences of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
     A step's tokens are planned before the ranks agree on it: prompts that are dealt then are read from the
@@ -84,17 +85,9 @@ class FlatBatch(DrawsTokens):
         """Make the dealer of prompts ``ids``, with ``drawn`` new tokens each, to so many ``ranks``."""
         return PromptDealer(ids, ranks, drawn, self._budget, self._shares).deal
 
-    def slots(self) -> int:
-        """Return how many (token, expert) pairs this rank's experts have computed."""
-        return self._loaded.slots()
-
-    def readiness(self) -> int:
-        """Steps have other tokens each time: nothing is recorded."""
-        return 0
-
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
         """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
-        self._loaded.expect(tokens)
+        super().agree(tokens, readiness)
         self._is_idle = tokens is not None and not any(tokens)
 
     def begin(self, new: list[RunningSequence]) -> list[RunningSequence]:

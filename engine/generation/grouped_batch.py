@@ -15,7 +15,7 @@ from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
 from xpar.engine.generation.kv_memory import BatchRoom, choose_blocks
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.generation.steps import LocalBatch
+from xpar.engine.generation.steps import LocalBatch, UnrecordedSteps
 from xpar.engine.models.flat_forward import flat_forms
 from xpar.engine.models.kv_pool import KvPool
 from xpar.engine.models.loader import LoadedModel
@@ -45,7 +45,7 @@ def make_batch(
     return GroupedBatch(loaded, sampling, limits)
 
 
-class GroupedBatch:
+class GroupedBatch(UnrecordedSteps):
     """The sequences of this rank; every rank calls one of ``begin``, ``advance``, ``join`` in each step."""
 
     def __init__(self, loaded: LoadedModel, sampling: Sampling, limits: StopConditions) -> None:
@@ -78,14 +78,6 @@ class GroupedBatch:
     def tokens_of(self, lengths: Sequence[int], continued: int = 0) -> int:
         """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
         return max(lengths) * list(lengths).count(max(lengths))
-
-    def slots(self) -> int:
-        """Return how many (token, expert) pairs this rank's experts have computed."""
-        return self._loaded.slots()
-
-    def readiness(self) -> int:
-        """Groups take turns: nothing is recorded."""
-        return 0
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
         """A step continues one group, not all sequences, so the layers agree on its tokens themselves."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xpar.engine.generation.steps import UnrecordedSteps
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import new_cache
 from xpar.engine.models.lm_head import Head
@@ -45,7 +46,7 @@ class ScoredText:
         return len(self.ids) if self.length is None else self.length
 
 
-class ScoreBatch:
+class ScoreBatch(UnrecordedSteps):
     """The texts of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
     ``batch``: texts read together at most. ``piece``: tokens of one text read in one forward; a longer one is
@@ -82,18 +83,6 @@ class ScoreBatch:
         """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
         columns = max(lengths) - 1
         return min(columns, self._piece) if self._is_read_in_pieces(lengths) else len(lengths) * columns
-
-    def slots(self) -> int:
-        """Return how many (token, expert) pairs this rank's experts have computed."""
-        return self._loaded.slots()
-
-    def readiness(self) -> int:
-        """Texts differ from step to step: nothing is recorded."""
-        return 0
-
-    def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
-        self._loaded.expect(tokens)
 
     @torch.inference_mode()
     def begin(self, new: list[ScoredText]) -> list[ScoredText]:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+from xpar.engine.models.loader import LoadedModel
+
 CAN_RECORD, CAN_REPLAY = 1, 2
 """The bits of a rank's readiness for a step that continues its rows."""
 
@@ -20,6 +22,24 @@ class Row(Protocol):
 
 
 R = TypeVar("R", bound=Row)
+
+
+class UnrecordedSteps:
+    """The part that batches share none of whose steps are recorded; ``LocalBatch`` says what it is for."""
+
+    _loaded: LoadedModel
+
+    def slots(self) -> int:
+        """Return how many (token, expert) pairs this rank's experts have computed."""
+        return self._loaded.slots()
+
+    def readiness(self) -> int:
+        """Return 0: steps differ from each other."""
+        return 0
+
+    def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
+        """Let the layers know the tokens of each rank."""
+        self._loaded.expect(tokens)
 
 
 class LocalBatch(Protocol[R]):
