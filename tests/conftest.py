@@ -129,6 +129,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("fresh_seed", [seed], ids=[f"seed{seed}"], scope="session")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Give torch one thread: small products of several processes would wait for each other's threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def comm() -> "Iterator[Intracomm]":
     """A duplicate of ``MPI.COMM_WORLD`` that belongs to the tests."""

@@ -3,7 +3,7 @@ are."""
 
 import pytest
 import torch
-from exact_experts import answer, experts_of, routing_of
+from exact_experts import answer, experts_of, routing_of, slots_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,21 +13,9 @@ from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.base import Dispatcher, DispatchPlan
 from xpar.comm.dispatch.one_sided import OneSidedDispatcher
 from xpar.comm.placement import Placement
-from xpar.kernels.contracts import ExpertInput, Routing, Slots
+from xpar.kernels.contracts import Routing, Slots
 
 pytestmark = pytest.mark.mpi(deadline=60)
-
-
-def slots_of(arrived: ExpertInput, experts: range) -> torch.Tensor:
-    """[M k, H]: every active slot's output where it lies, as :func:`stand_in.experts_of` makes it.
-
-    NaN elsewhere.
-    """
-    factor = (arrived.topk_ids + experts.start + 1).float()
-    rows = torch.where((arrived.topk_ids >= 0).any(1)[:, None], arrived.hidden_states, 0).float()
-    made = rows[:, None] * factor[..., None]
-    made[arrived.topk_ids < 0] = float("nan")
-    return made.flatten(0, 1).to(arrived.hidden_states.dtype)
 
 
 def through(

@@ -34,6 +34,15 @@ def experts_of(arrived: ExpertInput, experts: range, exact: bool) -> Tensor:
     return (x * (factor * weights).sum(1)[:, None]).to(arrived.hidden_states.dtype)
 
 
+def slots_of(arrived: ExpertInput, experts: range) -> Tensor:
+    """[M k, H]: every active slot's output where it lies, as :func:`experts_of` makes it; NaN elsewhere."""
+    factor = (arrived.topk_ids + experts.start + 1).float()
+    rows = torch.where((arrived.topk_ids >= 0).any(1)[:, None], arrived.hidden_states, 0).float()
+    made = rows[:, None] * factor[..., None]
+    made[arrived.topk_ids < 0] = float("nan")
+    return made.flatten(0, 1).to(arrived.hidden_states.dtype)
+
+
 def answer(x: Tensor, routing: Routing) -> Tensor:
     """What must come back for tokens ``x`` [T, H], summed over all experts in fp32."""
     active = routing.topk_ids >= 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import stand_in_nccl_ep
 import torch
-from exact_experts import answer, experts_of, routing_of
+from exact_experts import answer, experts_of, routing_of, slots_of
 from fake_nccl import FakeNccl
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.synthetic.layer import SyntheticLayer
 from xpar.engine.synthetic.shapes import shape_of
-from xpar.kernels.contracts import ExpertInput, Routing, Slots
+from xpar.kernels.contracts import Routing, Slots
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -69,15 +69,6 @@ def connections(comm: "Intracomm", host: Communicator) -> Iterator[NcclEp]:
         yield opened
         opened.close()
         opened.watch.close()
-
-
-def slots_of(arrived: ExpertInput, experts: range) -> torch.Tensor:
-    """[M k, H]: every active slot's output where it lies, NaN elsewhere."""
-    factor = (arrived.topk_ids + experts.start + 1).float()
-    rows = torch.where((arrived.topk_ids >= 0).any(1)[:, None], arrived.hidden_states, 0).float()
-    made = rows[:, None] * factor[..., None]
-    made[arrived.topk_ids < 0] = float("nan")
-    return made.flatten(0, 1).to(arrived.hidden_states.dtype)
 
 
 def through(

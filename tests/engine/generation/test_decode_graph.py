@@ -6,7 +6,7 @@ A CUDA graph replays what is called here; ``tests/gpu/check_generate.py`` compar
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,8 @@ from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, St
 from xpar.engine.generation.decode_graph import PaddedDecodeStep
 from xpar.engine.generation.recorder import PATIENCE, DecodeGraph, bucket_of
 from xpar.engine.generation.sampling import Sampling
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOWS = {"gpt_oss": {"sliding_window": 4}, "mixtral": {"sliding_window": 4}}
 HOST = torch.device("cpu")
@@ -82,15 +84,6 @@ def answers(model: Any, seed: int, recording: DecodeGraph | None) -> tuple[list[
         if sequences.advance() and waiting:
             sequences.begin([waiting.pop(0)])
     return [r.answer for r in everyone], sampling.seen
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products of several processes at a time would wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

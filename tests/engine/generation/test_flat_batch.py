@@ -1,13 +1,12 @@
 """Flat batches give each prompt what it gets alone: arrivals, pieces, sharing, preemption."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from loaded_models import loaded
 from shrunk_families import small_model
 from tiny_models import CLEAR
 
@@ -16,8 +15,9 @@ from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
 from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.models.flat_forward import flat_forms
-from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, KvPool
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = {
     "plain": ("olmoe", "OlmoeForCausalLM"),
@@ -30,29 +30,6 @@ FAMILIES = {
 }
 NEW, PROMPTS = 6, 7
 COMMON = 2 * BLOCK_TOKENS + 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def loaded(model: Any) -> Any:
-    """As ``load_model`` gives it, all experts transformers' own."""
-    return SimpleNamespace(
-        is_cache_of_keys_and_values=not other_states(model.config),
-        dtype=model.dtype,
-        model=model,
-        device=torch.device("cpu"),
-        layers=(),
-        ranks_of_node=1,
-        slots=lambda: 0,
-        expect=lambda tokens: None,
-        join=lambda: None,
-    )
 
 
 def make_flat(model: Any, blocks: int, size: FlatLimits, new: int = NEW) -> FlatBatch:

@@ -1,19 +1,19 @@
 """Sequences of models whose states cannot be padded, in groups of equal length."""
 
 import random
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from loaded_models import loaded
 from shrunk_families import small_model
 from tiny_models import CLEAR
 
 from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
 from xpar.engine.generation.grouped_batch import GroupedBatch, by_length, make_batch
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.models.kv_cache import other_states
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = {
     "recurrent and keys": ("qwen3_next", "Qwen3NextForCausalLM"),
@@ -23,28 +23,6 @@ FAMILIES = {
     "window and convolution": ("inkling_text", "InklingForCausalLM"),
 }
 NEW = 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def loaded(model: Any) -> Any:
-    """As ``load_model`` gives it, all experts transformers' own."""
-    return SimpleNamespace(
-        is_cache_of_keys_and_values=not other_states(model.config),
-        dtype=model.dtype,
-        model=model,
-        device=torch.device("cpu"),
-        layers=(),
-        slots=lambda: 0,
-        expect=lambda tokens: None,
-        join=lambda: None,
-    )
 
 
 @torch.inference_mode()

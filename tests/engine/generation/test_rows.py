@@ -2,13 +2,13 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from loaded_models import loaded
 from row_models import DYNAMIC, LONG, ORIGINAL, OTHERS, ROPES, Variant, answer_alone, build, logprobs_alone
 from torch import Tensor
 
@@ -18,24 +18,16 @@ from xpar.engine.generation.decode_graph import PaddedDecodeStep
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
-from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.rotary import RowRotary, depends_on_length, keeps_state
 from xpar.engine.models.rows import SeparateRows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HOST = torch.device("cpu")
 NEW = 9
 LENGTHS = (2, 5, ORIGINAL - 5, *range(ORIGINAL - 2, ORIGINAL + 3), 25, 40)
 SCORED = OTHERS
 BY_NAME = {v.name: v for v in (*ROPES, *OTHERS)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products of several processes at a time would wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -48,18 +40,6 @@ class Remembering(Sampling):
         for generator, row in zip(generators, logits, strict=True):
             self.seen.setdefault(generator, []).append(row.clone())
         return super().choose(logits, generators)
-
-
-def loaded(model: Any) -> Any:
-    """As :func:`load_model` gives it, all experts transformers' own."""
-    return SimpleNamespace(
-        is_cache_of_keys_and_values=not other_states(model.config),
-        dtype=model.dtype,
-        model=model,
-        device=HOST,
-        layers=(),
-        slots=lambda: 0,
-    )
 
 
 def texts(draw: random.Random, count: int) -> list[list[int]]:
