@@ -161,7 +161,8 @@ def test_prompts_read_a_few_tokens_at_a_time_change_nothing(
     whole = FlatPlanner.plan
     monkeypatch.setattr(FlatPlanner, "plan", plan)
     apart, _ = answers(world, loaded, path, folder, texts, prefill_tokens=most)
-    assert max(read) <= most and (max(read) > most // 2 or world.size > 2)
+    assert max(read) <= most
+    assert max(read) > most // 2 or world.size > 1  # a rank's share of few prompts may be less
     assert sum(together[place]["text"] == apart[place]["text"] for place in together) >= 11
 
 
