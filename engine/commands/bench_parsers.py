@@ -190,7 +190,8 @@ def add_scaling(p: argparse.ArgumentParser) -> None:
         "source",
         metavar="SHAPE|CHECKPOINT",
         nargs="?",
-        help=f"directory of a checkpoint, or a layer with random weights: one of {', '.join(SHAPES)}",
+        help="directory of a checkpoint, name of a model on Hugging Face, or a layer with random weights: "
+        f"one of {', '.join(SHAPES)}",
     )
     p.add_argument(
         "--prompts",

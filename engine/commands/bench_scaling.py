@@ -19,6 +19,7 @@ from xpar.engine.bench.scaling.markdown_report import format_check, select_measu
 from xpar.engine.bench.scaling.points import MODES, Point, choose_points, format_baseline, read_numbers
 from xpar.engine.bench.scaling.study import Plan, Study, run_study
 from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.commands.model_names import find_checkpoint
 from xpar.engine.commands.options import (
     PREFILL_TOKENS,
     at_least,
@@ -52,6 +53,8 @@ def main(args: argparse.Namespace) -> int:
         )
     world = attach(args)
     start_logging(world, args.verbose)
+    if args.source not in SHAPES:
+        args.source = str(find_checkpoint(world.comm, Path(args.source)))
     plan = agreed(world.comm, lambda: read_plan(args, world.node_of))
     agreed(world.comm, lambda: _make_folders(args) if world.rank == 0 else None)
     # The same on every rank and at every point: otherwise the points would not compare.

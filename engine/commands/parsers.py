@@ -128,7 +128,9 @@ def add_run(p: argparse.ArgumentParser) -> None:
 def add_tune(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar tune``."""
     p.add_argument(
-        "layer", metavar="SHAPE|DIR", help=f"directory of a checkpoint, or one of {', '.join(SHAPES)}"
+        "layer",
+        metavar="SHAPE|CHECKPOINT",
+        help="directory of a checkpoint, name of a model on Hugging Face, or one of " + ", ".join(SHAPES),
     )
     p.add_argument(
         "--layer",
@@ -182,7 +184,11 @@ def add_make_checkpoint(p: argparse.ArgumentParser) -> None:
 
 def add_quantize(p: argparse.ArgumentParser) -> None:
     """Add the options of ``xpar quantize``."""
-    p.add_argument("checkpoint", metavar="DIR", type=Path, help="directory of a checkpoint in floats")
+    p.add_argument(
+        "checkpoint",
+        type=Path,
+        help="directory of a checkpoint in floats, or the name of a model on Hugging Face",
+    )
     p.add_argument("out", metavar="OUT", type=Path, help="new directory")
     formats = (*options.QUANTISED, "nvfp4")
     p.add_argument(

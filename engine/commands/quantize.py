@@ -5,7 +5,9 @@ import time
 
 from rich.console import Console
 
+from xpar.comm.communicator import SoloCommunicator
 from xpar.comm.failure import AgreedError
+from xpar.engine.commands.model_names import find_checkpoint
 from xpar.engine.formats.quantised_on_load import Quantisation
 from xpar.engine.models.quantise_checkpoint import quantise_checkpoint
 
@@ -15,7 +17,8 @@ def main(args: argparse.Namespace) -> int:
     dense = args.format if args.dense == "same" else args.dense
     begin = time.monotonic()
     try:
-        written = quantise_checkpoint(args.checkpoint, args.out, Quantisation(args.format, dense))
+        checkpoint = find_checkpoint(SoloCommunicator(), args.checkpoint)
+        written = quantise_checkpoint(checkpoint, args.out, Quantisation(args.format, dense))
     except (ValueError, OSError) as error:
         raise AgreedError(str(error)) from None  # there is one process: shown as one line
     console = Console(highlight=False)

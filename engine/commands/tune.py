@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from xpar.comm.communicator import SoloCommunicator
 from xpar.comm.failure import AgreedError
 from xpar.engine.bench.kernels.cases import (
     LayerCase,
@@ -15,6 +16,7 @@ from xpar.engine.bench.kernels.cases import (
     random_weights,
     require_gpu,
 )
+from xpar.engine.commands.model_names import find_checkpoint
 from xpar.engine.commands.options import at_least
 from xpar.engine.config import LayerConfig
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
@@ -59,11 +61,12 @@ def _read_layer(args: argparse.Namespace) -> LayerCase:
 
 def _read_config(args: argparse.Namespace) -> LayerConfig:
     """Read the layer's configuration from a checkpoint, or from the table of shapes."""
-    if not Path(args.layer).is_dir():
+    folder = find_checkpoint(SoloCommunicator(), Path(args.layer))
+    if not folder.is_dir():
         if args.index is not None:
             raise ValueError(f"--layer {args.index}: {args.layer} is no checkpoint; leave --layer out")
         return shape_of(args.layer).layer()
-    with open_checkpoint(Path(args.layer)) as checkpoint:
+    with open_checkpoint(folder) as checkpoint:
         first = next(iter(read_layer_configs(checkpoint)))
         return read_layer_config(checkpoint, first if args.index is None else args.index)
 

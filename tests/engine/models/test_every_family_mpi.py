@@ -121,6 +121,37 @@ def test_whole_blocks_of_a_family_without_a_schema_are_one_error(
         load_model(path, grid, options=SpreadOptions(whole_block=True))
 
 
+@pytest.fixture(scope="module")
+def alone(comm: "Intracomm") -> ProcessGrid:
+    """A grid in which every rank has all experts of a model of its own."""
+    return ProcessGrid.create(World.attach(comm), ep=1)
+
+
+@pytest.mark.mpi(min_size=2, max_size=2, deadline=180)
+@pytest.mark.parametrize("family", [name for name in families() if name not in NOT_RUN])
+def test_exact_results_of_every_family_do_not_depend_on_the_number_of_ranks(
+    comm: "Intracomm",
+    grid: ProcessGrid,
+    alone: ProcessGrid,
+    tmp_path_factory: pytest.TempPathFactory,
+    fresh_seed: int,
+    family: str,
+) -> None:
+    """The same bits from experts spread over two ranks as from one rank that has them all."""
+    model_type, name = next(iter(classes(family)))
+    path = Path(comm.bcast(str(tmp_path_factory.mktemp("exact"))))
+    model = write(model_type, name, path) if comm.rank == 0 else None
+    comm.barrier()
+    ids, exact = text_of(fresh_seed + comm.rank), SpreadOptions(exact=True)
+    spread = outputs(load_model(path, grid, options=exact), ids)
+    assert outputs(load_model(path, alone, options=exact), ids) == spread
+    everyones = comm.gather((ids, *spread, 0))
+    problems = comm.bcast([*differences(model, family, path, everyones or [])])
+    assert not problems, f"{name} ({model_type}): {problems}"
+    if comm.rank == 0:
+        shutil.rmtree(path)
+
+
 @pytest.mark.parametrize("family", [name for name in families() if name not in NOT_RUN])
 def test_every_family(
     comm: "Intracomm",
