@@ -27,6 +27,7 @@ from xpar.engine.bench.peers import IMPLEMENTATIONS, block_function, transformer
 from xpar.engine.bench.timing import peak_bytes
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.options import LayerOptions
+from xpar.engine.models.cache_argument import cache_argument
 from xpar.engine.models.malloc import keep_freed_memory
 
 PREFILL = "grouped_mm"
@@ -180,13 +181,14 @@ def _decode(
     from transformers import DynamicCache
 
     model.set_experts_implementation(PREFILL)
-    cache, begin = DynamicCache(config=model.config), time.perf_counter()
-    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    given = cache_argument(model, DynamicCache(config=model.config))
+    begin = time.perf_counter()
+    logits = model(ids, use_cache=True, logits_to_keep=1, **given).logits[:, -1].float()
     first, tokens = logits, [logits.argmax(-1)]
     times = [_now(ids.device)]
     model.set_experts_implementation(implementation)
     while len(tokens) < new_tokens:
-        out = model(tokens[-1][:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(tokens[-1][:, None], use_cache=True, logits_to_keep=1, **given)
         tokens.append(out.logits[:, -1].float().argmax(-1))
         times.append(_now(ids.device))
     steps = [after - before for before, after in pairwise(times)]

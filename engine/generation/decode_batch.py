@@ -16,6 +16,7 @@ from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.token_logprobs import TokenLogprobs
 from xpar.engine.models.attention import backends
+from xpar.engine.models.cache_argument import cache_argument, cache_of
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import KvCache, mask
 from xpar.engine.models.loader import LoadedModel
@@ -272,14 +273,15 @@ class DecodeBatch(DrawsTokens):
         seen = mask(lengths, columns)
         places = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         device = self._loaded.device
+        cache = empty_cache(self._loaded.model) if past is None else past.cache()
         with backends(device), self._rows.of_lengths(lengths):
             out: Any = self._loaded.model(
                 input_ids=ids.to(device),
                 # Without padding a causal model needs no mask, and its attention is faster.
                 attention_mask=seen.to(device) if min(lengths) < columns else None,
                 position_ids=places.to(device),
-                past_key_values=empty_cache(self._loaded.model) if past is None else past.cache(),
                 use_cache=True,
                 logits_to_keep=1,
+                **cache_argument(self._loaded.model, cache),
             )
-        return out.logits[:, -1], past_of(out.past_key_values, lengths)
+        return out.logits[:, -1], past_of(cache_of(out), lengths)

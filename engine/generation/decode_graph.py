@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xpar.engine.layer.cuda_graph import rehearse
 from xpar.engine.models.attention import backends
+from xpar.engine.models.cache_argument import cache_argument
 from xpar.engine.models.kv_cache import KvCache, mask
 from xpar.engine.models.model_layer import ModelLayer, padded
 
@@ -126,9 +127,9 @@ class PaddedDecodeStep:
                 input_ids=self._ids,
                 attention_mask=self._seen,
                 position_ids=self._places,
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **cache_argument(self._model, self._cache),
             )
         self._places.add_(1)
         logits: Tensor = out.logits[:, -1]

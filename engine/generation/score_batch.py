@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xpar.engine.generation.steps import UnrecordedSteps
+from xpar.engine.models.cache_argument import cache_argument
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import new_cache
 from xpar.engine.models.lm_head import Head
@@ -118,8 +119,8 @@ class ScoreBatch(UnrecordedSteps):
             hidden_states = self._head.hidden_states(
                 input_ids=torch.tensor([piece], device=self._loaded.device),
                 position_ids=torch.arange(begin, begin + len(piece), device=self._loaded.device)[None],
-                past_key_values=self._reading.cache,
                 use_cache=True,
+                **cache_argument(self._loaded.model, self._reading.cache),
             )
         self._take(text, hidden_states[0], begin)
         self._reading.read += len(piece)

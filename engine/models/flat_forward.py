@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xpar.engine.models.attention import ASKS_FOR_NAME
+from xpar.engine.models.cache_argument import cache_argument
 from xpar.engine.models.isolation import rows_isolated
 from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.kv_pool import KvPool, LayerForm, PagedStep
@@ -75,9 +76,9 @@ class FlatForward:
                 input_ids=ids[None],
                 attention_mask=self._mask,
                 position_ids=positions[None],
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=wanted,
+                **cache_argument(self._model, self._cache),
             )
         logits: Tensor = out.logits[0]
         return logits
@@ -222,9 +223,9 @@ def _probe(loaded: LoadedModel) -> tuple[LayerForm, ...] | str:
         out: Any = loaded.model(
             input_ids=torch.zeros(1, PROBED, dtype=torch.int64),
             position_ids=torch.arange(PROBED)[None],
-            past_key_values=_cache_class()(probe.update),
             use_cache=True,
             logits_to_keep=torch.tensor([1]),
+            **cache_argument(loaded.model, _cache_class()(probe.update)),
         )
     for layer in loaded.layers:
         layer.reset_slots()  # the forward above was not a user's

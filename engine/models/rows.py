@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from xpar.engine.models.cache_argument import cache_argument, cache_of
 from xpar.engine.models.rotary import wrap_rotaries
 from xpar.engine.models.temperature import wrap_queries
 
@@ -31,7 +32,7 @@ class SeparateRows:
         self._rotaries = wrap_rotaries(model)
         self.depend_on_length = bool(self._rotaries)
         wrap_queries(model)
-        self._prepare = _own_preparation(model)
+        self._model, self._prepare = model, _own_preparation(model)
         self.needs_whole_past = lru_cache(LENGTHS)(self._needs_whole_past)
         self.rereads = self._prepare is not None
 
@@ -56,8 +57,9 @@ class SeparateRows:
             return False
         past = SimpleNamespace(get_seq_length=lambda *_: length - 1, is_compileable=False)
         ids = torch.zeros(1, 1, dtype=torch.int64).expand(1, length)
-        inputs = self._prepare(ids, past_key_values=past, next_sequence_length=1, use_cache=True)
-        return inputs.get("past_key_values") is None
+        given = cache_argument(self._model, past)
+        inputs = self._prepare(ids, next_sequence_length=1, use_cache=True, **given)
+        return cache_of(inputs) is None
 
 
 def _own_preparation(model: Any) -> Any:

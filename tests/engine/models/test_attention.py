@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from xpar.engine.models.attention import IMPLEMENTATION, AttentionForward, use_xpar_attention
+from xpar.engine.models.cache_argument import cache_argument, cache_of
 from xpar.kernels.cpu.attention import Attention
 
 
@@ -126,7 +127,7 @@ def test_a_padded_batch_of_a_model(tmp_path: Path, fresh_seed: int, monkeypatch:
 
     def logits() -> torch.Tensor:
         prompt = model(ids[:, :9], attention_mask=seen[:, :9], use_cache=True)
-        token = model(ids[:, 9:], attention_mask=seen, past_key_values=prompt.past_key_values)
+        token = model(ids[:, 9:], attention_mask=seen, **cache_argument(model, cache_of(prompt)))
         return torch.cat([prompt.logits, token.logits], 1)
 
     used, whole = [], Attention.__call__
