@@ -53,6 +53,8 @@ TEMPERATURE = {
     "no_rope_layers": [1, 0, 1],
     "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
 }
+SMOOTH = {"router_jitter_noise": 10.0}
+"""No expert is far enough from the best to be left out: else a weight may turn on the last bit of a score."""
 ROPES = (
     *_ropes(
         "qwen3_moe", "olmoe", "deepseek_v3", "deepseek_v2", "gpt_oss", "granitemoe", "minimax_m2", "dots1"
@@ -62,14 +64,14 @@ ROPES = (
         "phimoe-longrope",
         "phimoe",
         {**LONG, "short_mscale": 1.0, "long_mscale": 1.3},
-        {"original_max_position_embeddings": ORIGINAL},
+        {"original_max_position_embeddings": ORIGINAL, **SMOOTH},
     ),
 )
 OTHERS = (
     Variant("mixtral-window", "mixtral", more={"sliding_window": 4}),
     Variant("gpt_oss-window", "gpt_oss", more={"sliding_window": 4}),
     Variant("cohere2_moe-window", "cohere2_moe", more={"sliding_window": 4}),
-    Variant("phimoe-window", "phimoe", more={"sliding_window": 4}),
+    Variant("phimoe-window", "phimoe", more={"sliding_window": 4, **SMOOTH}),
     Variant("llama4-temperature", "llama4_text", more=TEMPERATURE),
     Variant("llama4-chunks", "llama4_text", more={**TEMPERATURE, "attention_chunk_size": 8}),
     *(
