@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mpi4py import MPI
+from quantised_files import write_floats
 from shrunk_families import NOT_RUN, VALUES, WITHOUT_INTERFACE, classes, families, small_model
 
+from xpar.comm import AgreedError, ProcessGrid, World
 from xpar.engine.architectures import ARCHITECTURES
 from xpar.engine.checkpoint.reader import Checkpoint
+from xpar.engine.formats.quantised_on_load import Quantisation
 from xpar.engine.models.empty_model import build_empty_model
 from xpar.engine.models.expert_layer import experts_modules
 from xpar.engine.models.expert_sources import stored_names
 from xpar.engine.models.experts_module import module_names
+from xpar.engine.models.loader import load_model
+from xpar.engine.models.parallelize import SpreadOptions
+from xpar.engine.models.quantise_checkpoint import quantise_checkpoint
 from xpar.engine.models.weight_sources import find_sources
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
@@ -24,8 +31,8 @@ Every family of transformers {version} with routed experts, as a whole model (`x
 score`). This page is made by `python tests/support/family_table.py`;
 `tests/engine/models/test_every_family_mpi.py` walks over the same families and compares logits, greedy text
 of prompts of three lengths, and the bytes that ranks read, on one and two ranks, in float32, with
-transformers. A family of a newer transformers needs nothing of xpar if the walk passes. The walk passes
-with transformers 5.17, too, of which 56 families are in it.
+transformers; in exact mode two ranks give the bits of one. A family of a newer transformers needs nothing of
+xpar if the walk passes. The walk passes with transformers 5.17, too, of which 56 families are in it.
 
 - *experts*: how they are stored, and so read. *One by one* and *stacked*: each rank reads its own, by name
   or by rows. *Whole layers*: transformers' conversion mixes experts, so that each rank reads one layer at a
@@ -36,10 +43,13 @@ with transformers 5.17, too, of which 56 families are in it.
 - *state*: what the model keeps of the tokens that it has read. Sequences of models that keep more than keys
   and values are read and continued in groups of equal length, since padding would become a part of such a
   state.
-- Weights are those of float32, float16 or bfloat16 checkpoints.
+- *quantised*: which quantised weights serve it. *Every form*: checkpoints in any form of
+  [quantisation](quantisation.md); found out with one in int8 and one in fp8, whose logits are those of
+  transformers with the weights in floats. *At load*: `--quantize` alone, because its experts are stacked in
+  one tensor, for which no such form is published.
 
-| family | classes | experts | whole block | state | in the walk |
-|---|---|---|---|---|---|
+| family | classes | experts | quantised | whole block | state | in the walk |
+|---|---|---|---|---|---|---|
 """
 STATES = {
     "DynamicLayer": "keys and values",
@@ -51,6 +61,8 @@ STATES = {
     "DummyLayer": "layers without any",
 }
 """transformers' cache classes in words; others keep their name."""
+OWN_FORMS = {"gpt_oss": "MXFP4; "}
+"""Published forms of stacked experts, tested in ``tests/engine/models/test_quantised_models_mpi.py``."""
 
 
 def rows() -> Iterator[str]:
@@ -61,14 +73,16 @@ def rows() -> Iterator[str]:
         types = dict.fromkeys([family, *(model_type for model_type, _ in models)])
         known = [schemas[name] for name in types if name in schemas]
         block = "yes" if any(known) else "layers only" if known else "no"
-        experts = states = "-"
+        experts = states = formats = "-"
         if models:
             experts, states = describe(*models[-1])
+            formats = find_formats(*models[-1])
         if family in WITHOUT_INTERFACE and experts == "-" and family not in NOT_RUN:
             experts = "by a schema"
         names = ", ".join(f"`{name}`" for name in dict.fromkeys(name for _, name in models)) or "-"
         own = ", with values of its own" if any(name in VALUES for name in types) else ""
-        yield f"| {family} | {names} | {experts} | {block} | {states} | {NOT_RUN.get(family, f'yes{own}')} |"
+        walk = NOT_RUN.get(family, f"yes{own}")
+        yield f"| {family} | {names} | {experts} | {formats} | {block} | {states} | {walk} |"
 
 
 def describe(model_type: str, name: str) -> tuple[str, str]:
@@ -82,6 +96,41 @@ def describe(model_type: str, name: str) -> tuple[str, str]:
             model = build_empty_model(checkpoint, torch.float32)
             states = dict.fromkeys(type(x).__name__ for x in DynamicCache(config=model.config).layers)
             return stored(model, checkpoint), "; ".join(STATES.get(s, f"`{s}`") for s in states)
+
+
+def find_formats(model_type: str, name: str) -> str:
+    """Say which quantised weights a class takes, by comparing logits; raise AssertionError if they differ."""
+    grid = ProcessGrid.create(World.attach(MPI.COMM_SELF))
+    with tempfile.TemporaryDirectory() as folder:
+        floats = Path(folder) / "floats"
+        small: Any = small_model(model_type, name, seed=1)
+        small.save_pretrained(floats)
+        written = [form for form in ("int8", "fp8") if is_quantised_right(type(small), floats, form, grid)]
+        if written:
+            return "every form" if len(written) == 2 else ", ".join(written)
+        own = OWN_FORMS.get(model_type, "")
+        try:
+            load_model(floats, grid, options=SpreadOptions(quantisation=Quantisation("int8", None)))
+        except AgreedError:
+            return f"{own}no"
+        return f"{own}at load"
+
+
+def is_quantised_right(kind: Any, floats: Path, form: str, grid: ProcessGrid) -> bool:
+    """Return whether the checkpoint ``floats`` can be written in ``form``; assert that it is read right."""
+    quantised, beside = floats.with_name(form), floats.with_name(f"{form} in floats")
+    try:
+        quantise_checkpoint(floats, quantised, Quantisation(form, form))
+    except ValueError:
+        return False
+    write_floats(quantised, beside)
+    ids = torch.arange(3, 16)[None]
+    with torch.inference_mode():
+        expected = kind.from_pretrained(beside).eval()(ids, use_cache=False).logits
+        loaded = load_model(quantised, grid, torch.float32, SpreadOptions(dense="plain"))
+        found = loaded.model(ids, use_cache=False).logits
+    assert (found - expected).norm() < 1e-5 * expected.norm(), (kind, form)
+    return True
 
 
 def stored(model: Any, checkpoint: Checkpoint) -> str:
