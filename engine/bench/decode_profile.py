@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator
-from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
+from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.flat_batch import FlatBatch
-from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.kv_memory import BatchRoom
 from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, Record, run_lockstep
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.layer.stage_timer import MeasuringTimer
 from xpar.engine.models.loader import LoadedModel
@@ -83,7 +83,7 @@ def decode(
 
     most = -(-len(ids) // comm.size)
     room = BatchRoom(most, ids.numel(), lengths=[ids.shape[1] + new_tokens] * len(ids))
-    batch = make_batch(loaded, sampling, StopConditions(new_tokens), records=captured, room=room)
+    batch = choose_batch(loaded, sampling, StopConditions(new_tokens), records=captured, room=room)
     # A flat batch is dealt its prompts in a step of its own, in which nothing is computed.
     deals = [isinstance(batch, FlatBatch)]
 

@@ -6,16 +6,16 @@ from dataclasses import replace
 from xpar.comm.communicator import Communicator
 from xpar.engine.generation.answer_form import Choice
 from xpar.engine.generation.answer_options import AnswerOptions
-from xpar.engine.generation.decode_batch import RunningSequence
-from xpar.engine.generation.decode_batch import StopConditions as Ends
+from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.detokenizer import Stops
 from xpar.engine.generation.flat_batch import FlatBatch
-from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.kv_memory import BATCH, FLAT_BATCH, BatchRoom, choose_blocks
 from xpar.engine.generation.line_processors import make_line_processors
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import Request, Workload
 from xpar.engine.generation.run_file import BatchLimits, RunSummary, process_file
+from xpar.engine.generation.running_sequence import RunningSequence
+from xpar.engine.generation.running_sequence import StopConditions as Ends
 from xpar.engine.generation.token_logprobs import TokenLogprobs
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.generation.work_item import WorkItem
@@ -36,7 +36,7 @@ def generate(
     """Answer the prompts of ``work.queue`` into ``request.out``, as :func:`process_file` says. Collective."""
     rows = _Rows(request, work, tokens)
     ends = Ends(request.max_new_tokens, tokens.ends)
-    batch = make_batch(loaded, request.sampling, ends, room=room_of(request, work))
+    batch = choose_batch(loaded, request.sampling, ends, room=room_of(request, work))
     deal = None
     if isinstance(batch, FlatBatch):
         drawn = [_most_new_tokens(request, question) for question in work.queue]

@@ -6,14 +6,14 @@ from typing import Any
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
-from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
+from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.detokenizer import Stops
 from xpar.engine.generation.flat_batch import FlatBatch
-from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.kv_memory import BatchRoom
 from xpar.engine.generation.lockstep import LockstepCallbacks, Record, run_lockstep
 from xpar.engine.generation.logits_processors import make_processors
 from xpar.engine.generation.request import check_ids
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score import logprobs_of
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
@@ -106,7 +106,7 @@ class Service:
         lengths = [len(ids) + most for ids in question.prompts]
         room = BatchRoom(self.batch, self.prefill_tokens, lengths=lengths)
         return self._run(
-            make_batch(self.loaded, sampling, limits, room=room), question.prompts, start, value, most
+            choose_batch(self.loaded, sampling, limits, room=room), question.prompts, start, value, most
         )
 
     def _run(

@@ -17,10 +17,11 @@ from torch import Tensor
 from xpar.comm import ProcessGrid, World
 from xpar.comm.dispatch import base
 from xpar.engine.generation import recorder
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.decode_graph import PaddedDecodeStep
 from xpar.engine.generation.lockstep import LockstepCallbacks, run_lockstep
 from xpar.engine.generation.recorder import DecodeGraph
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.models.loader import LoadedModel, load_model
 from xpar.engine.models.model_layer import padded
