@@ -106,10 +106,10 @@ def answer(
         start=start,
         length=lambda place: lengths[place],
         at_once=lambda place: BATCH,
-        record=lambda r: {"place": r.place},
-        write=lambda records: None,
+        make_result=lambda r: {"place": r.place},
+        write=lambda results: None,
         stop=lambda: False,
-        tell=lambda progress: None,
+        report_progress=lambda progress: None,
     )
     batch = DecodeBatch(loaded, sampling, StopConditions(20), graph)
     assert run_lockstep(world.comm, batch, BATCH, job)
