@@ -20,7 +20,7 @@ from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, run_loc
 from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.layer.stage_timer import MeasuringTimer
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.model_layer import timed
 
 PARTS = ("attention", "router", "experts", "communication", "head", "agreement", "rest")

@@ -23,7 +23,7 @@ from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.generation.work_item import WorkItem
 from xpar.engine.layer.stage_timer import MeasuringTimer
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 MIXED = "mixed"
 """The name of the generated workload."""

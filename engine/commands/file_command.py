@@ -17,7 +17,7 @@ from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import Request, ScoreRequest, Workload, read_request
 from xpar.engine.generation.run_file import RunSummary, finish_only, watch_for_stop
 from xpar.engine.generation.tokenizer import Tokenizer
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 Q = TypeVar("Q", Request, ScoreRequest)
 StopRequested = Callable[[], bool]

@@ -12,7 +12,7 @@ from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.steps import LocalBatch
 from xpar.engine.models.flat_forward import flat_forms
 from xpar.engine.models.kv_pool import KvPool
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 log = logging.getLogger("xpar.models")
 

@@ -17,7 +17,7 @@ from xpar.engine.models.attention import backends
 from xpar.engine.models.cache_argument import cache_argument, cache_of
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import KvCache, mask
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.rows import SeparateRows
 from xpar.engine.models.state_cache import empty_cache, past_of
 

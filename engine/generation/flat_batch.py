@@ -21,7 +21,7 @@ from xpar.engine.models.flat_forward import FlatForward
 from xpar.engine.models.isolation import not_finite
 from xpar.engine.models.kv_blocks import BlockPool
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, KvPool, PagedStep
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.kernels.cpu.paged_attention import PagedRows
 
 

@@ -20,7 +20,7 @@ from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.generation.work_item import WorkItem
 from xpar.engine.models.flat_forward import flat_forms
 from xpar.engine.models.kv_pool import BLOCK_TOKENS
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 
 def generate(

@@ -13,7 +13,7 @@ from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.steps import UnrecordedSteps
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 
 class GroupedBatch(UnrecordedSteps):

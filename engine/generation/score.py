@@ -14,7 +14,7 @@ from xpar.engine.generation.request import ScoreRequest, Workload
 from xpar.engine.generation.run_file import BatchLimits, RunSummary, process_file
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
 from xpar.engine.generation.work_item import WorkItem
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 DIGITS = 6
 """After the point, of a log-probability in the file: what float32 can tell apart."""

@@ -15,7 +15,7 @@ from xpar.engine.models.cache_argument import cache_argument
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import new_cache
 from xpar.engine.models.lm_head import Head
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.rows import SeparateRows
 
 

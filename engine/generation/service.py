@@ -20,7 +20,7 @@ from xpar.engine.generation.score import logprobs_of
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
 from xpar.engine.generation.steps import LocalBatch, R
 from xpar.engine.generation.tokenizer import Tokenizer
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 CAN_RECORD, CAN_REPLAY = 1, 2
 """The bits of a rank's readiness for a step that continues its rows."""

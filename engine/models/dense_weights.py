@@ -75,12 +75,12 @@ def load_dense(
     foreign: tuple[str, ...],
     node: Communicator,
     dtype: torch.dtype,
-    loaded: Callable[[int], None] = lambda nbytes: None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
 ) -> int:
     """Give ``model``, built without memory, its dense weights; return their bytes. Collective over ``node``.
 
     ``plan``, ``foreign``: as of :func:`dense_sources`. Rank 0 of the node reads each tensor and sends it to
-    the others. ``loaded`` is called with the bytes of each. What goes wrong on that rank is raised as one
+    the others. ``on_bytes`` is called with the bytes of each. What goes wrong on that rank is raised as one
     :class:`CheckpointError` on all of the node. Parameters that the model's config ties are tied as
     transformers does it: where the checkpoint has one of them, or equal tensors. Tensors that differ stay
     apart, whatever the config says.
@@ -104,16 +104,16 @@ def load_dense(
             on_first(partial(_convert, source, model, checkpoint, made), node)
             for target, tensor in made.items():
                 tensors[target] = node.broadcast(tensor)
-                loaded(tensor.nbytes)
+                on_bytes(tensor.nbytes)
             continue
         twin = next((tensors[other] for other in groups.get(key, ()) if other in tensors), None)
         if twin is not None and on_first(partial(_is_equal, checkpoint, name, twin), node):
-            loaded(twin.nbytes)
+            on_bytes(twin.nbytes)
             continue
         tensor = torch.empty(empty[key].shape, dtype=kind)
         on_first(partial(read_dense, checkpoint, name, tensor), node)
         tensors[key] = node.broadcast(tensor)
-        loaded(tensor.nbytes)
+        on_bytes(tensor.nbytes)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.requires_grad_(False)
     _tie(model, tensors, node.rank == 0)

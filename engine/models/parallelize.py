@@ -95,14 +95,14 @@ def build_moe_modules(
     layer: int,
     read: ReadLayer,
     options: SpreadOptions,
-    loaded: Callable[[int], None] = lambda nbytes: None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
     stored: StoredExperts | None = None,
 ) -> ExpertLayer:
     """Build this rank's part of a layer's experts, read by ``read``; no collective is called.
 
-    ``loaded`` hears the bytes of each expert, as numbers of ``dtype``. ``stored``: the experts' codes and
-    scales, which stay as they are if a kernel computes from them. Raises ValueError for options that do not
-    fit the grid, the layer or this machine.
+    ``on_bytes`` is called with the bytes of each expert, as numbers of ``dtype``. ``stored``: the experts'
+    codes and scales, which stay as they are if a kernel computes from them. Raises ValueError for options
+    that do not fit the grid, the layer or this machine.
     """
     form = None if stored is None else stored.form
     experts = build_expert_shard(config, grid, dtype, options, weight_format=form)
@@ -110,11 +110,11 @@ def build_moe_modules(
         kernel = cast(QuantisedKernel, experts.kernel)
         for index, codes in stored.read(experts.experts):
             kernel.load_quantised(index, *codes)
-            loaded(sum(math.prod(t.shape) for t in codes if t is not None) * dtype.itemsize)
+            on_bytes(sum(math.prod(t.shape) for t in codes if t is not None) * dtype.itemsize)
     elif experts.kernel is not None:
         for index, tensors in read(experts.experts, experts.rows):
             experts.kernel.load_expert(index, *tensors)
-            loaded(sum(t.nbytes for t in tensors if t is not None))
+            on_bytes(sum(t.nbytes for t in tensors if t is not None))
     return ExpertLayer(
         MoERunner(
             experts_alone(config), grid, None, experts, dtype=dtype, options=options.of_layer(), layer=layer

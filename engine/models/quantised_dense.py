@@ -121,26 +121,27 @@ def load_quantised(
     products: Sequence[QuantisedProduct],
     node: Communicator,
     dtype: torch.dtype,
-    shared: ColumnParallel | None,
-    loaded: Callable[[int], None] = lambda nbytes: None,
+    column_parallel: ColumnParallel | None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
 ) -> int:
     """Replace ``products`` of ``model`` by packed ones; return the bytes that this rank holds of them.
 
-    Collective over ``node``. ``shared``: the ranks that slice the products, or None. ``loaded`` is called
-    with the bytes of each weight as numbers of ``dtype``. Raises :class:`CheckpointError` on all of the node.
+    Collective over ``node``. ``column_parallel``: the ranks that slice the products, or None. ``on_bytes`` is
+    called with the bytes of each weight as numbers of ``dtype``. Raises :class:`CheckpointError` on all of
+    the node.
     """
     held, passed, numbers = 0, 0, module_numbers(model)
     # The largest first, while little else is in memory: for a moment it is there twice.
     for product in sorted(products, key=lambda p: math.prod(p.shape), reverse=True):
         build = _shared_builder(checkpoint, product, node, dtype)
         number = numbers[product.module]
-        held += place_product(model, product.module, build, product.shape, dtype, shared, number)
+        held += place_product(model, product.module, build, product.shape, dtype, column_parallel, number)
         del build  # it has the whole weight
         passed += product.form.nbytes(*product.shape)
         if passed >= TRIM_BYTES:
             give_back_freed_memory()
             passed = 0
-        loaded(math.prod(product.shape) * dtype.itemsize)
+        on_bytes(math.prod(product.shape) * dtype.itemsize)
     return held
 
 

@@ -18,7 +18,8 @@ from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.flat_forward import flat_forms
 from xpar.engine.models.kv_pool import BLOCK_TOKENS
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
 if TYPE_CHECKING:

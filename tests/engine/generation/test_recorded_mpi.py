@@ -23,7 +23,8 @@ from xpar.engine.generation.lockstep import LockstepCallbacks, run_lockstep
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.model_layer import padded
 from xpar.engine.models.parallelize import SpreadOptions
 

@@ -18,7 +18,8 @@ from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
 from xpar.engine.models.empty_model import check_generates
 from xpar.engine.models.lm_head import Head
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
 if TYPE_CHECKING:
