@@ -18,6 +18,7 @@ from xpar.comm.communicator import Communicator
 from xpar.engine.architectures.mlp_weights import INTEGERS
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.models.weight_sources import FLOATS, Source
+from xpar.kernels.contracts import require_finite
 
 log = logging.getLogger("xpar.models")
 T = TypeVar("T")
@@ -231,12 +232,11 @@ def read_dense(checkpoint: Checkpoint, name: str, out: Tensor) -> None:
 
 
 def _require_finite(out: Tensor, name: str, stored: str) -> None:
-    if (
-        out.is_floating_point()
-        and not math.isfinite(float(out.sum()))
-        and not bool(torch.isfinite(out).all())
-    ):
-        raise CheckpointError(
+    def message(_: Tensor) -> str:
+        return (
             f"tensor {name} holds NaN or infinite values as {str(out.dtype)[6:]} (stored as {stored}); "
             "restore the checkpoint, or choose a dtype of wider range"
         )
+
+    if out.is_floating_point():
+        require_finite(out, message, CheckpointError)
