@@ -80,11 +80,11 @@ class StoredExperts:
     """A layer's experts as a quantised checkpoint has them.
 
     Attributes:
-        form: The format of this rank's slice of each.
+        weight_format: The format of this rank's slice of each.
         read: Yields (local index, codes and scales and biases) of the experts with the given ids.
     """
 
-    form: WeightFormat
+    weight_format: WeightFormat
     read: Callable[[Sequence[int]], Iterator[tuple[int, QuantisedTensors]]]
 
 
@@ -104,8 +104,8 @@ def build_moe_modules(
     codes and scales, which stay as they are if a kernel computes from them. Raises ValueError for options
     that do not fit the grid, the layer or this machine.
     """
-    form = None if stored is None else stored.form
-    experts = build_expert_shard(config, grid, dtype, options, weight_format=form)
+    weight_format = None if stored is None else stored.weight_format
+    experts = build_expert_shard(config, grid, dtype, options, weight_format=weight_format)
     if stored is not None and experts.weight_format is not None:
         kernel = cast(QuantisedKernel, experts.kernel)
         for index, codes in stored.read(experts.experts):
