@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from xpar.engine.layer.shared_expert_overlap import SharedOrder
     from xpar.engine.layer.stage_timer import MeasuringTimer
     from xpar.engine.models.from_pretrained import register
-    from xpar.engine.models.loader import LoadedModel, load_model
+    from xpar.engine.models.loaded_model import LoadedModel
+    from xpar.engine.models.loader import load_model
     from xpar.engine.models.parallelize import SpreadOptions, parallelize, serve_other_ranks
     from xpar.engine.models.scale_decoder import scale_decoder
     from xpar.engine.routing import (
@@ -45,7 +46,7 @@ _MODULES = {
     "LayerConfig": "config",
     "LayerOptions": "layer.options",
     "LoadCounter": "layer.expert_load",
-    "LoadedModel": "models.loader",
+    "LoadedModel": "models.loaded_model",
     "MeasuringTimer": "layer.stage_timer",
     "MicroBatches": "layer.micro_batches",
     "MoERunner": "layer.runner",

@@ -140,9 +140,9 @@ def load_layer_weights(
     )
     if as_codes:
         place = _expert_place(checkpoint, arch, layer, config, rows)
-        form = quantised_format(checkpoint, place)
-        assert form is not None  # the caller has asked
-        for index, quantised in stream_quantised(checkpoint, place, form, experts, dtype):
+        weight_format = quantised_format(checkpoint, place)
+        assert weight_format is not None  # the caller has asked
+        for index, quantised in stream_quantised(checkpoint, place, weight_format, experts, dtype):
             sink(index, *(tensor for tensor in quantised if tensor is not None))
         return weights
     for index, expert in stream_experts(checkpoint, arch, layer, config, experts, dtype, rows):

@@ -32,11 +32,17 @@ def quantised_format(checkpoint: Checkpoint, place: MlpPlace) -> WeightFormat | 
     rows, cols = first.block
     rows = math.gcd(rows or 1, start, stop, place.width if place.names.gate_up else stop)
     inner = math.gcd(cols, start) if stop == place.width else math.gcd(cols, start, stop)
-    form = replace(first, block=(1 if place.names.interleaved else rows, inner if cols else 0))
-    unit = math.lcm(checkpoint.smallest_code_unit(_full(place.names.down, place)), form.block[1] or 1)
+    weight_format = replace(first, block=(1 if place.names.interleaved else rows, inner if cols else 0))
+    unit = math.lcm(
+        checkpoint.smallest_code_unit(_full(place.names.down, place)), weight_format.block[1] or 1
+    )
     if start % unit or (stop % unit and stop != place.width):
         return None
-    return replace(form, scale=torch.float32, global_scale=False) if form.global_scale else form
+    return (
+        replace(weight_format, scale=torch.float32, global_scale=False)
+        if weight_format.global_scale
+        else weight_format
+    )
 
 
 def as_stored(config: LayerConfig, checkpoint: Checkpoint, names: MlpNames, layer: int = 0) -> LayerConfig:
@@ -65,17 +71,17 @@ def width_unit(checkpoint: Checkpoint, names: MlpNames, layer: int = 0) -> int:
 
 
 def read_quantised_mlp(
-    checkpoint: Checkpoint, place: MlpPlace, form: WeightFormat
+    checkpoint: Checkpoint, place: MlpPlace, weight_format: WeightFormat
 ) -> tuple[QuantisedWeight, QuantisedWeight]:
     """Read ``gate_up``, packed rows [2 I_r, H] or [I_r, H], and ``down`` [H, I_r] of the MLP at ``place``.
 
-    ``form``: its :func:`quantised_format`.
+    ``weight_format``: its :func:`quantised_format`.
     """
     start, stop = place.bounds
     names, index = _up_names(place), place.expert if place.names.storage == "stacked" else None
 
     def read(name: str, rows: slice, cols: slice) -> QuantisedWeight:
-        weight = checkpoint.read_quantised(_full(name, place), rows, cols, index, form.block)
+        weight = checkpoint.read_quantised(_full(name, place), rows, cols, index, weight_format.block)
         return _fold_factor(weight)
 
     if place.names.interleaved:
@@ -94,7 +100,11 @@ QuantisedTensors = tuple[QuantisedWeight, QuantisedWeight, Tensor | None, Tensor
 
 
 def stream_quantised(
-    checkpoint: Checkpoint, place: MlpPlace, form: WeightFormat, experts: Sequence[int], dtype: torch.dtype
+    checkpoint: Checkpoint,
+    place: MlpPlace,
+    weight_format: WeightFormat,
+    experts: Sequence[int],
+    dtype: torch.dtype,
 ) -> Iterator[tuple[int, QuantisedTensors]]:
     """Yield (position in ``experts``, codes and scales of that expert, and its biases in ``dtype``).
 
@@ -104,7 +114,7 @@ def stream_quantised(
     for index, expert in enumerate(experts):
         here = replace(place, expert=expert)
         read_biases(checkpoint, here, *biases)
-        yield index, (*read_quantised_mlp(checkpoint, here, form), *biases)
+        yield index, (*read_quantised_mlp(checkpoint, here, weight_format), *biases)
 
 
 def _up_names(place: MlpPlace) -> tuple[str, ...]:
@@ -121,8 +131,10 @@ def _full(name: str, place: MlpPlace) -> str:
 def _fold_factor(weight: QuantisedWeight) -> QuantisedWeight:
     if weight.global_scale is None:
         return weight
-    form = replace(weight.format, scale=torch.float32, global_scale=False)
-    return replace(weight, format=form, scales=weight.scales.float() * weight.global_scale, global_scale=None)
+    weight_format = replace(weight.format, scale=torch.float32, global_scale=False)
+    return replace(
+        weight, format=weight_format, scales=weight.scales.float() * weight.global_scale, global_scale=None
+    )
 
 
 def _rows(weight: QuantisedWeight, rows: slice) -> QuantisedWeight:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from xpar.comm.communicator import Communicator
-from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
+from xpar.engine.generation.answer_form import Result
+from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.flat_batch import FlatBatch
-from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.kv_memory import BatchRoom
-from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, Record, run_lockstep
+from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, run_lockstep
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.layer.stage_timer import MeasuringTimer
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.model_layer import timed
 
 PARTS = ("attention", "router", "experts", "communication", "head", "agreement", "rest")
@@ -75,19 +76,19 @@ def decode(
     sampling = RecordedSampling()
     step_begins: list[float] = []
     polled = [0.0]
-    records: list[Record] = []
+    results: list[Result] = []
 
     def stop() -> bool:
         polled[0] = time.perf_counter()
         return False
 
-    most = -(-len(ids) // comm.size)
-    room = BatchRoom(most, ids.numel(), lengths=[ids.shape[1] + new_tokens] * len(ids))
-    batch = make_batch(loaded, sampling, StopConditions(new_tokens), records=captured, room=room)
+    most_rows = -(-len(ids) // comm.size)
+    room = BatchRoom(most_rows, ids.numel(), lengths=[ids.shape[1] + new_tokens] * len(ids))
+    batch = choose_batch(loaded, sampling, StopConditions(new_tokens), records=captured, room=room)
     # A flat batch is dealt its prompts in a step of its own, in which nothing is computed.
     deals = [isinstance(batch, FlatBatch)]
 
-    def tell(_: Progress) -> None:
+    def report_progress(_: Progress) -> None:
         if deals[0]:
             deals[0] = False
             return
@@ -99,16 +100,16 @@ def decode(
         start=lambda place: RunningSequence(place, ids[place].tolist(), torch.Generator()),
         length=lambda place: ids.shape[1],
         at_once=lambda place: len(ids),
-        record=lambda r: {"place": r.place, "tokens": r.answer},
-        write=records.extend,
+        make_result=lambda r: {"place": r.place, "tokens": r.answer},
+        write=results.extend,
         stop=stop,
-        tell=tell,
+        report_progress=report_progress,
     )
     comm.barrier()
-    run_lockstep(comm, batch, most, job)
+    run_lockstep(comm, batch, most_rows, job)
     steps = [after - before for before, after in pairwise(step_begins)]
     logits = [part for parts in comm.all_gather_object(sampling.seen) for part in parts]
-    tokens = [r["tokens"] for r in sorted(records, key=lambda r: int(r["place"]))]
+    tokens = [r["tokens"] for r in sorted(results, key=lambda r: int(r["place"]))]
     return Decoded(steps[0], statistics.median(steps[1:]) * 1e3, tokens, torch.cat(logits))
 
 

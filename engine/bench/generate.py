@@ -18,7 +18,7 @@ from xpar.engine.bench.peer_process import DecodingPeer
 from xpar.engine.bench.peers import DECODE_IMPLEMENTATIONS
 from xpar.engine.bench.timing import SETTLE_S, peak_bytes
 from xpar.engine.layer.reference import relative_error
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.kernels.cpu import zen_library
 
 LEAST_TOKENS = 3

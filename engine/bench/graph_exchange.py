@@ -56,11 +56,11 @@ def measure_all(grid: ProcessGrid, sizes: Sequence[Sizes]) -> list[dict[str, Any
         link = link_gbs(grid.moe, grid.device, LINK_BYTES)
     results = []
     for size in sizes:
-        record = measure(grid, size, _movers(grid, size))
-        rows = max(grid.moe.all_gather_object(record["remote_rows"]))
+        result = measure(grid, size, _movers(grid, size))
+        rows = max(grid.moe.all_gather_object(result["remote_rows"]))
         row_bytes = size.hidden_size * torch.bfloat16.itemsize
-        record |= {"link_gbs": link, "link_us": None if link is None else rows * row_bytes / link / 1e3}
-        results.append(record)
+        result |= {"link_gbs": link, "link_us": None if link is None else rows * row_bytes / link / 1e3}
+        results.append(result)
     return results
 
 
@@ -91,7 +91,7 @@ def measure(
 
     Collective. ``remote_rows``: those that must leave this rank. ``clock``: :func:`graph_us` by default.
     """
-    record: dict[str, Any] = {
+    result: dict[str, Any] = {
         "tokens_per_rank": sizes.tokens,
         "hidden_size": sizes.hidden_size,
         "num_experts": sizes.num_experts,
@@ -101,12 +101,12 @@ def measure(
     results = []
     for mover in movers:
         case = _Case(mover, grid, sizes, clock or graph_us)
-        record |= {f"{mover.name} {what} us": us for what, us in case.times()}
+        result |= {f"{mover.name} {what} us": us for what, us in case.times()}
         results.append(case.result())
-    record["remote_rows"] = case.dispatcher_rows()
+    result["remote_rows"] = case.dispatcher_rows()
     same = all(torch.equal(results[0], other) for other in results[1:])
-    record["same_bits"] = all(grid.moe.all_gather_object(same))
-    return record
+    result["same_bits"] = all(grid.moe.all_gather_object(same))
+    return result
 
 
 def _movers(grid: ProcessGrid, sizes: Sizes) -> list[Dispatcher]:

@@ -80,8 +80,10 @@ class LayerBench:
     def _build(self, activations: Activations | None = None) -> MoERunner:
         r = self.request
         options = LayerOptions(r.dispatcher, r.kernel, r.exact, activations or r.activations, depth=r.depth)
-        fmt = r.weight_format
-        return build_layer(self.config, self.grid, r.dtype, self.weights.read, options, weight_format=fmt)
+        weight_format = r.weight_format
+        return build_layer(
+            self.config, self.grid, r.dtype, self.weights.read, options, weight_format=weight_format
+        )
 
     def _build_converted(self) -> MoERunner:
         """Build the layer that has the same weights converted to the request's dtype."""
@@ -134,8 +136,8 @@ class LayerBench:
         """Compute the least time in ms, as median over the batches; the nodes divide the work."""
         router = self.weights.make_router()
         c, dtype = self.config, self.request.dtype
-        fmt = self.request.weight_format
-        floors = [self.ceilings.floor_s(c, router.route(x), dtype, fmt) for x in inputs]
+        weight_format = self.request.weight_format
+        floors = [self.ceilings.floor_s(c, router.route(x), dtype, weight_format) for x in inputs]
         return statistics.median(floors) * 1e3 / self.grid.world.num_nodes
 
     def _compute_errors(self, tokens: int, x: Tensor) -> dict[str, float]:

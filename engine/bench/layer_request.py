@@ -58,10 +58,10 @@ class LayerRequest:
 
     def make_config(self) -> LayerConfig:
         """Make the layer's configuration, with what checkpoints in its format say about inputs of experts."""
-        config, fmt = self.shape.layer(self.scale), self.weight_format
-        if fmt is None or fmt.code is not CodeType.E4M3:
+        config, weight_format = self.shape.layer(self.scale), self.weight_format
+        if weight_format is None or weight_format.code is not CodeType.E4M3:
             return config
-        return replace(config, activations=StoredActivations(ActivationScheme(fmt.block[1])))
+        return replace(config, activations=StoredActivations(ActivationScheme(weight_format.block[1])))
 
     def draw_input(self, tokens: int, number: int) -> Tensor:
         """Draw batch ``number`` of ``BATCHES``: [tokens, H], the same in every process."""

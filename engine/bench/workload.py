@@ -18,12 +18,12 @@ from xpar.engine.generation.answer_file import is_failure, open_answer_file
 from xpar.engine.generation.generate import generate
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.prompts import Prompt, prompt_form, read_prompts
-from xpar.engine.generation.request import Request, Workload, check_ids, digest
+from xpar.engine.generation.request import Request, Workload, check_ids, hash_of
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.generation.work_item import WorkItem
 from xpar.engine.layer.stage_timer import MeasuringTimer
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 MIXED = "mixed"
 """The name of the generated workload."""
@@ -88,37 +88,37 @@ def _lengths(own: Sequence[float], most: Sequence[int], scale: float) -> list[in
 
 
 def read_workload(
-    comm: Communicator, name: str, tokens: Tokenizer, new_tokens: int, seed: int
+    comm: Communicator, name: str, tokenizer: Tokenizer, new_tokens: int, seed: int
 ) -> list[list[int]]:
     """Return the token ids of the prompts of ``mixed`` or of a file; collective.
 
     Raises:
         ValueError: The file has no prompts or a line that is none, or the model cannot take one of them.
     """
-    read = agreed(comm, lambda: [] if comm.rank else _read(name, tokens, new_tokens, seed), patient=True)
+    read = agreed(comm, lambda: [] if comm.rank else _read(name, tokenizer, new_tokens, seed), patient=True)
     prompts: list[list[int]] = comm.all_gather_object(read)[0]
     return prompts
 
 
-def _read(name: str, tokens: Tokenizer, new_tokens: int, seed: int) -> list[list[int]]:
+def _read(name: str, tokenizer: Tokenizer, new_tokens: int, seed: int) -> list[list[int]]:
     if name == MIXED:
-        if tokens.vocabulary is None:
+        if tokenizer.vocabulary is None:
             raise ValueError(f"--workload {MIXED}: the configuration has no vocab_size; give a file")
-        prompts = draw_mixed(tokens.vocabulary, seed)
+        prompts = draw_mixed(tokenizer.vocabulary, seed)
     else:
         found, bad = read_prompts(Path(name), prompt_form)
         if bad:
             raise ValueError(f"--workload {name}: line {bad[0].line}: {bad[0].error}")
-        prompts = [tokens.encode(prompt.text) for prompt in found]
+        prompts = [tokenizer.encode(prompt.text) for prompt in found]
     if not prompts:
         raise ValueError(f"--workload {name}: holds no prompt; give a file with one prompt per line")
     for ids in prompts:
-        check_ids(ids, tokens)
+        check_ids(ids, tokenizer)
     longest = max(map(len, prompts))
-    if tokens.positions is not None and longest + new_tokens > tokens.positions:
+    if tokenizer.positions is not None and longest + new_tokens > tokenizer.positions:
         raise ValueError(
             f"--workload {name}: a prompt of {longest} tokens and {new_tokens} new ones, and the model has "
-            f"positions for {tokens.positions}; shorten the prompts or --new-tokens"
+            f"positions for {tokenizer.positions}; shorten the prompts or --new-tokens"
         )
     return prompts
 
@@ -148,7 +148,7 @@ class StepClock:
         self._polled = time.perf_counter()
         return False
 
-    def tell(self, progress: Progress) -> None:
+    def note_progress(self, progress: Progress) -> None:
         """Note that a step begins."""
         now = time.perf_counter()
         self.agreeing += now - self._polled
@@ -167,7 +167,7 @@ class StepClock:
 def answer(
     comm: Communicator,
     loaded: LoadedModel,
-    tokens: Tokenizer,
+    tokenizer: Tokenizer,
     request: Request,
     prompts: Sequence[list[int]],
     peak_bytes: Sequence[int] = (),
@@ -184,7 +184,7 @@ def answer(
         here = replace(request, out=out)
         comm.barrier()
         clock.begin = time.perf_counter()
-        generate(comm, here, _work_of(prompts), tokens, loaded, clock.poll, clock.tell)
+        generate(comm, here, _work_of(prompts), tokenizer, loaded, clock.poll, clock.note_progress)
         seconds = time.perf_counter() - clock.begin
         answers = comm.all_gather_object(agreed(comm, lambda: [] if comm.rank else _read_answers(out)))[0]
     spent = timer.read().seconds
@@ -204,7 +204,7 @@ def answer(
 
 
 def _work_of(prompts: Sequence[list[int]]) -> Workload:
-    items = [WorkItem(Prompt(n, None, ""), ids, digest([n])) for n, ids in enumerate(prompts, start=1)]
+    items = [WorkItem(Prompt(n, None, ""), ids, hash_of([n])) for n, ids in enumerate(prompts, start=1)]
     order = {item.hash: place for place, item in enumerate(items)}
     queue = sorted(items, key=lambda item: (-len(item.ids), item.prompt.line))
     return Workload(tuple(queue), order, 0, 0, "")
@@ -226,11 +226,11 @@ def _answer_path(comm: Communicator) -> Iterator[Path]:
 
 
 def _read_answers(out: Path) -> list[list[int]]:
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    failures = [record for record in records if is_failure(record)]
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    failures = [result for result in results if is_failure(result)]
     if failures:
         raise ValueError(f"the model failed on prompt {failures[0]['line']}: {failures[0]['error']}")
-    return [record["token_ids"] for record in sorted(records, key=lambda record: int(record["line"]))]
+    return [result["token_ids"] for result in sorted(results, key=lambda result: int(result["line"]))]
 
 
 def compare(ours: Sequence[list[int]], theirs: Sequence[list[int]]) -> dict[str, int]:

@@ -38,15 +38,15 @@ def main(args: argparse.Namespace, world: World) -> int:
     comm = world.comm
     new_tokens = NEW_TOKENS if args.new_tokens is None else args.new_tokens
     args.batch = args.rows
-    dtype, rows, tokens = agreed(comm, lambda: _check(args, new_tokens))
-    prompts = read_workload(comm, args.workload, tokens, new_tokens, args.seed)
+    dtype, rows, tokenizer = agreed(comm, lambda: _check(args, new_tokens))
+    prompts = read_workload(comm, args.workload, tokenizer, new_tokens, args.seed)
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)
     loaded = model_session.load(args, grid, dtype, console, args.whole_dense)
     request = request_of(args.checkpoint, new_tokens, rows, args.prefill_tokens, dtype, args.exact)
     trial = request_of(args.checkpoint, TRIAL_TOKENS, rows, args.prefill_tokens, dtype, args.exact)
-    answer(comm, loaded, tokens, trial, prompts[:TRIAL_PROMPTS])
-    ours, shares = answer(comm, loaded, tokens, request, prompts)
+    answer(comm, loaded, tokenizer, trial, prompts[:TRIAL_PROMPTS])
+    ours, shares = answer(comm, loaded, tokenizer, request, prompts)
     results: dict[str, dict[str, Any]] = {XPAR: asdict(ours) | {"peak_bytes": gather_peak_bytes(grid)}}
     found, notes = _ask_transformers(grid, args, prompts, new_tokens, dtype)
     results |= found
@@ -80,9 +80,9 @@ def _check(args: argparse.Namespace, new_tokens: int) -> tuple[torch.dtype, int,
     if args.peer_python is not None and shutil.which(args.peer_python) is None:
         raise ValueError(f"--peer-python {args.peer_python}: no such program; name a Python that has vLLM")
     check_generates(args.checkpoint)
-    tokens = Tokenizer(args.checkpoint)
-    tokens.ends = frozenset()  # every side gives as many tokens
-    return model_session.dtype_of(args), batch_size(args), tokens
+    tokenizer = Tokenizer(args.checkpoint)
+    tokenizer.ends = frozenset()  # every side gives as many tokens
+    return model_session.dtype_of(args), batch_size(args), tokenizer
 
 
 def _on_first_rank(grid: ProcessGrid, ask: Callable[[], Found]) -> Found:

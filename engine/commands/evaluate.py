@@ -28,10 +28,10 @@ def main(args: argparse.Namespace) -> int:
     harness = agreed(world.comm, lambda: _harness(args.harness) if world.rank == 0 else None, patient=True)
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)
-    tokens = agreed(world.comm, lambda: Tokenizer(args.checkpoint))
-    console.print(tokens.ends_note, soft_wrap=True, markup=False, highlight=False)
+    tokenizer = agreed(world.comm, lambda: Tokenizer(args.checkpoint))
+    console.print(tokenizer.ends_note, soft_wrap=True, markup=False, highlight=False)
     loaded = model_session.load(args, grid, dtype, console)
-    service = Service(world.comm, loaded, tokens, batch_size(args), args.prefill_tokens)
+    service = Service(world.comm, loaded, tokenizer, batch_size(args), args.prefill_tokens)
     if harness is None:
         service.serve()
     else:

@@ -1,4 +1,4 @@
-"""The course that ``xpar generate`` and ``xpar score`` share: from a file of questions to results."""
+"""The course that ``xpar generate`` and ``xpar score`` share: from a file of prompts or texts to results."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import Request, ScoreRequest, Workload, read_request
 from xpar.engine.generation.run_file import RunSummary, finish_only, watch_for_stop
 from xpar.engine.generation.tokenizer import Tokenizer
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 Q = TypeVar("Q", Request, ScoreRequest)
 StopRequested = Callable[[], bool]
@@ -69,10 +69,10 @@ def run_request(args: argparse.Namespace, command: FileCommand[Q]) -> int:
         exact_with=model_session.exact_with(args, grid),
         activations=agreed(comm, lambda: model_session.activations_of(args, grid, request.dtype)),
     )
-    tokens, notes = agreed(comm, lambda: command.make_tokenizer(args, request))
+    tokenizer, notes = agreed(comm, lambda: command.make_tokenizer(args, request))
     for note in notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
-    work = read_request(comm, request, tokens, args.resume)
+    work = read_request(comm, request, tokenizer, args.resume)
     for note in work.notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
     outcome = None
@@ -83,7 +83,7 @@ def run_request(args: argparse.Namespace, command: FileCommand[Q]) -> int:
             request, line = agreed(comm, settle)
             console.print(line, soft_wrap=True, markup=False, highlight=False)
         with model_session.meter(world, command.doing, work) as on_progress:
-            outcome = command.process(comm, request, work, tokens, loaded, stop_requested, on_progress)
+            outcome = command.process(comm, request, work, tokenizer, loaded, stop_requested, on_progress)
     else:
         finish_only(comm, request, work)
     new, failed = (outcome.answers, outcome.failed) if outcome else (0, 0)

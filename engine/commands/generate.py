@@ -24,9 +24,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _make_tokenizer(args: argparse.Namespace, request: Request) -> tuple[Tokenizer, Sequence[str]]:
-    tokens = Tokenizer(request.checkpoint, request.chat)
-    tokens.ids_of(request.stop_tokens)  # raises ValueError for a word that names no token
-    return tokens, (*generation_of(run_options(args)).notes, tokens.ends_note)
+    tokenizer = Tokenizer(request.checkpoint, request.chat)
+    tokenizer.ids_of(request.stop_tokens)  # raises ValueError for a word that names no token
+    return tokenizer, (*generation_of(run_options(args)).notes, tokenizer.ends_note)
 
 
 def make_request(args: argparse.Namespace, is_first: bool) -> Request:

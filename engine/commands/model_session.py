@@ -25,7 +25,8 @@ from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.generation.samples import samples_path
 from xpar.engine.layer.build import FLOATS
 from xpar.engine.layer.input_scheme import why_exact
-from xpar.engine.models.loader import LoadedModel, expert_configs, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import expert_configs, load_model
 from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
 
 
@@ -117,7 +118,7 @@ def load(
     )
     begin = time.monotonic()
     with Meter(grid.world, "loading", 0, in_bytes=True) as meter:
-        loaded = load_model(args.checkpoint, grid, dtype, spread, meter.advance, total=meter.set_total)
+        loaded = load_model(args.checkpoint, grid, dtype, spread, meter.advance, on_total=meter.set_total)
     read = sum(grid.world.comm.all_gather_object(loaded.bytes_read))
     layer = loaded.layers[0].runner
     console.print(

@@ -11,7 +11,7 @@ from xpar.engine.generation.request import ScoreRequest, Workload
 from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.generation.score import read_total, score
 from xpar.engine.generation.tokenizer import Tokenizer
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 
 def main(args: argparse.Namespace) -> int:

@@ -46,9 +46,9 @@ class AwqWeight(StoredWeight):
         cut = cut_blocks(self.format.block[1], cols)
         scales = self.check_scales(SCALES, self.parts.read(SCALES, cut.stored, rows))
         zeros = awq_codes(self.parts.read(ZEROS, cut.stored, words))[:, :count]
-        form = replace(self.format, block=(1, cut.block))
+        weight_format = replace(self.format, block=(1, cut.block))
         return QuantisedWeight(
-            form,
+            weight_format,
             pack_nibbles(codes),
             _by_row(cut.spread(scales, 0)),
             cols.stop - cols.start,

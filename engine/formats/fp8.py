@@ -58,14 +58,16 @@ class ByteWeight(StoredWeight):
         return block
 
     def read(self, index: int | None, rows: slice, cols: slice) -> QuantisedWeight:
-        form = self.format
-        scales, block = self.read_scales(self.scale, rows, cols, form.block)
+        weight_format = self.format
+        scales, block = self.read_scales(self.scale, rows, cols, weight_format.block)
         zeros = None
         if self.zero is not None:
             self.parts.expect(self.zero, self.parts.shape(self.scale), "I8")
-            zeros = self.read_blocks(self.zero, rows, cols, form.block)[0]
+            zeros = self.read_blocks(self.zero, rows, cols, weight_format.block)[0]
         codes = self.parts.read(".weight", rows, cols)
-        return QuantisedWeight(replace(form, block=block), codes, scales, cols.stop - cols.start, zeros)
+        return QuantisedWeight(
+            replace(weight_format, block=block), codes, scales, cols.stop - cols.start, zeros
+        )
 
 
 def _grid(rows: int, cols: int, block: tuple[int, int]) -> tuple[int, int]:

@@ -95,9 +95,9 @@ class GptqWeight(StoredWords):
         if order is not None:
             scales = scales[order]
             zeros = None if zeros is None else zeros[order]
-        form = replace(self.format, block=(1, block))
+        weight_format = replace(self.format, block=(1, block))
         by_row = None if zeros is None else as_signed(zeros.T.contiguous(), self.bits)
-        return QuantisedWeight(form, codes, scales.T.contiguous(), count, by_row)
+        return QuantisedWeight(weight_format, codes, scales.T.contiguous(), count, by_row)
 
     def _zeros(self, groups: slice, rows: slice) -> Tensor | None:
         """Read the zero points [G, N] of a slice; None if all are the middle, as symmetric files have."""

@@ -40,8 +40,8 @@ class NibblePairs(StoredWeight):
     def read(self, index: int | None, rows: slice, cols: slice) -> QuantisedWeight:
         scales, block = self.read_scales(self.scale, rows, cols, self.format.block)
         codes = self.parts.read(self.codes, rows, slice(cols.start // 2, -(-cols.stop // 2)))
-        form = replace(self.format, block=block)
-        return QuantisedWeight(form, codes.view(torch.uint8), scales, cols.stop - cols.start)
+        weight_format = replace(self.format, block=block)
+        return QuantisedWeight(weight_format, codes.view(torch.uint8), scales, cols.stop - cols.start)
 
 
 class Blocks(StoredWeight):

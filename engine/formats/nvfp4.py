@@ -43,8 +43,8 @@ class Nvfp4Weight(StoredWeight):
     def read(self, index: int | None, rows: slice, cols: slice) -> QuantisedWeight:
         scales, block = self.read_scales(".weight_scale", rows, cols, self.format.block)
         codes = self.parts.read(self.codes, rows, slice(cols.start // 2, -(-cols.stop // 2)))
-        form = replace(self.format, block=block)
-        return QuantisedWeight(form, codes, scales, cols.stop - cols.start, None, self._factor())
+        weight_format = replace(self.format, block=block)
+        return QuantisedWeight(weight_format, codes, scales, cols.stop - cols.start, None, self._factor())
 
     def _factor(self) -> Tensor:
         factor = self.check_scales(self.factor, self.parts.read(self.factor)).float().reshape(())

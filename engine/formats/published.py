@@ -49,20 +49,26 @@ class PublishedForm:
                 f"format {self.name}: no group of {', '.join(map(str, GROUPS))} divides the widths "
                 f"{', '.join(map(str, sorted(set(widths))))}; choose multiples of 16"
             )
-        form = self.weight
-        return WeightFormat(form.code, (rows, group), form.scale, form.zero_point, form.global_scale)
+        weight_format = self.weight
+        return WeightFormat(
+            weight_format.code,
+            (rows, group),
+            weight_format.scale,
+            weight_format.zero_point,
+            weight_format.global_scale,
+        )
 
 
 def _fp8(weight: QuantisedWeight) -> Tensors:
     return {".weight": weight.codes, ".weight_scale_inv": weight.scales}
 
 
-def _fp8_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
+def _fp8_config(weight_format: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
     config = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": list(form.block),
+        "weight_block_size": list(weight_format.block),
     }
     return {**config, "modules_to_not_convert": list(floats)} if floats else config
 
@@ -71,7 +77,7 @@ def _channel(weight: QuantisedWeight) -> Tensors:
     return {".weight": weight.codes, ".weight_scale": weight.scales}
 
 
-def _channel_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
+def _channel_config(weight_format: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
     tokens = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
     return _compressed("float-quantized", weights, tokens, floats)
@@ -87,13 +93,13 @@ def _packed(weight: QuantisedWeight) -> Tensors:
     }
 
 
-def _packed_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
+def _packed_config(weight_format: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
     weights = {
         "num_bits": 4,
         "type": "int",
         "symmetric": True,
         "strategy": "group",
-        "group_size": form.block[1],
+        "group_size": weight_format.block[1],
         "dynamic": False,
     }
     return _compressed("pack-quantized", weights, None, floats)
@@ -127,11 +133,11 @@ def _gptq(weight: QuantisedWeight) -> Tensors:
     }
 
 
-def _gptq_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
+def _gptq_config(weight_format: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
     return {
         "quant_method": "gptq",
         "bits": 4,
-        "group_size": form.block[1],
+        "group_size": weight_format.block[1],
         "desc_act": False,
         "sym": True,
         "lm_head": False,
@@ -160,12 +166,12 @@ def _interleave(codes: Tensor) -> Tensor:
     return pack_nibbles(octets).contiguous().view(torch.int32)
 
 
-def _awq_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
+def _awq_config(weight_format: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
     names = sorted({name.rpartition(".")[2] for name in floats if not name.startswith("lm_head")})
     return {
         "quant_method": "awq",
         "bits": 4,
-        "group_size": form.block[1],
+        "group_size": weight_format.block[1],
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": names,
@@ -182,7 +188,7 @@ def _nvfp4(weight: QuantisedWeight) -> Tensors:
     }
 
 
-def _nvfp4_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
+def _nvfp4_config(weight_format: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
     return {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": list(floats)}
 
 
@@ -194,7 +200,7 @@ def _mxfp4(weight: QuantisedWeight) -> Tensors:
     }
 
 
-def _mxfp4_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
+def _mxfp4_config(weight_format: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
     left_out = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     return {"quant_method": "mxfp4", "modules_to_not_convert": left_out}
 
@@ -203,8 +209,12 @@ def _fp4(weight: QuantisedWeight) -> Tensors:
     return {".weight": weight.codes.view(torch.int8), ".scale": weight.scales}
 
 
-def _fp4_config(form: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
-    return {**_fp8_config(replace(form, block=(128, 128)), ()), "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
+def _fp4_config(weight_format: WeightFormat, floats: Sequence[str]) -> Mapping[str, Any]:
+    return {
+        **_fp8_config(replace(weight_format, block=(128, 128)), ()),
+        "scale_fmt": "ue8m0",
+        "expert_dtype": "fp4",
+    }
 
 
 E8M0 = torch.float8_e8m0fnu

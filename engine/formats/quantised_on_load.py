@@ -51,18 +51,18 @@ def fit_format(name: str, widths: Collection[int]) -> WeightFormat:
 
     Raises :class:`CheckpointError` if no group of the format divides them.
     """
-    form = NAMED_FORMATS[name]
-    rows, group = form.block
+    weight_format = NAMED_FORMATS[name]
+    rows, group = weight_format.block
     groups = GROUPS if name == "int4" else (group,)
     if rows > 1 or not group:
-        return form
+        return weight_format
     fitting = next((g for g in groups if math.gcd(*widths) % g == 0), None)
     if fitting is None:
         raise CheckpointError(
             f"format {name}: no group of {', '.join(map(str, groups))} divides the widths "
             f"{', '.join(map(str, sorted(set(widths))))} of the weights; choose int8 or fp8"
         )
-    return replace(form, block=(rows, fitting))
+    return replace(weight_format, block=(rows, fitting))
 
 
 class QuantisedOnLoad(QuantisedCheckpoint):
@@ -76,15 +76,15 @@ class QuantisedOnLoad(QuantisedCheckpoint):
         self, stored: Checkpoint, formats: Mapping[str, WeightFormat], transposed: Collection[str]
     ) -> None:
         super().__init__(stored, lambda module: None)
-        self._formats, self._transposed = formats, frozenset(transposed)
+        self._formatats, self._transposed = formats, frozenset(transposed)
         self.squares: dict[int, SQUARES] = {}
 
     def find(self, name: str) -> StoredWeight | None:
         """Return the weight that is quantised when it is read; None for any other tensor."""
-        if name not in self._formats:
+        if name not in self._formatats:
             return None
         if name not in self._weights:
-            self._weights[name] = FloatWeight(self, name, self._formats[name], name in self._transposed)
+            self._weights[name] = FloatWeight(self, name, self._formatats[name], name in self._transposed)
         return self._weights[name]
 
     def entry(self, name: str) -> TensorEntry:
@@ -100,14 +100,14 @@ class QuantisedOnLoad(QuantisedCheckpoint):
 
 
 class FloatWeight(StoredWeight):
-    """A weight that is stored in floats and is quantised to ``form`` when it is read."""
+    """A weight that is stored in floats and is quantised to ``weight_format`` when it is read."""
 
     def __init__(
-        self, checkpoint: QuantisedOnLoad, name: str, form: WeightFormat, is_transposed: bool
+        self, checkpoint: QuantisedOnLoad, name: str, weight_format: WeightFormat, is_transposed: bool
     ) -> None:
         super().__init__(Parts(checkpoint.stored, name), Scheme("none"))
-        self._checkpoint, self._form, self.is_transposed = checkpoint, form, is_transposed
-        self.unit = (1, 2 if form.code.is_nibble else 1)
+        self._checkpoint, self._format, self.is_transposed = checkpoint, weight_format, is_transposed
+        self.unit = (1, 2 if weight_format.code.is_nibble else 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,15 +116,17 @@ class FloatWeight(StoredWeight):
 
     @property
     def format(self) -> WeightFormat:
-        return self._form
+        return self._format
 
     def read(self, index: int | None, rows: slice, cols: slice) -> QuantisedWeight:
         """Quantise the whole blocks that a slice touches, and cut the slice out of them."""
         size = self.shape[-2:]
         # Rows of whole blocks, unless a factor is that of the whole weight.
-        whole = self._form.global_scale or not self._form.block[0]
-        wide = [_whole_blocks(p, b, s) for p, b, s in zip((rows, cols), self._form.block, size, strict=True)]
-        height = max(1, size[0] if whole else self._form.block[0])
+        whole = self._format.global_scale or not self._format.block[0]
+        wide = [
+            _whole_blocks(p, b, s) for p, b, s in zip((rows, cols), self._format.block, size, strict=True)
+        ]
+        height = max(1, size[0] if whole else self._format.block[0])
         step = -(-max(1, PIECE_BYTES // (4 * max(1, size[1]))) // height) * height
         begins = range(wide[0].start, max(wide[0].stop, wide[0].start + 1), step)
         pieces = [self._quantise(index, slice(n, min(n + step, wide[0].stop)), wide[1]) for n in begins]
@@ -138,7 +140,7 @@ class FloatWeight(StoredWeight):
         values = self.parts.read("", *stored, index)
         floats = (values.T if self.is_transposed else values).float().contiguous()
         try:
-            weight = quantise(floats, self._form)
+            weight = quantise(floats, self._format)
         except ValueError as error:
             raise CheckpointError(f"tensor {self.parts.module}: {error}; restore the checkpoint") from None
         total = float(floats.norm()) ** 2

@@ -246,8 +246,8 @@ def refine(weight: QuantisedWeight, block: tuple[int, int]) -> QuantisedWeight:
         return per_block
 
     zeros = None if weight.zeros is None else spread(weight.zeros)
-    form = replace(weight.format, block=block)
-    return replace(weight, format=form, scales=spread(weight.scales), zeros=zeros)
+    weight_format = replace(weight.format, block=block)
+    return replace(weight, format=weight_format, scales=spread(weight.scales), zeros=zeros)
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,13 @@ class CompressedForm:
     bits: int
     kind: str
 
-    def group(self, form: WeightFormat, targets: Sequence[str]) -> Mapping[str, Any]:
-        """Return the group of ``config_groups`` for weights in ``form``."""
+    def group(self, weight_format: WeightFormat, targets: Sequence[str]) -> Mapping[str, Any]:
+        """Return the group of ``config_groups`` for weights in ``weight_format``."""
         weights = {"num_bits": self.bits, "type": self.kind, "symmetric": True, "dynamic": False}
         return {
             "targets": list(targets),
             "format": self.name,
-            "weights": {**weights, **self.scheme(form)},
+            "weights": {**weights, **self.scheme(weight_format)},
             "input_activations": None,
             "output_activations": None,
         }
@@ -70,25 +70,25 @@ def _pairs_and_factor(weight: QuantisedWeight) -> Tensors:
     return {".weight_packed": weight.codes, ".weight_scale": weight.scales, ".weight_global_scale": factor}
 
 
-def _by_group(form: WeightFormat) -> Mapping[str, Any]:
-    return {"strategy": "group", "group_size": form.block[1]}
+def _by_group(weight_format: WeightFormat) -> Mapping[str, Any]:
+    return {"strategy": "group", "group_size": weight_format.block[1]}
 
 
 COMPRESSED = {
     "fp8": CompressedForm(
         "float-quantized",
         _bytes,
-        lambda form: {"strategy": "block", "block_structure": list(form.block)},
+        lambda weight_format: {"strategy": "block", "block_structure": list(weight_format.block)},
         8,
         "float",
     ),
-    "int8": CompressedForm("pack-quantized", _words, lambda form: {"strategy": "channel"}, 8, "int"),
+    "int8": CompressedForm("pack-quantized", _words, lambda weight_format: {"strategy": "channel"}, 8, "int"),
     "int4": CompressedForm("pack-quantized", _words, _by_group, 4, "int"),
     "mxfp4": CompressedForm("mxfp4-pack-quantized", _pairs, _by_group, 4, "float"),
     "nvfp4": CompressedForm(
         "nvfp4-pack-quantized",
         _pairs_and_factor,
-        lambda form: {"strategy": "tensor_group", "group_size": form.block[1]},
+        lambda weight_format: {"strategy": "tensor_group", "group_size": weight_format.block[1]},
         4,
         "float",
     ),

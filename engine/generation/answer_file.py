@@ -13,13 +13,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from xpar.engine.generation.answer_form import AnswerForm, OwnForm, facts_of
+from xpar.engine.generation.answer_form import AnswerForm, Choice, OwnForm, Result, facts_of
 from xpar.engine.generation.prompts import BadLine
 from xpar.engine.generation.samples import Samples, samples_path
 from xpar.engine.generation.settings import differences
 from xpar.engine.generation.work_item import WorkItem
-
-Record = Mapping[str, Any]
 
 
 def errors_path(out: Path) -> Path:
@@ -27,9 +25,9 @@ def errors_path(out: Path) -> Path:
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.errors.jsonl")
 
 
-def is_failure(record: Record) -> bool:
-    """Return whether ``record`` says why a prompt has no answer."""
-    return "error" in facts_of(record)
+def is_failure(result: Result) -> bool:
+    """Return whether ``result`` says why a prompt has no answer."""
+    return "error" in facts_of(result)
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Done:
 
 def settle_files(
     out: Path,
-    questions: Mapping[str, WorkItem],
+    items: Mapping[str, WorkItem],
     bad: Iterable[BadLine],
     settings: str,
     form: AnswerForm,
@@ -51,119 +49,119 @@ def settle_files(
 ) -> Done:
     """Read what an earlier run left, then write the files that a run begins with; rank 0 alone.
 
-    ``questions``: by hash. ``bad``: lines that are no prompts. ``resume``: whether earlier answers are kept.
-    Nothing is written before all is read.
+    ``items``: the work items by hash. ``bad``: lines that are no prompts. ``resume``: whether earlier answers
+    are kept. Nothing is written before all is read.
     """
-    kept = read_answers(out, questions.keys(), settings) if resume else {}
-    failures = read_failures(out, questions.keys() - kept.keys(), settings) if resume else {}
-    left = {name for name, q in questions.items() if q.samples > 1} - kept.keys() - failures.keys()
+    kept = read_answers(out, items.keys(), settings) if resume else {}
+    failures = read_failures(out, items.keys() - kept.keys(), settings) if resume else {}
+    left = {item.hash for item in items.values() if item.samples > 1} - kept.keys() - failures.keys()
     samples = Samples()
-    for record in read_samples(out, left, settings) if resume else ():
-        choices = samples.add(record)
+    for result in read_samples(out, left, settings) if resume else ():
+        choices = samples.add(result)
         if choices is not None:  # the job ended between the last sample and the answer
-            kept[record["hash"]] = form.answer(questions[record["hash"]], choices, settings)
+            kept[result["hash"]] = form.answer(items[result["hash"]], choices, settings)
     write_errors(out, bad, failures.values(), form)
     open_answer_file(out, kept.values())
-    if samples.records():
-        _replace(samples_path(out), map(_line, samples.records()))
+    if samples.results():
+        _replace(samples_path(out), map(_line, samples.results()))
     else:
         samples_path(out).unlink(missing_ok=True)
     return Done(frozenset(kept), frozenset(failures), frozenset(samples.done()))
 
 
 def write_errors(
-    out: Path, bad: Iterable[BadLine], failures: Iterable[Record] = (), form: AnswerForm | None = None
+    out: Path, bad: Iterable[BadLine], failures: Iterable[Result] = (), form: AnswerForm | None = None
 ) -> None:
     """Write the lines that are no prompts, and ``failures``, beside ``out``; without any no file stays."""
     refused = ((form or OwnForm()).refusal(entry) for entry in bad)
-    records = sorted([*refused, *failures], key=lambda record: facts_of(record)["line"])
-    if records:
-        _replace(errors_path(out), map(_line, records))
+    results = sorted([*refused, *failures], key=lambda result: facts_of(result)["line"])
+    if results:
+        _replace(errors_path(out), map(_line, results))
     else:
         errors_path(out).unlink(missing_ok=True)
 
 
-def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str, Record]:
+def read_answers(out: Path, hashes: Collection[str], settings: str) -> dict[str, Result]:
     """Read the answers in ``out`` to prompts of ``hashes``, by hash; {} without a file.
 
     A line that a killed job left unfinished, and answers to prompts that are no more, are left out. Raises
     ValueError for an answer that was given with other ``settings``, or for a file that holds something else.
     """
-    answers: dict[str, Record] = {}
+    answers: dict[str, Result] = {}
     if not out.exists():
         return answers
     for line, raw in enumerate(out.read_bytes().split(b"\n")[:-1], start=1):
-        record = _record(raw)
-        if record is None:
+        result = _parse(raw)
+        if result is None:
             raise ValueError(f"{out}: line {line} is no answer of xpar generate or score; give another --out")
-        facts = facts_of(record)
+        facts = facts_of(result)
         _check_settings(out, line, facts, settings)
         if facts["hash"] in hashes:
-            answers[facts["hash"]] = record
+            answers[facts["hash"]] = result
     return answers
 
 
-def read_samples(out: Path, hashes: Collection[str], settings: str) -> list[Record]:
+def read_samples(out: Path, hashes: Collection[str], settings: str) -> list[Result]:
     """Read the samples beside ``out`` of prompts of ``hashes``; [] without ``out``. Else as for answers."""
     path = samples_path(out)
     if not out.exists() or not path.exists():
         return []
-    found: list[Record] = []
+    found: list[Result] = []
     for line, raw in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        record = _record(raw)
-        if record is not None and isinstance(record.get("sample"), int):
-            _check_settings(path, line, record, settings)
-            found += [record] * (record["hash"] in hashes)
+        result = _parse(raw)
+        if result is not None and isinstance(result.get("sample"), int):
+            _check_settings(path, line, result, settings)
+            found += [result] * (result["hash"] in hashes)
     return found
 
 
-def read_failures(out: Path, hashes: Collection[str], settings: str) -> dict[str, Record]:
+def read_failures(out: Path, hashes: Collection[str], settings: str) -> dict[str, Result]:
     """Read the failures beside ``out`` of prompts of ``hashes``, by hash; {} without ``out``.
 
     Lines that are no prompts are left out, as they are read anew. ValueError for one of other ``settings``.
     """
-    failures: dict[str, Record] = {}
+    failures: dict[str, Result] = {}
     path = errors_path(out)
     if not out.exists() or not path.exists():
         return failures
     for line, raw in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        record = _record(raw)
-        facts = {} if record is None else facts_of(record)
-        if record is not None and is_failure(record) and isinstance(facts.get("line"), int):
+        result = _parse(raw)
+        facts = {} if result is None else facts_of(result)
+        if result is not None and is_failure(result) and isinstance(facts.get("line"), int):
             _check_settings(path, line, facts, settings)
             if facts["hash"] in hashes:
-                failures[facts["hash"]] = record
+                failures[facts["hash"]] = result
     return failures
 
 
-def _check_settings(path: Path, line: int, record: Record, settings: str) -> None:
-    if record["settings"] == settings:
+def _check_settings(path: Path, line: int, facts: Mapping[str, Any], settings: str) -> None:
+    if facts["settings"] == settings:
         return
-    what = ", ".join(differences(str(record["settings"]), settings)) or "of an earlier version of xpar"
+    what = ", ".join(differences(str(facts["settings"]), settings)) or "of an earlier version of xpar"
     raise ValueError(
         f"{path}: line {line} was answered with another model or other options; different: {what}. Resume "
         "with those of that run, or give another --out"
     )
 
 
-def _record(raw: bytes) -> dict[str, Any] | None:
+def _parse(raw: bytes) -> Result | None:
     try:
-        record = json.loads(raw)
+        result = json.loads(raw)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict):
+    if not isinstance(result, dict):
         return None
-    facts = facts_of(record)
-    return record if isinstance(facts.get("hash"), str) and "settings" in facts else None
+    facts = facts_of(result)
+    return result if isinstance(facts.get("hash"), str) and "settings" in facts else None
 
 
-def open_answer_file(out: Path, answers: Iterable[Record]) -> None:
+def open_answer_file(out: Path, answers: Iterable[Result]) -> None:
     """Replace the file ``out`` by one of ``answers`` alone."""
-    _replace(out, [_line(record) for record in answers])
+    _replace(out, [_line(result) for result in answers])
 
 
-Merge = Callable[[str, Sequence[Mapping[str, Any]]], Record]
-"""Hash of a prompt and the choices of all its samples -> the record of its answer."""
+Merge = Callable[[str, Sequence[Choice]], Result]
+"""Hash of a work item and the choices of all its samples -> its answer."""
 
 
 class AnswerFile:
@@ -182,11 +180,11 @@ class AnswerFile:
         self._samples = Samples(map(json.loads, waiting))
         self._lost: set[str] = set()
 
-    def append(self, records: Collection[Record]) -> None:
-        """Write ``records`` and wait for the disk; OSError where it is full, and what was there stays."""
-        failures = [record for record in records if is_failure(record) and self._is_first_failure(record)]
-        samples = [record for record in records if "sample" in record and not is_failure(record)]
-        answers = [record for record in records if "sample" not in record and not is_failure(record)]
+    def append(self, results: Collection[Result]) -> None:
+        """Write ``results`` and wait for the disk; OSError where it is full, and what was there stays."""
+        failures = [result for result in results if is_failure(result) and self._is_first_failure(result)]
+        samples = [result for result in results if "sample" in result and not is_failure(result)]
+        answers = [result for result in results if "sample" not in result and not is_failure(result)]
         self._write_beside(errors_path(self.out), failures)
         self.failed += len(failures)
         self._write_beside(samples_path(self.out), samples)
@@ -197,18 +195,18 @@ class AnswerFile:
         self._answers.append(answers)
         self.answered += len(answers)
 
-    def _is_first_failure(self, record: Record) -> bool:
+    def _is_first_failure(self, result: Result) -> bool:
         """Note the failure of a prompt, of which other samples may fail, too."""
-        name = str(facts_of(record)["hash"])
-        is_first = name not in self._lost
-        self._lost.add(name)
+        lost = str(facts_of(result)["hash"])
+        is_first = lost not in self._lost
+        self._lost.add(lost)
         return is_first
 
-    def _write_beside(self, path: Path, records: Collection[Record]) -> None:
-        if records:
+    def _write_beside(self, path: Path, results: Collection[Result]) -> None:
+        if results:
             if path not in self._others:
                 self._others[path] = _Appender(path)
-            self._others[path].append(records)
+            self._others[path].append(results)
 
     def close(self) -> None:
         self._answers.close()
@@ -228,7 +226,7 @@ class AnswerFile:
 
 
 class _Appender:
-    """A file that grows by whole records, which are on the disk when :meth:`append` returns."""
+    """A file that grows by whole results, which are on the disk when :meth:`append` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -236,9 +234,9 @@ class _Appender:
         # ends.
         self._file: FileIO = open(path, "ab", buffering=0)  # noqa: SIM115
 
-    def append(self, records: Iterable[Record]) -> None:
+    def append(self, results: Iterable[Result]) -> None:
         try:
-            text = memoryview(b"".join(_line(record) for record in records))
+            text = memoryview(b"".join(_line(result) for result in results))
             while text:
                 text = text[self._file.write(text) :]
             os.fsync(self._file.fileno())
@@ -252,11 +250,11 @@ class _Appender:
         self._file.close()
 
 
-def _line(record: Record) -> bytes:
+def _line(result: Result) -> bytes:
     try:
-        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(result, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and UTF-8 cannot
-        return (json.dumps(record) + "\n").encode()
+        return (json.dumps(result) + "\n").encode()
 
 
 def _replace(path: Path, lines: Iterable[bytes]) -> None:

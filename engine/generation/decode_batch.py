@@ -4,112 +4,22 @@ Beside the two stands what a rank without sequences does: take part in the exper
 tokens.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from xpar.engine.generation.logits_processors import Processors, choose_tokens
 from xpar.engine.generation.recorder import DecodeGraph
+from xpar.engine.generation.running_sequence import DrawsTokens, RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.generation.token_logprobs import TokenLogprobs
 from xpar.engine.models.attention import backends
 from xpar.engine.models.cache_argument import cache_argument, cache_of
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import KvCache, mask
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.rows import SeparateRows
 from xpar.engine.models.state_cache import empty_cache, past_of
-
-Finish = Literal["end", "stop", "length"]
-
-
-@dataclass
-class RunningSequence:
-    """A prompt that is being answered.
-
-    ``place``: its number among the job's prompts. ``ids``: the prompt's tokens.
-
-    ``answer``: tokens so far, an end token not among them. ``finish``: why it is complete, or None.
-    ``failure``: why it cannot be answered, or None. ``alone``: it was read with others and failed, and is to
-    be read once more without them. ``processors``: change its logits before a token is chosen. ``stopped``:
-    as for :class:`StopConditions`, of this prompt alone. ``sampling``, ``max_new_tokens``, ``ends``: this
-    prompt's own, or None for those of the batch. ``logprobs``: of the answer's tokens, where they are wanted.
-    """
-
-    place: int
-    ids: list[int]
-    generator: torch.Generator
-    answer: list[int] = field(default_factory=list)
-    finish: Finish | None = None
-    failure: str | None = None
-    alone: bool = False
-    processors: Processors | None = None
-    stopped: Callable[[Sequence[int]], bool] = lambda answer: False
-    sampling: Sampling | None = None
-    max_new_tokens: int | None = None
-    ends: frozenset[int] | None = None
-    logprobs: TokenLogprobs | None = None
-
-    @property
-    def ended(self) -> bool:
-        """True once the sequence is complete or has failed."""
-        return self.finish is not None or self.failure is not None
-
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens of prompt and answer."""
-        return [*self.ids, *self.answer]
-
-
-@dataclass(frozen=True)
-class StopConditions:
-    """The conditions that complete an answer: its length, an end token, or ``stopped`` of its tokens."""
-
-    max_new_tokens: int
-    ends: frozenset[int] = frozenset()
-    stopped: Callable[[Sequence[int]], bool] = lambda answer: False
-
-    def take(self, running: RunningSequence, token: int) -> None:
-        """Add ``token`` to the answer, or complete it."""
-        if token in (self.ends if running.ends is None else running.ends):
-            running.finish = "end"
-            return
-        running.answer.append(token)
-        if self.stopped(running.answer) or running.stopped(running.answer):
-            running.finish = "stop"
-        elif len(running.answer) >= (running.max_new_tokens or self.max_new_tokens):
-            running.finish = "length"
-
-
-class DrawsTokens:
-    """The part of a batch that chooses tokens; ``tokens``: how many have been drawn so far."""
-
-    def __init__(self, sampling: Sampling, limits: StopConditions) -> None:
-        self._sampling, self._limits = sampling, limits
-        self.tokens = 0
-
-    def _draw(self, drawn: list[RunningSequence], logits: Tensor) -> list[int | None]:
-        """Draw the next token of each row of ``logits`` [B, V]; None for a row that is not finite."""
-        try:
-            return [*choose_tokens(self._sampling, logits, drawn)]
-        except ValueError:
-            rows = torch.isfinite(logits).all(dim=-1).nonzero()[:, 0].tolist()
-            if len(rows) == len(drawn):
-                raise
-        chosen = choose_tokens(self._sampling, logits[rows], [drawn[row] for row in rows]) if rows else []
-        tokens = dict(zip(rows, chosen, strict=True))
-        return [tokens.get(row) for row in range(len(drawn))]
-
-    def _take(self, running: RunningSequence, token: int) -> None:
-        """Append ``token`` to the answer; whatever goes wrong with its text fails this answer alone."""
-        self.tokens += 1
-        try:
-            self._limits.take(running, token)
-        except Exception as error:  # noqa: BLE001 - the other rows, and the other ranks, go on
-            running.failure = f"the tokenizer does not decode its answer ({type(error).__name__}: {error})"
 
 
 class DecodeBatch(DrawsTokens):
@@ -123,10 +33,10 @@ class DecodeBatch(DrawsTokens):
         self,
         loaded: LoadedModel,
         sampling: Sampling,
-        limits: StopConditions,
+        stop_conditions: StopConditions,
         recorder: DecodeGraph | None = None,
     ) -> None:
-        super().__init__(sampling, limits)
+        super().__init__(sampling, stop_conditions)
         self._loaded = loaded
         self._recorder = recorder
         self._rows = SeparateRows(loaded.model)
@@ -141,16 +51,16 @@ class DecodeBatch(DrawsTokens):
 
     @property
     def next_tokens(self) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        """The number of tokens that the next ``advance`` computes; 0 where this rank would ``join``."""
         r = self._row_to_reread()
         return len(self.running) if r is None else len(r.tokens)
 
-    def wanted(self, batch: int) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
-        return batch - self.occupied
+    def wanted(self, most_rows: int) -> int:
+        """Return how many sequences this rank would begin now if it may have ``most_rows``."""
+        return most_rows - self.occupied
 
     def tokens_of(self, lengths: Sequence[int], continued: int) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        """Return the tokens of prompts of ``lengths``, all padded to the longest; none continues."""
         return len(lengths) * max(lengths)
 
     def slots(self) -> int:
@@ -158,13 +68,13 @@ class DecodeBatch(DrawsTokens):
         return self._loaded.slots()
 
     def readiness(self) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        """Return whether this rank can record or replay the next step, in bits; 0 if neither."""
         if self._recorder is None or self._row_to_reread() is not None:
             return 0
         return self._recorder.readiness(self._past if self.running else None)
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        """Let the layers know the tokens of each rank, and decide whether the next step is replayed."""
         self._loaded.expect(tokens)
         if self._recorder is not None:
             self._recorder.agree(tokens, readiness)

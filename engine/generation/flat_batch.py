@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xpar.engine.generation.decode_batch import DrawsTokens, RunningSequence, StopConditions
 from xpar.engine.generation.flat_plan import FlatPlan, FlatPlanner, FlatSequence
 from xpar.engine.generation.lockstep import Deal
 from xpar.engine.generation.prompt_dealer import PromptDealer
+from xpar.engine.generation.running_sequence import DrawsTokens, RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.steps import UnrecordedSteps
 from xpar.engine.models.flat_forward import FlatForward
 from xpar.engine.models.isolation import not_finite
 from xpar.engine.models.kv_blocks import BlockPool
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, KvPool, PagedStep
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.kernels.cpu.paged_attention import PagedRows
 
 
@@ -29,11 +29,11 @@ from xpar.kernels.cpu.paged_attention import PagedRows
 class FlatLimits:
     """The size of a rank's flat batches.
 
-    ``batch``: sequences that run at a time. ``tokens``: of prompts read in one step. ``shares_prefixes``:
+    ``most_rows``: sequences that run at a time. ``tokens``: of prompts read in one step. ``shares_prefixes``:
     whether prompts that begin alike share keys and values.
     """
 
-    batch: int
+    most_rows: int
     tokens: int
     shares_prefixes: bool = True
 
@@ -49,15 +49,15 @@ class FlatBatch(UnrecordedSteps, DrawsTokens):
         self,
         loaded: LoadedModel,
         sampling: Sampling,
-        limits: StopConditions,
+        stop_conditions: StopConditions,
         pool: KvPool,
         size: FlatLimits,
     ) -> None:
-        super().__init__(sampling, limits)
+        super().__init__(sampling, stop_conditions)
         self._loaded, self._budget, self._shares = loaded, size.tokens, size.shares_prefixes
         self._forward = FlatForward(loaded, pool)
         blocks = BlockPool(pool.blocks, BLOCK_TOKENS, size.shares_prefixes)
-        self.planner = FlatPlanner(blocks, size.batch, size.tokens)
+        self.planner = FlatPlanner(blocks, size.most_rows, size.tokens)
         self._planned: FlatPlan | None = None
         self._is_idle = False
 
@@ -68,17 +68,20 @@ class FlatBatch(UnrecordedSteps, DrawsTokens):
 
     @property
     def next_tokens(self) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`; this plans the step."""
+        """The number of tokens of the next ``advance``, whose step this plans; 0 for a ``join``."""
         if self._planned is None:
             self._planned = self.planner.plan()
         return self._planned.tokens
 
-    def wanted(self, batch: int) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`: none while there is enough to read."""
-        return 0 if self.planner.unread >= self._budget else batch - self.occupied
+    def wanted(self, most_rows: int) -> int:
+        """Return how many sequences this rank would begin now if it may have ``most_rows``.
+
+        None, while what has begun is enough to read in a step.
+        """
+        return 0 if self.planner.unread >= self._budget else most_rows - self.occupied
 
     def tokens_of(self, lengths: Sequence[int], continued: int) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`: new prompts wait for the next step."""
+        """Return ``continued``: prompts of ``lengths`` that begin now wait for the next step."""
         return continued
 
     def dealer(self, ids: Sequence[Sequence[int]], ranks: int, drawn: Sequence[int]) -> Deal:
@@ -86,7 +89,7 @@ class FlatBatch(UnrecordedSteps, DrawsTokens):
         return PromptDealer(ids, ranks, drawn, self._budget, self._shares).deal
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        """Let the layers know the tokens of each rank; no rank has any in a step that only begins prompts."""
         super().agree(tokens, readiness)
         self._is_idle = tokens is not None and not any(tokens)
 

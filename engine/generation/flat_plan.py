@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from xpar.engine.generation.decode_batch import RunningSequence
+from xpar.engine.generation.running_sequence import RunningSequence
 from xpar.engine.models.kv_blocks import ROOT, BlockPool
 
 
@@ -47,18 +47,18 @@ class FlatPlan:
 
 
 class FlatPlanner:
-    """The sequences of a rank, and the blocks of its pool; ``batch`` run at a time at most.
+    """The sequences of a rank, and the blocks of its pool; ``most_rows`` run at a time at most.
 
-    ``budget``: tokens of prompts that are read in one step at most. ``table`` [batch, M] int32: the blocks of
-    each row. ``preempted``: how often a sequence was dropped.
+    ``budget``: tokens of prompts that are read in one step at most. ``table`` [most_rows, M] int32: the
+    blocks of each row. ``preempted``: how often a sequence was dropped.
     """
 
-    def __init__(self, pool: BlockPool, batch: int, budget: int) -> None:
-        self.pool, self._batch, self._budget = pool, batch, budget
+    def __init__(self, pool: BlockPool, most_rows: int, budget: int) -> None:
+        self.pool, self._most_rows, self._budget = pool, most_rows, budget
         self._waiting: deque[FlatSequence] = deque()
         self._active: list[FlatSequence] = []  # oldest first
-        self._rows = list(range(batch - 1, -1, -1))
-        self.table: NDArray[np.int32] = np.zeros((batch, 8), np.int32)
+        self._rows = list(range(most_rows - 1, -1, -1))
+        self.table: NDArray[np.int32] = np.zeros((most_rows, 8), np.int32)
         self.refused: list[RunningSequence] = []
         self.preempted = 0
 
@@ -91,7 +91,7 @@ class FlatPlanner:
                 counts.append(count)
                 budget -= count if left > 1 else 0
             turn += 1
-        while self._waiting and len(self._active) < self._batch and budget > 0:
+        while self._waiting and len(self._active) < self._most_rows and budget > 0:
             begun = self._begin(self._waiting[0])
             if begun is None:
                 break

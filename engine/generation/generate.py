@@ -6,49 +6,47 @@ from dataclasses import replace
 from xpar.comm.communicator import Communicator
 from xpar.engine.generation.answer_form import Choice
 from xpar.engine.generation.answer_options import AnswerOptions
-from xpar.engine.generation.decode_batch import RunningSequence
-from xpar.engine.generation.decode_batch import StopConditions as Ends
+from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.detokenizer import Stops
 from xpar.engine.generation.flat_batch import FlatBatch
-from xpar.engine.generation.grouped_batch import make_batch
 from xpar.engine.generation.kv_memory import BATCH, FLAT_BATCH, BatchRoom, choose_blocks
 from xpar.engine.generation.line_processors import make_line_processors
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import Request, Workload
 from xpar.engine.generation.run_file import BatchLimits, RunSummary, process_file
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.token_logprobs import TokenLogprobs
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.generation.work_item import WorkItem
 from xpar.engine.models.flat_forward import flat_forms
 from xpar.engine.models.kv_pool import BLOCK_TOKENS
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 
 def generate(
     comm: Communicator,
     request: Request,
     work: Workload,
-    tokens: Tokenizer,
+    tokenizer: Tokenizer,
     loaded: LoadedModel,
     stop_requested: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> RunSummary:
     """Answer the prompts of ``work.queue`` into ``request.out``, as :func:`process_file` says. Collective."""
-    rows = _Rows(request, work, tokens)
-    ends = Ends(request.max_new_tokens, tokens.ends)
-    batch = make_batch(loaded, request.sampling, ends, room=room_of(request, work))
+    rows = AnswerRows(request, work, tokenizer)
+    stop_conditions = StopConditions(request.max_new_tokens, tokenizer.ends)
+    batch = choose_batch(loaded, request.sampling, stop_conditions, room=room_of(request, work))
     deal = None
     if isinstance(batch, FlatBatch):
-        drawn = [_most_new_tokens(request, question) for question in work.queue]
-        deal = batch.dealer([question.ids for question in work.queue], comm.size, drawn)
+        drawn = [_most_new_tokens(request, item) for item in work.queue]
+        deal = batch.dealer([item.ids for item in work.queue], comm.size, drawn)
     return process_file(
         comm,
         request,
         work,
         batch,
+        rows,
         BatchLimits(request.batch or BATCH, request.prefill_tokens),
-        rows.start,
-        rows.choice,
         stop_requested,
         on_progress,
         deal,
@@ -80,53 +78,52 @@ def room_of(request: Request, work: Workload) -> BatchRoom:
         request.batch or BATCH,
         request.prefill_tokens,
         request.kv_bytes,
-        [len(question.ids) + _most_new_tokens(request, question) for question in work.queue],
+        [len(item.ids) + _most_new_tokens(request, item) for item in work.queue],
         request.shares_prefixes,
     )
 
 
-def _most_new_tokens(request: Request, question: WorkItem) -> int:
-    options = question.options
+def _most_new_tokens(request: Request, item: WorkItem) -> int:
+    options = item.options
     return request.max_new_tokens if options is None else options.max_new_tokens
 
 
-class _Rows:
-    """The rows of a file's prompts: how each is begun, and what is said of it when it is complete."""
+class AnswerRows:
+    """The sequences of a file's prompts: how each begins, and the text and facts of its complete answer."""
 
-    def __init__(self, request: Request, work: Workload, tokens: Tokenizer) -> None:
-        self._work, self._tokens, self._keep_special = work, tokens, request.keep_special
+    def __init__(self, request: Request, work: Workload, tokenizer: Tokenizer) -> None:
+        self._work, self._tokenizer, self._keep_special = work, tokenizer, request.keep_special
         self._usual = AnswerOptions(request.sampling, request.max_new_tokens, request.stops)
-        self._stop_ids = tokens.ids_of(request.stop_tokens)
-        self._detokenizer = tokens.detokenizer()
-        self._logprobs = tokens.logprobs_form(request.keep_special)
+        self._stop_ids = tokenizer.ids_of(request.stop_tokens)
+        self._detokenizer = tokenizer.detokenizer()
+        self._logprobs = tokenizer.logprobs_form(request.keep_special)
 
-    def start(self, place: int, question: WorkItem) -> RunningSequence:
-        """Make the row of ``question``, at ``place`` of the queue."""
-        options, tokens = question.options or self._usual, self._tokens
-        grammars = None if options.schema is None else tokens.grammars
-        row = RunningSequence(place, question.ids, options.sampling.generator(question.name_of_draws))
-        row.processors = make_line_processors(options, question.ids, tokens.ends, grammars)
-        row.stopped = self._detokenizer.stop_test(question.ids, self._stops(question))
-        if question.options is not None:
+    def start(self, place: int, item: WorkItem) -> RunningSequence:
+        """Make the sequence of ``item``, at ``place`` of the queue."""
+        options, tokenizer = item.options or self._usual, self._tokenizer
+        grammars = None if options.schema is None else tokenizer.grammars
+        row = RunningSequence(place, item.ids, options.sampling.generator(item.seed_text))
+        row.processors = make_line_processors(options, item.ids, tokenizer.ends, grammars)
+        row.stopped = self._detokenizer.stop_test(item.ids, self._stops(item))
+        if item.options is not None:
             # Equal ways to draw share a decision; the seed is in the generator.
             row.sampling, row.max_new_tokens = replace(options.sampling, seed=0), options.max_new_tokens
             row.ends = frozenset() if options.ignores_ends else None
             row.logprobs = None if options.logprobs is None else TokenLogprobs(options.logprobs)
         return row
 
-    def choice(self, running: RunningSequence) -> Choice:
-        """Describe the answer of a complete row."""
-        question = self._work.queue[running.place]
-        stops, answer = self._stops(question), running.answer
-        text = self._detokenizer.cut(question.ids, answer, stops, self._keep_special)
-        made = {"text": text, "tokens": len(answer), "finish": running.finish, "token_ids": answer}
-        if running.logprobs is not None:
+    def make_choice(self, row: RunningSequence) -> Choice:
+        """Make text, finish and token ids of the answer of a complete ``row``."""
+        item = self._work.queue[row.place]
+        stops, answer = self._stops(item), row.answer
+        text = self._detokenizer.cut(item.ids, answer, stops, self._keep_special)
+        made = {"text": text, "tokens": len(answer), "finish": row.finish, "token_ids": answer}
+        if row.logprobs is not None:
             form = self._logprobs
-            shown = answer[: form.shown(answer, text)] if running.finish == "stop" else answer
-            is_chat = question.prompt.messages is not None
-            logprobs = (form.chat if is_chat else form.completion)(shown, running.logprobs)
-            made["logprobs"] = logprobs
+            shown = answer[: form.shown(answer, text)] if row.finish == "stop" else answer
+            is_chat = item.prompt.messages is not None
+            made["logprobs"] = (form.chat if is_chat else form.completion)(shown, row.logprobs)
         return made
 
-    def _stops(self, question: WorkItem) -> Stops:
-        return Stops((question.options or self._usual).stops, self._stop_ids)
+    def _stops(self, item: WorkItem) -> Stops:
+        return Stops((item.options or self._usual).stops, self._stop_ids)

@@ -9,7 +9,7 @@ from xpar.engine.checkpoint.reader import CheckpointError, read_json
 from xpar.engine.generation.logits_processors import MAKERS, make_processors
 from xpar.engine.generation.sampling import DRAW_SETTINGS, Sampling
 from xpar.engine.layer.checkpoint_config import LARGEST
-from xpar.engine.models.hf_config import transformers_errors
+from xpar.engine.models.hf_config import shorten, transformers_errors
 
 FILE = "generation_config.json"
 MAX_NEW_TOKENS = 128
@@ -203,7 +203,7 @@ def _notes(
     """Describe which of the model's defaults are used, and which are not and why."""
     own, source = defaults.values, defaults.source
     lines = []
-    used = [f"{n} {_short(value)}" for n, value in taken.items() if origin.get(n) == source]
+    used = [f"{n} {shorten(str(value))}" for n, value in taken.items() if origin.get(n) == source]
     if used:
         lines.append(f"{source}: {', '.join(used)}")
     if draws and "top_k" not in own and "top_k" not in given:
@@ -225,8 +225,3 @@ def _notes(
             f"{source}: {', '.join(defaults.unknown)} left out, which transformers does not know either"
         )
     return tuple(lines)
-
-
-def _short(value: Any, most: int = 60) -> str:
-    text = str(value)
-    return text if len(text) <= most else f"{text[:most]}…"

@@ -4,52 +4,23 @@ Each step continues one group by one token, or reads the prompts of one. Sequenc
 long, so that groups only grow where another one reaches the same length.
 """
 
-import logging
 from collections.abc import Sequence
 from itertools import groupby
 
 import torch
 
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
-from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
-from xpar.engine.generation.kv_memory import BatchRoom, choose_blocks
-from xpar.engine.generation.recorder import DecodeGraph
+from xpar.engine.generation.decode_batch import DecodeBatch
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.generation.steps import LocalBatch, UnrecordedSteps
-from xpar.engine.models.flat_forward import flat_forms
-from xpar.engine.models.kv_pool import KvPool
-from xpar.engine.models.loader import LoadedModel
-
-log = logging.getLogger("xpar.models")
-
-
-def make_batch(
-    loaded: LoadedModel,
-    sampling: Sampling,
-    limits: StopConditions,
-    records: bool = True,
-    room: BatchRoom = BatchRoom(),  # noqa: B008 - frozen
-) -> LocalBatch[RunningSequence]:
-    """Make the batch that suits ``loaded``: flat, padded, or in groups. Collective.
-
-    ``records``: whether steps are recorded, where a GPU and the model allow it.
-    """
-    forms = flat_forms(loaded)
-    if not isinstance(forms, str):
-        pool = KvPool(forms, choose_blocks(forms, room, loaded.ranks_of_node))
-        size = FlatLimits(room.batch, room.prefill_tokens, room.shares_prefixes)
-        return FlatBatch(loaded, sampling, limits, pool, size)
-    log.info("%s is run in padded batches without shared beginnings: %s", type(loaded.model).__name__, forms)
-    if loaded.is_cache_of_keys_and_values:
-        return DecodeBatch(loaded, sampling, limits, DecodeGraph.of(loaded) if records else None)
-    return GroupedBatch(loaded, sampling, limits)
+from xpar.engine.generation.steps import UnrecordedSteps
+from xpar.engine.models.loaded_model import LoadedModel
 
 
 class GroupedBatch(UnrecordedSteps):
     """The sequences of this rank; every rank calls one of ``begin``, ``advance``, ``join`` in each step."""
 
-    def __init__(self, loaded: LoadedModel, sampling: Sampling, limits: StopConditions) -> None:
-        self._loaded, self._sampling, self._limits = loaded, sampling, limits
+    def __init__(self, loaded: LoadedModel, sampling: Sampling, stop_conditions: StopConditions) -> None:
+        self._loaded, self._sampling, self._stop_conditions = loaded, sampling, stop_conditions
         self._groups: list[DecodeBatch] = []
         self._waiting: list[list[RunningSequence]] = []
         self._drawn = 0
@@ -71,12 +42,12 @@ class GroupedBatch(UnrecordedSteps):
             return len(self._waiting[0]) * len(self._waiting[0][0].tokens)
         return self._groups[0].next_tokens if self._groups else 0
 
-    def wanted(self, batch: int) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
-        return batch - self.occupied
+    def wanted(self, most_rows: int) -> int:
+        """Return how many sequences this rank would begin now if it may have ``most_rows``."""
+        return most_rows - self.occupied
 
     def tokens_of(self, lengths: Sequence[int], continued: int = 0) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        """Return the tokens of the prompts of ``lengths`` that are read first: the longest, equal ones."""
         return max(lengths) * list(lengths).count(max(lengths))
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
@@ -101,7 +72,7 @@ class GroupedBatch(UnrecordedSteps):
         self._loaded.join()
 
     def _read(self) -> list[RunningSequence]:
-        group = DecodeBatch(self._loaded, self._sampling, self._limits)
+        group = DecodeBatch(self._loaded, self._sampling, self._stop_conditions)
         return self._keep(group, group.begin(self._waiting.pop(0)))
 
     def _keep(self, group: DecodeBatch, ended: list[RunningSequence]) -> list[RunningSequence]:

@@ -20,12 +20,12 @@ KEPT = 2
 class BatchRoom:
     """The room of a rank's batch.
 
-    ``batch``: sequences that run at a time. ``prefill_tokens``: of prompts read in one step. ``kv_bytes``: of
-    keys and values; None to choose. ``lengths``: most tokens of each prompt and its answer, where they are
-    known. ``shares_prefixes``: whether prompts that begin alike share keys and values.
+    ``most_rows``: sequences that run at a time. ``prefill_tokens``: of prompts read in one step.
+    ``kv_bytes``: of keys and values; None to choose. ``lengths``: most tokens of each prompt and its answer,
+    where they are known. ``shares_prefixes``: whether prompts that begin alike share keys and values.
     """
 
-    batch: int = BATCH
+    most_rows: int = BATCH
     prefill_tokens: int = 4096
     kv_bytes: int | None = None
     lengths: Sequence[int] | None = None
@@ -50,5 +50,5 @@ def choose_blocks(forms: Collection[LayerForm], room: BatchRoom, ranks: int) -> 
         most = most if given is not None else min(most, UNKNOWN_BYTES)
         return max(1, most // block)
     sizes = sorted((-(-length // BLOCK_TOKENS) for length in room.lengths), reverse=True)
-    needed = min(sum(sizes), KEPT * sum(sizes[: room.batch])) + room.batch // 4 + 1
+    needed = min(sum(sizes), KEPT * sum(sizes[: room.most_rows])) + room.most_rows // 4 + 1
     return max(1, min(most // block, needed))

@@ -44,9 +44,9 @@ class LmEvalAdapter:
         super().__init__()
         self.service, self.path = service, path
         self.is_warned = False
-        self.tokenizer = service.tokens.tokenizer
+        self.tokenizer = service.tokenizer.tokenizer
         limit = getattr(self.tokenizer, "model_max_length", None) or UNLIMITED
-        self.max_length = service.tokens.window or (int(limit) if limit < UNLIMITED else POSITIONS)
+        self.max_length = service.tokenizer.window or (int(limit) if limit < UNLIMITED else POSITIONS)
 
     # -- tokens
     # ---------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ class LmEvalAdapter:
     @property
     def prefix_token_id(self) -> int:
         """The token before a text that has nothing before it."""
-        prefix = self.service.tokens.prefix_id
+        prefix = self.service.tokenizer.prefix_id
         if prefix is None:
             raise ValueError(
                 "the tokenizer names no token that begins or ends texts; the harness asks for one"
@@ -71,14 +71,14 @@ class LmEvalAdapter:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        if add_special_tokens is None and self.service.tokens.begins_itself(string):
+        if add_special_tokens is None and self.service.tokenizer.begins_itself(string):
             given = {"add_special_tokens": False}  # a chat template has written it already
         return list(self.tokenizer(string, **given)["input_ids"])
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Cut as the harness does, but leave out what the tokenizer puts behind every text."""
-        ids, first = self.service.tokens.join(context, continuation)
-        if not self.is_warned and self.service.tokens.spans_join(context, continuation, ids):
+        ids, first = self.service.tokenizer.join(context, continuation)
+        if not self.is_warned and self.service.tokenizer.spans_join(context, continuation, ids):
             self.is_warned = True
             log.warning(
                 "a token spans the end of the context %r and the beginning of the continuation %r: only what "
@@ -132,7 +132,7 @@ class LmEvalAdapter:
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         groups: dict[tuple[Sampling, int, tuple[str, ...]], list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(_options(request.args[1], self.service.tokens.defaults), []).append(number)
+            groups.setdefault(_options(request.args[1], self.service.tokenizer.defaults), []).append(number)
         end = self.tokenizer.decode([self.eot_token_id]) if self.tokenizer.eos_token_id is not None else ""
         texts = [""] * len(requests)
         for (sampling, most, stops), numbers in groups.items():

@@ -9,22 +9,39 @@ whether to stop.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Generic, NamedTuple
 
 from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.step_agreement import agree_step
+from xpar.engine.generation.answer_form import Result
 from xpar.engine.generation.steps import LocalBatch, R
 
 FLUSH_S = 1.0
-"""Answers travel to the rank that writes them at least this often, if there are any."""
-
-Record = dict[str, Any]
+"""Seconds: results are gathered and written at the first step that begins later than this after the last."""
 
 Deal = Callable[[Sequence[int]], list[list[int]]]
 """Prompts that each rank would begin -> each rank's places of the queue."""
 
 STOP, FLUSH = 1, 2
+
+
+class StepNotes(NamedTuple):
+    """The numbers that a rank adds to the agreement on a step, besides its tokens and its work.
+
+    Attributes:
+        unwritten: Results that this rank has and that are not written yet.
+        drawn: Tokens drawn so far.
+        slots: (token, expert) pairs that its experts have computed.
+        readiness: The bits that say whether it can record or replay the step.
+        wanted: Prompts that it would begin.
+    """
+
+    unwritten: int
+    drawn: int
+    slots: int
+    readiness: int
+    wanted: int
 
 
 @dataclass(frozen=True)
@@ -51,10 +68,10 @@ class LockstepCallbacks(Generic[R]):
         length: Says how many tokens the prompt at a place of the queue has.
         at_once: Says how many prompts a rank may begin in one step, if the one at a given place is the
             longest of them.
-        record: Makes what is written of a complete row.
-        write: Writes records. It is called on rank 0 only, with those of all ranks.
+        make_result: Makes what is written of a complete row.
+        write: Writes results. It is called on rank 0 only, with those of all ranks.
         stop: Says whether this rank was told to stop.
-        tell: Receives the job's progress before each step, for a progress bar.
+        report_progress: Receives the job's progress before each step, for a progress bar.
         deal: Deals prompts to ranks that want so many, as places of the queue; it remembers what it has
             dealt, and is the same on all ranks. By default prompts are dealt in order, one each in turn.
     """
@@ -63,57 +80,56 @@ class LockstepCallbacks(Generic[R]):
     start: Callable[[int], R]
     length: Callable[[int], int]
     at_once: Callable[[int], int]
-    record: Callable[[R], Record]
-    write: Callable[[list[Record]], None]
+    make_result: Callable[[R], Result]
+    write: Callable[[list[Result]], None]
     stop: Callable[[], bool]
-    tell: Callable[[Progress], None]
+    report_progress: Callable[[Progress], None]
     deal: Deal | None = None
 
 
-def run_lockstep(comm: Communicator, sequences: LocalBatch[R], batch: int, job: LockstepCallbacks[R]) -> bool:
-    """Answer prompts 0 to ``job.total`` - 1, at most ``batch`` at a time on each rank.
+def run_lockstep(comm: Communicator, batch: LocalBatch[R], most_rows: int, job: LockstepCallbacks[R]) -> bool:
+    """Answer prompts 0 to ``job.total`` - 1, at most ``most_rows`` at a time on each rank.
 
     Collective over ``comm``.
 
     Returns False if a rank was told to stop before all were done; what was complete by then is written.
     """
     try:
-        return _answer(comm, sequences, batch, job)
+        return _answer(comm, batch, most_rows, job)
     finally:
-        sequences.agree(None, ())  # layers that are called outside of these steps agree for themselves again
+        batch.agree(None, ())  # layers that are called outside of these steps agree for themselves again
 
 
-def _answer(comm: Communicator, sequences: LocalBatch[R], batch: int, job: LockstepCallbacks[R]) -> bool:
-    answers: list[Record] = []
+def _answer(comm: Communicator, batch: LocalBatch[R], most_rows: int, job: LockstepCallbacks[R]) -> bool:
+    results: list[Result] = []
     written = step = 0
     deal = job.deal or QueueDealer(job.total, job.at_once).deal
     last = time.monotonic()
     while True:
-        wishes = STOP * job.stop() + FLUSH * (comm.rank == 0 and time.monotonic() - last > FLUSH_S)
-        # Besides what every step says: answers kept back here, tokens drawn, (token, expert) pairs computed,
-        # whether a recorded step can be replayed, and prompts that would be begun.
-        tokens_of_rank = sequences.next_tokens
-        wanted = sequences.wanted(batch)
-        notes = (len(answers), sequences.tokens, sequences.slots(), sequences.readiness(), wanted)
-        work = sequences.occupied
-        facts = agree_step(comm, step, tokens=tokens_of_rank, work=work, status=wishes, notes=notes)
-        kept, tokens, slots, readiness, free = zip(*facts.notes, strict=True)
+        status = STOP * job.stop() + FLUSH * (comm.rank == 0 and time.monotonic() - last > FLUSH_S)
+        tokens, wanted = batch.next_tokens, batch.wanted(most_rows)
+        own = StepNotes(len(results), batch.tokens, batch.slots(), batch.readiness(), wanted)
+        facts = agree_step(comm, step, tokens=tokens, work=batch.occupied, status=status, notes=own)
+        notes = [StepNotes(*numbers) for numbers in facts.notes]
+        unwritten = sum(rank.unwritten for rank in notes)
         stop = bool(facts.status & STOP)
-        parts = deal(free)
+        parts = deal([rank.wanted for rank in notes])
         over = stop or not (facts.any_work or any(parts))
-        job.tell(Progress(written + sum(kept), sum(tokens), slots))
-        if any(kept) and (over or facts.status & FLUSH):
-            _collect(comm, answers, job.write)
-            answers, written, last = [], written + sum(kept), time.monotonic()
+        slots = tuple(rank.slots for rank in notes)
+        job.report_progress(Progress(written + unwritten, sum(rank.drawn for rank in notes), slots))
+        if unwritten and (over or facts.status & FLUSH):
+            _collect(comm, results, job.write)
+            results, written, last = [], written + unwritten, time.monotonic()
         if over:
             return not stop
         counts = tuple(
-            sequences.tokens_of([job.length(place) for place in part], tokens) if part else tokens
-            for part, tokens in zip(parts, facts.tokens, strict=True)
+            batch.tokens_of([job.length(place) for place in part], continued) if part else continued
+            for part, continued in zip(parts, facts.tokens, strict=True)
         )
-        sequences.agree(counts, (0,) * comm.size if any(parts) else readiness)
-        complete = _forward(sequences, [job.start(place) for place in parts[comm.rank]])
-        answers += [job.record(r) for r in complete]
+        readiness = tuple(0 if any(parts) else rank.readiness for rank in notes)
+        batch.agree(counts, readiness)
+        complete = _forward(batch, [job.start(place) for place in parts[comm.rank]])
+        results += [job.make_result(row) for row in complete]
         step += 1
 
 
@@ -136,27 +152,30 @@ class QueueDealer:
         return dealt
 
 
-def deal_prompts(free: Sequence[int], left: int) -> list[int]:
-    """Deal the ``left`` next prompts to the ranks, one each in turn, to ranks that have a free slot."""
-    parts = [0] * len(free)
-    while left > 0 and any(part < slots for part, slots in zip(parts, free, strict=True)):
-        for rank, slots in enumerate(free):
-            if parts[rank] < slots and left > 0:
+def deal_prompts(most: Sequence[int], left: int) -> list[int]:
+    """Deal the ``left`` next prompts to the ranks, one each in turn; return how many each gets.
+
+    ``most``: how many each rank takes at most.
+    """
+    parts = [0] * len(most)
+    while left > 0 and any(part < limit for part, limit in zip(parts, most, strict=True)):
+        for rank, limit in enumerate(most):
+            if parts[rank] < limit and left > 0:
                 parts[rank] += 1
                 left -= 1
     return parts
 
 
-def _forward(sequences: LocalBatch[R], new: list[R]) -> list[R]:
+def _forward(batch: LocalBatch[R], new: list[R]) -> list[R]:
     if new:
-        return sequences.begin(new)
-    if sequences.occupied:
-        return sequences.advance()
-    sequences.join()
+        return batch.begin(new)
+    if batch.occupied:
+        return batch.advance()
+    batch.join()
     return []
 
 
-def _collect(comm: Communicator, answers: list[Record], write: Callable[[list[Record]], None]) -> None:
-    """Have rank 0 write every rank's answers; if it cannot, all ranks raise one error."""
-    everyones = [record for part in comm.all_gather_object(answers) for record in part]
+def _collect(comm: Communicator, results: list[Result], write: Callable[[list[Result]], None]) -> None:
+    """Gather the results of all ranks on every rank, and write them on rank 0; one error if it cannot."""
+    everyones = [result for part in comm.all_gather_object(results) for result in part]
     agreed(comm, lambda: write(everyones) if comm.rank == 0 else None, "writing answers")

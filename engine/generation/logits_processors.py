@@ -19,7 +19,7 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptFacts:
     """The facts about one prompt that processors are made from.
 
     ``ids``: its tokens. ``longest``: tokens of prompt and answer together at most. ``ends``: end tokens.
@@ -32,69 +32,69 @@ class Prompt:
     is_begin_forced: bool
 
 
-def _make_bad_words(value: Any, prompt: Prompt) -> Any:
+def _make_bad_words(value: Any, facts: PromptFacts) -> Any:
     from transformers import NoBadWordsLogitsProcessor
 
-    return NoBadWordsLogitsProcessor(value, list(prompt.ends) or None)
+    return NoBadWordsLogitsProcessor(value, list(facts.ends) or None)
 
 
-def _make_min_length(value: Any, prompt: Prompt) -> Any:
+def _make_min_length(value: Any, facts: PromptFacts) -> Any:
     from transformers import MinLengthLogitsProcessor
 
-    return MinLengthLogitsProcessor(value, list(prompt.ends)) if prompt.ends else None
+    return MinLengthLogitsProcessor(value, list(facts.ends)) if facts.ends else None
 
 
-def _make_min_new_tokens(value: Any, prompt: Prompt) -> Any:
+def _make_min_new_tokens(value: Any, facts: PromptFacts) -> Any:
     from transformers import MinNewTokensLengthLogitsProcessor
 
-    if not prompt.ends:
+    if not facts.ends:
         return None
-    return MinNewTokensLengthLogitsProcessor(len(prompt.ids), value, list(prompt.ends))
+    return MinNewTokensLengthLogitsProcessor(len(facts.ids), value, list(facts.ends))
 
 
-def _make_decay(value: Any, prompt: Prompt) -> Any:
+def _make_decay(value: Any, facts: PromptFacts) -> Any:
     from transformers import ExponentialDecayLengthPenalty
 
-    if not prompt.ends:
+    if not facts.ends:
         raise ValueError("exponential_decay_length_penalty raises end tokens, and the model has none")
-    return ExponentialDecayLengthPenalty(tuple(value), list(prompt.ends), len(prompt.ids))
+    return ExponentialDecayLengthPenalty(tuple(value), list(facts.ends), len(facts.ids))
 
 
-def _make(name: str, *more: Callable[[Prompt], Any]) -> Callable[[Any, Prompt], Any]:
-    """Make a maker of transformers' class ``name`` from the value and ``more`` of the prompt."""
+def _make(name: str, *more: Callable[[PromptFacts], Any]) -> Callable[[Any, PromptFacts], Any]:
+    """Make a maker of transformers' class ``name`` from the value and ``more`` of the prompt's facts."""
 
-    def make(value: Any, prompt: Prompt) -> Any:
+    def make(value: Any, facts: PromptFacts) -> Any:
         import transformers
 
-        return getattr(transformers, name)(value, *(argument(prompt) for argument in more))
+        return getattr(transformers, name)(value, *(argument(facts) for argument in more))
 
     return make
 
 
-def _ids(prompt: Prompt) -> Tensor:
-    return torch.tensor([prompt.ids])
+def _ids(facts: PromptFacts) -> Tensor:
+    return torch.tensor([facts.ids])
 
 
-def _make_begin(value: Any, prompt: Prompt) -> Any:
+def _make_begin(value: Any, facts: PromptFacts) -> Any:
     from transformers import SuppressTokensAtBeginLogitsProcessor
 
-    given = prompt.is_begin_forced and len(prompt.ids) == 1
-    return SuppressTokensAtBeginLogitsProcessor(value, len(prompt.ids) + given)
+    given = facts.is_begin_forced and len(facts.ids) == 1
+    return SuppressTokensAtBeginLogitsProcessor(value, len(facts.ids) + given)
 
 
-def _make_forced_end(value: Any, prompt: Prompt) -> Any:
+def _make_forced_end(value: Any, facts: PromptFacts) -> Any:
     from transformers import ForcedEOSTokenLogitsProcessor
 
-    return ForcedEOSTokenLogitsProcessor(prompt.longest, value)
+    return ForcedEOSTokenLogitsProcessor(facts.longest, value)
 
 
-def _make_repair(value: Any, prompt: Prompt) -> Any:
+def _make_repair(value: Any, facts: PromptFacts) -> Any:
     from transformers import InfNanRemoveLogitsProcessor
 
     return InfNanRemoveLogitsProcessor()
 
 
-MAKERS: dict[str, Callable[[Any, Prompt], Any]] = {
+MAKERS: dict[str, Callable[[Any, PromptFacts], Any]] = {
     "sequence_bias": _make("SequenceBiasLogitsProcessor"),
     "encoder_repetition_penalty": _make("EncoderRepetitionPenaltyLogitsProcessor", _ids),
     "repetition_penalty": _make("RepetitionPenaltyLogitsProcessor"),
@@ -138,11 +138,11 @@ def make_processors(
     ``settings``: by their names in transformers' generation config; others than ``MAKERS`` are left out.
     ``ends``: end tokens. Raises ValueError for a value that transformers' class does not take.
     """
-    given = Prompt(prompt, len(prompt) + max_new_tokens, sorted(ends), "forced_bos_token_id" in settings)
+    facts = PromptFacts(prompt, len(prompt) + max_new_tokens, sorted(ends), "forced_bos_token_id" in settings)
     names = [name for name in MAKERS if name in settings]
     if "min_new_tokens" in names and "min_length" in names:
         names.remove("min_length")  # of the two, transformers takes the former
-    made = [MAKERS[name](_thaw(settings[name]), given) for name in names]
+    made = [MAKERS[name](_thaw(settings[name]), facts) for name in names]
     chain = tuple(processor for processor in made if processor is not None)
     return Processors(chain, "remove_invalid_values" in settings) if chain else None
 

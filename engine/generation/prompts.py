@@ -56,8 +56,8 @@ class BadLine:
     id: Id | None = None
     is_batch: bool = False
 
-    def record(self) -> dict[str, Any]:
-        """Return this line as a record of the file of errors."""
+    def result(self) -> dict[str, Any]:
+        """Return this line as a result in the file of errors."""
         return {"line": self.line, **({} if self.id is None else {"id": self.id}), "error": self.error}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from xpar.engine.generation.decode_graph import PaddedDecodeStep, record, record_join
 from xpar.engine.generation.steps import CAN_RECORD, CAN_REPLAY
 from xpar.engine.models.kv_cache import KvCache
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.parallelize import Layer
 
 log = logging.getLogger("xpar.models")

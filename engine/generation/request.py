@@ -25,7 +25,7 @@ from xpar.engine.generation.work_item import WorkItem
 
 
 class RequestBase(Protocol):
-    """The request to process a file of questions to a model."""
+    """The request to process a file of prompts or texts by a model."""
 
     @property
     def checkpoint(self) -> Path: ...
@@ -43,14 +43,14 @@ class RequestBase(Protocol):
     def settings(self) -> Mapping[str, object]:
         """Return the options that decide an answer, by name, but for prompt and checkpoint."""
 
-    def check(self, tokens: Tokenizer) -> None:
+    def check(self, tokenizer: Tokenizer) -> None:
         """Raise ValueError for options under which the model could take no line at all."""
 
-    def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
-        """Encode ``prompt``; raise ValueError if the model cannot take it."""
+    def make_item(self, prompt: Prompt, tokenizer: Tokenizer) -> WorkItem:
+        """Encode ``prompt`` as an item of work; raise ValueError if the model cannot take it."""
 
     def answer_form(self, is_batch: bool) -> AnswerForm:
-        """Return the form of the records; ``is_batch``: whether the file is one of OpenAI's batch files."""
+        """Return the form of the results; ``is_batch``: whether the file is one of OpenAI's batch files."""
 
 
 @dataclass(frozen=True)
@@ -116,34 +116,34 @@ class Request:
             **_exactness(self.exact, self.exact_with),
         }
 
-    def check(self, tokens: Tokenizer) -> None:
-        if tokens.positions is not None and self.max_new_tokens >= tokens.positions:
+    def check(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.positions is not None and self.max_new_tokens >= tokenizer.positions:
             raise ValueError(
-                f"--max-new-tokens {self.max_new_tokens}: the model has {tokens.positions} positions for "
-                f"prompt and answer together; give at most {tokens.positions - 1}"
+                f"--max-new-tokens {self.max_new_tokens}: the model has {tokenizer.positions} positions for "
+                f"prompt and answer together; give at most {tokenizer.positions - 1}"
             )
 
-    def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
+    def make_item(self, prompt: Prompt, tokenizer: Tokenizer) -> WorkItem:
         options = self._run_options.of_line(prompt.fields) if prompt.fields else None
         if prompt.messages is None:
-            ids = tokens.encode(prompt.text, chat=False if prompt.is_batch else None)
+            ids = tokenizer.encode(prompt.text, chat=False if prompt.is_batch else None)
         else:
-            ids = tokens.encode_messages(prompt.messages, **prompt.fields.get("chat_template_kwargs", {}))
+            ids = tokenizer.encode_messages(prompt.messages, **prompt.fields.get("chat_template_kwargs", {}))
         most, name = self.max_new_tokens, "--max-new-tokens"
         if "max_tokens" in prompt.fields and options is not None:
             most, name = options.max_new_tokens, f"max_tokens {options.max_new_tokens}"
-        limit = None if tokens.positions is None else tokens.positions - most
+        limit = None if tokenizer.positions is None else tokenizer.positions - most
         if limit is not None and len(ids) > limit:
             raise ValueError(
                 f"{len(ids)} tokens, and the model has positions for {max(0, limit)} besides {name}; "
                 "shorten it"
             )
-        check_ids(ids, tokens)
+        check_ids(ids, tokenizer)
         if options is not None and options.schema is not None:
-            tokens.grammars.check(options.schema)
-        name, draws = _names(prompt, ids, options)
+            tokenizer.grammars.check(options.schema)
+        answer_hash, draws_hash = _hashes(prompt, ids, options)
         samples = prompt.fields.get("n", 1)
-        return WorkItem(prompt, ids, name, options=options, draws=draws, samples=samples)
+        return WorkItem(prompt, ids, answer_hash, options=options, draws_hash=draws_hash, samples=samples)
 
     def answer_form(self, is_batch: bool) -> AnswerForm:
         if self.format == "openai" or (self.format == "auto" and is_batch):
@@ -183,22 +183,22 @@ class ScoreRequest:
             **_exactness(self.exact, self.exact_with),
         }
 
-    def check(self, tokens: Tokenizer) -> None:
+    def check(self, tokenizer: Tokenizer) -> None:
         """Raise nothing: every text decides for itself."""
 
-    def question(self, prompt: Prompt, tokens: Tokenizer) -> WorkItem:
-        ids, first = tokens.encode_pair(prompt.context, prompt.text)
+    def make_item(self, prompt: Prompt, tokenizer: Tokenizer) -> WorkItem:
+        ids, first = tokenizer.encode_pair(prompt.context, prompt.text)
         if len(ids) <= first:
             raise ValueError(
                 "nothing to score: the first token of a text has none before it; give a longer text, or a "
                 "context"
             )
-        if tokens.positions is not None and len(ids) > tokens.positions:
+        if tokenizer.positions is not None and len(ids) > tokenizer.positions:
             raise ValueError(
-                f"{len(ids)} tokens, and the model has positions for {tokens.positions}; shorten it"
+                f"{len(ids)} tokens, and the model has positions for {tokenizer.positions}; shorten it"
             )
-        check_ids(ids, tokens)
-        return WorkItem(prompt, ids, digest([prompt.key, prompt.context, prompt.text]), first)
+        check_ids(ids, tokenizer)
+        return WorkItem(prompt, ids, hash_of([prompt.key, prompt.context, prompt.text]), first)
 
     def answer_form(self, is_batch: bool) -> AnswerForm:
         return OwnForm()
@@ -208,9 +208,10 @@ class ScoreRequest:
 class Workload:
     """The work on a file, the same on every rank.
 
-    ``queue``: what is to be answered, longest prompt first. ``order``: hash -> place of every question in the
-    file. ``answered``, ``failed``: by an earlier run. ``refused``: lines that are no prompts. ``settings``:
-    what all answers have in common, as one text. ``form``: of the answers. ``notes``: lines for the console.
+    ``queue``: what is to be answered, longest prompt first. ``order``: hash -> place of every item of work in
+    the file. ``answered``, ``failed``: by an earlier run. ``refused``: lines that are no prompts.
+    ``settings``: what all answers have in common, as one text. ``form``: of the answers. ``notes``: lines for
+    the console.
     """
 
     queue: tuple[WorkItem, ...]
@@ -223,13 +224,13 @@ class Workload:
     notes: tuple[str, ...] = ()
 
 
-def read_request(comm: Communicator, request: RequestBase, tokens: Tokenizer, resume: bool) -> Workload:
+def read_request(comm: Communicator, request: RequestBase, tokenizer: Tokenizer, resume: bool) -> Workload:
     """Read the prompts and, with ``resume``, earlier answers; write bad lines. Collective.
 
     Rank 0 reads and writes, and writes nothing before all is read; one error on every rank if it cannot.
     """
     first = comm.rank == 0
-    agreed(comm, lambda: request.check(tokens))
+    agreed(comm, lambda: request.check(tokenizer))
     read = agreed(
         comm, lambda: read_prompts(request.prompts, request.form) if first else ([], []), patient=True
     )
@@ -239,25 +240,25 @@ def read_request(comm: Communicator, request: RequestBase, tokens: Tokenizer, re
         {
             **request.settings(),
             **({} if form.name == OwnForm.name else {"format": form.name}),
-            "ends": sorted(tokens.ends),
+            "ends": sorted(tokenizer.ends),
             **fingerprint(comm, request.checkpoint),
         }
     )
     part = split_range(len(prompts), comm.size, comm.rank)
-    encoded = agreed(comm, lambda: [_question(request, p, tokens) for p in prompts[part]], patient=True)
+    encoded = agreed(comm, lambda: [_make_item(request, p, tokenizer) for p in prompts[part]], patient=True)
     everyones = [entry for entries in comm.all_gather_object(encoded) for entry in entries]
-    questions = [entry for entry in everyones if isinstance(entry, WorkItem)]
+    items = [entry for entry in everyones if isinstance(entry, WorkItem)]
     bad = sorted(bad + [e for e in everyones if isinstance(e, BadLine)], key=lambda e: e.line)
 
     def settle() -> Done:
         if not first:
             return Done()
-        return settle_files(request.out, {q.hash: q for q in questions}, bad, settings, form, resume)
+        return settle_files(request.out, {item.hash: item for item in items}, bad, settings, form, resume)
 
     done = comm.all_gather_object(agreed(comm, settle))[0]
-    queue = [q for question in questions for q in _samples_left(question, done)]
-    queue.sort(key=lambda q: (-len(q.ids), q.prompt.line, q.sample))
-    order = {q.hash: place for place, q in enumerate(questions)}
+    queue = [sample for item in items for sample in _samples_left(item, done)]
+    queue.sort(key=lambda item: (-len(item.ids), item.prompt.line, item.sample))
+    order = {item.hash: place for place, item in enumerate(items)}
     notes = tuple(_notes(request, prompts, form))
     return Workload(
         tuple(queue), order, len(done.answered), len(bad), settings, len(done.failed), form, notes
@@ -270,14 +271,14 @@ def _is_batch(prompts: Sequence[Prompt], bad: Sequence[BadLine]) -> bool:
     return bool(entries) and min(entries, key=lambda entry: entry.line).is_batch
 
 
-def _samples_left(question: WorkItem, done: Done) -> list[WorkItem]:
-    """Return the samples of ``question`` that are still to be drawn."""
-    if question.hash in done.answered or question.hash in done.failed:
+def _samples_left(item: WorkItem, done: Done) -> list[WorkItem]:
+    """Return the samples of ``item`` that are still to be drawn."""
+    if item.hash in done.answered or item.hash in done.failed:
         return []
-    if question.samples == 1:
-        return [question]
-    left = [n for n in range(question.samples) if (question.hash, n) not in done.samples]
-    return [replace(question, sample=number) for number in left]
+    if item.samples == 1:
+        return [item]
+    left = [n for n in range(item.samples) if (item.hash, n) not in done.samples]
+    return [replace(item, sample=number) for number in left]
 
 
 def _notes(request: RequestBase, prompts: Sequence[Prompt], form: AnswerForm) -> Iterator[str]:
@@ -291,21 +292,22 @@ def _notes(request: RequestBase, prompts: Sequence[Prompt], form: AnswerForm) ->
         yield f"{request.prompts}: lines name the model {names}; {answering} answers all of them"
 
 
-def check_ids(ids: Sequence[int], tokens: Tokenizer) -> None:
+def check_ids(ids: Sequence[int], tokenizer: Tokenizer) -> None:
     """Raise ValueError for a token that the model's embedding has no row for."""
-    if tokens.vocabulary is not None and ids and max(ids) >= tokens.vocabulary:
+    if tokenizer.vocabulary is not None and ids and max(ids) >= tokenizer.vocabulary:
         token = max(ids)
-        text = tokens.tokenizer.convert_ids_to_tokens(token)
+        text = tokenizer.tokenizer.convert_ids_to_tokens(token)
         raise ValueError(
             f"token {token} ({text!r}) is one of the tokenizer's alone: the model's embedding has rows for 0 "
-            f"to {tokens.vocabulary - 1}; leave its text out, or use the tokenizer that belongs to the model"
+            f"to {tokenizer.vocabulary - 1}; leave its text out, or use the tokenizer that belongs to the "
+            "model"
         )
 
 
-def _question(request: RequestBase, prompt: Prompt, tokens: Tokenizer) -> WorkItem | BadLine:
-    """Make the question of ``prompt``; what a template or a tokenizer raises refuses this line alone."""
+def _make_item(request: RequestBase, prompt: Prompt, tokenizer: Tokenizer) -> WorkItem | BadLine:
+    """Make the work item of ``prompt``; what a template or a tokenizer raises refuses this line alone."""
     try:
-        return request.question(prompt, tokens)
+        return request.make_item(prompt, tokenizer)
     except ValueError as error:
         return BadLine(prompt.line, str(error) or "ValueError", prompt.id, prompt.is_batch)
     except BaseException as error:
@@ -327,20 +329,20 @@ def _exactness(exact: bool, exact_with: tuple[tuple[str, str], ...]) -> Mapping[
     return {"exact": exact, **{name: value for name, value in exact_with if exact or name == "quantize"}}
 
 
-def _names(prompt: Prompt, ids: list[int], options: AnswerOptions | None) -> tuple[str, str]:
-    """Return the hash that names the answer of ``prompt``, and the name of its draws.
+def _hashes(prompt: Prompt, ids: list[int], options: AnswerOptions | None) -> tuple[str, str]:
+    """Return the hash of all that decides the answer of ``prompt``, and the hash that seeds its draws.
 
-    A text without fields has the hash of its text and key, and draws of that name. Fields change the answer's
-    hash, not the draws; a seed of the line's own makes them independent of the line's place and id.
+    Without fields both are the hash of text and key. Fields change the answer's hash, not that of the draws;
+    a seed of the line's own makes the draws independent of the line's place and id.
     """
     parts: list[object] = [prompt.key, prompt.text if prompt.messages is None else prompt.messages]
-    name = draws = digest(parts)
+    answer_hash = draws_hash = hash_of(parts)
     if options is not None:
-        name = digest([*parts, prompt.fields, asdict(options)])
-        draws = digest(ids) if options.has_seed else draws
-    return name, draws
+        answer_hash = hash_of([*parts, prompt.fields, asdict(options)])
+        draws_hash = hash_of(ids) if options.has_seed else draws_hash
+    return answer_hash, draws_hash
 
 
-def digest(value: object) -> str:
-    """Return a short digest of ``value``, which JSON can express."""
+def hash_of(value: object) -> str:
+    """Return a short hash of ``value``, which JSON can express; the same in every process."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

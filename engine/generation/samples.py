@@ -4,13 +4,11 @@ A sample is on the disk once it is complete, as an answer is; a job that goes on
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from xpar.engine.generation.answer_form import Choice, Result
 from xpar.engine.generation.work_item import WorkItem
-
-Record = Mapping[str, Any]
 
 
 def samples_path(out: Path) -> Path:
@@ -18,33 +16,33 @@ def samples_path(out: Path) -> Path:
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.samples.jsonl")
 
 
-def sample_record(question: WorkItem, choice: Mapping[str, Any], settings: str) -> dict[str, Any]:
-    """Make the record of one sample of ``question``."""
-    place = {"line": question.prompt.line, "sample": question.sample, "of": question.samples}
-    return {**place, "choice": choice, "hash": question.hash, "settings": settings}
+def sample_result(item: WorkItem, choice: Choice, settings: str) -> Result:
+    """Make the result of one sample of ``item``."""
+    place = {"line": item.prompt.line, "sample": item.sample, "of": item.samples}
+    return {**place, "choice": choice, "hash": item.hash, "settings": settings}
 
 
 class Samples:
-    """The samples of prompts that are not complete, by hash of the prompt and number of the sample."""
+    """The samples of prompts that are not complete, by hash of the work item and number of the sample."""
 
-    def __init__(self, records: Iterable[Record] = ()) -> None:
-        self._waiting: dict[str, dict[int, Record]] = defaultdict(dict)
-        for record in records:
-            self._waiting[record["hash"]][record["sample"]] = record
+    def __init__(self, results: Iterable[Result] = ()) -> None:
+        self._waiting: dict[str, dict[int, Result]] = defaultdict(dict)
+        for result in results:
+            self._waiting[result["hash"]][result["sample"]] = result
 
-    def add(self, record: Record) -> list[Mapping[str, Any]] | None:
+    def add(self, result: Result) -> list[Choice] | None:
         """Add a sample; return the choices of its prompt in their order once all are there."""
-        samples = self._waiting[record["hash"]]
-        samples[record["sample"]] = record
-        if len(samples) < record["of"]:
+        samples = self._waiting[result["hash"]]
+        samples[result["sample"]] = result
+        if len(samples) < result["of"]:
             return None
-        del self._waiting[record["hash"]]
-        return [samples[number]["choice"] for number in range(record["of"])]
+        del self._waiting[result["hash"]]
+        return [samples[number]["choice"] for number in range(result["of"])]
 
     def done(self) -> set[tuple[str, int]]:
         """Return hash and number of every sample that waits."""
-        return {(name, number) for name, samples in self._waiting.items() for number in samples}
+        return {(waiting, number) for waiting, samples in self._waiting.items() for number in samples}
 
-    def records(self) -> list[Record]:
-        """Return the records of all samples that wait."""
-        return [record for samples in self._waiting.values() for record in samples.values()]
+    def results(self) -> list[Result]:
+        """Return the results of all samples that wait."""
+        return [result for samples in self._waiting.values() for result in samples.values()]

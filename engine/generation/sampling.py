@@ -53,9 +53,9 @@ class Sampling:
                 "top-k and top-p choose among draws, and temperature 0 draws nothing; set temperature"
             )
 
-    def generator(self, prompt_hash: str) -> torch.Generator:
-        """Make the generator of one prompt's draws."""
-        digest = hashlib.sha256(f"{self.seed}:{prompt_hash}".encode()).digest()
+    def generator(self, seed_text: str) -> torch.Generator:
+        """Make the generator of one prompt's draws, from the seed and ``seed_text``."""
+        digest = hashlib.sha256(f"{self.seed}:{seed_text}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:

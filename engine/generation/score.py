@@ -14,7 +14,7 @@ from xpar.engine.generation.request import ScoreRequest, Workload
 from xpar.engine.generation.run_file import BatchLimits, RunSummary, process_file
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
 from xpar.engine.generation.work_item import WorkItem
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 DIGITS = 6
 """After the point, of a log-probability in the file: what float32 can tell apart."""
@@ -29,18 +29,13 @@ def score(
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> RunSummary:
     """Score the texts of ``work.queue`` into ``request.out``, as :func:`process_file` says. Collective."""
-
-    def start(place: int, question: WorkItem) -> ScoredText:
-        return ScoredText(place, question.ids, question.first)
-
     return process_file(
         comm,
         request,
         work,
         ScoreBatch(loaded, request.batch, request.prefill_tokens),
+        ScoreRows(),
         BatchLimits(request.batch, request.prefill_tokens),
-        start,
-        _choice,
         stop_requested,
         on_progress,
     )
@@ -64,8 +59,8 @@ def read_total(comm: Communicator, out: Path) -> Total:
         if comm.rank:
             return Total(0, 0.0)
         with open(out, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-        return Total(sum(r["tokens"] for r in records), math.fsum(r["sum"] for r in records))
+            results = [json.loads(line) for line in file]
+        return Total(sum(r["tokens"] for r in results), math.fsum(r["sum"] for r in results))
 
     total: Total = comm.all_gather_object(agreed(comm, read))[0]
     return total
@@ -89,14 +84,22 @@ def logprobs_of(scored: ScoredText) -> list[float]:
     return scored.logprobs
 
 
-def _choice(scored: ScoredText) -> Choice:
-    logprobs = [round(logprob, DIGITS) for logprob in logprobs_of(scored)]
-    total = math.fsum(logprobs)
-    return {
-        "tokens": len(logprobs),
-        "sum": round(total, DIGITS),
-        "perplexity": perplexity(len(logprobs), total),
-        "greedy": scored.greedy,
-        "token_ids": scored.ids[scored.first :],
-        "logprobs": logprobs,
-    }
+class ScoreRows:
+    """The rows of a file's texts: how each begins, and the log-probabilities of a complete one."""
+
+    def start(self, place: int, item: WorkItem) -> ScoredText:
+        """Make the row of ``item``, at ``place`` of the queue."""
+        return ScoredText(place, item.ids, item.first)
+
+    def make_choice(self, row: ScoredText) -> Choice:
+        """Make log-probabilities, their sum and the perplexity of a complete ``row``."""
+        logprobs = [round(logprob, DIGITS) for logprob in logprobs_of(row)]
+        total = math.fsum(logprobs)
+        return {
+            "tokens": len(logprobs),
+            "sum": round(total, DIGITS),
+            "perplexity": perplexity(len(logprobs), total),
+            "greedy": row.greedy,
+            "token_ids": row.ids[row.first :],
+            "logprobs": logprobs,
+        }

@@ -15,7 +15,7 @@ from xpar.engine.models.cache_argument import cache_argument
 from xpar.engine.models.isolation import not_finite, rows_isolated
 from xpar.engine.models.kv_cache import new_cache
 from xpar.engine.models.lm_head import Head
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.rows import SeparateRows
 
 
@@ -50,13 +50,13 @@ class ScoredText:
 class ScoreBatch(UnrecordedSteps):
     """The texts of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
-    ``batch``: texts read together at most. ``piece``: tokens of one text read in one forward; a longer one is
-    read in several, and alone. A model that keeps more than keys and values between two pieces reads every
-    text in one forward. ``tokens``: how many have been scored so far.
+    ``most_rows``: texts read together at most. ``piece``: tokens of one text read in one forward; a longer
+    one is read in several, and alone. A model that keeps more than keys and values between two pieces reads
+    every text in one forward. ``tokens``: how many have been scored so far.
     """
 
-    def __init__(self, loaded: LoadedModel, batch: int, piece: int) -> None:
-        self._loaded, self._batch, self._piece = loaded, batch, piece
+    def __init__(self, loaded: LoadedModel, most_rows: int, piece: int) -> None:
+        self._loaded, self._most_rows, self._piece = loaded, most_rows, piece
         self._head = Head(loaded.model)
         self._in_pieces = loaded.is_cache_of_keys_and_values
         self._rows = SeparateRows(loaded.model)
@@ -66,22 +66,22 @@ class ScoreBatch(UnrecordedSteps):
 
     @property
     def occupied(self) -> int:
-        """The slots in use: all while a text is read in pieces or waits to be read once more, else none."""
-        return self._batch if self._reading is not None or self._alone else 0
+        """The rows in use: all while a text is read in pieces or waits to be read once more, else none."""
+        return self._most_rows if self._reading is not None or self._alone else 0
 
     @property
     def next_tokens(self) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        """The number of tokens that the next ``advance`` computes; 0 where this rank would ``join``."""
         if self._reading is not None:
             return min(self._piece, len(self._reading.text.inputs) - self._reading.read)
         return self.tokens_of([len(self._alone[0].ids)]) if self._alone else 0
 
-    def wanted(self, batch: int) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
-        return batch - self.occupied
+    def wanted(self, most_rows: int) -> int:
+        """Return how many texts this rank would begin now if it may have ``most_rows``."""
+        return most_rows - self.occupied
 
     def tokens_of(self, lengths: Sequence[int], continued: int = 0) -> int:
-        """See :class:`~xpar.engine.generation.steps.LocalBatch`."""
+        """Return the tokens that a step reads of new texts of ``lengths``: a piece of one, or all, padded."""
         columns = max(lengths) - 1
         return min(columns, self._piece) if self._is_read_in_pieces(lengths) else len(lengths) * columns
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 
 CAN_RECORD, CAN_REPLAY = 1, 2
 """The bits of a rank's readiness for a step that continues its rows."""
@@ -25,7 +25,7 @@ R = TypeVar("R", bound=Row)
 
 
 class UnrecordedSteps:
-    """The part that batches share none of whose steps are recorded; ``LocalBatch`` says what it is for."""
+    """The methods of a batch none of whose steps are recorded."""
 
     _loaded: LoadedModel
 
@@ -57,8 +57,8 @@ class LocalBatch(Protocol[R]):
     def next_tokens(self) -> int:
         """The number of tokens that the next ``advance`` computes; 0 where this rank would ``join``."""
 
-    def wanted(self, batch: int) -> int:
-        """Return how many rows this rank would begin now if it may have ``batch``."""
+    def wanted(self, most_rows: int) -> int:
+        """Return how many rows this rank would begin now if it may have ``most_rows``."""
 
     def tokens_of(self, lengths: Sequence[int], continued: int) -> int:
         """Return how many tokens a rank computes that begins rows of ``lengths``; the same on every rank.

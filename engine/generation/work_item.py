@@ -8,11 +8,12 @@ from xpar.engine.generation.prompts import Prompt
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A prompt as the model reads it; ``hash``, of its text, fields and key, names its answer.
+    """A prompt or text as the model reads it, in ``ids``.
 
-    ``first``: of ``ids``, the first that is scored, where that is asked. ``options``: of its answer, where
-    the line has some of its own. ``draws``: the name of its draws, where that is not the hash. ``sample``: of
-    the ``samples`` that its answer has, the one that this is.
+    ``hash``: of all that decides its answer: text, fields and key. ``first``: of ``ids``, the first that is
+    scored, where that is asked. ``options``: of its answer, where the line has some of its own.
+    ``draws_hash``: what seeds its draws, where that is not ``hash``. ``sample``: of the ``samples`` that its
+    answer has, the one that this is.
     """
 
     prompt: Prompt
@@ -20,11 +21,11 @@ class WorkItem:
     hash: str
     first: int = 1
     options: AnswerOptions | None = None
-    draws: str = ""
+    draws_hash: str = ""
     sample: int = 0
     samples: int = 1
 
     @property
-    def name_of_draws(self) -> str:
-        """The name of this sample's draws; the first sample has those of a single one."""
-        return (self.draws or self.hash) + (f":{self.sample}" if self.sample else "")
+    def seed_text(self) -> str:
+        """The text that seeds this sample's draws; the first sample has those of a single one."""
+        return (self.draws_hash or self.hash) + (f":{self.sample}" if self.sample else "")

@@ -250,14 +250,14 @@ def choose_for_weights(
     return spec, choice
 
 
-def _log_conversion(spec: ExpertSpec, fmt: WeightFormat, kernel: str, why: str) -> None:
+def _log_conversion(spec: ExpertSpec, weight_format: WeightFormat, kernel: str, why: str) -> None:
     h, i = spec.hidden_size, spec.intermediate_size
     shapes = ((spec.activation.gate_up_rows(i), h), (h, i))
-    stored = spec.num_experts * sum(fmt.nbytes(*shape) for shape in shapes)
+    stored = spec.num_experts * sum(weight_format.nbytes(*shape) for shape in shapes)
     kept = spec.num_experts * sum(math.prod(shape) for shape in shapes) * spec.dtype.itemsize
     log.info(
         "%s weights of %d experts are converted to %s for %s, %.1f MB instead of %.1f (%.1f times): %s",
-        fmt,
+        weight_format,
         spec.num_experts,
         str(spec.dtype).removeprefix("torch."),
         kernel,

@@ -8,10 +8,10 @@ f**-2.
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from xpar.engine.config import LayerConfig
+from xpar.engine.routing import gate
 
 
 @dataclass(frozen=True)
@@ -49,5 +49,4 @@ def scale_layer_output(config: LayerConfig) -> tuple[LayerConfig, ResidualScale]
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Norm ``x`` [T, H], summed in float32: squares of float16 values overflow long before the values do."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return gate.rms_norm(x, eps).to(x.dtype) * weight

@@ -18,6 +18,7 @@ from xpar.comm.communicator import Communicator
 from xpar.engine.architectures.mlp_weights import INTEGERS
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.models.weight_sources import FLOATS, Source
+from xpar.kernels.contracts import require_finite
 
 log = logging.getLogger("xpar.models")
 T = TypeVar("T")
@@ -75,12 +76,12 @@ def load_dense(
     foreign: tuple[str, ...],
     node: Communicator,
     dtype: torch.dtype,
-    loaded: Callable[[int], None] = lambda nbytes: None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
 ) -> int:
     """Give ``model``, built without memory, its dense weights; return their bytes. Collective over ``node``.
 
     ``plan``, ``foreign``: as of :func:`dense_sources`. Rank 0 of the node reads each tensor and sends it to
-    the others. ``loaded`` is called with the bytes of each. What goes wrong on that rank is raised as one
+    the others. ``on_bytes`` is called with the bytes of each. What goes wrong on that rank is raised as one
     :class:`CheckpointError` on all of the node. Parameters that the model's config ties are tied as
     transformers does it: where the checkpoint has one of them, or equal tensors. Tensors that differ stay
     apart, whatever the config says.
@@ -104,16 +105,16 @@ def load_dense(
             on_first(partial(_convert, source, model, checkpoint, made), node)
             for target, tensor in made.items():
                 tensors[target] = node.broadcast(tensor)
-                loaded(tensor.nbytes)
+                on_bytes(tensor.nbytes)
             continue
         twin = next((tensors[other] for other in groups.get(key, ()) if other in tensors), None)
         if twin is not None and on_first(partial(_is_equal, checkpoint, name, twin), node):
-            loaded(twin.nbytes)
+            on_bytes(twin.nbytes)
             continue
         tensor = torch.empty(empty[key].shape, dtype=kind)
         on_first(partial(read_dense, checkpoint, name, tensor), node)
         tensors[key] = node.broadcast(tensor)
-        loaded(tensor.nbytes)
+        on_bytes(tensor.nbytes)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.requires_grad_(False)
     _tie(model, tensors, node.rank == 0)
@@ -231,12 +232,11 @@ def read_dense(checkpoint: Checkpoint, name: str, out: Tensor) -> None:
 
 
 def _require_finite(out: Tensor, name: str, stored: str) -> None:
-    if (
-        out.is_floating_point()
-        and not math.isfinite(float(out.sum()))
-        and not bool(torch.isfinite(out).all())
-    ):
-        raise CheckpointError(
+    def message(_: Tensor) -> str:
+        return (
             f"tensor {name} holds NaN or infinite values as {str(out.dtype)[6:]} (stored as {stored}); "
             "restore the checkpoint, or choose a dtype of wider range"
         )
+
+    if out.is_floating_point():
+        require_finite(out, message, CheckpointError)

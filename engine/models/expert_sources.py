@@ -87,14 +87,14 @@ def stored_experts(
     if names is None:
         return None
     place = MlpPlace(names, 0, config.routed_size, config.intermediate_size, rows, experts=config.num_experts)
-    form = quantised_format(checkpoint, place)
-    if form is None:
+    weight_format = quantised_format(checkpoint, place)
+    if weight_format is None:
         return None
 
     def read(experts: Sequence[int]) -> Iterator[tuple[int, QuantisedTensors]]:
-        return stream_quantised(checkpoint, place, form, experts, dtype)
+        return stream_quantised(checkpoint, place, weight_format, experts, dtype)
 
-    return StoredExperts(form, read)
+    return StoredExperts(weight_format, read)
 
 
 def describe_stored(

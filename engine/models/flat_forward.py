@@ -23,7 +23,7 @@ from xpar.engine.models.cache_argument import cache_argument
 from xpar.engine.models.isolation import rows_isolated
 from xpar.engine.models.kv_cache import other_states
 from xpar.engine.models.kv_pool import KvPool, LayerForm, PagedStep
-from xpar.engine.models.loader import LoadedModel
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.rows import SeparateRows
 from xpar.kernels.cpu.paged_attention import PagedAttention
 

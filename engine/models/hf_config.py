@@ -82,7 +82,7 @@ def _in_one_line(error: Exception, values: Mapping[str, Any]) -> str:
     if not keys:
         nulls = [key for key in values if SIZE.search(key) and values[key] is None]
         keys = nulls or [key for key in values if POSITIVE.search(key)]
-    given = ", ".join(f"{key}={_short(values[key])}" for key in keys if key in values)
+    given = ", ".join(f"{key}={shorten(json.dumps(values[key]))}" for key in keys if key in values)
     return f"transformers does not take it: {text}{f' (given: {given})' if given else ''}"
 
 
@@ -91,6 +91,6 @@ def _may_be_named(key: str, value: Any) -> bool:
     return isinstance(value, str) or (type(value) is int and SIZE.search(key) is not None)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+def shorten(text: str, most: int = 60) -> str:
+    """Cut ``text`` after ``most`` characters, with an ellipsis for what is left out."""
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -1,15 +1,18 @@
-"""A whole model on this rank: transformers' code, the dense weights, and this rank's experts."""
+"""The loading of a whole model: transformers' code, the dense weights, and this rank's experts.
+
+The result is a :class:`~xpar.engine.models.loaded_model.LoadedModel`.
+"""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from xpar.comm.column_parallel import ROUND_BYTES, ColumnParallel
+from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.shared_window import SHARED_FILES, free_bytes
@@ -26,14 +29,13 @@ from xpar.engine.models.expert_layer import (
     IMPLEMENTATION,
     ExpertLayer,
     experts_modules,
-    norms_slots,
     register,
 )
 from xpar.engine.models.expert_sources import describe_stored, experts_reader, stored_experts
 from xpar.engine.models.experts_module import describe_experts
-from xpar.engine.models.kv_cache import other_states
+from xpar.engine.models.loaded_model import LoadedModel, find_collective_modules
 from xpar.engine.models.malloc import give_back_freed_memory
-from xpar.engine.models.packed_linear import ColumnParallelLinear, group_by_input, pack_model
+from xpar.engine.models.packed_linear import pack_model
 from xpar.engine.models.parallelize import (
     Layer,
     MoeModules,
@@ -44,6 +46,7 @@ from xpar.engine.models.parallelize import (
 )
 from xpar.engine.models.quantised_dense import (
     DenseKernel,
+    QuantisedProduct,
     choose_quantised,
     describe_formats,
     load_quantised,
@@ -61,87 +64,13 @@ Half is for the window of those products, half for other windows.
 """
 
 
-class CollectiveModule(Protocol):
-    """A part of a model that every rank of its group calls together."""
-
-    def join(self) -> None:
-        """Take part without tokens of this rank's own."""
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A transformers causal language model in eval mode; every rank of the grid calls it together.
-
-    Attributes:
-        model: The model.
-        layers: Its expert layers.
-        collective_modules: All modules that the ranks call together, the layers among them, in the order
-            in which a forward calls them.
-        dtype: That of the computation.
-        dense_bytes: Bytes of dense weights on this rank.
-        expert_bytes: Bytes of experts' weights on this rank.
-        bytes_read: Bytes that this rank read from the checkpoint's files.
-        dense: The kernels of dense products: that of weights in floats as
-            :func:`~xpar.kernels.cpu.linear.choose_linear` names it, and that of codes if some stay codes.
-    """
-
-    model: Any
-    layers: tuple[Layer, ...]
-    collective_modules: tuple[CollectiveModule, ...]
-    dtype: torch.dtype
-    dense_bytes: int
-    expert_bytes: int
-    bytes_read: int
-    dense: str
-
-    @property
-    def slices_dense(self) -> bool:
-        """True if the ranks of a node slice its dense products."""
-        return len(self.collective_modules) > len(self.layers)
-
-    @property
-    def is_cache_of_keys_and_values(self) -> bool:
-        """True if the model keeps nothing but keys and values of a sequence's past."""
-        return not other_states(self.model.config)
-
-    @cached_property
-    def sends_tokens_once(self) -> bool:
-        """True if every layer gets each token of a forward as one row, not one row for each of its slots."""
-        return not any(norms_slots(module) for module in self.model.modules())
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self.layers[0].runner.grid.device
-
-    @property
-    def ranks_of_node(self) -> int:
-        """The number of ranks on this rank's node."""
-        return self.layers[0].runner.grid.node.size if self.layers else 1
-
-    def slots(self) -> int:
-        """Return how many (token, expert) pairs this rank's experts have computed."""
-        return sum(layer.slots for layer in self.layers)
-
-    def expect(self, tokens: Sequence[int] | None) -> None:
-        """Announce the tokens of each rank in the next forward, or None where they are not agreed."""
-        if self.layers and self.sends_tokens_once:
-            grid = self.layers[0].runner.grid
-            grid.agreed.tokens = None if tokens is None else tuple(tokens[r] for r in grid.moe.world_ranks)
-
-    def join(self) -> None:
-        """Take part in a forward of the other ranks without tokens of this rank's own."""
-        for module in self.collective_modules:
-            module.join()
-
-
 def load_model(
     path: str | Path,
     grid: ProcessGrid,
     dtype: torch.dtype | None = None,
     options: SpreadOptions = SpreadOptions(),  # noqa: B008 - frozen
-    loaded: Callable[[int], None] = lambda nbytes: None,
-    total: Callable[[int], None] = lambda nbytes: None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    on_total: Callable[[int], None] = lambda nbytes: None,
 ) -> LoadedModel:
     """Load a Hugging Face checkpoint of a known family over ``grid``. Collective over the grid.
 
@@ -150,77 +79,150 @@ def load_model(
         grid: The ranks that hold the experts.
         dtype: That of the computation; by default the checkpoint's.
         options: How the layers are computed.
-        loaded: Is called with the bytes of each tensor that has arrived.
-        total: Is called once with the bytes of weights that this rank will hold.
+        on_bytes: Is called with the bytes of each tensor that has arrived.
+        on_total: Is called once with the bytes of weights that this rank will hold.
 
     Raises:
         AgreedError: The checkpoint, the options or an installed package does not fit; the same on every rank.
     """
     if grid.shape.tp > 1:
         raise ValueError(f"tp={grid.shape.tp}: dense layers of whole models are not sliced; use tp=1")
-    comm = grid.world.comm
-    with agreed(comm, lambda: open_checkpoint(path)) as stored:
-        kind = agreed(comm, lambda: dtype or stored.dtype)
-        chosen = agreed(comm, lambda: _choose_dense(kind, grid.device, options))
-        model = agreed(comm, lambda: build_empty_model(stored, kind))
-        parts = agreed(comm, lambda: moe_modules(model, dict(stored.config), options.whole_block))
-        foreign = tuple(prefix for part in parts.values() for prefix in part.parameters)
-        sources = agreed(comm, lambda: find_sources(model, stored))
-        plan = agreed(comm, lambda: dense_sources(model, stored, sources, foreign))
-        checkpoint: Checkpoint = stored
-        if (to := options.quantisation) is not None:
-            checkpoint = agreed(
-                comm, lambda: weights_to_quantise(model, stored, sources, plan, parts, to).open()
-            )
-        total(_bytes_to_hold(model, plan, parts, grid, kind))
-        kernel = DenseKernel(kind, grid.device, options.dense)
-        products = agreed(comm, lambda: choose_quantised(model, checkpoint, plan, kernel))
-        is_packed = (record := chosen.chosen).name != PLAIN
-        shared = ColumnParallel(grid.node) if is_packed and _slices(grid, options) else None
-        # Inside, the ranks of a node fail together, so that none of them is missing from this agreement.
-        dense = agreed(
-            comm, lambda: load_quantised(model, checkpoint, products, grid.node, kind, shared, loaded)
-        )
-        names = {f"{product.module}.{end}" for product in products for end in ("weight", "bias")}
-        floats = {key: source for key, source in plan.items() if key not in names}
-        dense += agreed(comm, lambda: load_dense(model, checkpoint, floats, foreign, grid.node, kind, loaded))
-        if is_packed:
-            # Weights are packed before experts are loaded: one weight at a time is in memory twice.
-            dense += agreed(comm, lambda: pack_model(model, record, shared))
-            give_back_freed_memory()
-        dense_kernels = f"{QUANTISED} and {record.name}" if products else record.name
-        layers = agreed(
-            comm,
-            lambda: _load_layers(model, checkpoint, sources, grid, kind, parts, options, loaded),
-            patient=True,
-        )
-        for layer, part in parts.items():
-            replace_modules(model, part, layers[layer])
-        if any(isinstance(layer, ExpertLayer) for layer in layers.values()):
-            register()
-            model.set_experts_implementation(IMPLEMENTATION)
-        model.to(grid.device)
-        held = sum(k.nbytes() for k in (x.runner.kernel for x in layers.values()) if k is not None)
-        log.info(
-            "%s: %.1f MB of dense weights (%s products%s%s), %.1f MB of experts%s, %.1f MB read",
-            type(model).__name__,
-            dense / 1e6,
-            dense_kernels,
-            f": {describe_formats(products)} from codes" if products else "",
-            "".join(f"; {name}: {why}" for name, why in chosen.rejected),
-            held / 1e6,
-            "" if is_known(checkpoint.config) else " alone (no schema of this family's blocks)",
-            checkpoint.bytes_read / 1e6,
-        )
-        if isinstance(checkpoint, QuantisedOnLoad) and options.quantisation is not None:
-            log_errors(checkpoint, options.quantisation, comm)
-        if conversions := checkpoint.describe_conversions(kind):
-            log.info("quantised weights are converted: %s", conversions)
-        held_layers = tuple(layers.values())
-        collective_modules = _find_collective_modules(model, parts, layers)
+    with agreed(grid.world.comm, lambda: open_checkpoint(path)) as stored:
+        plan = _make_plan(stored, grid, dtype, options)
+        on_total(_bytes_to_hold(plan, grid))
+        dense = _load_dense_weights(plan, grid, options, on_bytes)
+        layers = _attach_layers(plan, grid, options, on_bytes)
+        plan.model.to(grid.device)
+        kernels = (layer.runner.kernel for layer in layers.values())
+        expert_bytes = sum(kernel.nbytes() for kernel in kernels if kernel is not None)
+        _log_loaded(plan, dense, expert_bytes, options, grid.world.comm)
         return LoadedModel(
-            model, held_layers, collective_modules, kind, dense, held, checkpoint.bytes_read, dense_kernels
+            plan.model,
+            tuple(layers.values()),
+            find_collective_modules(plan.model, plan.parts, layers),
+            plan.dtype,
+            dense.nbytes,
+            expert_bytes,
+            plan.checkpoint.bytes_read,
+            dense.kernels,
         )
+
+
+@dataclass(frozen=True)
+class _LoadPlan:
+    """The model without memory, and which stored tensors it is loaded from.
+
+    Attributes:
+        model: transformers' model.
+        checkpoint: The weights, some of them quantised while they are read if the options say so.
+        dtype: That of the computation.
+        sources: The stored tensors of every parameter.
+        dense: Those of the parameters outside of expert layers.
+        parts: The modules that xpar's layers take over, by layer.
+        linear: The kernel of dense products with weights in floats.
+    """
+
+    model: Any
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    sources: Mapping[str, Source]
+    dense: Mapping[str, Source]
+    parts: dict[int, MoeModules]
+    linear: Choice[LinearEntry]
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The beginnings of the names of parameters that xpar's layers fill."""
+        return tuple(prefix for part in self.parts.values() for prefix in part.parameters)
+
+
+@dataclass(frozen=True)
+class _DenseWeights:
+    """The dense weights that a rank has loaded: their bytes, and the kernels of their products.
+
+    ``products``: those that stay codes.
+    """
+
+    nbytes: int
+    kernels: str
+    products: Sequence[QuantisedProduct]
+
+
+def _make_plan(
+    stored: Checkpoint, grid: ProcessGrid, dtype: torch.dtype | None, options: SpreadOptions
+) -> _LoadPlan:
+    """Build the model without memory and find its stored tensors. Collective."""
+    comm = grid.world.comm
+    computed = agreed(comm, lambda: dtype or stored.dtype)
+    linear = agreed(comm, lambda: _choose_dense(computed, grid.device, options))
+    model = agreed(comm, lambda: build_empty_model(stored, computed))
+    parts = agreed(comm, lambda: moe_modules(model, dict(stored.config), options.whole_block))
+    sources = agreed(comm, lambda: find_sources(model, stored))
+    plan = _LoadPlan(model, stored, computed, sources, {}, parts, linear)
+    dense = agreed(comm, lambda: dense_sources(model, stored, sources, plan.foreign))
+    plan = replace(plan, dense=dense)
+    if (to := options.quantisation) is None:
+        return plan
+    weights = agreed(comm, lambda: weights_to_quantise(model, stored, sources, dense, parts, to).open())
+    return replace(plan, checkpoint=weights)
+
+
+def _load_dense_weights(
+    plan: _LoadPlan, grid: ProcessGrid, options: SpreadOptions, on_bytes: Callable[[int], None]
+) -> _DenseWeights:
+    """Load all but the experts: codes of products, the other tensors, then packed products. Collective."""
+    comm, node, model, checkpoint, dtype = grid.world.comm, grid.node, plan.model, plan.checkpoint, plan.dtype
+    kernel, entry = DenseKernel(dtype, grid.device, options.dense), plan.linear.chosen
+    products = agreed(comm, lambda: choose_quantised(model, checkpoint, plan.dense, kernel))
+    is_packed = entry.name != PLAIN
+    column_parallel = ColumnParallel(node) if is_packed and _slices(grid, options) else None
+    # Inside, the ranks of a node fail together, so that none of them is missing from this agreement.
+    nbytes = agreed(
+        comm, lambda: load_quantised(model, checkpoint, products, node, dtype, column_parallel, on_bytes)
+    )
+    names = {f"{product.module}.{end}" for product in products for end in ("weight", "bias")}
+    floats = {key: source for key, source in plan.dense.items() if key not in names}
+    nbytes += agreed(comm, lambda: load_dense(model, checkpoint, floats, plan.foreign, node, dtype, on_bytes))
+    if is_packed:
+        # Weights are packed before experts are loaded: one weight at a time is in memory twice.
+        nbytes += agreed(comm, lambda: pack_model(model, entry, column_parallel))
+        give_back_freed_memory()
+    return _DenseWeights(nbytes, f"{QUANTISED} and {entry.name}" if products else entry.name, products)
+
+
+def _attach_layers(
+    plan: _LoadPlan, grid: ProcessGrid, options: SpreadOptions, on_bytes: Callable[[int], None]
+) -> dict[int, Layer]:
+    """Load this rank's experts, and put xpar's layers in the places of the model's modules. Collective."""
+    layers = agreed(grid.world.comm, lambda: _load_layers(plan, grid, options, on_bytes), patient=True)
+    for layer, part in plan.parts.items():
+        replace_modules(plan.model, part, layers[layer])
+    if any(isinstance(layer, ExpertLayer) for layer in layers.values()):
+        register()
+        plan.model.set_experts_implementation(IMPLEMENTATION)
+    return layers
+
+
+def _log_loaded(
+    plan: _LoadPlan, dense: _DenseWeights, expert_bytes: int, options: SpreadOptions, comm: Communicator
+) -> None:
+    """Log what this rank has of the model, and what quantised weights became. Collective."""
+    checkpoint = plan.checkpoint
+    log.info(
+        "%s: %.1f MB of dense weights (%s products%s%s), %.1f MB of experts%s, %.1f MB read",
+        type(plan.model).__name__,
+        dense.nbytes / 1e6,
+        dense.kernels,
+        f": {describe_formats(dense.products)} from codes" if dense.products else "",
+        "".join(f"; {name}: {why}" for name, why in plan.linear.rejected),
+        expert_bytes / 1e6,
+        "" if is_known(checkpoint.config) else " alone (no schema of this family's blocks)",
+        checkpoint.bytes_read / 1e6,
+    )
+    if isinstance(checkpoint, QuantisedOnLoad) and options.quantisation is not None:
+        log_errors(checkpoint, options.quantisation, comm)
+    if conversions := checkpoint.describe_conversions(plan.dtype):
+        log.info("quantised weights are converted: %s", conversions)
 
 
 def expert_configs(path: Path) -> list[LayerConfig]:
@@ -249,48 +251,6 @@ def _slices(grid: ProcessGrid, options: SpreadOptions) -> bool:
     return max(size for size, _ in facts) > 1
 
 
-def _find_collective_modules(
-    model: Any, parts: Mapping[int, MoeModules], layers: Mapping[int, Layer]
-) -> tuple[CollectiveModule, ...]:
-    """Find the modules that ranks call together, in the order of a forward.
-
-    Collective where dense products are sliced: a forward shows the order.
-    """
-    sliced = [module for module in model.modules() if isinstance(module, ColumnParallelLinear)]
-    if not sliced:
-        return tuple(layers.values())
-    collective_modules: dict[Any, CollectiveModule] = {
-        model.get_submodule(part.names[0]): layers[n] for n, part in parts.items()
-    }
-    order = forward_order(model, [*collective_modules, *sliced])
-    collective_modules |= group_by_input(order)
-    for layer in layers.values():
-        layer.reset_slots()  # the forward above was not a user's
-    return tuple(collective_modules[module] for module, _ in order if module in collective_modules)
-
-
-def forward_order(model: Any, modules: Iterable[torch.nn.Module]) -> list[tuple[torch.nn.Module, Any]]:
-    """Run a forward of one token.
-
-    List each of ``modules`` with its first argument, in the order of the calls.
-
-    Collective. The arguments are kept alive, so that two are the same object only if they are one tensor.
-    """
-    order: list[tuple[torch.nn.Module, Any]] = []
-
-    def called(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        order.append((module, args[0] if args else None))
-
-    handles = [module.register_forward_pre_hook(called) for module in modules]
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order
-
-
 def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptions) -> Choice[LinearEntry]:
     """Choose the kernel of dense products with weights in floats.
 
@@ -306,37 +266,24 @@ def _choose_dense(dtype: torch.dtype, device: torch.device, options: SpreadOptio
     return choose_linear(dtype, PLAIN)
 
 
-def _bytes_to_hold(
-    model: Any,
-    plan: Iterable[str],
-    parts: dict[int, MoeModules],
-    grid: ProcessGrid,
-    dtype: torch.dtype,
-) -> int:
+def _bytes_to_hold(plan: _LoadPlan, grid: ProcessGrid) -> int:
     """Return the bytes of the dense weights and of this rank's part of the experts.
 
     The number is exact only if the experts divide evenly.
     """
-    state = model.state_dict()
-    experts = sum(
-        p.numel() for part in parts.values() for module in part.modules for p in module.parameters()
-    )
-    dense = sum(int(state[key].numel()) for key in plan)
-    return dtype.itemsize * (dense + experts // grid.moe.size)
+    state = plan.model.state_dict()
+    modules = [module for part in plan.parts.values() for module in part.modules]
+    experts = sum(p.numel() for module in modules for p in module.parameters())
+    dense = sum(int(state[key].numel()) for key in plan.dense)
+    return plan.dtype.itemsize * (dense + experts // grid.moe.size)
 
 
 def _load_layers(
-    model: Any,
-    checkpoint: Checkpoint,
-    sources: Mapping[str, Source],
-    grid: ProcessGrid,
-    dtype: torch.dtype,
-    parts: dict[int, MoeModules],
-    options: SpreadOptions,
-    loaded: Callable[[int], None],
+    plan: _LoadPlan, grid: ProcessGrid, options: SpreadOptions, on_bytes: Callable[[int], None]
 ) -> dict[int, Layer]:
+    model, checkpoint, sources, dtype = plan.model, plan.checkpoint, plan.sources, plan.dtype
     layers: dict[int, Layer] = {}
-    for n, part in parts.items():
+    for n, part in plan.parts.items():
         with allocation_errors(n, str(checkpoint.path / "config.json")):
             if part.experts:
                 name = part.names[0]
@@ -344,9 +291,9 @@ def _load_layers(
                 read = experts_reader(model, name, checkpoint, sources, config, dtype)
                 rows = expert_rows(config, grid)
                 stored = stored_experts(model, name, checkpoint, sources, config, dtype, rows)
-                layers[n] = build_moe_modules(config, grid, dtype, n, read, options, loaded, stored)
+                layers[n] = build_moe_modules(config, grid, dtype, n, read, options, on_bytes, stored)
             else:
                 before = checkpoint.bytes_read
                 layers[n] = build_block(checkpoint, n, grid, dtype, options.of_layer())
-                loaded(checkpoint.bytes_read - before)
+                on_bytes(checkpoint.bytes_read - before)
     return layers

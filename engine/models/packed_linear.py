@@ -47,7 +47,7 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(
         self,
-        shared: ColumnParallel,
+        column_parallel: ColumnParallel,
         linear: LinearKernel | None,
         columns: slice,
         number: int,
@@ -56,7 +56,7 @@ class ColumnParallelLinear(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.shared, self.number, self.inputs, self.dtype = shared, number, inputs, dtype
+        self.column_parallel, self.number, self.inputs, self.dtype = column_parallel, number, inputs, dtype
         self.weight = torch.empty(0, dtype=dtype)
         self.siblings = SameInputGroup([self])
         self._linear, self._columns, self._outputs = linear, columns, outputs
@@ -110,7 +110,7 @@ class SameInputGroup:
         self._products(torch.empty(0, first.inputs, dtype=first.dtype))
 
     def _products(self, rows: Tensor) -> list[Tensor]:
-        return self._members[0].shared.products(rows, [m.share() for m in self._members], self._tag)
+        return self._members[0].column_parallel.products(rows, [m.share() for m in self._members], self._tag)
 
 
 def group_by_input(calls: Sequence[tuple[nn.Module, Any]]) -> dict[ColumnParallelLinear, SameInputGroup]:
@@ -138,29 +138,31 @@ def group_by_input(calls: Sequence[tuple[nn.Module, Any]]) -> dict[ColumnParalle
     return found
 
 
-def pack_model(model: Any, record: LinearEntry, shared: ColumnParallel | None = None) -> int:
+def pack_model(model: Any, entry: LinearEntry, column_parallel: ColumnParallel | None = None) -> int:
     """Replace attention and dense products of ``model`` by faster ones; return the bytes that this adds."""
     use_xpar_attention(model)
-    return pack_dense(model, record, shared)
+    return pack_dense(model, entry, column_parallel)
 
 
-def pack_dense(model: Any, record: LinearEntry, shared: ColumnParallel | None = None) -> int:
+def pack_dense(model: Any, entry: LinearEntry, column_parallel: ColumnParallel | None = None) -> int:
     """Pack the weights of ``model``'s attention, dense layers and head, one by one.
 
     Modules without memory are left out: an expert layer takes their place. Routers stay plain, bit by bit the
     model's own. So does a head that is also the embedding: its rows are read, and a packed copy would be a
     second one.
 
-    ``shared``: the ranks that slice the products, each of which keeps its columns of every weight; with None
-    every rank keeps all. Returns the bytes that packing adds.
+    ``column_parallel``: the ranks that slice the products, each of which keeps its columns of every weight;
+    with None every rank keeps all. Returns the bytes that packing adds.
     """
     # Names, not modules: a plain weight must be free before the next one is packed.
     numbers = module_numbers(model)
     names = [name for name in packable(model) if not model.get_submodule(name).weight.is_meta]
-    return sum(_pack(model, name, record, shared, numbers[name]) for name in names)
+    return sum(_pack(model, name, entry, column_parallel, numbers[name]) for name in names)
 
 
-def _pack(model: Any, name: str, record: LinearEntry, shared: ColumnParallel | None, number: int) -> int:
+def _pack(
+    model: Any, name: str, entry: LinearEntry, column_parallel: ColumnParallel | None, number: int
+) -> int:
     module = model.get_submodule(name)
     before: int = sum(p.nbytes for p in module.parameters())
     weight = module.weight.detach()
@@ -169,11 +171,13 @@ def _pack(model: Any, name: str, record: LinearEntry, shared: ColumnParallel | N
 
     def build(part: slice) -> LinearKernel:
         if part == slice(0, outputs):
-            return record.build(weight, bias)
+            return entry.build(weight, bias)
         # A copy, so that nothing keeps the whole bias.
-        return record.build(weight[part], None if bias is None else bias[part].clone())
+        return entry.build(weight[part], None if bias is None else bias[part].clone())
 
-    return place_product(model, name, build, (outputs, inputs), weight.dtype, shared, number) - before
+    return (
+        place_product(model, name, build, (outputs, inputs), weight.dtype, column_parallel, number) - before
+    )
 
 
 def place_product(
@@ -182,7 +186,7 @@ def place_product(
     build: Callable[[slice], LinearKernel],
     shape: tuple[int, int],
     dtype: torch.dtype,
-    shared: ColumnParallel | None,
+    column_parallel: ColumnParallel | None,
     number: int,
 ) -> int:
     """Replace the linear module ``name`` of ``model`` by a packed one; return the bytes of its weights.
@@ -193,17 +197,17 @@ def place_product(
         build: Packs the given columns of the product, of which there are some.
         shape: N and K.
         dtype: That of rows and results.
-        shared: The ranks that slice the product, or None.
+        column_parallel: The ranks that slice the product, or None.
         number: Its place in the model, see :func:`module_numbers`.
     """
     outputs, inputs = shape
     packed: PackedLinearModule | ColumnParallelLinear
-    if shared is None:
+    if column_parallel is None:
         packed = PackedLinearModule(build(slice(0, outputs)), outputs, dtype)
     else:
-        part = split_columns(outputs, shared.group)
+        part = split_columns(outputs, column_parallel.group)
         linear = build(part) if part.start < part.stop else None
-        packed = ColumnParallelLinear(shared, linear, part, number, inputs, outputs, dtype)
+        packed = ColumnParallelLinear(column_parallel, linear, part, number, inputs, outputs, dtype)
     model.set_submodule(name, packed)
     return packed.nbytes
 

@@ -80,11 +80,11 @@ class StoredExperts:
     """A layer's experts as a quantised checkpoint has them.
 
     Attributes:
-        form: The format of this rank's slice of each.
+        weight_format: The format of this rank's slice of each.
         read: Yields (local index, codes and scales and biases) of the experts with the given ids.
     """
 
-    form: WeightFormat
+    weight_format: WeightFormat
     read: Callable[[Sequence[int]], Iterator[tuple[int, QuantisedTensors]]]
 
 
@@ -95,26 +95,26 @@ def build_moe_modules(
     layer: int,
     read: ReadLayer,
     options: SpreadOptions,
-    loaded: Callable[[int], None] = lambda nbytes: None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
     stored: StoredExperts | None = None,
 ) -> ExpertLayer:
     """Build this rank's part of a layer's experts, read by ``read``; no collective is called.
 
-    ``loaded`` hears the bytes of each expert, as numbers of ``dtype``. ``stored``: the experts' codes and
-    scales, which stay as they are if a kernel computes from them. Raises ValueError for options that do not
-    fit the grid, the layer or this machine.
+    ``on_bytes`` is called with the bytes of each expert, as numbers of ``dtype``. ``stored``: the experts'
+    codes and scales, which stay as they are if a kernel computes from them. Raises ValueError for options
+    that do not fit the grid, the layer or this machine.
     """
-    form = None if stored is None else stored.form
-    experts = build_expert_shard(config, grid, dtype, options, weight_format=form)
+    weight_format = None if stored is None else stored.weight_format
+    experts = build_expert_shard(config, grid, dtype, options, weight_format=weight_format)
     if stored is not None and experts.weight_format is not None:
         kernel = cast(QuantisedKernel, experts.kernel)
         for index, codes in stored.read(experts.experts):
             kernel.load_quantised(index, *codes)
-            loaded(sum(math.prod(t.shape) for t in codes if t is not None) * dtype.itemsize)
+            on_bytes(sum(math.prod(t.shape) for t in codes if t is not None) * dtype.itemsize)
     elif experts.kernel is not None:
         for index, tensors in read(experts.experts, experts.rows):
             experts.kernel.load_expert(index, *tensors)
-            loaded(sum(t.nbytes for t in tensors if t is not None))
+            on_bytes(sum(t.nbytes for t in tensors if t is not None))
     return ExpertLayer(
         MoERunner(
             experts_alone(config), grid, None, experts, dtype=dtype, options=options.of_layer(), layer=layer

@@ -128,7 +128,9 @@ class _Writer:
     def config(self) -> dict[str, object]:
         """Return the ``quantization_config``."""
         stored, experts = self._weights.checkpoint, self._weights.experts
-        dense = next((form for name, form in self._formats.items() if name not in experts), None)
+        dense = next(
+            (weight_format for name, weight_format in self._formats.items() if name not in experts), None
+        )
         kept = [name for name in stored.names() if name.endswith(".weight") and name not in self._formats]
         floats = [name.removesuffix(".weight") for name in kept if len(stored.entry(name).shape) == 2]
         return dict(self._form.config(self._formats[next(iter(experts))], dense, floats))
@@ -161,12 +163,14 @@ def _plain(stored: Checkpoint, name: str) -> TensorPlan:
     return TensorPlan(name, entry.shape, DTYPES[entry.dtype])
 
 
-def _zeros(shape: tuple[int, ...], form: WeightFormat) -> QuantisedWeight:
+def _zeros(shape: tuple[int, ...], weight_format: WeightFormat) -> QuantisedWeight:
     *stack, rows, cols = shape
-    grid = (*stack, *form.grid(rows, cols))
-    codes = torch.zeros(*stack, *form.code_shape(rows, cols), dtype=form.code.dtype)
-    factor = torch.ones(tuple(stack)) if form.global_scale else None
-    return QuantisedWeight(form, codes, torch.zeros(grid).to(form.scale), cols, None, factor)
+    grid = (*stack, *weight_format.grid(rows, cols))
+    codes = torch.zeros(*stack, *weight_format.code_shape(rows, cols), dtype=weight_format.code.dtype)
+    factor = torch.ones(tuple(stack)) if weight_format.global_scale else None
+    return QuantisedWeight(
+        weight_format, codes, torch.zeros(grid).to(weight_format.scale), cols, None, factor
+    )
 
 
 def _copy_others(source: Path, out: Path) -> None:

@@ -43,14 +43,14 @@ class QuantisedProduct:
         weight: The name of the stored weight.
         bias: The name of the stored bias, or None.
         shape: N and K.
-        form: The format of the weight.
+        weight_format: The format of the weight.
     """
 
     module: str
     weight: str
     bias: str | None
     shape: tuple[int, int]
-    form: WeightFormat
+    weight_format: WeightFormat
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class DenseKernel:
     device: torch.device
     name: str = "auto"
 
-    def why_not(self, form: WeightFormat) -> str | None:
-        """Return why products are not computed from weights in ``form``, or None."""
+    def why_not(self, weight_format: WeightFormat) -> str | None:
+        """Return why products are not computed from weights in ``weight_format``, or None."""
         if self.device.type != "cpu":
             return f"dense products on {self.device.type} devices are not computed from codes"
         if self.name not in ("auto", QUANTISED):
             return f"dense={self.name} was asked for"
-        return linear_native_quantised.why_not(form, self.dtype)
+        return linear_native_quantised.why_not(weight_format, self.dtype)
 
 
 def choose_quantised(
@@ -82,10 +82,10 @@ def choose_quantised(
     chosen: list[QuantisedProduct] = []
     converted: dict[tuple[WeightFormat, str], list[torch.Size]] = {}
     for key, source in plan.items():
-        form = next(
+        weight_format = next(
             (f for names in source.names.values() for f in map(checkpoint.weight_format, names) if f), None
         )
-        if form is None:
+        if weight_format is None:
             continue
         module, _, kind = key.rpartition(".")
         bias = plan.get(f"{module}.bias")
@@ -94,19 +94,20 @@ def choose_quantised(
         elif source.name is None or (bias is not None and bias.name is None):
             why = "it is made of several stored tensors"
         else:
-            why = kernel.why_not(form)
+            why = kernel.why_not(weight_format)
         if why is None and source.name is not None:
             outputs, inputs = state[key].shape
             checkpoint.check_shape(source.name, (outputs, inputs))
             name = None if bias is None else bias.name
-            chosen.append(QuantisedProduct(module, source.name, name, (outputs, inputs), form))
+            chosen.append(QuantisedProduct(module, source.name, name, (outputs, inputs), weight_format))
         elif why is not None:
-            converted.setdefault((form, why), []).append(state[key].shape)
-    for (form, why), shapes in converted.items():
-        _log_conversion(form, why, shapes, kernel.dtype)
+            converted.setdefault((weight_format, why), []).append(state[key].shape)
+    for (weight_format, why), shapes in converted.items():
+        _log_conversion(weight_format, why, shapes, kernel.dtype)
     if kernel.name == QUANTISED and not chosen:
         reasons = (
-            "; ".join(f"{form}: {why}" for form, why in converted) or "it has no quantised dense weights"
+            "; ".join(f"{weight_format}: {why}" for weight_format, why in converted)
+            or "it has no quantised dense weights"
         )
         raise ValueError(
             f"dense={QUANTISED!r}: no dense product of {checkpoint.path} is computed from codes ({reasons}); "
@@ -121,26 +122,27 @@ def load_quantised(
     products: Sequence[QuantisedProduct],
     node: Communicator,
     dtype: torch.dtype,
-    shared: ColumnParallel | None,
-    loaded: Callable[[int], None] = lambda nbytes: None,
+    column_parallel: ColumnParallel | None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
 ) -> int:
     """Replace ``products`` of ``model`` by packed ones; return the bytes that this rank holds of them.
 
-    Collective over ``node``. ``shared``: the ranks that slice the products, or None. ``loaded`` is called
-    with the bytes of each weight as numbers of ``dtype``. Raises :class:`CheckpointError` on all of the node.
+    Collective over ``node``. ``column_parallel``: the ranks that slice the products, or None. ``on_bytes`` is
+    called with the bytes of each weight as numbers of ``dtype``. Raises :class:`CheckpointError` on all of
+    the node.
     """
     held, passed, numbers = 0, 0, module_numbers(model)
     # The largest first, while little else is in memory: for a moment it is there twice.
     for product in sorted(products, key=lambda p: math.prod(p.shape), reverse=True):
         build = _shared_builder(checkpoint, product, node, dtype)
         number = numbers[product.module]
-        held += place_product(model, product.module, build, product.shape, dtype, shared, number)
+        held += place_product(model, product.module, build, product.shape, dtype, column_parallel, number)
         del build  # it has the whole weight
-        passed += product.form.nbytes(*product.shape)
+        passed += product.weight_format.nbytes(*product.shape)
         if passed >= TRIM_BYTES:
             give_back_freed_memory()
             passed = 0
-        loaded(math.prod(product.shape) * dtype.itemsize)
+        on_bytes(math.prod(product.shape) * dtype.itemsize)
     return held
 
 
@@ -165,16 +167,18 @@ def _shared_builder(
 
 def describe_formats(products: Sequence[QuantisedProduct]) -> str:
     """Count ``products`` by their formats, in words."""
-    counts = Counter(str(product.form) for product in products)
-    return ", ".join(f"{count} of {form}" for form, count in counts.items())
+    counts = Counter(str(product.weight_format) for product in products)
+    return ", ".join(f"{count} of {weight_format}" for weight_format, count in counts.items())
 
 
-def _log_conversion(form: WeightFormat, why: str, shapes: Sequence[torch.Size], dtype: torch.dtype) -> None:
+def _log_conversion(
+    weight_format: WeightFormat, why: str, shapes: Sequence[torch.Size], dtype: torch.dtype
+) -> None:
     kept = sum(shape.numel() for shape in shapes) * dtype.itemsize
-    stored = sum(form.nbytes(math.prod(shape[:-1]), shape[-1]) for shape in shapes)
+    stored = sum(weight_format.nbytes(math.prod(shape[:-1]), shape[-1]) for shape in shapes)
     log.info(
         "%s weights of %d dense products are converted to %s, %.1f MB instead of %.1f (%.1f times): %s",
-        form,
+        weight_format,
         len(shapes),
         str(dtype).removeprefix("torch."),
         kept / 1e6,
@@ -205,7 +209,7 @@ def _share(read: Callable[[], QuantisedWeight], node: Communicator) -> Quantised
         found.append(weight)
         return weight.format, weight.cols, {n: (tuple(t.shape), t.dtype) for n, t in _parts(weight).items()}
 
-    form, cols, shapes = on_first(describe, node)
+    weight_format, cols, shapes = on_first(describe, node)
     parts = (
         _parts(found[0])
         if found
@@ -213,7 +217,7 @@ def _share(read: Callable[[], QuantisedWeight], node: Communicator) -> Quantised
     )
     for tensor in parts.values():
         node.broadcast(tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor)
-    return QuantisedWeight(form, cols=cols, **parts)
+    return QuantisedWeight(weight_format, cols=cols, **parts)
 
 
 def _parts(weight: QuantisedWeight) -> dict[str, Tensor]:

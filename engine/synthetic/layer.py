@@ -55,11 +55,11 @@ class SyntheticLayer:
             return gate_up.dequantise(), down.dequantise()
         return self._mlp(expert, self.config.intermediate_size, self.config.routed_size)
 
-    def quantised(self, expert: int, fmt: WeightFormat) -> tuple[QuantisedWeight, QuantisedWeight]:
-        """Draw ``gate_up`` and ``down`` of a global expert id in ``fmt``."""
+    def quantised(self, expert: int, weight_format: WeightFormat) -> tuple[QuantisedWeight, QuantisedWeight]:
+        """Draw ``gate_up`` and ``down`` of a global expert id in ``weight_format``."""
         if expert not in self._quantised:
             gate_up, down = self._mlp(expert, self.config.intermediate_size, self.config.routed_size)
-            self._quantised[expert] = quantise(gate_up, fmt), quantise(down, fmt)
+            self._quantised[expert] = quantise(gate_up, weight_format), quantise(down, weight_format)
         return self._quantised[expert]
 
     def biases(self, expert: int) -> tuple[Tensor, Tensor] | None:
@@ -172,8 +172,8 @@ class SyntheticLayer:
             (c.activation.gate_up_rows(c.intermediate_size), c.routed_size),
             (c.routed_size, c.intermediate_size),
         )
-        fmt, size = self.weight_format, self.dtype.itemsize
-        routed = sum(n * k * size if fmt is None else fmt.nbytes(n, k) for n, k in shapes)
+        weight_format, size = self.weight_format, self.dtype.itemsize
+        routed = sum(n * k * size if weight_format is None else weight_format.nbytes(n, k) for n, k in shapes)
         shared = 3 * c.shared.intermediate_size * c.hidden_size if c.shared else 0
         return c.num_experts * routed + (shared + 2 * c.hidden_size * (c.latent_size or 0)) * size
 

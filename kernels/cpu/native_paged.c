@@ -194,19 +194,19 @@ int xpar_paged_attend(const struct paged *a, int set, int threads)
     return 0;
 }
 
-/* Copy rows [T, heads, `bytes`] into the slots of a pool, in bytes; slot s is place s % block of block
- * s / block. Strides are of tokens and heads of `rows`, and of blocks, heads and places of the pool. Returns
- * 0, or -2 without having copied anything if a slot does not exist.
+/* Copy rows [T, heads, `bytes`] into the places of a pool, in bytes; place p is row p % block of block
+ * p / block. Strides are of tokens and heads of `rows`, and of blocks, heads and places of the pool. Returns
+ * 0, or -2 without having copied anything if a place does not exist.
  */
 int xpar_paged_store(
-    const char *rows, const int64_t *row_strides, const int64_t *slots, int64_t count, int64_t heads,
+    const char *rows, const int64_t *row_strides, const int64_t *places, int64_t count, int64_t heads,
     int64_t bytes, char *pool, const int64_t *pool_strides, int64_t num_blocks, int64_t block)
 {
     for (int64_t t = 0; t < count; t++)
-        if (slots[t] < 0 || slots[t] >= num_blocks * block)
+        if (places[t] < 0 || places[t] >= num_blocks * block)
             return -2;
     for (int64_t t = 0; t < count; t++) {
-        char *to = pool + slots[t] / block * pool_strides[0] + slots[t] % block * pool_strides[2];
+        char *to = pool + places[t] / block * pool_strides[0] + places[t] % block * pool_strides[2];
         const char *from = rows + t * row_strides[0];
         for (int64_t head = 0; head < heads; head++)
             memcpy(to + head * pool_strides[1], from + head * row_strides[1], bytes);

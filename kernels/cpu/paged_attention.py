@@ -106,24 +106,24 @@ class PagedAttention:
         return paged_library.attend(query, keys, values, tables, scale, window, sinks, softcap, instructions)
 
 
-def store(pool: Tensor, slots: Tensor, new: Tensor) -> None:
-    """Write new keys or values [T, Hk, D] to the places ``slots`` of a pool [N, Hk, P, D], in place.
+def store(pool: Tensor, places: Tensor, new: Tensor) -> None:
+    """Write new keys or values [T, Hk, D] to ``places`` of a pool [N, Hk, P, D], in place.
 
     Args:
         pool: The pool of one layer's keys or values.
-        slots: [T] int64; slot s is place ``s % P`` of block ``s // P``. Slots differ.
+        places: [T] int64; place p is number ``p % P`` of block ``p // P``. Places differ.
         new: [T, Hk, D] in the pool's dtype.
 
     Raises:
-        ValueError: A slot does not exist; then nothing was written.
+        ValueError: A place does not exist; then nothing was written.
     """
-    if paged_library.can_store(pool, slots, new):
-        paged_library.store(pool, slots, new)
+    if paged_library.can_store(pool, places, new):
+        paged_library.store(pool, places, new)
         return
     size = pool.shape[2]
-    if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < pool.shape[0] * size:
-        raise ValueError(paged_library.no_slot(pool))
-    pool.transpose(1, 2)[slots // size, slots % size] = new
+    if len(places) and not 0 <= int(places.min()) <= int(places.max()) < pool.shape[0] * size:
+        raise ValueError(paged_library.no_place(pool))
+    pool.transpose(1, 2)[places // size, places % size] = new
 
 
 def attend_by_definition(

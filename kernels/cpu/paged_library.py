@@ -129,33 +129,33 @@ def attend(
     return out
 
 
-def can_store(pool: Tensor, slots: Tensor, new: Tensor) -> bool:
+def can_store(pool: Tensor, places: Tensor, new: Tensor) -> bool:
     """Return whether :func:`store` can copy between these tensors."""
     return (
         why_unavailable() is None
-        and slots.dtype == torch.int64
-        and slots.is_contiguous()
+        and places.dtype == torch.int64
+        and places.is_contiguous()
         and new.dtype == pool.dtype
-        and all(x.device.type == "cpu" and x.stride(-1) == 1 for x in (pool, slots, new))
+        and all(x.device.type == "cpu" and x.stride(-1) == 1 for x in (pool, places, new))
     )
 
 
-def store(pool: Tensor, slots: Tensor, new: Tensor) -> None:
-    """Copy ``new`` [T, Hk, D] to ``slots`` [T] of ``pool`` [N, Hk, P, D], in place."""
+def store(pool: Tensor, places: Tensor, new: Tensor) -> None:
+    """Copy ``new`` [T, Hk, D] to ``places`` [T] of ``pool`` [N, Hk, P, D], in place."""
     item = pool.element_size()
     strides = [(ctypes.c_int64 * 3)(*(item * step for step in x.stride()[:3])) for x in (new, pool)]
     status = _load().xpar_paged_store(
-        *(new.data_ptr(), strides[0], slots.data_ptr(), len(slots), new.shape[1], item * new.shape[2]),
+        *(new.data_ptr(), strides[0], places.data_ptr(), len(places), new.shape[1], item * new.shape[2]),
         *(pool.data_ptr(), strides[1], pool.shape[0], pool.shape[2]),
     )
     if status:
-        raise ValueError(no_slot(pool))
+        raise ValueError(no_place(pool))
 
 
-def no_slot(pool: Tensor) -> str:
-    """Return the message about slots that do not exist."""
+def no_place(pool: Tensor) -> str:
+    """Return the message about places that do not exist."""
     blocks, size = pool.shape[0], pool.shape[2]
-    return f"slots: a pool of {blocks} blocks of {size} has 0 to {blocks * size - 1}"
+    return f"places: a pool of {blocks} blocks of {size} has 0 to {blocks * size - 1}"
 
 
 @cache

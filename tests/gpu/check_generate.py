@@ -32,10 +32,12 @@ from torch import Tensor
 from xpar.comm import ProcessGrid, World, run
 from xpar.comm.partition import split_range
 from xpar.comm.step_agreement import agree_step
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.recorder import PATIENCE, DecodeGraph
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
 STEPS = 150

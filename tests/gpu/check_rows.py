@@ -24,9 +24,10 @@ import torch
 from row_models import ORIGINAL, OTHERS, ROPES, answer_alone, build
 from torch import Tensor
 
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.decode_graph import record
 from xpar.engine.generation.recorder import PATIENCE, DecodeGraph
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 
 NAMES = ("qwen3_moe-longrope", "phimoe-longrope", "olmoe-dynamic", "llama4-temperature", "gpt_oss-window")

@@ -57,9 +57,9 @@ def batch(name, shape, g, dtype=torch.bfloat16):
     )
     for b, (_, length) in enumerate(sequences):
         tables[b, : needed[b]] = order[sum(needed[:b]) :][: needed[b]]
-        slots = tables[b, torch.arange(length) // block].long() * block + torch.arange(length) % block
+        places = tables[b, torch.arange(length) // block].long() * block + torch.arange(length) % block
         for pool in (keys, values):
-            store(pool, slots, torch.randn(length, key_heads, pool.shape[3], generator=g).to(dtype))
+            store(pool, places, torch.randn(length, key_heads, pool.shape[3], generator=g).to(dtype))
     starts = torch.tensor([0, *(count for count, _ in sequences)]).cumsum(0).int()
     # A part of a wider tensor, as of a fused product.
     query = torch.randn(int(starts[-1]), heads, size + 16, generator=g).to(dtype)[..., :size]
@@ -235,13 +235,13 @@ def test_blocks_that_do_not_exist_are_refused(g):
 def test_new_keys_are_stored_at_their_slots(native, dtype, g, monkeypatch):
     monkeypatch.setattr(paged_library, "can_store", lambda *tensors: native)
     pool = torch.randn(6, 3, 7, 10, generator=g).to(dtype)
-    expected, slots = pool.clone(), torch.randperm(42, generator=g)[:19]
+    expected, places = pool.clone(), torch.randperm(42, generator=g)[:19]
     new = torch.randn(3, 19, 12, generator=g).to(dtype).transpose(0, 1)[..., :10]
-    for slot, row in zip(slots.tolist(), new, strict=True):
-        expected[slot // 7, :, slot % 7] = row
-    store(pool, slots, new)
+    for place, row in zip(places.tolist(), new, strict=True):
+        expected[place // 7, :, place % 7] = row
+    store(pool, places, new)
     assert torch.equal(pool, expected)
-    store(pool, slots[:0], new[:0])
+    store(pool, places[:0], new[:0])
     for wrong in (-1, 42):
         with pytest.raises(ValueError, match="a pool of 6 blocks of 7 has 0 to 41"):
             store(pool, torch.tensor([3, wrong]), new[:2])

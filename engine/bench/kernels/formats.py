@@ -71,39 +71,48 @@ class CodedLayer:
         return Weights(torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]), self.biases)
 
 
-def draw_weight(fmt: WeightFormat, rows: int, cols: int, g: torch.Generator) -> QuantisedWeight:
+def draw_weight(weight_format: WeightFormat, rows: int, cols: int, g: torch.Generator) -> QuantisedWeight:
     """Draw a weight [rows, cols] that keeps the variance of unit inputs, as codes and scales."""
-    grid = fmt.grid(rows, cols)
-    if fmt.code.is_nibble:
-        return _draw_nibbles(fmt, rows, cols, g)
+    grid = weight_format.grid(rows, cols)
+    if weight_format.code.is_nibble:
+        return _draw_nibbles(weight_format, rows, cols, g)
     values = torch.randn(rows, cols, generator=g, device=g.device)
-    codes = (values * 60).clamp(-448, 448).to(fmt.code.dtype)
+    codes = (values * 60).clamp(-448, 448).to(weight_format.code.dtype)
     scales = (torch.rand(grid, generator=g, device=g.device) + 0.5) / (60 * cols**0.5)
-    return QuantisedWeight(fmt, codes, scales.to(fmt.scale), cols)
+    return QuantisedWeight(weight_format, codes, scales.to(weight_format.scale), cols)
 
 
-def _draw_nibbles(fmt: WeightFormat, rows: int, cols: int, g: torch.Generator) -> QuantisedWeight:
+def _draw_nibbles(weight_format: WeightFormat, rows: int, cols: int, g: torch.Generator) -> QuantisedWeight:
     """Draw any nibbles, and scales of several octaves."""
-    grid, spread = fmt.grid(rows, cols), 3.4 if fmt.code is CodeType.E2M1 else 5.0
+    grid, spread = weight_format.grid(rows, cols), 3.4 if weight_format.code is CodeType.E2M1 else 5.0
     octaves = torch.randn(grid, generator=g, device=g.device) * 0.5
-    scales = torch.exp2(octaves) * (20.0 if fmt.global_scale else 1.0) / (spread * cols**0.5)
-    shape = fmt.code_shape(rows, cols)
+    scales = torch.exp2(octaves) * (20.0 if weight_format.global_scale else 1.0) / (spread * cols**0.5)
+    shape = weight_format.code_shape(rows, cols)
     codes = torch.randint(0, 256, shape, generator=g, device=g.device, dtype=torch.uint8)
     zeros = torch.randint(4, 13, grid, generator=g, device=g.device, dtype=torch.uint8)
-    factor = torch.tensor(0.05, device=g.device) if fmt.global_scale else None
-    return QuantisedWeight(fmt, codes, scales.to(fmt.scale), cols, zeros if fmt.zero_point else None, factor)
+    factor = torch.tensor(0.05, device=g.device) if weight_format.global_scale else None
+    return QuantisedWeight(
+        weight_format,
+        codes,
+        scales.to(weight_format.scale),
+        cols,
+        zeros if weight_format.zero_point else None,
+        factor,
+    )
 
 
-def draw_layer(layer: LayerCase, fmt: Format, dtype: torch.dtype, g: torch.Generator) -> CodedLayer:
+def draw_layer(layer: LayerCase, coding: Format, dtype: torch.dtype, g: torch.Generator) -> CodedLayer:
     """Draw the experts of a layer in a format, on the device of ``g``."""
-    spec = replace(layer.spec(dtype, str(g.device)), weight_format=fmt.weight, activation_scheme=fmt.scheme)
+    spec = replace(
+        layer.spec(dtype, str(g.device)), weight_format=coding.weight, activation_scheme=coding.scheme
+    )
     h, i, packed = (
         spec.hidden_size,
         spec.intermediate_size,
         spec.activation.gate_up_rows(spec.intermediate_size),
     )
     weights = [
-        (draw_weight(fmt.weight, packed, h, g), draw_weight(fmt.weight, h, i, g))
+        (draw_weight(coding.weight, packed, h, g), draw_weight(coding.weight, h, i, g))
         for _ in range(spec.num_experts)
     ]
     sizes = (packed, h) if spec.bias else ()

@@ -20,7 +20,8 @@ from xpar.engine.generation.request import Request, Workload
 from xpar.engine.generation.run_file import RunSummary
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.layer.expert_load import imbalance
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
 MOST_ROUNDS = 5

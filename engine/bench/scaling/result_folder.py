@@ -33,7 +33,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{folder / LINES}: {error}; not the JSON lines of xpar bench scaling") from None
     required = {"mode", "what", "manifest"}
     if not results or not all(isinstance(r, dict) and required <= r.keys() for r in results):
-        raise ValueError(f"{folder / LINES}: holds no records of xpar bench scaling")
+        raise ValueError(f"{folder / LINES}: holds no results of xpar bench scaling")
     return results
 
 

@@ -259,7 +259,7 @@ def test_results_are_not_overwritten_nor_taken_for_what_they_are_not(tmp_path: P
     with pytest.raises(AgreedError, match="No such file"):
         args.main(args)
     result_folder.append(tmp_path, {"mode": "strong"})
-    with pytest.raises(AgreedError, match=r"holds no records of xpar bench scaling"):
+    with pytest.raises(AgreedError, match=r"holds no results of xpar bench scaling"):
         args.main(args)
     with pytest.raises(ValueError, match="exists; move it away, or give another --out"):
         result_folder.open_folder(tmp_path)

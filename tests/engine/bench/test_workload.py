@@ -107,7 +107,7 @@ def test_steps_that_read_are_told_from_those_that_continue(monkeypatch: pytest.M
     clock = StepClock(begin=0.0)
     for done, drawn, computed in [(0, 0, 12), (0, 2, 2), (1, 4, 1), (2, 5, 0)]:
         clock.poll()
-        clock.tell(Progress(done, drawn, (0,)))
+        clock.note_progress(Progress(done, drawn, (0,)))
         if computed:
             clock.count(None, (), {"input_ids": torch.zeros(1, computed, dtype=torch.long)})
     assert [(computed, drawn) for _, computed, drawn in clock.steps] == [(12, 2), (2, 2), (1, 1)]

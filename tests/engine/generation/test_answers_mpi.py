@@ -185,7 +185,7 @@ def test_what_the_harness_asks(world: World, folder: Path) -> None:
 
 
 def _ask(service: Service, path: Path) -> None:
-    tokens = service.tokens
+    tokens = service.tokenizer
     answers = LmEvalAdapter(service, str(path))
     context, continuation = answers._encode_pair("what is it? ", "the end")
     assert END not in [*context, *continuation]
@@ -211,7 +211,7 @@ def test_the_harness_is_warned_of_a_token_on_both_sides(
     """And nothing is left of a continuation that has no token of its own, which is then refused."""
     write_model(world, folder / "model", "byte-level", "both", {})
     tokens = Tokenizer(folder / "model")
-    answers = LmEvalAdapter(SimpleNamespace(tokens=tokens), "model")
+    answers = LmEvalAdapter(SimpleNamespace(tokenizer=tokens), "model")
     assert tokens.tokenizer.decode(answers._encode_pair("what is", " it")[1]) == " it" and not caplog.records
     whole = tokens.encode_open("the answer is forty two")
     before = tokens.encode_open("the answ")

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from xpar.comm.dispatch.choose import DISPATCHERS
 from xpar.engine.generation import decode_graph, recorder
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.decode_graph import PaddedDecodeStep
 from xpar.engine.generation.recorder import PATIENCE, DecodeGraph, bucket_of
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")

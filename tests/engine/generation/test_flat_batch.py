@@ -10,9 +10,10 @@ from loaded_models import loaded
 from shrunk_families import small_model
 from tiny_models import CLEAR
 
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.choose_batch import choose_batch
+from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
-from xpar.engine.generation.grouped_batch import make_batch
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.models.flat_forward import flat_forms
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, KvPool
@@ -193,6 +194,6 @@ def test_other_models_are_padded_and_the_log_says_why(
 ) -> None:
     holder = loaded(small_model(model_type, name, seed=3))
     with caplog.at_level("INFO", "xpar.models"):
-        batch = make_batch(holder, Sampling(), StopConditions(NEW))
+        batch = choose_batch(holder, Sampling(), StopConditions(NEW))
     assert isinstance(batch, DecodeBatch) == holder.is_cache_of_keys_and_values
     assert not isinstance(batch, FlatBatch) and reason in caplog.text

@@ -53,5 +53,5 @@ def test_a_full_disk_is_one_error_and_with_room_the_rest_is_answered(tmp_path: P
     assert 0 < size <= 4096
     assert "ended with 0\n" in second, done.stdout + done.stderr
     answers = [json.loads(line) for line in second.splitlines() if line.startswith("{")]
-    assert [record["line"] for record in answers if "line" in record] == list(range(1, LINES + 1))
+    assert [result["line"] for result in answers if "line" in result] == list(range(1, LINES + 1))
     assert os.listdir(tmp_path / "answers") == []  # nobody else saw that disk

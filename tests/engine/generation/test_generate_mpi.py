@@ -18,7 +18,8 @@ from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.flat_forward import flat_forms
 from xpar.engine.models.kv_pool import BLOCK_TOKENS
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def answers(
     ends: frozenset[int] = ENDS,
     **wanted: Any,
 ) -> tuple[Mapping[int, Any], RunSummary]:
-    """Place in ``texts`` -> answer's record, as read from the file by every rank; and the outcome."""
+    """Place in ``texts`` -> answer's result, as read from the file by every rank; and the outcome."""
     file, out = folder / "prompts.txt", folder / "out.jsonl"
     if world.rank == 0:
         file.write_text("\n".join(texts) + "\n")
@@ -84,10 +85,10 @@ def answers(
     tokens.ends = ends
     work = read_request(world.comm, request, tokens, resume=False)
     outcome = generate(world.comm, request, work, tokens, loaded)
-    records = [json.loads(line) for line in out.read_text().splitlines()]
+    results = [json.loads(line) for line in out.read_text().splitlines()]
     world.comm.barrier()
-    assert [r["line"] for r in records] == list(range(1, len(texts) + 1))
-    return {r["line"] - 1: r for r in records}, outcome
+    assert [r["line"] for r in results] == list(range(1, len(texts) + 1))
+    return {r["line"] - 1: r for r in results}, outcome
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
@@ -117,7 +118,7 @@ def test_greedy_text_is_that_of_transformers(
                 assert found[place]["tokens"] == len(expected.answer)
                 assert found[place]["finish"] == ("length" if len(expected.answer) == MOST else "end")
         assert clear > PROMPTS // 2
-        assert len({record["tokens"] for record in found.values()}) > 1
+        assert len({result["tokens"] for result in found.values()}) > 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -212,9 +213,9 @@ def test_a_stop_in_the_middle_and_a_resume_give_the_same_text(
     rest = read_request(world.comm, request, tokens, resume=True)
     assert not first.complete and len(rest.queue) == len(texts) - first.answers > 0
     assert generate(world.comm, request, rest, tokens, loaded).complete
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    same = sum(record["text"] == whole[record["line"] - 1]["text"] for record in records)
-    assert len(records) == len(texts) and same >= len(texts) - 1  # rounding may turn one near tie
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    same = sum(result["text"] == whole[result["line"] - 1]["text"] for result in results)
+    assert len(results) == len(texts) and same >= len(texts) - 1  # rounding may turn one near tie
 
 
 def test_stop_texts_end_answers_and_are_cut(world: World, root: Path, folder: Path, fresh_seed: int) -> None:
@@ -225,13 +226,13 @@ def test_stop_texts_end_answers_and_are_cut(world: World, root: Path, folder: Pa
     stop = next(letter for r in free.values() for letter in r["text"][3:] if letter.isascii())
     stopped, _ = answers(world, loaded, path, folder, texts, stops=(stop, "\x00\x01\x02"), **options)
     assert any(r["finish"] == "stop" for r in stopped.values())
-    for place, record in free.items():
-        cut = record["text"].find(stop)
+    for place, result in free.items():
+        cut = result["text"].find(stop)
         if cut >= 0:
-            assert stopped[place]["text"] == record["text"][:cut] and stopped[place]["finish"] == "stop"
-            assert stopped[place]["tokens"] <= record["tokens"]
+            assert stopped[place]["text"] == result["text"][:cut] and stopped[place]["finish"] == "stop"
+            assert stopped[place]["tokens"] <= result["tokens"]
         else:
-            assert stopped[place]["text"] == record["text"]
+            assert stopped[place]["text"] == result["text"]
 
 
 def test_a_chat_prompt_goes_through_the_template(

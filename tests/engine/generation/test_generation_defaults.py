@@ -14,9 +14,9 @@ from transformers import GenerationConfig, GenerationMixin
 from xpar.engine.checkpoint.tensor_file import CheckpointError
 from xpar.engine.commands.generation_options import generation_of, run_options
 from xpar.engine.commands.model_parsers import add_sampling
-from xpar.engine.generation.decode_batch import RunningSequence
 from xpar.engine.generation.generation_defaults import ModelDefaults, settle
 from xpar.engine.generation.logits_processors import choose_tokens, make_processors
+from xpar.engine.generation.running_sequence import RunningSequence
 from xpar.engine.generation.sampling import Sampling
 
 VOCAB = 40

@@ -9,8 +9,10 @@ from loaded_models import loaded
 from shrunk_families import small_model
 from tiny_models import CLEAR
 
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
-from xpar.engine.generation.grouped_batch import GroupedBatch, by_length, make_batch
+from xpar.engine.generation.choose_batch import choose_batch
+from xpar.engine.generation.decode_batch import DecodeBatch
+from xpar.engine.generation.grouped_batch import GroupedBatch, by_length
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +43,7 @@ def assert_greedy(model: Any, r: RunningSequence) -> None:
 def test_answers_are_those_of_each_prompt_alone(fresh_seed: int, family: str) -> None:
     """Prompts of a few lengths come in at random steps and end at random lengths; groups merge and shrink."""
     model, draw = small_model(*FAMILIES[family], seed=3), random.Random(fresh_seed)
-    batch = make_batch(loaded(model), Sampling(), StopConditions(NEW))
+    batch = choose_batch(loaded(model), Sampling(), StopConditions(NEW))
     assert isinstance(batch, GroupedBatch)
     waiting = [
         RunningSequence(

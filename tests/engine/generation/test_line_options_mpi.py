@@ -14,7 +14,7 @@ from xpar.comm import ProcessGrid, World
 from xpar.engine.generation.answer_options import RunOptions
 from xpar.engine.generation.generate import generate
 from xpar.engine.generation.generation_defaults import ModelDefaults
-from xpar.engine.generation.request import Request, digest, read_request
+from xpar.engine.generation.request import Request, hash_of, read_request
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.token_choice import NO_TOKEN
 from xpar.engine.generation.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def answer(
     ends: frozenset[int] = frozenset({END}),
     **wanted: Any,
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """The records of ``lines`` and those of errors, read by every rank."""
+    """The results of ``lines`` and those of errors, read by every rank."""
     file, out = folder / "in.jsonl", folder / "out.jsonl"
     errors = folder / "out.errors.jsonl"
     if world.rank == 0:
@@ -90,7 +90,7 @@ def reference(model: Any, tokens: Tokenizer, line: Line, sample: int = 0) -> lis
     way = Sampling(
         line.get("temperature", 0.0), line.get("top_k", 0), line.get("top_p", 1.0), line.get("seed", 0)
     )
-    generator = way.generator(digest(ids) + (f":{sample}" if sample else ""))
+    generator = way.generator(hash_of(ids) + (f":{sample}" if sample else ""))
     answer = list[int]()
     while len(answer) < line.get("max_tokens", MOST):
         logits = model(torch.tensor([[*ids, *answer]])).logits[0, -1:].float()
@@ -128,7 +128,7 @@ def test_every_line_is_answered_by_its_fields(
     lines = lines_of(fresh_seed)
     together, refused = answer(world, model, folder, lines, ends=ENDS)
     alone, _ = answer(world, model, folder, lines, ep=1, batch=1, ends=ENDS)
-    assert refused == [] and [record["id"] for record in together] == [line["id"] for line in lines]
+    assert refused == [] and [result["id"] for result in together] == [line["id"] for line in lines]
     if world.rank == 0:
         plain, tokens = plain_model(model), Tokenizer(model)
         tokens.ends = ENDS
@@ -148,8 +148,8 @@ def test_a_line_that_does_not_fit_is_refused_alone(world: World, model: Path, fo
     lines = [{"prompt": "a"}, {"prompt": "b", "max_tokens": room}, {"prompt": "c", "temperature": 3}]
     lines.append({"prompt": "d", "top_p": 0.5})
     found, refused = answer(world, model, folder, lines)
-    assert [record["line"] for record in found] == [1]
-    assert [record["line"] for record in refused] == [2, 3, 4]
+    assert [result["line"] for result in found] == [1]
+    assert [result["line"] for result in refused] == [2, 3, 4]
     assert f"besides max_tokens {room}; shorten it" in refused[0]["error"]
     assert "temperature 3: must be" in refused[1]["error"]
     assert "give the line a temperature" in refused[2]["error"]
@@ -165,9 +165,9 @@ def test_a_line_without_a_token_to_take_fails_alone(
     for stuck in (1, 4):
         lines[stuck]["max_tokens"] = 3
     found, failed = answer(world, model, folder, lines, options=banned)
-    assert [(record["line"], record["error"]) for record in failed] == [(2, NO_TOKEN), (5, NO_TOKEN)]
-    left = [record["token_ids"] for n, record in enumerate(plain) if n not in (1, 4)]
-    assert sum(record["token_ids"] == ids for record, ids in zip(found, left, strict=True)) >= 4
+    assert [(result["line"], result["error"]) for result in failed] == [(2, NO_TOKEN), (5, NO_TOKEN)]
+    left = [result["token_ids"] for n, result in enumerate(plain) if n not in (1, 4)]
+    assert sum(result["token_ids"] == ids for result, ids in zip(found, left, strict=True)) >= 4
 
 
 def test_log_probabilities_are_those_of_transformers(
@@ -183,13 +183,13 @@ def test_log_probabilities_are_those_of_transformers(
     if world.rank:
         return
     plain, tokens = plain_model(model), Tokenizer(model)
-    for record, line in zip(found[:3], lines, strict=False):
-        ids, drawn = encode(tokens, line), record["token_ids"]
+    for result, line in zip(found[:3], lines, strict=False):
+        ids, drawn = encode(tokens, line), result["token_ids"]
         with torch.inference_mode():
             whole = plain(torch.tensor([[*ids, *drawn]])).logits[0].float().log_softmax(-1)
         places = whole[len(ids) - 1 : -1]
         wanted = [float(place[token]) for place, token in zip(places, drawn, strict=True)]
-        made = record["logprobs"]
+        made = result["logprobs"]
         if "messages" in line:
             assert [part["logprob"] for part in made["content"]] == pytest.approx(wanted, abs=1e-4)
             tops = [[top["logprob"] for top in part["top_logprobs"]] for part in made["content"]]
@@ -241,9 +241,9 @@ def test_an_answer_follows_its_schema(world: World, model: Path, folder: Path, f
     )
     lines.append({"prompt": "a", "ignore_eos": True, "response_format": wanted})
     found, refused = answer(world, model, folder, lines)
-    for record in [found[0], found[1], *found[2]["choices"]]:
-        assert record["finish"] == "end"
-        jsonschema.validate(json.loads(record["text"]), schema)
-    assert [record["line"] for record in refused] == [4, 5]
+    for result in [found[0], found[1], *found[2]["choices"]]:
+        assert result["finish"] == "end"
+        jsonschema.validate(json.loads(result["text"]), schema)
+    assert [result["line"] for result in refused] == [4, 5]
     assert "the JSON schema cannot be followed" in refused[0]["error"]
     assert "leave one of them out" in refused[1]["error"]

@@ -17,12 +17,14 @@ from torch import Tensor
 from xpar.comm import ProcessGrid, World
 from xpar.comm.dispatch import base
 from xpar.engine.generation import recorder
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.decode_graph import PaddedDecodeStep
 from xpar.engine.generation.lockstep import LockstepCallbacks, run_lockstep
 from xpar.engine.generation.recorder import DecodeGraph
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.model_layer import padded
 from xpar.engine.models.parallelize import SpreadOptions
 
@@ -105,10 +107,10 @@ def answer(
         start=start,
         length=lambda place: lengths[place],
         at_once=lambda place: BATCH,
-        record=lambda r: {"place": r.place},
-        write=lambda records: None,
+        make_result=lambda r: {"place": r.place},
+        write=lambda results: None,
         stop=lambda: False,
-        tell=lambda progress: None,
+        report_progress=lambda progress: None,
     )
     batch = DecodeBatch(loaded, sampling, StopConditions(20), graph)
     assert run_lockstep(world.comm, batch, BATCH, job)

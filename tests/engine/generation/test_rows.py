@@ -13,9 +13,10 @@ from row_models import DYNAMIC, LONG, ORIGINAL, OTHERS, ROPES, Variant, answer_a
 from torch import Tensor
 
 from xpar.engine.generation import decode_graph, recorder
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.decode_graph import PaddedDecodeStep
 from xpar.engine.generation.recorder import DecodeGraph
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
 from xpar.engine.models.rotary import RowRotary, depends_on_length, keeps_state

@@ -19,7 +19,8 @@ from xpar.engine.generation.request import Request, ScoreRequest, read_request
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score import score
 from xpar.engine.generation.tokenizer import Tokenizer
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from xpar.engine.generation.score import read_total, score
 from xpar.engine.generation.service import Continuations, Prompts, Service
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models import lm_head
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
 if TYPE_CHECKING:
@@ -77,30 +78,30 @@ def scores(
     request = ScoreRequest(model, file, out, **wanted)
     work = read_request(world.comm, request, Tokenizer(model), resume=False)
     outcome = score(world.comm, request, work, loaded)
-    records = [json.loads(line) for line in out.read_text().splitlines()]
+    results = [json.loads(line) for line in out.read_text().splitlines()]
     total = read_total(world.comm, out)
-    assert outcome.complete and outcome.answers == len(lines) == len(records)
-    assert total.tokens == outcome.tokens == sum(len(r["logprobs"]) for r in records)
-    assert [r["line"] for r in records] == list(range(1, len(lines) + 1))
+    assert outcome.complete and outcome.answers == len(lines) == len(results)
+    assert total.tokens == outcome.tokens == sum(len(r["logprobs"]) for r in results)
+    assert [r["line"] for r in results] == list(range(1, len(lines) + 1))
     world.comm.barrier()
-    return records
+    return results
 
 
 def compare(
-    model: Any, tokens: Tokenizer, lines: list[dict[str, str]], records: list[dict[str, Any]]
+    model: Any, tokens: Tokenizer, lines: list[dict[str, str]], results: list[dict[str, Any]]
 ) -> None:
-    for line, record in zip(lines, records, strict=True):
+    for line, result in zip(lines, results, strict=True):
         context = line.get("context", "")
         ids = tokens.encode(context + line.get("text", line.get("continuation", "")))
         first = max(1, len(context.encode()))  # the tokenizer has one token a byte
         if line.get("context") == "":  # the token that begins texts stands for it
             ids = [END - 1, *ids]
         expected, greedy = by_hand(model, ids, first)
-        assert record["token_ids"] == ids[first:]
-        assert record["greedy"] == greedy
-        assert torch.allclose(torch.tensor(record["logprobs"]).double(), expected, rtol=1e-5, atol=2e-5)
-        assert record["sum"] == pytest.approx(float(expected.sum()), rel=1e-5)
-        assert record["perplexity"] == pytest.approx(float((-expected.mean()).exp()), rel=1e-4)
+        assert result["token_ids"] == ids[first:]
+        assert result["greedy"] == greedy
+        assert torch.allclose(torch.tensor(result["logprobs"]).double(), expected, rtol=1e-5, atol=2e-5)
+        assert result["sum"] == pytest.approx(float(expected.sum()), rel=1e-5)
+        assert result["perplexity"] == pytest.approx(float((-expected.mean()).exp()), rel=1e-4)
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
@@ -110,9 +111,9 @@ def test_scores_are_those_of_transformers(
 ) -> None:
     path, lines = root / case.name, lines_of(fresh_seed, 11)
     loaded = load_model(path, ProcessGrid.create(world), options=SpreadOptions(exact=exact))
-    records = scores(world, loaded, path, folder, lines, batch=1 if exact else 3, exact=exact)
+    results = scores(world, loaded, path, folder, lines, batch=1 if exact else 3, exact=exact)
     if world.rank == 0:
-        compare(plain_model(path), Tokenizer(path), lines, records)
+        compare(plain_model(path), Tokenizer(path), lines, results)
 
 
 @pytest.mark.parametrize("name", ["granitemoe", "gpt_oss", "deepseek_v3"])
@@ -131,10 +132,10 @@ def test_long_texts_are_read_in_pieces(
         return whole(self, hidden_states)
 
     monkeypatch.setattr(lm_head.Head, "logits", logits)
-    records = scores(world, loaded, path, folder, lines, batch=2, prefill_tokens=7)
+    results = scores(world, loaded, path, folder, lines, batch=2, prefill_tokens=7)
     assert max([s for part in world.comm.all_gather_object(shapes) for s in part]) == 5
     if world.rank == 0:
-        compare(plain_model(path), Tokenizer(path), lines, records)
+        compare(plain_model(path), Tokenizer(path), lines, results)
 
 
 def test_no_texts(world: World, root: Path, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.tokenizer import first_stop
 
 

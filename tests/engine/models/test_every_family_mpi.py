@@ -14,11 +14,12 @@ from shrunk_families import NOT_RUN, WITHOUT_INTERFACE, classes, families, small
 from tiny_models import CLEAR
 
 from xpar.comm import AgreedError, ProcessGrid, World
-from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
-from xpar.engine.generation.grouped_batch import make_batch
+from xpar.engine.generation.choose_batch import choose_batch
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def outputs(loaded: LoadedModel, ids: list[int]) -> tuple[list[float], list[list
     complete = scorer.begin([text])
     while not complete:
         complete = scorer.advance()
-    batch = make_batch(loaded, Sampling(), StopConditions(NEW))
+    batch = choose_batch(loaded, Sampling(), StopConditions(NEW))
     running = [RunningSequence(place, ids[-n:], torch.Generator()) for place, n in enumerate(LENGTHS)]
     batch.begin(list(running))
     while batch.occupied:

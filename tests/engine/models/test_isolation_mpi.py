@@ -19,7 +19,8 @@ from xpar.engine.generation.score import score
 from xpar.engine.generation.service import Continuations, Prompts, Service
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.isolation import bad_rows, cleared, rows_isolated, spoiled
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from xpar.engine.architectures import ARCHITECTURES
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.models import expert_layer
 from xpar.engine.models.block_layer import BlockLayer
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions, expert_layers
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from torch import nn
 from xpar.comm import AgreedError, ProcessGrid, World
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.layer.reference import relative_error
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.packed_linear import ColumnParallelLinear, PackedLinearModule
 from xpar.engine.models.parallelize import SpreadOptions
 from xpar.engine.synthetic.checkpoint import make_checkpoint

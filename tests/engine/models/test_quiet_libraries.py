@@ -10,8 +10,9 @@ from moe_families import ONE_PER_FAMILY, Case
 from tiny_models import SIZES, write_tokenizer
 
 from xpar.comm import ProcessGrid
-from xpar.engine.generation.decode_batch import DecodeBatch, RunningSequence, StopConditions
+from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.generation_defaults import read_defaults
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
 from xpar.engine.generation.tokenizer import Tokenizer

@@ -19,13 +19,14 @@ from whole_families import (
 )
 
 from xpar.comm import AgreedError, ProcessGrid, World
-from xpar.engine.generation.decode_batch import RunningSequence, StopConditions
-from xpar.engine.generation.grouped_batch import make_batch
+from xpar.engine.generation.choose_batch import choose_batch
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.score_batch import ScoreBatch, ScoredText
 from xpar.engine.models.empty_model import check_generates
 from xpar.engine.models.lm_head import Head
-from xpar.engine.models.loader import LoadedModel, load_model
+from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.loader import load_model
 from xpar.engine.models.parallelize import SpreadOptions
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def test_greedy_text_of_every_family(
 ) -> None:
     loaded = load_model(root / name, grid, options=SpreadOptions(slice_dense=slice_dense))
     model, ids = plain_model(root / name), text_of(fresh_seed + grid.world.rank)
-    sequences = make_batch(loaded, Sampling(), StopConditions(4))
+    sequences = choose_batch(loaded, Sampling(), StopConditions(4))
     running = [RunningSequence(place, ids[: 5 + 4 * place], torch.Generator()) for place in range(2)]
     sequences.begin(list(running))
     while sequences.occupied:

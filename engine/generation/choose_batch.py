@@ -1,0 +1,39 @@
+"""The choice of the batch that suits a model: flat, padded, or in groups of equal length."""
+
+import logging
+
+from xpar.engine.generation.decode_batch import DecodeBatch
+from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
+from xpar.engine.generation.grouped_batch import GroupedBatch
+from xpar.engine.generation.kv_memory import BatchRoom, choose_blocks
+from xpar.engine.generation.recorder import DecodeGraph
+from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
+from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.steps import LocalBatch
+from xpar.engine.models.flat_forward import flat_forms
+from xpar.engine.models.kv_pool import KvPool
+from xpar.engine.models.loaded_model import LoadedModel
+
+log = logging.getLogger("xpar.models")
+
+
+def choose_batch(
+    loaded: LoadedModel,
+    sampling: Sampling,
+    stop_conditions: StopConditions,
+    records: bool = True,
+    room: BatchRoom = BatchRoom(),  # noqa: B008 - frozen
+) -> LocalBatch[RunningSequence]:
+    """Make the batch that suits ``loaded``: flat, padded, or in groups. Collective.
+
+    ``records``: whether steps are recorded, where a GPU and the model allow it.
+    """
+    forms = flat_forms(loaded)
+    if not isinstance(forms, str):
+        pool = KvPool(forms, choose_blocks(forms, room, loaded.ranks_of_node))
+        size = FlatLimits(room.most_rows, room.prefill_tokens, room.shares_prefixes)
+        return FlatBatch(loaded, sampling, stop_conditions, pool, size)
+    log.info("%s is run in padded batches without shared beginnings: %s", type(loaded.model).__name__, forms)
+    if loaded.is_cache_of_keys_and_values:
+        return DecodeBatch(loaded, sampling, stop_conditions, DecodeGraph.of(loaded) if records else None)
+    return GroupedBatch(loaded, sampling, stop_conditions)
