@@ -16,10 +16,11 @@ from xpar.engine.generation.sampling import Sampling
 from xpar.engine.models.attention import backends
 from xpar.engine.models.cache_argument import cache_argument, cache_of
 from xpar.engine.models.isolation import not_finite, rows_isolated
-from xpar.engine.models.kv_cache import KvCache, mask
+from xpar.engine.models.kv_cache import mask
 from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.rows import SeparateRows
 from xpar.engine.models.state_cache import empty_cache, past_of
+from xpar.engine.models.step_memory import Past
 
 
 class DecodeBatch(DrawsTokens):
@@ -40,7 +41,7 @@ class DecodeBatch(DrawsTokens):
         self._loaded = loaded
         self._recorder = recorder
         self._rows = SeparateRows(loaded.model)
-        self._past: KvCache | None = None
+        self._past: Past | None = None
         self._alone: list[RunningSequence] = []
         self.running: list[RunningSequence] = []
 
@@ -169,7 +170,7 @@ class DecodeBatch(DrawsTokens):
         self.tokens += other.tokens
         return True
 
-    def _continue(self, ids: Tensor, past: KvCache) -> tuple[Tensor, KvCache]:
+    def _continue(self, ids: Tensor, past: Past) -> tuple[Tensor, Past]:
         if self._recorder is not None and (replayed := self._recorder.step(ids, past)):
             return replayed
         logits, longer = self._forward(ids, tuple(length + 1 for length in past.lengths), past)
@@ -177,7 +178,7 @@ class DecodeBatch(DrawsTokens):
             self._recorder.went_on(longer)
         return logits, longer
 
-    def _forward(self, ids: Tensor, lengths: tuple[int, ...], past: KvCache | None) -> tuple[Tensor, KvCache]:
+    def _forward(self, ids: Tensor, lengths: tuple[int, ...], past: Past | None) -> tuple[Tensor, Past]:
         """Compute logits [B, V] after ``ids`` [B, S'], and the keys and values of ``past`` and ``ids``."""
         columns = ids.shape[1] + (0 if past is None else past.columns)
         seen = mask(lengths, columns)

@@ -14,8 +14,9 @@ from torch import Tensor
 from xpar.engine.layer.cuda_graph import rehearse
 from xpar.engine.models.attention import backends
 from xpar.engine.models.cache_argument import cache_argument
-from xpar.engine.models.kv_cache import KvCache, mask
+from xpar.engine.models.kv_cache import mask
 from xpar.engine.models.model_layer import ModelLayer, padded
+from xpar.engine.models.step_memory import Past, StepMemory
 
 UNIT = 64
 """Columns are a multiple of this many: kernels of attention with a mask want 8."""
@@ -31,8 +32,8 @@ class PaddedDecodeStep:
     There is room for ``rows`` sequences. Rows without one are padding, which goes to no expert, and other
     sequences may be brought in by :meth:`load`.
 
-    ``model``: transformers' causal language model, which writes and reads keys and values in place: its own
-    static layers hold them, and say to its masks how far they are filled by a number on the device.
+    ``model``: transformers' causal language model, which reads and writes the past in place: its own static
+    layers hold keys and values, and say to its masks how far they are filled by a number on the device.
     ``layers``: its expert layers.
     """
 
@@ -40,34 +41,26 @@ class PaddedDecodeStep:
         self,
         model: Any,
         device: torch.device,
-        past: KvCache,
+        past: Past,
         rows: int | None = None,
         layers: Sequence[ModelLayer] = (),
     ) -> None:
-        from transformers.cache_utils import Cache, StaticLayer
-
         self.rows = rows or len(past.lengths)
         needed = past.columns + max(LEAST_ROOM, past.columns // 4)
         self._room = -(-needed // UNIT) * UNIT
         self._model, self._device, self._expert_layers = model, device, layers
-        self._layers = [StaticLayer(max_cache_len=self._room) for _ in past.layers]
-        for layer, (keys, values) in zip(self._layers, past.layers, strict=True):
-            layer.keys, layer.values = self._memory(keys), self._memory(values)
-            layer.cumulative_length = torch.zeros((), dtype=torch.int64, device=device)
-            # Its own initialization imports torch's compiler, which takes seconds and is not used.
-            layer.dtype, layer.device, layer.is_initialized = keys.dtype, device, True
-        self._cache = Cache(layers=self._layers)
+        self._memory = StepMemory(past, self.rows, self._room)
         self._seen = torch.ones(self.rows, self._room, dtype=torch.int64, device=device)
         self._ids = torch.zeros(self.rows, 1, dtype=torch.int64, device=device)
         self._places = torch.zeros_like(self._ids)
         self._padding = torch.ones(self.rows, dtype=torch.bool, device=device)
         self.load(past)
 
-    def has_room(self, past: KvCache) -> bool:
+    def has_room(self, past: Past) -> bool:
         """Return whether the sequences of ``past`` can be loaded and continued."""
         return len(past.lengths) <= self.rows and past.columns < self._room
 
-    def load(self, past: KvCache | None) -> None:
+    def load(self, past: Past | None) -> None:
         """Continue the sequences of ``past`` from now on; with None there are none.
 
         All other memory becomes zero: what masks hide must be finite.
@@ -75,12 +68,7 @@ class PaddedDecodeStep:
         self._lengths, self._columns = ((), 0) if past is None else (past.lengths, past.columns)
         self.left = self._room - self._columns
         count, columns = len(self._lengths), self._columns
-        for number, layer in enumerate(self._layers):
-            for part, memory in enumerate((layer.keys, layer.values)):
-                if past is not None:
-                    memory[:count, :, :columns].copy_(past.layers[number][part])
-                memory[count:, :, :columns].zero_()
-                memory[:, :, columns:].zero_()
+        self._memory.load(past, columns)
         # A row of padding sees the columns of its own tokens: attention to none would not be finite.
         seen = torch.zeros(self.rows, self._room, dtype=torch.int64)
         seen[:count, :columns] = mask(self._lengths, columns)
@@ -90,19 +78,15 @@ class PaddedDecodeStep:
         self._ids.zero_()
         self.rewind()
 
-    def __call__(self, ids: Tensor, forward: Callable[[], Tensor]) -> tuple[Tensor, KvCache]:
+    def __call__(self, ids: Tensor, forward: Callable[[], Tensor]) -> tuple[Tensor, Past]:
         """Compute logits [B, V] after ``ids`` [B, 1] by ``forward``: :meth:`forward` or its recording.
 
-        Also returns the keys and values of all tokens so far as views, which the next call does not change.
+        Also returns the past with these tokens, as :meth:`~xpar.engine.models.step_memory.StepMemory.past`.
         """
         count = len(self._lengths)
         self._ids[:count].copy_(ids)
         logits = self._advance(forward)[:count]
-        layers = tuple(
-            (layer.keys[:count, :, : self._columns], layer.values[:count, :, : self._columns])
-            for layer in self._layers
-        )
-        return logits, KvCache(layers, self._lengths)
+        return logits, self._memory.past(self._lengths, self._columns)
 
     def idle(self, forward: Callable[[], Tensor]) -> None:
         """Take part in a step of the other ranks without a sequence; all rows are padding."""
@@ -129,26 +113,18 @@ class PaddedDecodeStep:
                 position_ids=self._places,
                 use_cache=True,
                 logits_to_keep=1,
-                **cache_argument(self._model, self._cache),
+                **cache_argument(self._model, self._memory.cache),
             )
         self._places.add_(1)
         logits: Tensor = out.logits[:, -1]
         return logits
 
     def rewind(self) -> None:
-        """Undo the calls of :meth:`forward` since the last call of the step.
-
-        What it wrote lies behind what is seen.
-        """
+        """Undo the calls of :meth:`forward` since :meth:`load`."""
         places = torch.zeros(self.rows, 1, dtype=torch.int64)
         places[: len(self._lengths), 0] = torch.tensor(self._lengths, dtype=torch.int64)
         self._places.copy_(places)
-        for layer in self._layers:
-            layer.cumulative_length.fill_(self._columns)
-
-    def _memory(self, x: Tensor) -> Tensor:
-        """Make zeros [rows, heads, columns, D] for keys or values like ``x`` [B, heads, S, D]."""
-        return x.new_zeros(self.rows, x.shape[1], self._room, x.shape[3])
+        self._memory.rewind(self._columns)
 
 
 def record(step: PaddedDecodeStep, counted: list[Tensor], device: torch.device) -> Callable[[], Tensor]:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from xpar.engine.generation.decode_graph import PaddedDecodeStep, record, record_join
 from xpar.engine.generation.steps import CAN_RECORD, CAN_REPLAY
-from xpar.engine.models.kv_cache import KvCache
 from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.parallelize import Layer
+from xpar.engine.models.step_memory import Past
 
 log = logging.getLogger("xpar.models")
 PATIENCE = 8
@@ -54,8 +54,8 @@ class DecodeGraph:
         self._record_join = joined or (lambda rows: record_join(layers, rows, counted, loaded.device))
         self._recording: tuple[PaddedDecodeStep, Callable[[], Tensor]] | None = None
         self._joining: Callable[[], object] | None = None
-        self._past: KvCache | None = None
-        self._held: KvCache | None = None
+        self._past: Past | None = None
+        self._held: Past | None = None
         self._steady = self._roomy = self._bucket = 0
         self._decided: int | None = None
         self._tokens: tuple[int, ...] | None = None
@@ -78,7 +78,7 @@ class DecodeGraph:
 
     # -- the decision of all ranks ------------------------------------------------------------------
 
-    def readiness(self, past: KvCache | None) -> int:
+    def readiness(self, past: Past | None) -> int:
         """Return how ready this rank is to continue ``past``; with None, for a step without sequences."""
         if self.refused is not None:
             return 0
@@ -113,7 +113,7 @@ class DecodeGraph:
 
     # -- the step -----------------------------------------------------------------------------------
 
-    def step(self, ids: Tensor, past: KvCache) -> tuple[Tensor, KvCache] | None:
+    def step(self, ids: Tensor, past: Past) -> tuple[Tensor, Past] | None:
         """Replay a step: return logits [B, V] after ``ids`` [B, 1], and what ``past`` becomes.
 
         None where the step is not to be replayed.
@@ -136,7 +136,7 @@ class DecodeGraph:
         self.replayed += 1
         return logits, self._held
 
-    def went_on(self, past: KvCache) -> None:
+    def went_on(self, past: Past) -> None:
         """Note that a forward continued the same sequences and left ``past``."""
         self._past = past
         self._steady += 1
@@ -166,7 +166,7 @@ class DecodeGraph:
         if runner.dispatcher.capabilities.needs_transport and runner.grid.world.size > 1:
             runner.grid.transport.follow("a recorded step")
 
-    def _begin(self, past: KvCache) -> None:
+    def _begin(self, past: Past) -> None:
         self._recording = self._joining = self._held = None  # frees its memory
         loaded = self._loaded
 

@@ -10,7 +10,8 @@ from typing import Any
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     """Return the keyword argument that hands ``cache``, or None, to ``model``."""
-    return {_name(type(model)): cache}
+    kind: Any = type(model)
+    return {_name(kind): cache}
 
 
 def cache_of(output: Any) -> Any:

@@ -89,11 +89,11 @@ class KvCache:
         layers = tuple((keys[rows, :, begin:], values[rows, :, begin:]) for keys, values in self.layers)
         return KvCache(layers, lengths)
 
-    def join(self, other: "KvCache") -> "KvCache":
+    def join(self, other: Any) -> "KvCache":
         """Return the rows of both caches, these first."""
         columns = max(self.columns, other.columns)
         layers = tuple(
-            (_stack(a, b, columns), _stack(c, d, columns))
+            (stack(a, b, columns), stack(c, d, columns))
             for (a, c), (b, d) in zip(self.layers, other.layers, strict=True)
         )
         return KvCache(layers, self.lengths + other.lengths)
@@ -105,7 +105,8 @@ def mask(lengths: tuple[int, ...], columns: int) -> Tensor:
     return (torch.arange(columns) >= begin[:, None]).long()
 
 
-def _stack(a: Tensor, b: Tensor, columns: int) -> Tensor:
+def stack(a: Tensor, b: Tensor, columns: int) -> Tensor:
+    """Join the rows of two tensors [B, heads, S, dim], padded on the left to ``columns`` columns."""
     return torch.cat([pad(x, (0, 0, columns - x.shape[2], 0)) for x in (a, b)])
 
 

@@ -1,12 +1,14 @@
 """The states of running sequences of a model that keeps more than keys and values of their past.
 
 Recurrent, convolutional and compressed states lie in transformers' own cache, whatever their classes: every
-tensor of two or more dimensions in it has one entry a sequence in its first. Rows of one cache have the same
-number of tokens, because padding would become a part of a recurrent state. B rows, S columns.
+tensor of two or more dimensions in it has one entry a sequence in its first. Prompts of one forward have the
+same number of tokens, because padding would become a part of a recurrent state. Sequences that have been read
+are continued together whatever their lengths, unless a state counts their tokens: a step adds one token to
+each, and masks hide what is missing before their keys. B rows, S columns.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpar.engine.models.kv_cache import KvCache, growing_layer, new_cache, other_states
+from xpar.engine.models.kv_cache import KvCache, growing_layer, new_cache, other_states, stack
 
 Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class StateCache:
-    """The states of sequences of ``lengths`` tokens each, all of the same length, in ``origin``.
+    """The states of sequences of ``lengths`` tokens each, in ``origin``.
 
     ``origin``: transformers' cache, which the next forward changes.
     """
@@ -30,16 +32,17 @@ class StateCache:
     lengths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(set(self.lengths)) > 1:
+        if len(set(self.lengths)) > 1 and not _mix_lengths(self.origin.layers):
             raise ValueError(
-                f"sequences of {sorted(set(self.lengths))} tokens in one forward: this model keeps more than "
-                "keys and values, of which padding would become a part; read equally long ones together"
+                f"sequences of {sorted(set(self.lengths))} tokens in one forward: this model keeps states "
+                "that count their tokens, of which padding would become a part; read equally long ones "
+                "together"
             )
 
     @property
     def columns(self) -> int:
-        """The number of tokens of each row."""
-        return self.lengths[0]
+        """The number of columns of keys and values: the tokens of the longest row."""
+        return max(self.lengths)
 
     def cache(self) -> Any:
         """Return the cache for transformers' forward, which changes it."""
@@ -51,11 +54,13 @@ class StateCache:
             return None
         if rows == list(range(len(self.lengths))):
             return self
-        chosen = map_rows(self.origin, lambda state: state[rows])
-        return StateCache(chosen, tuple(self.lengths[row] for row in rows))
+        lengths = tuple(self.lengths[row] for row in rows)
+        begin = self.columns - max(lengths)
+        chosen = map_rows(self.origin, lambda state: state[rows], lambda keys: keys[rows, :, begin:])
+        return StateCache(chosen, lengths)
 
-    def join(self, other: "StateCache") -> "StateCache":
-        """Return the rows of both caches, these first; their sequences are equally long.
+    def join(self, other: Any) -> "StateCache":
+        """Return the rows of both caches, these first.
 
         Raises ValueError for states that differ in more than their rows.
         """
@@ -65,34 +70,38 @@ class StateCache:
             theirs.append(state)
             return state
 
-        map_rows(other.origin, remember)
-        remaining = iter(theirs)
+        map_rows(other.origin, remember, remember)
+        remaining, columns = iter(theirs), max(self.columns, other.columns)
 
-        def stack(state: Tensor) -> Tensor:
+        def join_states(state: Tensor) -> Tensor:
             beside = next(remaining)
             if state.shape[1:] != beside.shape[1:]:
                 raise ValueError(f"states of shapes {list(state.shape)} and {list(beside.shape)} do not join")
             return torch.cat([state, beside])
 
-        return StateCache(map_rows(self.origin, stack), self.lengths + other.lengths)
+        def join_keys(keys: Tensor) -> Tensor:
+            return stack(keys, next(remaining), columns)
+
+        return StateCache(map_rows(self.origin, join_states, join_keys), self.lengths + other.lengths)
 
 
-def map_rows(cache: Any, change: Change) -> Any:
+def map_rows(cache: Any, change: Change, change_keys: Change) -> Any:
     """Return a copy of a transformers ``cache`` whose states, each [B, ...], are those that ``change`` makes.
 
-    States are visited in an order that depends on the classes alone. What does not count rows is kept.
+    ``change_keys`` makes the keys and the values [B, heads, S, dim] of layers that keep those alone. States
+    are visited in an order that depends on the classes alone. What does not count rows is kept.
     """
     made = _mapped(cache, change)
-    made.layers = [_mapped_layer(layer, change) for layer in cache.layers]
+    made.layers = [_mapped_layer(layer, change, change_keys) for layer in cache.layers]
     return made
 
 
-def _mapped_layer(layer: Any, change: Change) -> Any:
+def _mapped_layer(layer: Any, change: Change, change_keys: Change) -> Any:
     if isinstance(layer, growing_layer()):
         # Its memory belongs to the old rows.
         fresh = growing_layer()()
         if layer.keys is not None:
-            fresh.update(change(layer.keys), change(layer.values))
+            fresh.update(change_keys(layer.keys), change_keys(layer.values))
         return fresh
     return _mapped(layer, change)
 
@@ -130,6 +139,19 @@ def empty_cache(model: Any) -> Any:
     # The mask serves layers with a sliding window, as in a cache of keys and values.
     made.layers = [growing_layer()() if type(layer) in plain else layer for layer in made.layers]
     return made
+
+
+def mixes_lengths(model: Any) -> bool:
+    """Return whether sequences of different lengths of ``model`` may be continued together."""
+    cache = empty_cache(model)
+    return cache is not None and _mix_lengths(cache.layers)
+
+
+def _mix_lengths(layers: Sequence[Any]) -> bool:
+    """Return whether ``layers`` keep keys and values, and states that do not count their tokens, alone."""
+    from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+
+    return all(type(layer) in (growing_layer(), LinearAttentionLayer, DummyLayer) for layer in layers)
 
 
 def past_of(cache: Any, lengths: tuple[int, ...]) -> Any:

@@ -133,7 +133,9 @@ def decode(
     sampling = Forced(tokens=[row[mine] for row in tokens])
     sequences = DecodeBatch(loaded, sampling, StopConditions(STEPS + 1), recorder)
     before = loaded.slots()
-    prompts = [torch.randint(vocab, (1 + n * 7 % 40,), generator=draw).tolist() for n in range(batch)]
+    # Prompts of hybrids are read together only if they are equally long.
+    step = 7 if loaded.is_cache_of_keys_and_values else 0
+    prompts = [torch.randint(vocab, (1 + n * step % 40,), generator=draw).tolist() for n in range(batch)]
     new = [
         RunningSequence(n, ids, torch.Generator().manual_seed(n), stopped=stop_test(n, ending))
         for n, ids in enumerate(prompts[mine])

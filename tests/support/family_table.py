@@ -40,9 +40,9 @@ xpar if the walk passes. The walk passes with transformers 5.17, too, of which 5
   the whole block.
 - *whole block*: whether xpar also has the router and the shared experts (`xpar run`, `--whole-block`);
   otherwise it computes the experts alone, and the model's own code routes.
-- *state*: what the model keeps of the tokens that it has read. Sequences of models that keep more than keys
-  and values are read and continued in groups of equal length, since padding would become a part of such a
-  state.
+- *state*: what the model keeps of the tokens that it has read. Prompts of models that keep more than keys and
+  values are read in groups of equal length, since padding would become a part of such a state; sequences
+  whose states are recurrent or convolutional, beside keys and values, are continued together.
 - *quantised*: which quantised weights serve it. *Every form*: checkpoints in any form of
   [quantisation](quantisation.md); found out with one in int8 and one in fp8, whose logits are those of
   transformers with the weights in floats. *At load*: `--quantize` alone, because its experts are stacked in

@@ -8,12 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny_models import CLEAR, END, Plain, cases, greedy, plain_model, prompts, write_model
+from shrunk_families import small_model
+from tiny_models import (
+    CLEAR,
+    END,
+    Plain,
+    cases,
+    greedy,
+    plain_model,
+    prompts,
+    write_model,
+    write_tokenizer,
+)
 
 from xpar.comm import AgreedError, ProcessGrid, World
+from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.flat_plan import FlatPlan, FlatPlanner
 from xpar.engine.generation.generate import RunSummary, generate
+from xpar.engine.generation.lengthwise_batch import LengthwiseBatch
 from xpar.engine.generation.request import Request, read_request
+from xpar.engine.generation.running_sequence import StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.flat_forward import flat_forms
@@ -119,6 +133,27 @@ def test_greedy_text_is_that_of_transformers(
                 assert found[place]["finish"] == ("length" if len(expected.answer) == MOST else "end")
         assert clear > PROMPTS // 2
         assert len({result["tokens"] for result in found.values()}) > 1
+
+
+def test_a_hybrid_reads_prompts_by_length_and_continues_them_together(
+    comm: "Intracomm", world: World, root: Path, folder: Path, fresh_seed: int
+) -> None:
+    """Prompts of different lengths over up to four ranks, of which each continues all of its own at once."""
+    path, texts = root / "hybrid", prompts(fresh_seed, PROMPTS)
+    if world.rank == 0:
+        small_model("qwen3_next", "Qwen3NextForCausalLM", seed=5).save_pretrained(path)
+        write_tokenizer(path)
+    comm.barrier()
+    loaded = load_model(path, ProcessGrid.create(world))
+    assert isinstance(choose_batch(loaded, Sampling(), StopConditions(MOST)), LengthwiseBatch)
+    found, outcome = answers(world, loaded, path, folder, texts)
+    assert outcome.complete and outcome.failed == 0
+    if world.rank == 0:
+        model, tokens = plain_model(path), Tokenizer(path)
+        for place, text in enumerate(texts):
+            expected = greedy(model, tokens.encode(text), MOST, ENDS)
+            if expected.gap > CLEAR:
+                assert found[place]["text"] == tokens.decode(expected.answer), text
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

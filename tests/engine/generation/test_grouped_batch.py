@@ -1,13 +1,12 @@
 """Sequences of models whose states cannot be padded, in groups of equal length."""
 
 import random
-from typing import Any
 
 import pytest
 import torch
+from greedy_answers import assert_greedy
 from loaded_models import loaded
 from shrunk_families import small_model
-from tiny_models import CLEAR
 
 from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.decode_batch import DecodeBatch
@@ -18,25 +17,13 @@ from xpar.engine.generation.sampling import Sampling
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = {
-    "recurrent and keys": ("qwen3_next", "Qwen3NextForCausalLM"),
+    "recurrent and index": ("glm5_next", "Glm5NextForConditionalGeneration"),
     "a cache of its own": ("minimax", "MiniMaxForCausalLM"),
     "compressed": ("deepseek_v4", "DeepseekV4ForCausalLM"),
     "an index": ("deepseek_v32", "DeepseekV32ForCausalLM"),
     "window and convolution": ("inkling_text", "InklingForCausalLM"),
 }
 NEW = 6
-
-
-@torch.inference_mode()
-def assert_greedy(model: Any, r: RunningSequence) -> None:
-    """Check the answer against the definition: no cache, no batch."""
-    ids = list(r.ids)
-    for token in r.answer:
-        best = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].topk(2)
-        if best.values[0] - best.values[1] < CLEAR:
-            return
-        assert token == int(best.indices[0])
-        ids.append(token)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,7 +58,7 @@ def test_answers_are_those_of_each_prompt_alone(fresh_seed: int, family: str) ->
 
 
 def test_groups_of_equal_length_become_one() -> None:
-    model = small_model(*FAMILIES["recurrent and keys"], seed=3)
+    model = small_model(*FAMILIES["an index"], seed=3)
     batch = GroupedBatch(loaded(model), Sampling(), StopConditions(NEW))
     first = RunningSequence(0, [5, 6, 7], torch.Generator())
     batch.begin([first])
@@ -86,7 +73,7 @@ def test_groups_of_equal_length_become_one() -> None:
 
 
 def test_different_lengths_in_one_forward_are_refused() -> None:
-    model = small_model(*FAMILIES["recurrent and keys"], seed=3)
+    model = small_model(*FAMILIES["an index"], seed=3)
     batch = DecodeBatch(loaded(model), Sampling(), StopConditions(NEW))
     with pytest.raises(ValueError, match=r"sequences of \[2, 3\] tokens in one forward"):
         batch.begin([RunningSequence(n, [5] * (n + 2), torch.Generator()) for n in range(2)])
