@@ -1,6 +1,6 @@
 """Arithmetic and row moving on one device: experts, dense products, attention, sums of rows.
 
-Everything here knows no rank, no group and no checkpoint. :func:`choose_kernel` takes the fastest expert
+Nothing here knows a rank, a group or a checkpoint. :func:`choose_kernel` takes the fastest expert
 kernel that serves an :class:`ExpertSpec` on this machine and says why the others do not;
 :mod:`xpar.kernels.reference` defines what all of them compute. Importing this package needs neither Triton
 nor zentorch nor a GPU. Shapes use the letters that :mod:`xpar.kernels.contracts` defines.

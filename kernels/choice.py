@@ -12,6 +12,16 @@ class Named(Protocol):
     def name(self) -> str: ...
 
 
+N = TypeVar("N", bound=str)
+
+
+@dataclass(frozen=True)
+class Backend(Generic[N]):
+    """An alternative that has nothing but its name, one of the literals ``N``."""
+
+    name: N
+
+
 T = TypeVar("T", bound=Named)
 Rule = Callable[[T], str | None]
 """Returns the reason against a candidate, or None if there is none."""

@@ -69,12 +69,6 @@ def _with_zero_points(values: Tensor, fmt: WeightFormat) -> QuantisedWeight:
     return QuantisedWeight(fmt, packed, scales, cols, (zeros - offset).to(dtype))
 
 
-def relative_error(weight: Tensor, quantised: QuantisedWeight) -> float:
-    """Return ||dequantised - weight|| / ||weight||, 0 for a weight of zeros."""
-    difference = quantised.dequantise() - weight.float()
-    return float(difference.norm() / weight.float().norm().clamp_min(_SMALLEST))
-
-
 def _reduce_blocks(values: Tensor, fmt: WeightFormat, operation: str, fill: float) -> Tensor:
     """Reduce each block by ``operation``: [.., blocks of N, blocks of K]."""
     rows, cols = values.shape[-2:]

@@ -4,6 +4,7 @@ N outputs, K inputs of a product ``y = x W^T``. A block is the rows and columns 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -184,6 +185,27 @@ class QuantisedWeight:
         if self.global_scale is not None:
             weight = weight * self.global_scale[..., None, None]
         return weight
+
+
+def concatenate_rows(weights: Sequence[QuantisedWeight]) -> QuantisedWeight:
+    """Put the rows of ``weights``, whole blocks of one format and one K, below each other; copies them.
+
+    A factor of the whole weight is that of the first.
+    """
+    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
+    return replace(
+        weights[0],
+        codes=_concatenate([weight.codes for weight in weights]),
+        scales=_concatenate([weight.scales for weight in weights]),
+        zeros=_concatenate(zeros) if zeros else None,
+    )
+
+
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along N; floats of 8 bits as bytes."""
+    if parts[0].dtype.itemsize > 1:
+        return torch.cat(list(parts), -2)
+    return torch.cat([part.view(torch.uint8) for part in parts], -2).view(parts[0].dtype)
 
 
 def spread_blocks(per_block: Tensor, fmt: WeightFormat, rows: int, cols: int) -> Tensor:

@@ -31,7 +31,7 @@ class FusedRouting:
 
     Attributes:
         scorings: the scoring functions it routes by, without groups and correction bias.
-        tokens: number of tokens up to which one call is faster than the single steps.
+        tokens: number of tokens up to which one call is faster than the single stages.
         measured: how much faster, with shape and machine.
     """
 
@@ -113,9 +113,9 @@ _OLMOE = (
     "faster than transformers' better experts at 1 / 4 / 16 / 64 / 256 / 1024 tokens (OLMoE, bf16, 2 cores"
 )
 # Those of "a Xeon", which has no avx512_bf16: by xpar bench layer olmoe --compare transformers.
-_STEPS = "x faster than the steps one by one at 1 / 2 / 4 tokens (OLMoE, bf16,"
-# Those to the single steps: by --compare steps of the same command.
-_STEPS_EPYC, _STEPS_XEON = f"{_STEPS} 1 thread of a loaded machine)", f"{_STEPS} 2 threads of that Xeon)"
+_STAGES = "x faster than the stages one by one at 1 / 2 / 4 tokens (OLMoE, bf16,"
+# Those to the single stages: by --compare steps of the same command.
+_STAGES_EPYC, _STAGES_XEON = f"{_STAGES} 1 thread of a loaded machine)", f"{_STAGES} 2 threads of that Xeon)"
 
 # Fastest first: the first that serves a spec is chosen. Kernels of quantised weights compete with no others.
 KERNELS: tuple[KernelEntry, ...] = (
@@ -127,7 +127,7 @@ KERNELS: tuple[KernelEntry, ...] = (
         row_invariant=False,
         why_unavailable=experts_zen.why_unavailable,
         build=ZenExperts,
-        fused_routing=FusedRouting(("softmax",), tokens=4, measured=f"1.03 / 1.02 / 1.06 {_STEPS_EPYC}"),
+        fused_routing=FusedRouting(("softmax",), tokens=4, measured=f"1.03 / 1.02 / 1.06 {_STAGES_EPYC}"),
         measured=f"2.1 / 1.9 / 1.8 / 1.8 / 1.5 / 1.2 x {_OLMOE})",
     ),
     KernelEntry(
@@ -139,7 +139,7 @@ KERNELS: tuple[KernelEntry, ...] = (
         why_unavailable=experts_native.why_unavailable,
         build=NativeExperts,
         all_activations=True,
-        fused_routing=FusedRouting(("softmax",), tokens=4, measured=f"1.03 / 1.02 / 1.02 {_STEPS_XEON}"),
+        fused_routing=FusedRouting(("softmax",), tokens=4, measured=f"1.03 / 1.02 / 1.02 {_STAGES_XEON}"),
         measured=f"1.9 / 2.3 / 2.8 / 5.3 / 5.0 / 4.2 x {_OLMOE} of a Xeon); "
         "onednn there 1.2 / 1.1 / 1.0 / 1.1 / 1.0 / 1.0",
         why_unsuitable=lambda spec: native_library.why_unsuitable(),
@@ -153,7 +153,7 @@ KERNELS: tuple[KernelEntry, ...] = (
         why_unavailable=experts_onednn.why_unavailable,
         build=OneDnnExperts,
         all_activations=True,
-        fused_routing=FusedRouting(("softmax",), tokens=4, measured=f"1.08 / 1.01 / 1.01 {_STEPS_EPYC}"),
+        fused_routing=FusedRouting(("softmax",), tokens=4, measured=f"1.08 / 1.01 / 1.01 {_STAGES_EPYC}"),
         measured=f"1.4 / 1.4 / 1.3 / 1.4 / 1.3 / 1.2 x {_OLMOE})",
     ),
     KernelEntry(

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 from xpar.comm import DISPATCHERS
+from xpar.engine.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
-GUIDE = ("run", "generate", "score", "cluster", "gpu", "features", "troubleshooting")
+GUIDE = ("run", "generate", "score", "cluster", "gpu", "speed", "features", "troubleshooting")
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
@@ -48,13 +49,17 @@ def test_pictures_are_what_their_program_draws(tmp_path: Path) -> None:
     assert len(drawn) == 3
 
 
-def test_the_picture_and_the_tables_show_every_dispatcher() -> None:
+def test_the_picture_and_the_table_show_every_dispatcher() -> None:
     picture = (ROOT / "docs" / "images" / "dispatchers.svg").read_text()
-    tables = [(ROOT / page).read_text() for page in ("README.md", "docs/run.md")]
+    table = (ROOT / "docs" / "run.md").read_text()
     names = [dispatcher.name for dispatcher in DISPATCHERS]
     assert re.findall(r">(?!rank)([a-z]+(?:-[a-z]+)?)</text>", picture) == sorted(names, key=picture.find)
-    for table in tables:
-        assert re.findall(r"^\| `([a-z-]+)` \|.+\|.+\|$", table, re.MULTILINE)[: len(names)] == names
+    assert re.findall(r"^\| `([a-z-]+)` \|.+\|.+\|$", table, re.MULTILINE)[: len(names)] == names
+
+
+def test_the_readme_counts_the_families_with_a_schema() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert re.findall(r"(\d+) values of `model_type`", text) == [str(len(ARCHITECTURES))]
 
 
 def test_links_of_the_pages_beside_the_site_lead_to_files_and_headings() -> None:

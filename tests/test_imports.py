@@ -133,6 +133,27 @@ def test_only_comm_imports_mpi(path: Path) -> None:
     assert room == "comm" or not [name for name in names if within(name, {"mpi4py"})]
 
 
+@pytest.mark.parametrize(
+    ("package", "room", "importers"),
+    [
+        ("xpar.kernels.cpu", "kernels", {"xpar.kernels", "xpar.kernels.registry", "xpar.kernels.rows"}),
+        ("xpar.kernels.gpu", "kernels", {"xpar.kernels", "xpar.kernels.registry", "xpar.kernels.rows"}),
+        (
+            "xpar.comm.device",
+            "comm",
+            {"xpar.comm.grid", "xpar.comm.dispatch.one_sided", "xpar.comm.dispatch.nccl_ep"},
+        ),
+    ],
+)
+def test_what_belongs_to_a_device_has_few_importers(package: str, room: str, importers: set[str]) -> None:
+    """The second rule of CONTRIBUTING: the rest of ``room`` does not depend on where memory lies."""
+    names = {module_name(path): wanted(path) for path in MODULES if path.is_relative_to(ROOT / room)}
+    found = {name for name, needs in names.items() if any(within(need, {package}) for need in needs)}
+    assert {
+        name for name in found if not name.startswith(("xpar.kernels.cpu", "xpar.kernels.gpu", package))
+    } == (importers)
+
+
 def test_no_files_import_each_other() -> None:
     """No cycle is left in engine, comm or kernels; imports in functions and for the type checker count."""
     names = {module_name(path): wanted(path) for path in MODULES}

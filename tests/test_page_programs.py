@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pages_have_programs() -> None:
-    assert {"README.md-0", "run.md-0", "generate.md-0"} <= set(PROGRAMS)
+    assert {"run.md-0", "generate.md-0"} <= set(PROGRAMS)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -1,16 +1,26 @@
 """What the tour says of kernels and families is so: its programs run, its defaults are the schema's."""
 
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-import xpar.kernels
-from xpar.engine.architectures import olmoe, schema, synthetic_schema, tensor_names
-from xpar.kernels import KERNELS, Activation, ExpertInput, ExpertSpec, choose_kernel, routed_experts
+import xpar.kernels.registry
+from xpar.engine.architectures import schema, synthetic_schema, tensor_names
+from xpar.kernels import (
+    KERNELS,
+    Activation,
+    ExpertInput,
+    ExpertSpec,
+    KernelEntry,
+    choose_kernel,
+    routed_experts,
+)
 
 ROOT = Path(__file__).parents[1]
 TOUR = (ROOT / "docs" / "tour.md").read_text()
@@ -20,21 +30,37 @@ def section(title: str) -> str:
     return TOUR.split(f"### {title}\n")[1].split("\n### ")[0]
 
 
-def run_program(text: str, *modules: Any) -> dict[str, Any]:
-    names: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor}
-    for module in modules:
-        names |= vars(module)
-    (program,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
-    exec(program, names)  # noqa: S102
+def programs(title: str) -> list[tuple[str, str]]:
+    """The files of a section: the path in the first line of each, and the text."""
+    return re.findall(r"```py\n# ([\w/]+\.py)(.*?)```", section(title), re.DOTALL)
+
+
+def run_program(text: str, names: dict[str, Any]) -> dict[str, Any]:
+    exec(text, names)  # noqa: S102
     return names
+
+
+def entry_of_the_tour(monkeypatch: pytest.MonkeyPatch) -> KernelEntry:
+    """Import the kernel's file by its name, as the registry's file does, and evaluate the entry there."""
+    (path, kernel), (registry, text) = programs("A kernel")
+    assert registry == "kernels/registry.py"
+    name = "xpar." + path.removesuffix(".py").replace("/", ".")
+    module = ModuleType(name)
+    run_program(kernel, vars(module))
+    monkeypatch.setitem(sys.modules, name, module)
+    imports, entry = text.split("\n\n")
+    names = run_program(imports.partition("\n")[2], dict(vars(xpar.kernels.registry)))
+    found = eval(entry, names)
+    assert isinstance(found, KernelEntry)
+    return found
 
 
 @pytest.mark.parametrize("is_gathered", [False, True], ids=["in place", "by rows"])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
 def test_the_kernel_of_the_tour_is_chosen_and_computes_the_reference(
-    is_gathered: bool, has_bias: bool, fresh_seed: int
+    is_gathered: bool, has_bias: bool, fresh_seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = run_program(section("A kernel"), xpar.kernels)["ENTRY"]
+    entry = entry_of_the_tour(monkeypatch)
     torch.manual_seed(fresh_seed)
     spec = ExpertSpec(3, 8, 6, torch.float32, Activation("silu"), bias=has_bias)
     choice = choose_kernel(spec, "loop", (*KERNELS, entry))
@@ -52,8 +78,19 @@ def test_the_kernel_of_the_tour_is_chosen_and_computes_the_reference(
     assert kernel.nbytes() == sum(w.nbytes for w in weights)
 
 
+def test_the_kernel_of_the_tour_has_the_messages_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = entry_of_the_tour(monkeypatch).build(ExpertSpec(3, 8, 6, torch.float32, Activation("silu")))
+    with pytest.raises(ValueError, match="expert 1: down is"):
+        kernel.load_expert(1, torch.ones(12, 8), torch.ones(6, 8))
+    kernel.load_expert(1, torch.ones(12, 8), torch.ones(8, 6))
+    ids = torch.tensor([[1, -1], [2, 1]], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="expert 2 has tokens but no weights"):
+        kernel.compute(ExpertInput(torch.ones(2, 8), ids, torch.ones(2, 2)))
+
+
 def test_the_family_of_the_tour_is_olmoe() -> None:
-    assert run_program(section("A model family"), olmoe)["OLMOE"] == olmoe.OLMOE
+    ((path, text),) = programs("A model family")
+    assert (ROOT / path).read_text().partition("\n\n")[2] == text.lstrip("\n")
 
 
 def test_the_defaults_of_the_tour_are_those_of_the_schema() -> None:

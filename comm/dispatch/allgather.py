@@ -14,6 +14,7 @@ from torch import Tensor
 from xpar.comm.communicator import Communicator, Pending, Tag
 from xpar.comm.dispatch.alltoall import (
     AllToAllPlan,
+    local_ids_at_destination,
     return_rows,
     returning_slots,
     rows_by_destination,
@@ -30,7 +31,6 @@ from xpar.comm.dispatch.base import (
     encode_routing,
     pad_missing_outputs,
 )
-from xpar.comm.dispatch.outgoing_rows import local_ids_at_destination
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full

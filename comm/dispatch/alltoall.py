@@ -17,7 +17,6 @@ from xpar.comm.dispatch.base import (
     destination_mask,
     encode_routing,
 )
-from xpar.comm.dispatch.outgoing_rows import OutgoingRows, local_ids_at_destination
 from xpar.comm.grid import ProcessGrid
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import Distributed, Full
@@ -50,33 +49,17 @@ class AllToAllPlan:
     rows: Tensor | None = None
 
 
-class CountsInFlight:
-    """The plan of rows whose number the host does not know before dispatch."""
-
-    def __init__(self, outgoing: OutgoingRows) -> None:
-        self.outgoing = outgoing
-        self._plan: AllToAllPlan | None = None
-
-    def set_plan(self, plan: AllToAllPlan) -> None:
-        """Keep the plan that dispatch has made."""
-        self._plan = plan
-
-    def plan(self) -> AllToAllPlan:
-        """Return the plan; RuntimeError before dispatch."""
-        if self._plan is None:
-            raise RuntimeError("combine before dispatch: the plan does not know yet how many rows there are")
-        return self._plan
-
-
 class AllToAllDispatcher(Dispatcher):
-    """The general dispatcher; ``early``: pack rows before their number is known (default: on a GPU)."""
+    """The general dispatcher, for any group on any number of nodes.
+
+    On GPUs its subclass :class:`~xpar.comm.dispatch.alltoall_early.EarlyAllToAllDispatcher` takes its place.
+    """
 
     name = "alltoall"
     capabilities = Capabilities(("cpu", "cuda"), needs_host_counts=True, graph_capture=False)
 
-    def __init__(self, group: Communicator, placement: Placement, early: bool | None = None) -> None:
+    def __init__(self, group: Communicator, placement: Placement) -> None:
         self.group, self.placement = group, placement
-        self.early = placement.device.type == "cuda" if early is None else early
 
     @classmethod
     def build(cls, grid: ProcessGrid, placement: Placement) -> Dispatcher:
@@ -92,10 +75,6 @@ class AllToAllDispatcher(Dispatcher):
         exact: bool = False,
     ) -> DispatchPlan:
         own, _ = agree_on_plan(self, routing, tag, hidden_size, dtype, exact)
-        if self.early and not exact:
-            outgoing = OutgoingRows.start(own, self.placement)
-            promised = Pending(lambda: self._traffic(outgoing.counts.wait(), outgoing.counts.wait()))
-            return DispatchPlan(own, exact, promised, CountsInFlight(outgoing))
         destination, tokens, send = rows_by_destination(own.topk_ids, self.placement)
         recv = exchange_counts(self.group, send)
         ids = local_ids_at_destination(own.topk_ids, destination, tokens, self.placement)
@@ -106,11 +85,9 @@ class AllToAllDispatcher(Dispatcher):
             slots, back_recv = returning_slots(ids >= 0, tokens, send)
             back_send = sum_per_rank((arrived.topk_ids >= 0).sum(1), recv)
         state = AllToAllPlan(tokens, arrived, send, recv, back_send, back_recv, slots)
-        return DispatchPlan(own, exact, self._traffic(send, back_recv), state)
+        return DispatchPlan(own, exact, Traffic.of(self.group.rank, send, sum(back_recv)), state)
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
-        if isinstance(plan.dispatcher_state, CountsInFlight):
-            return self._dispatch_early(hidden_states, plan.dispatcher_state)
         state: AllToAllPlan = plan.dispatcher_state
         rows = hidden_states.new_empty(sum(state.recv), hidden_states.shape[1])
         first, own = sum(state.send[: self.group.rank]), state.send[self.group.rank]
@@ -124,28 +101,7 @@ class AllToAllDispatcher(Dispatcher):
         return Pending(lambda: ExpertInput(pending.wait(), arrived.topk_ids, arrived.topk_weights))
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
-        if isinstance(plan.dispatcher_state, CountsInFlight):
-            state, tokens = plan.dispatcher_state.plan(), plan.local_routing.topk_ids.shape[0]
-            back = self.group.all_to_all_v(outputs, state.back_send, state.back_recv)
-            return Pending(lambda: Distributed(sum_rows(back.wait(), state.tokens, tokens), Full()))
         return return_rows(self.group, outputs, plan.dispatcher_state, plan.local_routing)
-
-    def _dispatch_early(self, hidden_states: Tensor, early: CountsInFlight) -> Pending[ExpertInput]:
-        """Let the GPU pack rows while the host waits for counts and exchanges them; collective."""
-        outgoing = early.outgoing
-        rows = outgoing.pack_early(hidden_states)
-        send = outgoing.counts.wait()
-        tokens, encoded = outgoing.tokens[: sum(send)], outgoing.encoded[: sum(send)]
-        if rows is None:
-            rows = gather_rows(hidden_states, tokens)
-        recv = exchange_counts(self.group, send)
-        arrived = decode_routing(self.group.all_to_all_v(encoded, send, recv).wait())
-        pending = self.group.all_to_all_v(rows[: sum(send)], send, recv)
-        early.set_plan(AllToAllPlan(tokens, arrived, send, recv, recv, send, None))
-        return Pending(lambda: ExpertInput(pending.wait(), arrived.topk_ids, arrived.topk_weights))
-
-    def _traffic(self, send: list[int], back: list[int]) -> Traffic:
-        return Traffic.of(self.group.rank, send, sum(back))
 
 
 def exchange_counts(group: Communicator, send: list[int]) -> list[int]:
@@ -160,6 +116,15 @@ def rows_by_destination(topk_ids: Tensor, placement: Placement) -> tuple[Tensor,
     mask = destination_mask(topk_ids, placement)
     pairs = mask.nonzero()
     return pairs[:, 0], pairs[:, 1], mask.sum(1).tolist()
+
+
+def local_ids_at_destination(
+    topk_ids: Tensor, destination: Tensor, tokens: Tensor, placement: Placement
+) -> Tensor:
+    """Return local ids of sent rows' slots at ``destination`` [S]: [S, k] int32, -1 for experts elsewhere."""
+    ids = topk_ids[tokens].long()
+    is_at_destination = placement.owner[ids] == (destination // placement.etp)[:, None]
+    return torch.where(is_at_destination, placement.local[ids], -1)
 
 
 def returning_slots(active: Tensor, tokens: Tensor, send: list[int]) -> tuple[Tensor, list[int]]:

@@ -1,4 +1,4 @@
-"""The contract of every dispatcher, which keeps no state: plan, dispatch, (experts compute), combine."""
+"""The contract of dispatchers: plan, dispatch, (experts compute), combine. A plan has its step's state."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class Traffic:
     """The rows that one layer's exchange moves, counted on this rank.
 
     Attributes:
-        rows: (token, destination) pairs of this rank's tokens, its own experts included. What a destination
-            is says ``Capabilities.row_granularity``.
+        rows: (token, destination) pairs of this rank's tokens, its own experts included.
+            ``Capabilities.row_granularity`` says what a destination is.
         remote_rows: Those of ``rows`` that leave the rank.
         combined_rows: Rows that come back for this rank's tokens.
         sent: Rows to each rank of the group, this rank included.
@@ -121,9 +121,11 @@ class Dispatcher(Protocol):
     """Moves tokens to the ranks of their experts and the experts' outputs back.
 
     A dispatcher is a class that inherits from this one, and an entry of
-    :data:`xpar.comm.dispatch.choose.DISPATCHERS`. ``group`` is the ``moe`` group. ``agreed``: what the ranks
-    know of the current step before its layers begin; None: nothing ever. ``row_bytes``: those of a row on its
-    way to experts, if it does not consist of H numbers; no more than H numbers have. Such rows are tensors of
+    :data:`xpar.comm.dispatch.choose.DISPATCHERS`. ``group`` is the ``moe`` group.
+
+    Two attributes are set once, after it is built, for :func:`agree_on_plan`. ``agreed``: what the ranks know
+    of the current step before its layers begin; None: nothing ever. ``row_bytes``: those of a row on its way
+    to experts, if it does not consist of H numbers; no more than H numbers have. Such rows are tensors of
     int32 words, whose meaning no dispatcher knows; what comes home consists of H numbers all the same.
     """
 
@@ -186,8 +188,8 @@ class Dispatcher(Protocol):
         What arrives may lie where peers write the next step's rows: read it before :meth:`combine`.
         """
 
-    def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
-        """Return memory for ``rows`` expert outputs that combine need not copy, or None."""
+    def output(self, plan: DispatchPlan, num_outputs: int, like: Tensor) -> Tensor | None:
+        """Return memory for ``num_outputs`` expert outputs that combine need not copy, or None."""
         return None
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:

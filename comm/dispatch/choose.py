@@ -1,11 +1,13 @@
 """The choice of a dispatcher, from facts that every rank of the group shares."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
+from xpar.comm.dispatch.alltoall_early import EarlyAllToAllDispatcher
 from xpar.comm.dispatch.base import Dispatcher, DispatchRequest
 from xpar.comm.dispatch.hierarchical import HierarchicalDispatcher
 from xpar.comm.dispatch.nccl_ep import NcclEpDispatcher
@@ -26,6 +28,8 @@ DISPATCHERS: tuple[type[Dispatcher], ...] = (
     AllToAllDispatcher,
 )
 """All dispatchers, in the order in which ``auto`` takes the first that suits."""
+ON_GPUS: Mapping[type[Dispatcher], type[Dispatcher]] = {AllToAllDispatcher: EarlyAllToAllDispatcher}
+"""The dispatchers that have another implementation for tokens on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def choose_dispatcher(
     """
     request = DispatchRequest(top_k, sequence_parallel, hidden_size, dtype, coded_rows)
     choice = choose_dispatcher_class(grid, placement, name, request)
-    dispatcher = choice.chosen.build(grid, placement.to(grid.device))
+    cls = ON_GPUS.get(choice.chosen, choice.chosen) if grid.device.type == "cuda" else choice.chosen
+    dispatcher = cls.build(grid, placement.to(grid.device))
     dispatcher.agreed = grid.agreed
     return DispatcherChoice(dispatcher, choice.rejected, choice.reason)

@@ -159,8 +159,8 @@ class HierarchicalDispatcher(Dispatcher):
 
         return Pending(complete)
 
-    def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
-        return self._inside.output(plan.dispatcher_state.inside, rows, like)
+    def output(self, plan: DispatchPlan, num_outputs: int, like: Tensor) -> Tensor | None:
+        return self._inside.output(plan.dispatcher_state.inside, num_outputs, like)
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:
         state: HierarchicalPlan = plan.dispatcher_state

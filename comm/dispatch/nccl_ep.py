@@ -14,7 +14,7 @@ from torch import Tensor
 from xpar.comm.communicator import Communicator, Pending, Tag
 from xpar.comm.device.nccl_ep_exchange import MOST_TOKENS, NcclEp, NcclEpExchange, RowShape
 from xpar.comm.dispatch.allgather import SMALL_GROUP, AllGatherDispatcher
-from xpar.comm.dispatch.alltoall import AllToAllDispatcher
+from xpar.comm.dispatch.alltoall_early import EarlyAllToAllDispatcher
 from xpar.comm.dispatch.base import (
     Capabilities,
     Dispatcher,
@@ -176,7 +176,7 @@ class NcclEpDispatcher(Dispatcher):
                 f"{rows} rows of exact mode while a graph is recorded; nccl-ep takes {MOST_TOKENS[-1]}"
             )
         small = is_recorded or self.group.size <= SMALL_GROUP
-        other = (AllGatherDispatcher if small else AllToAllDispatcher)(self.group, self.placement)
+        other = (AllGatherDispatcher if small else EarlyAllToAllDispatcher)(self.group, self.placement)
         other.agreed = self.agreed
         return other
 

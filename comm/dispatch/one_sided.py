@@ -60,9 +60,8 @@ class OneSidedDispatcher(Dispatcher):
     """A dispatcher for GPU ranks of one node that map each other's memory.
 
     Rows travel through ``window``, which all layers of the group share. What arrives lies in the window until
-    the next
-    dispatch: whoever keeps it copies it. Rows of any dtype travel as opaque words, quantised values with
-    their scales beside them too; ``dispatch`` reads their width from the rows.
+    the next dispatch: whoever keeps it copies it. Rows of any dtype travel as opaque words, quantised values
+    with their scales beside them too; ``dispatch`` reads their width from the rows.
     """
 
     name = "one-sided"
@@ -133,7 +132,7 @@ class OneSidedDispatcher(Dispatcher):
         arrived = ExpertInput(exchange.rows(x.dtype), exchange.topk_ids, exchange.topk_weights)
         return Pending(lambda: arrived)
 
-    def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
+    def output(self, plan: DispatchPlan, num_outputs: int, like: Tensor) -> Tensor | None:
         return None
 
     def combine(self, outputs: Tensor, plan: DispatchPlan) -> Pending[Distributed]:

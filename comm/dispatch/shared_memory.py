@@ -49,7 +49,7 @@ class SharedMemoryPlan:
     Attributes:
         layout: The layout of the window.
         arrived: Local ids and weights [M, k] of the tokens that this rank's experts read.
-        rows: [M] int64, the row of each of those tokens among the tokens of all ranks.
+        arrived_rows: [M] int64, the row of each of those tokens among the tokens of all ranks.
         back: The rows among all outputs that make up this rank's tokens, by token and then rank.
         runs: [T] int64, how many of ``back`` belong to each token, as :func:`~xpar.kernels.rows.sum_runs`
             takes them.
@@ -59,7 +59,7 @@ class SharedMemoryPlan:
 
     layout: Layout
     arrived: Routing
-    rows: Tensor
+    arrived_rows: Tensor
     back: Tensor | None = None
     runs: Tensor | None = None
     positions: Tensor | None = None
@@ -112,18 +112,19 @@ class SharedMemoryDispatcher(Dispatcher):
         own, counts = agree_on_plan(self, routing, tag, hidden_size, dtype, exact)
         gathered = decode_routing(self.group.all_gather_v(encode_routing(own), counts))
         first = sum(counts[: self.group.rank])
-        state, rows = self._plan_window(gathered, slice(first, first + counts[self.group.rank]), exact)
+        own_rows = slice(first, first + counts[self.group.rank])
+        state, rows_to_rank = self._plan_window(gathered, own_rows, exact)
         layout = state.layout
         self.window.reserve((layout.num_tokens + layout.num_outputs) * hidden_size * dtype.itemsize)
         back = state.back if state.positions is None else state.positions[state.positions >= 0]
         assert back is not None
-        return DispatchPlan(own, exact, Traffic.of(self.group.rank, rows.tolist(), len(back)), state)
+        return DispatchPlan(own, exact, Traffic.of(self.group.rank, rows_to_rank, len(back)), state)
 
     def dispatch(self, hidden_states: Tensor, plan: DispatchPlan) -> Pending[ExpertInput]:
         self.token_buffer(hidden_states, plan).copy_(hidden_states)
         return self.start_reading(hidden_states, plan)
 
-    def output(self, plan: DispatchPlan, rows: int, like: Tensor) -> Tensor | None:
+    def output(self, plan: DispatchPlan, num_outputs: int, like: Tensor) -> Tensor | None:
         layout: Layout = plan.dispatcher_state.layout
         return self._outputs(layout, like)[layout.outputs]
 
@@ -139,8 +140,8 @@ class SharedMemoryDispatcher(Dispatcher):
         assert state.back is not None and state.runs is not None
         return Distributed(sum_runs(all_outputs, state.back, state.runs), Full())
 
-    # -- the steps, one by one, for a dispatcher that does more between them
-    # -------------------------------------
+    # -- the parts of dispatch and combine, for a dispatcher that does more between them
+    # -------------------------
 
     def token_buffer(self, like: Tensor, plan: DispatchPlan) -> Tensor:
         """Return where to write this rank's tokens [T, H] before :meth:`start_reading`."""
@@ -154,7 +155,7 @@ class SharedMemoryDispatcher(Dispatcher):
 
         def complete() -> ExpertInput:
             fence.wait()
-            return ExpertInput(tokens, state.arrived.topk_ids, state.arrived.topk_weights, state.rows)
+            return ExpertInput(tokens, state.arrived.topk_ids, state.arrived.topk_weights, state.arrived_rows)
 
         return Pending(complete)
 
@@ -189,22 +190,24 @@ class SharedMemoryDispatcher(Dispatcher):
         first_byte = layout.num_tokens * like.shape[1] * like.element_size()
         return self.window.view(first_byte, (layout.num_outputs, like.shape[1]), like.dtype)
 
-    def _plan_window(self, gathered: Routing, own: slice, exact: bool) -> tuple[SharedMemoryPlan, Tensor]:
+    def _plan_window(self, gathered: Routing, own: slice, exact: bool) -> tuple[SharedMemoryPlan, list[int]]:
         """Derive the plan, and the rows to each rank, from all tokens' routing; ``own``: this rank's."""
         mask = destination_mask(gathered.topk_ids, self.placement)
-        rows = mask[self.group.rank].nonzero()[:, 0]
-        local = self.placement.local_ids(gathered.topk_ids[rows], self.placement.ep_rank(self.group.rank))
-        arrived = Routing(local, gathered.topk_weights[rows])
+        arrived_rows = mask[self.group.rank].nonzero()[:, 0]
+        ep_rank = self.placement.ep_rank(self.group.rank)
+        local = self.placement.local_ids(gathered.topk_ids[arrived_rows], ep_rank)
+        arrived = Routing(local, gathered.topk_weights[arrived_rows])
         sent = mask[:, own]
+        rows_to_rank = sent.sum(1).tolist()
         if exact:
             positions, outputs = self.placement.slot_order(gathered.topk_ids)
             layout = self._layout(own, mask.shape[1], outputs)
-            return SharedMemoryPlan(layout, arrived, rows, positions=positions[own]), sent.sum(1)
+            return SharedMemoryPlan(layout, arrived, arrived_rows, positions=positions[own]), rows_to_rank
         outputs = mask.sum(1).tolist()
         position = (mask.reshape(-1).cumsum(0) - 1).view(mask.shape)
         back = position[:, own].t()[sent.t()]  # by token, then by rank
         layout = self._layout(own, mask.shape[1], outputs)
-        return SharedMemoryPlan(layout, arrived, rows, back, sent.sum(0)), sent.sum(1)
+        return SharedMemoryPlan(layout, arrived, arrived_rows, back, sent.sum(0)), rows_to_rank
 
     def _layout(self, own: slice, num_tokens: int, outputs: list[int]) -> Layout:
         """Lay out the window for ``outputs[r]`` outputs of rank r."""

@@ -77,8 +77,8 @@ class Drawing:
 
 
 def pipeline() -> None:
-    """The six steps of a layer, with the values between them."""
-    d = Drawing(980, 250, "The six steps of a layer")
+    """The six stages of a layer, with the values between them."""
+    d = Drawing(980, 250, "The six stages of a layer")
     steps = (
         ("route", "gate, top-k", "Routing"),
         ("plan", "who sends what", "DispatchPlan"),

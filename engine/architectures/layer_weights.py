@@ -1,8 +1,8 @@
 """One rank's part of a layer's weights, read from a checkpoint one tensor at a time.
 
 Experts are streamed through one set of buffers into the kernel that keeps them, so that no second copy of a
-layer exists. Is is the width of the shared experts. Under tensor parallelism ``rows`` is this rank's part of
-I or of Is, and I_r or Is_r is the width of that part.
+layer exists. Is is the width of the shared experts. Where ranks slice them, ``width_slice`` is this rank's
+part of I or of Is, and I_r or Is_r is the width of that part.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -108,8 +108,8 @@ def load_layer_weights(
     experts: Sequence[int],
     sink: Sink,
     dtype: torch.dtype,
-    rows: slice = ALL,
-    shared_rows: slice = ALL,
+    width_slice: slice = ALL,
+    shared_slice: slice = ALL,
     as_codes: bool = False,
 ) -> LayerWeights:
     """Load a rank's part of layer ``layer``.
@@ -123,8 +123,8 @@ def load_layer_weights(
         sink: takes the tensors of each expert, as :meth:`ExpertKernel.load_expert` does, and must not keep
             them. Biases are among them if ``config.bias``.
         dtype: dtype of the tensors.
-        rows: this rank's slice of I.
-        shared_rows: this rank's slice of Is.
+        width_slice: this rank's slice of I.
+        shared_slice: this rank's slice of Is.
         as_codes: True if ``sink`` takes codes and scales as :meth:`QuantisedKernel.load_quantised` does, in
             the :func:`experts_format` of the layer.
 
@@ -133,28 +133,28 @@ def load_layer_weights(
     """
     weights = LayerWeights(
         load_router(checkpoint, arch, layer, config, dtype),
-        load_shared(checkpoint, arch, layer, config, dtype, shared_rows),
+        load_shared(checkpoint, arch, layer, config, dtype, shared_slice),
         load_output_bias(checkpoint, arch, layer, config, dtype),
         load_latent(checkpoint, arch, layer, config, dtype),
         load_norm(checkpoint, arch, layer, config),
     )
     if as_codes:
-        place = _expert_place(checkpoint, arch, layer, config, rows)
+        place = _expert_place(checkpoint, arch, layer, config, width_slice)
         weight_format = quantised_format(checkpoint, place)
         assert weight_format is not None  # the caller has asked
         for index, quantised in stream_quantised(checkpoint, place, weight_format, experts, dtype):
             sink(index, *(tensor for tensor in quantised if tensor is not None))
         return weights
-    for index, expert in stream_experts(checkpoint, arch, layer, config, experts, dtype, rows):
+    for index, expert in stream_experts(checkpoint, arch, layer, config, experts, dtype, width_slice):
         sink(index, *(tensor for tensor in expert if tensor is not None))
     return weights
 
 
 def experts_format(
-    checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, rows: slice
+    checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, width_slice: slice
 ) -> WeightFormat | None:
-    """Return the format in which the routed experts' slices ``rows`` can stay; None for floats."""
-    return quantised_format(checkpoint, _expert_place(checkpoint, arch, layer, config, rows))
+    """Return the format in which the routed experts' slices ``width_slice`` can stay; None for floats."""
+    return quantised_format(checkpoint, _expert_place(checkpoint, arch, layer, config, width_slice))
 
 
 def stored_layer_config(checkpoint: Checkpoint, arch: Architecture, layer: int) -> LayerConfig:
@@ -207,14 +207,14 @@ def load_shared(
     layer: int,
     config: LayerConfig,
     dtype: torch.dtype,
-    rows: slice = ALL,
+    width_slice: slice = ALL,
 ) -> SharedWeights | None:
-    """Load slice ``rows`` of the shared experts; None for a layer without shared experts."""
+    """Load slice ``width_slice`` of the shared experts; None for a layer without any."""
     arch = resolve_names(checkpoint, arch, layer)
     if config.shared is None or arch.shared is None:
         return None
     hidden = config.hidden_size
-    place = MlpPlace(arch.shared.names, layer, hidden, config.shared.intermediate_size, rows)
+    place = MlpPlace(arch.shared.names, layer, hidden, config.shared.intermediate_size, width_slice)
     mlp = mlp_buffers(place, dtype)
     read_mlp(checkpoint, place, mlp)
     gate = None
@@ -265,7 +265,7 @@ def stream_experts(
     config: LayerConfig,
     experts: Sequence[int],
     dtype: torch.dtype,
-    rows: slice = ALL,
+    width_slice: slice = ALL,
 ) -> Iterator[tuple[int, MlpTensors]]:
     """Yield (position in ``experts``, tensors of that expert).
 
@@ -274,7 +274,7 @@ def stream_experts(
     unknown = [e for e in experts if not 0 <= e < config.num_experts]
     if unknown:
         raise ValueError(f"experts {unknown} of layer {layer}: ids are 0 to {config.num_experts - 1}")
-    place = _expert_place(checkpoint, arch, layer, config, rows)
+    place = _expert_place(checkpoint, arch, layer, config, width_slice)
     out = mlp_buffers(place, dtype)
     for index, expert in enumerate(experts):
         read_mlp(checkpoint, replace(place, expert=expert), out)
@@ -282,14 +282,14 @@ def stream_experts(
 
 
 def _expert_place(
-    checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, rows: slice
+    checkpoint: Checkpoint, arch: Architecture, layer: int, config: LayerConfig, width_slice: slice
 ) -> MlpPlace:
     return MlpPlace(
         resolve_names(checkpoint, arch, layer).experts,
         layer,
         config.routed_size,
         config.intermediate_size,
-        rows,
+        width_slice,
         experts=config.num_experts,
         spare=config.router.zero_experts,
     )

@@ -1,6 +1,6 @@
 """The tensors of one MLP, read from any form in which a checkpoint may store them.
 
-Only the bytes of this rank's slice are read. I is the width of the MLP and I_r that of the slice ``rows``.
+Only the bytes of this rank's slice are read. I is the width of the MLP and I_r that of its ``width_slice``.
 Packed rows are the gate rows followed by the up rows, [2 I_r, H]; without a gate, the up rows alone, [I_r,
 H].
 """
@@ -44,7 +44,7 @@ class MlpPlace:
     layer: int
     hidden: int
     width: int
-    rows: slice
+    width_slice: slice
     expert: int = 0
     experts: int = 1
     spare: int = 0
@@ -52,7 +52,7 @@ class MlpPlace:
     @property
     def bounds(self) -> tuple[int, int]:
         """The first row of the slice, and the row after its last."""
-        start, stop, _ = self.rows.indices(self.width)
+        start, stop, _ = self.width_slice.indices(self.width)
         return start, max(start, stop)
 
 
@@ -83,7 +83,7 @@ def read_mlp(checkpoint: Checkpoint, place: MlpPlace, out: MlpTensors) -> None:
         names.down,
         (place.hidden, place.width),
         ALL,
-        place.rows,
+        place.width_slice,
         names.down_transposed,
         out.down,
     )

@@ -14,7 +14,7 @@ from xpar.engine.architectures.mlp_weights import ALL, MlpPlace, bias_buffers, r
 from xpar.engine.architectures.schema import MlpNames
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.config import LayerConfig, StoredActivations
-from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
+from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat, concatenate_rows
 
 
 def quantised_format(checkpoint: Checkpoint, place: MlpPlace) -> WeightFormat | None:
@@ -92,7 +92,7 @@ def read_quantised_mlp(
         up = [read(names[0], half, ALL) for half in halves]
     else:
         up = [read(name, slice(start, stop), ALL) for name in names]
-    return _below_each_other(up), read(place.names.down, ALL, slice(start, stop))
+    return concatenate_rows(up), read(place.names.down, ALL, slice(start, stop))
 
 
 QuantisedTensors = tuple[QuantisedWeight, QuantisedWeight, Tensor | None, Tensor | None]
@@ -141,21 +141,3 @@ def _rows(weight: QuantisedWeight, rows: slice) -> QuantisedWeight:
     """Return rows of a weight whose blocks are one row high."""
     zeros = None if weight.zeros is None else weight.zeros[rows]
     return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=zeros)
-
-
-def _below_each_other(weights: list[QuantisedWeight]) -> QuantisedWeight:
-    first = weights[0]
-    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
-    return replace(
-        first,
-        codes=_cat([weight.codes for weight in weights]),
-        scales=_cat([weight.scales for weight in weights]),
-        zeros=_cat(zeros) if zeros else None,
-    )
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    """Concatenate rows, of 8-bit floats, too."""
-    if parts[0].dtype.itemsize == 1:
-        return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
-    return torch.cat(parts)

@@ -97,7 +97,7 @@ class LayerBench:
         if "steps" in self.request.compare:
             if not isinstance(self.runner, FusedRunner):
                 raise ValueError(
-                    "--compare steps: the layer takes its steps one by one already; leave it out"
+                    "--compare steps: the layer takes its stages one by one already; leave it out"
                 )
             forwards["steps"] = with_options(self.runner, depth="steps")
         if "bf16" in self.request.compare:

@@ -2,7 +2,7 @@
 
 Only :mod:`xpar.engine.cli` imports this room.
 
-``parsers.py`` and the two beside it have the options of every command and import nothing that takes long.
-A command's own module has ``main(args)``, which returns the exit status; it is imported when the command is
-chosen.
+``parsers.py``, ``model_parsers.py`` and ``bench_parsers.py`` have the options of every command and import
+nothing that takes long. A command's own module has ``main(args)``, which returns the exit status; it is
+imported when the command is chosen.
 """

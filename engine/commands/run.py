@@ -23,7 +23,7 @@ from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import make_console, progress
 from xpar.engine.layer.build import FLOATS, load_layer
 from xpar.engine.layer.checkpoint_config import read_layer_config, read_layer_configs
-from xpar.engine.layer.expert_shard import expert_rows, pick_dispatcher, pick_kernel
+from xpar.engine.layer.expert_shard import pick_dispatcher, pick_kernel, slice_expert_width
 from xpar.engine.layer.input_scheme import choose_input_scheme
 from xpar.engine.layer.observers import Observers
 from xpar.engine.layer.options import LayerOptions
@@ -146,7 +146,7 @@ def _explain(
     """Print why the dispatcher and the kernel of ``layer`` are chosen, and its steps."""
     with open_layers(args.checkpoint, quantisation_of(args)) as checkpoint:
         config = read_layer_config(checkpoint, layer)
-        arch, rows = find(checkpoint.config), expert_rows(config, grid)
+        arch, rows = find(checkpoint.config), slice_expert_width(config, grid)
         stored = experts_format(checkpoint, arch, layer, config, rows)
 
     def reasons() -> str:

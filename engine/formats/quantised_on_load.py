@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from xpar.engine.checkpoint.reader import Checkpoint
 from xpar.engine.checkpoint.tensor_file import CheckpointError, TensorEntry
@@ -19,7 +18,7 @@ from xpar.engine.formats.dequantise import dequantise_into
 from xpar.engine.formats.quantised_checkpoint import QuantisedCheckpoint
 from xpar.engine.formats.stored_weight import Parts, Scheme, StoredWeight, slice_weight
 from xpar.kernels.quantisation import NAMED_FORMATS, quantise
-from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat
+from xpar.kernels.quantised_weight import QuantisedWeight, WeightFormat, concatenate_rows
 
 log = logging.getLogger("xpar.formats")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -130,7 +129,7 @@ class FloatWeight(StoredWeight):
         step = -(-max(1, PIECE_BYTES // (4 * max(1, size[1]))) // height) * height
         begins = range(wide[0].start, max(wide[0].stop, wide[0].start + 1), step)
         pieces = [self._quantise(index, slice(n, min(n + step, wide[0].stop)), wide[1]) for n in begins]
-        weight = pieces[0] if len(pieces) == 1 else _below_each_other(pieces)
+        weight = pieces[0] if len(pieces) == 1 else concatenate_rows(pieces)
         inside = [slice(p.start - w.start, p.stop - w.start) for p, w in zip((rows, cols), wide, strict=True)]
         return slice_weight(weight, *inside)
 
@@ -148,18 +147,6 @@ class FloatWeight(StoredWeight):
         dequantise_into(weight, numbers)
         self._checkpoint.count(self.parts.module, float(floats.sub_(numbers).norm()) ** 2, total)
         return weight
-
-
-def _below_each_other(pieces: Sequence[QuantisedWeight]) -> QuantisedWeight:
-    """Join rows of whole blocks, whose codes and scales may be 8-bit floats."""
-
-    def join(parts: list[Tensor]) -> Tensor:
-        if parts[0].dtype.itemsize > 1:
-            return torch.cat(parts)
-        return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
-
-    codes, scales = join([piece.codes for piece in pieces]), join([piece.scales for piece in pieces])
-    return replace(pieces[0], codes=codes, scales=scales)
 
 
 def relative_errors(squares: Sequence[Mapping[int, SQUARES]]) -> tuple[float, dict[int, float]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xpar.comm.failure import agreed
 from xpar.comm.grid import ProcessGrid
-from xpar.comm.reduction import Full, Partial, State
+from xpar.comm.reduction import Full
 from xpar.engine.architectures.layer_config import find
 from xpar.engine.architectures.layer_weights import (
     LayerWeights,
@@ -32,9 +32,7 @@ from xpar.engine.layer.checkpoint_config import FIELDS, allocation_errors, confi
 from xpar.engine.layer.expert_shard import (
     ExpertShard,
     build_expert_shard,
-    expert_rows,
-    expert_spec,
-    width_slice,
+    slice_expert_width,
 )
 from xpar.engine.layer.fused_shared_experts import (
     SharedSlots,
@@ -48,12 +46,11 @@ from xpar.engine.layer.options import DEFAULT, LayerOptions
 from xpar.engine.layer.route_and_compute import choose_runner
 from xpar.engine.layer.runner import MoERunner
 from xpar.engine.layer.shared_expert_overlap import SharedOrder
-from xpar.engine.layer.shared_experts import SharedExperts
+from xpar.engine.layer.shared_experts import build_shared_experts, slice_shared_width, state_of_shared
 from xpar.engine.layer.token_split import KeepAllTokens, choose_token_split
 from xpar.kernels.contracts import ExpertKernel, QuantisedKernel
 from xpar.kernels.gpu.availability import use_table
 from xpar.kernels.quantised_weight import WeightFormat
-from xpar.kernels.registry import choose_kernel
 
 log = logging.getLogger("xpar.build")
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -99,7 +96,7 @@ def _load(
         begin = time.perf_counter()
         sizes = ", ".join(f"{name}={getattr(config, name)}" for name in FIELDS[:3])
         with config_errors(checkpoint), allocation_errors(layer, f"config.json: {sizes}"):
-            stored = experts_format(checkpoint, arch, layer, config, expert_rows(config, grid))
+            stored = experts_format(checkpoint, arch, layer, config, slice_expert_width(config, grid))
             runner = build_layer(config, grid, dtype or checkpoint.dtype, read, options, layer, stored)
         log.info(
             "layer %d: experts %s in %s, %.1f MB read in %.2f s",
@@ -142,19 +139,19 @@ def build_layer(
     Raises:
         ValueError: The options do not fit the grid, the layer or this machine.
     """
-    exact, sequence_parallel = options.exact, options.sequence_parallel
-    slots = _shared_slots(config, options)
-    experts = build_expert_shard(config, grid, dtype, options, sequence_parallel, slots, weight_format)
+    exact, slots = options.exact, _shared_slots(config, options)
+    experts = build_expert_shard(
+        config, grid, dtype, options, options.sequence_parallel, slots, weight_format
+    )
     if experts.kernel is not None and options.tiles is not None:
         use_table(experts.kernel, options.tiles)
-    # Under sequence parallel each rank has other tokens, and with them a whole copy of the shared experts.
-    slices = 1 if exact or sequence_parallel or slots else grid.tp.size
+    shared_state = Full() if slots else state_of_shared(grid, options)
     weights = read(
         experts=experts.experts,
         sink=_sink(experts.kernel),
         dtype=dtype,
-        rows=experts.rows,
-        shared_rows=_shared_rows(config, grid, slices),
+        width_slice=experts.width_slice,
+        shared_slice=slice_shared_width(config, shared_state),
         **({} if weight_format is None else {"as_codes": experts.weight_format is not None}),
     )
     weights = weights.to(grid.device)
@@ -162,7 +159,7 @@ def build_layer(
     if weights.shared is not None and slots:
         fused = _fused(config, experts, weights.shared, slots, exact)
     elif weights.shared is not None:
-        shared = _shared(config, grid, weights.shared, dtype, exact, slices)
+        shared = build_shared_experts(config, grid, weights.shared, dtype, exact, shared_state)
     on_host = grid.device.type == "cpu"
     # Looking at every logit would make the host wait for the GPU in every layer.
     router = make_router(
@@ -228,29 +225,6 @@ def _projection(config: LayerConfig, weights: LayerWeights, exact: bool) -> Expe
     )
 
 
-def _shared_rows(config: LayerConfig, grid: ProcessGrid, slices: int) -> slice:
-    if config.shared is None or slices == 1:
-        return slice(None)
-    return width_slice("shared expert width", config.shared.intermediate_size, slices, grid.tp.rank)
-
-
-def _shared(
-    config: LayerConfig,
-    grid: ProcessGrid,
-    weights: SharedWeights,
-    dtype: torch.dtype,
-    exact: bool,
-    slices: int,
-) -> SharedExperts:
-    routed = expert_spec(config, grid.device, 1, weights.down.shape[1], dtype, exact)
-    spec = replace(routed, hidden_size=config.hidden_size, bias=False)
-    kernel: ExpertKernel = choose_kernel(spec).chosen.build(spec)
-    kernel.load_expert(0, weights.gate_up, weights.down)
-    state: State = Full() if slices == 1 else Partial(grid.tp)
-    scale = 1.0 if config.shared is None else config.shared.scale
-    return SharedExperts(kernel, state, weights.gate, scale)
-
-
 def _shared_slots(config: LayerConfig, options: LayerOptions) -> int:
     """Count the slots that the shared experts take in the routed product: 0 unless that was asked for."""
     if not options.fuse_shared_experts:
@@ -270,7 +244,7 @@ def _fused(
     assert config.shared is not None and experts.kernel is not None  # there are slots to compute
     placement = experts.dispatcher.placement
     check_fusable(experts.dispatcher, placement.etp)
-    parts = experts_of_shared(weights, config.activation.gated, config.intermediate_size, experts.rows)
+    parts = experts_of_shared(weights, config.activation.gated, config.intermediate_size, experts.width_slice)
     for index, (gate_up, down) in enumerate(parts):
         experts.kernel.load_expert(len(experts.experts) + index, gate_up, down)
     home, scale = home_rank(experts.dispatcher), config.shared.scale

@@ -41,7 +41,7 @@ class ExpertShard:
         dispatcher: Moves tokens to the ranks of their experts, and outputs back.
         experts: Global ids of the experts that this rank holds. Copies of shared experts come after them in
             the kernel.
-        rows: The part of every expert's width that this rank holds.
+        width_slice: The part of every expert's width I that this rank holds.
         kernel: Computes the experts; None on a rank without any.
         kernel_entry: The entry of the kernel registry that made ``kernel``; None without a kernel.
         hidden_size: Width of the rows that the experts read and write.
@@ -52,7 +52,7 @@ class ExpertShard:
 
     dispatcher: Dispatcher
     experts: range
-    rows: slice
+    width_slice: slice
     kernel: ExpertKernel | None
     kernel_entry: KernelEntry | None
     hidden_size: int
@@ -153,17 +153,17 @@ def build_expert_shard(
         grid, config, dtype, options.dispatcher, sequence_parallel, copies, inputs.row_format
     )
     experts = placement.experts_of(grid.ep_rank)
-    rows = expert_rows(config, grid)
+    part = slice_expert_width(config, grid)
     kernel = entry = None
     if count := len(experts) + copies:
         spec = expert_spec(
-            config, grid.device, count, rows.stop - rows.start, dtype, options.exact, inputs.scheme
+            config, grid.device, count, part.stop - part.start, dtype, options.exact, inputs.scheme
         )
         spec, choice = choose_for_weights(spec, options.kernel, weight_format, bool(copies))
         entry = choice.chosen
         kernel = entry.build(spec)
     size, exact = config.routed_size, options.exact
-    return ExpertShard(chosen.dispatcher, experts, rows, kernel, entry, size, dtype, exact, inputs.row_format)
+    return ExpertShard(chosen.dispatcher, experts, part, kernel, entry, size, dtype, exact, inputs.row_format)
 
 
 def pick_dispatcher(
@@ -210,9 +210,8 @@ def pick_kernel(
     ``weight_format`` is the format in which the weights are stored, or None for plain numbers; ``scheme``
     that by which rows are quantised, or None.
     """
-    rows = expert_rows(config, grid)
-    width = rows.stop - rows.start
-    spec = expert_spec(config, grid.device, experts, width, dtype, exact, scheme)
+    part = slice_expert_width(config, grid)
+    spec = expert_spec(config, grid.device, experts, part.stop - part.start, dtype, exact, scheme)
     return choose_for_weights(spec, name, weight_format)[1]
 
 
@@ -302,13 +301,13 @@ def check_exact(exact: bool, grid: ProcessGrid) -> None:
         )
 
 
-def expert_rows(config: LayerConfig, grid: ProcessGrid) -> slice:
+def slice_expert_width(config: LayerConfig, grid: ProcessGrid) -> slice:
     """Return this rank's slice of the width of every expert."""
     parts, unit = grid.etp.size, config.width_unit
-    return width_slice("expert width", config.intermediate_size, parts, grid.etp.rank, unit)
+    return slice_width("expert width", config.intermediate_size, parts, grid.etp.rank, unit)
 
 
-def width_slice(what: str, width: int, parts: int, part: int, unit: int = 1) -> slice:
+def slice_width(what: str, width: int, parts: int, part: int, unit: int = 1) -> slice:
     """Return slice ``part`` of ``parts`` of an expert's width, which differ by at most one unit.
 
     Args:

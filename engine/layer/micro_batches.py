@@ -45,9 +45,9 @@ class MicroBatches(nn.Module):
                 following = start(part)
             except CollectiveError:
                 # All ranks raise alike. The rows of `step` are in flight, and their memory must outlive that.
-                self.runner.finish(step)
+                self.runner.complete(step)
                 raise
-            outputs.append(self.runner.finish(step).sum())
+            outputs.append(self.runner.complete(step).sum())
             step = following
-        outputs.append(self.runner.finish(step).sum())
+        outputs.append(self.runner.complete(step).sum())
         return torch.cat(outputs)

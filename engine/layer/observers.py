@@ -1,4 +1,4 @@
-"""Those who measure a step of a layer: timers, counters of slots, counters of the experts' load."""
+"""The objects that measure a step of a layer: timers, counters of slots and of the experts' load."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

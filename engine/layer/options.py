@@ -45,7 +45,7 @@ class LayerOptions(ExpertOptions):
         shared_order: The moment at which the shared experts compute.
         tiles: A file of tile shapes that ``xpar tune`` wrote, for kernels on GPUs.
         fuse_shared_experts: Compute the shared experts as slots of the routed product.
-        depth: ``steps`` runs the steps of the layer one by one; ``one-call`` runs route, compute and combine
+        depth: ``steps`` runs the stages of the layer one by one; ``one-call`` runs route, compute and combine
             in one call of the kernel; ``auto`` does that for the numbers of tokens at which it was measured
             to be faster.
     """

@@ -1,4 +1,4 @@
-"""The output of a layer's first five steps, and the sixth step: finish, which adds it up."""
+"""The output of a layer after the stage combine, and the stage finish, which adds it up."""
 
 from typing import NamedTuple
 
@@ -74,16 +74,17 @@ def add_identity_and_bias(
     return Distributed(total.to(routed.tensor.dtype), routed.state)
 
 
-def bring_home(
+def add_at_home(
     dispatcher: Dispatcher,
     plan: DispatchPlan,
     returning: Pending[Distributed],
     shared: Pending[Distributed | None],
     output_bias: Tensor | None,
 ) -> tuple[Distributed, Distributed | None]:
-    """Wait for the routed output with the bias, and for the shared output where it is not added to it.
+    """Have ``dispatcher``, which has the capability ``adds_at_home``, add the bias and the shared output.
 
-    For a dispatcher that adds at home: one sum does all that can be added there, with the same bits.
+    Returns the routed output with them, and the shared output only where it is not final, so that it could
+    not be added. The bits are those of :func:`add_identity_and_bias` and the stage finish.
     """
     beside = shared.wait()
     added = beside.tensor if beside is not None and isinstance(beside.state, Full) else None

@@ -1,8 +1,8 @@
 """A layer whose kernel runs route, compute and combine as one call, where one rank holds every expert.
 
-Nothing travels there, so between those three steps there is nothing to do. :class:`FusedRunner` is a second
+Nothing travels there, so between those three stages there is nothing to do. :class:`FusedRunner` is a second
 executor with the interface of :class:`~xpar.engine.layer.runner.MoERunner`. It is chosen once, when the layer
-is built, and its result is that of the steps one by one.
+is built, and its result is that of the stages one by one.
 """
 
 from functools import cached_property
@@ -17,7 +17,7 @@ from xpar.engine.layer.expert_shard import ExpertShard
 from xpar.engine.layer.observers import Observers
 from xpar.engine.layer.options import DEPTHS, Depth, LayerOptions
 from xpar.engine.layer.output import LayerOutput
-from xpar.engine.layer.runner import FinishedStep, MoERunner, Step
+from xpar.engine.layer.runner import ComputedStep, MoERunner, Step
 from xpar.engine.routing import RoutingRule
 from xpar.engine.routing.router import Router
 from xpar.kernels.contracts import FusedRoutingKernel, RouteSpec
@@ -25,7 +25,7 @@ from xpar.kernels.registry import KernelEntry
 
 
 class FusedRunner(MoERunner):
-    """A layer whose steps of few tokens are one call of its kernel; larger steps go one by one.
+    """A layer whose steps of few tokens are one call of its kernel; larger ones go stage by stage.
 
     The arguments are those of :class:`~xpar.engine.layer.runner.MoERunner`.
     """
@@ -60,11 +60,11 @@ class FusedRunner(MoERunner):
             )
         self._step += 1
         observers = self._unobserved if observers is None else observers
-        return FinishedStep(self._compute(hidden_states, local, router_logits, observers))
+        return ComputedStep(self._compute(hidden_states, local, router_logits, observers))
 
-    def finish(self, step: Step, together: bool = False) -> LayerOutput:
-        """Return the output of a step that is computed already, or finish one of several calls."""
-        return step.output if isinstance(step, FinishedStep) else super().finish(step, together)
+    def complete(self, step: Step, together: bool = False) -> LayerOutput:
+        """Return the output of a step that is computed already, or complete one of several calls."""
+        return step.output if isinstance(step, ComputedStep) else super().complete(step, together)
 
     def _fits(self, tokens: int, router: RoutingRule | None) -> bool:
         """Tell whether a step is one call: it has few tokens, and the layer's own router routes them."""
@@ -133,7 +133,7 @@ def route_spec(config: RouterConfig) -> RouteSpec:
 def why_not_fused(
     config: LayerConfig, entry: KernelEntry | None, dispatcher: Dispatcher, *, exact: bool, fused: bool
 ) -> str | None:
-    """Say why every step of a layer is taken one by one; None where one call can serve.
+    """Say why a layer takes its stages one by one; None where one call can serve.
 
     ``entry``: of the layer's kernel, None on a rank without experts. ``fused``: the shared experts are slots.
     """
@@ -150,7 +150,7 @@ def why_not_fused(
     if fused:
         return "the router does not choose the slots of fused shared experts"
     if config.latent_size is not None or config.output_bias or config.router.norm_eps is not None:
-        return "a latent space, a norm or an output bias comes between its steps"
+        return "a latent space, a norm or an output bias comes between its stages"
     why = entry.fused_routing.why_not(route_spec(config.router))
     return None if why is None else f"{entry.name} {why}"
 
@@ -158,7 +158,7 @@ def why_not_fused(
 def explain_depth(
     config: LayerConfig, entry: KernelEntry, dispatcher: Dispatcher, exact: bool, depth: Depth
 ) -> str:
-    """Explain in one line which steps of the layer are one call, or why none is."""
+    """Explain in one line which stages of the layer are one call, or why none is."""
     why = why_not_fused(config, entry, dispatcher, exact=exact, fused=False)
     if depth == "steps":
         why = "that was asked for"

@@ -17,7 +17,7 @@ from xpar.engine.layer.fused_shared_experts import SharedSlots
 from xpar.engine.layer.latent import ExpertInputProjection
 from xpar.engine.layer.observers import Observers
 from xpar.engine.layer.options import DEFAULT, LayerOptions
-from xpar.engine.layer.output import LayerOutput, add_identity_and_bias, bring_home
+from xpar.engine.layer.output import LayerOutput, add_at_home, add_identity_and_bias
 from xpar.engine.layer.shared_expert_overlap import Overlap, RunningSharedExperts, SharedOrder
 from xpar.engine.layer.shared_experts import SharedExperts
 from xpar.engine.layer.token_split import KeepAllTokens, choose_token_split
@@ -46,7 +46,7 @@ class RoutedTokens(NamedTuple):
 
 
 class StepInFlight(NamedTuple):
-    """A step whose rows are on their way to the experts: what :meth:`MoERunner.finish` needs of it.
+    """A step whose rows are on their way to the experts: what :meth:`MoERunner.complete` needs of it.
 
     Attributes:
         num_tokens: Tokens that were given to this rank.
@@ -63,13 +63,13 @@ class StepInFlight(NamedTuple):
     observers: Observers
 
 
-class FinishedStep(NamedTuple):
+class ComputedStep(NamedTuple):
     """A step that was computed when it was started."""
 
     output: LayerOutput
 
 
-Step = StepInFlight | FinishedStep
+Step = StepInFlight | ComputedStep
 
 
 class MoERunner(nn.Module):
@@ -150,7 +150,7 @@ class MoERunner(nn.Module):
         observers: Observers | None = None,
         padding: Tensor | None = None,
     ) -> Step:
-        """Route, plan, and send rows on their way; collective. The step must be given to :meth:`finish`.
+        """Route, plan, and send rows on their way; collective. The step must be given to :meth:`complete`.
 
         The arguments are those of :meth:`forward`. What is wrong with them on one rank is raised on all.
         """
@@ -169,7 +169,7 @@ class MoERunner(nn.Module):
             hidden_states.shape[0], routed.hidden_states, routed.routing, plan, rows, shared, observers
         )
 
-    def finish(self, step: Step, together: bool = False) -> LayerOutput:
+    def complete(self, step: Step, together: bool = False) -> LayerOutput:
         """Compute the rows that arrive and bring outputs home, unsummed as yet; collective.
 
         ``together``: nobody will ask for shared and routed output apart, so that they may be added where the
@@ -186,8 +186,9 @@ class MoERunner(nn.Module):
             returning = self.experts.combine(outputs, step.plan)
         step.shared.run_if(SharedOrder.DURING_COMBINE)
         with observers.stage("combine"):
+            # Where the dispatcher adds at home, one sum takes in what is added here after the others.
             if together and self._adds_at_home and step.routing.identity_weights is None:
-                routed, shared = bring_home(
+                routed, shared = add_at_home(
                     self.dispatcher, step.plan, returning, step.shared.output, self.output_bias
                 )
             else:
@@ -216,11 +217,11 @@ class MoERunner(nn.Module):
         padding: Tensor | None = None,
         together: bool = False,
     ) -> LayerOutput:
-        """Run :meth:`start` and :meth:`finish`: the forward but for its last sum, with routing."""
+        """Run :meth:`start` and :meth:`complete`: the forward but for its last sum, with routing."""
         step = self.start(
             hidden_states, router_logits, input_ids, router=router, observers=observers, padding=padding
         )
-        return self.finish(step, together)
+        return self.complete(step, together)
 
     # -- ways to call it: alike up to the sum
     # ------------------------------------------------------------------------
@@ -310,8 +311,8 @@ class MoERunner(nn.Module):
         output = self.run(hidden_states, router_logits, input_ids, router=router, observers=observers)
         return output.sum(), self.tokens.gather_routing(output.routing, hidden_states.shape[0])
 
-    # -- what the steps are made of
-    # ----------------------------------------------------------------------------------
+    # -- what the stages are made of
+    # ---------------------------------------------------------------------------------
 
     def _route(
         self,
@@ -355,6 +356,12 @@ class MoERunner(nn.Module):
             return x, self.fused.append(routing, x, shared_logits)
         return weigh_input(x if self.projection is None else self.projection.down(x), routing)
 
+    def _plan(self, routing: Routing | Exception) -> DispatchPlan:
+        tag = Tag("layer", self.layer, self._step)
+        return self.experts.dispatcher.plan(
+            routing, tag=tag, hidden_size=self.config.routed_size, dtype=self.dtype, exact=self.options.exact
+        )
+
     def _begin_shared(
         self, hidden_states: Tensor, routed: RoutedTokens, observers: Observers
     ) -> RunningSharedExperts:
@@ -367,12 +374,6 @@ class MoERunner(nn.Module):
                 return self.shared(hidden_states, routed.shared_logits)
 
         return self.overlap.begin(compute, hidden_states, routed.shared_logits)
-
-    def _plan(self, routing: Routing | Exception) -> DispatchPlan:
-        tag = Tag("layer", self.layer, self._step)
-        return self.experts.dispatcher.plan(
-            routing, tag=tag, hidden_size=self.config.routed_size, dtype=self.dtype, exact=self.options.exact
-        )
 
     def _check(self, hidden_states: Tensor) -> None:
         if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.hidden_size:

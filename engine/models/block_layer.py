@@ -17,7 +17,7 @@ from xpar.engine.architectures.layer_weights import (
 from xpar.engine.checkpoint.in_memory import InMemoryCheckpoint
 from xpar.engine.checkpoint.reader import Checkpoint, CheckpointError
 from xpar.engine.layer.build import build_layer
-from xpar.engine.layer.expert_shard import expert_rows
+from xpar.engine.layer.expert_shard import slice_expert_width
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.layer.residual_scaling import scale_layer_output
 from xpar.engine.layer.runner import MoERunner
@@ -100,7 +100,7 @@ def build_block(
     read = partial(load_layer_weights, checkpoint, arch, layer, config)
     if scale_output:
         config, _ = scale_layer_output(config)
-    stored = experts_format(checkpoint, arch, layer, config, expert_rows(config, grid))
+    stored = experts_format(checkpoint, arch, layer, config, slice_expert_width(config, grid))
     runner = build_layer(config, grid, dtype, read, options, layer, stored)
     return BlockLayer(runner, arch.block.returns_pair)
 

@@ -21,7 +21,7 @@ from xpar.engine.config import LayerConfig
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
 from xpar.engine.formats.quantised_on_load import QuantisedOnLoad
 from xpar.engine.layer.checkpoint_config import allocation_errors, read_layer_configs
-from xpar.engine.layer.expert_shard import expert_rows
+from xpar.engine.layer.expert_shard import slice_expert_width
 from xpar.engine.models.block_layer import build_block
 from xpar.engine.models.dense_weights import dense_sources, load_dense
 from xpar.engine.models.empty_model import build_empty_model, is_known
@@ -289,7 +289,7 @@ def _load_layers(
                 name = part.names[0]
                 config = describe_stored(model, name, checkpoint, sources)
                 read = experts_reader(model, name, checkpoint, sources, config, dtype)
-                rows = expert_rows(config, grid)
+                rows = slice_expert_width(config, grid)
                 stored = stored_experts(model, name, checkpoint, sources, config, dtype, rows)
                 layers[n] = build_moe_modules(config, grid, dtype, n, read, options, on_bytes, stored)
             else:

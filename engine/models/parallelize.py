@@ -112,7 +112,7 @@ def build_moe_modules(
             kernel.load_quantised(index, *codes)
             on_bytes(sum(math.prod(t.shape) for t in codes if t is not None) * dtype.itemsize)
     elif experts.kernel is not None:
-        for index, tensors in read(experts.experts, experts.rows):
+        for index, tensors in read(experts.experts, experts.width_slice):
             experts.kernel.load_expert(index, *tensors)
             on_bytes(sum(t.nbytes for t in tensors if t is not None))
     return ExpertLayer(

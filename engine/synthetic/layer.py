@@ -128,8 +128,8 @@ class SyntheticLayer:
         experts: Sequence[int],
         sink: Sink,
         dtype: torch.dtype,
-        rows: slice = ALL,
-        shared_rows: slice = ALL,
+        width_slice: slice = ALL,
+        shared_slice: slice = ALL,
         as_codes: bool = False,
     ) -> LayerWeights:
         """Draw what ``layer_weights.load_layer_weights`` reads, with its arguments.
@@ -139,13 +139,15 @@ class SyntheticLayer:
         """
         for index, expert in enumerate(experts):
             if as_codes and self.weight_format is not None:
-                weights: tuple[Any, ...] = self._whole(*self.quantised(expert, self.weight_format), rows)
+                weights: tuple[Any, ...] = self._whole(
+                    *self.quantised(expert, self.weight_format), width_slice
+                )
             else:
-                weights = self._sliced(*self.expert(expert), rows)
-            sink(index, *weights, *self._sliced_biases(expert, rows))
+                weights = self._sliced(*self.expert(expert), width_slice)
+            sink(index, *weights, *self._sliced_biases(expert, width_slice))
         shared = self.shared()
         if shared is not None:
-            shared = SharedWeights(*self._sliced(shared.gate_up, shared.down, shared_rows), shared.gate)
+            shared = SharedWeights(*self._sliced(shared.gate_up, shared.down, shared_slice), shared.gate)
         return LayerWeights(self.router(), shared, self.output_bias(), self.latent(), self.norm())
 
     def reference(
@@ -187,20 +189,23 @@ class SyntheticLayer:
         fill_random(name, tensor, generator)
         return tensor
 
-    def _whole(self, gate_up: QuantisedWeight, down: QuantisedWeight, rows: slice) -> tuple[Any, ...]:
-        if range(self.config.intermediate_size)[rows] != range(self.config.intermediate_size):
+    def _whole(self, gate_up: QuantisedWeight, down: QuantisedWeight, part: slice) -> tuple[Any, ...]:
+        if range(self.config.intermediate_size)[part] != range(self.config.intermediate_size):
             raise ValueError(f"random weights in {gate_up.format} are not sliced: use etp=1")
         return gate_up, down
 
-    def _sliced(self, gate_up: Tensor, down: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def _sliced(self, gate_up: Tensor, down: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         halves = gate_up.chunk(2 if self.config.activation.gated else 1)
-        return torch.cat([half[rows] for half in halves]), down[:, rows]
+        return torch.cat([half[part] for half in halves]), down[:, part]
 
-    def _sliced_biases(self, expert: int, rows: slice) -> tuple[Tensor, ...]:
+    def _sliced_biases(self, expert: int, part: slice) -> tuple[Tensor, ...]:
         """Slice the biases; the down bias is not zero in the first slice alone, as it counts once."""
         biases = self.biases(expert)
         if biases is None:
             return ()
         packed, down = biases
         halves = packed.chunk(2 if self.config.activation.gated else 1)
-        return torch.cat([half[rows] for half in halves]), down if rows.start in (None, 0) else down * 0
+        return torch.cat([half[part] for half in halves]), down if part.start in (
+            None,
+            0,
+        ) else down * 0

@@ -14,28 +14,22 @@ keys, and 1.1 to 1.3 if 8 do (1 and 2 threads of a Xeon that cannot multiply bfl
 elsewhere).
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from torch import Tensor
 from torch.nn import functional
 
-from xpar.kernels.choice import choose
+from xpar.kernels.choice import Backend, choose
 from xpar.kernels.cpu import attention_native, native_library, zen_library
 from xpar.kernels.cpu.linear_zen import DTYPES
 
-Backend = Literal["zentorch", "native", "torch"]
+BackendName = Literal["zentorch", "native", "torch"]
 # Query heads per key head up to which the compiled attention is the faster one.
 _MAX_HEADS_PER_KEY_HEAD = 4
 
 
-@dataclass(frozen=True)
-class _BackendEntry:
-    name: Backend
-
-
 # Fastest first.
-_BACKENDS = (_BackendEntry("zentorch"), _BackendEntry("native"), _BackendEntry("torch"))
+_BACKENDS: tuple[Backend[BackendName], ...] = (Backend("zentorch"), Backend("native"), Backend("torch"))
 
 
 class Attention:
@@ -57,7 +51,7 @@ class Attention:
         torch.Size([1, 2, 1, 4])
     """
 
-    def __init__(self, backend: Backend | Literal["auto"] = "auto") -> None:
+    def __init__(self, backend: BackendName | Literal["auto"] = "auto") -> None:
         against = {
             "zentorch": zen_library.why_unavailable(),
             "native": native_library.why_unavailable(),
@@ -79,7 +73,7 @@ class Attention:
         """Return whether a call with these tensors is supported and no slower than torch alone."""
         return query.shape[2] == 1 or self._zentorch_supports(query, key, value)
 
-    def backend_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Backend:
+    def backend_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> BackendName:
         """Return the backend that computes a call with these tensors."""
         if (
             self._backend == "native"

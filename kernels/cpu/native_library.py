@@ -55,12 +55,6 @@ def lanes() -> int:
     return int(load().xpar_lanes())
 
 
-def forget_library() -> None:
-    """Forget what is known of the library, so that the next call looks for it again."""
-    for function in (why_unavailable, lanes, load):
-        function.cache_clear()
-
-
 class PackedWeights:
     """Weights [E, N, K] and biases [E, N] of E experts in the layout of ``native_tile.h``."""
 

@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xpar.kernels.choice import choose
+from xpar.kernels.choice import Backend, choose
 from xpar.kernels.cpu import paged_library
 
-Backend = Literal["native", "torch"]
+BackendName = Literal["native", "torch"]
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,8 @@ class PagedRows:
     block_tables: Tensor
 
 
-@dataclass(frozen=True)
-class _BackendEntry:
-    name: Backend
-
-
 # Fastest first.
-_BACKENDS = (_BackendEntry("native"), _BackendEntry("torch"))
+_BACKENDS: tuple[Backend[BackendName], ...] = (Backend("native"), Backend("torch"))
 
 
 class PagedAttention:
@@ -65,7 +60,7 @@ class PagedAttention:
         torch.Size([1, 2, 4])
     """
 
-    def __init__(self, backend: Backend | Literal["auto"] = "auto") -> None:
+    def __init__(self, backend: BackendName | Literal["auto"] = "auto") -> None:
         self.choice = choose(
             _BACKENDS,
             refuses=lambda entry: paged_library.why_unavailable() if entry.name == "native" else None,
@@ -75,7 +70,7 @@ class PagedAttention:
             outranked="measured slower than {chosen}",
         )
 
-    def backend_for(self, query: Tensor, keys: Tensor, values: Tensor) -> Backend:
+    def backend_for(self, query: Tensor, keys: Tensor, values: Tensor) -> BackendName:
         """Return the backend that computes a call with these tensors."""
         return "native" if self._set_for(query, keys, values) else "torch"
 

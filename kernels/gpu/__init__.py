@@ -1,5 +1,5 @@
 """Expert kernels, routing and row moving on GPUs, in Triton.
 
-Only :mod:`~xpar.kernels.gpu.availability` and :mod:`~xpar.kernels.gpu.tile_tables` can be imported without
-Triton.
+Without Triton ``availability``, ``tile_tables``, ``code_tables`` and ``limits`` can be imported, and no other
+file.
 """

@@ -14,7 +14,6 @@ functions that kernels call have the kernels' parameters, and these:
 
 from dataclasses import astuple, dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -262,11 +261,3 @@ def plan_tiles(
         topk_ids, counts, plan.slots, num_slots, E=experts, WIDTH=width, BLOCK=block_slots, num_warps=4
     )
     return plan
-
-
-def tile_plan_reference(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Return ``slots``, without inactive ones, and ``offsets`` by definition: int64, on the CPU."""
-    flat = topk_ids.reshape(-1).cpu()
-    slots = torch.sort(flat, stable=True).indices[int((flat < 0).sum()) :]
-    counts = torch.bincount(flat[flat >= 0], minlength=experts)
-    return slots, torch.cat([counts.new_zeros(1), counts.cumsum(0)])

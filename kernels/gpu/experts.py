@@ -11,6 +11,7 @@ from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
 from xpar.kernels.gpu.grouped_mm_small import down_small, gate_up_small
 from xpar.kernels.gpu.grouped_mm_tiled import down_tiled, gate_up_tiled, permute_kernel
 from xpar.kernels.gpu.grouped_mm_vector import down_vector, gate_up_vector
+from xpar.kernels.gpu.limits import round_up
 from xpar.kernels.gpu.slot_experts import SlotExperts, use_device_allocator
 from xpar.kernels.gpu.tile_tables import (
     MANY,
@@ -54,10 +55,10 @@ class TritonExperts(SlotExperts):
         self.machine = machine or Machine.of(spec.device)
         self.table = table or default_table(self.machine, spec.dtype)
         e, h = spec.num_experts, spec.hidden_size
-        self._width = _aligned(spec.intermediate_size)
+        self._width = round_up(spec.intermediate_size, _ALIGNED)
         rows = spec.activation.gate_up_rows(self._width)
         # load_expert leaves the columns beyond the true widths at zero.
-        self._gate_up = torch.zeros(e, rows, _aligned(h), dtype=spec.dtype, device=spec.device)
+        self._gate_up = torch.zeros(e, rows, round_up(h, _ALIGNED), dtype=spec.dtype, device=spec.device)
         self._down = self._gate_up.new_zeros(e, h, self._width)
         self._gate_up_bias = self._gate_up.new_zeros(e, rows) if spec.bias else None
         self._down_bias = self._gate_up.new_zeros(e, h) if spec.bias else None
@@ -201,7 +202,3 @@ class TritonExperts(SlotExperts):
     @property
     def _tall(self) -> bool:
         return self.table.tall and not self.spec.row_invariant
-
-
-def _aligned(width: int) -> int:
-    return -(-width // _ALIGNED) * _ALIGNED

@@ -1,4 +1,4 @@
-"""Sizes and numbers that the parts around the one-sided kernels must know without importing Triton."""
+"""Sizes and numbers that the parts around kernels must know without importing Triton."""
 
 import zlib
 
@@ -6,6 +6,11 @@ MOST_RANKS = 64
 """Ranks that a window has flags for."""
 MOST_LAYERS = 2046
 _SIZES = 20  # low bits of a label, for what must be alike besides the layer
+
+
+def round_up(width: int, multiple: int) -> int:
+    """Return the least multiple of ``multiple`` that is at least ``width``."""
+    return -(-width // multiple) * multiple
 
 
 def label_of(layer: int, *alike: int) -> int:

@@ -19,6 +19,7 @@ from xpar.kernels.gpu.code_tables import (
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
 from xpar.kernels.gpu.grouped_mm_nibbles import down_nibbles, gate_up_nibbles
 from xpar.kernels.gpu.grouped_mm_nibbles_vector import down_nibbles_vector, gate_up_nibbles_vector
+from xpar.kernels.gpu.limits import round_up
 from xpar.kernels.gpu.nibbles import SCALE_BYTES
 from xpar.kernels.gpu.quantise_rows import split_rows
 from xpar.kernels.gpu.slot_experts import CodeExperts, use_device_allocator
@@ -66,7 +67,7 @@ class NibbleExperts(CodeExperts):
         self._has_asm = has_asm
         self._format = _Nibbles.of(spec)
         e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
-        self._width, self._depth = _aligned(i), _aligned(h)
+        self._width, self._depth = round_up(i, _BLOCK), round_up(h, _BLOCK)
         self._halves = 2 if spec.activation.gated else 1
         self._gate_up = self._format.new(e, self._halves * self._width, self._depth, spec.device)
         self._down_parts = self._format.new(e, h, self._width, spec.device)
@@ -295,7 +296,3 @@ class _Nibbles:
         values = values.reshape(rows, depth // _BLOCK, -1)
         values = torch.nn.functional.pad(values, (0, -values.shape[2] % (4 // size)))
         return values.contiguous().view(torch.int32).permute(1, 2, 0)
-
-
-def _aligned(width: int) -> int:
-    return -(-width // _BLOCK) * _BLOCK

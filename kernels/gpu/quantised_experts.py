@@ -22,6 +22,7 @@ from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
 from xpar.kernels.gpu.grouped_mm_codes_small import down_codes_small, gate_up_codes_small
 from xpar.kernels.gpu.grouped_mm_codes_tiled import down_codes_tiled, gate_up_codes_tiled
 from xpar.kernels.gpu.grouped_mm_codes_vector import down_codes_vector, gate_up_codes_vector
+from xpar.kernels.gpu.limits import round_up
 from xpar.kernels.gpu.quantise_rows import permute_codes, quantise_rows
 from xpar.kernels.gpu.slot_experts import CodeExperts, use_device_allocator
 from xpar.kernels.gpu.tile_tables import NO_LIMIT, Limits, Machine, Tile, Vector
@@ -56,7 +57,7 @@ class QuantisedExperts(CodeExperts):
         self.scheme = None if spec.row_invariant else spec.activation_scheme
         self.table = table or default_code_table(self.machine, self.terms)
         e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
-        self._width, self._depth = _aligned(i), _aligned(h)
+        self._width, self._depth = round_up(i, _BLOCK), round_up(h, _BLOCK)
         halves = 2 if spec.activation.gated else 1
         self._gate_up_blocks = _Blocks.of(spec.weight_format, i if halves == 2 else 0, self._depth)
         self._down_blocks = _Blocks.of(spec.weight_format, 0, self._width)
@@ -267,10 +268,6 @@ class _Blocks:
         row = row if block_rows else torch.zeros_like(row)
         column = column if block_cols else column.new_zeros(1)
         to[: row.numel(), : column.numel()].copy_(scales[row[:, None], column])
-
-
-def _aligned(width: int) -> int:
-    return -(-width // _BLOCK) * _BLOCK
 
 
 def _fit_depth(vector: Vector, width: int) -> Vector:

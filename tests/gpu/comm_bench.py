@@ -15,7 +15,7 @@ from xpar.comm.device.backend import synchronize
 from xpar.comm.device.nccl_library import open_library
 from xpar.comm.device.transport import nccl_transport
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
-from xpar.comm.dispatch.alltoall import AllToAllDispatcher
+from xpar.comm.dispatch.alltoall_early import EarlyAllToAllDispatcher
 from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.placement import Placement
 from xpar.comm.watchdog.deadlines import Deadlines
@@ -69,7 +69,7 @@ def figures(world: World, grid: ProcessGrid, link_gbs: float) -> Iterator[dict[s
             link_gbs,
             lambda x=x: grid.moe.all_reduce(x),
         )
-        for cls in (AllGatherDispatcher, AllToAllDispatcher):
+        for cls in (AllGatherDispatcher, EarlyAllToAllDispatcher):
             yield from steps(world, grid, cls, x, link_gbs)
     if grid.device.type == "cuda" and grid.transport is not None and grid.transport.choice.name == "nccl":
         yield from launch_modes(world, grid, link_gbs)

@@ -20,7 +20,7 @@ from xpar.comm.device.transport import open_transport
 from xpar.comm.device.transport_choice import TRANSPORTS
 from xpar.comm.device.watch import Watch
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
-from xpar.comm.dispatch.alltoall import AllToAllDispatcher
+from xpar.comm.dispatch.alltoall_early import EarlyAllToAllDispatcher
 from xpar.comm.dispatch.replicated import ReplicatedDispatcher
 from xpar.comm.placement import Placement
 from xpar.comm.reduction import sum_outputs
@@ -30,7 +30,7 @@ from xpar.kernels.contracts import Routing
 
 Check = Callable[[], str | None]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.uint8)
-DISPATCHERS = (ReplicatedDispatcher, AllGatherDispatcher, AllToAllDispatcher)
+DISPATCHERS = (ReplicatedDispatcher, AllGatherDispatcher, EarlyAllToAllDispatcher)
 HIDDEN = 96
 
 

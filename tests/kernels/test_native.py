@@ -19,9 +19,14 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.fixture
 def fresh():
     """Forget what is known of the library, before and after the test."""
-    native_library.forget_library()
+    forget_library()
     yield
-    native_library.forget_library()
+    forget_library()
+
+
+def forget_library() -> None:
+    for function in (native_library.why_unavailable, native_library.lanes, native_library.load):
+        function.cache_clear()
 
 
 WIDTHS = [w for w in (8, 16) if REASON is None and w <= native_library.lanes()]

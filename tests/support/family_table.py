@@ -67,12 +67,9 @@ OWN_FORMS = {"gpt_oss": "MXFP4; "}
 
 def rows() -> Iterator[str]:
     """Yield a line of the table for each family."""
-    schemas = {arch.model_type: arch.why_layers_only is None for arch in ARCHITECTURES}
     for family in families():
         models = list(classes(family)) if family not in NOT_RUN else []
-        types = dict.fromkeys([family, *(model_type for model_type, _ in models)])
-        known = [schemas[name] for name in types if name in schemas]
-        block = "yes" if any(known) else "layers only" if known else "no"
+        types = types_of(family)
         experts = states = formats = "-"
         if models:
             experts, states = describe(*models[-1])
@@ -82,7 +79,20 @@ def rows() -> Iterator[str]:
         names = ", ".join(f"`{name}`" for name in dict.fromkeys(name for _, name in models)) or "-"
         own = ", with values of its own" if any(name in VALUES for name in types) else ""
         walk = NOT_RUN.get(family, f"yes{own}")
-        yield f"| {family} | {names} | {experts} | {formats} | {block} | {states} | {walk} |"
+        yield f"| {family} | {names} | {experts} | {formats} | {whole_block(family)} | {states} | {walk} |"
+
+
+def types_of(family: str) -> list[str]:
+    """Return the values of ``model_type`` that the classes of a family have, if it is installed."""
+    models = classes(family) if family not in NOT_RUN else ()
+    return list(dict.fromkeys([family, *(model_type for model_type, _ in models)]))
+
+
+def whole_block(family: str) -> str:
+    """Say whether xpar has the whole block of a family: ``yes``, ``layers only`` or ``no``."""
+    schemas = {arch.model_type: arch.why_layers_only is None for arch in ARCHITECTURES}
+    known = [schemas[name] for name in types_of(family) if name in schemas]
+    return "yes" if any(known) else "layers only" if known else "no"
 
 
 def describe(model_type: str, name: str) -> tuple[str, str]:

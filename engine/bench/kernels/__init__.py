@@ -1,1 +1,4 @@
-"""Checks and timing of one GPU's expert kernels, against float64, peers and limits; tile shapes."""
+"""The checks and timings of one GPU's expert kernels, and the search for their tile shapes.
+
+Outputs are compared with float64, times with those of peers and with the limits of the GPU.
+"""

@@ -20,7 +20,7 @@ from xpar.comm.device.nccl_library import NcclError
 from xpar.comm.device.transport import Transport, open_transport
 from xpar.comm.device.transport_choice import TRANSPORTS, TransportChoice
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
-from xpar.comm.dispatch.alltoall import AllToAllDispatcher
+from xpar.comm.dispatch.alltoall_early import EarlyAllToAllDispatcher
 from xpar.comm.placement import Placement
 from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.kernels.choice import Choice
@@ -146,12 +146,12 @@ def test_dispatchers_that_work_as_on_a_gpu_give_the_reference(
     mover = (
         AllGatherDispatcher(group, placement, whole=True)
         if kind == "whole"
-        else AllToAllDispatcher(group, placement, early=True)
+        else EarlyAllToAllDispatcher(group, placement)
     )
     plan = mover.plan(routing, tag=Tag("layer", 0, 1), hidden_size=6, dtype=x.dtype, exact=exact)
     with pytest.MonkeyPatch.context() as patch:
         if kind == "early-large":  # as if packing the bound moved too much
-            patch.setattr("xpar.comm.dispatch.outgoing_rows.EARLY_BYTES", -1)
+            patch.setattr("xpar.comm.dispatch.alltoall_early.EARLY_BYTES", -1)
         arrived = mover.dispatch(x, plan).wait()
     held = placement.experts_of(rank // etp)
     made = experts_of(arrived, held, exact) / etp if held else x.new_empty(0, 6)

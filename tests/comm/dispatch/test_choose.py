@@ -13,6 +13,7 @@ from xpar.comm.device.peer_memory import PeerAccess
 from xpar.comm.device.watch import Watch
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
 from xpar.comm.dispatch.alltoall import AllToAllDispatcher
+from xpar.comm.dispatch.alltoall_early import EarlyAllToAllDispatcher
 from xpar.comm.dispatch.base import DispatchRequest
 from xpar.comm.dispatch.choose import DISPATCHERS, choose_dispatcher, choose_dispatcher_class
 from xpar.comm.placement import Placement
@@ -52,7 +53,7 @@ def test_dispatchers_for_a_gpu_follow_from_their_capabilities() -> None:
     assert dict(choice.rejected)["shared-memory"] == "it moves cpu memory, and the job computes on cuda"
     with pytest.raises(ValueError, match="it moves cpu memory"):
         choose_dispatcher(grid, placement, "shared-memory")  # type: ignore[arg-type]
-    assert choose_dispatcher(grid, placement, "alltoall").dispatcher.early  # type: ignore[arg-type, attr-defined]
+    assert type(choose_dispatcher(grid, placement, "alltoall").dispatcher) is EarlyAllToAllDispatcher
     capturable = {cls.name for cls in DISPATCHERS if cls.capabilities.graph_capture}
     assert capturable == {"allgather", "one-sided", "nccl-ep"}
     assert not any(cls.capabilities.needs_host_counts for cls in DISPATCHERS if cls.name in capturable)
@@ -165,4 +166,6 @@ def test_the_extension_of_nccl_is_for_ranks_whose_rows_travel_by_nccl() -> None:
 def test_on_the_host_dispatchers_count_rows() -> None:
     placement = Placement.blocks(4, 2)
     assert not AllGatherDispatcher(None, placement).whole  # type: ignore[arg-type]
-    assert not AllToAllDispatcher(None, placement).early  # type: ignore[arg-type]
+    grid = on_gpus(2, 2)
+    grid.device, grid.agreed = torch.device("cpu"), None
+    assert type(choose_dispatcher(grid, placement, "alltoall").dispatcher) is AllToAllDispatcher

@@ -46,7 +46,11 @@ def path(case: Case, tmp_path_factory: pytest.TempPathFactory, fresh_seed: int) 
 
 
 def load(
-    path: Path, layer: int, experts: list[int], rows: slice = slice(None), shared_rows: slice = slice(None)
+    path: Path,
+    layer: int,
+    experts: list[int],
+    width_slice: slice = slice(None),
+    shared_slice: slice = slice(None),
 ) -> tuple[LayerWeights, dict[int, tuple[torch.Tensor, ...]], int]:
     loaded: dict[int, tuple[torch.Tensor, ...]] = {}
     with Checkpoint(path) as checkpoint:
@@ -59,8 +63,8 @@ def load(
             experts=experts,
             sink=lambda i, *tensors: loaded.update({i: tuple(t.clone() for t in tensors)}),
             dtype=torch.bfloat16,
-            rows=rows,
-            shared_rows=shared_rows,
+            width_slice=width_slice,
+            shared_slice=shared_slice,
         )
         return weights, loaded, checkpoint.bytes_read
 
@@ -154,7 +158,7 @@ def test_three_of_eight_experts(case: Case, path: Path) -> None:
 
 def test_a_slice_of_the_width(case: Case, path: Path) -> None:
     whole, _, _ = load(path, case.layer, [])
-    weights, loaded, bytes_read = load(path, case.layer, [2, 7], rows=SOME, shared_rows=slice(0, 7))
+    weights, loaded, bytes_read = load(path, case.layer, [2, 7], width_slice=SOME, shared_slice=slice(0, 7))
     stored = load_file(path / "model.safetensors")
     for index, expert in enumerate([2, 7]):
         assert same(loaded[index], stored_expert(case.model_type, stored, expert).slice(SOME))
@@ -169,7 +173,7 @@ def test_a_slice_of_the_width(case: Case, path: Path) -> None:
 def test_uneven_slices_make_up_the_whole(case: Case, path: Path) -> None:
     whole = load(path, case.layer, [4])[1][0]
     slices = (slice(0, 17), slice(17, 34), slice(34, I))
-    parts = [load(path, case.layer, [4], rows=rows)[1][0] for rows in slices]
+    parts = [load(path, case.layer, [4], width_slice=part)[1][0] for part in slices]
     halves = whole[0].shape[0] // I
     packed = [torch.cat([p[0].chunk(halves)[half] for p in parts]) for half in range(halves)]
     assert torch.equal(torch.cat(packed), whole[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xpar.comm import ProcessGrid, World
 from xpar.comm.dispatch.allgather import AllGatherDispatcher
-from xpar.comm.dispatch.alltoall import AllToAllDispatcher
+from xpar.comm.dispatch.alltoall_early import EarlyAllToAllDispatcher
 from xpar.comm.dispatch.base import Dispatcher
 from xpar.comm.handshake import DesyncError
 from xpar.engine.config import StoredActivations
@@ -136,7 +136,7 @@ def test_dispatchers_take_words_as_on_gpus(grid: ProcessGrid, whole: bool, fresh
     expected = runner(x)
     mover: Dispatcher = AllGatherDispatcher(grid.moe, placement, whole=True)
     if not whole:
-        mover = AllToAllDispatcher(grid.moe, placement, early=True)
+        mover = EarlyAllToAllDispatcher(grid.moe, placement)
     mover.row_bytes = runner.experts.row_bytes
     runner.experts = replace(runner.experts, dispatcher=mover)
     torch.testing.assert_close(runner(x), expected, rtol=2e-2, atol=1e-3)

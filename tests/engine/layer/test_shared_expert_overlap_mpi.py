@@ -143,7 +143,7 @@ def test_what_the_side_stream_reads_lives_until_the_join(
     gc.collect()
     assert len(read) == 2
     assert all(tensor() is not None for tensor in read)
-    runner.finish(step).sum()
+    runner.complete(step).sum()
     del step
     gc.collect()
     assert read[1]() is None

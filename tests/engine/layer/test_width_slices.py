@@ -2,7 +2,7 @@
 
 import pytest
 
-from xpar.engine.layer.expert_shard import width_slice
+from xpar.engine.layer.expert_shard import slice_width
 
 SLICES = {
     "any width": (7, 3, 1, [3, 2, 2]),
@@ -20,11 +20,11 @@ SLICES = {
 @pytest.mark.parametrize("name", SLICES)
 def test_widths_of_slices(name: str) -> None:
     width, parts, unit, expected = SLICES[name]
-    slices = [width_slice("width", width, parts, part, unit) for part in range(parts)]
+    slices = [slice_width("width", width, parts, part, unit) for part in range(parts)]
     assert [s.stop - s.start for s in slices] == expected
     assert [s.start for s in slices] == [sum(expected[:n]) for n in range(parts)]
 
 
 def test_more_ranks_than_rows() -> None:
     with pytest.raises(ValueError, match="width 2 cannot be sliced over 3 ranks; use at most 2"):
-        width_slice("width", 2, 3, 0, 32)
+        slice_width("width", 2, 3, 0, 32)

@@ -1,15 +1,16 @@
-"""docs/families.md: it lists the families of the transformers that it names, each as the walk treats it."""
+"""docs/families.md: the families of the transformers that it names, as the walk and the schemas have them."""
 
 import re
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from family_table import whole_block
 from shrunk_families import NOT_RUN, families
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "families.md").read_text()
 ROWS = {line.split(" | ")[0].strip("| "): line for line in PAGE.splitlines() if line.startswith("| ")}
-ROWS.pop("family")
+COLUMNS = [name.strip(" |") for name in ROWS.pop("family").split(" | ")]
 
 
 def test_the_page_lists_every_family() -> None:
@@ -18,6 +19,12 @@ def test_the_page_lists_every_family() -> None:
     if named[1] != version("transformers"):
         pytest.skip(f"the page is that of transformers {named[1]}; run tests/support/family_table.py")
     assert list(ROWS) == families()
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_a_row_says_whether_xpar_has_the_whole_block(family: str) -> None:
+    """After a new schema: run tests/support/family_table.py."""
+    assert ROWS[family].split(" | ")[COLUMNS.index("whole block")] == whole_block(family)
 
 
 @pytest.mark.parametrize("family", ROWS)

@@ -99,7 +99,7 @@ def test_layers_on_slices_of_every_width(
     with open_checkpoint(root / f"{name}-floats") as floats:
         expected, _ = layer_reference(floats, 1, x)
     assert relative_error(layer(x), expected) < TOLERANCE
-    unit, rows = layer.config.width_unit, layer.experts.rows
+    unit, rows = layer.config.width_unit, layer.experts.width_slice
     assert (unit > 1) == ("channel" not in name) and (comm.size == 1 or rows.start % min(unit, 32) == 0)
 
 
