@@ -19,6 +19,7 @@ DEEPSEEK_V2 = Architecture(
     groups_if=("topk_method", "group_limited_greedy"),
     routed_scaling_factor=Key(("routed_scaling_factor",), 1.0),
     logits_dtype="float32",
+    gate_dtype="float32",
     shared=DEEPSEEK_SHARED,
     rules=(
         Rule("topk_method", ("greedy", "group_limited_greedy"), "these are the family's routers"),

@@ -21,6 +21,7 @@ DEEPSEEK_V3 = Architecture(
     group_score="top2_sum",
     routed_scaling_factor=Key(("routed_scaling_factor",), 2.5),
     logits_dtype="float32",
+    gate_dtype="float32",
     shared=DEEPSEEK_SHARED,
     rules=(
         Rule("topk_method", ("noaux_tc",), "this is the family's router"),

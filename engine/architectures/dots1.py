@@ -21,6 +21,7 @@ DOTS1 = Architecture(
     group_score="top2_sum",
     routed_scaling_factor=Key(("routed_scaling_factor",), 1.0),
     logits_dtype="float32",
+    gate_dtype="float32",
     shared=DEEPSEEK_SHARED,
     synthetic=SyntheticSchema({**GROUPED_QUERY, **HEAD_NORMS}, needs_head_dim=True),
 )

@@ -21,6 +21,7 @@ GLM4_MOE = Architecture(
     group_score="top2_sum",
     routed_scaling_factor=Key(("routed_scaling_factor",), 1.0),
     logits_dtype="float32",
+    gate_dtype="float32",
     shared=DEEPSEEK_SHARED,
     synthetic=SyntheticSchema(GROUPED_QUERY, {"num_nextn_predict_layers": 0}, needs_head_dim=True),
 )

@@ -38,6 +38,7 @@ NEMOTRON_H = Architecture(
     group_score="top2_sum",
     routed_scaling_factor=Key(("routed_scaling_factor",), 1.0),
     logits_dtype="float32",
+    gate_dtype="float32",
     shared=SharedSchema(
         width=Key(("moe_shared_expert_intermediate_size",)),
         count=Key(default=1),

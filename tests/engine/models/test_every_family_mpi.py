@@ -32,7 +32,7 @@ TEXT = 21
 NEW = 4
 TOLERANCE = 2e-5
 """Log-probabilities are differences of two logits, each within 1e-5."""
-MIXES_EXPERTS = ("ernie4_5_vl_moe",)
+MIXES_EXPERTS = ("ernie4_5_vl_moe", "inkling2_loop")
 """Families of which each rank reads whole layers of experts, because their conversion mixes experts."""
 
 
