@@ -15,7 +15,7 @@ from xpar.comm.communicator import Communicator
 from xpar.comm.failure import agreed
 from xpar.engine.bench.decode_profile import timed_parts
 from xpar.engine.generation.answer_file import is_failure, open_answer_file
-from xpar.engine.generation.generate import generate
+from xpar.engine.generation.generate import generate, settle_room
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.prompts import Prompt, prompt_form, read_prompts
 from xpar.engine.generation.request import Request, Workload, check_ids, hash_of
@@ -184,7 +184,9 @@ def answer(
         here = replace(request, out=out)
         comm.barrier()
         clock.begin = time.perf_counter()
-        generate(comm, here, _work_of(prompts), tokenizer, loaded, clock.poll, clock.note_progress)
+        work = _work_of(prompts)
+        here, _ = agreed(comm, lambda: settle_room(here, work, loaded))
+        generate(comm, here, work, tokenizer, loaded, clock.poll, clock.note_progress)
         seconds = time.perf_counter() - clock.begin
         answers = comm.all_gather_object(agreed(comm, lambda: [] if comm.rank else _read_answers(out)))[0]
     spent = timer.read().seconds
@@ -240,9 +242,17 @@ def compare(ours: Sequence[list[int]], theirs: Sequence[list[int]]) -> dict[str,
 
 
 def request_of(
-    checkpoint: Path, new_tokens: int, batch: int, prefill_tokens: int, dtype: torch.dtype, exact: bool
+    checkpoint: Path,
+    new_tokens: int,
+    batch: int | None,
+    prefill_tokens: int,
+    dtype: torch.dtype,
+    exact: bool,
 ) -> Request:
-    """Make the request of a greedy answer of ``new_tokens`` tokens to each prompt."""
+    """Make the request of a greedy answer of ``new_tokens`` tokens to each prompt.
+
+    ``batch``: sequences of a rank at a time; None to choose as ``xpar generate`` does.
+    """
     nowhere = Path()
     return Request(
         checkpoint, nowhere, nowhere, Sampling(), new_tokens, batch=batch, prefill_tokens=prefill_tokens,

@@ -112,7 +112,7 @@ def add_generate(p: argparse.ArgumentParser) -> None:
         "'mixed', instead of sequences of equal length; beside transformers' continuous batching",
     )
     rows = "with --workload, number of sequences at a time on a rank"
-    add_number(p, "--rows", rows, None, f"{options.BATCH}; 1 with --exact")
+    add_number(p, "--rows", rows, None, "as xpar generate chooses; 1 with --exact")
     reading = "with --workload, maximum number of tokens that a rank reads in one step"
     add_number(p, "--prefill-tokens", reading, options.PREFILL_TOKENS)
     p.add_argument(

@@ -69,8 +69,8 @@ def main(args: argparse.Namespace, world: World) -> int:
     return int(bool(bad))
 
 
-def _check(args: argparse.Namespace, new_tokens: int) -> tuple[torch.dtype, int, Tokenizer]:
-    """Return dtype, sequences at a time and tokenizer; raise ValueError for options that do not fit."""
+def _check(args: argparse.Namespace, new_tokens: int) -> tuple[torch.dtype, int | None, Tokenizer]:
+    """Return dtype, sequences at a time, None to choose, and tokenizer; raise ValueError for options that do not fit."""
     at_least(
         new_tokens=(new_tokens, 1),
         rows=(args.rows, 1),
@@ -82,7 +82,8 @@ def _check(args: argparse.Namespace, new_tokens: int) -> tuple[torch.dtype, int,
     check_generates(args.checkpoint)
     tokenizer = Tokenizer(args.checkpoint)
     tokenizer.ends = frozenset()  # every side gives as many tokens
-    return model_session.dtype_of(args), batch_size(args), tokenizer
+    rows = batch_size(args) if args.exact else args.rows
+    return model_session.dtype_of(args), rows, tokenizer
 
 
 def _on_first_rank(grid: ProcessGrid, ask: Callable[[], Found]) -> Found:
