@@ -70,7 +70,7 @@ def main(args: argparse.Namespace, world: World) -> int:
 
 
 def _check(args: argparse.Namespace, new_tokens: int) -> tuple[torch.dtype, int | None, Tokenizer]:
-    """Return dtype, sequences at a time (None: to be chosen) and tokenizer; ValueError if options do not fit."""
+    """Return dtype, sequences at a time (None: to be chosen), tokenizer; ValueError if options do not fit."""
     at_least(
         new_tokens=(new_tokens, 1),
         rows=(args.rows, 1),
