@@ -83,7 +83,7 @@ def _sum_reader() -> Callable[[], object]:
 def _product_reader() -> Callable[[], object]:
     """Make a product of one row by weights of that size: several streams per thread, prefetched."""
     count = STREAM_BYTES // (2 * MATRIX**2)
-    weights = PackedWeights(count, MATRIX, MATRIX, False, native_library.lanes())
+    weights = PackedWeights(count, MATRIX, MATRIX, False, native_library.best_set())
     weight = torch.ones(MATRIX, MATRIX, dtype=torch.bfloat16)
     for expert in range(count):
         weights.load(expert, weight)

@@ -1,4 +1,4 @@
-"""Experts by this package's own compiled code, for processors without bfloat16 arithmetic.
+"""Experts by this package's own compiled code, in bfloat16 arithmetic where the processor has it.
 
 The gate-up products of all experts are one call, so are the down products; the activation of all slots lies
 between.
@@ -75,9 +75,9 @@ class NativeExperts(SpanExperts):
 
     def __init__(self, spec: ExpertSpec) -> None:
         self.spec = spec
-        e, h, i, lanes = spec.num_experts, spec.hidden_size, spec.intermediate_size, native_library.lanes()
-        self._gate_up = PackedWeights(e, spec.activation.gate_up_rows(i), h, spec.bias, lanes)
-        self._down = PackedWeights(e, h, i, spec.bias, lanes)
+        e, h, i, isa = spec.num_experts, spec.hidden_size, spec.intermediate_size, native_library.best_set()
+        self._gate_up = PackedWeights(e, spec.activation.gate_up_rows(i), h, spec.bias, isa)
+        self._down = PackedWeights(e, h, i, spec.bias, isa)
         self._missing = set(range(e))
 
     def load_expert(

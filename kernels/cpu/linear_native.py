@@ -12,7 +12,7 @@ class NativeLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape = weight.shape
         self._weights = PackedWeights(
-            1, weight.shape[0], weight.shape[1], bias is not None, native_library.lanes()
+            1, weight.shape[0], weight.shape[1], bias is not None, native_library.best_set()
         )
         self._weights.load(0, weight, bias)
 

@@ -1,5 +1,5 @@
-/* Products of bfloat16 rows with bfloat16 weights in float32 arithmetic, for x86 processors without bfloat16
- * arithmetic. There the products of other libraries run at a fifth of float32's speed, and float32 weights
+/* Products of bfloat16 rows with bfloat16 weights, in bfloat16 arithmetic where an x86 processor has it, else
+ * in float32. There the products of other libraries run at a fifth of float32's speed, and float32 weights
  * would be twice the memory to read.
  *
  * native_library.py calls these functions through ctypes; native_tile.h describes the layout of weights. All
@@ -12,6 +12,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
+#include <immintrin.h>
 #include <omp.h>
 
 /* Bytes of a cache line. */
@@ -59,11 +60,13 @@ struct attention {
 #define VALUE_VECTORS 2
 typedef float float4 __attribute__((vector_size(16)));
 
-/* One instruction set: the largest number of rows of a tile, the columns of a panel, and its functions. */
+/* One instruction set: the largest number of rows of a tile, the columns of a panel, the numbers of 32 bits
+ * of a row for each pair of inputs, and its functions.
+ */
 struct isa {
-    int rows, columns;
+    int rows, columns, numbers_of_pair;
     int (*panels_abreast)(int);
-    void (*tile)(int, int, const uint32_t *, const float *, int64_t, const struct target *);
+    void (*tile)(int, int, const uint32_t *, const uint32_t *, int64_t, const struct target *);
     void (*attend)(const struct attention *, int64_t, int64_t, float *);
 };
 
@@ -73,13 +76,26 @@ struct isa {
 #define SUFFIX avx512
 #define VBYTES 64
 #define ROWS 12
+#define NUMBERS_OF_PAIR 2
 #include "native_tile.h"
 #include "native_attention.h"
 static const struct isa isa_avx512 = {
-    ROWS, 2 * VBYTES / 4, panels_abreast_avx512, tile_avx512, attend_avx512};
+    ROWS, 2 * VBYTES / 4, NUMBERS_OF_PAIR, panels_abreast_avx512, tile_avx512, attend_avx512};
+#undef SUFFIX
+#undef NUMBERS_OF_PAIR
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")
+#define SUFFIX bf16
+#define NUMBERS_OF_PAIR 1
+#include "native_tile.h"
+static const struct isa isa_bf16 = {
+    ROWS, 2 * VBYTES / 4, NUMBERS_OF_PAIR, panels_abreast_bf16, tile_bf16, attend_avx512};
 #undef SUFFIX
 #undef VBYTES
 #undef ROWS
+#undef NUMBERS_OF_PAIR
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -87,18 +103,22 @@ static const struct isa isa_avx512 = {
 #define SUFFIX avx2
 #define VBYTES 32
 #define ROWS 6
+#define NUMBERS_OF_PAIR 2
 #include "native_tile.h"
 #include "native_attention.h"
-static const struct isa isa_avx2 = {ROWS, 2 * VBYTES / 4, panels_abreast_avx2, tile_avx2, attend_avx2};
+static const struct isa isa_avx2 = {
+    ROWS, 2 * VBYTES / 4, NUMBERS_OF_PAIR, panels_abreast_avx2, tile_avx2, attend_avx2};
 #undef SUFFIX
 #undef VBYTES
 #undef ROWS
+#undef NUMBERS_OF_PAIR
 #pragma GCC pop_options
 
-/* Return the instruction set with `lanes` float32 numbers in a vector, 16 or 8. */
-static struct isa isa_for_lanes(int lanes)
+/* Return the instruction set with `lanes` float32 numbers in a vector, 16 or 8; `multiplies` bfloat16 or not.
+ */
+static struct isa isa_for(int lanes, int multiplies)
 {
-    return lanes == 16 ? isa_avx512 : isa_avx2;
+    return lanes < 16 ? isa_avx2 : multiplies ? isa_bf16 : isa_avx512;
 }
 
 /* A block of `rows` sorted rows from `first` on, all of span `span`; at most the rows of a tile. */
@@ -107,7 +127,9 @@ struct block {
     int rows;
 };
 
-/* Split spans (expert, first, end) into blocks of at most `rows` rows and return the number of blocks.
+/* Split spans (expert, first, end) into blocks of at most `rows` rows, those of a span as equal as can be:
+ * a block of few rows waits for weights. Returns the number of blocks.
+ *
  * starts: [num_spans + 1], the first block of each span, then the number of blocks.
  */
 static int64_t split_spans(
@@ -115,27 +137,36 @@ static int64_t split_spans(
 {
     int64_t count = 0;
     for (int64_t s = 0; s < num_spans; s++) {
+        const int64_t end = spans[3 * s + 2];
         starts[s] = count;
-        for (int64_t first = spans[3 * s + 1], end = spans[3 * s + 2]; first < end; first += rows)
-            blocks[count++] = (struct block){s, first, end - first < rows ? (int)(end - first) : rows};
+        for (int64_t first = spans[3 * s + 1]; first < end; first += blocks[count++].rows) {
+            const int64_t left = (end - first + rows - 1) / rows;
+            blocks[count] = (struct block){s, first, (int)((end - first + left - 1) / left)};
+        }
     }
     starts[num_spans] = count;
     return count;
 }
 
-/* Write a block's rows to `wide` as float32, [inputs, rows]; an odd last input is followed by a row of zeros.
+/* Lay a block's rows side by side, [pairs, numbers, rows], as float32 or, with one number, as pairs; an odd
+ * last input is followed by zeros.
  */
-static void widen_block(
-    const uint16_t *x, const int64_t *rows, int64_t inputs, const struct block *block, float *wide)
+static void lay_block(
+    const uint16_t *x, const int64_t *rows, int64_t inputs, int numbers, const struct block *block,
+    uint32_t *laid)
 {
     for (int m = 0; m < block->rows; m++) {
         const uint16_t *row = x + inputs * (rows ? rows[block->first + m] : block->first + m);
-        for (int64_t k = 0; k < inputs; k++) {
-            uint32_t bits = (uint32_t)row[k] << 16;
-            memcpy(wide + k * block->rows + m, &bits, sizeof bits);
+        uint32_t *to = laid + m;
+        for (int64_t k = 0; k < inputs; k += 2, to += numbers * block->rows) {
+            const uint32_t even = row[k], odd = k + 1 < inputs ? row[k + 1] : 0;
+            if (numbers == 1) {
+                *to = even | odd << 16;
+            } else {
+                to[0] = even << 16;
+                to[block->rows] = odd << 16;
+            }
         }
-        if (inputs % 2)
-            wide[inputs * block->rows + m] = 0;
     }
 }
 
@@ -149,12 +180,18 @@ int xpar_lanes(void)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0;
 }
 
+/* Return whether this processor multiplies bfloat16 in vectors of 16 lanes. */
+int xpar_multiplies(void)
+{
+    return xpar_lanes() == 16 && __builtin_cpu_supports("avx512bf16");
+}
+
 /* Copy one weight [outputs, inputs] into the layout of native_tile.h; missing rows and columns become zeros.
  */
 void xpar_pack(
     const uint16_t *weight, int64_t outputs, int64_t inputs, uint32_t *packed, int lanes, int threads)
 {
-    const int columns = isa_for_lanes(lanes).columns;
+    const int columns = isa_for(lanes, 0).columns;
     const int64_t pairs = (inputs + 1) / 2, panels = (outputs + columns - 1) / columns;
 
 #pragma omp parallel for num_threads(threads)
@@ -182,16 +219,17 @@ void xpar_pack(
  * weights: [expert, panel, pair, column], with 2 * lanes columns.
  * bias: [expert, panel, column] float32, or NULL.
  * out: [.., outputs] bfloat16.
- * wide: room for the rows of all spans as float32, with inputs rounded up to even.
+ * laid: room for the rows of all spans as float32, with inputs rounded up to even.
+ * multiplies: whether to use the bfloat16 arithmetic of the processor, for 16 lanes.
  *
  * Returns 0, or -1 if there is no memory for the table of blocks.
  */
 int xpar_product(
     const uint16_t *x, const int64_t *rows, int64_t inputs, const int64_t *spans, int64_t num_spans,
-    const uint32_t *weights, const float *bias, int64_t outputs, uint16_t *out, float *wide, int lanes,
-    int threads)
+    const uint32_t *weights, const float *bias, int64_t outputs, uint16_t *out, uint32_t *laid, int lanes,
+    int multiplies, int threads)
 {
-    const struct isa isa = isa_for_lanes(lanes);
+    const struct isa isa = isa_for(lanes, multiplies);
     const int64_t pairs = (inputs + 1) / 2, panels = (outputs + isa.columns - 1) / isa.columns;
     int64_t most = 0;
     for (int64_t s = 0; s < num_spans; s++)
@@ -214,7 +252,9 @@ int xpar_product(
     {
 #pragma omp for schedule(dynamic)
         for (int64_t b = 0; b < count; b++)
-            widen_block(x, rows, inputs, &blocks[b], wide + (blocks[b].first - base) * 2 * pairs);
+            lay_block(
+                x, rows, inputs, isa.numbers_of_pair, &blocks[b],
+                laid + (blocks[b].first - base) * isa.numbers_of_pair * pairs);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < num_spans * groups; task++) {
             const int64_t s = task / groups, first = task % groups * group;
@@ -233,7 +273,7 @@ int xpar_product(
                     };
                     isa.tile(
                         blocks[b].rows, abreast, weights + panel * pairs * isa.columns,
-                        wide + (blocks[b].first - base) * 2 * pairs, pairs, &to);
+                        laid + (blocks[b].first - base) * isa.numbers_of_pair * pairs, pairs, &to);
                     p += abreast;
                 }
         }
@@ -248,7 +288,7 @@ int xpar_product(
  */
 int xpar_attend(const struct attention *a, int lanes, int threads)
 {
-    const struct isa isa = isa_for_lanes(lanes);
+    const struct isa isa = isa_for(lanes, 0);
     const int64_t room = MAX_HEADS * ((a->length + lanes - 1) / lanes * lanes + a->head_size);
     const int64_t bytes = room * sizeof(float) * threads;
     float *buffers = aligned_alloc(CACHE_LINE, (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
@@ -265,5 +305,6 @@ int xpar_attend(const struct attention *a, int lanes, int threads)
 #else
 
 int xpar_lanes(void) { return 0; }
+int xpar_multiplies(void) { return 0; }
 
 #endif

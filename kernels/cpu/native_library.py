@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,19 @@ def run_attention(call: ctypes.Structure) -> None:
         raise MemoryError("no memory for the scores of attention")
 
 
+class InstructionSet(NamedTuple):
+    """The instructions of a product: ``lanes`` float32 numbers in a vector; bfloat16 arithmetic or not."""
+
+    lanes: int
+    in_bfloat16: bool = False
+
+
+@cache
+def best_set() -> InstructionSet:
+    """Return the fastest instructions of this processor that there is code for."""
+    return InstructionSet(lanes(), bool(load().xpar_multiplies()))
+
+
 @cache
 def lanes() -> int:
     """Return the float32 numbers in a vector here, 16 or 8; packed weights are laid out by it."""
@@ -56,11 +69,18 @@ def lanes() -> int:
 
 
 class PackedWeights:
-    """Weights [E, N, K] and biases [E, N] of E experts in the layout of ``native_tile.h``."""
+    """Weights [E, N, K] and biases [E, N] of E experts in the layout of ``native_tile.h`` for ``isa``."""
 
-    def __init__(self, num_experts: int, outputs: int, inputs: int, has_bias: bool, lanes: int) -> None:
-        self.outputs, self.inputs, self.lanes = outputs, inputs, lanes
-        panels, self._columns = -(-outputs // (2 * lanes)), 2 * lanes
+    def __init__(
+        self,
+        num_experts: int,
+        outputs: int,
+        inputs: int,
+        has_bias: bool,
+        isa: InstructionSet,
+    ) -> None:
+        self.outputs, self.inputs, self.isa = outputs, inputs, isa
+        panels, self._columns = -(-outputs // (2 * isa.lanes)), 2 * isa.lanes
         shape = (num_experts, panels, -(-inputs // 2), self._columns)
         self._words = empty_in_huge_pages(shape, torch.int32)
         self._bias = torch.zeros(num_experts, panels * self._columns) if has_bias else None
@@ -72,7 +92,7 @@ class PackedWeights:
             raise ValueError(f"weight is {tuple(weight.shape)}, expected {(self.outputs, self.inputs)}")
         target = self._words[expert].data_ptr()
         threads = torch.get_num_threads()
-        load().xpar_pack(weight.data_ptr(), self.outputs, self.inputs, target, self.lanes, threads)
+        load().xpar_pack(weight.data_ptr(), self.outputs, self.inputs, target, self.isa.lanes, threads)
         if self._bias is not None and bias is not None:
             self._bias[expert, : self.outputs] = bias.to(torch.bfloat16)
 
@@ -116,7 +136,8 @@ class PackedWeights:
                 self.outputs,
                 out.data_ptr(),
                 float32_rows.data_ptr(),
-                self.lanes,
+                self.isa.lanes,
+                self.isa.in_bfloat16,
                 torch.get_num_threads(),
             )
             if status:
@@ -151,13 +172,13 @@ def load() -> ctypes.CDLL:
     if spec is None or spec.origin is None:
         raise OSError("its C code was not compiled when xpar was installed (gcc was missing or refused it)")
     library = ctypes.CDLL(spec.origin)
-    library.xpar_lanes.restype = ctypes.c_int
+    library.xpar_lanes.restype = library.xpar_multiplies.restype = ctypes.c_int
     if library.xpar_lanes():
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         sizes: list[Any] = [pointer, pointer, number, pointer, number, pointer, pointer, number]
         library.xpar_pack.argtypes = [pointer, number, number, pointer, ctypes.c_int, ctypes.c_int]
         library.xpar_pack.restype = None
-        library.xpar_product.argtypes = [*sizes, pointer, pointer, ctypes.c_int, ctypes.c_int]
+        library.xpar_product.argtypes = [*sizes, pointer, pointer, *3 * [ctypes.c_int]]
         library.xpar_product.restype = ctypes.c_int
         library.xpar_attend.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
         library.xpar_attend.restype = ctypes.c_int

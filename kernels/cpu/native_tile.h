@@ -6,8 +6,12 @@
  * pair of inputs k and k + 1: the bfloat16 of k in the low half, that of k + 1 in the high half. Shifted up,
  * or with the low half cleared, such a number is the float32 of the same value.
  *
- * Each element of a result is one chain of fused multiply-adds over k in ascending order, whatever the number
- * of rows, threads and lanes: its bits depend on its row and its column alone.
+ * The rows of a block have NUMBERS_OF_PAIR numbers of 32 bits for each pair: its two float32, or, where the
+ * processor multiplies bfloat16, the pair as it is.
+ *
+ * Each element of a result is one chain over k in ascending order, of fused multiply-adds or of products of
+ * pairs, whatever the number of rows, threads and lanes: its bits depend on its row and its column alone.
+ * Products of pairs take numbers below the smallest normal bfloat16 as zero.
  */
 
 #define JOIN_(a, b) a##_##b
@@ -18,6 +22,7 @@
 #define words JOIN(words, SUFFIX)
 #define halves JOIN(halves, SUFFIX)
 #define to_bfloat16 JOIN(to_bfloat16, SUFFIX)
+#define add_pair JOIN(add_pair, SUFFIX)
 #define compute_tile JOIN(compute_tile, SUFFIX)
 
 typedef float floats __attribute__((vector_size(VBYTES)));
@@ -33,13 +38,43 @@ static inline __attribute__((always_inline)) halves to_bfloat16(floats value)
     return __builtin_convertvector((near & ~nan) | (((bits >> 16) | 0x40) & nan), halves);
 }
 
+/* Add to the sums of `rows` rows the products of the pair of inputs in `weights`, two vectors of columns. */
+static inline __attribute__((always_inline)) void add_pair(
+    const int rows, const words *weights, const uint32_t *x, floats (*sum)[2])
+{
+#if NUMBERS_OF_PAIR == 1
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; m++) {
+        const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)x[m]);
+        sum[m][0] = (floats)_mm512_dpbf16_ps((__m512)sum[m][0], (__m512bh)weights[0], pair);
+        sum[m][1] = (floats)_mm512_dpbf16_ps((__m512)sum[m][1], (__m512bh)weights[1], pair);
+    }
+#else
+    const float *values = (const float *)x;
+    floats a = (floats)(weights[0] << 16), b = (floats)(weights[1] << 16);
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; m++) {
+        sum[m][0] += values[m] * a;
+        sum[m][1] += values[m] * b;
+    }
+    a = (floats)(weights[0] & 0xffff0000u);
+    b = (floats)(weights[1] & 0xffff0000u);
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; m++) {
+        sum[m][0] += values[rows + m] * a;
+        sum[m][1] += values[rows + m] * b;
+    }
+#endif
+}
+
 /* Compute and store one tile. Every call passes constants as `rows` and `panels`, so that all sums stay in
  * registers.
  *
- * first: the first of `panels` consecutive panels, which are read side by side. x: [2 * pairs, rows] float32.
+ * first: the first of `panels` consecutive panels, which are read side by side.
+ * x: [pairs, NUMBERS_OF_PAIR, rows].
  */
 static inline __attribute__((always_inline)) void compute_tile(
-    const int rows, const int panels, const uint32_t *first, const float *x, int64_t pairs,
+    const int rows, const int panels, const uint32_t *first, const uint32_t *x, int64_t pairs,
     const struct target *to)
 {
     floats sum[MAX_PANELS][ROWS][2];
@@ -48,30 +83,20 @@ static inline __attribute__((always_inline)) void compute_tile(
 #pragma GCC unroll 16
         for (int m = 0; m < rows; m++)
             sum[p][m][0] = sum[p][m][1] = (floats){0};
-    for (int64_t pair = 0; pair < pairs; pair++, first += COLUMNS, x += 2 * rows) {
+    for (int64_t pair = 0; pair < pairs; pair++, first += COLUMNS, x += NUMBERS_OF_PAIR * rows) {
 #pragma GCC unroll 16
         for (int p = 0; p < panels; p++) {
             const uint32_t *panel = first + p * pairs * COLUMNS;
             /* The hardware prefetches no further than a page, which keeps a core's share of memory idle at
-             * times.
+             * times. Few rows in bfloat16 arithmetic are read faster without help.
              */
-            __builtin_prefetch((const char *)panel + PREFETCH_BYTES / panels);
-            if (COLUMNS * sizeof(uint32_t) > CACHE_LINE)
-                __builtin_prefetch((const char *)panel + PREFETCH_BYTES / panels + CACHE_LINE);
-            words left = ((const words *)panel)[0], right = ((const words *)panel)[1];
-            floats a = (floats)(left << 16), b = (floats)(right << 16);
-#pragma GCC unroll 16
-            for (int m = 0; m < rows; m++) {
-                sum[p][m][0] += x[m] * a;
-                sum[p][m][1] += x[m] * b;
+            if (NUMBERS_OF_PAIR > 1 || rows > 4) {
+                __builtin_prefetch((const char *)panel + PREFETCH_BYTES / panels);
+                if (COLUMNS * sizeof(uint32_t) > CACHE_LINE)
+                    __builtin_prefetch((const char *)panel + PREFETCH_BYTES / panels + CACHE_LINE);
             }
-            a = (floats)(left & 0xffff0000u);
-            b = (floats)(right & 0xffff0000u);
-#pragma GCC unroll 16
-            for (int m = 0; m < rows; m++) {
-                sum[p][m][0] += x[rows + m] * a;
-                sum[p][m][1] += x[rows + m] * b;
-            }
+            const words weights[2] = {((const words *)panel)[0], ((const words *)panel)[1]};
+            add_pair(rows, weights, x, sum[p]);
         }
     }
 #pragma GCC unroll 16
@@ -97,11 +122,13 @@ static inline __attribute__((always_inline)) void compute_tile(
  */
 static int JOIN(panels_abreast, SUFFIX)(int rows)
 {
+    if (NUMBERS_OF_PAIR == 1)
+        return rows <= ROWS / 3 ? 2 : 1;
     return rows <= ROWS / 6 ? MAX_PANELS : rows <= ROWS / 3 ? 2 : 1;
 }
 
 static void JOIN(tile, SUFFIX)(
-    int rows, int panels, const uint32_t *first, const float *x, int64_t pairs, const struct target *to)
+    int rows, int panels, const uint32_t *first, const uint32_t *x, int64_t pairs, const struct target *to)
 {
     switch (16 * panels + rows) {
 #define CASE(p, n) case 16 * p + n: compute_tile(n, p, first, x, pairs, to); break
@@ -122,4 +149,5 @@ static void JOIN(tile, SUFFIX)(
 #undef floats
 #undef words
 #undef halves
+#undef add_pair
 #undef compute_tile
