@@ -140,8 +140,8 @@ KERNELS: tuple[KernelEntry, ...] = (
         all_activations=True,
         fused_routing=FusedRouting(("softmax",), tokens=4, measured=f"1.03 / 1.02 / 1.02 {_STAGES_XEON}"),
         measured=f"1.9 / 2.3 / 2.8 / 5.3 / 5.0 / 4.2 x {_OLMOE} of a Xeon); "
-        "onednn there 1.2 / 1.1 / 1.0 / 1.1 / 1.0 / 1.0; with bfloat16 arithmetic (2 cores of an EPYC, Zen 4) "
-        "1.4 / 1.6 / 1.7 / 1.7 x as fast as onednn, 0.8 / 0.9 / 0.9 / 1.0 x as zentorch at 1 / 4 / 16 / 96 tokens",
+        "onednn there 1.2 / 1.1 / 1.0 / 1.1 / 1.0 / 1.0; with bfloat16 arithmetic (an EPYC, Zen 4) 1.4 / "
+        "1.6 / 1.7 / 1.7 x as fast as onednn, 0.8 / 0.9 / 0.9 / 1.0 x as zentorch at 1 / 4 / 16 / 96 tokens",
     ),
     KernelEntry(
         name="onednn",
