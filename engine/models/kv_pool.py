@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xpar.kernels.cpu.host import empty_in_huge_pages
 from xpar.kernels.cpu.paged_attention import PagedRows, store
 
 BLOCK_TOKENS = 16
@@ -52,7 +53,7 @@ class KvPool:
         self.forms, self.blocks = tuple(forms), blocks
         self.keys, self.values = (
             [
-                torch.empty(blocks, form.heads, BLOCK_TOKENS, width, dtype=form.dtype)
+                empty_in_huge_pages((blocks, form.heads, BLOCK_TOKENS, width), form.dtype)
                 for form, width in zip(self.forms, widths, strict=True)
             ]
             for widths in ([f.key_width for f in self.forms], [f.value_width for f in self.forms])
