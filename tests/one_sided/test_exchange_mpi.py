@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from xpar.comm.communicator import Communicator
+from xpar.comm.device import peer_window
 from xpar.comm.device.mappings import HostMapping
 from xpar.comm.device.peer_memory import PeerMemory, find_access
 from xpar.comm.device.peer_window import PeerWindow
@@ -116,9 +117,12 @@ def test_a_sum_with_addends_has_the_bits_of_additions_afterwards(
     assert len(parts.split()) == 1 or not torch.equal(got, once.half())  # roundings can be told apart
 
 
-def test_the_window_grows_and_keeps_what_is_recorded(group: Communicator, window: PeerWindow) -> None:
-    # 150 rows of all ranks together are more than the 2 MiB that the first window has.
-    small, large = step_of((2,) * group.size), step_of((150 // group.size,) * group.size, width=3000)
+def test_the_window_grows_and_keeps_what_is_recorded(
+    group: Communicator, window: PeerWindow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else a window has room for hundreds of rows at once, which take the interpreter long.
+    monkeypatch.setattr(peer_window, "LEAST_BYTES", 8192)
+    small, large = step_of((2,) * group.size), step_of((6 // group.size,) * group.size, width=3000)
     exchange = window.exchange(small)
     round_trip(exchange, 1)
     before = window.nbytes

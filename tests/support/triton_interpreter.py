@@ -6,6 +6,7 @@ and rounds to nearest even, as the hardware does; e4m3 is cast and multiplied so
 Triton 3.6 also cannot take a tensor as a loop's bound.
 """
 
+import interpreter_overhead
 import numpy as np
 import torch
 import triton.language as tl
@@ -100,3 +101,4 @@ def install():
     Builder.create_dot = dot
     Builder.binary_op, Builder.unary_op, Builder.ternary_op = binary, unary, ternary
     interpreter._patch_lang_tensor = patch_tensor
+    interpreter_overhead.install()

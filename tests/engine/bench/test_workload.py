@@ -5,11 +5,13 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from launch import mpirun
 from moe_families import Case
+from run_commands import run_commands
 from tiny_models import write_model
 
 from xpar.engine.bench.workload import COMMON_TOKENS, MIXED_TOKENS, SHARES, StepClock, compare, draw_mixed
@@ -127,14 +129,22 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def refused(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, CompletedProcess[str]]:
+    """Every wrong request, by its name, run in one start."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "EMPTY").write_text("")
+    (folder / "BAD").write_bytes(b"good\n\xff\xfe\n")
+    commands = [
+        ["bench", "generate", str(model), *(str(folder / w) if w in ("EMPTY", "BAD") else w for w in words)]
+        for words, _ in WRONG.values()
+    ]
+    return dict(zip(WRONG, run_commands(1, commands, folder), strict=True))
+
+
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_request_names_the_option(model: Path, tmp_path: Path, what: str) -> None:
-    words, message = WRONG[what]
-    (tmp_path / "EMPTY").write_text("")
-    (tmp_path / "BAD").write_bytes(b"good\n\xff\xfe\n")
-    words = [str(tmp_path / word) if word in ("EMPTY", "BAD") else word for word in words]
-    command = [sys.executable, "-m", "xpar.engine", "bench", "generate", str(model), *words]
-    job = mpirun(1, command, timeout=100)
+def test_a_wrong_request_names_the_option(refused: dict[str, CompletedProcess[str]], what: str) -> None:
+    job, message = refused[what], WRONG[what][1]
     assert job.returncode == 1 and re.search(re.escape(message), job.stderr + job.stdout), job.stderr
 
 
