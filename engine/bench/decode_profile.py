@@ -20,6 +20,7 @@ from xpar.engine.generation.lockstep import LockstepCallbacks, Progress, run_loc
 from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.layer.stage_timer import MeasuringTimer
+from xpar.engine.models.lm_head import find_head
 from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.model_layer import timed
 
@@ -173,7 +174,7 @@ def timed_parts(loaded: LoadedModel, timer: MeasuringTimer) -> Iterator[dict[str
 
 def _find_modules(model: Any) -> Iterator[tuple[torch.nn.Module, str]]:
     """Yield the modules that are timed, each with its part of a step."""
-    yield model.get_output_embeddings(), "head"
+    yield find_head(model), "head"
     for _, module in model.named_modules():
         if type(module).__name__.endswith("Attention"):
             yield module, "attention"

@@ -19,6 +19,7 @@ from xpar.engine.layer.checkpoint_config import check_numbers, read_layer_config
 from xpar.engine.models.expert_layer import experts_modules
 from xpar.engine.models.hf_config import read_hf_config, transformers_errors
 from xpar.engine.models.kv_cache import has_attention
+from xpar.engine.models.lm_head import find_head
 
 OTHER_SENSES = re.compile(r"(vision|visual|image|video|audio)(_|$)")
 """The beginning of the names of modules inside a text decoder that compute nothing of text (Ernie-4.5-VL)."""
@@ -50,7 +51,9 @@ def build_empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             f"{file}: no module of {type(model).__name__} (model_type={values.get('model_type')!r}) is a "
             "mixture of experts that transformers lets others compute; use a program for dense models"
         )
-    model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
+    if (head := find_head(model)) is None:
+        raise CheckpointError(f"{file}: {type(model).__name__} has no head that makes logits of tokens")
+    head.register_forward_pre_hook(_in_one_piece)
     return model
 
 
@@ -117,7 +120,7 @@ def drop_towers(model: Any) -> None:
     """
     from transformers.modeling_utils import PreTrainedModel
 
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), find_head(model)
     around = [
         name
         for name, module in model.named_modules()

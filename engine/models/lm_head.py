@@ -59,13 +59,22 @@ class Head:
             yield chosen.tolist(), bool((logits.argmax(dim=1) == wanted).all())
 
 
+def find_head(model: Any) -> Any:
+    """Find the module that makes logits of hidden states; None for a model without one.
+
+    A model with images or sound in front may not know the head of the language model inside it.
+    """
+    inside = (module for module in model.modules() if hasattr(module, "get_output_embeddings"))
+    return next((head for module in inside if (head := module.get_output_embeddings()) is not None), None)
+
+
 def find_decoder(model: Any) -> tuple[Any, str]:
     """Find the module that makes logits and the name of its child that makes hidden states.
 
     The first has the head, the second the embedding; neither is called alike in all families, and what
     transformers calls ``base_model`` is sometimes neither. Raises ValueError for a model without them.
     """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = find_head(model), model.get_input_embeddings()
     path = next((name for name, module in model.named_modules() if module is head), None)
     if head is not None and path is not None:
         owner = model.get_submodule(path.rpartition(".")[0])

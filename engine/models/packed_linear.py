@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from xpar.comm.column_parallel import ColumnParallel, ColumnSlice, split_columns
 from xpar.comm.communicator import Tag
 from xpar.engine.models.attention import use_xpar_attention
+from xpar.engine.models.lm_head import find_head
 from xpar.kernels.cpu.linear import LinearEntry, LinearKernel
 
 
@@ -219,7 +220,7 @@ def module_numbers(model: Any) -> dict[str, int]:
 
 def packable(model: Any) -> list[str]:
     """List the linear modules of attention, dense layers and head whose weights nothing else reads."""
-    head = model.get_output_embeddings()
+    head = find_head(model)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     names = []
     for name, module in model.named_modules():

@@ -18,9 +18,12 @@ MOST_LAYERS = 5
 MOST_PARAMETERS = 8e6
 WITHOUT_INTERFACE = ("dbrx", "jetmoe", "llama4", "longcat_flash", "step3p7")
 """Families with routed experts that transformers does not let others compute."""
+AROUND = ("kimi_k25", "nemotron3_5_transcribe", "nemotron_h_omni")
+"""Families whose text model is another family's: only their default configurations say so."""
 NOT_RUN: Mapping[str, str] = {
     "dbrx": "not shrunk here; tests/engine/models/test_whole_families_mpi.py has it",
     "diffusion_gemma": "generates blocks by diffusion, not token by token",
+    "nemotron3_5_transcribe": "writes down speech; its text model is nemotron_h",
     "openai_privacy_filter": "classifies tokens, generates none",
 }
 """Families that the walk leaves out, and why."""
@@ -195,6 +198,11 @@ VALUES: Mapping[str, Mapping[str, Any]] = {
     "minimax_m3_vl": {"text_config": MINIMAX_M3},
     "minimax_m3_vl_text": MINIMAX_M3,
     "mistral_large4": {"text_config": {"kv_source_layers": None}},
+    "nemotron_h_omni": {
+        "vision_config": {"video_temporal_patch_size": 2},
+        "projector_hidden_size": 32,
+        "vision_hidden_size": 32,
+    },
     "muse_spark": {
         "projector_hidden_size": 32,
         "audio_config": {
@@ -229,7 +237,7 @@ def families() -> list[str]:
         for path in root.glob("*/modeling_*.py")
         if "@use_experts_implementation" in path.read_text()
     }
-    return sorted(found | {name for name in WITHOUT_INTERFACE if (root / name).is_dir()})
+    return sorted(found | {name for name in (*WITHOUT_INTERFACE, *AROUND) if (root / name).is_dir()})
 
 
 def classes(family: str) -> Iterator[tuple[str, str]]:
