@@ -1,5 +1,6 @@
 """The programs that check GPUs start without one, so that a move of a module does not break them unseen."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,13 +11,26 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "gpu"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
+START_ALL = """
+import json, runpy, sys, traceback
+path, problems = list(sys.path), []
+for script in sys.argv[1:]:
+    sys.path[:] = path  # no script finds what another one adds
+    try:
+        runpy.run_path(script)
+        problems.append("")
+    except BaseException:
+        problems.append(traceback.format_exc())
+print(json.dumps(problems))
+"""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_import_of_a_gpu_script_is_found(script: str) -> None:
+@pytest.fixture(scope="module")
+def problems() -> dict[str, str]:
+    """What is wrong with the start of each script; one process starts them all, as torch takes seconds."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     done = subprocess.run(
-        [sys.executable, "-c", f"import runpy; runpy.run_path({str(FOLDER / script)!r})"],
+        [sys.executable, "-c", START_ALL, *(str(FOLDER / script) for script in SCRIPTS)],
         check=False,
         cwd=FOLDER,
         env=environment,
@@ -25,3 +39,9 @@ def test_every_import_of_a_gpu_script_is_found(script: str) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    return dict(zip(SCRIPTS, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_import_of_a_gpu_script_is_found(script: str, problems: dict[str, str]) -> None:
+    assert not problems[script], problems[script]

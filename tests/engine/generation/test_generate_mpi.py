@@ -44,6 +44,7 @@ CASES = cases()
 MOST, PROMPTS = 8, 14
 ENDS = frozenset({END, *range(0, END, 6)})
 """So many that answers end at all lengths: slots are refilled one by one, and ranks run out one by one."""
+ExpectedOf = Callable[[str, tuple[str, ...], int, frozenset[int]], list[Plain]]
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +63,13 @@ def root(comm: "Intracomm", tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected_of(root: Path, fresh_seed: int) -> Callable[[str], list[Plain]]:
-    """Transformers' answers to the prompts, for each family once; rank 0 computes them."""
+def expected_of(root: Path) -> ExpectedOf:
+    """Transformers' answers to prompts, each list of prompts once; rank 0 computes them."""
 
     @cache
-    def expected(name: str) -> list[Plain]:
+    def expected(name: str, texts: tuple[str, ...], most: int, ends: frozenset[int]) -> list[Plain]:
         model, tokens = plain_model(root / name), Tokenizer(root / name)
-        return [greedy(model, tokens.encode(text), MOST, ENDS) for text in prompts(fresh_seed, PROMPTS)]
+        return [greedy(model, tokens.encode(text), most, ends) for text in texts]
 
     return expected
 
@@ -112,7 +113,7 @@ def test_greedy_text_is_that_of_transformers(
     root: Path,
     folder: Path,
     fresh_seed: int,
-    expected_of: Callable[[str], list[Plain]],
+    expected_of: ExpectedOf,
     case: Any,
     exact: bool,
 ) -> None:
@@ -125,7 +126,8 @@ def test_greedy_text_is_that_of_transformers(
     assert outcome.complete and outcome.answers == len(texts)
     if world.rank == 0:
         tokens, clear = Tokenizer(path), 0
-        for place, (text, expected) in enumerate(zip(texts, expected_of(case.name), strict=True)):
+        plain = expected_of(case.name, tuple(texts), MOST, ENDS)
+        for place, (text, expected) in enumerate(zip(texts, plain, strict=True)):
             if expected.gap > CLEAR:
                 clear += 1
                 assert found[place]["text"] == tokens.decode(expected.answer), text
@@ -205,7 +207,13 @@ def test_prompts_read_a_few_tokens_at_a_time_change_nothing(
 @pytest.mark.parametrize("blocks", [3, 200], ids=["preempted", "roomy"])
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "unshared"])
 def test_common_beginnings_and_little_memory_change_no_text(
-    world: World, root: Path, folder: Path, fresh_seed: int, shares: bool, blocks: int
+    world: World,
+    root: Path,
+    folder: Path,
+    fresh_seed: int,
+    expected_of: ExpectedOf,
+    shares: bool,
+    blocks: int,
 ) -> None:
     """Against transformers one prompt at a time; a pool of three blocks of 16 tokens drops sequences."""
     path, most = root / "olmoe", 16
@@ -219,9 +227,9 @@ def test_common_beginnings_and_little_memory_change_no_text(
     found, outcome = answers(world, loaded, path, folder, texts, frozenset({END}), **options)
     assert outcome.complete and outcome.failed == 0
     if world.rank == 0:
-        model, tokens, clear = plain_model(path), Tokenizer(path), 0
-        for place, text in enumerate(texts):
-            expected = greedy(model, tokens.encode(text), most, {END})
+        tokens, clear = Tokenizer(path), 0
+        plain = expected_of("olmoe", tuple(texts), most, frozenset({END}))
+        for place, (text, expected) in enumerate(zip(texts, plain, strict=True)):
             if expected.gap > CLEAR:
                 clear += 1
                 assert found[place]["text"] == tokens.decode(expected.answer), text

@@ -4,7 +4,9 @@ A new family of a newer transformers is found here: it passes, or needs small va
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,49 @@ def write(model_type: str, name: str, path: Path) -> Any:
     return model
 
 
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint; on the rank that wrote it also its model, and the logits that tests have asked for."""
+
+    path: Path
+    model: Any
+    known: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """[len(ids), V] by the definition: no cache, no batch, one text at a time."""
+        key = tuple(ids)
+        if key not in self.known:
+            self.known[key] = self.model(input_ids=torch.tensor([key]), use_cache=False).logits[0].float()
+        return self.known[key]
+
+
+@pytest.fixture(scope="module", params=[name for name in families() if name not in NOT_RUN])
+def family(request: pytest.FixtureRequest) -> str:
+    """One family after the other for all tests, so that they share its checkpoints."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def written(
+    comm: "Intracomm", family: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str, str], Written]]:
+    """The model of a type and class of the family; rank 0 writes it once."""
+    root = Path(comm.bcast(str(tmp_path_factory.mktemp("family"))))
+
+    @cache
+    def get(model_type: str, name: str) -> Written:
+        path = root / f"{model_type}-{name}"
+        model = write(model_type, name, path) if comm.rank == 0 else None
+        comm.barrier()
+        return Written(path, model)
+
+    yield get
+    comm.barrier()
+    if comm.rank == 0:
+        shutil.rmtree(root)
+
+
 def text_of(seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     found: list[int] = torch.randint(3, 190, (TEXT,), generator=generator).tolist()
@@ -75,36 +120,30 @@ def outputs(loaded: LoadedModel, ids: list[int]) -> tuple[list[float], list[list
     return text.logprobs, [r.answer for r in running]
 
 
-@torch.inference_mode()
-def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-    return found
-
-
-def compare(model: Any, ids: list[int], logprobs: list[float], answers: list[list[int]]) -> None:
-    """Check the outputs of one rank against the definition: no cache, no batch, one text at a time."""
-    expected = logits_of(model, ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+def compare(reference: Written, ids: list[int], logprobs: list[float], answers: list[list[int]]) -> None:
+    """Check the outputs of one rank against the definition."""
+    expected = reference.logits(ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=TOLERANCE)
     for length, answer in zip(LENGTHS, answers, strict=True):
-        so_far = ids[-length:]
-        for token in answer:
-            best = logits_of(model, so_far)[-1].topk(2)
-            if best.values[0] - best.values[1] < CLEAR:
-                break
-            assert token == int(best.indices[0]), f"after {so_far}"
-            so_far = [*so_far, token]
         assert len(answer) == NEW
+        # As long as every token is the best one, this is what transformers gives token by token.
+        logits = reference.logits([*ids[-length:], *answer[:-1]])[length - 1 :]
+        for number, (token, best) in enumerate(zip(answer, logits, strict=True)):
+            values, tokens = best.topk(2)
+            if values[0] - values[1] < CLEAR:
+                break
+            assert token == int(tokens[0]), f"after {[*ids[-length:], *answer[:number]]}"
 
 
-def differences(model: Any, family: str, path: Path, everyones: list[Any]) -> Iterator[str]:
+def differences(reference: Written, family: str, everyones: list[Any]) -> Iterator[str]:
     """Yield what is wrong with the outputs of the ranks, on the rank that has the model."""
     for rank, (ids, logprobs, answers, _) in enumerate(everyones):
         try:
-            compare(model, ids, logprobs, answers)
+            compare(reference, ids, logprobs, answers)
         except AssertionError as error:
             yield f"rank {rank}: {error}"
     if everyones and family not in (*MIXES_EXPERTS, *WITHOUT_INTERFACE):
-        file = path / "model.safetensors"
+        file = reference.path / "model.safetensors"
         header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
         read = [nbytes for *_, nbytes in everyones]
         if sum(read) > file.stat().st_size + (len(read) - 1) * header:
@@ -129,48 +168,38 @@ def alone(comm: "Intracomm") -> ProcessGrid:
 
 
 @pytest.mark.mpi(min_size=2, max_size=2, deadline=180)
-@pytest.mark.parametrize("family", [name for name in families() if name not in NOT_RUN])
 def test_exact_results_of_every_family_do_not_depend_on_the_number_of_ranks(
     comm: "Intracomm",
     grid: ProcessGrid,
     alone: ProcessGrid,
-    tmp_path_factory: pytest.TempPathFactory,
+    written: Callable[[str, str], Written],
     fresh_seed: int,
     family: str,
 ) -> None:
     """The same bits from experts spread over two ranks as from one rank that has them all."""
     model_type, name = next(iter(classes(family)))
-    path = Path(comm.bcast(str(tmp_path_factory.mktemp("exact"))))
-    model = write(model_type, name, path) if comm.rank == 0 else None
-    comm.barrier()
+    reference = written(model_type, name)
     ids, exact = text_of(fresh_seed + comm.rank), SpreadOptions(exact=True)
-    spread = outputs(load_model(path, grid, options=exact), ids)
-    assert outputs(load_model(path, alone, options=exact), ids) == spread
+    spread = outputs(load_model(reference.path, grid, options=exact), ids)
+    assert outputs(load_model(reference.path, alone, options=exact), ids) == spread
     everyones = comm.gather((ids, *spread, 0))
-    problems = comm.bcast([*differences(model, family, path, everyones or [])])
+    problems = comm.bcast([*differences(reference, family, everyones or [])])
     assert not problems, f"{name} ({model_type}): {problems}"
-    if comm.rank == 0:
-        shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("family", [name for name in families() if name not in NOT_RUN])
 def test_every_family(
     comm: "Intracomm",
     grid: ProcessGrid,
-    tmp_path_factory: pytest.TempPathFactory,
+    written: Callable[[str, str], Written],
     fresh_seed: int,
     family: str,
 ) -> None:
     models = list(classes(family))
     assert models, f"transformers generates no text with {family}; say so in NOT_RUN"
     for model_type, name in models:
-        path = Path(comm.bcast(str(tmp_path_factory.mktemp("family"))))
-        model = write(model_type, name, path) if comm.rank == 0 else None
-        comm.barrier()
-        loaded = load_model(path, grid)
+        reference = written(model_type, name)
+        loaded = load_model(reference.path, grid)
         ids = text_of(fresh_seed + comm.rank)
         everyones = comm.gather((ids, *outputs(loaded, ids), loaded.bytes_read))
-        problems = comm.bcast([*differences(model, family, path, everyones or [])])
+        problems = comm.bcast([*differences(reference, family, everyones or [])])
         assert not problems, f"{name} ({model_type}): {problems}"
-        if comm.rank == 0:
-            shutil.rmtree(path)
