@@ -149,9 +149,10 @@ def mixes_lengths(model: Any) -> bool:
 
 def _mix_lengths(layers: Sequence[Any]) -> bool:
     """Return whether ``layers`` keep keys and values, and states that do not count their tokens, alone."""
-    from transformers.cache_utils import DummyLayer, LinearAttentionLayer
-
-    return all(type(layer) in (growing_layer(), LinearAttentionLayer, DummyLayer) for layer in layers)
+    return all(
+        type(layer) is growing_layer() or type(layer).__name__ in ("LinearAttentionLayer", "DummyLayer")
+        for layer in layers  # by name: not every version of transformers has both
+    )
 
 
 def past_of(cache: Any, lengths: tuple[int, ...]) -> Any:
