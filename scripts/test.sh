@@ -20,9 +20,8 @@ case "${1:-}" in
   *) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit 2 ;;
 esac
 
-log=$(mktemp -d) slurm='' openmpi=''
-declare -A beside=()
-trap 'kill "${beside[@]}" $slurm $openmpi 2>/dev/null || true; rm -rf "$log"' EXIT
+log=$(mktemp -d) beside='' slurm='' openmpi=''
+trap 'kill $beside $slurm $openmpi 2>/dev/null || true; rm -rf "$log"' EXIT
 # What other parts need comes while this one waits for the network, or keeps one core busy.
 if [ -z "$quick" ]; then
   timeout 300 ./scripts/slurm/local_cluster.sh install </dev/null >"$log/slurm" 2>&1 & slurm=$!
@@ -73,23 +72,18 @@ tests() { # tests NAME COMMAND...
   verdicts "$name" $((SECONDS - start)) "$code" "$log/tests"
 }
 
-begin() { # begin NAME PIDS COMMAND...: once the processes PIDS have ended, tests beside what follows, until `finish`
-  local name=$1 pids=$2 pid
-  shift 2
-  {
-    for pid in $pids; do tail --pid="$pid" -f /dev/null; done
-    echo $EPOCHSECONDS >"$log/$name.begun"
-    limited "$@"
-  } >"$log/$name" & beside[$name]=$!
+begin() { # begin COMMAND...: tests beside what follows, until `finish`
+  begun=$EPOCHSECONDS
+  limited "$@" >"$log/beside" & beside=$!
 }
 
 finish() { # finish NAME: show what the tests begun had to say, and count their verdicts
-  local name=$1 code=0
-  wait "${beside[$name]}" || code=$?
-  unset "beside[$name]"
-  echo "== $name"
-  cat "$log/$name"
-  verdicts "$name" $(($(stat -c %Y "$log/$name") - $(<"$log/$name.begun"))) "$code" "$log/$name"
+  local code=0
+  wait "$beside" || code=$?
+  beside=''
+  echo "== $1"
+  cat "$log/beside"
+  verdicts "$1" $(($(stat -c %Y "$log/beside") - begun)) "$code" "$log/beside"
 }
 
 # One thread a rank: four ranks on two cores are slow enough without eight threads.
@@ -98,16 +92,11 @@ ranks=(python -m mpi4py -m pytest --color=no --with-mpi -p no:cacheprovider)
 # A single rank leaves a core to the checks.
 if [ -z "$quick" ]; then
   ./scripts/openmpi.sh </dev/null >"$log/openmpi" 2>&1 & openmpi=$!
-  begin "mpi, n = 1" '' mpirun -n 1 "${ranks[@]}"
+  begin mpirun -n 1 "${ranks[@]}"
 fi
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check mypy mypy
-# Jobs of the cluster mostly wait for Slurm. One of its tests needs Open MPI.
-if [ -z "$quick" ] && wait "$slurm"; then
-  slurm=''
-  begin cluster "${beside[mpi, n = 1]} $openmpi" python -m pytest --color=no --durations=5 tests/cluster
-fi
 # Two at a time: most of these wait for processes of their own. Of the ways to deal tests out, those by file wait for
 # ever once a test has ended its worker.
 tests serial python -m pytest --color=no --durations=5 -n 2 --dist worksteal --ignore=tests/cluster
@@ -144,8 +133,9 @@ if [ -z "$quick" ]; then
     skipped=$((skipped + 1))
     note "Open MPI" 0 "NOT RUN" "$(tail -n 1 "$log/openmpi")"
   fi
-  if [ -z "$slurm" ]; then
-    finish cluster
+  if wait "$slurm"; then
+    slurm=''
+    tests cluster python -m pytest --color=no --durations=5 tests/cluster
   else
     skipped=$((skipped + 1))
     note cluster 0 "NOT RUN" "$(tail -n 1 "$log/slurm")"
