@@ -100,8 +100,8 @@ def attention_in_blocks(dtype: torch.dtype, shape: tuple[int, int, int, int, int
     key, value = torch.randn(2, b, hk, s, d).to(dtype)
     blocks = -(-s // BLOCK)
     order = torch.randperm(b * blocks)
-    pools = [empty_in_huge_pages((b * blocks, hk, BLOCK, d), dtype) for _ in range(2)]
-    for pool, x in zip(pools, (key, value), strict=True):
+    keys, values = (empty_in_huge_pages((b * blocks, hk, BLOCK, d), dtype) for _ in range(2))
+    for pool, x in ((keys, key), (values, value)):
         padded = functional.pad(x, (0, 0, 0, blocks * BLOCK - s)).unflatten(2, (blocks, BLOCK))
         pool[order] = padded.transpose(1, 2).flatten(0, 1)
     numbers = (torch.arange(b + 1) * q, torch.full((b,), s), order.view(b, blocks))
@@ -114,13 +114,13 @@ def attention_in_blocks(dtype: torch.dtype, shape: tuple[int, int, int, int, int
         "torch": lambda: functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=hq > hk
         ),
-        "blocks": partial(PagedAttention(), flat, *pools, rows, d**-0.5),
+        "blocks": partial(PagedAttention(), flat, keys, values, rows, d**-0.5),
     }
     usable = {"native": native_library.why_unavailable(), "zentorch": zen_library.why_unavailable()}
     for name in (n for n, why in usable.items() if why is None):
         if (by := Attention(name)).backend_for(query, key, value, shown) == name:
             calls[name] = partial(by, query, key, value, shown, causal, d**-0.5)
-    expected = attend_by_definition(flat.float(), *(p.float() for p in pools), rows, d**-0.5)
+    expected = attend_by_definition(flat.float(), keys.float(), values.float(), rows, d**-0.5)
     for name, call in calls.items():
         found = call() if name == "blocks" else call().transpose(1, 2).flatten(0, 1)
         error = float((found.float() - expected).norm() / expected.norm())

@@ -1,4 +1,4 @@
-"""The programs that check GPUs start without one, so that a move of a module does not break them unseen."""
+"""The programs that check GPUs start without one and call what exists, so that no change breaks them unseen."""
 
 import json
 import os
@@ -45,3 +45,21 @@ def problems() -> dict[str, str]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_import_of_a_gpu_script_is_found(script: str, problems: dict[str, str]) -> None:
     assert not problems[script], problems[script]
+
+
+def test_gpu_scripts_and_benchmarks_call_functions_with_their_arguments() -> None:
+    """mypy reads what no test runs; only wrong calls and unknown names count."""
+    searched = (".typing", "tests/support", "tests/kernels/gpu", "tests/gpu")
+    files = [*FOLDER.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--explicit-package-bases", *map(str, files)],
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"MYPYPATH": os.pathsep.join(str(ROOT / folder) for folder in searched)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.splitlines()[-1].startswith(("Found ", "Success")), done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("tests/gpu/", "benchmarks/"))]
+    assert not [line for line in lines if line.endswith(("[call-arg]", "[name-defined]"))]

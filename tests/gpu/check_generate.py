@@ -142,7 +142,8 @@ def decode(
     ]
     for step in range(STEPS + 1):
         notes = (sequences.readiness(),)
-        tokens_now = sequences.next_tokens if step else sequences.tokens_of([len(r.ids) for r in new] or [0])
+        lengths = [len(r.ids) for r in new] or [0]
+        tokens_now = sequences.next_tokens if step else sequences.tokens_of(lengths, continued=0)
         facts = agree_step(comm, step, tokens=tokens_now, work=sequences.occupied, notes=notes)
         sequences.agree(facts.tokens, tuple(note for (note,) in facts.notes if step) or (0,) * comm.size)
         if step == 0 and new:
