@@ -1,4 +1,4 @@
-"""The programs that check GPUs start without one and call what exists, so that no change breaks them unseen."""
+"""The programs that check GPUs start without one and call what there is: no change breaks them unseen."""
 
 import json
 import os

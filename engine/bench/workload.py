@@ -33,8 +33,8 @@ SHORTEST, LONGEST = 16, 840
 """Tokens of a prompt."""
 SHARES = ("reading", "decoding", "attention", "experts", "waiting")
 """The parts of a run's time. ``reading``: steps that read prompts, with what is decoded in them.
-``decoding``: the other steps. Within both, ``attention`` and ``experts``. ``waiting``: for the other ranks,
-between steps and for their rows."""
+``decoding``: the other steps. Within both, ``attention`` and ``experts``, on CPU ranks. ``waiting``: for the
+other ranks, between steps and, on CPU ranks, for their rows."""
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,14 @@ def answer(
 ) -> tuple[Answered, dict[str, float]]:
     """Answer ``prompts`` as ``xpar generate`` does; return the answers and the seconds of ``SHARES``.
 
-    Collective. No token ends an answer: each has ``request.max_new_tokens``. The shares are rank 0's.
+    Collective. No token ends an answer: each has ``request.max_new_tokens``. The shares are rank 0's. On a
+    GPU, attention and experts have none: a replayed CUDA graph has no parts.
     """
-    clock, timer = StepClock(), MeasuringTimer(loaded.device)
+    clock, timer, has_parts = StepClock(), MeasuringTimer(loaded.device), loaded.device.type == "cpu"
     with _answer_path(comm) as out, ExitStack() as stack:
         hook = loaded.model.register_forward_pre_hook(clock.count, with_kwargs=True)
         stack.callback(hook.remove)
-        hooked = stack.enter_context(timed_parts(loaded, timer))
+        hooked = stack.enter_context(timed_parts(loaded, timer)) if has_parts else {}
         here = replace(request, out=out)
         comm.barrier()
         clock.begin = time.perf_counter()
@@ -198,10 +199,10 @@ def answer(
     shares = {
         "reading": reading,
         "decoding": sum(s for s, _, _ in clock.steps) - reading,
-        "attention": hooked["attention"],
-        "experts": spent["compute"] + spent["shared"],
         "waiting": clock.agreeing + sum(spent[stage] for stage in ("plan", "dispatch", "combine", "finish")),
     }
+    if has_parts:
+        shares |= {"attention": hooked["attention"], "experts": spent["compute"] + spent["shared"]}
     return Answered(seconds, clock.first_s, answers, list(peak_bytes)), shares
 
 

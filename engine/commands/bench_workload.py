@@ -25,10 +25,13 @@ from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import make_console
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.empty_model import check_generates
+from xpar.engine.models.loaded_model import LoadedModel
 
 NEW_TOKENS = 48
 """Tokens of each answer, if none are named."""
 XPAR = "xpar"
+TRANSFORMERS = "transformers, "
+"""What the names of its sides begin with."""
 Found = tuple[dict[str, Any], list[str]]
 """Results by the name of a side, and notes on those that are not there."""
 
@@ -48,25 +51,43 @@ def main(args: argparse.Namespace, world: World) -> int:
     answer(comm, loaded, tokenizer, trial, prompts[:TRIAL_PROMPTS])
     ours, shares = answer(comm, loaded, tokenizer, request, prompts)
     results: dict[str, dict[str, Any]] = {XPAR: asdict(ours) | {"peak_bytes": gather_peak_bytes(grid)}}
-    found, notes = _ask_transformers(grid, args, prompts, new_tokens, dtype)
-    results |= found
-    if args.peer_python is not None:
-        result, why = _ask_vllm(grid, args, prompts, new_tokens, dtype)
+    results[XPAR] |= _rates(results[XPAR], asdict(ours), prompts, new_tokens)
+    console.print(f"xpar: {ours.seconds:.1f} s; now the others answer")
+    notes: list[str] = []
+    peers = [_ask_transformers] if args.peer_python is None else [_ask_transformers, _ask_vllm]
+    for ask in (None, *peers):
+        found, why = ({}, []) if ask is None else ask(grid, args, prompts, new_tokens, dtype)
         notes += why
-        results |= result
-    for result in results.values():
-        result |= _rates(result, results[XPAR], prompts, new_tokens)
+        results |= {name: r | _rates(r, asdict(ours), prompts, new_tokens) for name, r in found.items()}
+        # After each side: a run that is cut off keeps what it has.
+        agreed(comm, partial(_keep, args, grid, loaded, results, shares, notes))
     print_tables(console, results, shares, notes, prompts, new_tokens)
-    if args.json:
-        experts = loaded.layers[0].runner.experts
-        manifest = grid_manifest(grid, dtype, experts.dispatcher.name, experts.kernel_name, args.seed)
-        kept = {n: {k: v for k, v in r.items() if k != "answers"} for n, r in results.items()}
-        document = {"workload": args.workload, "results": kept, "shares_s": shares, "notes": notes}
-        agreed(comm, lambda: None if world.rank else write_result(args.json, manifest, document))
-    bad = [name for name in found if dtype == torch.float32 and results[name]["same"] < len(prompts)]
+    bad = [
+        name
+        for name, r in results.items()
+        if name.startswith(TRANSFORMERS) and dtype == torch.float32 and r["same"] < len(prompts)
+    ]
     for name in bad:
         console.print(f"{name}: {len(prompts) - results[name]['same']} answers differ in float32")
     return int(bool(bad))
+
+
+def _keep(
+    args: argparse.Namespace,
+    grid: ProcessGrid,
+    loaded: LoadedModel,
+    results: dict[str, dict[str, Any]],
+    shares: dict[str, float],
+    notes: list[str],
+) -> None:
+    """Write the results of the sides so far to ``--json``, on rank 0; their answers are left out."""
+    if grid.world.rank or not args.json:
+        return
+    experts = loaded.layers[0].runner.experts
+    manifest = grid_manifest(grid, loaded.dtype, experts.dispatcher.name, experts.kernel_name, args.seed)
+    kept = {name: {k: v for k, v in r.items() if k != "answers"} for name, r in results.items()}
+    document = {"workload": args.workload, "results": kept, "shares_s": shares, "notes": notes}
+    write_result(args.json, manifest, document)
 
 
 def _check(args: argparse.Namespace, new_tokens: int) -> tuple[torch.dtype, int | None, Tokenizer]:
@@ -113,7 +134,7 @@ def _ask_transformers(
             found, notes = peer.answer(prompts, new_tokens, args.prefill_tokens)
         finally:
             peer.close()
-        return {f"transformers, {name}": result for name, result in found.items()}, notes
+        return {f"{TRANSFORMERS}{name}": result for name, result in found.items()}, notes
 
     return _on_first_rank(grid, ask)
 
@@ -179,9 +200,8 @@ def print_tables(
             *same,
         )
     console.print(table)
-    parts = ", ".join(f"{name} {shares[name]:.2f}" for name in SHARES)
-    console.print(
-        f"xpar's seconds on rank 0: {parts} (attention and experts are in the first two)", soft_wrap=True
-    )
+    parts = ", ".join(f"{name} {shares[name]:.2f}" for name in SHARES if name in shares)
+    what = " (attention and experts are in the first two)" if "experts" in shares else ""
+    console.print(f"xpar's seconds on rank 0: {parts}{what}", soft_wrap=True)
     for note in notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)

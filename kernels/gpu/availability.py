@@ -10,11 +10,6 @@ from xpar.kernels.contracts import ExpertKernel, ExpertSpec
 # The oldest compute capability with bfloat16 matrix units and asynchronous copies to shared memory.
 _OLDEST = (8, 0)
 
-_TWO_TERMS = (
-    "its products with activations in two terms were wrong on an H200 (Triton 3.6, 2026-11-30) and have not "
-    "run on one since they were mended: give fp8 experts an activation scheme, or convert the weights"
-)
-
 
 def why_unavailable(spec: ExpertSpec) -> str | None:
     """Return the reason why these kernels cannot serve ``spec`` on this machine, or None."""
@@ -25,15 +20,7 @@ def why_unavailable(spec: ExpertSpec) -> str | None:
     found = torch.cuda.get_device_capability(spec.device)
     if found < _OLDEST:
         return f"compute capability {found[0]}.{found[1]} is below {_OLDEST[0]}.{_OLDEST[1]}"
-    return why_wrong(spec)
-
-
-def why_wrong(spec: ExpertSpec) -> str | None:
-    """Return the reason why results for ``spec`` are not to be trusted on a GPU yet, or None."""
-    fmt = spec.weight_format
-    if fmt is None or (spec.activation_scheme and not spec.row_invariant and not fmt.code.is_nibble):
-        return None
-    return _TWO_TERMS
+    return None
 
 
 def build(spec: ExpertSpec) -> ExpertKernel:

@@ -88,22 +88,22 @@ BLOCKS = WeightFormat(CodeType.E4M3, (128, 128), torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("change", "is_wrong"),
+    ("change", "reason"),
     [
-        ({}, False),
-        ({"weight_format": BLOCKS, "activation_scheme": ActivationScheme()}, False),
-        ({"weight_format": BLOCKS}, True),
-        ({"weight_format": BLOCKS, "activation_scheme": ActivationScheme(), "row_invariant": True}, True),
-        ({"weight_format": WeightFormat(CodeType.INT4, (1, 128), torch.bfloat16)}, True),
+        ({}, None),
+        ({"weight_format": BLOCKS, "activation_scheme": ActivationScheme()}, None),
+        ({"weight_format": BLOCKS}, None),
+        ({"weight_format": BLOCKS, "activation_scheme": ActivationScheme(), "row_invariant": True}, None),
+        ({"weight_format": WeightFormat(CodeType.INT4, (1, 128), torch.bfloat16)}, None),
+        ({"weight_format": WeightFormat(CodeType.INT8, (1, 0), torch.bfloat16)}, "int8"),
     ],
-    ids=["plain", "fp8 activations", "weights alone", "exact", "int4"],
+    ids=["plain", "fp8 activations", "weights alone", "exact", "int4", "int8"],
 )
-def test_what_was_wrong_on_a_gpu_is_passed_over_there(
-    change: dict[str, Any], is_wrong: bool, monkeypatch: pytest.MonkeyPatch
+def test_formats_that_a_gpu_computes_from(
+    change: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     triton = next(entry for entry in KERNELS if entry.name == "triton")
-    reason = triton.why_not(replace(SPEC, device="cuda:0", **change))
-    assert (reason is not None) is is_wrong
-    assert reason is None or "wrong on an H200" in reason
+    found = triton.why_not(replace(SPEC, device="cuda:0", **change))
+    assert found is None if reason is None else reason in str(found)
