@@ -3,13 +3,18 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, LayerForm
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.malloc import available_bytes
 
 BATCH, FLAT_BATCH = 16, 256
 """Sequences that a rank runs at a time by default: in padded batches, and in flat ones, bound by memory."""
 SHARE = 0.5
 """The share of a node's free memory that its ranks take for keys and values at most, if none is given."""
+GPU_SHARE = 0.7
+"""The same of a GPU, whose memory nobody else uses; the rest is for the numbers of a step, and recordings."""
 UNKNOWN_BYTES = 2**30
 """The bytes of a pool for work of unknown size."""
 KEPT = 2
@@ -32,11 +37,20 @@ class BatchRoom:
     shares_prefixes: bool = True
 
 
-def choose_blocks(forms: Collection[LayerForm], room: BatchRoom, ranks: int) -> int:
-    """Choose the number of blocks of a pool on a node of so many ``ranks``.
+def free_share(loaded: LoadedModel) -> int:
+    """Return the bytes of a rank's share of the free memory of its node or, where it has one, its GPU."""
+    if loaded.device.type == "cpu":
+        return int(SHARE * min(available_bytes(), 2.0**60) / loaded.ranks_of_node)
+    # Ranks that share a GPU share its memory.
+    sharing = -(-loaded.ranks_of_node // torch.cuda.device_count())
+    return int(GPU_SHARE * torch.cuda.mem_get_info(loaded.device)[0] / sharing)
 
-    It is what ``room.kv_bytes``, or else a share of the free memory, has place for, but no more than the work
-    can need. Raises ValueError for bytes that are not enough for one block.
+
+def choose_blocks(forms: Collection[LayerForm], room: BatchRoom, share: int) -> int:
+    """Choose the number of blocks of a pool.
+
+    It is what ``room.kv_bytes``, or else ``share``, the bytes of this rank's :func:`free_share`, has place
+    for, but no more than the work can need. Raises ValueError for bytes that are not enough for one block.
     """
     block = BLOCK_TOKENS * sum(form.nbytes for form in forms)
     given = room.kv_bytes
@@ -45,7 +59,7 @@ def choose_blocks(forms: Collection[LayerForm], room: BatchRoom, ranks: int) -> 
             f"--kv-memory: {given} bytes, and the keys and values of {BLOCK_TOKENS} tokens take {block}; "
             "give more"
         )
-    most = given if given is not None else int(SHARE * min(available_bytes(), 2.0**60) / ranks)
+    most = given if given is not None else share
     if room.lengths is None:
         most = most if given is not None else min(most, UNKNOWN_BYTES)
         return max(1, most // block)

@@ -1,6 +1,11 @@
-"""Flat batches give each prompt what it gets alone: arrivals, pieces, sharing, preemption."""
+"""Flat batches give each prompt what it gets alone: arrivals, pieces, sharing, preemption, recordings.
+
+A pool of spans, which GPUs have, is read by the definition of its attention here, and a CUDA graph replays
+what is called here; ``tests/gpu/check_flat.py`` has torch's attention and real graphs.
+"""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,15 @@ from tiny_models import CLEAR
 
 from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.decode_batch import DecodeBatch
+from xpar.engine.generation.decode_graph import FixedStep
 from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
+from xpar.engine.generation.flat_recorder import FlatRecorder
 from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.models.flat_forward import flat_forms
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, KvPool
+from xpar.engine.models.span_pool import SpanPool
+from xpar.kernels.gpu.span_attention import SpanAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,15 +42,36 @@ NEW, PROMPTS = 6, 7
 COMMON = 2 * BLOCK_TOKENS + 3
 
 
-def make_flat(model: Any, blocks: int, size: FlatLimits, new: int = NEW) -> FlatBatch:
+POOLS = ("blocks", "spans", "recorded")
+
+
+def make_flat(
+    model: Any, blocks: int, size: FlatLimits, new: int = NEW, pool_of: str = "blocks"
+) -> FlatBatch:
     """A batch whose pool is full of NaN, as memory may be: nothing of it is to be read."""
     holder = loaded(model)
     forms = flat_forms(holder)
     assert not isinstance(forms, str), forms
-    pool = KvPool(forms, blocks)
-    for tensor in (*pool.keys, *pool.values):
+    conditions = StopConditions(new)
+    if pool_of == "blocks":
+        pool = KvPool(forms, blocks)
+        fill(pool.keys + pool.values)
+        return FlatBatch(holder, Sampling(), conditions, pool, size)
+    spans = SpanPool(forms, blocks, torch.device("cpu"), SpanAttention("definition"))
+    fill(spans.keys + spans.values)
+    recorder = FlatRecorder(holder, spans, rehearsed) if pool_of == "recorded" else None
+    return FlatBatch(holder, Sampling(), conditions, spans, size, recorder)
+
+
+def fill(tensors: list[torch.Tensor]) -> None:
+    for tensor in tensors:
         tensor.fill_(float("nan"))
-    return FlatBatch(holder, Sampling(), StopConditions(new), pool, size)
+
+
+def rehearsed(step: FixedStep) -> Callable[[], torch.Tensor]:
+    step.forward()
+    step.rewind()
+    return step.forward
 
 
 def draw_prompts(draw: random.Random, count: int) -> list[list[int]]:
@@ -78,14 +108,17 @@ def assert_greedy(model: Any, r: RunningSequence, new: int = NEW) -> None:
         ids.append(token)
 
 
+@pytest.mark.parametrize("pool_of", POOLS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_those_of_each_prompt_alone(fresh_seed: int, family: str) -> None:
+def test_answers_are_those_of_each_prompt_alone(fresh_seed: int, family: str, pool_of: str) -> None:
     draw = random.Random(fresh_seed)
     model = small_model(*FAMILIES[family], seed=3)
     shares = draw.random() < 0.5
     size = FlatLimits(draw.choice([2, 5]), draw.choice([1, 7, 24, 4096]), shares)
-    for r in run(make_flat(model, 40, size), draw_prompts(draw, PROMPTS), draw):
+    batch = make_flat(model, 40, size, pool_of=pool_of)
+    for r in run(batch, draw_prompts(draw, PROMPTS), draw):
         assert_greedy(model, r)
+    assert batch._recorder is None or batch._recorder.replayed > NEW
 
 
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "alone"])
