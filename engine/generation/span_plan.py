@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from xpar.engine.generation.flat_plan import FlatPlan, FlatSequence, Planner
 from xpar.engine.generation.running_sequence import RunningSequence
-from xpar.engine.models.kv_runs import ROOT, BlockRuns
+from xpar.engine.models.kv_runs import ROOT, BlockRuns, lost_of
 
 WORTH = 128
 """Tokens of a common beginning for which a sequence waits while another one reads it."""
@@ -50,14 +50,15 @@ class SpanPlanner(Planner):
         if (len(found) - written) * runs.tokens >= WORTH:
             return None
         total = max(least, min(runs.size, runs.blocks_of(self._most_tokens(s.running))))
-        first = runs.take(total)
+        first = runs.take(total, found[:written])
         if first is None:
             return None
-        # The run may hold some of what was found, which is lost then: a copy has the blocks before that.
-        lost = (n for n, block in enumerate(found[:written]) if first <= block < first + total)
-        copied = found[: next(lost, written)]
-        self._copies += [(block, first + n) for n, block in enumerate(copied)]
-        s.blocks, s.named, s.prefix, s.read = [], 0, ROOT, len(copied) * runs.tokens
+        lost = lost_of(found[:written], first, total)
+        kept = found[: lost[0] if lost else written]
+        pairs = [(block, first + n) for n, block in enumerate(kept) if block != first + n]
+        self._copies += pairs
+        self._reading |= {copy for _, copy in pairs}  # written in this step, too
+        s.blocks, s.named, s.prefix, s.read = [], 0, ROOT, len(kept) * runs.tokens
         s.row = self._rows.pop()
         for block in range(first, first + total):
             self._append(s, block)
@@ -73,8 +74,8 @@ class SpanPlanner(Planner):
         return True
 
     def _name(self, s: FlatSequence, end: int) -> None:
-        size = self.runs.tokens
-        end = min(end, len(s.running.ids))
+        # Not before the whole prompt is read: a number that is not finite would spoil what others copy.
+        size, end = self.runs.tokens, len(s.running.ids) if end >= len(s.running.ids) else 0
         while s.named is not None and (s.named + 1) * size <= end:
             ids = s.tokens[s.named * size : (s.named + 1) * size]
             block = s.blocks[s.named]
@@ -84,6 +85,8 @@ class SpanPlanner(Planner):
             s.named += 1
 
     def _drop(self, s: FlatSequence) -> None:
+        if s.running.failure is not None:
+            self.runs.forget(s.blocks[0], len(s.blocks))
         self.runs.release(s.blocks[0], len(s.blocks))
         self._rows.append(s.row)
         s.blocks, s.read, s.row = [], 0, -1

@@ -34,22 +34,29 @@ class BlockRuns:
         """Return the number of blocks that ``tokens`` tokens take."""
         return -(-tokens // self.tokens)
 
-    def take(self, count: int) -> int | None:
+    def take(self, count: int, found: Sequence[int] = ()) -> int | None:
         """Take a run of ``count`` blocks and return its first; None if no free run is that long.
 
-        It is the shortest that fits, of which the known blocks at its end stay known for longest.
+        It lies at one end of a free run, the shortest that fits, where it loses the fewest of the blocks
+        ``found``: what :meth:`find` gave, of which the n-th is not lost as the n-th of the run.
         """
-        fitting = [(free, first) for first, free in self._free if free >= count]
+        fitting = sorted((free, first) for first, free in self._free if free >= count)
         if not fitting:
             return None
-        free, first = min(fitting)
+        ends = [(at, free, first) for free, first in fitting for at in (first, first + free - count)]
+        at, free, first = min(ends, key=lambda end: len(lost_of(found, end[0], count)))
         self._free.remove((first, free))
-        if free > count:
-            insort(self._free, (first + count, free - count))
+        for begin, end in ((first, at), (at + count, first + free)):
+            if begin < end:
+                insort(self._free, (begin, end - begin))
+        self.forget(at, count)
+        return at
+
+    def forget(self, first: int, count: int) -> None:
+        """Forget what is known of the tokens of ``count`` blocks."""
         for block in range(first, first + count):
             if block in self._keys:
                 del self._known[self._keys.pop(block)]
-        return first
 
     def release(self, first: int, count: int) -> None:
         """Give a run back; its known blocks stay known until they are taken."""
@@ -82,3 +89,8 @@ class BlockRuns:
                 return self._prefixes
             self._known[key], self._keys[block] = (self._prefixes, block), key
         return self._known[key][0]
+
+
+def lost_of(found: Sequence[int], first: int, count: int) -> list[int]:
+    """List the places in ``found`` of blocks that a run of ``count`` blocks from ``first`` overwrites."""
+    return [n for n, block in enumerate(found) if first <= block < first + count and block != first + n]
