@@ -104,7 +104,7 @@ class SpanAttention:
 
 
 def _with_sinks(out: Tensor, logsumexp: Tensor, sinks: Tensor) -> Tensor:
-    """Return ``out`` [T, Hq, D] as if each head's softmax had one more score, ``sinks`` [Hq], without a value.
+    """Return ``out`` [T, Hq, D] of softmaxes with one more score, ``sinks`` [Hq], that has no value.
 
     ``logsumexp`` [Hq, T] float32: of the scores. The weights lose the share that the sink has of their sum.
     """
