@@ -1,10 +1,13 @@
 """The size of a rank's pool of keys and values."""
 
+import resource
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from xpar.engine.layer.expert_shard import ExpertShard
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, LayerForm
 from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.malloc import available_bytes
@@ -19,6 +22,36 @@ UNKNOWN_BYTES = 2**30
 """The bytes of a pool for work of unknown size."""
 KEPT = 2
 """The blocks of a pool over those that running sequences can need: room to keep the beginnings of others."""
+
+
+def step_bytes(loaded: LoadedModel, tokens: int) -> int:
+    """Estimate the bytes of a host processor's step of ``tokens`` tokens a rank beside weights and pool.
+
+    That is what the widest layer's experts read, keep and write: for each slot rows of H, of gate, up and
+    activation, and of H again.
+    """
+
+    def of_layer(shard: ExpertShard, top_k: int, experts: int, ranks: int) -> float:
+        if shard.kernel is None:
+            return 0.0
+        width = shard.kernel.spec.intermediate_size
+        slots = tokens * ranks * top_k * len(shard.experts) / experts
+        return slots * shard.dtype.itemsize * (2 * shard.hidden_size + 3 * width)
+
+    runners = (layer.runner for layer in loaded.layers)
+    found = (
+        of_layer(r.experts, r.config.router.top_k, r.config.num_experts, r.grid.moe.size) for r in runners
+    )
+    return int(max(found, default=0.0))
+
+
+def resident_bytes() -> int:
+    """Return the bytes of memory that this process has now, or had at most where that is not told."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # outside of Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return pages * resource.getpagesize()
 
 
 @dataclass(frozen=True)
