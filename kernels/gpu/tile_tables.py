@@ -14,6 +14,8 @@ import torch
 
 FEW, SOME, MANY = range(3)
 NO_LIMIT = 2**31 - 1  # rows, more than any expert gets
+RANKED_SLOTS = 4096
+"""Slots up to which one launch that compares each with all others should be faster than three (H200)."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 from triton_compiler import compiling
 
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
+from xpar.kernels.gpu.expert_sort import plan_tiles
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tile_tables import Machine
+from xpar.kernels.gpu.tile_tables import NO_LIMIT, RANKED_SLOTS, Limits, Machine, default_table
 
 # KiB of shared memory of one program, and of a multiprocessor for all its programs, each of which costs 1 KiB
 # more (CUDA programming guide, table of technical specifications).
@@ -27,15 +28,15 @@ CASES = {
         16,
         Activation("silu"),
         False,
-        {"sort_kernel", "weighted_sum_kernel"} | SMALL,
+        {"rank_kernel", "weighted_sum_kernel"} | SMALL,
     ),
     "vector": (90, torch.bfloat16, 1, GPT_OSS, True, {"gate_up_vector", "down_vector"}),
-    "many": (90, torch.bfloat16, 512, GPT_OSS, True, MANY_SLOTS | SMALL | TILED),
-    "fp16": (90, torch.float16, 512, Activation("gelu", gated=False), False, MANY_SLOTS | SMALL | TILED),
-    "fp32": (90, torch.float32, 512, Activation("silu"), True, MANY_SLOTS | SMALL | TILED),
-    "ampere": (80, torch.bfloat16, 512, GPT_OSS, True, MANY_SLOTS | SMALL | TILED),
-    "ada": (86, torch.bfloat16, 512, Activation("silu"), False, MANY_SLOTS | SMALL | TILED),
-    "blackwell": (100, torch.bfloat16, 512, Activation("silu"), True, MANY_SLOTS | SMALL | TILED),
+    "many": (90, torch.bfloat16, 2048, GPT_OSS, True, MANY_SLOTS | SMALL | TILED),
+    "fp16": (90, torch.float16, 2048, Activation("gelu", gated=False), False, MANY_SLOTS | SMALL | TILED),
+    "fp32": (90, torch.float32, 2048, Activation("silu"), True, MANY_SLOTS | SMALL | TILED),
+    "ampere": (80, torch.bfloat16, 2048, GPT_OSS, True, MANY_SLOTS | SMALL | TILED),
+    "ada": (86, torch.bfloat16, 2048, Activation("silu"), False, MANY_SLOTS | SMALL | TILED),
+    "blackwell": (100, torch.bfloat16, 2048, Activation("silu"), True, MANY_SLOTS | SMALL | TILED),
 }
 
 
@@ -53,6 +54,22 @@ def launches(arch, dtype, tokens, activation, bias, tall=False):
     with compiling(arch) as found:
         kernel.compute(x)
     return kernel.table, found
+
+
+SORTS = {8: {"rank_kernel"}, 4096: {"rank_kernel"}, 1024: {"sort_kernel"}, 1025: MANY_SLOTS}
+
+
+@pytest.mark.parametrize("limits", [Limits(16, 64), Limits(NO_LIMIT, NO_LIMIT), Limits(0, 0)], ids=str)
+@pytest.mark.parametrize("slots", SORTS)
+def test_sorts_compile_without_spilling(slots, limits):
+    tiles = default_table(Machine(132, (9, 0)), torch.bfloat16).gate_up
+    with compiling(90) as found:
+        plan_tiles(
+            torch.zeros(slots, 1, dtype=torch.int32), 256, tiles, limits, True,
+            ranked_slots=0 if slots in (1024, 1025) else RANKED_SLOTS,
+        )  # fmt: skip
+    assert {kernel.name for kernel in found} == SORTS[slots] - {"weighted_sum_kernel"}
+    assert all(kernel.spilt <= 8 for kernel in found)  # a stack of 8 bytes with Triton 3.9 at 512 slots
 
 
 # Bytes a thread that tall tiles may spill, once a tile, for a bias or a long activation.
@@ -105,7 +122,7 @@ def check_copies(kernel):
 def test_batch_sizes_share_code():
     """Another number of tokens compiles nothing new: arguments that depend on it are not specialised."""
     keys = []
-    for tokens in (300, 512, 4096):
+    for tokens in (1100, 2048, 4096):
         _, found = launches(90, torch.bfloat16, tokens, Activation("silu"), False)
         keys.append([(kernel.name, kernel.ptx) for kernel in found])
     assert keys[0] == keys[1] == keys[2]
