@@ -207,7 +207,7 @@ def plan_tiles(
         block = next((size for size in _RANK_SIZES if num_slots <= size), _RANK_SIZES[-1])
         rank_kernel[(1 + triton.cdiv(num_slots, _RANK_CHUNK),)](
             topk_ids, plan.slots, *lists, num_slots, capacity, *astuple(limits), BLOCK=block,
-            CHUNK=_RANK_CHUNK, num_warps=8 if block > 512 else 4, **shape
+            CHUNK=_RANK_CHUNK, num_warps=8 if block > 64 else 4, **shape
         )  # fmt: skip
         return plan
     if num_slots <= block_slots:

@@ -1,4 +1,4 @@
-"""Experts on a GPU: a sort of the slots, two products per bucket, and a weighted sum."""
+"""Experts on a GPU: a sort of the slots, two products, and a weighted sum."""
 
 from typing import Any
 
@@ -7,22 +7,15 @@ import triton
 from torch import Tensor
 
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, check_expert_weights
+from xpar.kernels.gpu.default_tables import default_table
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
+from xpar.kernels.gpu.grouped_mm_gathered import gate_up_gathered
 from xpar.kernels.gpu.grouped_mm_small import down_small, gate_up_small
 from xpar.kernels.gpu.grouped_mm_tiled import down_tiled, gate_up_tiled, permute_kernel
 from xpar.kernels.gpu.grouped_mm_vector import down_vector, gate_up_vector
 from xpar.kernels.gpu.limits import round_up
 from xpar.kernels.gpu.slot_experts import SlotExperts, use_device_allocator
-from xpar.kernels.gpu.tile_tables import (
-    MANY,
-    NO_LIMIT,
-    Limits,
-    Machine,
-    Table,
-    Tile,
-    choose_limits,
-    default_table,
-)
+from xpar.kernels.gpu.tile_tables import NO_LIMIT, SOME, Layout, Limits, Machine, Table, Tile, Tiles
 
 # Elements. Tensor descriptors need rows of a multiple of 16 bytes: widths are rounded up to this, with zeros.
 _ALIGNED = 8
@@ -122,24 +115,29 @@ class TritonExperts(SlotExperts):
         if not num_slots:
             return out
         use_device_allocator()
-        ids = x.topk_ids.contiguous()
-        limits = self.limits(tokens, num_slots)
-        plan = plan_tiles(ids, self.spec.num_experts, self.table.gate_up, limits, self._tall)
+        ids, layout = x.topk_ids.contiguous(), self.layout(tokens, num_slots)
+        plan = plan_tiles(
+            ids, self.spec.num_experts, layout.plan_tiles, layout.limits, layout.tall,
+            ranked_slots=self.table.ranked_slots,
+        )  # fmt: skip
         hidden = self._new(num_slots, self._width)
-        for bucket in limits.launched:
-            if bucket == MANY:
-                self._gate_up_tiled(self._permute(x, ids, plan, limits), hidden, plan)
+        for bucket, tiles in layout.lists:
+            if tiles.swapped or tiles.gathered:
+                self._gate_up_gathering(x, hidden, plan, bucket, tiles)
             else:
-                self._gate_up_small(x, hidden, plan, bucket)
-        for bucket in limits.launched:
-            self._down_bucket(hidden, out, plan, bucket)
+                self._gate_up_tiled(self._permute(x, ids, plan, layout.limits), hidden, plan, bucket, tiles)
+        for bucket, tiles in layout.lists:
+            self._down_product(hidden, out, plan, bucket, tiles)
         return out
 
-    def limits(self, tokens: int, num_slots: int) -> Limits:
-        """Return the bucket limits for a batch of ``tokens`` entries and ``num_slots`` slots."""
-        if self.spec.row_invariant:
-            return Limits(0, NO_LIMIT)  # one bucket, whatever the batch
-        return choose_limits(self.table, tokens, num_slots, self.spec.num_experts)
+    def layout(self, tokens: int, num_slots: int) -> Layout:
+        """Return the lists of tiles for a batch of ``tokens`` entries and ``num_slots`` slots."""
+        if self.spec.row_invariant:  # one shape, whatever the batch
+            return Layout(Limits(0, NO_LIMIT), ((SOME, self.table.tiles(SOME)),))
+        experts = self.spec.num_experts
+        here = min(1.0, experts / (self.spec.routed_experts or experts))
+        # Rows that were sent to this rank alone have a slot here each.
+        return self.table.layout(tokens, num_slots, experts, max(here * num_slots, tokens))
 
     def _permute(self, x: ExpertInput, ids: Tensor, plan: TilePlan, limits: Limits) -> Tensor:
         """Return the hidden states of experts in MANY, in expert order: [M k, K], K the aligned H."""
@@ -153,41 +151,47 @@ class TritonExperts(SlotExperts):
         )  # fmt: skip
         return ordered
 
-    def _gate_up_tiled(self, ordered: Tensor, hidden: Tensor, plan: TilePlan) -> None:
-        """Write the activated rows of bucket MANY to ``hidden`` [M k, I]."""
-        tile = self.table.gate_up[MANY]
-        gate_up_tiled[self._persistent_grid(tile)](
+    def _gate_up_tiled(
+        self, ordered: Tensor, hidden: Tensor, plan: TilePlan, bucket: int, tiles: Tiles
+    ) -> None:
+        """Write the activated rows of a list to ``hidden`` [M k, I], from rows in expert order."""
+        gate_up_tiled[self._persistent_grid(tiles.gate_up)](
             ordered, self._gate_up, self._gate_up_bias, hidden,
             plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, hidden.shape[0], plan.capacity,
             E=self.spec.num_experts, I=self._width, K=self._gate_up.shape[2], **self._activation(),
-            **self._launch(tile, MANY), TALL=self._tall,
+            **self._launch(tiles.gate_up, bucket), TALL=tiles.tall,
         )  # fmt: skip
 
-    def _gate_up_small(self, x: ExpertInput, hidden: Tensor, plan: TilePlan, bucket: int) -> None:
-        """Write the activated rows of bucket FEW or SOME to ``hidden`` [M k, I]."""
-        tile = self.table.gate_up[bucket]
-        gate_up_small[self._persistent_grid(tile)](
-            x.hidden_states, self._gate_up, self._gate_up_bias, hidden, x.rows, plan.slots,
-            plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, plan.capacity,
-            E=self.spec.num_experts, I=self._width, H=self.spec.hidden_size, K=self._gate_up.shape[2],
-            TOP_K=x.topk_ids.shape[1], **self._activation(), **self._launch(tile, bucket),
-        )  # fmt: skip
+    def _gate_up_gathering(
+        self, x: ExpertInput, hidden: Tensor, plan: TilePlan, bucket: int, tiles: Tiles
+    ) -> None:
+        """Write the activated rows of a list to ``hidden`` [M k, I]; the product gathers its rows."""
+        lists = (plan.slots, plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count)
+        operands = (x.hidden_states, self._gate_up, self._gate_up_bias, hidden, x.rows)
+        constants = {
+            "E": self.spec.num_experts, "I": self._width, "H": self.spec.hidden_size,
+            "K": self._gate_up.shape[2], "TOP_K": x.topk_ids.shape[1], **self._activation(),
+            **self._launch(tiles.gate_up, bucket),
+        }  # fmt: skip
+        grid = self._persistent_grid(tiles.gate_up)
+        if tiles.swapped:
+            gate_up_small[grid](*operands, *lists, plan.capacity, **constants)
+        else:
+            gate_up_gathered[grid](*operands, *lists, plan.capacity, **constants)
 
-    def _down_bucket(self, hidden: Tensor, out: Tensor, plan: TilePlan, bucket: int) -> None:
-        """Write the outputs of one bucket's slots to ``out`` [M k, H]."""
-        tile = self.table.down[bucket]
+    def _down_product(self, hidden: Tensor, out: Tensor, plan: TilePlan, bucket: int, tiles: Tiles) -> None:
+        """Write the outputs of a list's slots to ``out`` [M k, H]."""
         lists = (plan.slots, plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count)
         shape = {"E": self.spec.num_experts, "I": self._width, "H": self.spec.hidden_size}
-        weights = (self._down, self._down_bias)
-        if bucket == MANY:
-            down_tiled[self._persistent_grid(tile)](
-                hidden, *weights, out, *lists, hidden.shape[0], plan.capacity, **shape,
-                **self._launch(tile, bucket), TALL=self._tall,
-            )  # fmt: skip
+        weights, launch = (self._down, self._down_bias), self._launch(tiles.down, bucket)
+        grid = self._persistent_grid(tiles.down)
+        if tiles.swapped:
+            down_small[grid](hidden, *weights, out, *lists, plan.capacity, **shape, **launch)
         else:
-            down_small[self._persistent_grid(tile)](
-                hidden, *weights, out, *lists, plan.capacity, **shape, **self._launch(tile, bucket)
-            )
+            down_tiled[grid](
+                hidden, *weights, out, *lists, hidden.shape[0], plan.capacity, **shape, **launch,
+                TALL=tiles.tall,
+            )  # fmt: skip
 
     def _persistent_grid(self, tile: Tile) -> tuple[int]:
         return (self.machine.sms * tile.per_sm,)
@@ -198,7 +202,3 @@ class TritonExperts(SlotExperts):
             "PROGRAMS": self.machine.sms * tile.per_sm, "FLATTEN": tile.flatten,
             "num_warps": tile.warps, "num_stages": tile.stages,
         }  # fmt: skip
-
-    @property
-    def _tall(self) -> bool:
-        return self.table.tall and not self.spec.row_invariant

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.gpu import availability
-from xpar.kernels.gpu.tile_tables import TABLES, Machine, choose_limits, default_table, read_table
+from xpar.kernels.gpu.default_tables import HOPPER_HEIGHTS, TABLES, default_table
+from xpar.kernels.gpu.tile_tables import Height, Machine, choose_limits, read_table
 from xpar.kernels.registry import KERNELS, choose_kernel
 
 SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"), "cuda")
@@ -34,6 +35,38 @@ def test_every_row_has_one_launched_bucket(tokens, k, experts, limits):
         bucket = 0 if count <= found.few else 1 if count <= found.some else 2
         assert bucket in found.launched
     assert tokens > limits[0] or found.launched == (0,)
+
+
+@given(st.integers(1, 5000), st.integers(1, 8), st.integers(1, 300), st.integers(1, 16))
+def test_one_height_is_a_list_for_every_row(tokens, k, experts, share):
+    """Up to the last average all rows are on one list, whose height follows from the expected rows alone."""
+    table = TABLES["hopper", 2]
+    found = table.layout(tokens, tokens * k, experts, tokens * k / share)
+    ((bucket, tiles),) = found.lists
+    assert found.limits.launched == (bucket,) and found.plan_tiles[bucket] is tiles.gate_up
+    average = tokens * k / share / experts
+    assert tiles is next(h.tiles for h in HOPPER_HEIGHTS if average <= h.average)
+
+
+def test_batches_above_all_heights_or_without_tiles_take_the_lists():
+    full = TABLES["hopper", 2]
+    for heights in ((), (Height(2.0, HOPPER_HEIGHTS[0].tiles),), (Height(1000.0, None),)):
+        table = replace(full, heights=heights)
+        found = table.layout(1024, 8192, 64, 8192.0)
+        assert found.limits == choose_limits(table, 1024, 8192, 64)
+        assert found.lists == tuple((b, table.tiles(b)) for b in found.limits.launched)
+        assert [tiles.gate_up for _, tiles in found.lists] == [full.gate_up[b] for b in found.limits.launched]
+        assert found.tall == (2 in found.limits.launched)
+
+
+def test_wrong_heights_are_refused():
+    tiles = HOPPER_HEIGHTS[0].tiles
+    with pytest.raises(ValueError, match=r"heights up to \[8.0, 4.0\] rows: must rise"):
+        replace(TABLES["hopper", 2], heights=(Height(8.0, tiles), Height(4.0, tiles)))
+    with pytest.raises(ValueError, match="gate_up has tiles of 16 rows and down of 32"):
+        replace(tiles, down=replace(tiles.down, rows=32))
+    with pytest.raises(ValueError, match="tall tiles need rows in expert order"):
+        replace(tiles, tall=True)
 
 
 def test_wrong_limits_are_refused():

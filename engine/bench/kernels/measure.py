@@ -24,8 +24,9 @@ from xpar.engine.bench.kernels.measure_formats import measure_formats
 from xpar.engine.bench.kernels.tile_search import Cell, search
 from xpar.engine.bench.timing import eager_time, graph_time
 from xpar.kernels.contracts import ExpertInput
+from xpar.kernels.gpu.default_tables import default_table
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tile_tables import Machine, Table, default_table, read_table, write_table
+from xpar.kernels.gpu.tile_tables import Machine, Table, read_table, write_table
 
 
 def measure_kernels(args: argparse.Namespace) -> int:
