@@ -9,13 +9,24 @@ from torch import Tensor
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, check_expert_weights
 from xpar.kernels.gpu.default_tables import default_table
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
+from xpar.kernels.gpu.few_tokens import fit_depth, repeated_bytes
 from xpar.kernels.gpu.grouped_mm_gathered import gate_up_gathered
 from xpar.kernels.gpu.grouped_mm_small import down_small, gate_up_small
 from xpar.kernels.gpu.grouped_mm_tiled import down_tiled, gate_up_tiled, permute_kernel
 from xpar.kernels.gpu.grouped_mm_vector import down_vector, gate_up_vector
 from xpar.kernels.gpu.limits import round_up
 from xpar.kernels.gpu.slot_experts import SlotExperts, use_device_allocator
-from xpar.kernels.gpu.tile_tables import NO_LIMIT, SOME, Layout, Limits, Machine, Table, Tile, Tiles
+from xpar.kernels.gpu.tile_tables import (
+    NO_LIMIT,
+    SOME,
+    Layout,
+    Limits,
+    Machine,
+    Table,
+    Tile,
+    Tiles,
+    Vector,
+)
 
 # Elements. Tensor descriptors need rows of a multiple of 16 bytes: widths are rounded up to this, with zeros.
 _ALIGNED = 8
@@ -82,16 +93,28 @@ class TritonExperts(SlotExperts):
         return sum(t.nbytes for t in tensors if t is not None)
 
     def is_tiny(self, x: ExpertInput) -> bool:
-        """Return whether hardly any weight is read twice if each slot reads its expert's weights."""
+        """Return whether reading experts once for each slot costs less than sorting the slots."""
         tokens, top_k = x.topk_ids.shape
+        experts = self.spec.num_experts
         if self.spec.row_invariant or not 0 < tokens <= self.table.vector_tokens:
             return False
-        return tokens == 1 or 2 * tokens * top_k <= self.spec.num_experts
+        if tokens == 1 or self.table.vector_bytes is None:
+            return tokens == 1 or 2 * tokens * top_k <= experts
+        expert_bytes = self._gate_up[0].nbytes + self._down[0].nbytes
+        routed = max(experts, self.spec.routed_experts or experts)
+        return repeated_bytes(tokens, top_k, experts, routed, expert_bytes) <= self.table.vector_bytes
+
+    def _vectors(self) -> tuple[Vector, Vector]:
+        """Return the launches of both products for very few tokens."""
+        first, second = self.table.gate_up_vector, self.table.down_vector
+        if self.table.fit_depth:
+            return fit_depth(first, self.spec.hidden_size), fit_depth(second, self._width)
+        return first, second
 
     def _compute_tiny(self, x: ExpertInput, out: Tensor | None) -> Tensor:
         """Return the weighted sums [M, H] by two launches, for very few tokens."""
         tokens, top_k = x.topk_ids.shape
-        h, first, second = self.spec.hidden_size, self.table.gate_up_vector, self.table.down_vector
+        h, (first, second) = self.spec.hidden_size, self._vectors()
         ids, router_weights = x.topk_ids.contiguous(), x.topk_weights.float().contiguous()
         hidden = self._new(tokens * top_k, self._width)
         total = self._new(tokens, h) if out is None else out

@@ -21,6 +21,10 @@ RANKED_SLOTS = 4096
 """Slots up to which one launch that compares each with all others should be faster than three (H200)."""
 
 
+VECTOR_BYTES = 80 << 20
+"""Bytes: sort, sum and two launches take 10 us, and half of what is read again comes from the L2 (H200)."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """The bounds of the buckets, which the device applies to the counts of rows that it finds.
@@ -166,6 +170,9 @@ class Table:
             a tile, on top.
         heights: ascending by their averages; batches above the last one take the lists of the buckets.
         ranked_slots: slots up to which a batch is sorted in one launch by comparing each with all others.
+        vector_bytes: bytes of weights up to which reading an expert once for each of its slots costs less
+            than the launches of a sort; None: 2 M k up to E decides.
+        fit_depth: True if steps of the vector products are made to fit the width of a layer.
     """
 
     gate_up: tuple[Tile, Tile, Tile]
@@ -177,6 +184,8 @@ class Table:
     tall: bool = False
     heights: tuple[Height, ...] = ()
     ranked_slots: int = RANKED_SLOTS
+    vector_bytes: int | None = VECTOR_BYTES
+    fit_depth: bool = True
 
     def __post_init__(self) -> None:
         averages = [height.average for height in self.heights]
@@ -230,6 +239,8 @@ class Table:
             tall=bool(values.get("tall", False)),
             heights=tuple(map(_height_from_dict, values.get("heights", ()))),
             ranked_slots=int(values.get("ranked_slots", RANKED_SLOTS)),
+            vector_bytes=values.get("vector_bytes", VECTOR_BYTES),
+            fit_depth=bool(values.get("fit_depth", True)),
         )
 
 

@@ -130,6 +130,18 @@ def test_heights_compile_without_spilling(name, activation):
             assert "cp.async.cg.shared.global" in kernel.ptx, f"{kernel.name} waits for its rows"
 
 
+@pytest.mark.parametrize(("hidden", "width"), [(2880, 2880), (4096, 1536)])
+def test_vectors_of_fitted_steps_compile_without_spilling(hidden, width):
+    spec = ExpertSpec(4, hidden, width, torch.bfloat16, GPT_OSS, bias=True)
+    kernel = TritonExperts(spec, machine=Machine(132, (9, 0)))
+    kernel._missing.clear()
+    ids = torch.zeros(1, 4, dtype=torch.int32)
+    with compiling(90) as found:
+        kernel.compute(ExpertInput(torch.zeros(1, hidden, dtype=torch.bfloat16), ids, torch.ones(1, 4)))
+    assert [k.name for k in found] == ["gate_up_vector", "down_vector"]
+    assert all(k.spilt == 0 and k.registers <= 128 and k.shared <= 56 << 10 for k in found)
+
+
 def check_hopper(kernel, tile, dtype):
     """Check for the instructions that the tiles were chosen for."""
     assert "cp.async.bulk.tensor" in kernel.ptx, f"{kernel.name} copies no tensor tiles"

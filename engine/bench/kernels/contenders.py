@@ -22,8 +22,8 @@ FORMER = "former"
 
 
 def former_table(table: Table) -> Table:
-    """Return ``table`` with the choices of before: lists of rows, and sorts without ranks."""
-    return replace(table, heights=(), ranked_slots=0)
+    """Return ``table`` with the choices of before: lists, sorts without ranks, few tokens by counts."""
+    return replace(table, heights=(), ranked_slots=0, vector_bytes=None, fit_depth=False)
 
 
 def former_experts(kernel: TritonExperts) -> TritonExperts:
