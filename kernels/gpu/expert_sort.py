@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xpar.kernels.gpu.dependent_launch import launch_options
 from xpar.kernels.gpu.slot_ranks import count_block, rank_kernel, write_tiles
 from xpar.kernels.gpu.tile_tables import RANKED_SLOTS, Limits, Tile
 
@@ -182,6 +183,7 @@ def plan_tiles(
     tall: bool = False,
     block_slots: int = BLOCK_SLOTS,
     ranked_slots: int = RANKED_SLOTS,
+    dependent: bool = False,
 ) -> TilePlan:
     """Sort the slots by expert and cut them into tiles, without waiting for the device.
 
@@ -193,6 +195,7 @@ def plan_tiles(
         tall: True if the last whole tile of an expert in MANY takes up to half a tile of rows on top.
         block_slots: slots that one program sorts at most, a power of 2.
         ranked_slots: slots up to which each finds its place by comparison with all others.
+        dependent: True if a sort in one launch may begin before the launch before it has ended.
     """
     num_slots = topk_ids.numel()
     rows = [tile.rows for tile in tiles]
@@ -207,7 +210,8 @@ def plan_tiles(
         block = next((size for size in _RANK_SIZES if num_slots <= size), _RANK_SIZES[-1])
         rank_kernel[(1 + triton.cdiv(num_slots, _RANK_CHUNK),)](
             topk_ids, plan.slots, *lists, num_slots, capacity, *astuple(limits), BLOCK=block,
-            CHUNK=_RANK_CHUNK, num_warps=8 if block > 64 else 4, **shape
+            CHUNK=_RANK_CHUNK, num_warps=8 if block > 64 else 4, **shape,
+            **launch_options(dependent),
         )  # fmt: skip
         return plan
     if num_slots <= block_slots:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, check_expert_weights
 from xpar.kernels.gpu.default_tables import default_table
+from xpar.kernels.gpu.dependent_launch import launch_options
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
 from xpar.kernels.gpu.few_tokens import fit_depth, repeated_bytes
 from xpar.kernels.gpu.grouped_mm_gathered import gate_up_gathered
@@ -122,11 +123,13 @@ class TritonExperts(SlotExperts):
             x.hidden_states, self._gate_up, self._gate_up_bias, hidden, x.rows, ids,
             I=self._width, H=h, K=self._gate_up.shape[2], TOP_K=top_k, **self._activation(),
             BN=first.columns, BK=first.depth, STAGES=first.stages, num_warps=first.warps,
+            **self._dependent,
         )  # fmt: skip
         down_vector[(triton.cdiv(h, second.columns), tokens)](
             hidden, self._down, self._down_bias, total, ids, router_weights,
             I=self._width, H=h, TOP_K=top_k,
             BN=second.columns, BK=second.depth, STAGES=second.stages, num_warps=second.warps,
+            **self._dependent,
         )  # fmt: skip
         return total
 
@@ -141,7 +144,7 @@ class TritonExperts(SlotExperts):
         ids, layout = x.topk_ids.contiguous(), self.layout(tokens, num_slots)
         plan = plan_tiles(
             ids, self.spec.num_experts, layout.plan_tiles, layout.limits, layout.tall,
-            ranked_slots=self.table.ranked_slots,
+            ranked_slots=self.table.ranked_slots, dependent=self.has_dependent_launches,
         )  # fmt: skip
         hidden = self._new(num_slots, self._width)
         for bucket, tiles in layout.lists:
@@ -170,7 +173,7 @@ class TritonExperts(SlotExperts):
         permute_kernel[(triton.cdiv(ids.numel(), rows), triton.cdiv(k, columns))](
             x.hidden_states, x.rows, ids, plan.slots, plan.offsets, ordered, ids.numel(), limits.few,
             limits.some, E=self.spec.num_experts, H=self.spec.hidden_size, K=k, TOP_K=ids.shape[1], BM=rows,
-            BK=columns, num_warps=4,
+            BK=columns, num_warps=4, **self._dependent,
         )  # fmt: skip
         return ordered
 
@@ -216,6 +219,14 @@ class TritonExperts(SlotExperts):
                 TALL=tiles.tall,
             )  # fmt: skip
 
+    @property
+    def has_dependent_launches(self) -> bool:
+        return self.table.dependent
+
+    @property
+    def _dependent(self) -> dict[str, bool]:
+        return launch_options(self.has_dependent_launches)
+
     def _persistent_grid(self, tile: Tile) -> tuple[int]:
         return (self.machine.sms * tile.per_sm,)
 
@@ -223,5 +234,5 @@ class TritonExperts(SlotExperts):
         return {
             "BUCKET": bucket, "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group,
             "PROGRAMS": self.machine.sms * tile.per_sm, "FLATTEN": tile.flatten,
-            "num_warps": tile.warps, "num_stages": tile.stages,
+            "num_warps": tile.warps, "num_stages": tile.stages, **self._dependent,
         }  # fmt: skip

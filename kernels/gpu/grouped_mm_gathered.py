@@ -9,6 +9,7 @@ Tensors are contiguous: the stride of a row is its length. Each parameter of a k
 import triton
 import triton.language as tl
 
+from xpar.kernels.gpu.dependent_launch import wait_for_launch_before
 from xpar.kernels.gpu.grouped_mm_small import source_rows
 from xpar.kernels.gpu.grouped_mm_tiled import locate_tile, store_activated
 
@@ -43,8 +44,10 @@ def gate_up_gathered(
     GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
     PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
     FLATTEN: tl.constexpr,  # True if the next tile's copies start before this tile's result is stored
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
 ):
     """Compute ``hidden[r] = act(weight[expert] @ x[row of r] + bias)`` for a bucket's rows r."""
+    wait_for_launch_before(DEPENDENT)
     WIDE: tl.constexpr = 2 * I if GATED else I
     wd = tl.make_tensor_descriptor(weight, [E * WIDE, K], [K, 1], [BN, BK])
     num_n = tl.cdiv(I, BN)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from xpar.kernels.gpu.activation import activate, activate_without_gate
+from xpar.kernels.gpu.dependent_launch import wait_for_launch_before
 
 
 @triton.jit
@@ -64,8 +65,10 @@ def gate_up_small(
     GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
     PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
     FLATTEN: tl.constexpr,  # True if the next tile's copies start before this tile's result is stored
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
 ):
     """Compute ``hidden[r] = act(weight[expert] @ x[row of r] + bias)`` for a bucket's rows r."""
+    wait_for_launch_before(DEPENDENT)
     WIDE: tl.constexpr = 2 * I if GATED else I
     w = tl.make_tensor_descriptor(weight, [E * WIDE, K], [K, 1], [BN, BK])
     num_n = tl.cdiv(I, BN)
@@ -127,8 +130,10 @@ def down_small(
     GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
     PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
     FLATTEN: tl.constexpr,  # True if the next tile's copies start before this tile's result is stored
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
 ):
     """Compute ``out[slot of r] = weight[expert] @ hidden[r] + bias``; each slot is written once."""
+    wait_for_launch_before(DEPENDENT)
     w = tl.make_tensor_descriptor(weight, [E * H, I], [I, 1], [BN, BK])
     num_n = tl.cdiv(H, BN)
     num_m = tl.load(tile_count + BUCKET)

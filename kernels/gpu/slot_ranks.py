@@ -14,6 +14,8 @@ functions that kernels call have the kernels' parameters, and these:
 import triton
 import triton.language as tl
 
+from xpar.kernels.gpu.dependent_launch import wait_for_launch_before
+
 
 @triton.jit
 def write_list(count, first, tile_expert, tile_row, tile_count, ROWS: tl.constexpr, WIDTH: tl.constexpr):
@@ -90,12 +92,14 @@ def rank_kernel(
     ROWS_MANY: tl.constexpr,  # rows of a tile in MANY
     TALL: tl.constexpr,  # True if a fourth list gets the tall tiles
     ALONE: tl.constexpr,  # the one bucket that gets rows, or -1
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
 ):
     """Sort the slots and write the tiles; grid: one program for the tiles, then one for each chunk.
 
     A slot's sorted row is the number of slots that come before it. All programs read all ids, so none waits
     for another.
     """
+    wait_for_launch_before(DEPENDENT)
     if tl.program_id(0) == 0:
         count = tl.zeros((WIDTH,), tl.int32)
         for begin in range(0, num_slots, BLOCK):

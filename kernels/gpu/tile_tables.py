@@ -172,6 +172,7 @@ class Table:
         ranked_slots: slots up to which a batch is sorted in one launch by comparing each with all others.
         vector_bytes: bytes of weights up to which reading an expert once for each of its slots costs less
             than the launches of a sort; None: 2 M k up to E decides.
+        dependent: True if each launch may begin before the one before it has ended; needs a Hopper GPU.
         fit_depth: True if steps of the vector products are made to fit the width of a layer.
     """
 
@@ -186,6 +187,7 @@ class Table:
     ranked_slots: int = RANKED_SLOTS
     vector_bytes: int | None = VECTOR_BYTES
     fit_depth: bool = True
+    dependent: bool = False
 
     def __post_init__(self) -> None:
         averages = [height.average for height in self.heights]
@@ -241,6 +243,7 @@ class Table:
             ranked_slots=int(values.get("ranked_slots", RANKED_SLOTS)),
             vector_bytes=values.get("vector_bytes", VECTOR_BYTES),
             fit_depth=bool(values.get("fit_depth", True)),
+            dependent=bool(values.get("dependent", False)),
         )
 
 

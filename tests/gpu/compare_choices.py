@@ -58,6 +58,7 @@ class Layer:
         """Return the tables to time at a number of tokens, by name: new and former first."""
         table, x = self.kernel.table, self.inputs[tokens][0]
         found = {"new": table, "former": former_table(table)}
+        found["dependent"] = replace(table, dependent=True)
         slots = x.topk_ids.numel()
         if tokens <= table.vector_tokens:
             found |= {
@@ -120,9 +121,7 @@ def main() -> int:
     layers = [load_layer(name, run.args.tokens, g) for name in run.args.layers]
     run.say(f"{len(layers)} layers loaded, {torch.cuda.get_device_name()}, torch {torch.__version__}")
     bad = compile_all(run, layers)
-    for name, check in (("sorts", checks.check_sorts), ("forms", checks.check_forms)):
-        run.results["checks"][name] = run.attempt(name, partial(check, g))
-        run.say(f"{name}: {run.results['checks'][name]}")
+    check(run, "dependent", partial(checks.check_dependent, g))
     ceilings = run.attempt("ceilings", measure_gpu_ceilings)
     if ceilings:
         run.results["ceilings"] = vars(ceilings)
@@ -140,6 +139,12 @@ def main() -> int:
     return int(bool(run.failures))
 
 
+def check(run: Run, name: str, action: Callable[[], str]) -> None:
+    """Run a check and keep its result."""
+    run.results["checks"][name] = run.attempt(name, action)
+    run.say(f"{name}: {run.results['checks'][name]}")
+
+
 def load_layer(name: str, tokens: list[int], g: torch.Generator) -> Layer:
     case = LAYERS[name]
     kernel = TritonExperts(case.spec(torch.bfloat16))
@@ -149,24 +154,25 @@ def load_layer(name: str, tokens: list[int], g: torch.Generator) -> Layer:
 
 
 def compile_all(run: Run, layers: list[Layer]) -> set[tuple[str, str]]:
-    """Compile every variant in threads, new and former ones first; return (layer, variant) that cannot run.
+    """Compile every variant in threads, beside two checks; return (layer, form) that cannot run.
 
     Variants that share a form share its code, so that each form is compiled by one thread.
     """
     units: dict[tuple[str, str], list[tuple[Layer, int, Table]]] = {}
-    for first in (True, False):
+    for rank in range(3):  # new and former first, then what may change all cells
         for tokens in run.args.tokens:
             for layer in layers:
                 for name, table in layer.variants(tokens).items():
-                    if (name in ("new", "former")) == first:
+                    if {"new": 0, "former": 0, "dependent": 1}.get(name, 2) == rank:
                         key = (layer.name, form_of(layer, table, tokens))
                         units.setdefault(key, []).append((layer, tokens, table))
     faults: dict[tuple[str, str], str] = {}
 
     def compile_unit(key: tuple[str, str]) -> None:
-        for layer, tokens, table in units[key]:
+        for place, (layer, tokens, table) in enumerate(units[key]):
             if run.is_late(COMPILING):
-                faults[key] = "late"
+                if place == 0:
+                    faults[key] = "late"
                 return
             try:
                 with_table(layer.kernel, table).compute(layer.inputs[tokens][0])
@@ -175,6 +181,8 @@ def compile_all(run: Run, layers: list[Layer]) -> set[tuple[str, str]]:
                 return
 
     with ThreadPoolExecutor(THREADS) as pool:
+        for name, action in (("sorts", checks.check_sorts), ("forms", checks.check_forms)):
+            pool.submit(check, run, name, partial(action, torch.Generator("cuda").manual_seed(torch.seed())))
         list(pool.map(compile_unit, units))
     torch.cuda.synchronize()
     for key, why in faults.items():
@@ -189,10 +197,11 @@ def compile_all(run: Run, layers: list[Layer]) -> set[tuple[str, str]]:
 def form_of(layer: Layer, table: Table, tokens: int) -> str:
     """Name the code that a table needs for a number of tokens: its form, lists or vectors."""
     kernel, x = with_table(layer.kernel, table), layer.inputs[tokens][0]
+    early = "dependent " if table.dependent else ""
     if kernel.is_tiny(x):
-        return f"vector {table.fit_depth}"
+        return f"{early}vector {table.fit_depth}"
     found = kernel.layout(tokens, x.topk_ids.numel())
-    return "lists" if found.height is None else str(found.lists[0][1])
+    return early + ("lists" if found.height is None else str(found.lists[0][1]))
 
 
 def time_cell(

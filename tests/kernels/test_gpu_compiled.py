@@ -142,6 +142,33 @@ def test_vectors_of_fitted_steps_compile_without_spilling(hidden, width):
     assert all(k.spilt == 0 and k.registers <= 128 and k.shared <= 56 << 10 for k in found)
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 1024])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_dependent_launches_wait_before_they_touch_memory(tokens, gathered):
+    """All launches of a call wait for the one before, so that each may count on all earlier ones."""
+    spec = ExpertSpec(16, 256, 320, torch.bfloat16, GPT_OSS, bias=True)
+    kernel = TritonExperts(spec, machine=Machine(132, (9, 0)))
+    kernel._missing.clear()
+    many = replace(HOPPER_HEIGHTS[3].tiles, gathered=gathered)
+    heights = (*HOPPER_HEIGHTS[:3], Height(NO_LIMIT, many))
+    x = ExpertInput(
+        torch.zeros(tokens, 256, dtype=torch.bfloat16), torch.zeros(tokens, 4, dtype=torch.int32),
+        torch.ones(tokens, 4), torch.arange(tokens),
+    )  # fmt: skip
+    for dependent in (False, True):
+        kernel.table = replace(kernel.table, dependent=dependent, heights=heights)
+        with compiling(90) as found:
+            kernel.compute(x)
+        assert len(found) == {1: 2, 64: 4, 1024: 4 if gathered else 5}[tokens]
+        for k in found:
+            body = k.ptx[k.ptx.index(".entry") :]
+            at = body.find("griddepcontrol.wait")
+            assert (at >= 0) == dependent, k.name
+            touch = re.search(r"\b(?:ld|st|atom|red)\.(?:volatile\.)?global|cp\.async|tensormap", body)
+            assert not dependent or at < touch.start(), f"{k.name} reads or writes before it waits"
+            assert ("griddepcontrol.launch_dependents" in body) == dependent
+
+
 def check_hopper(kernel, tile, dtype):
     """Check for the instructions that the tiles were chosen for."""
     assert "cp.async.bulk.tensor" in kernel.ptx, f"{kernel.name} copies no tensor tiles"

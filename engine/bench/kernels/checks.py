@@ -79,6 +79,8 @@ def small_checks(g: torch.Generator) -> Iterator[Check]:
         yield f"row invariance {_name(dtype)}", partial(check_row_invariance, dtype, g)
     yield "sorts", partial(check_sorts, g)
     yield "forms", partial(check_forms, g)
+    if torch.cuda.get_device_capability(g.device) == (9, 0):
+        yield "dependent launches", partial(check_dependent, g)
     yield "graph", partial(check_graph, g)
     yield "offsets past 2^31", partial(check_long, g)
 
@@ -177,6 +179,32 @@ def check_forms(g: torch.Generator) -> str:
             poison(g.device)
             errors.append(require_near(kernel.compute(x), expected, spec.dtype, f"M={m} {name}"))
     return max(errors, key=float)
+
+
+def check_dependent(g: torch.Generator) -> str:
+    """Check that launches which begin early give the bits of others, in many calls after each other."""
+    spec = ExpertSpec(16, 512, 256, torch.bfloat16, Activation("silu"), str(g.device))
+    weights, kernel = random_weights(spec, g), TritonExperts(spec)
+    load_experts(kernel, weights)
+    table = kernel.table
+    gathered = {name: form for name, form in forms_of(table).items() if "gathered=True" in name}
+    for name, form in {"heights": table, **gathered}.items():
+        for m in (1, 9, 300, 1200):
+            inputs = [random_input(spec, m, 4, 16, g) for _ in range(3)]
+            kernel.table = form
+            expected = [kernel.compute(x) for x in inputs]
+            kernel.table = replace(form, dependent=True)
+            kernel.compute(inputs[0])
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                replayed = [kernel.compute(x) for x in inputs * 4]
+            poison(g.device)
+            graph.replay()
+            launched = [kernel.compute(x) for x in inputs * 20]
+            for found in (launched, replayed):
+                if not all(torch.equal(y, expected[n % 3]) for n, y in enumerate(found)):
+                    raise AssertionError(f"M={m} {name}: other bits")
+    return "same bits"
 
 
 def check_row_invariance(dtype: torch.dtype, g: torch.Generator) -> str:

@@ -1,7 +1,8 @@
 """The values to try for each part of a tile table: neighbours first, then any that fit.
 
-A part is named ``limits``, ``tall`` or ``form`` and a height's number (where rows go), or by a stage and a
-bucket of rows or a height, such as ``down 2``, ``gate_up vector`` or ``down height3``.
+A part is a field of the table (``limits``, ``tall``, ``vector_bytes``) or ``form`` and a height's number, which
+decide where rows go; or ``dependent``; or a stage and a bucket of rows or a height, such as ``down 2``,
+``gate_up vector`` or ``down height3``.
 """
 
 import itertools
@@ -15,12 +16,14 @@ from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tile_tables import FEW, MANY, SOME, Table, Tile, Tiles, Vector
 
 STAGES = ("gate_up", "down")
-Value = Tile | Vector | Tiles | tuple[int, int] | bool | None
+Value = Tile | Vector | Tiles | tuple[int, int] | bool | int | None
 """The value of one part."""
 _LIMITS = (
     (16, 128), (0, 64), (16, 256), (32, 128), (0, 128), (32, 64), (0, 256), (16, 32), (0, 0),
     (16, 16), (64, 128),
 )  # fmt: skip
+_VECTOR_BYTES = (0, 80 << 20, 1 << 40)  # never, by the bytes of an expert, always
+_FIELD_PARTS = ("limits", "tall", "vector_bytes", "dependent")
 _SHARED = 225 << 10  # bytes of shared memory of a multiprocessor that its programs may use together
 _FIELDS: dict[str, tuple[Any, ...]] = {
     "columns": (64, 128, 256),
@@ -41,28 +44,30 @@ _VECTOR_FIELDS: dict[str, tuple[Any, ...]] = {
 
 def parts(kernel: TritonExperts, x: ExpertInput) -> tuple[str, ...]:
     """Name the parts of the kernel's table that a batch like ``x`` is computed with."""
+    tokens, slots = x.topk_ids.shape[0], x.topk_ids.numel()
+    dependent = ("dependent",) if kernel.machine.family == "hopper" else ()
+    few = ("vector_bytes",) if 1 < tokens <= kernel.table.vector_tokens else ()
     if kernel.is_tiny(x):
-        return tuple(f"{stage} vector" for stage in STAGES)
-    layout = kernel.layout(x.topk_ids.shape[0], x.topk_ids.numel())
+        return (*few, *dependent, *(f"{stage} vector" for stage in STAGES))
+    layout = kernel.layout(tokens, slots)
     if layout.height is not None:
         which = f"height{layout.height}"
-        return (f"form {which}", *(f"{stage} {which}" for stage in STAGES))
+        return (*few, f"form {which}", *dependent, *(f"{stage} {which}" for stage in STAGES))
     buckets = layout.limits.launched
     tall = ("tall",) if MANY in buckets else ()
-    return ("limits", *tall, *(f"{stage} {bucket}" for bucket in buckets for stage in STAGES))
+    tiles = (f"{stage} {bucket}" for bucket in buckets for stage in STAGES)
+    return (*few, "limits", *tall, *dependent, *tiles)
 
 
 def is_early(part: str) -> bool:
     """Whether ``part`` must be chosen before the tiles, because it decides where rows go."""
-    return part in ("limits", "tall") or part.startswith("form")
+    return part in ("limits", "tall", "vector_bytes") or part.startswith("form")
 
 
 def get_value(table: Table, part: str) -> Value:
     """Return the value of ``part`` in ``table``."""
-    if part == "limits":
-        return table.limits
-    if part == "tall":
-        return table.tall
+    if part in _FIELD_PARTS:
+        return getattr(table, part)  # type: ignore[no-any-return]
     stage, which = part.split()
     if which.startswith("height"):
         tiles = table.heights[_number(which)].tiles
@@ -75,10 +80,8 @@ def get_value(table: Table, part: str) -> Value:
 
 def replace_value(table: Table, part: str, value: Value) -> Table:
     """Return a copy of ``table`` with ``value`` in ``part``."""
-    if isinstance(value, tuple):
-        return replace(table, limits=value)
-    if isinstance(value, bool):
-        return replace(table, tall=value)
+    if part in _FIELD_PARTS:
+        return replace(table, **{part: value})  # type: ignore[arg-type]
     stage, which = part.split()
     if which.startswith("height"):
         heights, number = list(table.heights), _number(which)
@@ -98,9 +101,9 @@ def candidates(kernel: TritonExperts, part: str, limit: int) -> list[Value]:
     present = get_value(kernel.table, part)
     if part.startswith("form"):
         return _other_forms(kernel.table, _number(part.split()[1]))[:limit]
-    if isinstance(present, tuple):
-        others: list[Value] = [value for value in _LIMITS if value != present]
-        return others[:limit]
+    if part in ("limits", "vector_bytes"):
+        values: tuple[Value, ...] = _LIMITS if part == "limits" else _VECTOR_BYTES
+        return [value for value in values if value != present][:limit]
     if isinstance(present, bool):
         return [not present]
     assert isinstance(present, Tile | Vector)

@@ -34,11 +34,13 @@ def batch(tokens: int, k: int = 4) -> ExpertInput:
 
 def test_parts_follow_the_batch() -> None:
     kernel, heights = layer_kernel(lists=True), layer_kernel()
-    assert parts(kernel, batch(1)) == parts(heights, batch(1)) == ("gate_up vector", "down vector")
-    assert parts(kernel, batch(16)) == ("limits", "gate_up 0", "down 0")
+    vectors = ("dependent", "gate_up vector", "down vector")
+    assert parts(kernel, batch(1)) == parts(heights, batch(1)) == vectors
+    assert parts(kernel, batch(2)) == ("vector_bytes", *vectors)
+    assert parts(kernel, batch(16)) == ("limits", "dependent", "gate_up 0", "down 0")
     assert {"limits", "gate_up 2", "down 2"} <= set(parts(kernel, batch(4096)))
-    assert parts(heights, batch(16)) == ("form height0", "gate_up height0", "down height0")
-    assert parts(heights, batch(4096)) == ("form height5", "gate_up height5", "down height5")
+    assert parts(heights, batch(16)) == ("form height0", "dependent", "gate_up height0", "down height0")
+    assert parts(heights, batch(4096)) == ("form height5", "dependent", "gate_up height5", "down height5")
 
 
 def test_forms_of_a_height_are_new_and_lead_to_their_parts() -> None:
@@ -68,14 +70,19 @@ def test_candidates_are_new_fit_and_differ() -> None:
         for value in many:
             assert value != get_value(kernel.table, part)
             assert get_value(replace_value(kernel.table, part, value), part) == value
-    (other,) = candidates(kernel, "tall", 5)
-    assert other != kernel.table.tall and replace_value(kernel.table, "tall", other).tall == other
+    for field in ("tall", "dependent"):
+        (other,) = candidates(kernel, field, 5)
+        assert other != getattr(kernel.table, field)
+        assert getattr(replace_value(kernel.table, field, other), field) == other
+    assert candidates(kernel, "vector_bytes", 5) == [0, 1 << 40]
+    assert replace_value(kernel.table, "vector_bytes", 0).vector_bytes == 0
 
 
 class Pretended:
     """A kernel whose time and output depend on its table alone."""
 
     name = "pretended"
+    machine = HOPPER
 
     def __init__(self, table: Table, wrong: Vector | None = None) -> None:
         self.spec, self.table, self.wrong = layer_kernel().spec, table, wrong
