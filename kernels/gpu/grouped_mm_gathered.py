@@ -66,13 +66,12 @@ def gate_up_gathered(
         up = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
             if H % BK == 0:
-                a = tl.load(source, mask=live[:, None], other=0.0)
+                a = tl.load(source + k, mask=live[:, None], other=0.0)
             else:
-                a = tl.load(source, mask=live[:, None] & (rk + k < H)[None, :], other=0.0)
+                a = tl.load(source + k, mask=live[:, None] & (rk + k < H)[None, :], other=0.0)
             gate = tl.dot(a, wd.load([at, k]).T, gate, input_precision="ieee")
             if GATED:
                 up = tl.dot(a, wd.load([at + I, k]).T, up, input_precision="ieee")
-            source += BK
         store_activated(
             gate, up, bias, hidden, first, end, expert, pn * BN, I, GATED, NAME, LIMIT, ALPHA, BETA, BM, BN
         )

@@ -230,7 +230,7 @@ def time_cell(
         )
         if near:
             graphs[name] = record_graph([partial(kernel.compute, x) for x in inputs])
-    turns = graphs_in_turn(graphs, rounds=6, burst=4e-3)
+    turns = graphs_in_turn(graphs, rounds=6, burst=4e-3, has_card=tokens > 64)
     row = {"model": layer.name, "tokens": tokens, **cell_row(turns, len(inputs))}
     row["form"] = form_of(layer, layer.kernel.table, tokens)
     if ceilings:
@@ -267,7 +267,7 @@ def time_sorts(run: Run, g: torch.Generator) -> None:
             for ranked in (0, slots)
         }
         graphs = {f"ranked up to {ranked}": record_graph([call] * 20) for ranked, call in calls.items()}
-        turns = graphs_in_turn(graphs, rounds=5, burst=1e-3)
+        turns = graphs_in_turn(graphs, rounds=5, burst=1e-3, has_card=False)
         row = {"slots": slots, "experts": experts}
         row |= dict(zip(("blocks", "ranks"), (turns.median(name) / 20 for name in graphs), strict=True))
         run.results["sorts"].append(row)
