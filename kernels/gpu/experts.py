@@ -31,6 +31,7 @@ from xpar.kernels.gpu.tile_tables import (
 
 # Elements. Tensor descriptors need rows of a multiple of 16 bytes: widths are rounded up to this, with zeros.
 _ALIGNED = 8
+_ALL_CHOSEN = 4  # rows of an expert, on average; 2 % of the experts then have none
 _PERMUTE_BLOCK = (16, 512)  # rows and columns of one program
 
 
@@ -153,17 +154,33 @@ class TritonExperts(SlotExperts):
             else:
                 self._gate_up_tiled(self._permute(x, ids, plan, layout.limits), hidden, plan, bucket, tiles)
         for bucket, tiles in layout.lists:
-            self._down_product(hidden, out, plan, bucket, tiles)
+            self._down_product(x, hidden, out, plan, bucket, tiles)
         return out
 
     def layout(self, tokens: int, num_slots: int) -> Layout:
         """Return the lists of tiles for a batch of ``tokens`` entries and ``num_slots`` slots."""
         if self.spec.row_invariant:  # one shape, whatever the batch
             return Layout(Limits(0, NO_LIMIT), ((SOME, self.table.tiles(SOME)),))
+        return self.table.layout(
+            tokens, num_slots, self.spec.num_experts, self._expected_slots(tokens, num_slots)
+        )
+
+    def _expected_slots(self, tokens: int, num_slots: int) -> float:
+        """Return how many slots of a batch are of experts here, as far as its shape tells."""
         experts = self.spec.num_experts
         here = min(1.0, experts / (self.spec.routed_experts or experts))
-        # Rows that were sent to this rank alone have a slot here each.
-        return self.table.layout(tokens, num_slots, experts, max(here * num_slots, tokens))
+        return max(here * num_slots, tokens)  # rows that were sent to this rank alone have a slot here each
+
+    def _prefetched(self, x: ExpertInput, weight: Tensor) -> int:
+        """Return the bytes of each row of ``weight`` that swapped products fetch while they wait."""
+        if not self.table.dependent or self.spec.row_invariant:
+            return 0
+        if (
+            self._expected_slots(x.topk_ids.shape[0], x.topk_ids.numel())
+            < _ALL_CHOSEN * self.spec.num_experts
+        ):
+            return 0  # a program's first tile is then of an expert that nobody can foresee
+        return min(self.table.prefetch, weight.shape[2] * weight.itemsize // 16 * 16)
 
     def _permute(self, x: ExpertInput, ids: Tensor, plan: TilePlan, limits: Limits) -> Tensor:
         """Return the hidden states of experts in MANY, in expert order: [M k, K], K the aligned H."""
@@ -201,18 +218,24 @@ class TritonExperts(SlotExperts):
         }  # fmt: skip
         grid = self._persistent_grid(tiles.gate_up)
         if tiles.swapped:
-            gate_up_small[grid](*operands, *lists, plan.capacity, **constants)
+            prefetch = self._prefetched(x, self._gate_up)
+            gate_up_small[grid](*operands, *lists, plan.capacity, **constants, PREFETCH=prefetch)
         else:
             gate_up_gathered[grid](*operands, *lists, plan.capacity, **constants)
 
-    def _down_product(self, hidden: Tensor, out: Tensor, plan: TilePlan, bucket: int, tiles: Tiles) -> None:
+    def _down_product(
+        self, x: ExpertInput, hidden: Tensor, out: Tensor, plan: TilePlan, bucket: int, tiles: Tiles
+    ) -> None:
         """Write the outputs of a list's slots to ``out`` [M k, H]."""
         lists = (plan.slots, plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count)
         shape = {"E": self.spec.num_experts, "I": self._width, "H": self.spec.hidden_size}
         weights, launch = (self._down, self._down_bias), self._launch(tiles.down, bucket)
         grid = self._persistent_grid(tiles.down)
         if tiles.swapped:
-            down_small[grid](hidden, *weights, out, *lists, plan.capacity, **shape, **launch)
+            prefetch = self._prefetched(x, self._down)
+            down_small[grid](
+                hidden, *weights, out, *lists, plan.capacity, **shape, **launch, PREFETCH=prefetch
+            )
         else:
             down_tiled[grid](
                 hidden, *weights, out, *lists, hidden.shape[0], plan.capacity, **shape, **launch,

@@ -173,6 +173,8 @@ class Table:
         vector_bytes: bytes of weights up to which reading an expert once for each of its slots costs less
             than the launches of a sort; None: 2 M k up to E decides.
         dependent: True if each launch may begin before the one before it has ended; needs a Hopper GPU.
+        prefetch: bytes of each weight row of a program's first tile that dependent launches fetch while they
+            wait, a multiple of 16, for swapped tiles where most experts have rows; 0 for none.
         fit_depth: True if steps of the vector products are made to fit the width of a layer.
     """
 
@@ -188,11 +190,14 @@ class Table:
     vector_bytes: int | None = VECTOR_BYTES
     fit_depth: bool = True
     dependent: bool = False
+    prefetch: int = 0
 
     def __post_init__(self) -> None:
         averages = [height.average for height in self.heights]
         if averages != sorted(averages):
             raise ValueError(f"heights up to {averages} rows: must rise")
+        if self.prefetch % 16 or self.prefetch < 0:
+            raise ValueError(f"prefetch {self.prefetch}: must be a multiple of 16 bytes, or 0")
         if not 0 <= self.limits[0] <= self.limits[1]:
             raise ValueError(f"limits {self.limits}: must be two numbers of rows, rising from 0 or more")
         for bucket, (first, second) in enumerate(zip(self.gate_up, self.down, strict=True)):
@@ -244,6 +249,7 @@ class Table:
             vector_bytes=values.get("vector_bytes", VECTOR_BYTES),
             fit_depth=bool(values.get("fit_depth", True)),
             dependent=bool(values.get("dependent", False)),
+            prefetch=int(values.get("prefetch", 0)),
         )
 
 

@@ -72,6 +72,8 @@ class Layer:
         spec = self.kernel.spec
         average = slots / (spec.routed_experts or spec.num_experts)
         present = self.kernel.layout(tokens, slots).lists[0][1]
+        if average >= 4 and present.swapped:
+            found["dependent, prefetch"] = replace(table, dependent=True, prefetch=512)
         for name, (least, most, tiles) in FORMS.items():
             if least <= average <= most and tiles != present:
                 found[name] = replace(table, heights=(Height(NO_LIMIT, tiles),))
@@ -163,7 +165,7 @@ def compile_all(run: Run, layers: list[Layer]) -> set[tuple[str, str]]:
         for tokens in run.args.tokens:
             for layer in layers:
                 for name, table in layer.variants(tokens).items():
-                    if {"new": 0, "former": 0, "dependent": 1}.get(name, 2) == rank:
+                    if {"new": 0, "former": 0, "dependent": 1, "dependent, prefetch": 1}.get(name, 2) == rank:
                         key = (layer.name, form_of(layer, table, tokens))
                         units.setdefault(key, []).append((layer, tokens, table))
     faults: dict[tuple[str, str], str] = {}
@@ -197,7 +199,7 @@ def compile_all(run: Run, layers: list[Layer]) -> set[tuple[str, str]]:
 def form_of(layer: Layer, table: Table, tokens: int) -> str:
     """Name the code that a table needs for a number of tokens: its form, lists or vectors."""
     kernel, x = with_table(layer.kernel, table), layer.inputs[tokens][0]
-    early = "dependent " if table.dependent else ""
+    early = f"dependent {table.prefetch} " if table.dependent else ""
     if kernel.is_tiny(x):
         return f"{early}vector {table.fit_depth}"
     found = kernel.layout(tokens, x.topk_ids.numel())

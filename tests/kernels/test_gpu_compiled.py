@@ -164,9 +164,35 @@ def test_dependent_launches_wait_before_they_touch_memory(tokens, gathered):
             body = k.ptx[k.ptx.index(".entry") :]
             at = body.find("griddepcontrol.wait")
             assert (at >= 0) == dependent, k.name
+            body = body.replace("cp.async.bulk.prefetch", "prefetch")  # it is of weights
             touch = re.search(r"\b(?:ld|st|atom|red)\.(?:volatile\.)?global|cp\.async|tensormap", body)
             assert not dependent or at < touch.start(), f"{k.name} reads or writes before it waits"
             assert ("griddepcontrol.launch_dependents" in body) == dependent
+
+
+@pytest.mark.parametrize(("hidden", "width", "tokens"), [(256, 320, 64), (24, 8, 64), (256, 320, 8)])
+def test_weights_are_fetched_while_a_launch_waits(hidden, width, tokens):
+    """Where most experts have rows, at most a row's bytes; the launches are those that wait."""
+    kernel = TritonExperts(
+        ExpertSpec(16, hidden, width, torch.bfloat16, GPT_OSS), machine=Machine(132, (9, 0))
+    )
+    kernel._missing.clear()
+    x = ExpertInput(
+        torch.zeros(tokens, hidden, dtype=torch.bfloat16), torch.zeros(tokens, 4, dtype=torch.int32),
+        torch.ones(tokens, 4),
+    )  # fmt: skip
+    kernel.table = replace(kernel.table, dependent=True, prefetch=128)
+    with compiling(90) as found:
+        kernel.compute(x)
+    for name, length in (("gate_up_small", hidden), ("down_small", width)):
+        ptx = next(k.ptx for k in found if k.name == name)
+        assert ("cp.async.bulk.prefetch.L2.global" in ptx) == (tokens == 64)
+        if tokens == 64:
+            at = ptx.index("cp.async.bulk.prefetch.L2.global")
+            assert at < ptx.index("griddepcontrol.wait")
+            size = re.search(r"cp\.async\.bulk\.prefetch\.L2\.global \[%\w+\], (%\w+)", ptx).group(1)
+            moved = re.search(rf"mov\.b32\s+{size}, (\d+)", ptx).group(1)
+            assert int(moved) == min(128, 2 * length)
 
 
 def check_hopper(kernel, tile, dtype):

@@ -193,7 +193,7 @@ def check_dependent(g: torch.Generator) -> str:
             inputs = [random_input(spec, m, 4, 16, g) for _ in range(3)]
             kernel.table = form
             expected = [kernel.compute(x) for x in inputs]
-            kernel.table = replace(form, dependent=True)
+            kernel.table = replace(form, dependent=True, prefetch=256)
             kernel.compute(inputs[0])
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

@@ -1,8 +1,8 @@
 """The values to try for each part of a tile table: neighbours first, then any that fit.
 
-A part is a field of the table (``limits``, ``tall``, ``vector_bytes``) or ``form`` and a height's number; they
-decide where rows go. Or it is ``dependent``; or a stage and a bucket of rows or a height, such as ``down 2``,
-``gate_up vector`` or ``down height3``.
+A part is a field of the table (``limits``, ``tall``, ``vector_bytes``) or ``form`` and a height's
+number, which decide where rows go. Or it is ``dependent``; or a stage and a bucket of rows or a height, such
+as ``down 2``, ``gate_up vector`` or ``down height3``.
 """
 
 import itertools
