@@ -144,7 +144,7 @@ def check_sorts(g: torch.Generator) -> str:
     """Check that the sort by ranks and the sort in blocks give torch's order, some slots being foreign."""
     tiles = default_table(Machine.of(g.device), torch.bfloat16).gate_up
     for slots in (1, 8, 100, 512, 2056, 4096, 9000):
-        for experts in (5, 128, 256):
+        for experts in (5, 256):
             ids = torch.randint(-1, experts, (slots, 1), generator=g, device=g.device, dtype=torch.int32)
             flat = ids.reshape(-1)
             expected = torch.sort(flat, stable=True).indices[int((flat < 0).sum()) :]
