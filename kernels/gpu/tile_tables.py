@@ -17,7 +17,7 @@ import torch
 
 FEW, SOME, MANY = range(3)
 NO_LIMIT = 2**31 - 1  # rows, more than any expert gets
-RANKED_SLOTS = 4096
+RANKED_SLOTS = 8192
 """Slots up to which one launch that compares each with all others should be faster than three (H200)."""
 
 

@@ -32,12 +32,12 @@ CASES = {
         {"rank_kernel", "weighted_sum_kernel"} | SMALL,
     ),
     "vector": (90, torch.bfloat16, 1, GPT_OSS, True, {"gate_up_vector", "down_vector"}),
-    "many": (90, torch.bfloat16, 2048, GPT_OSS, True, MANY_SLOTS | SMALL | TILED),
-    "fp16": (90, torch.float16, 2048, Activation("gelu", gated=False), False, MANY_SLOTS | SMALL | TILED),
-    "fp32": (90, torch.float32, 2048, Activation("silu"), True, MANY_SLOTS | SMALL | TILED),
-    "ampere": (80, torch.bfloat16, 2048, GPT_OSS, True, MANY_SLOTS | SMALL | TILED),
-    "ada": (86, torch.bfloat16, 2048, Activation("silu"), False, MANY_SLOTS | SMALL | TILED),
-    "blackwell": (100, torch.bfloat16, 2048, Activation("silu"), True, MANY_SLOTS | SMALL | TILED),
+    "many": (90, torch.bfloat16, 4096, GPT_OSS, True, MANY_SLOTS | SMALL | TILED),
+    "fp16": (90, torch.float16, 4096, Activation("gelu", gated=False), False, MANY_SLOTS | SMALL | TILED),
+    "fp32": (90, torch.float32, 4096, Activation("silu"), True, MANY_SLOTS | SMALL | TILED),
+    "ampere": (80, torch.bfloat16, 4096, GPT_OSS, True, MANY_SLOTS | SMALL | TILED),
+    "ada": (86, torch.bfloat16, 4096, Activation("silu"), False, MANY_SLOTS | SMALL | TILED),
+    "blackwell": (100, torch.bfloat16, 4096, Activation("silu"), True, MANY_SLOTS | SMALL | TILED),
 }
 
 
@@ -58,7 +58,7 @@ def launches(arch, dtype, tokens, activation, bias, tall=False, heights=()):
 
 
 RANKED = {"rank_kernel"}
-SORTS = {8: RANKED, 512: RANKED, 4096: RANKED, 1024: {"sort_kernel"}, 1025: MANY_SLOTS}
+SORTS = {8: RANKED, 512: RANKED, 8192: RANKED, 1024: {"sort_kernel"}, 1025: MANY_SLOTS}
 
 
 @pytest.mark.parametrize("limits", [Limits(16, 64), Limits(NO_LIMIT, NO_LIMIT), Limits(0, 0)], ids=str)
@@ -113,7 +113,7 @@ def test_heights_compile_without_spilling(name, activation):
     tiles, arch = FORMS[name]
     bias = activation is GPT_OSS
     heights = (Height(NO_LIMIT, tiles),)
-    _, found = launches(arch, torch.bfloat16, 2048, activation, bias, heights=heights)
+    _, found = launches(arch, torch.bfloat16, 4096, activation, bias, heights=heights)
     copied = {"permute_kernel"} if not (tiles.swapped or tiles.gathered) else set()
     form = "small" if tiles.swapped else "tiled"
     first = "gathered" if tiles.gathered else form
@@ -216,7 +216,7 @@ def check_copies(kernel):
 def test_batch_sizes_share_code():
     """Another number of tokens compiles nothing new: arguments that depend on it are not specialised."""
     keys = []
-    for tokens in (1100, 2048, 4096):
+    for tokens in (2100, 4096, 8192):
         _, found = launches(90, torch.bfloat16, tokens, Activation("silu"), False)
         keys.append([(kernel.name, kernel.ptx) for kernel in found])
     assert keys[0] == keys[1] == keys[2]
