@@ -1,6 +1,8 @@
-"""The peers of the GPU kernels: other ways to compute the same layer on the same weights."""
+"""The contenders of the GPU kernels: other ways to compute the same layer on the same weights."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -10,10 +12,25 @@ from torch.nn import functional
 from xpar.engine.bench.kernels.cases import Weights
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
+from xpar.kernels.gpu.experts import TritonExperts
+from xpar.kernels.gpu.tile_tables import Table
 from xpar.kernels.quantised_weight import QuantisedWeight
 
 ComputeExperts = Callable[[ExpertInput], Tensor]
 """Computes the outputs [T, H] of a step."""
+FORMER = "former"
+
+
+def former_table(table: Table) -> Table:
+    """Return ``table`` with the choices of before: lists, sorts without ranks, few tokens by counts."""
+    return replace(table, heights=(), ranked_slots=0, vector_bytes=None, fit_depth=False)
+
+
+def former_experts(kernel: TritonExperts) -> TritonExperts:
+    """Return a kernel with the same weights and the choices of before, to time new ones beside them."""
+    other = copy.copy(kernel)
+    other.table = former_table(kernel.table)
+    return other
 
 
 def torch_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) -> ComputeExperts:
@@ -127,7 +144,9 @@ def _apply_gate(packed: Tensor, activation: Activation) -> Tensor:
     return gate * torch.sigmoid(gate * activation.alpha) * (up + activation.beta)
 
 
-CONTENDERS: dict[str, Callable[[ExpertSpec, Weights, bool], ComputeExperts]] = {
+Builder = Callable[[ExpertSpec, Weights, bool], ComputeExperts]
+"""Builds a contender for a layer; the last argument: some slots have id -1."""
+CONTENDERS: dict[str, Builder] = {
     "torch": torch_grouped,
     "transformers": transformers_grouped,
 }
