@@ -1,15 +1,28 @@
 """The checked-in tile tables of the expert products, as plain data.
 
-Why these heights on Hopper. Experts whose rows straddle the limit between two lists cost two launches a
+Why the heights that are expected to be faster on Hopper (:func:`expected_table`; no GPU has run them yet).
+Experts whose rows straddle the limit between two lists cost two launches a
 product, each of which reads about half of the weights and has a start and a tail of its own: 5 to 14 % of a
 layer (H200). One height that nearly all experts of a batch fit into costs one launch; an expert with more
 rows gets several tiles, whose weights come from the L2. With random routing an average of a rows has a
 standard deviation of about the root of a, so each height ends where about one expert in ten exceeds it.
 """
 
+from dataclasses import replace
+
 import torch
 
-from xpar.kernels.gpu.tile_tables import NO_LIMIT, Height, Machine, Table, Tile, Tiles, Vector
+from xpar.kernels.gpu.tile_tables import (
+    NO_LIMIT,
+    RANKED_SLOTS,
+    VECTOR_BYTES,
+    Height,
+    Machine,
+    Table,
+    Tile,
+    Tiles,
+    Vector,
+)
 
 _SCALAR = Vector(columns=8, depth=512, stages=2, warps=4)
 _SCALAR_DOWN = Vector(columns=4, depth=512, stages=3, warps=4)
@@ -80,7 +93,6 @@ TABLES: dict[tuple[str, int], Table] = {
         gate_up_vector=_HOPPER,
         down_vector=_HOPPER_DOWN,
         tall=True,
-        heights=HOPPER_HEIGHTS,
     ),
     ("blackwell", 2): Table(
         gate_up=(
@@ -146,3 +158,17 @@ _FLOAT32 = Table(
 def default_table(machine: Machine, dtype: torch.dtype) -> Table:
     """Return the checked-in parameters for ``dtype`` on ``machine``."""
     return _FLOAT32 if dtype.itemsize == 4 else TABLES[machine.family, dtype.itemsize]
+
+
+def expected_table(table: Table) -> Table:
+    """Return ``table`` with the choices that should be faster on a Hopper GPU, which are not measured yet.
+
+    One height a batch, sorts by ranks, few tokens by the bytes of an expert, steps that fit the width.
+    """
+    return replace(
+        table,
+        heights=HOPPER_HEIGHTS,
+        ranked_slots=RANKED_SLOTS,
+        vector_bytes=VECTOR_BYTES,
+        fit_depth=True,
+    )

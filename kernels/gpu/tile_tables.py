@@ -186,9 +186,9 @@ class Table:
     limits: tuple[int, int] = (16, 64)
     tall: bool = False
     heights: tuple[Height, ...] = ()
-    ranked_slots: int = RANKED_SLOTS
-    vector_bytes: int | None = VECTOR_BYTES
-    fit_depth: bool = True
+    ranked_slots: int = 0
+    vector_bytes: int | None = None
+    fit_depth: bool = False
     dependent: bool = False
     prefetch: int = 0
 
@@ -245,9 +245,9 @@ class Table:
             limits=_limits_from_list(values.get("limits", (16, 64))),
             tall=bool(values.get("tall", False)),
             heights=tuple(map(_height_from_dict, values.get("heights", ()))),
-            ranked_slots=int(values.get("ranked_slots", RANKED_SLOTS)),
-            vector_bytes=values.get("vector_bytes", VECTOR_BYTES),
-            fit_depth=bool(values.get("fit_depth", True)),
+            ranked_slots=int(values.get("ranked_slots", 0)),
+            vector_bytes=values.get("vector_bytes"),
+            fit_depth=bool(values.get("fit_depth", False)),
             dependent=bool(values.get("dependent", False)),
             prefetch=int(values.get("prefetch", 0)),
         )

@@ -31,10 +31,10 @@ from xpar.engine.bench.ceilings import GpuCeilings, measure_gpu_ceilings
 from xpar.engine.bench.gpu_turns import Turns
 from xpar.engine.bench.kernels import checks
 from xpar.engine.bench.kernels.cases import LAYERS, Weights, load_experts, random_inputs, random_weights
-from xpar.engine.bench.kernels.contenders import former_table
 from xpar.engine.bench.kernels.tile_search import with_table
 from xpar.engine.bench.timing import graphs_in_turn, record_graph
 from xpar.kernels.contracts import ExpertInput
+from xpar.kernels.gpu.default_tables import expected_table
 from xpar.kernels.gpu.expert_sort import plan_tiles
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tile_tables import NO_LIMIT, Height, Limits, Table
@@ -56,8 +56,9 @@ class Layer:
 
     def variants(self, tokens: int) -> dict[str, Table]:
         """Return the tables to time at a number of tokens, by name: new and former first."""
-        table, x = self.kernel.table, self.inputs[tokens][0]
-        found = {"new": table, "former": former_table(table)}
+        former, x = self.kernel.table, self.inputs[tokens][0]
+        table = expected_table(former)
+        found = {"new": table, "former": former}
         found["dependent"] = replace(table, dependent=True)
         slots = x.topk_ids.numel()
         if tokens <= table.vector_tokens:
@@ -71,7 +72,7 @@ class Layer:
         found["lists"] = replace(table, heights=())
         spec = self.kernel.spec
         average = slots / (spec.routed_experts or spec.num_experts)
-        present = self.kernel.layout(tokens, slots).lists[0][1]
+        present = table.layout(tokens, slots, spec.num_experts, float(slots)).lists[0][1]
         if average >= 4 and present.swapped:
             found["dependent, prefetch"] = replace(table, dependent=True, prefetch=512)
         for name, (least, most, tiles) in FORMS.items():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.gpu import availability
-from xpar.kernels.gpu.default_tables import HOPPER_HEIGHTS, TABLES, default_table
+from xpar.kernels.gpu.default_tables import HOPPER_HEIGHTS, TABLES, default_table, expected_table
 from xpar.kernels.gpu.few_tokens import fit_depth, repeated_bytes
 from xpar.kernels.gpu.tile_tables import Height, Machine, Vector, choose_limits, read_table
 from xpar.kernels.registry import KERNELS, choose_kernel
@@ -42,7 +42,7 @@ def test_every_row_has_one_launched_bucket(tokens, k, experts, limits):
 @given(st.integers(1, 5000), st.integers(1, 8), st.integers(1, 300), st.integers(1, 16))
 def test_one_height_is_a_list_for_every_row(tokens, k, experts, share):
     """Up to the last average all rows are on one list, whose height follows from the expected rows alone."""
-    table = TABLES["hopper", 2]
+    table = expected_table(TABLES["hopper", 2])
     found = table.layout(tokens, tokens * k, experts, tokens * k / share)
     ((bucket, tiles),) = found.lists
     assert found.limits.launched == (bucket,) and found.plan_tiles[bucket] is tiles.gate_up
@@ -74,7 +74,7 @@ LAYERS = {  # experts, k, bytes of an expert, tokens up to which slots read weig
 @pytest.mark.parametrize("name", LAYERS)
 def test_few_tokens_know_the_bytes_of_an_expert(name):
     experts, k, size, most = LAYERS[name]
-    limit = TABLES["hopper", 2].vector_bytes
+    limit = expected_table(TABLES["hopper", 2]).vector_bytes
     found = [m for m in range(1, 5) if repeated_bytes(m, k, experts, experts, size) <= limit]
     assert found == list(range(1, most + 1))
 

@@ -7,7 +7,7 @@ from rich.table import Table as RichTable
 from xpar.engine.bench.gpu_turns import Turns
 
 INSTALLED = "installed"
-_OWN = ("xpar", "former")
+_OWN = ("xpar", "expected")
 
 
 def expand_names(compare: str, installed: tuple[str, ...]) -> list[str]:

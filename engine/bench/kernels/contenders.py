@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -12,24 +11,19 @@ from torch.nn import functional
 from xpar.engine.bench.kernels.cases import Weights
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
+from xpar.kernels.gpu.default_tables import expected_table
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tile_tables import Table
 from xpar.kernels.quantised_weight import QuantisedWeight
 
 ComputeExperts = Callable[[ExpertInput], Tensor]
 """Computes the outputs [T, H] of a step."""
-FORMER = "former"
+EXPECTED = "expected"
 
 
-def former_table(table: Table) -> Table:
-    """Return ``table`` with the choices of before: lists, sorts without ranks, few tokens by counts."""
-    return replace(table, heights=(), ranked_slots=0, vector_bytes=None, fit_depth=False)
-
-
-def former_experts(kernel: TritonExperts) -> TritonExperts:
-    """Return a kernel with the same weights and the choices of before, to time new ones beside them."""
+def expected_experts(kernel: TritonExperts) -> TritonExperts:
+    """Return a kernel with the same weights and the choices that should be faster, to time both in turn."""
     other = copy.copy(kernel)
-    other.table = former_table(kernel.table)
+    other.table = expected_table(kernel.table)
     return other
 
 

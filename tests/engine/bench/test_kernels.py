@@ -14,6 +14,7 @@ from xpar.engine.bench.kernels import tile_search
 from xpar.engine.bench.kernels.tile_candidates import candidates, get_value, parts, replace_value
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.gpu.availability import use_table
+from xpar.kernels.gpu.default_tables import expected_table
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tile_tables import Machine, Table, Tiles, Vector, read_table, write_table
 
@@ -23,7 +24,7 @@ HOPPER = Machine(sms=132, capability=(9, 0))
 def layer_kernel(experts: int = 16, lists: bool = False) -> TritonExperts:
     spec = ExpertSpec(experts, 64, 64, torch.bfloat16, Activation("silu"))
     kernel = TritonExperts(spec, machine=HOPPER)
-    kernel.table = replace(kernel.table, heights=()) if lists else kernel.table
+    kernel.table = kernel.table if lists else expected_table(kernel.table)
     return kernel
 
 
@@ -36,7 +37,7 @@ def test_parts_follow_the_batch() -> None:
     kernel, heights = layer_kernel(lists=True), layer_kernel()
     vectors = ("dependent", "gate_up vector", "down vector")
     assert parts(kernel, batch(1)) == parts(heights, batch(1)) == vectors
-    assert parts(kernel, batch(2)) == ("vector_bytes", *vectors)
+    assert parts(heights, batch(2)) == ("vector_bytes", *vectors)
     assert parts(kernel, batch(16)) == ("limits", "dependent", "gate_up 0", "down 0")
     assert {"limits", "gate_up 2", "down 2"} <= set(parts(kernel, batch(4096)))
     assert parts(heights, batch(16)) == ("form height0", "dependent", "gate_up height0", "down height0")
