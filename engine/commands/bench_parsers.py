@@ -115,6 +115,7 @@ def add_generate(p: argparse.ArgumentParser) -> None:
     add_number(p, "--rows", rows, None, "as xpar generate chooses; 1 with --exact")
     reading = "with --workload, maximum number of tokens that a rank reads in one step"
     add_number(p, "--prefill-tokens", reading, options.PREFILL_TOKENS)
+    options.add_prefix_sharing(p, "with --workload, ")
     p.add_argument(
         "--peer-python",
         type=Path,

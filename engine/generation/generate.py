@@ -14,8 +14,8 @@ from xpar.engine.generation.kv_memory import (
     FLAT_BATCH,
     BatchRoom,
     choose_blocks,
+    expected_bytes,
     free_share,
-    resident_bytes,
     step_bytes,
 )
 from xpar.engine.generation.line_processors import make_line_processors
@@ -81,7 +81,7 @@ def settle_room(request: Request, work: Workload, loaded: LoadedModel) -> tuple[
         rows = request.batch or FLAT_BATCH
         longest = sorted((len(item.ids) for item in work.queue), reverse=True)[:rows]
         read = min(request.prefill_tokens, sum(longest)) + min(rows, len(longest))
-        whole = resident_bytes() + nbytes + step_bytes(loaded, read)
+        whole = expected_bytes(nbytes + step_bytes(loaded, read))
         line += f"; at most about {whole / 1e6:.0f} MB of memory on rank 0"
     return replace(request, kv_bytes=nbytes), line
 

@@ -18,6 +18,8 @@ SHARE = 0.5
 """The share of a node's free memory that its ranks take for keys and values at most, if none is given."""
 GPU_SHARE = 0.7
 """The same of a GPU, whose memory nobody else uses; the rest is for the numbers of a step, and recordings."""
+FIRST_STEP_BYTES = 40 * 10**6
+"""Bytes that the libraries take for themselves in the first step of a process (torch 2.13, two models)."""
 UNKNOWN_BYTES = 2**30
 """The bytes of a pool for work of unknown size."""
 KEPT = 2
@@ -42,16 +44,17 @@ def step_bytes(loaded: LoadedModel, tokens: int) -> int:
     found = (
         of_layer(r.experts, r.config.router.top_k, r.config.num_experts, r.grid.moe.size) for r in runners
     )
-    return int(max(found, default=0.0))
+    return FIRST_STEP_BYTES + int(max(found, default=0.0))
 
 
-def resident_bytes() -> int:
-    """Return the bytes of memory that this process has now, or had at most where that is not told."""
+def expected_bytes(more: int) -> int:
+    """Return the most memory that this process will have had once it takes ``more`` bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:  # outside of Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return pages * resource.getpagesize()
+        now = peak
+    return max(peak, now + more)
 
 
 @dataclass(frozen=True)
