@@ -69,7 +69,7 @@ class FlatBatch(DrawsTokens):
         recorder: FlatRecorder | None = None,
     ) -> None:
         super().__init__(sampling, stop_conditions)
-        self._loaded, self._size, self._pool, self._recorder = loaded, size, pool, recorder
+        self._loaded, self._size, self._pool, self.recorder = loaded, size, pool, recorder
         self._forward = FlatForward(loaded, pool)
         self.planner: Planner
         if isinstance(pool, SpanPool):
@@ -102,7 +102,7 @@ class FlatBatch(DrawsTokens):
         free = most_rows - self.occupied
         if self.planner.unread >= self._size.tokens:
             return 0
-        waits = self._recorder is not None and self.occupied and free * LEAST_FREE < most_rows
+        waits = self.recorder is not None and self.occupied and free * LEAST_FREE < most_rows
         return 0 if waits else free
 
     def tokens_of(self, lengths: Sequence[int], continued: int) -> int:
@@ -115,7 +115,7 @@ class FlatBatch(DrawsTokens):
 
     def readiness(self) -> int:
         """Return whether this rank can replay the next step, in bits: it reads no prompt."""
-        if self._recorder is None or self._recorder.refused is not None:
+        if self.recorder is None or self.recorder.refused is not None:
             return 0
         return CAN_REPLAY * (not self.next_tokens or self._planned is None or self._planned.continues)
 
@@ -127,8 +127,8 @@ class FlatBatch(DrawsTokens):
         """Let the layers know the tokens of each rank; no rank has any in a step that only begins prompts."""
         self._loaded.expect(tokens)
         self._is_idle = tokens is not None and not any(tokens)
-        if self._recorder is not None:
-            self._recorder.agree(None if self._is_idle else tokens, readiness)
+        if self.recorder is not None:
+            self.recorder.agree(None if self._is_idle else tokens, readiness)
 
     def begin(self, new: list[RunningSequence]) -> list[RunningSequence]:
         """Let ``new`` wait for the next step, and make the step that is planned."""
@@ -154,17 +154,17 @@ class FlatBatch(DrawsTokens):
         """Compute the other ranks' tokens, if there are any, without any of this rank's own."""
         if self._is_idle:
             return
-        if self._recorder is None or not self._recorder.join():
+        if self.recorder is None or not self.recorder.join():
             self._loaded.join()
 
     def _compute(self, plan: FlatPlan) -> Tensor:
         """Compute logits [W, V] after each sequence of ``plan`` that is read completely, in order."""
         if isinstance(self._pool, SpanPool) and plan.copies:
             self._pool.copy(plan.copies)
-        if self._recorder is not None and plan.continues:
+        if self.recorder is not None and plan.continues:
             firsts = [s.blocks[0] * BLOCK_TOKENS for s in plan.sequences]
             last = [s.tokens[-1] for s in plan.sequences]
-            logits = self._recorder.step(last, [s.read for s in plan.sequences], firsts)
+            logits = self.recorder.step(last, [s.read for s in plan.sequences], firsts)
             if logits is not None:
                 return logits
         tokens = self._tokens(plan)

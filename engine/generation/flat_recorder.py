@@ -76,14 +76,15 @@ class FlatRecorder:
 
     A recording is made when none serves a step, and a smaller one when it has been wanted for some steps.
     ``recorded``: how a step is recorded. A model that cannot be is found out at the first attempt, and goes
-    on launching; ``refused`` is the reason, then. ``replayed``: how many steps were replayed.
+    on launching; ``refused`` is the reason, then. ``replayed``: how many steps were replayed. ``recordings``:
+    the steps and their replays, by their rows.
     """
 
     def __init__(self, loaded: LoadedModel, pool: SpanPool, recorded: Record | None = None) -> None:
         self._loaded, self._pool = loaded, pool
         self._forward = FlatForward(loaded, pool)
         self._record = recorded or _graphs(loaded)
-        self._recordings: dict[int, tuple[FlatDecodeStep, Callable[[], Tensor]]] = {}
+        self.recordings: dict[int, tuple[FlatDecodeStep, Callable[[], Tensor]]] = {}
         self._missed, self._misses = 0, 0
         self._agreed = False
         self._bucket = 0
@@ -131,20 +132,20 @@ class FlatRecorder:
         bucket = bucket_of(sequences)
         self._misses = self._misses + 1 if self._missed == bucket else 1
         self._missed = bucket
-        serving = min((rows for rows in self._recordings if rows >= sequences), default=None)
+        serving = min((rows for rows in self.recordings if rows >= sequences), default=None)
         return bucket if serving is None or self._misses >= PATIENCE else serving
 
     def _replay(self, ids: Sequence[int], positions: Sequence[int], firsts: Sequence[int]) -> Tensor | None:
         if not self._bucket:
             return None
-        if self._bucket in self._recordings:
-            step, replay = self._recordings[self._bucket]
+        if self._bucket in self.recordings:
+            step, replay = self.recordings[self._bucket]
             step.load(ids, positions, firsts)
         else:
             made = self._make(ids, positions, firsts)
             if made is None:
                 return None
-            step, replay = self._recordings[self._bucket] = made
+            step, replay = self.recordings[self._bucket] = made
         logits = replay()
         follow_replay(self._loaded)
         self.replayed += 1

@@ -184,7 +184,7 @@ def check(grid: ProcessGrid, path: Path, prompts: int, options: SpreadOptions) -
         "checkpoint": path.name,
         "recorded": 0 if recorder is None else recorder.replayed,
         "refused": None if recorder is None else recorder.refused,
-        "buckets": [] if recorder is None else sorted(recorder._recordings),
+        "buckets": [] if recorder is None else sorted(recorder.recordings),
         "counted": slots == counted,
         "recorded beside launched": median(recorded, launched),
         "launched beside padded": median(launched, padded),

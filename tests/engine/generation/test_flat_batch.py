@@ -19,7 +19,7 @@ from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.decode_graph import FixedStep
 from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
-from xpar.engine.generation.flat_recorder import FlatRecorder
+from xpar.engine.generation.flat_recorder import FlatRecorder, Record
 from xpar.engine.generation.recordings import PATIENCE
 from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
@@ -47,8 +47,19 @@ COMMON = 2 * BLOCK_TOKENS + 3
 POOLS = ("blocks", "spans", "recorded")
 
 
+def rehearsed(step: FixedStep) -> Callable[[], torch.Tensor]:
+    step.forward()
+    step.rewind()
+    return step.forward
+
+
 def make_flat(
-    model: Any, blocks: int, size: FlatLimits, new: int = NEW, pool_of: str = "blocks"
+    model: Any,
+    blocks: int,
+    size: FlatLimits,
+    new: int = NEW,
+    pool_of: str = "blocks",
+    record: Record = rehearsed,
 ) -> FlatBatch:
     """A batch whose pool is full of NaN, as memory may be: nothing of it is to be read."""
     holder = loaded(model)
@@ -61,7 +72,7 @@ def make_flat(
         return FlatBatch(holder, Sampling(), conditions, pool, size)
     spans = SpanPool(forms, blocks, torch.device("cpu"), SpanAttention("definition"))
     fill(spans.keys + spans.values)
-    recorder = FlatRecorder(holder, spans, rehearsed) if pool_of == "recorded" else None
+    recorder = FlatRecorder(holder, spans, record) if pool_of == "recorded" else None
     return FlatBatch(holder, Sampling(), conditions, spans, size, recorder)
 
 
@@ -73,12 +84,6 @@ def free_blocks(batch: FlatBatch) -> int:
 def fill(tensors: list[torch.Tensor]) -> None:
     for tensor in tensors:
         tensor.fill_(float("nan"))
-
-
-def rehearsed(step: FixedStep) -> Callable[[], torch.Tensor]:
-    step.forward()
-    step.rewind()
-    return step.forward
 
 
 def draw_prompts(draw: random.Random, count: int) -> list[list[int]]:
@@ -125,7 +130,7 @@ def test_answers_are_those_of_each_prompt_alone(fresh_seed: int, family: str, po
     batch = make_flat(model, 40, size, pool_of=pool_of)
     for r in run(batch, draw_prompts(draw, PROMPTS), draw):
         assert_greedy(model, r)
-    assert batch._recorder is None or batch._recorder.replayed > 0
+    assert batch.recorder is None or batch.recorder.replayed > 0
 
 
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "alone"])
@@ -183,19 +188,19 @@ def test_a_recording_serves_other_sequences_up_to_its_rows(fresh_seed: int) -> N
     draw = random.Random(fresh_seed)
     model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
     batch = make_flat(model, 60, FlatLimits(8, 4096), new=PATIENCE + 4, pool_of="recorded")
-    recorder = batch._recorder
+    recorder = batch.recorder
     assert recorder is not None
     sequences = [
         RunningSequence(n, [draw.randrange(3, 190) for _ in range(3)], torch.Generator(), max_new_tokens=new)
         for n, new in enumerate([3, 3, 3, PATIENCE + 4, 5])
     ]
     batch.begin(sequences[:4])
-    made = [sorted(recorder._recordings)]
+    made = [sorted(recorder.recordings)]
     for _ in range(PATIENCE + 3):
         if batch.planner.occupied == 1 and sequences[4].finish is None and not sequences[4].answer:
             batch.planner.add(sequences[4:])
         batch.advance()
-        made.append(sorted(recorder._recordings))
+        made.append(sorted(recorder.recordings))
     while batch.occupied:
         batch.advance()
     assert made[:2] == [[], [4]] and all(rows in ([4], [1, 4], [2, 4], [1, 2, 4]) for rows in made[1:])
@@ -206,18 +211,17 @@ def test_a_recording_serves_other_sequences_up_to_its_rows(fresh_seed: int) -> N
 def test_a_model_that_cannot_be_recorded_launches(fresh_seed: int) -> None:
     draw = random.Random(fresh_seed)
     model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
-    batch = make_flat(model, 40, FlatLimits(4, 4096), pool_of="recorded")
-    recorder, attempts = batch._recorder, []
-    assert recorder is not None
+    attempts: list[FixedStep] = []
 
     def refuse(step: FixedStep) -> Callable[[], torch.Tensor]:
         attempts.append(step)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    recorder._record = refuse
+    batch = make_flat(model, 40, FlatLimits(4, 4096), pool_of="recorded", record=refuse)
     for r in run(batch, draw_prompts(draw, PROMPTS), draw):
         assert_greedy(model, r)
-    assert recorder.refused == "operation not permitted when stream is capturing" and len(attempts) == 1
+    assert batch.recorder is not None and len(attempts) == 1
+    assert batch.recorder.refused == "operation not permitted when stream is capturing"
 
 
 @pytest.mark.parametrize("pool_of", POOLS)
