@@ -77,9 +77,11 @@ def free_share(loaded: LoadedModel) -> int:
     """Return the bytes of a rank's share of the free memory of its node or, where it has one, its GPU."""
     if loaded.device.type == "cpu":
         return int(SHARE * min(available_bytes(), 2.0**60) / loaded.ranks_of_node)
+    # What torch has taken and does not use, as of a pool before, is free, too.
+    unused = torch.cuda.memory_reserved(loaded.device) - torch.cuda.memory_allocated(loaded.device)
+    free = torch.cuda.mem_get_info(loaded.device)[0] + unused
     # Ranks that share a GPU share its memory.
-    sharing = -(-loaded.ranks_of_node // torch.cuda.device_count())
-    return int(GPU_SHARE * torch.cuda.mem_get_info(loaded.device)[0] / sharing)
+    return int(GPU_SHARE * free / -(-loaded.ranks_of_node // torch.cuda.device_count()))
 
 
 def choose_blocks(forms: Collection[LayerForm], room: BatchRoom, share: int) -> int:

@@ -33,7 +33,9 @@ def test_the_given_or_the_free_memory_bounds_a_pool(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kv_memory, "available_bytes", lambda: 80.0 * BLOCK)
     host = SimpleNamespace(device=torch.device("cpu"), ranks_of_node=4)
     assert choose_blocks(FORMS, BatchRoom(10**6, lengths=lengths), free_share(host)) == 10
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * BLOCK, 200 * BLOCK))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90 * BLOCK, 200 * BLOCK))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30 * BLOCK)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20 * BLOCK)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     gpu = SimpleNamespace(device=torch.device("cuda:1"), ranks_of_node=3)  # two of them on one GPU
     assert choose_blocks(FORMS, BatchRoom(10**6, lengths=lengths), free_share(gpu)) == 35
