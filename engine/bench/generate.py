@@ -1,6 +1,5 @@
 """Decoding with a whole model on this job's ranks, beside transformers in one process."""
 
-import resource
 import statistics
 import time
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from xpar.comm.grid import ProcessGrid
 from xpar.engine.bench.decode_profile import Decoded, decode, draw_prompts, measure_parts
 from xpar.engine.bench.peer_process import DecodingPeer
 from xpar.engine.bench.peers import DECODE_IMPLEMENTATIONS
-from xpar.engine.bench.timing import SETTLE_S, peak_bytes
+from xpar.engine.bench.timing import SETTLE_S
 from xpar.engine.layer.reference import relative_error
 from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.malloc import peak_bytes, resident_bytes
 from xpar.kernels.cpu import zen_library
 
 LEAST_TOKENS = 3
@@ -104,11 +104,7 @@ def gather_resident_bytes(grid: ProcessGrid, path: Path) -> list[int]:
     On a system that does not tell (outside of Linux), the result is the peak.
     """
     agreed(grid.world.comm, lambda: _import_code(path))
-    try:
-        now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return gather_peak_bytes(grid)
-    return grid.world.comm.all_gather_object(now)
+    return grid.world.comm.all_gather_object(resident_bytes())
 
 
 def _import_code(path: Path) -> None:

@@ -24,11 +24,10 @@ from xpar.comm.world import World
 from xpar.engine.bench.ceilings import HostCeilings, measure_host_ceilings
 from xpar.engine.bench.layer_request import LayerRequest
 from xpar.engine.bench.peers import IMPLEMENTATIONS, block_function, transformers_layer
-from xpar.engine.bench.timing import peak_bytes
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.options import LayerOptions
 from xpar.engine.models.cache_argument import cache_argument
-from xpar.engine.models.malloc import keep_freed_memory
+from xpar.engine.models.malloc import keep_freed_memory, peak_bytes
 
 PREFILL = "grouped_mm"
 """transformers' experts for reading prompts: batched_mm copies the weights of every token's experts."""

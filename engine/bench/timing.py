@@ -1,6 +1,5 @@
-"""Timing of several contenders in turn, and of calls on a GPU; peak memory."""
+"""Timing of several contenders in turn, and of calls on a GPU."""
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -176,8 +175,3 @@ def _seconds_between_events(action: Callable[[], object], repeats: int) -> float
     last.record()
     last.synchronize()
     return float(first.elapsed_time(last)) / 1e3
-
-
-def peak_bytes() -> int:
-    """Return the most memory in bytes that this process had at any time."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

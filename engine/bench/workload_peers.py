@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from xpar.engine.bench.peer_process import PREFILL, PeerProcess
-from xpar.engine.bench.timing import peak_bytes
+from xpar.engine.models.malloc import peak_bytes
 
 CONTINUOUS, PADDED = "continuous batching", "padded batches"
 PADDED_ROWS = 16

@@ -31,7 +31,7 @@ NEW_TOKENS = 48
 """Tokens of each answer, if none are named."""
 XPAR = "xpar"
 TRANSFORMERS = "transformers, "
-"""What the names of its sides begin with."""
+"""The names of its sides begin with this."""
 Found = tuple[dict[str, Any], list[str]]
 """Results by the name of a side, and notes on those that are not there."""
 
@@ -59,13 +59,14 @@ def main(args: argparse.Namespace, world: World) -> int:
     results[XPAR] |= _rates(results[XPAR], asdict(ours), prompts, new_tokens)
     console.print(f"xpar: {ours.seconds:.1f} s; now the others answer")
     notes: list[str] = []
-    peers = [_ask_transformers] if args.peer_python is None else [_ask_transformers, _ask_vllm]
-    for ask in (None, *peers):
-        found, why = ({}, []) if ask is None else ask(grid, args, prompts, new_tokens, dtype)
+    # Kept after each side: a run that is cut off has what it had by then.
+    keep = partial(agreed, comm, partial(_keep, args, grid, loaded, results, shares, notes))
+    keep()
+    for ask in [_ask_transformers] if args.peer_python is None else [_ask_transformers, _ask_vllm]:
+        found, why = ask(grid, args, prompts, new_tokens, dtype)
         notes += why
         results |= {name: r | _rates(r, asdict(ours), prompts, new_tokens) for name, r in found.items()}
-        # After each side: a run that is cut off keeps what it has.
-        agreed(comm, partial(_keep, args, grid, loaded, results, shares, notes))
+        keep()
     print_tables(console, results, shares, notes, prompts, new_tokens)
     bad = [
         name

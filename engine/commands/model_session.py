@@ -1,7 +1,6 @@
 """The parts that commands on whole models share: options, grid, loading, and printed lines."""
 
 import argparse
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from xpar.engine.layer.build import FLOATS
 from xpar.engine.layer.input_scheme import why_exact
 from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.loader import expert_configs, load_model
+from xpar.engine.models.malloc import peak_bytes
 from xpar.engine.models.parallelize import SpreadOptions, choose_expert_slices
 
 
@@ -181,5 +181,5 @@ def speed(outcome: RunSummary) -> str:
 
 def memory(comm: Communicator) -> str:
     """Describe the most memory that each rank had at any time in one line. Collective."""
-    peaks = comm.all_gather_object(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    peaks = comm.all_gather_object(peak_bytes())
     return f"peak memory a rank: {min(peaks) / 1e6:.0f} to {max(peaks) / 1e6:.0f} MB"

@@ -89,9 +89,7 @@ class FlatBatch(DrawsTokens):
     @property
     def next_tokens(self) -> int:
         """The number of tokens of the next ``advance``, whose step this plans; 0 for a ``join``."""
-        if self._planned is None:
-            self._planned = self.planner.plan()
-        return self._planned.tokens
+        return self._plan().tokens
 
     def wanted(self, most_rows: int) -> int:
         """Return how many sequences this rank would begin now if it may have ``most_rows``.
@@ -117,7 +115,7 @@ class FlatBatch(DrawsTokens):
         """Return whether this rank can replay the next step, in bits: it reads no prompt."""
         if self.recorder is None or self.recorder.refused is not None:
             return 0
-        return CAN_REPLAY * (not self.next_tokens or self._planned is None or self._planned.continues)
+        return CAN_REPLAY * self._plan().continues
 
     def dealer(self, ids: Sequence[Sequence[int]], ranks: int, drawn: Sequence[int]) -> Deal:
         """Make the dealer of prompts ``ids``, with ``drawn`` new tokens each, to so many ``ranks``."""
@@ -138,8 +136,7 @@ class FlatBatch(DrawsTokens):
     @torch.inference_mode()
     def advance(self) -> list[RunningSequence]:
         """Make the planned step; return the sequences that it completes, and those that do not fit."""
-        plan = self._planned if self._planned is not None else self.planner.plan()
-        self._planned = None
+        plan, self._planned = self._plan(), None
         ended, self.planner.refused = self.planner.refused, []
         if not plan.tokens:
             self.join()
@@ -156,6 +153,12 @@ class FlatBatch(DrawsTokens):
             return
         if self.recorder is None or not self.recorder.join():
             self._loaded.join()
+
+    def _plan(self) -> FlatPlan:
+        """Return the plan of the next step, which is made once."""
+        if self._planned is None:
+            self._planned = self.planner.plan()
+        return self._planned
 
     def _compute(self, plan: FlatPlan) -> Tensor:
         """Compute logits [W, V] after each sequence of ``plan`` that is read completely, in order."""

@@ -1,16 +1,14 @@
 """The size of a rank's pool of keys and values."""
 
-import resource
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from xpar.engine.layer.expert_shard import ExpertShard
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, LayerForm
 from xpar.engine.models.loaded_model import LoadedModel
-from xpar.engine.models.malloc import available_bytes
+from xpar.engine.models.malloc import available_bytes, peak_bytes, resident_bytes
 
 BATCH, FLAT_BATCH = 16, 256
 """Sequences that a rank runs at a time by default: in padded batches, and in flat ones, bound by memory."""
@@ -49,12 +47,7 @@ def step_bytes(loaded: LoadedModel, tokens: int) -> int:
 
 def expected_bytes(more: int) -> int:
     """Return the most memory that this process will have had once it takes ``more`` bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    try:
-        now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:  # outside of Linux
-        now = peak
-    return max(peak, now + more)
+    return max(peak_bytes(), resident_bytes() + more)
 
 
 @dataclass(frozen=True)

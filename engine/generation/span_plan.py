@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from xpar.engine.generation.flat_plan import FlatPlan, FlatSequence, Planner
 from xpar.engine.generation.running_sequence import RunningSequence
-from xpar.engine.models.kv_runs import ROOT, BlockRuns, lost_of
+from xpar.engine.models.kv_blocks import ROOT
+from xpar.engine.models.kv_runs import BlockRuns, lost_of
 
 WORTH = 128
 """Tokens of a common beginning for which a sequence waits while another one reads it."""

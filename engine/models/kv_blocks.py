@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 ROOT = -1
-"""The parent of a sequence's first block."""
+"""The parent of a sequence's first block, and the prefix before it."""
 
 
 class BlockPool:

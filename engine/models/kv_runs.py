@@ -8,8 +8,7 @@ the known blocks, also those of a sequence that has ended, until they are taken 
 from bisect import insort
 from collections.abc import Sequence
 
-ROOT = -1
-"""The prefix before a sequence's first block."""
+from xpar.engine.models.kv_blocks import ROOT
 
 
 class BlockRuns:

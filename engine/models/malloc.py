@@ -1,4 +1,4 @@
-"""The node's memory and the C library's: freed memory stays with the process, ready for the next step.
+"""The memory of node, process and C library: freed memory stays with the process, ready for the next step.
 
 By default glibc returns the end of its heap to the kernel as soon as it is free, and maps every large block
 afresh. A layer's buffers are a few MB and live for one step, so the kernel would clear the same pages in
@@ -6,6 +6,7 @@ every layer.
 """
 
 import ctypes
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,19 @@ def available_bytes() -> float:
         if line.startswith("MemAvailable:"):
             found = float(line.split()[1]) * 1024
     return min(found, _container_bytes(Path("/sys/fs/cgroup")))
+
+
+def peak_bytes() -> int:
+    """Return the most memory in bytes that this process had at any time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Return the memory in bytes that this process has now; the peak where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_bytes()
 
 
 def _container_bytes(group: Path) -> float:

@@ -6,4 +6,6 @@ sys.modules["triton"] = None  # type: ignore[assignment]
 
 import xpar.kernels
 import xpar.kernels.gpu.availability
-import xpar.kernels.gpu.default_tables  # noqa: F401
+import xpar.kernels.gpu.default_tables
+import xpar.kernels.gpu.few_tokens
+import xpar.kernels.gpu.span_attention  # noqa: F401

@@ -13,7 +13,7 @@ from xpar.engine.routing import TopKRule
 from xpar.kernels import rows
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertKernel, ExpertSpec
 from xpar.kernels.gpu.availability import build
-from xpar.kernels.gpu.default_tables import default_table
+from xpar.kernels.gpu.default_tables import default_table, expected_table
 from xpar.kernels.gpu.expert_sort import plan_tiles
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tile_tables import NO_LIMIT, Height, Limits, Machine, Table
@@ -158,11 +158,18 @@ def check_sorts(g: torch.Generator) -> str:
 
 
 def forms_of(table: Table) -> dict[str, Table]:
-    """Return a table for each way to compute a batch: lists, the tiles of each height, gathered rows."""
-    tiles = dict.fromkeys(height.tiles for height in table.heights if height.tiles is not None)
+    """Return a table for each way to compute a batch.
+
+    They are ``table`` itself, as ``lists``, and the tiles of each height that is expected to be faster, with
+    rows in expert order and gathered.
+    """
+    expected = expected_table(table)
+    tiles = dict.fromkeys(height.tiles for height in expected.heights if height.tiles is not None)
     more = [replace(t, tall=False, gathered=True) for t in tiles if not t.swapped]
-    forms = {str(t): replace(table, heights=(Height(NO_LIMIT, t),)) for t in dict.fromkeys([*tiles, *more])}
-    return {"lists": replace(table, heights=()), **forms}
+    forms = {
+        str(t): replace(expected, heights=(Height(NO_LIMIT, t),)) for t in dict.fromkeys([*tiles, *more])
+    }
+    return {"lists": table, **forms}
 
 
 def check_forms(g: torch.Generator) -> str:
@@ -186,9 +193,8 @@ def check_dependent(g: torch.Generator) -> str:
     spec = ExpertSpec(16, 512, 256, torch.bfloat16, Activation("silu"), str(g.device))
     weights, kernel = random_weights(spec, g), TritonExperts(spec)
     load_experts(kernel, weights)
-    table = kernel.table
-    gathered = {name: form for name, form in forms_of(table).items() if "gathered=True" in name}
-    for name, form in {"heights": table, **gathered}.items():
+    gathered = {name: form for name, form in forms_of(kernel.table).items() if "gathered=True" in name}
+    for name, form in {"heights": expected_table(kernel.table), **gathered}.items():
         for m in (1, 9, 300, 1200):
             inputs = [random_input(spec, m, 4, 16, g) for _ in range(3)]
             kernel.table = form

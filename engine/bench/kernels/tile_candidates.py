@@ -60,7 +60,7 @@ def parts(kernel: TritonExperts, x: ExpertInput) -> tuple[str, ...]:
 
 
 def is_early(part: str) -> bool:
-    """Whether ``part`` must be chosen before the tiles, because it decides where rows go."""
+    """Return whether ``part`` must be chosen before the tiles, because it decides where rows go."""
     return part in ("limits", "tall", "vector_bytes") or part.startswith("form")
 
 
@@ -158,7 +158,7 @@ def _combinations(present: Tile | Vector, fields: dict[str, tuple[Any, ...]]) ->
 
 
 def _fits(kernel: TritonExperts, part: str, value: Tile | Vector) -> bool:
-    """Whether ``value`` fits registers and shared memory, roughly, and loads enough at a time."""
+    """Return whether ``value`` fits registers and shared memory, roughly, and loads enough at a time."""
     stage, which = part.split()
     if isinstance(value, Vector):
         return 8 <= value.columns * value.depth // (32 * value.warps) <= 64

@@ -11,6 +11,7 @@ import torch
 from run_commands import run_commands
 
 from xpar.engine.bench.kernels import tile_search
+from xpar.engine.bench.kernels.checks import forms_of
 from xpar.engine.bench.kernels.tile_candidates import candidates, get_value, parts, replace_value
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.gpu.availability import use_table
@@ -198,3 +199,12 @@ def test_without_a_gpu_commands_say_so(
     job = said_without_a_gpu[words]
     assert job.returncode == 1
     assert WRONG[words] in job.stderr and "Traceback" not in job.stderr
+
+
+def test_checks_compute_a_batch_in_every_form() -> None:
+    table = layer_kernel(lists=True).table
+    forms = forms_of(table)
+    assert forms.pop("lists") == table
+    tiles = [form.heights[0].tiles for form in forms.values()]
+    assert {height.tiles for height in expected_table(table).heights} < set(tiles)
+    assert any(t is not None and t.gathered for t in tiles)

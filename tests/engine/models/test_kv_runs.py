@@ -2,7 +2,8 @@
 
 import random
 
-from xpar.engine.models.kv_runs import ROOT, BlockRuns, lost_of
+from xpar.engine.models.kv_blocks import ROOT
+from xpar.engine.models.kv_runs import BlockRuns, lost_of
 
 P = 4
 
