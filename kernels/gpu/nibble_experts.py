@@ -108,6 +108,8 @@ class NibbleExperts(CodeExperts):
         tokens, top_k = x.topk_ids.shape
         if self.spec.row_invariant or not 0 < tokens <= self.table.vector_tokens:
             return False
+        if x.hidden_states.data_ptr() % 8 or self.spec.hidden_size % 4 or self.spec.dtype.itemsize != 2:
+            return False  # the products read four numbers at once
         experts = self.spec.num_experts
         return tokens == 1 or saves_launches(tokens * top_k, experts, top_k, self.nbytes() // experts)
 
@@ -117,15 +119,16 @@ class NibbleExperts(CodeExperts):
         ids, router_weights = x.topk_ids.contiguous(), x.topk_weights.float().contiguous()
         hidden = self._new(tokens * top_k, self._width)
         total = self._new(tokens, h) if out is None else out
+        constants = {**self._format.constants, "BF16": self.spec.dtype == torch.bfloat16, "ASM": self._has_asm}
         gate_up_nibbles_vector[(triton.cdiv(self._width, first.columns), tokens * top_k)](
-            x.hidden_states, *self._gate_up.tensors, self._factors, self._gate_up_bias, hidden, x.rows, ids,
-            I=self._width, H=h, K=self._depth, TOP_K=top_k, **self._activation(),
-            **self._constants(), **self._vector_launch(first),
+            x.hidden_states.view(torch.int64), *self._gate_up.vector_tensors, self._factors,
+            self._gate_up_bias, hidden, x.rows, ids, I=self._width, H=h, K=self._depth, TOP_K=top_k,
+            **self._activation(), **constants, **self._vector_launch(first),
         )  # fmt: skip
         down_nibbles_vector[(triton.cdiv(h, second.columns), tokens)](
-            hidden, *self._down_parts.tensors, self._down_factors, self._down_bias, total, ids,
-            router_weights, I=self._width, H=h, TOP_K=top_k,
-            **self._constants(), **self._vector_launch(second),
+            hidden.view(torch.int64), *self._down_parts.vector_tensors, self._down_factors, self._down_bias,
+            total, ids, router_weights, I=self._width, H=h, TOP_K=top_k,
+            **constants, **self._vector_launch(second),
         )  # fmt: skip
         return total
 
@@ -219,6 +222,11 @@ class _Matrices:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.codes, self.words, self.zeros
+
+    @property
+    def vector_tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same with eight nibbles in a word."""
+        return self.codes.view(torch.int32), self.words, self.zeros
 
     @property
     def nbytes(self) -> int:
