@@ -43,17 +43,23 @@ class QuantisedExperts(CodeExperts):
         spec: the requirements of the layer, with a weight format.
         table: launch parameters; the checked-in ones of the machine if None.
         machine: the GPU to choose launches for; that of ``spec.device`` if None.
+        has_asm: True for inline PTX, False for the same in Triton, which its interpreter can run.
     """
 
     name = "triton"
 
     def __init__(
-        self, spec: ExpertSpec, table: CodeTable | None = None, machine: Machine | None = None
+        self,
+        spec: ExpertSpec,
+        table: CodeTable | None = None,
+        machine: Machine | None = None,
+        has_asm: bool = True,
     ) -> None:
         if spec.weight_format is None or why_not_format(spec.weight_format):
             raise ValueError(f"{spec.weight_format}: not a format of this kernel")
         self.spec = spec
         self.machine = machine or Machine.of(spec.device)
+        self._has_asm = has_asm
         self.scheme = None if spec.row_invariant else spec.activation_scheme
         self.table = table or default_code_table(self.machine, self.terms)
         e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
@@ -124,12 +130,12 @@ class QuantisedExperts(CodeExperts):
         hidden = self._new(tokens * top_k, self._width)
         total = self._new(tokens, h) if out is None else out
         gate_up_codes_vector[(triton.cdiv(self._width, first.columns), tokens * top_k)](
-            x.hidden_states, self._codes(self._gate_up), self._gate_up_scales, self._gate_up_bias, hidden,
+            x.hidden_states, self._gate_up, self._gate_up_scales, self._gate_up_bias, hidden,
             x.rows, ids, I=self._width, H=h, K=self._depth, TOP_K=top_k, **self._activation(),
             **self._gate_up_blocks.constants, **self._vector_launch(first),
         )  # fmt: skip
         down_codes_vector[(triton.cdiv(h, second.columns), tokens)](
-            hidden, self._codes(self._down), self._down_scales, self._down_bias, total, ids, router_weights,
+            hidden, self._down, self._down_scales, self._down_bias, total, ids, router_weights,
             I=self._width, H=h, TOP_K=top_k, **self._down_blocks.constants, **self._vector_launch(second),
         )  # fmt: skip
         return total
@@ -228,7 +234,7 @@ class QuantisedExperts(CodeExperts):
 
     def _vector_launch(self, vector: Vector) -> dict[str, Any]:
         return {
-            "DOT8": has_dot8(self.machine), "BN": vector.columns, "BG": vector.depth // _BLOCK,
+            "ASM": self._has_asm, "BN": vector.columns, "BG": vector.depth // _BLOCK,
             "STAGES": vector.stages, "num_warps": vector.warps,
         }  # fmt: skip
 

@@ -69,7 +69,7 @@ class Layer:
         self.x = ExpertInput(hidden, ids, weights, rows)
 
     def kernel(self, table):
-        kernel = QuantisedExperts(self.spec, table, self.machine)
+        kernel = QuantisedExperts(self.spec, table, self.machine, has_asm=False)
         for e, (gate_up, down) in enumerate(self.weights):
             kernel.load_quantised(e, gate_up, down, *(b[e] for b in self.biases))
         return kernel
