@@ -36,12 +36,15 @@ class Height:
         gate_up: tile of the first product; ``columns`` is 128, or 64 for two halves in turn if not swapped.
         down: tile of the second product, with the same ``rows``.
         swapped: True if the weights are the tall operand of the matrix unit.
+        decoded: True if weights become bfloat16 in registers and rows stay it: nibbles, ``swapped``, and the
+            layer in bfloat16. ``columns`` of gate_up is then 64 or 128, of the gate rows and of the up rows.
     """
 
     average: float
     gate_up: Tile
     down: Tile
     swapped: bool
+    decoded: bool = False
 
     def __post_init__(self) -> None:
         if self.gate_up.rows != self.down.rows:
@@ -49,7 +52,7 @@ class Height:
                 f"gate_up has tiles of {self.gate_up.rows} rows and down of {self.down.rows}; both read one "
                 "tile list, so give them the same number"
             )
-        if self.gate_up.columns not in ((128,) if self.swapped else (64, 128)):
+        if self.gate_up.columns not in ((128,) if self.swapped and not self.decoded else (64, 128)):
             raise ValueError(
                 f"gate_up has {self.gate_up.columns} columns: must be 128, the columns of a scale"
             )
@@ -77,6 +80,12 @@ class CodeTable:
         """Return the height for a batch of ``slots`` slots on ``experts`` experts."""
         average = slots / experts
         return next((h for h in self.heights if average <= h.average), self.heights[-1])
+
+    def without_decoded(self) -> "CodeTable":
+        """Return the table without heights whose weights become bfloat16; the others take their batches."""
+        kept = [h for h in self.heights if not h.decoded]
+        exact = min(sum(not h.decoded for h in self.heights[: self.exact]), len(kept) - 1)
+        return replace(self, heights=(*kept[:-1], replace(kept[-1], average=float("inf"))), exact=exact)
 
 
 def saves_launches(slots: int, experts: int, chosen: int, expert_bytes: int) -> bool:

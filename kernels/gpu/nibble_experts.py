@@ -17,6 +17,7 @@ from xpar.kernels.gpu.code_tables import (
     why_not_format,
 )
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
+from xpar.kernels.gpu.grouped_mm_decoded import down_decoded, gate_up_decoded
 from xpar.kernels.gpu.grouped_mm_nibbles import down_nibbles, gate_up_nibbles
 from xpar.kernels.gpu.grouped_mm_nibbles_vector import down_nibbles_vector, gate_up_nibbles_vector
 from xpar.kernels.gpu.limits import round_up
@@ -64,6 +65,8 @@ class NibbleExperts(CodeExperts):
         self.spec = spec
         self.machine = machine or Machine.of(spec.device)
         self.table = table or default_nibble_table(self.machine)
+        if spec.dtype != torch.bfloat16:
+            self.table = self.table.without_decoded()
         self._has_asm = has_asm
         self._format = _Nibbles.of(spec)
         e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
@@ -143,6 +146,9 @@ class NibbleExperts(CodeExperts):
         height = exact if self.spec.row_invariant else self.table.height(slots, self.spec.num_experts)
         tiles = (height.gate_up,) * 3
         plan = plan_tiles(x.topk_ids.contiguous(), self.spec.num_experts, tiles, Limits(NO_LIMIT, NO_LIMIT))
+        if height.decoded:
+            self._multiply_decoded(height, x, plan, out)
+            return out
         rows = self.split(x.hidden_states, x.rows, self._depth)
         self.multiply_down(height, self.multiply_gate_up(height, rows, plan, top_k), plan, out)
         return out
@@ -185,6 +191,22 @@ class NibbleExperts(CodeExperts):
             *hidden, *self._down_parts.tensors, self._down_factors, self._down_bias, out, *lists,
             plan.slots.shape[0], plan.capacity, H=self.spec.hidden_size, **self._shape(),
             **self._constants(), **self._launch(height.down),
+        )  # fmt: skip
+
+    def _multiply_decoded(self, height: Height, x: ExpertInput, plan: TilePlan, out: Tensor) -> None:
+        """Write the outputs of all active slots to ``out`` [M k, H], by weights that become bfloat16."""
+        h, hidden = self.spec.hidden_size, self._new(out.shape[0], self._width)
+        lists = (plan.slots, plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, plan.capacity)
+        constants = {**self._format.constants, "ASM": self._has_asm, "I": self._width, "H": h}
+        first, second = height.gate_up, height.down
+        gate_up_decoded[self._persistent_grid(first)](
+            x.hidden_states, *self._gate_up.tensors, self._factors, self._gate_up_bias, hidden, x.rows,
+            *lists, K=self._depth, TOP_K=x.topk_ids.shape[1], STAGES=first.stages, **self._activation(),
+            **constants, **self._launch(first),
+        )  # fmt: skip
+        down_decoded[self._persistent_grid(second)](
+            hidden, *self._down_parts.tensors, self._down_factors, self._down_bias, out, *lists,
+            STAGES=second.stages, **constants, **self._launch(second),
         )  # fmt: skip
 
     def _shape(self) -> dict[str, int]:

@@ -20,9 +20,9 @@ SILU = Activation("silu")
 GPT_OSS = Activation("silu", limit=0.7, alpha=1.702, beta=1.0)
 
 
-def small_table(rows, swapped, columns=128):
+def small_table(rows, swapped, columns=128, decoded=False):
     tile = Tile(rows, columns, 128, stages=2, warps=4, per_sm=1, group=2)
-    height = Height(float("inf"), tile, replace(tile, columns=64), swapped)
+    height = Height(float("inf"), tile, replace(tile, columns=64), swapped, decoded)
     return CodeTable((height,), Vector(64, 256, 2, 4), Vector(128, 128, 2, 4), vector_tokens=0, exact=0)
 
 

@@ -24,7 +24,11 @@ CASES = {
     "decoded": Case(WeightFormat(E2M1, (1, 32), torch.float8_e8m0fnu), None, AMPERE),
     "decoded int4": Case(WeightFormat(INT4, (1, 32), torch.float16, zero_point=True), None, AMPERE),
 }
-TABLES = {"sorted": small_table(16, True), "vector": replace(small_table(16, True), vector_tokens=99)}
+TABLES = {
+    "sorted": small_table(16, True),
+    "decoded": small_table(16, True, 64, decoded=True),
+    "vector": replace(small_table(16, True), vector_tokens=99),
+}
 
 
 def draw_nibbles(fmt, rows, cols, g):
