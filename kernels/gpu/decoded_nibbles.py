@@ -1,7 +1,8 @@
 """Nibbles as bfloat16 numbers in registers, their scale included.
 
-e2m1 and the scales of MXFP4 and NVFP4 have products that bfloat16 holds exactly. int4 times its scale is
-rounded to bfloat16, as by every library that dequantises to it.
+e2m1 and the scales of MXFP4 and NVFP4 have products that bfloat16 holds exactly. int4 in groups of 128
+inputs or more stays an integer: sums over 128 inputs are multiplied by its scale. int4 in smaller groups,
+times its bfloat16 scale, is rounded to bfloat16, as by every library that dequantises to it.
 
 A pair of e2m1 codes becomes two numbers by four integer operations: the bits, moved to the places of
 bfloat16, are 2^-126 times the value. The scale brings 2^94 of that, the sums of the product 2^32, so that
@@ -67,25 +68,23 @@ def numbers_e2m1(packed, scale, HIGH: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def numbers_int4(packed, scale, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
-    """Return the low or the high nibbles of bytes, plus 128 minus ``offset``, times ``scale``: bfloat16."""
+def integers_int4(packed, offset, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """Return the low or the high nibbles of bytes, plus 128 minus ``offset``: bfloat16."""
     if ASM:
         if HIGH:
             return tl.inline_asm_elementwise(
-                "{ .reg .b32 a, b, w, m, z; mov.b32 z, 0x80008000; mov.b32 m, 0xBF80BF80; shr.u32 w, $2, 4; and.b32 w, w, 0x0F0F0F0F; "
+                "{ .reg .b32 a, b, w, m; mov.b32 m, 0xBF80BF80; shr.u32 w, $2, 4; and.b32 w, w, 0x0F0F0F0F; "
                 "prmt.b32 a, w, 0x43434343, 0x4140; prmt.b32 b, w, 0x43434343, 0x4342; "
-                "fma.rn.bf16x2 a, $5, m, a; fma.rn.bf16x2 b, $6, m, b; "
-                "fma.rn.bf16x2 $0, a, $3, z; fma.rn.bf16x2 $1, b, $4, z; }",
-                "=&r,=&r,r,r,r,r,r", [packed, scale, offset], dtype=tl.bfloat16, is_pure=True, pack=4,
+                "fma.rn.bf16x2 $0, $3, m, a; fma.rn.bf16x2 $1, $4, m, b; }",
+                "=&r,=&r,r,r,r", [packed, offset], dtype=tl.bfloat16, is_pure=True, pack=4,
             )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
-                "{ .reg .b32 a, b, w, m, z; mov.b32 z, 0x80008000; mov.b32 m, 0xBF80BF80; and.b32 w, $2, 0x0F0F0F0F; "
+                "{ .reg .b32 a, b, w, m; mov.b32 m, 0xBF80BF80; and.b32 w, $2, 0x0F0F0F0F; "
                 "prmt.b32 a, w, 0x43434343, 0x4140; prmt.b32 b, w, 0x43434343, 0x4342; "
-                "fma.rn.bf16x2 a, $5, m, a; fma.rn.bf16x2 b, $6, m, b; "
-                "fma.rn.bf16x2 $0, a, $3, z; fma.rn.bf16x2 $1, b, $4, z; }",
-                "=&r,=&r,r,r,r,r,r", [packed, scale, offset], dtype=tl.bfloat16, is_pure=True, pack=4,
+                "fma.rn.bf16x2 $0, $3, m, a; fma.rn.bf16x2 $1, $4, m, b; }",
+                "=&r,=&r,r,r,r", [packed, offset], dtype=tl.bfloat16, is_pure=True, pack=4,
             )  # fmt: skip
     else:
         nibble = (packed >> 4 if HIGH else packed & 15).to(tl.float32)
-        return ((nibble + 128.0 - offset.to(tl.float32)) * scale.to(tl.float32)).to(tl.bfloat16)
+        return (nibble + 128.0 - offset.to(tl.float32)).to(tl.bfloat16)

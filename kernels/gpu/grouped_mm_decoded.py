@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from xpar.kernels.gpu.activation import activate, activate_without_gate
-from xpar.kernels.gpu.decoded_nibbles import bfloat_scale, numbers_e2m1, numbers_int4, offset_of_zeros
+from xpar.kernels.gpu.decoded_nibbles import bfloat_scale, integers_int4, numbers_e2m1, offset_of_zeros
 from xpar.kernels.gpu.grouped_mm_small import source_rows, swizzle
-from xpar.kernels.gpu.nibbles import load_words
+from xpar.kernels.gpu.nibbles import group_scale, load_words
 
 
 @triton.jit
@@ -52,15 +52,18 @@ def decode_numbers(
     ``bytes``: of :func:`load_step`. ``words``, ``zeros``: those of the block's scales and zero points.
     """
     FIRST: tl.constexpr = (2 * s + h) * HALF // G
-    scale = tl.broadcast_to(plane_scale(words, FIRST, SCALE, CODE, G, HALF), bytes.shape)
     if CODE == "e2m1":
-        return numbers_e2m1(bytes, scale, h == 1, ASM)
+        scale = plane_scale(words, FIRST, SCALE, CODE, G, HALF)
+        return numbers_e2m1(bytes, tl.broadcast_to(scale, bytes.shape), h == 1, ASM)
     else:
         if zeros is None:
             offset = tl.full(bytes.shape, 128.0 + ZERO, tl.bfloat16)
         else:
             offset = tl.broadcast_to(offset_of_zeros(zeros, FIRST)[:, None], bytes.shape)
-        return numbers_int4(bytes, scale, offset, h == 1, ASM)
+        value = integers_int4(bytes, offset, h == 1, ASM)
+        if G < 128:
+            value *= plane_scale(words, FIRST, SCALE, CODE, G, HALF)
+        return value
 
 
 @triton.jit
@@ -69,8 +72,11 @@ def decode_block(
     ROWS: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, WORDS: tl.constexpr, G: tl.constexpr,
     HALF: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Return block ``kb`` of BN rows of a matrix of ROWS rows as bfloat16 [BN, 128]."""
-    own_words = load_words(words, 0, ROWS, inside, kb, WORDS)
+    """Return block ``kb`` of BN rows of a matrix of ROWS rows as bfloat16 [BN, 128].
+
+    int4 in groups of 128 comes without its scale, see :func:`add_block`.
+    """
+    own_words = load_words(words, 0, ROWS, inside, kb, WORDS) if G < 128 or CODE == "e2m1" else None
     own_zeros = tl.load(zeros + kb * ROWS, mask=inside, other=0) if zeros is not None else None
     bytes = load_step(packed, inside, kb, 0, ROWS, HALF, EVEN)
     low = decode_numbers(bytes, own_words, own_zeros, 0, 0, CODE, SCALE, G, HALF, ZERO, ASM)
@@ -82,6 +88,19 @@ def decode_block(
         high = decode_numbers(bytes, own_words, own_zeros, 1, 1, CODE, SCALE, G, HALF, ZERO, ASM)
         block = join_planes(block, join_planes(low, high, BN, HALF), BN, 2 * HALF)
     return block
+
+
+@triton.jit
+def add_block(
+    total, w, a, words, inside, kb,
+    ROWS: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, WORDS: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Return ``total`` [BN, BM] plus ``w`` [BN, 128], a block of :func:`decode_block`, times ``a`` [128, BM]."""
+    if G == 128 and CODE == "int4":
+        scale = group_scale(load_words(words, 0, ROWS, inside, kb, WORDS), 0, SCALE)
+        return total + tl.dot(w, a, tl.zeros(total.shape, tl.float32)) * scale[:, None]
+    else:
+        return tl.dot(w, a, total)
 
 
 @triton.jit
@@ -156,13 +175,13 @@ def gate_up_decoded(
             w = decode_block(
                 packed, words, points, every, kb, WIDE, CODE, SCALE, WORDS, G, HALF, ZERO, ASM, BN, True
             )
-            gate = tl.dot(w, a, gate)
+            gate = add_block(gate, w, a, words, every, kb, WIDE, CODE, SCALE, WORDS, G)
             if GATED:
                 v = decode_block(
                     packed + I * HALF, words + I, points + I if zeros is not None else None, every, kb,
                     WIDE, CODE, SCALE, WORDS, G, HALF, ZERO, ASM, BN, True,
                 )  # fmt: skip
-                up = tl.dot(v, a, up)
+                up = add_block(up, v, a, words + I, every, kb, WIDE, CODE, SCALE, WORDS, G)
         # Factors are those of e4m3 patterns: 2^6 times the value for e2m1, 2^9 for int4.
         UNIT: tl.constexpr = 67108864.0 if CODE == "e2m1" else 0.001953125
         gate *= tl.load(factors + 2 * expert) * UNIT
@@ -231,7 +250,7 @@ def down_decoded(
                 packed, words, points, inside, kb,
                 H, CODE, SCALE, WORDS, G, HALF, ZERO, ASM, BN, H % BN == 0,
             )  # fmt: skip
-            acc = tl.dot(w, a, acc)
+            acc = add_block(acc, w, a, words, inside, kb, H, CODE, SCALE, WORDS, G)
         UNIT: tl.constexpr = 67108864.0 if CODE == "e2m1" else 0.001953125  # as in gate_up_decoded
         acc *= tl.load(factors + expert) * UNIT
         if bias is not None:

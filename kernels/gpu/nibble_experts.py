@@ -65,10 +65,10 @@ class NibbleExperts(CodeExperts):
         self.spec = spec
         self.machine = machine or Machine.of(spec.device)
         self.table = table or default_nibble_table(self.machine)
-        if spec.dtype != torch.bfloat16:
-            self.table = self.table.without_decoded()
         self._has_asm = has_asm
         self._format = _Nibbles.of(spec)
+        if spec.dtype != torch.bfloat16 or not self._format.has_exact_scales:
+            self.table = self.table.without_decoded()
         e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
         self._width, self._depth = round_up(i, _BLOCK), round_up(h, _BLOCK)
         self._halves = 2 if spec.activation.gated else 1
@@ -274,6 +274,11 @@ class _Nibbles:
         zero = 8 if fmt.code is CodeType.INT4 else None
         half = max(32, min(64, group))
         return _Nibbles(fmt.code.value, _SCALE_NAMES[fmt.scale], group, half, zero, fmt.zero_point)
+
+    @property
+    def has_exact_scales(self) -> bool:
+        """Whether scales lose nothing where weights become bfloat16."""
+        return self.group == 128 or self.scale not in ("f16", "f32")
 
     @property
     def parts(self) -> int:

@@ -20,10 +20,17 @@ SILU = Activation("silu")
 GPT_OSS = Activation("silu", limit=0.7, alpha=1.702, beta=1.0)
 
 
-def small_table(rows, swapped, columns=128, decoded=False):
+def small_table(rows, swapped, columns=128):
     tile = Tile(rows, columns, 128, stages=2, warps=4, per_sm=1, group=2)
-    height = Height(float("inf"), tile, replace(tile, columns=64), swapped, decoded)
+    height = Height(float("inf"), tile, replace(tile, columns=64), swapped)
     return CodeTable((height,), Vector(64, 256, 2, 4), Vector(128, 128, 2, 4), vector_tokens=0, exact=0)
+
+
+def decoded_table(rows):
+    """Return a table whose batches all take weights that become bfloat16, where the format has that."""
+    tile = Tile(rows, 64, 128, stages=2, warps=4, per_sm=1, group=2)
+    plain = small_table(16, True)
+    return replace(plain, heights=(Height(99.0, tile, tile, True, decoded=True), *plain.heights), exact=1)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from coded_layers import AMPERE, GPT_OSS, HOPPER, Case, Layer, error, small_table
+from coded_layers import AMPERE, GPT_OSS, HOPPER, Case, Layer, decoded_table, error, small_table
 
 from xpar.kernels.contracts import Activation, ExpertInput
 from xpar.kernels.gpu.nibble_experts import NibbleExperts
@@ -26,7 +26,7 @@ CASES = {
 }
 TABLES = {
     "sorted": small_table(16, True),
-    "decoded": small_table(16, True, 64, decoded=True),
+    "decoded": decoded_table(16),
     "vector": replace(small_table(16, True), vector_tokens=99),
 }
 
