@@ -122,7 +122,11 @@ class NibbleExperts(CodeExperts):
         ids, router_weights = x.topk_ids.contiguous(), x.topk_weights.float().contiguous()
         hidden = self._new(tokens * top_k, self._width)
         total = self._new(tokens, h) if out is None else out
-        constants = {**self._format.constants, "BF16": self.spec.dtype == torch.bfloat16, "ASM": self._has_asm}
+        constants = {
+            **self._format.constants,
+            "BF16": self.spec.dtype == torch.bfloat16,
+            "ASM": self._has_asm,
+        }
         gate_up_nibbles_vector[(triton.cdiv(self._width, first.columns), tokens * top_k)](
             x.hidden_states.view(torch.int64), *self._gate_up.vector_tensors, self._factors,
             self._gate_up_bias, hidden, x.rows, ids, I=self._width, H=h, K=self._depth, TOP_K=top_k,

@@ -75,7 +75,9 @@ def load_integers(source, k, limit, HALF: tl.constexpr, BF16: tl.constexpr):
 @triton.jit
 def sum_of_pairs(first, second):
     """Return the sums of four integers of 16 bits, and of the words along the last axis."""
-    total = first.to(tl.int16).to(tl.int32) + (first >> 16) + second.to(tl.int16).to(tl.int32) + (second >> 16)
+    total = (
+        first.to(tl.int16).to(tl.int32) + (first >> 16) + second.to(tl.int16).to(tl.int32) + (second >> 16)
+    )
     return tl.sum(total, 3)
 
 
