@@ -127,7 +127,7 @@ def find_sound(
 
 def stage_times(kernel: Any, found: list[Trial], inputs: list[ExpertInput]) -> dict[Trial, dict[str, float]]:
     """Return the median seconds of each product of each trial, and of all other kernels of a call."""
-    from torch.autograd import DeviceType
+    from torch.autograd.profiler_util import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     kernels = [with_table(kernel, trial) for trial in found]

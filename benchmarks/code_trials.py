@@ -9,7 +9,7 @@ from xpar.kernels.quantised_weight import WeightFormat
 
 MOST_VECTOR_TOKENS = 4
 
-# rows: (columns, stages, warps, programs per multiprocessor) of gate_up, then of down, which are tried together
+# rows: (columns, stages, warps, programs per multiprocessor) of gate_up, then of down, tried together
 Launches = tuple[tuple[tuple[int, int, int, int], tuple[int, int, int, int]], ...]
 TWO_TERMS: dict[int, Launches] = {
     16: (
@@ -75,18 +75,10 @@ WIDE: dict[int, Launches] = {
         ((64, 5, 8, 1), (64, 4, 8, 2)),
     ),
 }
-# weight rows and warps of a vector program; each lane has one run of inputs, or several in turn
+# weight rows, warps and copies in flight of a vector program
 VECTORS = (
-    (2, 1, 1),
-    (4, 1, 1),
-    (8, 1, 1),
-    (2, 2, 1),
-    (4, 2, 1),
-    (8, 2, 1),
-    (4, 4, 1),
-    (4, 1, 2),
-    (8, 1, 2),
-    (4, 1, 3),
+    *((columns, warps, 1) for warps in (1, 2) for columns in (2, 4, 8)),
+    *((4, 4, 1), (4, 1, 2), (8, 1, 2), (4, 1, 3)),
 )
 
 

@@ -103,8 +103,9 @@ def saves_launches(slots: int, experts: int, chosen: int, expert_bytes: int) -> 
     return (slots - different) * expert_bytes <= _EXTRA_BYTES
 
 
-_VECTOR = Vector(columns=4, depth=2048, stages=2, warps=8)
-_VECTOR_DOWN = Vector(columns=4, depth=1024, stages=3, warps=4)
+# A vector program is one warp: each of its lanes has 16 bytes of four rows at a time, of gate and up rows.
+# They take 128 registers, so that 16 programs a multiprocessor have 64 KB in flight.
+_VECTOR = Vector(columns=4, depth=512, stages=1, warps=1)
 _LARGE = CodeTable(
     heights=(
         Height(
@@ -133,7 +134,7 @@ _LARGE = CodeTable(
         ),
     ),
     gate_up_vector=_VECTOR,
-    down_vector=_VECTOR_DOWN,
+    down_vector=_VECTOR,
 )
 # Codes become float16 in registers, which the tallest tile has not: 64 rows are its limit.
 _DECODED = replace(
@@ -180,8 +181,8 @@ _NIBBLES = CodeTable(
             swapped=True,
         ),
     ),
-    gate_up_vector=Vector(columns=4, depth=2048, stages=2, warps=8),
-    down_vector=Vector(columns=8, depth=1024, stages=2, warps=4),
+    gate_up_vector=Vector(columns=4, depth=1024, stages=1, warps=1),
+    down_vector=Vector(columns=4, depth=1024, stages=1, warps=1),
     exact=2,
 )
 

@@ -4,10 +4,10 @@ As in :mod:`xpar.kernels.gpu.grouped_mm_vector`, they run on scalar units, and t
 Activations stay numbers: they are read once, so that codes would save nothing, and the result is nearer to
 that of the dequantised weights than the layer's activation scheme asks for.
 
-Inputs are seen as blocks of 128, a block as 8 runs of 16 codes, which a thread loads at once. A thread has all
-rows of its program, so that it reads and converts its inputs once for them, and adds 16 products before they
-are multiplied by their block's scale. Codes come as bytes and become float16 by integer operations, two at a
-time, and then float32: four operations a weight with the product.
+Inputs are seen as blocks of 128, a block as 8 runs of 16 codes, which a thread loads at once. A thread has
+all rows of its program, so that it reads and converts its inputs once for them, and adds 16 products before
+they are multiplied by their block's scale. Codes come as bytes and become float16 by integer operations, two
+at a time, and then float32: four operations a weight with the product.
 
 Tensors are contiguous: the stride of a row is its length. Letters: :mod:`xpar.kernels.contracts`; I and K are
 I and H rounded up to a multiple of 128, with zeros.
@@ -45,23 +45,33 @@ def places_of_inputs(BG: tl.constexpr):
 
 
 @triton.jit
-def add_blocks(
-    total, a, codes, scales, rn, inside, kb,
-    K: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BG: tl.constexpr, ASM: tl.constexpr,
+def load_blocks(
+    codes, scales, rn, inside, kb,
+    K: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """Return ``total`` [BN, BG, 8] plus 2^-8 times the products of blocks ``kb`` to ``kb + BG`` of rows ``rn``.
+    """Load blocks ``kb`` to ``kb + BG`` of rows ``rn`` of a matrix: codes [BN, BG, 8, 16], scales [BN, BG, 1].
 
-    ``a``: [1, BG, 8, 16] float32, the inputs. ``codes``, ``scales``: those of the matrix.
+    The scales do not count where a row has one.
     """
     block = kb + tl.arange(0, BG)
     live = inside[:, None] & (block < K // 128)[None, :]
     at = codes + rn[:, None, None, None] * K + (kb * 128 + places_of_inputs(BG))
     w = tl.load(at, mask=live[:, :, None, None], other=0)
-    part = tl.sum(numbers(w, ASM) * a, 3)
     if BLOCKS > 1:
         s = tl.load(scales + rn[:, None] // BLOCK_ROWS * BLOCKS + block[None, :], mask=live, other=0.0)
-        part = part * s[:, :, None]
-    return total + part
+    else:
+        s = live.to(tl.float32)
+    return w, s[:, :, None]
+
+
+@triton.jit
+def add_blocks(total, a, w, s, BLOCKS: tl.constexpr, ASM: tl.constexpr):
+    """Return ``total`` [BN, BG, 8] plus 2^-8 times the products of blocks ``w``, ``s`` and inputs ``a``.
+
+    ``a``: [1, BG, 8, 16] float32. ``w``, ``s``: of :func:`load_blocks`.
+    """
+    part = tl.sum(numbers(w, ASM) * a, 3)
+    return total + (part * s if BLOCKS > 1 else part)
 
 
 @triton.jit
@@ -114,12 +124,15 @@ def gate_up_codes_vector(
         up = tl.zeros((BN, BG, 8), tl.float32)
         for kb in tl.range(0, K // 128, BG, num_stages=STAGES):
             k = kb * 128 + at
-            a = tl.load(source + k, mask=k < H, other=0.0).to(tl.float32)
-            gate = add_blocks(gate, a, codes, scales, rn, inside, kb, K, BLOCKS, BLOCK_ROWS, BG, ASM)
+            # All loads are on their way before the first product.
+            a = tl.load(source + k, mask=k < H, other=0.0)
+            w, s = load_blocks(codes, scales, rn, inside, kb, K, BLOCKS, BLOCK_ROWS, BG)
             if GATED:
-                up = add_blocks(
-                    up, a, codes + I * K, up_scales, rn, inside, kb, K, BLOCKS, BLOCK_ROWS, BG, ASM
-                )
+                v, t = load_blocks(codes + I * K, up_scales, rn, inside, kb, K, BLOCKS, BLOCK_ROWS, BG)
+            a = a.to(tl.float32)
+            gate = add_blocks(gate, a, w, s, BLOCKS, ASM)
+            if GATED:
+                up = add_blocks(up, a, v, t, BLOCKS, ASM)
         g = row_sums(gate, scales, rn, inside, BLOCKS, BLOCK_ROWS)
         u = row_sums(up, up_scales, rn, inside, BLOCKS, BLOCK_ROWS)
         if bias is not None:
@@ -167,17 +180,17 @@ def down_codes_vector(
         expert = tl.load(ids + slot)
         factor = tl.load(router_weights + slot, mask=expert >= 0, other=0.0)
         k = kb * 128 + at
-        a = tl.load(hidden + slot * I + k, mask=(k < I) & (expert >= 0), other=0.0).to(tl.float32) * factor
+        a = tl.load(hidden + slot * I + k, mask=(k < I) & (expert >= 0), other=0.0)
         codes = weight + expert.to(tl.int64) * (H * I)
         scales = weight_scales + expert * (tl.cdiv(H, BLOCK_ROWS) * BLOCKS)
         live = inside & (expert >= 0)
+        w, s = load_blocks(codes, scales, rn, live, kb, I, BLOCKS, BLOCK_ROWS, BG)
+        a = a.to(tl.float32) * factor
         if BLOCKS == 1:  # the scales belong to this slot's expert
-            part = add_blocks(
-                tl.zeros((BN, BG, 8), tl.float32), a, codes, scales, rn, live, kb, I, 1, 1, BG, ASM
-            )
+            part = add_blocks(tl.zeros((BN, BG, 8), tl.float32), a, w, s, BLOCKS, ASM)
             acc += part * tl.load(scales + rn // BLOCK_ROWS, mask=live, other=0.0)[:, None, None]
         else:
-            acc = add_blocks(acc, a, codes, scales, rn, live, kb, I, BLOCKS, BLOCK_ROWS, BG, ASM)
+            acc = add_blocks(acc, a, w, s, BLOCKS, ASM)
         if bias is not None:
             b = tl.load(bias + expert * H + rn, mask=live & (kb == 0), other=0.0)
             biases += b.to(tl.float32) * factor

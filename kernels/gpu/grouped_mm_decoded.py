@@ -33,7 +33,7 @@ def load_step(packed, inside, kb, s, ROWS: tl.constexpr, HALF: tl.constexpr, EVE
 @triton.jit
 def plane_scale(words, FIRST: tl.constexpr, SCALE: tl.constexpr, CODE: tl.constexpr, G: tl.constexpr,
                 HALF: tl.constexpr):  # fmt: skip
-    """Return the scales [BN, 1] of a plane whose first group in the block is FIRST, or [BN, HALF] if G is 16."""
+    """Return the scales of a plane, whose first group is FIRST: [BN, 1], or [BN, HALF] if G is 16."""
     scale = bfloat_scale(words, FIRST, SCALE, CODE)[:, None]
     if G == 16:
         other = bfloat_scale(words, FIRST + 1, SCALE, CODE)[:, None]
@@ -95,7 +95,7 @@ def add_block(
     total, w, a, words, inside, kb,
     ROWS: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, WORDS: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Return ``total`` [BN, BM] plus ``w`` [BN, 128], a block of :func:`decode_block`, times ``a`` [128, BM]."""
+    """Return ``total`` [BN, BM] plus ``w`` [BN, 128], of :func:`decode_block`, times ``a`` [128, BM]."""
     if G == 128 and CODE == "int4":
         scale = group_scale(load_words(words, 0, ROWS, inside, kb, WORDS), 0, SCALE)
         return total + tl.dot(w, a, tl.zeros(total.shape, tl.float32)) * scale[:, None]

@@ -13,7 +13,8 @@ import triton.language as tl
 from xpar.kernels.gpu.activation import activate, activate_without_gate
 from xpar.kernels.gpu.codes import half_from_bits
 from xpar.kernels.gpu.grouped_mm_small import source_rows
-from xpar.kernels.gpu.nibble_sums import dot_words, load_integers, sum_of_pairs
+from xpar.kernels.gpu.nibble_sums import dot_words, integers_of_words, sum_of_pairs
+from xpar.kernels.gpu.nibbles import SCALE_BYTES
 
 
 @triton.jit
@@ -34,44 +35,31 @@ def scale_in_word(word, place, SCALE: tl.constexpr):
 
 
 @triton.jit
-def load_scales(
-    words, k, row, mask,
-    ROWS: tl.constexpr, SCALE: tl.constexpr, WORDS: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Return the scales of rows ``row`` for inputs ``k`` of the low plane, and for those of the high one."""
-    SIZE: tl.constexpr = 1 if SCALE == "e8m0" or SCALE == "e4m3" else 4 if SCALE == "f32" else 2
-    at = words + k // 128 * (WORDS * ROWS) + row
-    place = k % 128 // G * SIZE
-    word = tl.load(at + place // 4 * ROWS, mask=mask, other=0)
-    low = scale_in_word(word, place % 4, SCALE)
-    if G > HALF:
-        return low, low
-    else:
-        above = place + HALF // G * SIZE
-        if SIZE == 4:  # otherwise both lie in one word
-            word = tl.load(at + above // 4 * ROWS, mask=mask, other=0)
-        return low, scale_in_word(word, above % 4, SCALE)
-
-
-@triton.jit
 def places_of_words(HALF: tl.constexpr, BG: tl.constexpr):
-    """Return the first low input of each word of BG steps: int32 [1, BG, HALF / 16, 4]."""
+    """Return the places of BG steps' low inputs, four in each: int32 [1, BG, HALF / 16, 4]."""
     step, run, word = tl.arange(0, BG), tl.arange(0, HALF // 16), tl.arange(0, 4)
-    place = step[:, None, None] * (2 * HALF) + run[None, :, None] * 16 + word[None, None, :] * 4
+    place = step[:, None, None] * (HALF // 2) + run[None, :, None] * 4 + word[None, None, :]
     return place[None]
 
 
 @triton.jit
-def add_steps(
-    total, a, b, c, d, unit, packed, words, zeros, rn, inside, first,
-    ROWS: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, WORDS: tl.constexpr,
-    G: tl.constexpr, HALF: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
-    """Return ``total`` [BN, BG, HALF / 16] plus the products of steps ``first`` to ``first + BG``.
+def load_inputs(source, at, limit, HALF: tl.constexpr):
+    """Load activations of both planes, four in each int64; ``at``: those of the low one, before ``limit``."""
+    low = tl.load(source + at, mask=at < limit, other=0)
+    high = tl.load(source + at + HALF // 4, mask=at + HALF // 4 < limit, other=0)
+    return low, high
 
-    ``a`` to ``d``, ``unit``: of :func:`xpar.kernels.gpu.nibble_sums.load_integers`. ``packed``, ``words``,
-    ``zeros``: the matrix, of ROWS rows, its codes as int32. ``rn``, ``inside``: [BN], the rows, and whether
-    they exist.
+
+@triton.jit
+def load_steps(
+    packed, words, zeros, rn, inside, first,
+    ROWS: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr, WORDS: tl.constexpr, G: tl.constexpr,
+    HALF: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Load steps ``first`` to ``first + BG`` of a matrix: codes, words of both planes' scales, zero points.
+
+    ``packed``, ``words``, ``zeros``: the matrix, of ROWS rows, its codes as int32. ``rn``, ``inside``: [BN],
+    the rows, and whether they exist.
     """
     step = first + tl.arange(0, BG)[None, :, None]
     run = tl.arange(0, HALF // 16)[None, None, :]
@@ -79,20 +67,49 @@ def add_steps(
     live = inside[:, None, None] & (step < K // (2 * HALF))
     at = ((step * ROWS + row) * (HALF // 4) + run * 4)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
     codes = tl.load(packed + at, mask=live[:, :, :, None], other=0)
+    k = step * (2 * HALF) + run * 16
+    place = k % 128 // G * scale_bytes(SCALE)
+    scales = words + k // 128 * (WORDS * ROWS) + row
+    low = tl.load(scales + place // 4 * ROWS, mask=live, other=0)
+    if scale_bytes(SCALE) == 4 and G <= HALF:  # otherwise both planes' scales lie in one word
+        high = tl.load(scales + (place // 4 + HALF // G) * ROWS, mask=live, other=0)
+    else:
+        high = low
+    points = tl.load(zeros + k // 128 * ROWS + row, mask=live, other=0) if zeros is not None else low
+    return codes, low, high, points
+
+
+@triton.constexpr_function
+def scale_bytes(scale):
+    """Return the bytes of a scale."""
+    return SCALE_BYTES[scale]
+
+
+@triton.jit
+def add_steps(
+    total, a, b, c, d, unit, codes, low_word, high_word, points, first, zeros,
+    CODE: tl.constexpr, SCALE: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, ZERO: tl.constexpr,
+    ASM: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Return ``total`` [BN, BG, HALF / 16] plus the products of steps ``first`` to ``first + BG``.
+
+    ``a`` to ``d``, ``unit``: of :func:`xpar.kernels.gpu.nibble_sums.integers_of_words`. ``codes`` to
+    ``points``: of :func:`load_steps`; the last count if ``zeros`` is not None.
+    """
     low, high = dot_words(codes, a, b, c, d, CODE, ASM)
     low, high = tl.sum(low, 3), tl.sum(high, 3)
-    k = step * (2 * HALF) + run * 16
+    step = first + tl.arange(0, BG)[None, :, None]
+    group = (step * (2 * HALF) + tl.arange(0, HALF // 16)[None, None, :] * 16) % 128 // G
+    above = group if G > HALF else group + HALF // G
     OFFSET: tl.constexpr = 12 if CODE == "e2m1" else ZERO
     if zeros is None:
         low -= sum_of_pairs(a, b) * OFFSET
         high -= sum_of_pairs(c, d) * OFFSET
     else:
-        word = tl.load(zeros + k // 128 * ROWS + row, mask=live, other=0)
-        place = k % 128 // G
-        above = place if G > HALF else place + HALF // G
-        low -= sum_of_pairs(a, b) * ((word >> (8 * place)) & 0xFF)
-        high -= sum_of_pairs(c, d) * ((word >> (8 * above)) & 0xFF)
-    low_scale, high_scale = load_scales(words, k, row, live, ROWS, SCALE, WORDS, G, HALF)
+        low -= sum_of_pairs(a, b) * ((points >> (8 * group)) & 0xFF)
+        high -= sum_of_pairs(c, d) * ((points >> (8 * above)) & 0xFF)
+    low_scale = scale_in_word(low_word, group * scale_bytes(SCALE) % 4, SCALE)
+    high_scale = scale_in_word(high_word, above * scale_bytes(SCALE) % 4, SCALE)
     return total + (low.to(tl.float32) * low_scale + high.to(tl.float32) * high_scale) * unit
 
 
@@ -144,12 +161,21 @@ def gate_up_nibbles_vector(
         gate = tl.zeros((BN, BG, HALF // 16), tl.float32)
         up = tl.zeros((BN, BG, HALF // 16), tl.float32)
         for step in tl.range(0, STEPS, BG, num_stages=STAGES):
-            a, b, c, d, unit = load_integers(source, step * (2 * HALF) + at, H, HALF, BF16)
-            gate = add_steps(gate, a, b, c, d, unit, packed, words, points, rn, inside, step,
-                             WIDE, K, CODE, SCALE, WORDS, G, HALF, ZERO, ASM, BG)  # fmt: skip
+            # All loads are on their way before the first product.
+            low, high = load_inputs(source, step * (HALF // 2) + at, H // 4, HALF)
+            gates, gate_low, gate_high, gate_points = load_steps(
+                packed, words, points, rn, inside, step, WIDE, K, SCALE, WORDS, G, HALF, BG
+            )
             if GATED:
-                up = add_steps(up, a, b, c, d, unit, packed, words, points, rn + I, inside, step,
-                               WIDE, K, CODE, SCALE, WORDS, G, HALF, ZERO, ASM, BG)  # fmt: skip
+                ups, up_low, up_high, up_points = load_steps(
+                    packed, words, points, rn + I, inside, step, WIDE, K, SCALE, WORDS, G, HALF, BG
+                )
+            a, b, c, d, unit = integers_of_words(low, high, BF16)
+            gate = add_steps(gate, a, b, c, d, unit, gates, gate_low, gate_high, gate_points, step, points,
+                             CODE, SCALE, G, HALF, ZERO, ASM, BG)  # fmt: skip
+            if GATED:
+                up = add_steps(up, a, b, c, d, unit, ups, up_low, up_high, up_points, step, points,
+                               CODE, SCALE, G, HALF, ZERO, ASM, BG)  # fmt: skip
         UNIT: tl.constexpr = 0.0078125 if CODE == "e2m1" else 0.001953125  # as in the factors
         g = tl.sum(tl.sum(gate, 2), 1) * (tl.load(factors + 2 * expert) * UNIT)
         u = tl.sum(tl.sum(up, 2), 1) * (tl.load(factors + 2 * expert + 1) * UNIT)
@@ -210,13 +236,15 @@ def down_nibbles_vector(
         packed = weight + own.to(tl.int64) * (STEPS * H * (HALF // 4))
         words = weight_scales + own * (I // 128 * WORDS * H)
         points = zeros + own * (I // 128 * H) if zeros is not None else None
-        limit = tl.where(expert < 0, 0, I)  # no input of a slot without an expert is read
-        a, b, c, d, unit = load_integers(hidden + slot * (I // 4), step * (2 * HALF) + at, limit, HALF, BF16)
+        place = step * (HALF // 2) + at
+        low, high = load_inputs(hidden + slot * (I // 4), place, tl.where(expert < 0, 0, I // 4), HALF)
+        codes, low_word, high_word, own_points = load_steps(
+            packed, words, points, rn, live, step, H, I, SCALE, WORDS, G, HALF, BG
+        )
+        a, b, c, d, unit = integers_of_words(low, high, BF16)
         unit *= factor * tl.load(factors + own) * UNIT
-        acc = add_steps(
-            acc, a, b, c, d, unit, packed, words, points, rn, live, step,
-            H, I, CODE, SCALE, WORDS, G, HALF, ZERO, ASM, BG,
-        )  # fmt: skip
+        acc = add_steps(acc, a, b, c, d, unit, codes, low_word, high_word, own_points, step, points,
+                        CODE, SCALE, G, HALF, ZERO, ASM, BG)  # fmt: skip
         if bias is not None:
             own_bias = tl.load(bias + own * H + rn, mask=live & (step == 0), other=0.0)
             biases += own_bias.to(tl.float32) * factor

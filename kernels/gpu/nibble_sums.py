@@ -43,19 +43,17 @@ def integers_of_pair(pair, scale, BF16: tl.constexpr):
 
 
 @triton.jit
-def load_integers(source, k, limit, HALF: tl.constexpr, BF16: tl.constexpr):
-    """Load activations of both planes, and return them as pairs of integers.
+def integers_of_words(low, high, BF16: tl.constexpr):
+    """Return activations of both planes as pairs of integers.
 
     Args:
-        source: pointer to int64, each four numbers.
-        k: [1, BG, RUNS, 4] int32, the first of the four inputs of each word in the low plane.
-        limit: number of inputs.
+        low: [1, BG, RUNS, 4] int64, each four numbers of 16 bits.
+        high: the same of the other plane.
+        BF16: True if the numbers are bfloat16, False if float16.
 
     Returns:
         Four [1, BG, RUNS, 4] int32, two for each plane, and the value of a unit, [1, BG, RUNS] float32.
     """
-    low = tl.load(source + k // 4, mask=k < limit, other=0)
-    high = tl.load(source + (k + HALF) // 4, mask=k + HALF < limit, other=0)
     a, b = low.to(tl.int32), (low >> 32).to(tl.int32)
     c, d = high.to(tl.int32), (high >> 32).to(tl.int32)
     size = tl.maximum(

@@ -7,7 +7,8 @@ Needs one GPU, not part of the test run.
 The cases are those of the interpreter's tests and three of gpt-oss's size. Of each are compared: rows as two
 terms, their sums, the first product, the second one, the whole layer; with inline PTX and without, with
 copies in flight and without. With ``--paths`` only whole layers are, on each way of their kernel: vectors,
-and weights that become bfloat16, in tiles of 16, 32, 64 and 128 rows. Prints one line for each and ends with 1 if any is wrong.
+and weights that become bfloat16, in tiles of 16, 32, 64 and 128 rows. Prints one line for each and ends with
+1 if any is wrong.
 """
 
 import sys
