@@ -49,7 +49,7 @@ def load_blocks(
     codes, scales, rn, inside, kb,
     K: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """Load blocks ``kb`` to ``kb + BG`` of rows ``rn`` of a matrix: codes [BN, BG, 8, 16], scales [BN, BG, 1].
+    """Load BG blocks of rows ``rn`` of a matrix, from ``kb`` on: codes [BN, BG, 8, 16], scales [BN, BG, 1].
 
     The scales do not count where a row has one.
     """

@@ -15,15 +15,21 @@ import triton
 import triton.language as tl
 
 from xpar.kernels.gpu.activation import activate, activate_without_gate
-from xpar.kernels.gpu.decoded_nibbles import bfloat_scale, integers_int4, numbers_e2m1, offset_of_zeros
+from xpar.kernels.gpu.decoded_nibbles import (
+    bfloat_scale,
+    integers_int4,
+    numbers_e2m1,
+    numbers_int4,
+    offset_of_zeros,
+)
 from xpar.kernels.gpu.grouped_mm_small import source_rows, swizzle
 from xpar.kernels.gpu.nibbles import group_scale, load_words
 
 
 @triton.jit
 def load_step(packed, inside, kb, s, ROWS: tl.constexpr, HALF: tl.constexpr, EVEN: tl.constexpr):
-    """Return the bytes [BN, HALF] of step ``s`` of block ``kb`` of a matrix of ROWS rows."""
-    at = packed + (kb * (64 // HALF) + s) * (ROWS * HALF)
+    """Return the bytes of step ``s`` of block ``kb`` of a matrix of ROWS rows, in pairs: [BN, HALF / 2]."""
+    at = packed + (kb * (64 // HALF) + s) * (ROWS * HALF // 2)
     if EVEN:
         return tl.load(at)
     else:
@@ -31,39 +37,54 @@ def load_step(packed, inside, kb, s, ROWS: tl.constexpr, HALF: tl.constexpr, EVE
 
 
 @triton.jit
-def plane_scale(words, FIRST: tl.constexpr, SCALE: tl.constexpr, CODE: tl.constexpr, G: tl.constexpr,
-                HALF: tl.constexpr):  # fmt: skip
-    """Return the scales of a plane, whose first group is FIRST: [BN, 1], or [BN, HALF] if G is 16."""
+def plane_scale(
+    words, FIRST: tl.constexpr, SCALE: tl.constexpr, CODE: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr
+):
+    """Return the scales of a plane, whose first group is FIRST: [BN, 1], or [BN, HALF / 2] if G is 16."""
     scale = bfloat_scale(words, FIRST, SCALE, CODE)[:, None]
     if G == 16:
         other = bfloat_scale(words, FIRST + 1, SCALE, CODE)[:, None]
-        scale = tl.where((tl.arange(0, HALF) < 16)[None, :], scale, other)
+        scale = tl.where((tl.arange(0, HALF // 2) < 8)[None, :], scale, other)
     return scale
 
 
 @triton.jit
-def decode_numbers(
-    bytes, words, zeros, s: tl.constexpr, h: tl.constexpr,
+def decode_step(
+    pairs, words, zeros, s: tl.constexpr,
     CODE: tl.constexpr, SCALE: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, ZERO: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Return plane ``h`` of step ``s`` of a block as bfloat16 [BN, HALF].
+    """Return step ``s`` of a block, ``pairs`` of :func:`load_step`, as bfloat16 [BN, 2 HALF].
 
-    ``bytes``: of :func:`load_step`. ``words``, ``zeros``: those of the block's scales and zero points.
+    ``words``, ``zeros``: those of the block's scales and zero points.
     """
-    FIRST: tl.constexpr = (2 * s + h) * HALF // G
+    LOW: tl.constexpr = 2 * s * HALF // G
+    HIGH: tl.constexpr = (2 * s + 1) * HALF // G
     if CODE == "e2m1":
-        scale = plane_scale(words, FIRST, SCALE, CODE, G, HALF)
-        return numbers_e2m1(bytes, tl.broadcast_to(scale, bytes.shape), h == 1, ASM)
+        scale = tl.broadcast_to(plane_scale(words, LOW, SCALE, CODE, G, HALF), pairs.shape)
+        other = tl.broadcast_to(plane_scale(words, HIGH, SCALE, CODE, G, HALF), pairs.shape)
+        a, b, c, d = numbers_e2m1(pairs, scale, other, ASM)
     else:
-        if zeros is None:
-            offset = tl.full(bytes.shape, 128.0 + ZERO, tl.bfloat16)
+        offset = offset_of(zeros, pairs, LOW, ZERO)
+        above = offset_of(zeros, pairs, HIGH, ZERO)
+        if G == 128:
+            a, b, c, d = integers_int4(pairs, offset, above, ASM)
         else:
-            offset = tl.broadcast_to(offset_of_zeros(zeros, FIRST)[:, None], bytes.shape)
-        value = integers_int4(bytes, offset, h == 1, ASM)
-        if G < 128:
-            value *= plane_scale(words, FIRST, SCALE, CODE, G, HALF)
-        return value
+            scale = tl.broadcast_to(plane_scale(words, LOW, SCALE, CODE, G, HALF), pairs.shape)
+            other = tl.broadcast_to(plane_scale(words, HIGH, SCALE, CODE, G, HALF), pairs.shape)
+            a, b, c, d = numbers_int4(pairs, scale, other, offset, above, ASM)
+    low = tl.reshape(tl.join(a, b), (BN, HALF))
+    high = tl.reshape(tl.join(c, d), (BN, HALF))
+    return join_planes(low, high, BN, HALF)
+
+
+@triton.jit
+def offset_of(zeros, pairs, GROUP: tl.constexpr, ZERO: tl.constexpr):
+    """Return 128 plus the zero points of group GROUP, as :func:`decode_step` needs them."""
+    if zeros is None:
+        return tl.full(pairs.shape, 0x43004300 + ZERO * 65537, tl.int32)
+    else:
+        return tl.broadcast_to(offset_of_zeros(zeros, GROUP)[:, None], pairs.shape)
 
 
 @triton.jit
@@ -78,15 +99,12 @@ def decode_block(
     """
     own_words = load_words(words, 0, ROWS, inside, kb, WORDS) if G < 128 or CODE == "e2m1" else None
     own_zeros = tl.load(zeros + kb * ROWS, mask=inside, other=0) if zeros is not None else None
-    bytes = load_step(packed, inside, kb, 0, ROWS, HALF, EVEN)
-    low = decode_numbers(bytes, own_words, own_zeros, 0, 0, CODE, SCALE, G, HALF, ZERO, ASM)
-    high = decode_numbers(bytes, own_words, own_zeros, 0, 1, CODE, SCALE, G, HALF, ZERO, ASM)
-    block = join_planes(low, high, BN, HALF)
+    pairs = load_step(packed, inside, kb, 0, ROWS, HALF, EVEN)
+    block = decode_step(pairs, own_words, own_zeros, 0, CODE, SCALE, G, HALF, ZERO, ASM, BN)
     if HALF == 32:
-        bytes = load_step(packed, inside, kb, 1, ROWS, HALF, EVEN)
-        low = decode_numbers(bytes, own_words, own_zeros, 1, 0, CODE, SCALE, G, HALF, ZERO, ASM)
-        high = decode_numbers(bytes, own_words, own_zeros, 1, 1, CODE, SCALE, G, HALF, ZERO, ASM)
-        block = join_planes(block, join_planes(low, high, BN, HALF), BN, 2 * HALF)
+        pairs = load_step(packed, inside, kb, 1, ROWS, HALF, EVEN)
+        second = decode_step(pairs, own_words, own_zeros, 1, CODE, SCALE, G, HALF, ZERO, ASM, BN)
+        block = join_planes(block, second, BN, 64)
     return block
 
 
@@ -112,7 +130,7 @@ def join_planes(first, second, BN: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit(do_not_specialize=["capacity"])
 def gate_up_decoded(
     x,  # [N, H], hidden states, bfloat16
-    weight,  # as in gate_up_nibbles
+    weight,  # as in gate_up_nibbles, as int16
     weight_scales,  # as in gate_up_nibbles
     zeros,  # zero points, [E, blocks, rows] int32, or None
     factors,  # [E, 2] float32, factors of gate and up rows, as gate_up_nibbles takes them
@@ -151,7 +169,7 @@ def gate_up_decoded(
     WIDE: tl.constexpr = 2 * I if GATED else I
     num_n = I // BN
     num_m = tl.load(tile_count)
-    rh, rk = tl.arange(0, HALF), tl.arange(0, 128)
+    rh, rk = tl.arange(0, HALF // 2), tl.arange(0, 128)
     for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS):
         pm, pn = swizzle(tile, num_m, num_n, GROUP)
         expert = tl.load(tile_expert + pm)
@@ -161,7 +179,7 @@ def gate_up_decoded(
         rn = pn * BN + tl.arange(0, BN)
         every = rn >= 0
         source = x + row[None, :] * H + rk[:, None]
-        packed = weight + expert.to(tl.int64) * (K // 2 * WIDE) + rn[:, None] * HALF + rh[None, :]
+        packed = weight + expert.to(tl.int64) * (K // 4 * WIDE) + rn[:, None] * (HALF // 2) + rh[None, :]
         words = weight_scales + expert * (K // 128 * WORDS * WIDE) + rn
         points = zeros + expert * (K // 128 * WIDE) + rn if zeros is not None else None
         gate = tl.zeros((BN, BM), tl.float32)
@@ -178,7 +196,7 @@ def gate_up_decoded(
             gate = add_block(gate, w, a, words, every, kb, WIDE, CODE, SCALE, WORDS, G)
             if GATED:
                 v = decode_block(
-                    packed + I * HALF, words + I, points + I if zeros is not None else None, every, kb,
+                    packed + I * HALF // 2, words + I, points + I if zeros is not None else None, every, kb,
                     WIDE, CODE, SCALE, WORDS, G, HALF, ZERO, ASM, BN, True,
                 )  # fmt: skip
                 up = add_block(up, v, a, words + I, every, kb, WIDE, CODE, SCALE, WORDS, G)
@@ -201,7 +219,7 @@ def gate_up_decoded(
 @triton.jit(do_not_specialize=["capacity"])
 def down_decoded(
     hidden,  # [M k, I], activated rows in sorted order, bfloat16
-    weight,  # as in down_nibbles
+    weight,  # as in down_nibbles, as int16
     weight_scales,  # as in down_nibbles
     zeros,  # zero points, [E, blocks, rows] int32, or None
     factors,  # [E] float32, as down_nibbles takes them
@@ -231,7 +249,7 @@ def down_decoded(
     """Compute ``out[slot of r] = weight[expert] @ hidden[r] + bias``; each slot is written once."""
     num_n = tl.cdiv(H, BN)
     num_m = tl.load(tile_count)
-    rh, rk = tl.arange(0, HALF), tl.arange(0, 128)
+    rh, rk = tl.arange(0, HALF // 2), tl.arange(0, 128)
     for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS):
         pm, pn = swizzle(tile, num_m, num_n, GROUP)
         expert = tl.load(tile_expert + pm)
@@ -240,7 +258,7 @@ def down_decoded(
         rn = pn * BN + tl.arange(0, BN)
         inside = rn < H
         source = hidden + rm.to(tl.int64)[None, :] * I + rk[:, None]
-        packed = weight + expert.to(tl.int64) * (I // 2 * H) + rn[:, None] * HALF + rh[None, :]
+        packed = weight + expert.to(tl.int64) * (I // 4 * H) + rn[:, None] * (HALF // 2) + rh[None, :]
         words = weight_scales + expert * (I // 128 * WORDS * H) + rn
         points = zeros + expert * (I // 128 * H) + rn if zeros is not None else None
         acc = tl.zeros((BN, BM), tl.float32)

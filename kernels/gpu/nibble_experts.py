@@ -204,12 +204,12 @@ class NibbleExperts(CodeExperts):
         constants = {**self._format.constants, "ASM": self._has_asm, "I": self._width, "H": h}
         first, second = height.gate_up, height.down
         gate_up_decoded[self._persistent_grid(first)](
-            x.hidden_states, *self._gate_up.tensors, self._factors, self._gate_up_bias, hidden, x.rows,
+            x.hidden_states, *self._gate_up.pairs, self._factors, self._gate_up_bias, hidden, x.rows,
             *lists, K=self._depth, TOP_K=x.topk_ids.shape[1], STAGES=first.stages, **self._activation(),
             **constants, **self._launch(first),
         )  # fmt: skip
         down_decoded[self._persistent_grid(second)](
-            hidden, *self._down_parts.tensors, self._down_factors, self._down_bias, out, *lists,
+            hidden, *self._down_parts.pairs, self._down_factors, self._down_bias, out, *lists,
             STAGES=second.stages, **constants, **self._launch(second),
         )  # fmt: skip
 
@@ -248,6 +248,11 @@ class _Matrices:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.codes, self.words, self.zeros
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same with two bytes in a word."""
+        return self.codes.view(torch.int16), self.words, self.zeros
 
     @property
     def vector_tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
