@@ -194,7 +194,8 @@ def time_cell(
     now = error(kernel.compute(inputs[0])[: len(expected)], expected)
     if not now <= bar:
         say(f"  WRONG: the present table: relative error {now:.1e}")
-    own = trials(coded.spec.weight_format, tokens, average)  # type: ignore[arg-type]
+    is_alone = coded.spec.activation_scheme is None
+    own = trials(coded.spec.weight_format, is_alone, tokens, average)  # type: ignore[arg-type]
     sound = find_sound(kernel, own, inputs[0], expected, bar, say)
     try:
         times = stage_times(kernel, sound, inputs)
@@ -231,7 +232,8 @@ def measure(args: argparse.Namespace, say: Any) -> dict[str, Any]:
         layer = LAYERS[model]
         for name in args.formats:
             for tokens in args.tokens:
-                for trial in trials(FORMATS[name].weight, tokens, tokens * layer.top_k / layer.experts):
+                coding, average = FORMATS[name], tokens * layer.top_k / layer.experts
+                for trial in trials(coding.weight, coding.scheme is None, tokens, average):
                     jobs[model, name, trial] = Job(model, name, machine, trial)
     compile_all(list(jobs.values()), say)
     say(f"{len(jobs)} trials compiled")

@@ -130,8 +130,11 @@ class Trial:
         return f"{kind}{'' if self.swapped else ', rows tall'} [{show(self.gate_up)}] [{show(self.down)}]"
 
 
-def trials(fmt: WeightFormat, tokens: int, average: float) -> list[Trial]:
-    """Return what to try for a batch of ``tokens`` tokens with ``average`` rows an expert."""
+def trials(fmt: WeightFormat, is_alone: bool, tokens: int, average: float) -> list[Trial]:
+    """Return what to try for a batch of ``tokens`` tokens with ``average`` rows an expert.
+
+    ``is_alone``: True if the layer does not quantise activations.
+    """
     rows = [r for r in (16, 32, 64, 128) if r >= min(average, 64) and r <= max(16, 4 * average)]
     found = []
     if tokens <= MOST_VECTOR_TOKENS:
@@ -141,7 +144,11 @@ def trials(fmt: WeightFormat, tokens: int, average: float) -> list[Trial]:
             found.append(Trial(vector, vector))
     families = ((TWO_TERMS, True, False), (DECODED, True, True))
     if not fmt.code.is_nibble:
-        families = ((CODES, True, False), (WIDE, False, False))
+        families = (
+            (CODES, True, False),
+            (WIDE, False, False),
+            *(((DECODED, True, True),) if is_alone else ()),
+        )
     for table, swapped, decoded in families:
         for r in rows:
             for first, second in table.get(r, ()):

@@ -36,8 +36,9 @@ class Height:
         gate_up: tile of the first product; ``columns`` is 128, or 64 for two halves in turn if not swapped.
         down: tile of the second product, with the same ``rows``.
         swapped: True if the weights are the tall operand of the matrix unit.
-        decoded: True if weights become bfloat16 in registers and rows stay it: nibbles, ``swapped``, and the
-            layer in bfloat16. ``columns`` of gate_up is then 64 or 128, of the gate rows and of the up rows.
+        decoded: True if weights become bfloat16 in registers and rows stay it: ``swapped``, for the weights
+            alone, and the layer in bfloat16. ``columns`` of gate_up is then 64 or 128, of gate rows and of up
+            rows each.
     """
 
     average: float

@@ -55,6 +55,16 @@ def test_e4m3_becomes_float32(draw):
             assert got == value or value != value  # noqa: PLR0124 - NaN
 
 
+def test_e4m3_becomes_bfloat16(draw):
+    (text,) = assembly(FOLDER / "grouped_mm_codes_decoded.py", "numbers_e4m3")
+    for _ in range(200):
+        word = draw()
+        codes = torch.tensor([word >> (8 * n) & 0xFF for n in range(4)], dtype=torch.uint8)
+        expected = codes.view(torch.float8_e4m3fn).float().tolist()
+        for got, value in zip(planes(run(text, 2, [word])), expected, strict=True):
+            assert got == value or value != value  # noqa: PLR0124 - NaN
+
+
 def planes(found: list[int]) -> list[float]:
     """Return the numbers of the low plane's bytes 0 to 3, then those of the high one."""
     return [bfloat(word >> shift) for word in found for shift in (0, 16)]
