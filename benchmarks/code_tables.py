@@ -51,33 +51,47 @@ STAGES = ("gate_up", "down")
 
 @dataclass(frozen=True)
 class Job:
-    """A trial of one format of one layer, to compile for a machine that workers do not touch."""
+    """A batch of one layer, to compile for a machine that workers do not touch.
+
+    ``format``: None for bfloat16. ``trial``: None for the present table.
+    """
 
     model: str
-    format: str
+    format: str | None
     machine: Machine
-    trial: Trial
+    trial: Trial | None
+    tokens: int
+
+
+def kernel_to_compile(job: Job) -> Any:
+    """Return the job's kernel without memory."""
+    from xpar.kernels.gpu.experts import TritonExperts
+    from xpar.kernels.gpu.nibble_experts import NibbleExperts
+    from xpar.kernels.gpu.quantised_experts import QuantisedExperts
+
+    spec = LAYERS[job.model].spec(DTYPE, "meta")
+    if job.format is None:
+        return TritonExperts(spec, None, job.machine)
+    coding = FORMATS[job.format]
+    spec = replace(spec, weight_format=coding.weight, activation_scheme=coding.scheme)
+    kernel: Any = (NibbleExperts if coding.weight.code.is_nibble else QuantisedExperts)(
+        spec, None, job.machine
+    )
+    return kernel if job.trial is None else with_table(kernel, job.trial)
 
 
 def compile_job(job: Job) -> str | None:
     """Compile a trial's kernels into Triton's cache; return the reason why that is not possible."""
     from triton_compiler import compiling
 
-    from xpar.kernels.gpu.nibble_experts import NibbleExperts
-    from xpar.kernels.gpu.quantised_experts import QuantisedExperts
-
-    layer, coding = LAYERS[job.model], FORMATS[job.format]
-    spec = replace(layer.spec(DTYPE, "meta"), weight_format=coding.weight, activation_scheme=coding.scheme)
+    layer = LAYERS[job.model]
     try:
-        kind = NibbleExperts if coding.weight.code.is_nibble else QuantisedExperts
-        kernel = kind(spec, None, job.machine)
-        kernel.table = job.trial.change(kernel.table)
+        kernel = kernel_to_compile(job)
         kernel._missing.clear()
-        tokens = 1 if job.trial.is_vector else 16
         x = ExpertInput(
-            torch.empty(tokens, layer.hidden, dtype=DTYPE, device="meta"),
-            torch.empty(tokens, layer.top_k, dtype=torch.int32, device="meta"),
-            torch.empty(tokens, layer.top_k, device="meta"),
+            torch.empty(job.tokens, layer.hidden, dtype=DTYPE, device="meta"),
+            torch.empty(job.tokens, layer.top_k, dtype=torch.int32, device="meta"),
+            torch.empty(job.tokens, layer.top_k, device="meta"),
         )
         major, minor = job.machine.capability
         with compiling(10 * major + minor):
@@ -223,19 +237,29 @@ def plain(trial: Trial) -> dict[str, Any]:
     return {k: v for k, v in asdict(trial).items()} | {"text": str(trial)}
 
 
-def measure(args: argparse.Namespace, say: Any) -> dict[str, Any]:
-    """Search every requested format of every requested layer until the time is over."""
-    machine = Machine.of("cuda")
-    g = torch.Generator("cuda").manual_seed(args.seed)
-    jobs = {}
+def list_jobs(args: argparse.Namespace, machine: Machine) -> list[Job]:
+    """Return everything that will be launched, each trial once; what takes longest to compile comes first."""
+    jobs: dict[Any, Job] = {}
     for model in args.models:
         layer = LAYERS[model]
         for name in args.formats:
             for tokens in args.tokens:
                 coding, average = FORMATS[name], tokens * layer.top_k / layer.experts
                 for trial in trials(coding.weight, coding.scheme is None, tokens, average):
-                    jobs[model, name, trial] = Job(model, name, machine, trial)
-    compile_all(list(jobs.values()), say)
+                    few = 1 if trial.is_vector else 16
+                    jobs[model, name, trial] = Job(model, name, machine, trial, few)
+        for name in args.formats if args.alone else (None, *args.formats):
+            for tokens in args.tokens:
+                jobs[model, name, tokens] = Job(model, name, machine, None, tokens)
+    return list(jobs.values())
+
+
+def measure(args: argparse.Namespace, say: Any) -> dict[str, Any]:
+    """Search every requested format of every requested layer until the time is over."""
+    machine = Machine.of("cuda")
+    g = torch.Generator("cuda").manual_seed(args.seed)
+    jobs = list_jobs(args, machine)
+    compile_all(jobs, say)
     say(f"{len(jobs)} trials compiled")
     cells: list[dict[str, Any]] = []
     for model in args.models:
