@@ -162,7 +162,7 @@ def check(name: str, case: Case, is_nibble: bool, tokens: int, paths: bool) -> b
     weights = [tuple(map(move, pair)) for pair in layer.weights]
     expected = layer.dequantised() if case.scheme is None else layer.emulated(case.scheme)
     if paths:
-        variants = PATHS if is_nibble else PATHS[:1]
+        variants = PATHS if case.scheme is None else PATHS[:1]
         expected = layer.dequantised()
     else:
         variants = VARIANTS if is_nibble else VARIANTS[::2]
