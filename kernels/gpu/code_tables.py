@@ -24,6 +24,7 @@ _BLOCK = 128  # inputs that share a scale of the activations
 
 _SHARED = {"hopper": 227 << 10, "blackwell": 227 << 10, "ampere": 163 << 10, "small": 99 << 10}
 """Bytes of shared memory that the programs of a multiprocessor may use together."""
+_REGISTERS = 65536  # of a multiprocessor, on every GPU that there are kernels for
 _EXTRA_BYTES = 32 << 20  # that may be read twice before a sort pays: its launches take as long (H200)
 
 
@@ -212,6 +213,11 @@ def why_not_format(fmt: WeightFormat) -> str | None:
 def has_dot8(machine: Machine) -> bool:
     """Return whether the matrix unit multiplies e4m3."""
     return machine.capability >= (8, 9)
+
+
+def most_registers(tile: Tile) -> int:
+    """Return the registers a thread may have, so that ``per_sm`` programs fit on a multiprocessor."""
+    return min(255, _REGISTERS // (tile.per_sm * tile.warps * 32) // 8 * 8)
 
 
 def default_code_table(machine: Machine, terms: int) -> CodeTable:

@@ -13,6 +13,7 @@ from xpar.kernels.gpu.code_tables import (
     Height,
     default_nibble_table,
     has_dot8,
+    most_registers,
     saves_launches,
     why_not_format,
 )
@@ -205,12 +206,12 @@ class NibbleExperts(CodeExperts):
         first, second = height.gate_up, height.down
         gate_up_decoded[self._persistent_grid(first)](
             x.hidden_states, *self._gate_up.pairs, self._factors, self._gate_up_bias, hidden, x.rows,
-            *lists, K=self._depth, TOP_K=x.topk_ids.shape[1], STAGES=first.stages, **self._activation(),
+            *lists, K=self._depth, TOP_K=x.topk_ids.shape[1], **self._activation(),
             **constants, **self._launch(first),
         )  # fmt: skip
         down_decoded[self._persistent_grid(second)](
             hidden, *self._down_parts.pairs, self._down_factors, self._down_bias, out, *lists,
-            STAGES=second.stages, **constants, **self._launch(second),
+            **constants, **self._launch(second),
         )  # fmt: skip
 
     def _shape(self) -> dict[str, int]:
@@ -225,7 +226,8 @@ class NibbleExperts(CodeExperts):
     def _launch(self, tile: Tile) -> dict[str, Any]:
         return {
             "BM": tile.rows, "BN": tile.columns, "GROUP": tile.group,
-            "PROGRAMS": self.machine.sms * tile.per_sm, "num_warps": tile.warps, "num_stages": tile.stages,
+            "PROGRAMS": self.machine.sms * tile.per_sm, "STAGES": tile.stages, "num_warps": tile.warps,
+            "num_stages": tile.stages, "maxnreg": most_registers(tile),
         }  # fmt: skip
 
     def _vector_launch(self, vector: Vector) -> dict[str, Any]:

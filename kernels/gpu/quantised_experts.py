@@ -14,6 +14,7 @@ from xpar.kernels.gpu.code_tables import (
     Height,
     default_code_table,
     has_dot8,
+    most_registers,
     saves_launches,
     why_not_format,
 )
@@ -189,7 +190,7 @@ class QuantisedExperts(CodeExperts):
         return {
             "ASM": self._has_asm, "BM": tile.rows, "BN": tile.columns, "GROUP": tile.group,
             "PROGRAMS": self.machine.sms * tile.per_sm, "STAGES": tile.stages, "num_warps": tile.warps,
-            "num_stages": tile.stages,
+            "num_stages": tile.stages, "maxnreg": most_registers(tile),
         }  # fmt: skip
 
     def height(self, slots: int) -> Height:
