@@ -178,6 +178,8 @@ class ExpertSpec:
         activation_scheme: the way in which a kernel that keeps codes may quantise the inputs of both
             products, too; None, and ``row_invariant``, leave the inputs as they are. The kernel then also
             takes rows that were quantised before they came.
+        routed_experts: the experts of all ranks, among which tokens choose; None if all are here. It only
+            says how many slots of a batch to expect here.
     """
 
     num_experts: int
@@ -190,6 +192,7 @@ class ExpertSpec:
     bias: bool = False
     weight_format: WeightFormat | None = None
     activation_scheme: ActivationScheme | None = None
+    routed_experts: int | None = None
 
 
 class ExpertKernel(Protocol):

@@ -44,7 +44,9 @@ def quantise_rows(x: Tensor, scheme: ActivationScheme) -> QuantisedRows:
     group = scheme.group or max(cols, 1)
     groups = -(-cols // group)
     padded = torch.nn.functional.pad(x.float(), (0, groups * group - cols)).view(rows, groups, group)
-    scales = padded.abs().amax(2).clamp(min=2.0**-100) / LARGEST
+    largest = padded.abs().amax(2).clamp(min=2.0**-100)
+    # By a tensor: torch multiplies by the rounded inverse of a number where the tensor is on a GPU.
+    scales = largest / torch.full_like(largest, LARGEST)
     if scheme.power_of_two:
         up = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
         scales = torch.where(scales.isfinite(), up, scales)

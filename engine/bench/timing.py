@@ -5,10 +5,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from xpar.comm.communicator import Communicator
+from xpar.engine.bench.gpu_turns import Turns, start_reading_card, take_bursts
 from xpar.engine.layer.cuda_graph import rehearse
 
 SETTLE_S = 0.01
@@ -85,27 +87,36 @@ def graph_time(calls: Sequence[Callable[[], object]], budget: float = 0.15) -> f
     Calls on different random inputs read other experts' weights each time, so that a small batch does not
     find all its weights in cache. ``budget``: seconds to spend on replays.
     """
-    return _event_time(_record(calls).replay, budget) / len(calls)
+    return _event_time(record_graph(calls).replay, budget) / len(calls)
 
 
 def times_in_turn(
     calls: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 12, burst: float = 2e-3
 ) -> dict[str, float]:
-    """Measure the median seconds per call of several contenders, each as one CUDA graph of its calls.
+    """Measure the median seconds per call of several contenders, each as one CUDA graph of its calls."""
+    graphs = {name: record_graph(own) for name, own in calls.items()}
+    turns = graphs_in_turn(graphs, rounds, burst, has_card=False)
+    return {name: turns.median(name) / len(calls[name]) for name in calls}
 
-    A round replays each contender's graph for about ``burst`` seconds, so that a GPU that slows down, by heat
-    or by others, slows down all of them alike.
+
+def graphs_in_turn(
+    graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int, burst: float, has_card: bool = True
+) -> Turns:
+    """Measure the seconds of a replay of several graphs, in bursts of about ``burst`` seconds in turn.
+
+    ``has_card``: True if the card's clock and power are read, which may take a second.
     """
-    graphs = {name: _record(own) for name, own in calls.items()}
     replays = {name: max(1, round(burst / _event_time(graph.replay, 0.0))) for name, graph in graphs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            seconds[name].append(_seconds_between_events(graph.replay, replays[name]) / replays[name])
-    return {name: statistics.median(times) / len(calls[name]) for name, times in seconds.items()}
+
+    def run_burst(name: str) -> float:
+        return _seconds_between_events(graphs[name].replay, replays[name]) / replays[name]
+
+    return take_bursts(
+        {name: partial(run_burst, name) for name in graphs}, rounds, start_reading_card if has_card else None
+    )
 
 
-def _record(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+def record_graph(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """Record ``calls`` in turn as one CUDA graph, after a rehearsal."""
     rehearse(lambda: [call() for call in calls], 1, torch.device("cuda", torch.cuda.current_device()))
     torch.cuda.synchronize()

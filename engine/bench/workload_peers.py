@@ -99,7 +99,7 @@ def _answer_by_contenders(
     return results, notes
 
 
-@torch.inference_mode()
+@torch.no_grad()  # it computes in a thread, which is in no inference mode
 def answer_continuously(
     model: Any, prompts: list[list[int]], new_tokens: int, batch_tokens: int
 ) -> tuple[list[list[int]], float | None]:

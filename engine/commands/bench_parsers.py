@@ -115,6 +115,7 @@ def add_generate(p: argparse.ArgumentParser) -> None:
     add_number(p, "--rows", rows, None, "as xpar generate chooses; 1 with --exact")
     reading = "with --workload, maximum number of tokens that a rank reads in one step"
     add_number(p, "--prefill-tokens", reading, options.PREFILL_TOKENS)
+    options.add_prefix_sharing(p, "with --workload, ")
     p.add_argument(
         "--peer-python",
         type=Path,
@@ -158,9 +159,11 @@ def add_kernels(p: argparse.ArgumentParser) -> None:
     options.add_dtype(p, "bfloat16", choices=("bfloat16", "float16"))
     p.add_argument(
         "--compare",
-        default="torch,transformers",
+        default="expected,torch,transformers,installed",
         metavar="NAME,NAME",
-        help="what to measure beside the kernels, or an empty word for nothing (default torch,transformers)",
+        help="what to measure beside the kernels, or an empty word for nothing: expected (xpar's own choices "
+        "that should be faster), torch, transformers, any of vllm, sglang, triton_kernels and deep_gemm, or "
+        "all of those that are installed (default expected,torch,transformers,installed)",
     )
     p.add_argument(
         "--formats",

@@ -4,7 +4,7 @@ import argparse
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -47,8 +47,13 @@ def main(args: argparse.Namespace, world: World) -> int:
     grid = model_session.make_grid(args, world, console)
     loaded = model_session.load(args, grid, dtype, console, args.whole_dense)
     request = request_of(args.checkpoint, new_tokens, rows, args.prefill_tokens, dtype, args.exact)
-    trial = request_of(args.checkpoint, TRIAL_TOKENS, rows, args.prefill_tokens, dtype, args.exact)
-    answer(comm, loaded, tokenizer, trial, prompts[:TRIAL_PROMPTS])
+    request = replace(request, shares_prefixes=not args.no_prefix_sharing)
+    # On a GPU all of it once before: kernels are compiled for each size that they meet.
+    some, count = (
+        (prompts, new_tokens) if loaded.device.type == "cuda" else (prompts[:TRIAL_PROMPTS], TRIAL_TOKENS)
+    )
+    trial = replace(request, max_new_tokens=count)
+    answer(comm, loaded, tokenizer, trial, some)
     ours, shares = answer(comm, loaded, tokenizer, request, prompts)
     results: dict[str, dict[str, Any]] = {XPAR: asdict(ours) | {"peak_bytes": gather_peak_bytes(grid)}}
     results[XPAR] |= _rates(results[XPAR], asdict(ours), prompts, new_tokens)

@@ -65,11 +65,7 @@ def add_generate(p: argparse.ArgumentParser) -> None:
         help="memory of a rank for keys and values, such as 4GiB (default: what the prompts can need, and at "
         "most half of the node's free memory)",
     )
-    p.add_argument(
-        "--no-prefix-sharing",
-        action="store_true",
-        help="read the beginnings that prompts have in common once for each prompt",
-    )
+    options.add_prefix_sharing(p)
     options.add_whole_dense(p)
 
 

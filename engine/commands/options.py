@@ -174,6 +174,15 @@ def quantisation_of(args: argparse.Namespace) -> "Quantisation | None":
     return Quantisation(experts, experts if dense == "same" else dense)
 
 
+def add_prefix_sharing(p: argparse.ArgumentParser, when: str = "") -> None:
+    """Add ``--no-prefix-sharing``; ``when`` begins its help."""
+    p.add_argument(
+        "--no-prefix-sharing",
+        action="store_true",
+        help=f"{when}read the beginnings that prompts have in common once for each prompt",
+    )
+
+
 def add_whole_dense(p: argparse.ArgumentParser) -> None:
     """Add ``--whole-dense``, for commands whose ranks run equally many dense products."""
     p.add_argument(

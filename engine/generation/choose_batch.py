@@ -4,8 +4,9 @@ import logging
 
 from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
+from xpar.engine.generation.flat_recorder import FlatRecorder
 from xpar.engine.generation.grouped_batch import GroupedBatch
-from xpar.engine.generation.kv_memory import BatchRoom, choose_blocks
+from xpar.engine.generation.kv_memory import BatchRoom, choose_blocks, free_share
 from xpar.engine.generation.lengthwise_batch import LengthwiseBatch
 from xpar.engine.generation.recorder import DecodeGraph
 from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
@@ -14,7 +15,9 @@ from xpar.engine.generation.steps import LocalBatch
 from xpar.engine.models.flat_forward import flat_forms
 from xpar.engine.models.kv_pool import KvPool
 from xpar.engine.models.loaded_model import LoadedModel
+from xpar.engine.models.span_pool import SpanPool
 from xpar.engine.models.state_cache import mixes_lengths
+from xpar.kernels.gpu.span_attention import SpanAttention
 
 log = logging.getLogger("xpar.models")
 
@@ -36,9 +39,13 @@ def choose_batch(
     """
     forms = flat_forms(loaded)
     if not isinstance(forms, str):
-        pool = KvPool(forms, choose_blocks(forms, room, loaded.ranks_of_node))
+        blocks = choose_blocks(forms, room, free_share(loaded))
         size = FlatLimits(room.most_rows, room.prefill_tokens, room.shares_prefixes)
-        return FlatBatch(loaded, sampling, stop_conditions, pool, size)
+        if loaded.device.type == "cpu":
+            return FlatBatch(loaded, sampling, stop_conditions, KvPool(forms, blocks), size)
+        spans = SpanPool(forms, blocks, loaded.device, SpanAttention())
+        recorder = FlatRecorder.of(loaded, spans) if records else None
+        return FlatBatch(loaded, sampling, stop_conditions, spans, size, recorder)
     log.info("%s is run in padded batches without shared beginnings: %s", type(loaded.model).__name__, forms)
     if not mixes_lengths(loaded.model):
         return GroupedBatch(loaded, sampling, stop_conditions)

@@ -6,7 +6,7 @@ vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -127,10 +127,23 @@ class PaddedDecodeStep:
         self._memory.rewind(self._columns)
 
 
-def record(step: PaddedDecodeStep, counted: list[Tensor], device: torch.device) -> Callable[[], Tensor]:
+class FixedStep(Protocol):
+    """A step in memory of fixed places and shapes."""
+
+    def forward(self) -> Tensor:
+        """Compute logits [rows, V]."""
+
+    def rewind(self) -> None:
+        """Undo the calls of :meth:`forward`."""
+
+
+def record(
+    step: FixedStep, counted: list[Tensor], device: torch.device, pool: Any = None
+) -> Callable[[], Tensor]:
     """Record the forward of ``step`` as a CUDA graph; return the function that replays it.
 
-    ``counted``: numbers that a forward adds to, and that a rehearsal must not change.
+    ``counted``: numbers that a forward adds to, and that a rehearsal must not change. ``pool``: the memory of
+    recordings that are replayed in turn, from ``torch.cuda.graph_pool_handle()``; None for memory of its own.
 
     Raises RuntimeError where the model waits for the GPU in between.
     """
@@ -139,7 +152,7 @@ def record(step: PaddedDecodeStep, counted: list[Tensor], device: torch.device) 
     step.rewind()
     _restore(counted, before)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         logits = step.forward()
 
     def replay() -> Tensor:

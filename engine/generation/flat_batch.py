@@ -1,6 +1,6 @@
 """A rank's sequences as one stream of tokens a step: running ones with one each, new ones in pieces.
 
-No row is padded, and no keys or values are copied when sequences begin or end. T tokens of a step, B
+No row is padded, and no keys or values are copied when sequences go on or end. T tokens of a step, B
 sequences, M blocks of the longest.
 """
 
@@ -11,18 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xpar.engine.generation.flat_plan import FlatPlan, FlatPlanner, FlatSequence
+from xpar.engine.generation.flat_plan import FlatPlan, FlatPlanner, FlatSequence, Planner
+from xpar.engine.generation.flat_recorder import FlatRecorder
 from xpar.engine.generation.lockstep import Deal
 from xpar.engine.generation.prompt_dealer import PromptDealer
 from xpar.engine.generation.running_sequence import DrawsTokens, RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
-from xpar.engine.generation.steps import UnrecordedSteps
+from xpar.engine.generation.span_plan import SpanPlanner
+from xpar.engine.generation.steps import CAN_REPLAY
 from xpar.engine.models.flat_forward import FlatForward
 from xpar.engine.models.isolation import not_finite
 from xpar.engine.models.kv_blocks import BlockPool
-from xpar.engine.models.kv_pool import BLOCK_TOKENS, KvPool, PagedStep
+from xpar.engine.models.kv_pool import BLOCK_TOKENS, FlatTokens, KvPool
+from xpar.engine.models.kv_runs import BlockRuns
 from xpar.engine.models.loaded_model import LoadedModel
-from xpar.kernels.cpu.paged_attention import PagedRows
+from xpar.engine.models.span_pool import SpanPool
+
+LEAST_FREE = 8
+"""Where steps without prompts are replayed, one row in so many is free before prompts begin."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,19 @@ class FlatLimits:
     shares_prefixes: bool = True
 
 
-class FlatBatch(UnrecordedSteps, DrawsTokens):
+class FlatBatch(DrawsTokens):
     """The sequences of this rank; in each step every rank calls one of ``begin``, ``advance`` and ``join``.
 
     A step's tokens are planned before the ranks agree on it: prompts that are dealt then are read from the
     next step on. If no agreement precedes a step, they are read at once.
+
+    Args:
+        loaded: The model.
+        sampling: How tokens are drawn.
+        stop_conditions: What completes an answer.
+        pool: The keys and values. In a :class:`SpanPool` each sequence lies side by side.
+        size: The size of the batches.
+        recorder: What records the steps that read no prompt, with a :class:`SpanPool`; None for nothing.
     """
 
     def __init__(
@@ -50,14 +64,20 @@ class FlatBatch(UnrecordedSteps, DrawsTokens):
         loaded: LoadedModel,
         sampling: Sampling,
         stop_conditions: StopConditions,
-        pool: KvPool,
+        pool: KvPool | SpanPool,
         size: FlatLimits,
+        recorder: FlatRecorder | None = None,
     ) -> None:
         super().__init__(sampling, stop_conditions)
-        self._loaded, self._budget, self._shares = loaded, size.tokens, size.shares_prefixes
+        self._loaded, self._size, self._pool, self.recorder = loaded, size, pool, recorder
         self._forward = FlatForward(loaded, pool)
-        blocks = BlockPool(pool.blocks, BLOCK_TOKENS, size.shares_prefixes)
-        self.planner = FlatPlanner(blocks, size.most_rows, size.tokens)
+        self.planner: Planner
+        if isinstance(pool, SpanPool):
+            runs = BlockRuns(pool.blocks, BLOCK_TOKENS, size.shares_prefixes)
+            self.planner = SpanPlanner(runs, size.most_rows, size.tokens, self._most_tokens)
+        else:
+            blocks = BlockPool(pool.blocks, BLOCK_TOKENS, size.shares_prefixes)
+            self.planner = FlatPlanner(blocks, size.most_rows, size.tokens)
         self._planned: FlatPlan | None = None
         self._is_idle = False
 
@@ -76,22 +96,39 @@ class FlatBatch(UnrecordedSteps, DrawsTokens):
     def wanted(self, most_rows: int) -> int:
         """Return how many sequences this rank would begin now if it may have ``most_rows``.
 
-        None, while what has begun is enough to read in a step.
+        None, while what has begun is enough to read in a step. Where steps without prompts are replayed,
+        which is several times as fast, some rows stay free until it is worth a step that reads.
         """
-        return 0 if self.planner.unread >= self._budget else most_rows - self.occupied
+        free = most_rows - self.occupied
+        if self.planner.unread >= self._size.tokens:
+            return 0
+        waits = self.recorder is not None and self.occupied and free * LEAST_FREE < most_rows
+        return 0 if waits else free
 
     def tokens_of(self, lengths: Sequence[int], continued: int) -> int:
         """Return ``continued``: prompts of ``lengths`` that begin now wait for the next step."""
         return continued
 
+    def slots(self) -> int:
+        """Return how many (token, expert) pairs this rank's experts have computed."""
+        return self._loaded.slots()
+
+    def readiness(self) -> int:
+        """Return whether this rank can replay the next step, in bits: it reads no prompt."""
+        if self.recorder is None or self.recorder.refused is not None:
+            return 0
+        return CAN_REPLAY * (not self.next_tokens or self._planned is None or self._planned.continues)
+
     def dealer(self, ids: Sequence[Sequence[int]], ranks: int, drawn: Sequence[int]) -> Deal:
         """Make the dealer of prompts ``ids``, with ``drawn`` new tokens each, to so many ``ranks``."""
-        return PromptDealer(ids, ranks, drawn, self._budget, self._shares).deal
+        return PromptDealer(ids, ranks, drawn, self._size.tokens, self._size.shares_prefixes).deal
 
     def agree(self, tokens: tuple[int, ...] | None, readiness: tuple[int, ...]) -> None:
         """Let the layers know the tokens of each rank; no rank has any in a step that only begins prompts."""
-        super().agree(tokens, readiness)
+        self._loaded.expect(tokens)
         self._is_idle = tokens is not None and not any(tokens)
+        if self.recorder is not None:
+            self.recorder.agree(None if self._is_idle else tokens, readiness)
 
     def begin(self, new: list[RunningSequence]) -> list[RunningSequence]:
         """Let ``new`` wait for the next step, and make the step that is planned."""
@@ -115,34 +152,50 @@ class FlatBatch(UnrecordedSteps, DrawsTokens):
     @torch.inference_mode()
     def join(self) -> None:
         """Compute the other ranks' tokens, if there are any, without any of this rank's own."""
-        if not self._is_idle:
+        if self._is_idle:
+            return
+        if self.recorder is None or not self.recorder.join():
             self._loaded.join()
 
     def _compute(self, plan: FlatPlan) -> Tensor:
         """Compute logits [W, V] after each sequence of ``plan`` that is read completely, in order."""
+        if isinstance(self._pool, SpanPool) and plan.copies:
+            self._pool.copy(plan.copies)
+        if self.recorder is not None and plan.continues:
+            firsts = [s.blocks[0] * BLOCK_TOKENS for s in plan.sequences]
+            last = [s.tokens[-1] for s in plan.sequences]
+            logits = self.recorder.step(last, [s.read for s in plan.sequences], firsts)
+            if logits is not None:
+                return logits
+        tokens = self._tokens(plan)
+        logits = self._forward(tokens)
+        return logits if tokens.is_any_complete else logits[:0]
+
+    def _tokens(self, plan: FlatPlan) -> FlatTokens:
         counts = np.array(plan.counts)
         read = np.array([s.read for s in plan.sequences])
         rows = np.array([s.row for s in plan.sequences])
         ends = counts.cumsum()
         positions = np.arange(ends[-1]) + (read - ends + counts).repeat(counts)
         blocks = self.planner.table[rows.repeat(counts), positions // BLOCK_TOKENS]
-        places = blocks.astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
         most = max(len(s.blocks) for s in plan.sequences)
-        step = PagedStep(
-            PagedRows(
-                torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
-                torch.from_numpy((read + counts).astype(np.int32)),
-                torch.from_numpy(self.planner.table[rows, :most]),
-            ),
-            torch.from_numpy(places),
-        )
         ids = [
             i for s, n in zip(plan.sequences, plan.counts, strict=True) for i in s.tokens[s.read : s.read + n]
         ]
         complete = np.array([len(s.tokens) for s in plan.sequences]) == read + counts
-        wanted = ends[complete] - 1 if complete.any() else ends[-1:] - 1  # the head has a row at least
-        logits = self._forward(torch.tensor(ids), torch.from_numpy(positions), torch.from_numpy(wanted), step)
-        return logits if complete.any() else logits[:0]
+        return FlatTokens(
+            np.array(ids, dtype=np.int64),
+            positions,
+            blocks.astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS,
+            np.concatenate(([0], ends)),
+            read + counts,
+            self.planner.table[rows, :most],
+            ends[complete] - 1 if complete.any() else ends[-1:] - 1,  # the head has a row at least
+            bool(complete.any()),
+        )
+
+    def _most_tokens(self, running: RunningSequence) -> int:
+        return len(running.ids) + (running.max_new_tokens or self._stop_conditions.max_new_tokens)
 
     def _draw_next(self, complete: list[FlatSequence], logits: Tensor) -> list[RunningSequence]:
         drawn = [s.running for s in complete]

@@ -1,10 +1,10 @@
 """The plan of a flat step: which sequences take part with how many tokens, and which blocks they use.
 
 Every running sequence gets its one token; what is left of the budget goes to prompts, oldest first, in pieces
-where they are long. A sequence begins when the pool has blocks for all of its tokens. If a running one needs
-a block and there is none, the youngest is dropped, and read again later.
+where they are long.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,7 +22,8 @@ class FlatSequence:
 
     ``tokens``: of prompt and answer. ``read``: how many of them have keys and values, in ``blocks``.
     ``named``: how many blocks the pool knows by their tokens; None once one is known under another number.
-    ``row``: that of the sequence in the table of blocks.
+    ``row``: that of the sequence in the table of blocks. ``prefix``: the number by which a pool of runs knows
+    the tokens of its named blocks.
     """
 
     running: RunningSequence
@@ -31,36 +32,47 @@ class FlatSequence:
     blocks: list[int] = field(default_factory=list)
     named: int | None = 0
     row: int = -1
+    prefix: int = ROOT
 
 
 @dataclass(frozen=True)
 class FlatPlan:
-    """The sequences of a step and how many tokens each has in it."""
+    """The sequences of a step and how many tokens each has in it.
+
+    ``copies``: blocks whose keys and values are copied before it, each with the block of the copy.
+    """
 
     sequences: tuple[FlatSequence, ...]
     counts: tuple[int, ...]
+    copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
         """The number of tokens of the step."""
         return sum(self.counts)
 
+    @property
+    def continues(self) -> bool:
+        """Whether each sequence has one token in the step, after which its next one is drawn."""
+        ends = (s.read + 1 == len(s.tokens) for s in self.sequences)
+        return all(count == 1 for count in self.counts) and all(ends)
 
-class FlatPlanner:
-    """The sequences of a rank, and the blocks of its pool; ``most_rows`` run at a time at most.
+
+class Planner(ABC):
+    """The sequences of a rank, and what they have of its pool; ``most_rows`` run at a time at most.
 
     ``budget``: tokens of prompts that are read in one step at most. ``table`` [most_rows, M] int32: the
-    blocks of each row. ``preempted``: how often a sequence was dropped.
+    blocks of each row.
     """
 
-    def __init__(self, pool: BlockPool, most_rows: int, budget: int) -> None:
-        self.pool, self._most_rows, self._budget = pool, most_rows, budget
+    def __init__(self, most_rows: int, budget: int) -> None:
+        self._most_rows, self._budget = most_rows, budget
         self._waiting: deque[FlatSequence] = deque()
         self._active: list[FlatSequence] = []  # oldest first
         self._rows = list(range(most_rows - 1, -1, -1))
         self.table: NDArray[np.int32] = np.zeros((most_rows, 8), np.int32)
         self.refused: list[RunningSequence] = []
-        self.preempted = 0
+        self._copies: list[tuple[int, int]] = []
 
     @property
     def occupied(self) -> int:
@@ -102,19 +114,64 @@ class FlatPlanner:
                 planned.append(s)
                 counts.append(count)
                 budget -= count
-        return FlatPlan(tuple(planned), tuple(counts))
+        copies, self._copies = self._copies, []
+        return FlatPlan(tuple(planned), tuple(counts), tuple(copies))
 
     def end(self, s: FlatSequence) -> None:
         """Give back what ``s`` has; its known blocks stay known."""
         self._active.remove(s)
         self._drop(s)
 
+    @abstractmethod
     def _begin(self, s: FlatSequence) -> bool | None:
         """Give ``s`` its blocks; None if it has to wait, False if it can never fit and is refused."""
+
+    @abstractmethod
+    def _grow(self, s: FlatSequence, tokens: int) -> bool:
+        """Give ``s`` blocks for ``tokens`` tokens; False if it was dropped for that."""
+
+    @abstractmethod
+    def _name(self, s: FlatSequence, end: int) -> None:
+        """Make the prompt's full blocks known that are read up to token ``end``; others may begin with them.
+
+        Within a step, too: a layer writes all keys and values of the step before it reads any.
+        """
+
+    @abstractmethod
+    def _drop(self, s: FlatSequence) -> None:
+        """Take back what ``s`` has."""
+
+    def _append(self, s: FlatSequence, block: int) -> None:
+        if len(s.blocks) == self.table.shape[1]:
+            self.table = np.pad(self.table, ((0, 0), (0, self.table.shape[1])))
+        self.table[s.row, len(s.blocks)] = block
+        s.blocks.append(block)
+
+    def _refuse(self, s: FlatSequence, room: int) -> None:
+        """Fail ``s``; ``room``: the tokens that the whole pool has place for."""
+        s.running.failure = (
+            f"its {len(s.tokens)} tokens so far do not fit: the keys and values of {room} tokens do; give a "
+            "larger --kv-memory, or leave the line out"
+        )
+        self.refused.append(s.running)
+
+
+class FlatPlanner(Planner):
+    """The planner of a pool whose blocks lie anywhere.
+
+    A sequence begins when the pool has blocks for all of its tokens. If a running one needs a block and there
+    is none, the youngest is dropped, and read again later. ``preempted``: how often that was so.
+    """
+
+    def __init__(self, pool: BlockPool, most_rows: int, budget: int) -> None:
+        super().__init__(most_rows, budget)
+        self.pool, self.preempted = pool, 0
+
+    def _begin(self, s: FlatSequence) -> bool | None:
         total = self.pool.blocks_of(len(s.tokens))
         if total > self.pool.size:
             self._waiting.popleft()
-            self._refuse(s)
+            self._refuse(s, self.pool.size * self.pool.tokens)
             return False
         found = self.pool.find(s.tokens)
         spare = 1 + len(self._active) // 4 if self._active else 0  # for those that run already
@@ -131,13 +188,12 @@ class FlatPlanner:
         return True
 
     def _grow(self, s: FlatSequence, tokens: int) -> bool:
-        """Give ``s`` blocks for ``tokens`` tokens; False if it was dropped for that."""
         while len(s.blocks) < self.pool.blocks_of(tokens):
             while not self.pool.available:
                 victim = self._active.pop()
                 self._drop(victim)
                 if victim is s and not self._active:
-                    self._refuse(s)
+                    self._refuse(s, self.pool.size * self.pool.tokens)
                     return False
                 self._waiting.appendleft(victim)
                 self.preempted += 1
@@ -147,17 +203,7 @@ class FlatPlanner:
         self._name(s, tokens)
         return True
 
-    def _append(self, s: FlatSequence, block: int) -> None:
-        if len(s.blocks) == self.table.shape[1]:
-            self.table = np.pad(self.table, ((0, 0), (0, self.table.shape[1])))
-        self.table[s.row, len(s.blocks)] = block
-        s.blocks.append(block)
-
     def _name(self, s: FlatSequence, end: int) -> None:
-        """Make the prompt's full blocks known that are read up to token ``end``; others may begin with them.
-
-        Within a step, too: a layer writes all keys and values of the step before it reads any.
-        """
         size = self.pool.tokens
         end = min(end, len(s.running.ids))
         while s.named is not None and (s.named + 1) * size <= end:
@@ -169,11 +215,3 @@ class FlatPlanner:
         self.pool.release(s.blocks)
         self._rows.append(s.row)
         s.blocks, s.read, s.row = [], 0, -1
-
-    def _refuse(self, s: FlatSequence) -> None:
-        room = self.pool.size * self.pool.tokens
-        s.running.failure = (
-            f"its {len(s.tokens)} tokens so far do not fit: the keys and values of {room} tokens do; give a "
-            "larger --kv-memory, or leave the line out"
-        )
-        self.refused.append(s.running)

@@ -9,7 +9,15 @@ from xpar.engine.generation.answer_options import AnswerOptions
 from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.detokenizer import Stops
 from xpar.engine.generation.flat_batch import FlatBatch
-from xpar.engine.generation.kv_memory import BATCH, FLAT_BATCH, BatchRoom, choose_blocks
+from xpar.engine.generation.kv_memory import (
+    BATCH,
+    FLAT_BATCH,
+    BatchRoom,
+    choose_blocks,
+    expected_bytes,
+    free_share,
+    step_bytes,
+)
 from xpar.engine.generation.line_processors import make_line_processors
 from xpar.engine.generation.lockstep import Progress
 from xpar.engine.generation.request import Request, Workload
@@ -63,12 +71,18 @@ def settle_room(request: Request, work: Workload, loaded: LoadedModel) -> tuple[
         batch = request.batch or BATCH
         return replace(request, batch=batch), f"batches of {batch} padded sequences a rank: {forms}"
     request = replace(request, batch=request.batch or FLAT_BATCH)
-    tokens = choose_blocks(forms, room_of(request, work), loaded.ranks_of_node) * BLOCK_TOKENS
+    tokens = choose_blocks(forms, room_of(request, work), free_share(loaded)) * BLOCK_TOKENS
     nbytes = tokens * sum(form.nbytes for form in forms)
     line = (
         f"keys and values of up to {tokens} tokens a rank, {nbytes / 1e6:.1f} MB, in blocks of "
         f"{BLOCK_TOKENS}; up to {request.batch} sequences at a time"
     )
+    if loaded.device.type == "cpu":
+        rows = request.batch or FLAT_BATCH
+        longest = sorted((len(item.ids) for item in work.queue), reverse=True)[:rows]
+        read = min(request.prefill_tokens, sum(longest)) + min(rows, len(longest))
+        whole = expected_bytes(nbytes + step_bytes(loaded, read))
+        line += f"; at most about {whole / 1e6:.0f} MB of memory on rank 0"
     return replace(request, kv_bytes=nbytes), line
 
 

@@ -1,19 +1,60 @@
 """The size of a rank's pool of keys and values."""
 
+import resource
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+from xpar.engine.layer.expert_shard import ExpertShard
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, LayerForm
+from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.malloc import available_bytes
 
 BATCH, FLAT_BATCH = 16, 256
 """Sequences that a rank runs at a time by default: in padded batches, and in flat ones, bound by memory."""
 SHARE = 0.5
 """The share of a node's free memory that its ranks take for keys and values at most, if none is given."""
+GPU_SHARE = 0.7
+"""The same of a GPU, whose memory nobody else uses; the rest is for the numbers of a step, and recordings."""
+FIRST_STEP_BYTES = 40 * 10**6
+"""Bytes that the libraries take for themselves in the first step of a process (torch 2.13, two models)."""
 UNKNOWN_BYTES = 2**30
 """The bytes of a pool for work of unknown size."""
 KEPT = 2
 """The blocks of a pool over those that running sequences can need: room to keep the beginnings of others."""
+
+
+def step_bytes(loaded: LoadedModel, tokens: int) -> int:
+    """Estimate the bytes of a host processor's step of ``tokens`` tokens a rank beside weights and pool.
+
+    That is what the widest layer's experts read, keep and write: for each slot rows of H, of gate, up and
+    activation, and of H again.
+    """
+
+    def of_layer(shard: ExpertShard, top_k: int, experts: int, ranks: int) -> float:
+        if shard.kernel is None:
+            return 0.0
+        width = shard.kernel.spec.intermediate_size
+        slots = tokens * ranks * top_k * len(shard.experts) / experts
+        return slots * shard.dtype.itemsize * (2 * shard.hidden_size + 3 * width)
+
+    runners = (layer.runner for layer in loaded.layers)
+    found = (
+        of_layer(r.experts, r.config.router.top_k, r.config.num_experts, r.grid.moe.size) for r in runners
+    )
+    return FIRST_STEP_BYTES + int(max(found, default=0.0))
+
+
+def expected_bytes(more: int) -> int:
+    """Return the most memory that this process will have had once it takes ``more`` bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:  # outside of Linux
+        now = peak
+    return max(peak, now + more)
 
 
 @dataclass(frozen=True)
@@ -32,11 +73,22 @@ class BatchRoom:
     shares_prefixes: bool = True
 
 
-def choose_blocks(forms: Collection[LayerForm], room: BatchRoom, ranks: int) -> int:
-    """Choose the number of blocks of a pool on a node of so many ``ranks``.
+def free_share(loaded: LoadedModel) -> int:
+    """Return the bytes of a rank's share of the free memory of its node or, where it has one, its GPU."""
+    if loaded.device.type == "cpu":
+        return int(SHARE * min(available_bytes(), 2.0**60) / loaded.ranks_of_node)
+    # What torch has taken and does not use, as of a pool before, is free, too.
+    unused = torch.cuda.memory_reserved(loaded.device) - torch.cuda.memory_allocated(loaded.device)
+    free = torch.cuda.mem_get_info(loaded.device)[0] + unused
+    # Ranks that share a GPU share its memory.
+    return int(GPU_SHARE * free / -(-loaded.ranks_of_node // torch.cuda.device_count()))
 
-    It is what ``room.kv_bytes``, or else a share of the free memory, has place for, but no more than the work
-    can need. Raises ValueError for bytes that are not enough for one block.
+
+def choose_blocks(forms: Collection[LayerForm], room: BatchRoom, share: int) -> int:
+    """Choose the number of blocks of a pool.
+
+    It is what ``room.kv_bytes``, or else ``share``, the bytes of this rank's :func:`free_share`, has place
+    for, but no more than the work can need. Raises ValueError for bytes that are not enough for one block.
     """
     block = BLOCK_TOKENS * sum(form.nbytes for form in forms)
     given = room.kv_bytes
@@ -45,7 +97,7 @@ def choose_blocks(forms: Collection[LayerForm], room: BatchRoom, ranks: int) -> 
             f"--kv-memory: {given} bytes, and the keys and values of {BLOCK_TOKENS} tokens take {block}; "
             "give more"
         )
-    most = given if given is not None else int(SHARE * min(available_bytes(), 2.0**60) / ranks)
+    most = given if given is not None else share
     if room.lengths is None:
         most = most if given is not None else min(most, UNKNOWN_BYTES)
         return max(1, most // block)

@@ -5,35 +5,27 @@ same number of rows, its bucket: the largest number of sequences of any rank, ro
 readiness in the step's agreement, and all derive the same decision from it.
 """
 
-import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from torch import Tensor
 
 from xpar.engine.generation.decode_graph import PaddedDecodeStep, record, record_join
+from xpar.engine.generation.recordings import (
+    PATIENCE,
+    attempt_on_all,
+    bucket_of,
+    follow_replay,
+    is_recordable,
+)
 from xpar.engine.generation.steps import CAN_RECORD, CAN_REPLAY
 from xpar.engine.models.loaded_model import LoadedModel
-from xpar.engine.models.parallelize import Layer
 from xpar.engine.models.step_memory import Past
 
-log = logging.getLogger("xpar.models")
-PATIENCE = 8
-"""Steps with the same sequences before one is recorded, which takes as long as about five of them."""
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-BUCKET_STEP = 32
-"""Rows between two buckets beyond the last of ``BUCKETS``."""
 LAUNCH, RECORD, REPLAY = 0, 1, 2
 T = TypeVar("T")
 Record = Callable[[PaddedDecodeStep], Callable[[], Tensor]]
 RecordJoin = Callable[[int], Callable[[], object]]
-
-
-def bucket_of(sequences: int) -> int:
-    """Return the rows of a recording for up to ``sequences`` sequences a rank."""
-    fitting = next((bucket for bucket in BUCKETS if sequences <= bucket), None)
-    return fitting or -(-sequences // BUCKET_STEP) * BUCKET_STEP
 
 
 class DecodeGraph:
@@ -64,15 +56,8 @@ class DecodeGraph:
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> "DecodeGraph | None":
-        """Make one, or return None where steps are not recorded.
-
-        That is so on host processors, for a model that norms the outputs of slots, and with layers that wait
-        for the host in a step: in exact mode, and with rows of several ranks that neither NCCL gathers nor
-        kernels store in the peers' memory.
-        """
-        if loaded.device.type != "cuda" or not loaded.sends_tokens_once:
-            return None
-        if not all(map(_is_recordable, loaded.layers)):
+        """Make one, or return None where steps are not recorded."""
+        if not is_recordable(loaded):
             return None
         return cls(loaded)
 
@@ -131,7 +116,7 @@ class DecodeGraph:
         if past is not self._held:
             step.load(past)
         logits, self._held = step(ids, replay)
-        self._follow()
+        follow_replay(self._loaded)
         self.went_on(self._held)
         self.replayed += 1
         return logits, self._held
@@ -154,17 +139,9 @@ class DecodeGraph:
             step.idle(replay)
         elif self._joining is not None:
             self._joining()
-        self._follow()
+        follow_replay(self._loaded)
         self.replayed += 1
         return True
-
-    def _follow(self) -> None:
-        """Give the replay a deadline where it waits for peers in NCCL; one-sided kernels have their own."""
-        runner = self._loaded.layers[0].runner if self._loaded.layers else None
-        if runner is None or runner.grid.transport is None:
-            return
-        if runner.dispatcher.capabilities.needs_transport and runner.grid.world.size > 1:
-            runner.grid.transport.follow("a recorded step")
 
     def _begin(self, past: Past) -> None:
         self._recording = self._joining = self._held = None  # frees its memory
@@ -179,42 +156,7 @@ class DecodeGraph:
 
     def _attempt(self, attempt: Callable[[], T]) -> T | None:
         """Return the recording; None on all ranks where one of them failed, which is not tried again."""
-        found, problem = None, None
-        try:
-            with _watch_paused(self._loaded):
-                found = attempt()
-        except RuntimeError as error:
-            problem = str(error).splitlines()[0]
-        problems = self._everyones(problem)
-        if not any(problems):
-            return found
-        self.refused = next(
-            text if len(problems) == 1 else f"rank {rank}: {text}"
-            for rank, text in enumerate(problems)
-            if text
-        )
-        log.info("steps are not recorded: %s", self.refused)
-        if self._tokens is not None:
+        found, self.refused = attempt_on_all(self._loaded, attempt, self._decided is None)
+        if found is None and self._tokens is not None:
             self._loaded.expect(self._tokens)  # this step is launched
-        return None
-
-    def _everyones(self, problem: str | None) -> list[str | None]:
-        if self._decided is None or not self._loaded.layers:
-            return [problem]
-        return list(self._loaded.layers[0].runner.grid.world.comm.all_gather_object(problem))
-
-
-def _is_recordable(layer: Layer) -> bool:
-    runner = layer.runner
-    can, transport = runner.dispatcher.capabilities, runner.grid.transport
-    if can.takes_slots or runner.options.exact:
-        return can.takes_slots
-    if runner.grid.world.size == 1:
-        return True
-    return can.graph_capture and transport is not None and transport.choice.name == "nccl"
-
-
-def _watch_paused(loaded: LoadedModel) -> AbstractContextManager[object]:
-    """The transport's watching thread must not ask about events while this one records."""
-    transport = loaded.layers[0].runner.grid.transport if loaded.layers else None
-    return nullcontext() if transport is None or transport.watch is None else transport.watch.paused()
+        return found

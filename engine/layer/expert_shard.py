@@ -290,6 +290,7 @@ def expert_spec(
         row_invariant=exact,
         bias=config.bias,
         activation_scheme=scheme,
+        routed_experts=config.num_experts,
     )
 
 

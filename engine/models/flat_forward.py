@@ -9,9 +9,9 @@ every argument of the attention is looked at. T tokens; Hq query heads; D, D' nu
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,10 +22,11 @@ from xpar.engine.models.attention import ASKS_FOR_NAME
 from xpar.engine.models.cache_argument import cache_argument
 from xpar.engine.models.isolation import rows_isolated
 from xpar.engine.models.kv_cache import other_states
-from xpar.engine.models.kv_pool import KvPool, LayerForm, PagedStep
+from xpar.engine.models.kv_pool import FlatTokens, KvPool, LayerForm, PagedStep
 from xpar.engine.models.loaded_model import LoadedModel
 from xpar.engine.models.rows import SeparateRows
-from xpar.kernels.cpu.paged_attention import PagedAttention
+from xpar.engine.models.span_pool import SpanPool, SpanStep
+from xpar.kernels.gpu.span_attention import why_not_flash
 
 IMPLEMENTATION, PROBING = "xpar-flat", "xpar-probing"
 """The names of the attention, and of the one that looks at a model."""
@@ -59,18 +60,27 @@ class FlatForward:
     ``pool`` has the forms that :func:`flat_forms` found, in their order.
     """
 
-    def __init__(self, loaded: LoadedModel, pool: KvPool) -> None:
+    def __init__(self, loaded: LoadedModel, pool: KvPool | SpanPool) -> None:
         self._model, self._layers, self._pool = loaded.model, loaded.layers, pool
+        self.device = loaded.device
         self._configs = _attention_configs(loaded.model)
         self._cache = _cache_class()()
-        self._attention = PagedAttention()
         # Four dimensions: transformers takes it for a mask that is made already, and hands it on.
-        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=loaded.device)
+
+    def __call__(self, tokens: FlatTokens) -> Tensor:
+        """Compute logits [W, V] after the tokens that are wanted."""
+        host = (tokens.ids, tokens.positions, tokens.wanted)
+        ids, positions, wanted = (torch.from_numpy(numbers).to(self.device) for numbers in host)
+        return self.forward(ids, positions, wanted, self._pool.step(tokens))
 
     @torch.inference_mode()
-    def __call__(self, ids: Tensor, positions: Tensor, wanted: Tensor, step: PagedStep) -> Tensor:
-        """Compute logits [W, V] after the tokens ``wanted`` [W] of ``ids`` [T] at ``positions`` [T]."""
-        setattr(self._mask, STEP, (self._pool, step, self._attention))
+    def forward(self, ids: Tensor, positions: Tensor, wanted: Tensor, step: PagedStep | SpanStep) -> Tensor:
+        """Compute logits [W, V] after the tokens ``wanted`` [W] of ``ids`` [T] at ``positions`` [T].
+
+        All tensors are int64 on the model's device, and ``step`` is one of the pool.
+        """
+        setattr(self._mask, STEP, (self._pool, step))
         with _implementation(self._configs, IMPLEMENTATION), rows_isolated(self._layers):
             out: Any = self._model(
                 input_ids=ids[None],
@@ -101,14 +111,12 @@ def _attend(
     ``query`` [1, Hq, T, D]. Returns [1, T, Hq, D'].
     """
     layer: _Layer = getattr(module, LAYER)
-    pool, step, attend = getattr(attention_mask, STEP)
+    pool, step = getattr(attention_mask, STEP)
     if layer.writes:
         pool.write(layer.number, key, value, step)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = query[0].transpose(0, 1).contiguous()
-    keys, values = pool.keys[layer.number], pool.values[layer.number]
-    out = attend(rows, keys, values, step.rows, scale, pool.forms[layer.number].window, s_aux, softcap)
-    return out[None], None
+    return pool.attend(layer.number, rows, step, scale, s_aux, softcap)[None], None
 
 
 def flat_forms(loaded: LoadedModel) -> tuple[LayerForm, ...] | str:
@@ -127,8 +135,6 @@ def flat_forms(loaded: LoadedModel) -> tuple[LayerForm, ...] | str:
 def _reason(loaded: LoadedModel) -> str | None:
     """Return why no forward need be tried, if there is a reason."""
     model = loaded.model
-    if loaded.device.type != "cpu":
-        return "GPUs replay recorded steps, which have rows"
     if any(layer.runner.options.exact for layer in loaded.layers):
         return "in exact mode a sequence is computed by itself"
     if states := other_states(model.config):
@@ -155,6 +161,7 @@ class _Probe:
             Tensor
         ] = []  # those of each layer, alive, so that none takes the identity of another
         self._cached = 0
+        self.computes: set[str] = set()
 
     def update(self) -> None:
         """Note that the model has handed keys and values to its cache."""
@@ -195,6 +202,7 @@ class _Probe:
         if module in self._layers:
             return "an attention of it is called twice"
         given = {name for name, value in others.items() if value is not None and value is not False}
+        self.computes |= given & COMPUTED
         if odd := given - HARMLESS - COMPUTED:
             return f"its attention has further arguments ({', '.join(sorted(odd))})"
         return None
@@ -221,24 +229,42 @@ def _probe(loaded: LoadedModel) -> tuple[LayerForm, ...] | str:
     # A checkpoint with numbers that are not finite fails its lines, not this forward.
     with torch.inference_mode(), rows_isolated(loaded.layers), _implementation(configs, PROBING):
         out: Any = loaded.model(
-            input_ids=torch.zeros(1, PROBED, dtype=torch.int64),
-            position_ids=torch.arange(PROBED)[None],
+            input_ids=torch.zeros(1, PROBED, dtype=torch.int64, device=loaded.device),
+            position_ids=torch.arange(PROBED, device=loaded.device)[None],
             use_cache=True,
-            logits_to_keep=torch.tensor([1]),
+            logits_to_keep=torch.tensor([1], device=loaded.device),
             **cache_argument(loaded.model, _cache_class()(probe.update)),
         )
     for layer in loaded.layers:
         layer.reset_slots()  # the forward above was not a user's
     if out.logits.shape[:2] != (1, 1):
         return "it does not give the logits of chosen tokens"
-    return probe.keep()
+    forms = probe.keep()
+    if loaded.device.type == "cpu" or isinstance(forms, str):
+        return forms
+    return why_no_spans(forms, probe.computes) or tuple(replace(form, pads_values=True) for form in forms)
+
+
+def why_no_spans(forms: Sequence[LayerForm], computes: Collection[str]) -> str | None:
+    """Return the reason why a GPU computes no flat batches with layers of ``forms``, or None.
+
+    ``computes``: the arguments that the model gives to its attention.
+    """
+    if "softcap" in computes:
+        return "its attention has a soft cap, and torch's over spans has none"
+    reasons = (why_not_flash(form.dtype, form.key_width, form.value_width) for form in forms)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _mask(
-    q_length: int, mask_function: Callable[..., Any], local_size: int | None = None, **_: Any
+    q_length: int,
+    mask_function: Callable[..., Any],
+    local_size: int | None = None,
+    device: torch.device | str | None = None,
+    **_: Any,
 ) -> Tensor:
     """Stand in for a mask [1, 1, T, 1], marked with its window, in a tuple, if it has the form of one."""
-    made = torch.ones(1, 1, q_length, 1, dtype=torch.bool)
+    made = torch.ones(1, 1, q_length, 1, dtype=torch.bool, device=device)
     draw = torch.Generator().manual_seed(0)
     place = torch.randint(FAR, (FAR,), generator=draw)
     near = place - torch.randint(2 * (local_size or FAR), (FAR,), generator=draw) + 1

@@ -82,7 +82,9 @@ def finish_sum(
 @triton.jit
 def scale_of(amax, POWER_OF_TWO: tl.constexpr):
     """Return the scale of groups whose largest absolute values are ``amax``; NaN stays."""
-    scale = tl.where(amax < 7.888609052210118e-31, 7.888609052210118e-31, amax) / 448.0  # at least 2^-100
+    amax = tl.where(amax < 7.888609052210118e-31, 7.888609052210118e-31, amax)  # at least 2^-100
+    # `/` may miss the last bit, which moves values from the middle of two codes to the other one.
+    scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
         up = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)

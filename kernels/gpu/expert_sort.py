@@ -1,8 +1,8 @@
 """A stable sort of the slots by expert, and the tiles of each expert, made on the device.
 
-No count ever comes to the host. Up to 1024 slots, one program does everything. Beyond that, blocks of 1024
-slots are counted, the counts are scanned, and each block sorts itself and stores every expert's run at its
-place.
+No count ever comes to the host. Few slots are ranked in one launch (:mod:`xpar.kernels.gpu.slot_ranks`).
+Beyond that, blocks of 1024 slots are counted, the counts are scanned, and each block sorts itself and stores
+every expert's run at its place. Where ranks are not wanted, one program sorts up to 1024 slots.
 
 Tensors are contiguous: the stride of a row is its length. Each parameter of a kernel has its line. The
 functions that kernels call have the kernels' parameters, and these:
@@ -18,10 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xpar.kernels.gpu.dependent_launch import launch_options
+from xpar.kernels.gpu.slot_ranks import count_block, rank_kernel, write_tiles
 from xpar.kernels.gpu.tile_tables import Limits, Tile
 
 BLOCK_SLOTS = 1024  # slots that one program sorts at most; a power of 2
 _SIZES = (64, 256)  # slots; smaller blocks that the sort in one program is compiled for
+_RANK_SIZES = (64, 512, 2048)  # slots; blocks that ranks are compiled for
+_RANK_CHUNK = 16  # slots that one program ranks
 _BLOCKS_AT_A_TIME = 32  # blocks whose counts are summed at a time
 
 
@@ -52,60 +56,12 @@ class TilePlan:
 
 
 @triton.jit
-def write_list(count, first, tile_expert, tile_row, tile_count, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Write one list of tiles: the rows of each expert in tiles of ROWS."""
-    expert = tl.arange(0, WIDTH)
-    tiles = (count + ROWS - 1) // ROWS
-    at = tl.cumsum(tiles, 0) - tiles
-    tl.store(tile_count, tl.sum(tiles, 0))
-    for i in range(tl.max(tiles, 0)):
-        tl.store(tile_expert + at + i, expert, mask=i < tiles)
-        tl.store(tile_row + at + i, first + i * ROWS, mask=i < tiles)
-
-
-@triton.jit
-def write_tiles(
-    count, first, tile_expert, tile_row, tile_count, capacity, few, some,
-    ROWS_FEW: tl.constexpr, ROWS_SOME: tl.constexpr, ROWS_MANY: tl.constexpr, WIDTH: tl.constexpr,
-    TALL: tl.constexpr,
-):  # fmt: skip
-    """Write the lists of all buckets.
-
-    :class:`~xpar.kernels.gpu.tile_tables.Limits` defines the buckets. A tall tile has ROWS_MANY rows and up
-    to half as many on top, the last rows of an expert in MANY.
-    """
-    many = (count > few) & (count > some)
-    in_some = (count > few) & (count <= some)
-    write_list(tl.where(count <= few, count, 0), first, tile_expert, tile_row, tile_count, ROWS_FEW, WIDTH)
-    in_some = tl.where(in_some, count, 0)
-    at = capacity
-    write_list(in_some, first, tile_expert + at, tile_row + at, tile_count + 1, ROWS_SOME, WIDTH)
-    in_many = tl.where(many, count, 0)
-    if TALL:
-        rest = in_many % ROWS_MANY
-        tall = (in_many > ROWS_MANY) & (rest > 0) & (rest <= ROWS_MANY // 2)
-        in_many = tl.where(tall, in_many - rest - ROWS_MANY, in_many)
-        one, start, at = tall.to(tl.int32), first + in_many, 3 * capacity
-        write_list(one, start, tile_expert + at, tile_row + at, tile_count + 3, ROWS_MANY, WIDTH)
-    at = 2 * capacity
-    write_list(in_many, first, tile_expert + at, tile_row + at, tile_count + 2, ROWS_MANY, WIDTH)
-
-
-@triton.jit
 def sort_block(ids, begin, end, E: tl.constexpr, BLOCK: tl.constexpr):
     """Return experts and slots of a block in stable order; slots without an expert come last."""
     place = tl.arange(0, BLOCK)
     expert = tl.load(ids + begin + place, mask=begin + place < end, other=-1)
     key = tl.sort(tl.where(expert < 0, E, expert) * BLOCK + place)
     return key // BLOCK, begin + key % BLOCK
-
-
-@triton.jit
-def count_block(ids, begin, end, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the number of slots of each expert in a block: [WIDTH] int32."""
-    place = tl.arange(0, BLOCK)
-    expert = tl.load(ids + begin + place, mask=begin + place < end, other=-1)
-    return tl.histogram(tl.where(expert < 0, 0, expert), WIDTH, mask=expert >= 0)
 
 
 @triton.jit(do_not_specialize=["num_slots", "capacity", "few", "some"])
@@ -127,6 +83,7 @@ def sort_kernel(
     ROWS_SOME: tl.constexpr,  # rows of a tile in SOME
     ROWS_MANY: tl.constexpr,  # rows of a tile in MANY
     TALL: tl.constexpr,  # True if a fourth list gets the tall tiles
+    ALONE: tl.constexpr,  # the one bucket that gets rows, or -1
 ):
     """Sort the slots and write the tiles in one program."""
     expert = tl.arange(0, WIDTH)
@@ -135,7 +92,7 @@ def sort_kernel(
     tl.store(offsets + expert, first, mask=expert < E)
     tl.store(offsets + E, tl.sum(count, 0))
     write_tiles(count, first, tile_expert, tile_row, tile_count, capacity, few, some,
-                ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH, TALL)  # fmt: skip
+                ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH, TALL, ALONE)  # fmt: skip
     slot_expert, slot = sort_block(ids, 0, num_slots, E, BLOCK)
     tl.store(slots + tl.arange(0, BLOCK), slot, mask=slot_expert < E)
 
@@ -172,6 +129,7 @@ def scan_kernel(
     ROWS_SOME: tl.constexpr,  # rows of a tile in SOME
     ROWS_MANY: tl.constexpr,  # rows of a tile in MANY
     TALL: tl.constexpr,  # True if a fourth list gets the tall tiles
+    ALONE: tl.constexpr,  # the one bucket that gets rows, or -1
 ):
     """Write offsets and tiles, and replace counts by shifts; one program.
 
@@ -187,7 +145,7 @@ def scan_kernel(
     tl.store(offsets + expert, first, mask=expert < E)
     tl.store(offsets + E, tl.sum(total, 0))
     write_tiles(total, first, tile_expert, tile_row, tile_count, capacity, few, some,
-                ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH, TALL)  # fmt: skip
+                ROWS_FEW, ROWS_SOME, ROWS_MANY, WIDTH, TALL, ALONE)  # fmt: skip
     before = first
     for block in range(0, blocks, ROWS):
         at = counts + (block + row)[:, None] * WIDTH + expert[None, :]
@@ -224,6 +182,8 @@ def plan_tiles(
     limits: Limits,
     tall: bool = False,
     block_slots: int = BLOCK_SLOTS,
+    ranked_slots: int = 0,
+    dependent: bool = False,
 ) -> TilePlan:
     """Sort the slots by expert and cut them into tiles, without waiting for the device.
 
@@ -234,6 +194,8 @@ def plan_tiles(
         limits: the bounds of the buckets.
         tall: True if the last whole tile of an expert in MANY takes up to half a tile of rows on top.
         block_slots: slots that one program sorts at most, a power of 2.
+        ranked_slots: slots up to which each finds its place by comparison with all others.
+        dependent: True if a sort in one launch may begin before the launch before it has ended.
     """
     num_slots = topk_ids.numel()
     rows = [tile.rows for tile in tiles]
@@ -243,7 +205,15 @@ def plan_tiles(
     lists = (plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count)
     width = max(16, triton.next_power_of_2(experts))
     shape = {"E": experts, "WIDTH": width, "ROWS_FEW": rows[0], "ROWS_SOME": rows[1], "ROWS_MANY": rows[2],
-             "TALL": tall}  # fmt: skip
+             "TALL": tall, "ALONE": limits.launched[0] if len(limits.launched) == 1 else -1}  # fmt: skip
+    if num_slots <= ranked_slots:
+        block = next((size for size in _RANK_SIZES if num_slots <= size), _RANK_SIZES[-1])
+        rank_kernel[(1 + triton.cdiv(num_slots, _RANK_CHUNK),)](
+            topk_ids, plan.slots, *lists, num_slots, capacity, *astuple(limits), BLOCK=block,
+            CHUNK=_RANK_CHUNK, num_warps=8 if block > 64 else 4, **shape,
+            **launch_options(dependent),
+        )  # fmt: skip
+        return plan
     if num_slots <= block_slots:
         block = next((size for size in _SIZES if num_slots <= size), block_slots)
         sort_kernel[(1,)](

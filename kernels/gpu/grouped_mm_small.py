@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from xpar.kernels.gpu.activation import activate, activate_without_gate
+from xpar.kernels.gpu.dependent_launch import prefetch_tile, wait_for_launch_before
 
 
 @triton.jit
@@ -64,9 +65,15 @@ def gate_up_small(
     GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
     PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
     FLATTEN: tl.constexpr,  # True if the next tile's copies start before this tile's result is stored
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
+    PREFETCH: tl.constexpr,  # bytes of each weight row of its first tile to fetch while it waits, or 0
 ):
     """Compute ``hidden[r] = act(weight[expert] @ x[row of r] + bias)`` for a bucket's rows r."""
     WIDE: tl.constexpr = 2 * I if GATED else I
+    prefetch_tile(weight, tl.program_id(0), I, E, WIDE, K, BN, PREFETCH)
+    if GATED:
+        prefetch_tile(weight + I * K, tl.program_id(0), I, E, WIDE, K, BN, PREFETCH)
+    wait_for_launch_before(DEPENDENT)
     w = tl.make_tensor_descriptor(weight, [E * WIDE, K], [K, 1], [BN, BK])
     num_n = tl.cdiv(I, BN)
     num_m = tl.load(tile_count + BUCKET)
@@ -127,8 +134,12 @@ def down_small(
     GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
     PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
     FLATTEN: tl.constexpr,  # True if the next tile's copies start before this tile's result is stored
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
+    PREFETCH: tl.constexpr,  # bytes of each weight row of its first tile to fetch while it waits, or 0
 ):
     """Compute ``out[slot of r] = weight[expert] @ hidden[r] + bias``; each slot is written once."""
+    prefetch_tile(weight, tl.program_id(0), H, E, H, I, BN, PREFETCH)
+    wait_for_launch_before(DEPENDENT)
     w = tl.make_tensor_descriptor(weight, [E * H, I], [I, 1], [BN, BK])
     num_n = tl.cdiv(H, BN)
     num_m = tl.load(tile_count + BUCKET)

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 from xpar.kernels.gpu.activation import activate, activate_without_gate
+from xpar.kernels.gpu.dependent_launch import wait_for_launch_before
 from xpar.kernels.gpu.grouped_mm_small import source_rows, swizzle
 
 
@@ -52,11 +53,13 @@ def permute_kernel(
     TOP_K: tl.constexpr,  # slots of an entry
     BM: tl.constexpr,  # rows of a program
     BK: tl.constexpr,  # columns of a program
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
 ):
     """Copy ``out[r] = x[row of r]``, zero from H to K, for the rows r of experts in MANY.
 
     Grid: blocks of rows, blocks of columns.
     """
+    wait_for_launch_before(DEPENDENT)
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     live = (rm < num_rows) & (rm < tl.load(offsets + E))
     slot = tl.load(slots + rm, mask=live, other=0)
@@ -175,8 +178,10 @@ def gate_up_tiled(
     PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
     FLATTEN: tl.constexpr,  # True if the next tile's copies start before this tile's result is stored
     TALL: tl.constexpr,  # True if list BUCKET + 1 has tall tiles
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
 ):
     """Compute ``hidden[r] = act(weight[expert] @ x[r] + bias)`` for a bucket's rows r."""
+    wait_for_launch_before(DEPENDENT)
     WIDE: tl.constexpr = 2 * I if GATED else I
     xd = tl.make_tensor_descriptor(x, [num_rows, K], [K, 1], [BM, BK])
     wd = tl.make_tensor_descriptor(weight, [E * WIDE, K], [K, 1], [BN, BK])
@@ -285,8 +290,10 @@ def down_tiled(
     PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
     FLATTEN: tl.constexpr,  # True if the next tile's copies start before this tile's result is stored
     TALL: tl.constexpr,  # True if list BUCKET + 1 has tall tiles
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
 ):
     """Compute ``out[slot of r] = weight[expert] @ hidden[r] + bias``; each slot is written once."""
+    wait_for_launch_before(DEPENDENT)
     hd = tl.make_tensor_descriptor(hidden, [num_rows, I], [I, 1], [BM, BK])
     wd = tl.make_tensor_descriptor(weight, [E * H, I], [I, 1], [BN, BK])
     num_n = tl.cdiv(H, BN)

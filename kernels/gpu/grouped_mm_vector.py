@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from xpar.kernels.gpu.activation import activate, activate_without_gate
+from xpar.kernels.gpu.dependent_launch import wait_for_launch_before
 from xpar.kernels.gpu.grouped_mm_small import source_rows
 
 
@@ -35,8 +36,10 @@ def gate_up_vector(
     BN: tl.constexpr,  # columns of a program
     BK: tl.constexpr,  # addends of the sum at a time
     STAGES: tl.constexpr,  # copies in flight
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
 ):
     """Compute ``hidden[slot] = act(weight[expert] @ x[row] + bias)``; grid: columns, slots."""
+    wait_for_launch_before(DEPENDENT)
     WIDE: tl.constexpr = 2 * I if GATED else I
     slot = tl.program_id(1)
     expert = tl.load(ids + slot)
@@ -79,11 +82,13 @@ def down_vector(
     BN: tl.constexpr,  # columns of a program
     BK: tl.constexpr,  # addends of the sum at a time
     STAGES: tl.constexpr,  # copies in flight
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
 ):
     """Sum ``router weight * (weight[expert] @ hidden[slot] + bias)`` over each entry's slots.
 
     Grid: blocks of columns, entries.
     """
+    wait_for_launch_before(DEPENDENT)
     token = tl.program_id(1)
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     rk = tl.arange(0, BK)

@@ -53,7 +53,7 @@ def quantise_blocks_kernel(
     to = codes + rm.to(tl.int64)[:, None, None] * (STRIDE if STRIDE else K) + column[None]
     exists = live[:, None, None] & (column < K)[None]
     term = num_rows.to(tl.int64) * K
-    value /= scale[:, :, None]
+    value = tl.div_rn(value, tl.broadcast_to(scale[:, :, None], value.shape))  # as in scale_of
     for p in tl.static_range(PARTS):
         kept = value if PARTS == 1 else tl.where(((column // 16) % 2 == p)[None], value, 0.0)
         if TERMS == 2:
@@ -97,7 +97,7 @@ def quantise_whole_rows_kernel(
     tl.store(scales + r.to(tl.int64) * (SCALE_STRIDE if SCALE_STRIDE else 1), scale)
     for k in range(0, K, BK):
         value = tl.load(source + k + rk, mask=k + rk < H, other=0.0).to(tl.float32)
-        high = encode(value / scale, DOT8)
+        high = encode(tl.div_rn(value, tl.broadcast_to(scale, value.shape)), DOT8)
         tl.store(codes + r.to(tl.int64) * (STRIDE if STRIDE else K) + k + rk, high, mask=k + rk < K)
 
 

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from xpar.kernels.gpu.dependent_launch import launch_options, wait_for_launch_before
+
 _COLUMNS = 1024  # columns of one program
 _GATHERED_ROWS = 8  # rows of one program
 
@@ -26,12 +28,14 @@ def weighted_sum_kernel(
     TOP_K: tl.constexpr,  # slots of an entry
     IN_PLACE: tl.constexpr,  # True if slot (m, j) is row m * TOP_K + j of rows
     BLOCK: tl.constexpr,  # columns of a program
+    DEPENDENT: tl.constexpr,  # True if this launch may begin before the one before it has ended
 ):
     """Compute ``out[m]``, the weighted sum of an entry's slots plus ``shared`` and ``residual``.
 
     ``out[m] = sum_j weights[m, j] * rows[positions[m, j]] + shared[m] + residual[m]``. Grid: entries, blocks
     of columns.
     """
+    wait_for_launch_before(DEPENDENT)
     entry = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H
@@ -99,6 +103,7 @@ def weighted_sum(
     shared: Tensor | None = None,
     residual: Tensor | None = None,
     in_place: bool = False,
+    dependent: bool = False,
 ) -> Tensor:
     """Return each entry's weighted sum, as :func:`xpar.kernels.rows.weighted_sum` defines it.
 
@@ -111,6 +116,7 @@ def weighted_sum(
         residual: [M, H], added before the rounding, or None.
         in_place: True if slot (m, j) is row m k + j of ``slot_rows``; then only the sign of a position
             counts.
+        dependent: True if the launch may begin before the one before it has ended.
     """
     entries, top_k = positions.shape
     h = slot_rows.shape[1]
@@ -118,7 +124,7 @@ def weighted_sum(
     if entries and h:
         weighted_sum_kernel[_row_grid(entries, h)](
             slot_rows, weights.float().contiguous(), positions.contiguous(), shared, residual, total,
-            H=h, TOP_K=top_k, IN_PLACE=in_place, BLOCK=_COLUMNS, num_warps=4,
+            H=h, TOP_K=top_k, IN_PLACE=in_place, BLOCK=_COLUMNS, num_warps=4, **launch_options(dependent),
         )  # fmt: skip
     return total if out is None or out is total else out.copy_(total)
 

@@ -30,7 +30,9 @@ class SlotExperts(ABC):
                 total = self._compute_tiny(x, out if out is not None and out.is_contiguous() else None)
                 return total if out is None or out is total else out.copy_(total)
             slots = self._compute_all_slots(x)
-            return weighted_sum(slots, x.topk_weights, x.topk_ids, out, in_place=True)
+            return weighted_sum(
+                slots, x.topk_weights, x.topk_ids, out, in_place=True, dependent=self.has_dependent_launches
+            )
 
     def compute_slots(self, x: ExpertInput) -> Tensor:
         require_loaded(self._missing)
@@ -46,6 +48,11 @@ class SlotExperts(ABC):
                 if self.is_tiny(x) and not exact
                 else Slots(self._compute_all_slots(x))
             )
+
+    @property
+    def has_dependent_launches(self) -> bool:
+        """True if a launch may begin before the one before it has ended."""
+        return False
 
     @abstractmethod
     def is_tiny(self, x: ExpertInput) -> bool:

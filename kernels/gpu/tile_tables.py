@@ -1,8 +1,11 @@
 """Tile shapes and launch parameters of the expert products, as plain data.
 
-An expert's bucket follows from the number of its rows: ``FEW`` (by default up to 16), ``SOME`` (up to 64) or
-``MANY`` (more). In the first two the weight tile is the tall operand of the matrix unit and the tokens are
-its narrow side, so that a tile of 16 tokens wastes nothing; in the third it is the other way round.
+A table may have heights: all experts of a batch then get tiles of one height, which follows from the average
+number of their rows, and every product is one launch. Otherwise there are lists of tiles, one for each
+bucket. An expert's bucket follows from the number of its rows: ``FEW`` (by default up to 16), ``SOME`` (up
+to 64) or ``MANY`` (more). In the first two the weight tile is the tall operand of the matrix unit and the
+tokens are its narrow side, so that a tile of 16 tokens wastes nothing; in the third it is the other way
+round.
 """
 
 import json
@@ -14,6 +17,12 @@ import torch
 
 FEW, SOME, MANY = range(3)
 NO_LIMIT = 2**31 - 1  # rows, more than any expert gets
+RANKED_SLOTS = 8192
+"""Slots up to which one launch that compares each with all others should be faster than three (H200)."""
+
+
+VECTOR_BYTES = 80 << 20
+"""Bytes: sort, sum and two launches take 10 us, and half of what is read again comes from the L2 (H200)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,72 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """The tiles of one list of rows: a launch of each product.
+
+    Attributes:
+        gate_up: tile of the first product.
+        down: tile of the second product, with the same ``rows``.
+        swapped: True if the weights are the tall operand of the matrix unit.
+        tall: True if the last whole tile of an expert takes the rest of its rows, up to half a tile, on top.
+        gathered: True if the first product gathers its rows itself; False if they are copied into expert
+            order before it. A swapped product always gathers.
+    """
+
+    gate_up: Tile
+    down: Tile
+    swapped: bool
+    tall: bool = False
+    gathered: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gate_up.rows != self.down.rows:
+            raise ValueError(
+                f"gate_up has tiles of {self.gate_up.rows} rows and down of {self.down.rows}; "
+                "both read one tile list, so give them the same number"
+            )
+        if self.tall and (self.swapped or self.gathered):
+            raise ValueError("tall tiles need rows in expert order: swapped and gathered must be false")
+
+
+@dataclass(frozen=True)
+class Height:
+    """The tiles of batches whose experts have up to ``average`` rows each, on average.
+
+    ``tiles`` None: such batches take the lists of the table's buckets.
+    """
+
+    average: float
+    tiles: Tiles | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The lists of tiles that a batch is cut into.
+
+    Attributes:
+        limits: the bounds of the buckets.
+        lists: the buckets that can get rows, ascending, and the tiles of each.
+        height: the number of the table's height that they come from, or None.
+    """
+
+    limits: Limits
+    lists: tuple[tuple[int, Tiles], ...]
+    height: int | None = None
+
+    @property
+    def plan_tiles(self) -> tuple[Tile, Tile, Tile]:
+        """A tile of every bucket, whose ``rows`` cut its list; any for a bucket that gets no rows."""
+        found = dict(self.lists)
+        few, some, many = (found.get(bucket, self.lists[0][1]).gate_up for bucket in (FEW, SOME, MANY))
+        return few, some, many
+
+    @property
+    def tall(self) -> bool:
+        return any(tiles.tall for _, tiles in self.lists)
+
+
+@dataclass(frozen=True)
 class Vector:
     """The block and launch of a product of one slot on scalar units.
 
@@ -93,6 +168,14 @@ class Table:
             not need.
         tall: True if the last whole tile of an expert in MANY takes the rest of the expert's rows, up to half
             a tile, on top.
+        heights: ascending by their averages; batches above the last one take the lists of the buckets.
+        ranked_slots: slots up to which a batch is sorted in one launch by comparing each with all others.
+        vector_bytes: bytes of weights up to which reading an expert once for each of its slots costs less
+            than the launches of a sort; None: 2 M k up to E decides.
+        dependent: True if each launch may begin before the one before it has ended; needs a Hopper GPU.
+        prefetch: bytes of each weight row of a program's first tile that dependent launches fetch while they
+            wait, a multiple of 16, for swapped tiles where most experts have rows; 0 for none.
+        fit_depth: True if steps of the vector products are made to fit the width of a layer.
     """
 
     gate_up: tuple[Tile, Tile, Tile]
@@ -102,8 +185,19 @@ class Table:
     vector_tokens: int = 4
     limits: tuple[int, int] = (16, 64)
     tall: bool = False
+    heights: tuple[Height, ...] = ()
+    ranked_slots: int = 0
+    vector_bytes: int | None = None
+    fit_depth: bool = False
+    dependent: bool = False
+    prefetch: int = 0
 
     def __post_init__(self) -> None:
+        averages = [height.average for height in self.heights]
+        if averages != sorted(averages):
+            raise ValueError(f"heights up to {averages} rows: must rise")
+        if self.prefetch % 16 or self.prefetch < 0:
+            raise ValueError(f"prefetch {self.prefetch}: must be a multiple of 16 bytes, or 0")
         if not 0 <= self.limits[0] <= self.limits[1]:
             raise ValueError(f"limits {self.limits}: must be two numbers of rows, rising from 0 or more")
         for bucket, (first, second) in enumerate(zip(self.gate_up, self.down, strict=True)):
@@ -112,6 +206,28 @@ class Table:
                     f"bucket {bucket}: gate_up has tiles of {first.rows} rows and down of {second.rows}; "
                     "both read one tile list, so give them the same number"
                 )
+
+    def tiles(self, bucket: int) -> Tiles:
+        """Return the tiles of a bucket's list."""
+        many = bucket == MANY
+        return Tiles(self.gate_up[bucket], self.down[bucket], swapped=not many, tall=self.tall and many)
+
+    def layout(self, tokens: int, slots: int, experts: int, expected: float) -> Layout:
+        """Return the lists of a batch, from its shape alone.
+
+        Args:
+            tokens: M, entries of the batch.
+            slots: M k, active or not.
+            experts: E, experts of this rank.
+            expected: number of active slots that is expected.
+        """
+        for number, height in enumerate(self.heights):
+            if expected / experts <= height.average:
+                if height.tiles is not None:
+                    return _one_list(height.tiles, number)
+                break
+        limits = choose_limits(self, tokens, slots, experts)
+        return Layout(limits, tuple((bucket, self.tiles(bucket)) for bucket in limits.launched))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain JSON values, which :meth:`from_dict` reads."""
@@ -128,6 +244,12 @@ class Table:
             vector_tokens=int(values.get("vector_tokens", 4)),
             limits=_limits_from_list(values.get("limits", (16, 64))),
             tall=bool(values.get("tall", False)),
+            heights=tuple(map(_height_from_dict, values.get("heights", ()))),
+            ranked_slots=int(values.get("ranked_slots", 0)),
+            vector_bytes=values.get("vector_bytes"),
+            fit_depth=bool(values.get("fit_depth", False)),
+            dependent=bool(values.get("dependent", False)),
+            prefetch=int(values.get("prefetch", 0)),
         )
 
 
@@ -151,101 +273,10 @@ class Machine:
 
     @property
     def family(self) -> str:
-        """The key of ``TABLES``: hopper, blackwell or ampere (data centre), or small (99 KiB)."""
+        """The key of the checked-in tables: hopper, blackwell or ampere (data centre), or small (99 KiB)."""
         if self.capability[0] in (9, 10):
             return "hopper" if self.capability[0] == 9 else "blackwell"
         return "ampere" if self.capability in ((8, 0), (8, 7)) else "small"
-
-
-_SCALAR = Vector(columns=8, depth=512, stages=2, warps=4)
-_SCALAR_DOWN = Vector(columns=4, depth=512, stages=3, warps=4)
-# Measured on an H200, one token of OLMoE and Qwen3-30B layers: 5 to 9 % faster than the two above.
-_HOPPER = Vector(columns=2, depth=2048, stages=3, warps=8)
-_HOPPER_DOWN = Vector(columns=4, depth=1024, stages=3, warps=4)
-# Keys: architecture, bytes per element. MANY of hopper is the fastest of 21 tables measured on an H200; the
-# others come from register and shared-memory counts of compiled kernels. None spills, except tall tiles with
-# a bias or a long activation: up to 88 bytes a thread, once a tile; gpt-oss has both, and was 7 % faster with
-# tall tiles.
-TABLES: dict[tuple[str, int], Table] = {
-    ("hopper", 2): Table(
-        gate_up=(
-            Tile(16, 64, 128, stages=3, warps=4, per_sm=2),
-            Tile(64, 64, 64, stages=4, warps=4, per_sm=2),
-            Tile(128, 128, 64, stages=3, warps=8, per_sm=1, group=8),
-        ),
-        down=(
-            Tile(16, 128, 128, stages=3, warps=4, per_sm=2),
-            Tile(64, 128, 64, stages=4, warps=4, per_sm=2),
-            Tile(128, 256, 64, stages=3, warps=8, per_sm=1, group=8, flatten=True),
-        ),
-        gate_up_vector=_HOPPER,
-        down_vector=_HOPPER_DOWN,
-        tall=True,
-    ),
-    ("blackwell", 2): Table(
-        gate_up=(
-            Tile(16, 64, 128, stages=3, warps=4, per_sm=2),
-            Tile(64, 64, 64, stages=4, warps=4, per_sm=2),
-            Tile(128, 128, 64, stages=4, warps=8, per_sm=1, group=8),
-        ),
-        down=(
-            Tile(16, 128, 128, stages=3, warps=4, per_sm=2),
-            Tile(64, 128, 64, stages=4, warps=4, per_sm=2),
-            Tile(128, 128, 64, stages=4, warps=8, per_sm=1, group=8),
-        ),
-        gate_up_vector=_SCALAR,
-        down_vector=_SCALAR_DOWN,
-    ),
-    ("ampere", 2): Table(
-        gate_up=(
-            Tile(16, 64, 64, stages=4, warps=4, per_sm=2),
-            Tile(64, 64, 64, stages=3, warps=4, per_sm=2),
-            Tile(128, 64, 64, stages=3, warps=8, per_sm=1, group=8),
-        ),
-        down=(
-            Tile(16, 128, 64, stages=4, warps=4, per_sm=2),
-            Tile(64, 128, 64, stages=3, warps=4, per_sm=2),
-            Tile(128, 128, 64, stages=4, warps=8, per_sm=1, group=8),
-        ),
-        gate_up_vector=_SCALAR,
-        down_vector=_SCALAR_DOWN,
-    ),
-    ("small", 2): Table(
-        gate_up=(
-            Tile(16, 64, 64, stages=3, warps=4, per_sm=1),
-            Tile(64, 64, 64, stages=3, warps=4, per_sm=1),
-            Tile(64, 64, 64, stages=3, warps=4, per_sm=1, group=8),
-        ),
-        down=(
-            Tile(16, 128, 64, stages=3, warps=4, per_sm=1),
-            Tile(64, 128, 64, stages=3, warps=4, per_sm=1),
-            Tile(64, 64, 64, stages=3, warps=4, per_sm=1, group=8),
-        ),
-        gate_up_vector=_SCALAR,
-        down_vector=_SCALAR_DOWN,
-    ),
-}
-# float32 goes through scalar units (IEEE products), where a thread's registers bound the tile; one table for
-# all.
-_FLOAT32 = Table(
-    gate_up=(
-        Tile(16, 64, 32, stages=3, warps=4, per_sm=2),
-        Tile(64, 64, 32, stages=2, warps=8, per_sm=1),
-        Tile(64, 64, 32, stages=2, warps=8, per_sm=1, group=8),
-    ),
-    down=(
-        Tile(16, 64, 32, stages=3, warps=4, per_sm=2),
-        Tile(64, 64, 32, stages=3, warps=8, per_sm=1),
-        Tile(64, 64, 32, stages=3, warps=8, per_sm=1, group=8),
-    ),
-    gate_up_vector=Vector(columns=8, depth=256, stages=2, warps=4),
-    down_vector=Vector(columns=8, depth=256, stages=2, warps=4),
-)
-
-
-def default_table(machine: Machine, dtype: torch.dtype) -> Table:
-    """Return the checked-in parameters for ``dtype`` on ``machine``."""
-    return _FLOAT32 if dtype.itemsize == 4 else TABLES[machine.family, dtype.itemsize]
 
 
 def read_table(path: Path, machine: Machine, dtype: torch.dtype) -> Table | None:
@@ -293,6 +324,19 @@ def choose_limits(table: Table, tokens: int, slots: int, experts: int) -> Limits
         few=NO_LIMIT if tokens <= few else few if average < 4 * few else 0,
         some=some if many else NO_LIMIT,
     )
+
+
+def _one_list(tiles: Tiles, height: int) -> Layout:
+    if tiles.swapped:
+        return Layout(Limits(NO_LIMIT, NO_LIMIT), ((FEW, tiles),), height)
+    return Layout(Limits(0, 0), ((MANY, tiles),), height)
+
+
+def _height_from_dict(values: dict[str, Any]) -> Height:
+    found = values["tiles"]
+    if found is not None:
+        found = Tiles(**{**found, "gate_up": Tile(**found["gate_up"]), "down": Tile(**found["down"])})
+    return Height(values["average"], found)
 
 
 def _tiles_from_dicts(tiles: list[dict[str, Any]]) -> tuple[Tile, Tile, Tile]:

@@ -9,7 +9,6 @@ has its own allocation, so that a step past one is seen.
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,19 +26,18 @@ def main() -> None:
     g = torch.Generator("cuda").manual_seed(torch.seed() % 2**31)
     say("rows", checks.check_rows(g))
     say("router", checks.check_router(g))
-    for tall in (False, True):
-        # Two experts for 1200 tokens of two: hundreds of rows each, beside some with few and one with none.
-        spec = ExpertSpec(6, 200, 136, torch.bfloat16, Activation("silu"), "cuda", bias=True)
-        weights, kernel = random_weights(spec, g), build(spec)
-        kernel.table = replace(kernel.table, tall=tall)
-        load_experts(kernel, weights)
+    say("sorts", checks.check_sorts(g))
+    # Two experts for 1200 tokens of two: hundreds of rows each, beside some with few and one with none.
+    spec = ExpertSpec(6, 200, 136, torch.bfloat16, Activation("silu"), "cuda", bias=True)
+    weights, kernel = random_weights(spec, g), build(spec)
+    load_experts(kernel, weights)
+    for name, table in checks.forms_of(kernel.table).items():
+        kernel.table = table
         for tokens in (1, 33, 300, 1200):
             x = random_input(spec, tokens, 2, 8, g, skewed=True)
             expected = checks.expected_rows(spec, weights, x, torch.arange(tokens, device="cuda"))
-            say(
-                f"{tokens} tokens, tall {tall}",
-                checks.require_near(kernel.compute(x), expected, spec.dtype, "output"),
-            )
+            error = checks.require_near(kernel.compute(x), expected, spec.dtype, "output")
+            say(f"{tokens} tokens, {name}", error)
     torch.cuda.synchronize()
 
 

@@ -1,6 +1,7 @@
 """Decisions on the host about GPU launches: tables, buckets and availability, all without Triton."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 
 from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.gpu import availability
-from xpar.kernels.gpu.tile_tables import TABLES, Machine, choose_limits, default_table, read_table
+from xpar.kernels.gpu.default_tables import HOPPER_HEIGHTS, TABLES, default_table, expected_table
+from xpar.kernels.gpu.few_tokens import fit_depth, repeated_bytes
+from xpar.kernels.gpu.tile_tables import Height, Machine, Vector, choose_limits, read_table
 from xpar.kernels.registry import KERNELS, choose_kernel
 
 SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"), "cuda")
@@ -34,6 +37,80 @@ def test_every_row_has_one_launched_bucket(tokens, k, experts, limits):
         bucket = 0 if count <= found.few else 1 if count <= found.some else 2
         assert bucket in found.launched
     assert tokens > limits[0] or found.launched == (0,)
+
+
+@given(st.integers(1, 5000), st.integers(1, 8), st.integers(1, 300), st.integers(1, 16))
+def test_one_height_is_a_list_for_every_row(tokens, k, experts, share):
+    """Up to the last average all rows are on one list, whose height follows from the expected rows alone."""
+    table = expected_table(TABLES["hopper", 2])
+    found = table.layout(tokens, tokens * k, experts, tokens * k / share)
+    ((bucket, tiles),) = found.lists
+    assert found.limits.launched == (bucket,) and found.plan_tiles[bucket] is tiles.gate_up
+    average = tokens * k / share / experts
+    assert tiles is next(h.tiles for h in HOPPER_HEIGHTS if average <= h.average)
+
+
+def test_batches_above_all_heights_or_without_tiles_take_the_lists():
+    full = TABLES["hopper", 2]
+    for heights in ((), (Height(2.0, HOPPER_HEIGHTS[0].tiles),), (Height(1000.0, None),)):
+        table = replace(full, heights=heights)
+        found = table.layout(1024, 8192, 64, 8192.0)
+        assert found.limits == choose_limits(table, 1024, 8192, 64)
+        assert found.lists == tuple((b, table.tiles(b)) for b in found.limits.launched)
+        assert [tiles.gate_up for _, tiles in found.lists] == [full.gate_up[b] for b in found.limits.launched]
+        assert found.tall == (2 in found.limits.launched)
+
+
+LAYERS = {  # experts, k, bytes of an expert, tokens up to which slots read weights anew
+    "qwen3-30b": (128, 8, 3 * 2048 * 768 * 2, 4),
+    "olmoe": (64, 8, 3 * 2048 * 1024 * 2, 4),
+    "gpt-oss": (128, 4, 3 * 2880 * 2880 * 2, 4),
+    "qwen3-235b": (128, 8, 3 * 4096 * 1536 * 2, 3),
+    "deepseek-v3-64": (64, 8, 3 * 7168 * 2048 * 2, 1),
+    "mixtral": (8, 2, 3 * 4096 * 14336 * 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_few_tokens_know_the_bytes_of_an_expert(name):
+    experts, k, size, most = LAYERS[name]
+    limit = expected_table(TABLES["hopper", 2]).vector_bytes
+    found = [m for m in range(1, 5) if repeated_bytes(m, k, experts, experts, size) <= limit]
+    assert found == list(range(1, most + 1))
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 64))
+def test_repeated_bytes_are_those_of_random_slots(tokens, k, experts):
+    """Slots beyond the first of each expert, by the chances of every count; foreign experts have none."""
+    k = min(k, experts)
+    assert repeated_bytes(1, k, experts, experts, 100) == pytest.approx(0.0, abs=1e-6)
+    chance = k / experts
+    exact = experts * sum(
+        (n - 1) * math.comb(tokens, n) * chance**n * (1 - chance) ** (tokens - n)
+        for n in range(2, tokens + 1)
+    )
+    assert repeated_bytes(tokens, k, experts, experts, 100) == pytest.approx(100 * exact, abs=1e-6)
+    assert repeated_bytes(tokens, k, experts, 4 * experts, 100) <= 100 * exact + 1e-6
+
+
+def test_steps_fit_the_width():
+    deep = Vector(columns=2, depth=2048, stages=3, warps=8)
+    assert fit_depth(deep, 2880) == replace(deep, columns=4, depth=1024)
+    assert fit_depth(replace(deep, depth=1024), 1536) == replace(deep, columns=4, depth=512)
+    for width in (2048, 4096, 7168, 1900):
+        assert fit_depth(deep, width) == deep
+    assert fit_depth(replace(deep, depth=1024), 768) == replace(deep, depth=1024)  # 512 is as idle
+    assert fit_depth(replace(deep, depth=64), 72) == replace(deep, depth=64)
+
+
+def test_wrong_heights_are_refused():
+    tiles = HOPPER_HEIGHTS[0].tiles
+    with pytest.raises(ValueError, match=r"heights up to \[8.0, 4.0\] rows: must rise"):
+        replace(TABLES["hopper", 2], heights=(Height(8.0, tiles), Height(4.0, tiles)))
+    with pytest.raises(ValueError, match="gate_up has tiles of 16 rows and down of 32"):
+        replace(tiles, down=replace(tiles.down, rows=32))
+    with pytest.raises(ValueError, match="tall tiles need rows in expert order"):
+        replace(tiles, tall=True)
 
 
 def test_wrong_limits_are_refused():

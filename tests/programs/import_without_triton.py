@@ -6,4 +6,4 @@ sys.modules["triton"] = None  # type: ignore[assignment]
 
 import xpar.kernels
 import xpar.kernels.gpu.availability
-import xpar.kernels.gpu.tile_tables  # noqa: F401
+import xpar.kernels.gpu.default_tables  # noqa: F401

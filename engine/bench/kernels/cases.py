@@ -35,8 +35,9 @@ class LayerCase:
     def spec(self, dtype: torch.dtype, device: str = "cuda", row_invariant: bool = False) -> ExpertSpec:
         """Make the description of the layer that a kernel is chosen by."""
         return ExpertSpec(
-            self.experts, self.hidden, self.width, dtype, self.activation, device, row_invariant, self.bias
-        )
+            self.experts, self.hidden, self.width, dtype, self.activation, device, row_invariant, self.bias,
+            routed_experts=self.of,
+        )  # fmt: skip
 
 
 LAYERS = {

@@ -1,6 +1,7 @@
 """Checks of the GPU kernels: against float64, in a CUDA graph, and bit for bit by row."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,6 +13,10 @@ from xpar.engine.routing import TopKRule
 from xpar.kernels import rows
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertKernel, ExpertSpec
 from xpar.kernels.gpu.availability import build
+from xpar.kernels.gpu.default_tables import default_table
+from xpar.kernels.gpu.expert_sort import plan_tiles
+from xpar.kernels.gpu.experts import TritonExperts
+from xpar.kernels.gpu.tile_tables import NO_LIMIT, Height, Limits, Machine, Table
 from xpar.kernels.reference import mlp
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -72,6 +77,10 @@ def small_checks(g: torch.Generator) -> Iterator[Check]:
                 yield f"{_name(dtype)} {activation}", partial(check_activation, dtype, activation, g)
     for dtype in TOLERANCE:
         yield f"row invariance {_name(dtype)}", partial(check_row_invariance, dtype, g)
+    yield "sorts", partial(check_sorts, g)
+    yield "forms", partial(check_forms, g)
+    if torch.cuda.get_device_capability(g.device) == (9, 0):
+        yield "dependent launches", partial(check_dependent, g)
     yield "graph", partial(check_graph, g)
     yield "offsets past 2^31", partial(check_long, g)
 
@@ -129,6 +138,73 @@ def check_activation(dtype: torch.dtype, activation: Activation, g: torch.Genera
             )
             errors.append(require_near(summed, expected, dtype, f"H={hidden} M={m} compute_slots"))
     return max(errors, key=float)
+
+
+def check_sorts(g: torch.Generator) -> str:
+    """Check that the sort by ranks and the sort in blocks give torch's order, some slots being foreign."""
+    tiles = default_table(Machine.of(g.device), torch.bfloat16).gate_up
+    for slots in (1, 8, 100, 512, 2056, 4096, 9000):
+        for experts in (5, 256):
+            ids = torch.randint(-1, experts, (slots, 1), generator=g, device=g.device, dtype=torch.int32)
+            flat = ids.reshape(-1)
+            expected = torch.sort(flat, stable=True).indices[int((flat < 0).sum()) :]
+            for ranked in (0, slots):
+                for limits in (Limits(NO_LIMIT, NO_LIMIT), Limits(16, 64), Limits(0, 0)):
+                    poison(g.device)
+                    plan = plan_tiles(ids, experts, tiles, limits, ranked_slots=ranked)
+                    if not torch.equal(plan.slots[: len(expected)].long(), expected):
+                        raise AssertionError(f"{slots} slots, {experts} experts, {ranked=}: wrong order")
+    return "same order"
+
+
+def forms_of(table: Table) -> dict[str, Table]:
+    """Return a table for each way to compute a batch: lists, the tiles of each height, gathered rows."""
+    tiles = dict.fromkeys(height.tiles for height in table.heights if height.tiles is not None)
+    more = [replace(t, tall=False, gathered=True) for t in tiles if not t.swapped]
+    forms = {str(t): replace(table, heights=(Height(NO_LIMIT, t),)) for t in dict.fromkeys([*tiles, *more])}
+    return {"lists": replace(table, heights=()), **forms}
+
+
+def check_forms(g: torch.Generator) -> str:
+    """Check every form of the table on experts with none, few and hundreds of rows."""
+    errors = []
+    spec = ExpertSpec(6, 200, 136, torch.bfloat16, ACTIVATIONS[1], str(g.device), bias=True)
+    weights, kernel = random_weights(spec, g), TritonExperts(spec)
+    load_experts(kernel, weights)
+    for name, table in forms_of(kernel.table).items():
+        kernel.table = table
+        for m in (9, 300, 1200):
+            x = random_input(spec, m, 2, 8, g, skewed=True)
+            expected = expected_rows(spec, weights, x, torch.arange(m, device=g.device))
+            poison(g.device)
+            errors.append(require_near(kernel.compute(x), expected, spec.dtype, f"M={m} {name}"))
+    return max(errors, key=float)
+
+
+def check_dependent(g: torch.Generator) -> str:
+    """Check that launches which begin early give the bits of others, in many calls after each other."""
+    spec = ExpertSpec(16, 512, 256, torch.bfloat16, Activation("silu"), str(g.device))
+    weights, kernel = random_weights(spec, g), TritonExperts(spec)
+    load_experts(kernel, weights)
+    table = kernel.table
+    gathered = {name: form for name, form in forms_of(table).items() if "gathered=True" in name}
+    for name, form in {"heights": table, **gathered}.items():
+        for m in (1, 9, 300, 1200):
+            inputs = [random_input(spec, m, 4, 16, g) for _ in range(3)]
+            kernel.table = form
+            expected = [kernel.compute(x) for x in inputs]
+            kernel.table = replace(form, dependent=True, prefetch=256)
+            kernel.compute(inputs[0])
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                replayed = [kernel.compute(x) for x in inputs * 4]
+            poison(g.device)
+            graph.replay()
+            launched = [kernel.compute(x) for x in inputs * 20]
+            for found in (launched, replayed):
+                if not all(torch.equal(y, expected[n % 3]) for n, y in enumerate(found)):
+                    raise AssertionError(f"M={m} {name}: other bits")
+    return "same bits"
 
 
 def check_row_invariance(dtype: torch.dtype, g: torch.Generator) -> str:

@@ -1,5 +1,6 @@
-"""The peers of the GPU kernels: other ways to compute the same layer on the same weights."""
+"""The contenders of the GPU kernels: other ways to compute the same layer on the same weights."""
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -10,10 +11,20 @@ from torch.nn import functional
 from xpar.engine.bench.kernels.cases import Weights
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
+from xpar.kernels.gpu.default_tables import expected_table
+from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.quantised_weight import QuantisedWeight
 
 ComputeExperts = Callable[[ExpertInput], Tensor]
 """Computes the outputs [T, H] of a step."""
+EXPECTED = "expected"
+
+
+def expected_experts(kernel: TritonExperts) -> TritonExperts:
+    """Return a kernel with the same weights and the choices that should be faster, to time both in turn."""
+    other = copy.copy(kernel)
+    other.table = expected_table(kernel.table)
+    return other
 
 
 def torch_grouped(spec: ExpertSpec, weights: Weights, has_dropped: bool) -> ComputeExperts:
@@ -127,7 +138,9 @@ def _apply_gate(packed: Tensor, activation: Activation) -> Tensor:
     return gate * torch.sigmoid(gate * activation.alpha) * (up + activation.beta)
 
 
-CONTENDERS: dict[str, Callable[[ExpertSpec, Weights, bool], ComputeExperts]] = {
+Builder = Callable[[ExpertSpec, Weights, bool], ComputeExperts]
+"""Builds a contender for a layer; the last argument: some slots have id -1."""
+CONTENDERS: dict[str, Builder] = {
     "torch": torch_grouped,
     "transformers": transformers_grouped,
 }

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table as RichTable
 
 from xpar.engine.bench.ceilings import GpuCeilings, measure_gpu_ceilings
 from xpar.engine.bench.kernels.cases import (
@@ -17,15 +16,21 @@ from xpar.engine.bench.kernels.cases import (
     random_inputs,
     random_weights,
 )
+from xpar.engine.bench.kernels.cell_report import cell_row, expand_names, format_cell, times_table
 from xpar.engine.bench.kernels.checks import layer_checks, require_near, small_checks
-from xpar.engine.bench.kernels.contenders import CONTENDERS, ComputeExperts
+from xpar.engine.bench.kernels.contenders import CONTENDERS, EXPECTED, ComputeExperts, expected_experts
+from xpar.engine.bench.kernels.installed_products import find_installed
 from xpar.engine.bench.kernels.kernel_bench import KernelBench
 from xpar.engine.bench.kernels.measure_formats import measure_formats
 from xpar.engine.bench.kernels.tile_search import Cell, search
-from xpar.engine.bench.timing import eager_time, graph_time
+from xpar.engine.bench.timing import eager_time, graphs_in_turn, record_graph
 from xpar.kernels.contracts import ExpertInput
+from xpar.kernels.gpu.default_tables import default_table
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tile_tables import Machine, Table, default_table, read_table, write_table
+from xpar.kernels.gpu.tile_tables import Machine, Table, read_table, write_table
+
+_ROUNDS = 8
+_BURST = 5e-3  # seconds a contender runs at a time: all of a round, at one clock
 
 
 def measure_kernels(args: argparse.Namespace) -> int:
@@ -50,7 +55,7 @@ def measure_kernels(args: argparse.Namespace) -> int:
         bench.save()
         torch.cuda.empty_cache()
     if bench.results["times"]:
-        bench.console.print(_times_table(bench.results["times"]))
+        bench.console.print(times_table(bench.results["times"]))
     bench.save()
     for failure in bench.failures:
         bench.say(f"FAILED {failure}")
@@ -117,54 +122,66 @@ def _time_cell(
     inputs: list[ExpertInput],
     ceilings: GpuCeilings | None,
 ) -> None:
-    """Time every contender on ``inputs`` in turn, which are all of one number of tokens."""
-    cell = f"{layer.name} M={inputs[0].topk_ids.shape[0]}"
-    row: dict[str, Any] = {"model": layer.name, "tokens": inputs[0].topk_ids.shape[0]}
+    """Record every contender on ``inputs``, which are all of one number of tokens, then time them in turn."""
+    tokens = inputs[0].topk_ids.shape[0]
+    cell = f"{layer.name} M={tokens}"
+    row: dict[str, Any] = {"model": layer.name, "tokens": tokens}
     if ceilings:
         row["floor"] = sum(ceilings.floor_s(kernel.spec, x) for x in inputs) / len(inputs)
-    contenders: dict[str, ComputeExperts] = {"xpar": kernel.compute}
-    for name in filter(None, bench.args.compare.split(",")):
-        make = partial(CONTENDERS[name], kernel.spec, weights, layer.of > layer.experts)
-        peer = bench.attempt(f"{cell} {name}", make)
-        if peer:
-            contenders[name] = peer
-    ours = bench.attempt(f"{cell} xpar", lambda: kernel.compute(inputs[0]).double())
-    for name, compute in contenders.items():
-        if name != "xpar" and ours is not None:
-            # A peer rounds more often than xpar; this only makes sure that it computes the same layer.
-            bench.attempt(
-                f"{cell} {name} computes the same",
-                lambda c=compute, n=name: require_near(c(inputs[0]), ours, torch.bfloat16, n),  # type: ignore[misc]
-            )
-        calls = [partial(compute, x) for x in inputs]
-        row[f"{name} graph"] = bench.attempt(f"{cell} {name} graph", partial(graph_time, calls))
-        row[f"{name} eager"] = bench.attempt(f"{cell} {name} eager", partial(eager_time, calls))
+    found = _build_contenders(bench, cell, layer, kernel, weights)
+    calls = {
+        name: [partial(compute, x) for x in inputs]
+        for name, compute in _find_same(bench, cell, kernel, found, inputs[0]).items()
+    }
+    graphs = {
+        name: bench.attempt(f"{cell} {name} graph", partial(record_graph, own)) for name, own in calls.items()
+    }
+    graphs = {name: graph for name, graph in graphs.items() if graph}
+    turns = bench.attempt(f"{cell} in turn", lambda: graphs_in_turn(graphs, _ROUNDS, _BURST))
+    if turns:
+        row |= cell_row(turns, len(inputs))
+    for name, own in calls.items():
+        row[f"{name} eager"] = bench.attempt(f"{cell} {name} eager", partial(eager_time, own))
     bench.results["times"].append(row)
-    shown = ", ".join(f"{k} {v * 1e6:.1f}" for k, v in row.items() if isinstance(v, float))
-    bench.say(f"{cell}: {shown} us")
+    bench.say(f"{cell}: {format_cell(row)}")
 
 
-def _times_table(rows: list[dict[str, Any]]) -> RichTable:
-    """Make the table of times in microseconds, beside the floor and the peers."""
-    peers = [name for name in CONTENDERS if any(f"{name} graph" in row for row in rows)]
-    columns = ("model", "M", "floor us", "graph us", "of floor", "eager us")
-    table = RichTable(*columns, title="xpar expert kernels")
-    for peer in peers:
-        table.add_column(f"{peer} graph / eager: x longer", justify="right")
-    for row in rows:
-        ours, eager, floor = row.get("xpar graph"), row.get("xpar eager"), row.get("floor")
-        cells = [row["model"], str(row["tokens"]), _us(floor), _us(ours)]
-        cells += [f"{floor / ours:.0%}" if ours and floor else "-", _us(eager)]
-        cells += [
-            f"{_ratio(row.get(f'{p} graph'), ours)} / {_ratio(row.get(f'{p} eager'), eager)}" for p in peers
-        ]
-        table.add_row(*cells)
-    return table
+def _build_contenders(
+    bench: KernelBench, cell: str, layer: LayerCase, kernel: TritonExperts, weights: Weights
+) -> dict[str, ComputeExperts]:
+    """Return xpar and every contender of ``--compare`` that can compute the layer."""
+    installed, has_dropped = find_installed(), layer.of > layer.experts
+    builders = CONTENDERS | installed
+    contenders: dict[str, ComputeExperts] = {"xpar": kernel.compute}
+    for name in expand_names(bench.args.compare, tuple(installed)):
+        if name == EXPECTED:
+            contenders[name] = expected_experts(kernel).compute
+            continue
+        try:
+            contenders[name] = builders[name](kernel.spec, weights, has_dropped)
+        except (ImportError, ValueError) as why:
+            bench.say(f"{cell}: without {name}: {why}")
+    return contenders
 
 
-def _us(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e6:.1f}"
+def _find_same(
+    bench: KernelBench,
+    cell: str,
+    kernel: TritonExperts,
+    contenders: dict[str, ComputeExperts],
+    x: ExpertInput,
+) -> dict[str, ComputeExperts]:
+    """Return the contenders that compute the same layer as xpar; others are failures and are not timed."""
+    ours = bench.attempt(f"{cell} xpar", lambda: kernel.compute(x).double())
+    if ours is None:
+        return {}
 
+    def check(name: str) -> str:
+        # A peer rounds more often than xpar; this only makes sure that it computes the same layer.
+        return require_near(contenders[name](x), ours, torch.bfloat16, name)
 
-def _ratio(theirs: float | None, ours: float | None) -> str:
-    return f"{theirs / ours:.2f}" if theirs and ours else "-"
+    return {
+        name: compute
+        for name, compute in contenders.items()
+        if name == "xpar" or bench.attempt(f"{cell} {name} computes the same", partial(check, name))
+    }

@@ -217,4 +217,4 @@ def _listed(ratios: dict[str, float]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, tuple | bool) else asdict(value)
+    return value if value is None or isinstance(value, tuple | int) else asdict(value)

@@ -14,15 +14,18 @@ from xpar.engine.bench.kernels import tile_search
 from xpar.engine.bench.kernels.tile_candidates import candidates, get_value, parts, replace_value
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.gpu.availability import use_table
+from xpar.kernels.gpu.default_tables import expected_table
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tile_tables import Machine, Table, Vector, choose_limits, read_table, write_table
+from xpar.kernels.gpu.tile_tables import Machine, Table, Tiles, Vector, read_table, write_table
 
 HOPPER = Machine(sms=132, capability=(9, 0))
 
 
-def layer_kernel(experts: int = 16) -> TritonExperts:
+def layer_kernel(experts: int = 16, lists: bool = False) -> TritonExperts:
     spec = ExpertSpec(experts, 64, 64, torch.bfloat16, Activation("silu"))
-    return TritonExperts(spec, machine=HOPPER)
+    kernel = TritonExperts(spec, machine=HOPPER)
+    kernel.table = kernel.table if lists else expected_table(kernel.table)
+    return kernel
 
 
 def batch(tokens: int, k: int = 4) -> ExpertInput:
@@ -31,10 +34,28 @@ def batch(tokens: int, k: int = 4) -> ExpertInput:
 
 
 def test_parts_follow_the_batch() -> None:
-    kernel = layer_kernel()
-    assert parts(kernel, batch(1)) == ("gate_up vector", "down vector")
-    assert parts(kernel, batch(16)) == ("limits", "gate_up 0", "down 0")
+    kernel, heights = layer_kernel(lists=True), layer_kernel()
+    vectors = ("dependent", "gate_up vector", "down vector")
+    assert parts(kernel, batch(1)) == parts(heights, batch(1)) == vectors
+    assert parts(heights, batch(2)) == ("vector_bytes", *vectors)
+    assert parts(kernel, batch(16)) == ("limits", "dependent", "gate_up 0", "down 0")
     assert {"limits", "gate_up 2", "down 2"} <= set(parts(kernel, batch(4096)))
+    assert parts(heights, batch(16)) == ("form height0", "dependent", "gate_up height0", "down height0")
+    assert parts(heights, batch(4096)) == ("form height5", "dependent", "gate_up height5", "down height5")
+
+
+def test_forms_of_a_height_are_new_and_lead_to_their_parts() -> None:
+    kernel = layer_kernel()
+    for number, height in enumerate(kernel.table.heights):
+        found = candidates(kernel, f"form height{number}", 9)
+        assert height.tiles not in found and None in found and len(set(found)) == len(found) >= 2
+        for value in found:
+            table = replace_value(kernel.table, f"form height{number}", value)
+            assert get_value(table, f"form height{number}") == value
+            assert table.heights[:number] == kernel.table.heights[:number]
+            assert Table.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    many = [v for v in candidates(kernel, "form height5", 9) if isinstance(v, Tiles)]
+    assert any(v.gathered for v in many) and any(v.tall for v in many)
 
 
 def test_candidates_are_new_fit_and_differ() -> None:
@@ -43,20 +64,26 @@ def test_candidates_are_new_fit_and_differ() -> None:
         "gate_up vector",
         "down vector",
         *(f"{s} {b}" for s in ("gate_up", "down") for b in range(3)),
+        *(f"{s} height{n}" for s in ("gate_up", "down") for n in range(6)),
     ):
         few, many = candidates(kernel, part, 5), candidates(kernel, part, 30)
         assert len(few) == 5 and few == many[:5] and len(set(many)) == len(many)
         for value in many:
             assert value != get_value(kernel.table, part)
             assert get_value(replace_value(kernel.table, part, value), part) == value
-    (other,) = candidates(kernel, "tall", 5)
-    assert other != kernel.table.tall and replace_value(kernel.table, "tall", other).tall == other
+    for field in ("tall", "dependent"):
+        (other,) = candidates(kernel, field, 5)
+        assert other != getattr(kernel.table, field)
+        assert getattr(replace_value(kernel.table, field, other), field) == other
+    assert candidates(kernel, "vector_bytes", 5) == [0, 1 << 40]
+    assert replace_value(kernel.table, "vector_bytes", 0).vector_bytes == 0
 
 
 class Pretended:
     """A kernel whose time and output depend on its table alone."""
 
     name = "pretended"
+    machine = HOPPER
 
     def __init__(self, table: Table, wrong: Vector | None = None) -> None:
         self.spec, self.table, self.wrong = layer_kernel().spec, table, wrong
@@ -102,10 +129,10 @@ def test_search_takes_the_fastest_right_value_of_each_part(times: None) -> None:
 
 def test_where_rows_go_is_chosen_before_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile of SOME is tried and wins only after the limits have brought rows there."""
-    kernel = layer_kernel()
+    kernel = layer_kernel(lists=True)
     table = replace(kernel.table, limits=(0, 0))
     monkeypatch.setattr(
-        Pretended, "limits", lambda self, *shape: choose_limits(self.table, *shape, 16), raising=False
+        Pretended, "layout", lambda self, *shape: self.table.layout(*shape, 16, shape[1]), raising=False
     )
     monkeypatch.setattr(Pretended, "is_tiny", lambda self, x: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

@@ -23,6 +23,7 @@ from xpar.engine.generation import decode_graph, recorder
 from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.decode_graph import PaddedDecodeStep
 from xpar.engine.generation.recorder import PATIENCE, DecodeGraph, bucket_of
+from xpar.engine.generation.recordings import follow_replay
 from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 
@@ -313,5 +314,5 @@ def test_steps_over_nccl_are_recorded_and_followed() -> None:
         followed.clear()
         found = recorders[name]
         assert found is not None
-        found._follow()
+        follow_replay(found._loaded)
         assert followed == expected

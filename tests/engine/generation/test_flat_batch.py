@@ -1,6 +1,11 @@
-"""Flat batches give each prompt what it gets alone: arrivals, pieces, sharing, preemption."""
+"""Flat batches give each prompt what it gets alone: arrivals, pieces, sharing, preemption, recordings.
+
+A pool of spans, which GPUs have, is read by the definition of its attention here, and a CUDA graph replays
+what is called here; ``tests/gpu/check_flat.py`` has torch's attention and real graphs.
+"""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,17 @@ from tiny_models import CLEAR
 
 from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.decode_batch import DecodeBatch
+from xpar.engine.generation.decode_graph import FixedStep
 from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
+from xpar.engine.generation.flat_recorder import FlatRecorder, Record
+from xpar.engine.generation.recordings import PATIENCE
 from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
+from xpar.engine.generation.span_plan import WORTH, SpanPlanner
 from xpar.engine.models.flat_forward import flat_forms
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, KvPool
+from xpar.engine.models.span_pool import SpanPool
+from xpar.kernels.gpu.span_attention import SpanAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,15 +44,46 @@ NEW, PROMPTS = 6, 7
 COMMON = 2 * BLOCK_TOKENS + 3
 
 
-def make_flat(model: Any, blocks: int, size: FlatLimits, new: int = NEW) -> FlatBatch:
+POOLS = ("blocks", "spans", "recorded")
+
+
+def rehearsed(step: FixedStep) -> Callable[[], torch.Tensor]:
+    step.forward()
+    step.rewind()
+    return step.forward
+
+
+def make_flat(
+    model: Any,
+    blocks: int,
+    size: FlatLimits,
+    new: int = NEW,
+    pool_of: str = "blocks",
+    record: Record = rehearsed,
+) -> FlatBatch:
     """A batch whose pool is full of NaN, as memory may be: nothing of it is to be read."""
     holder = loaded(model)
     forms = flat_forms(holder)
     assert not isinstance(forms, str), forms
-    pool = KvPool(forms, blocks)
-    for tensor in (*pool.keys, *pool.values):
+    conditions = StopConditions(new)
+    if pool_of == "blocks":
+        pool = KvPool(forms, blocks)
+        fill(pool.keys + pool.values)
+        return FlatBatch(holder, Sampling(), conditions, pool, size)
+    spans = SpanPool(forms, blocks, torch.device("cpu"), SpanAttention("definition"))
+    fill(spans.keys + spans.values)
+    recorder = FlatRecorder(holder, spans, record) if pool_of == "recorded" else None
+    return FlatBatch(holder, Sampling(), conditions, spans, size, recorder)
+
+
+def free_blocks(batch: FlatBatch) -> int:
+    planner = batch.planner
+    return planner.runs.available if isinstance(planner, SpanPlanner) else planner.pool.available
+
+
+def fill(tensors: list[torch.Tensor]) -> None:
+    for tensor in tensors:
         tensor.fill_(float("nan"))
-    return FlatBatch(holder, Sampling(), StopConditions(new), pool, size)
 
 
 def draw_prompts(draw: random.Random, count: int) -> list[list[int]]:
@@ -78,42 +120,123 @@ def assert_greedy(model: Any, r: RunningSequence, new: int = NEW) -> None:
         ids.append(token)
 
 
+@pytest.mark.parametrize("pool_of", POOLS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_those_of_each_prompt_alone(fresh_seed: int, family: str) -> None:
+def test_answers_are_those_of_each_prompt_alone(fresh_seed: int, family: str, pool_of: str) -> None:
     draw = random.Random(fresh_seed)
     model = small_model(*FAMILIES[family], seed=3)
     shares = draw.random() < 0.5
     size = FlatLimits(draw.choice([2, 5]), draw.choice([1, 7, 24, 4096]), shares)
-    for r in run(make_flat(model, 40, size), draw_prompts(draw, PROMPTS), draw):
+    batch = make_flat(model, 40, size, pool_of=pool_of)
+    for r in run(batch, draw_prompts(draw, PROMPTS), draw):
         assert_greedy(model, r)
+    assert batch.recorder is None or batch.recorder.replayed > 0
 
 
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "alone"])
 def test_a_small_pool_drops_the_youngest_and_reads_it_again(fresh_seed: int, shares: bool) -> None:
-    """Four sequences of at most five blocks each in a pool of nine."""
+    """Sequences that begin with two blocks and end with four, in a pool of nine; few of them begin alike."""
     draw = random.Random(fresh_seed)
     model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
     new = 24
-    prompts = [ids[: BLOCK_TOKENS * 3] for ids in draw_prompts(draw, PROMPTS)]
+    prompts = [[draw.randrange(3, 190) for _ in range(draw.randint(28, 31))] for _ in range(PROMPTS)]
+    prompts[1] = prompts[0][:BLOCK_TOKENS] + prompts[1][BLOCK_TOKENS:]
     batch = make_flat(model, 9, FlatLimits(4, 64, shares), new)
     for r in run(batch, prompts, draw):
         assert_greedy(model, r, new)
     assert batch.planner.preempted > 0
-    assert batch.planner.pool.available == 9
+    assert free_blocks(batch) == 9
 
 
-def test_a_sequence_that_never_fits_fails_alone(fresh_seed: int) -> None:
+@pytest.mark.parametrize("shares", [True, False], ids=["shared", "alone"])
+@pytest.mark.parametrize("pool_of", ["spans", "recorded"])
+def test_sequences_wait_for_a_run_in_a_small_pool(fresh_seed: int, pool_of: str, shares: bool) -> None:
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    batch = make_flat(model, 9, FlatLimits(4, 64, shares), pool_of=pool_of)
+    for r in run(batch, draw_prompts(draw, 2 * PROMPTS), draw):
+        assert_greedy(model, r)
+    assert free_blocks(batch) == 9
+
+
+@pytest.mark.parametrize("pool_of", ["spans", "recorded"])
+def test_a_common_beginning_is_copied(fresh_seed: int, pool_of: str) -> None:
+    """Read once, by the first; a sequence that comes when that has ended copies it, too."""
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    common = [draw.randrange(3, 190) for _ in range(WORTH + 3)]
+    prompts = [common + [draw.randrange(3, 190) for _ in range(5)] for _ in range(4)]
+    sequences = [RunningSequence(n, ids, torch.Generator()) for n, ids in enumerate(prompts)]
+    batch = make_flat(model, 60, FlatLimits(8, 4096), pool_of=pool_of)
+    batch.planner.add(sequences[:3])
+    counts = []
+    while batch.occupied:
+        counts.append(batch.next_tokens)
+        batch.advance()
+    left = WORTH + 8 - WORTH // BLOCK_TOKENS * BLOCK_TOKENS
+    assert counts[:2] == [WORTH + 8, 1 + 2 * left]
+    batch.planner.add(sequences[3:])
+    assert batch.next_tokens == left
+    while batch.occupied:
+        batch.advance()
+    for r in sequences:
+        assert_greedy(model, r)
+
+
+def test_a_recording_serves_other_sequences_up_to_its_rows(fresh_seed: int) -> None:
+    """One is made where none serves, and a smaller one when it has been wanted for some steps."""
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    batch = make_flat(model, 60, FlatLimits(8, 4096), new=PATIENCE + 4, pool_of="recorded")
+    recorder = batch.recorder
+    assert recorder is not None
+    sequences = [
+        RunningSequence(n, [draw.randrange(3, 190) for _ in range(3)], torch.Generator(), max_new_tokens=new)
+        for n, new in enumerate([3, 3, 3, PATIENCE + 4, 5])
+    ]
+    batch.begin(sequences[:4])
+    made = [sorted(recorder.recordings)]
+    for _ in range(PATIENCE + 3):
+        if batch.planner.occupied == 1 and sequences[4].finish is None and not sequences[4].answer:
+            batch.planner.add(sequences[4:])
+        batch.advance()
+        made.append(sorted(recorder.recordings))
+    while batch.occupied:
+        batch.advance()
+    assert made[:2] == [[], [4]] and all(rows in ([4], [1, 4], [2, 4], [1, 2, 4]) for rows in made[1:])
+    for r, new in zip(sequences, [3, 3, 3, PATIENCE + 4, 5], strict=True):
+        assert_greedy(model, r, new)
+
+
+def test_a_model_that_cannot_be_recorded_launches(fresh_seed: int) -> None:
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    attempts: list[FixedStep] = []
+
+    def refuse(step: FixedStep) -> Callable[[], torch.Tensor]:
+        attempts.append(step)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    batch = make_flat(model, 40, FlatLimits(4, 4096), pool_of="recorded", record=refuse)
+    for r in run(batch, draw_prompts(draw, PROMPTS), draw):
+        assert_greedy(model, r)
+    assert batch.recorder is not None and len(attempts) == 1
+    assert batch.recorder.refused == "operation not permitted when stream is capturing"
+
+
+@pytest.mark.parametrize("pool_of", POOLS)
+def test_a_sequence_that_never_fits_fails_alone(fresh_seed: int, pool_of: str) -> None:
     """One that is too long at once, and one that grows too long."""
     draw = random.Random(fresh_seed)
     model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
     lengths = (3 * BLOCK_TOKENS + 1, 3 * BLOCK_TOKENS - 2, 5)
     prompts = [[draw.randrange(3, 190) for _ in range(length)] for length in lengths]
-    batch = make_flat(model, 3, FlatLimits(2, 4096))
+    batch = make_flat(model, 3, FlatLimits(2, 4096), pool_of=pool_of)
     long, growing, short = run(batch, prompts, draw)
     assert_greedy(model, short)
     assert "its 49 tokens so far do not fit: the keys and values of 48 tokens do" in (long.failure or "")
     assert "give a larger --kv-memory" in (growing.failure or "") and len(growing.answer) < NEW
-    assert batch.planner.pool.available == 3
+    assert free_blocks(batch) == 3
 
 
 def test_a_common_beginning_is_read_once(fresh_seed: int) -> None:
@@ -144,8 +267,9 @@ def test_a_beginning_that_is_read_in_pieces_is_known(fresh_seed: int) -> None:
         batch.advance()
 
 
+@pytest.mark.parametrize("pool_of", POOLS)
 @pytest.mark.parametrize("place", ["first", "last"])
-def test_logits_that_are_not_finite_fail_their_line_alone(place: str, fresh_seed: int) -> None:
+def test_logits_that_are_not_finite_fail_their_line_alone(place: str, pool_of: str, fresh_seed: int) -> None:
     """Also a line that begins as others do: what they share comes before its infinite token."""
     model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
     draw = random.Random(fresh_seed)
@@ -155,7 +279,7 @@ def test_logits_that_are_not_finite_fail_their_line_alone(place: str, fresh_seed
     with torch.no_grad():
         model.get_input_embeddings().weight[200] = float("inf")
         model.get_output_embeddings().weight[200] = 0.0  # no answer has that token
-    found = run(make_flat(model, 40, FlatLimits(4, 4096)), prompts, draw)
+    found = run(make_flat(model, 40, FlatLimits(4, 4096), pool_of=pool_of), prompts, draw)
     assert "logits after its" in (found[bad].failure or "")
     for r in found[:bad] + found[bad + 1 :]:
         assert_greedy(model, r)

@@ -1,11 +1,13 @@
 """A pool is what the work can need, within the memory that is given or free."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from xpar.engine.commands.options import read_bytes
 from xpar.engine.generation import kv_memory
-from xpar.engine.generation.kv_memory import BatchRoom, choose_blocks
+from xpar.engine.generation.kv_memory import BatchRoom, choose_blocks, free_share
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, KvPool, LayerForm
 
 FORMS = (LayerForm(4, 16, 16, torch.bfloat16), LayerForm(2, 24, 8, torch.bfloat16, window=7))
@@ -20,18 +22,25 @@ def test_a_pool_has_the_bytes_that_its_blocks_say() -> None:
 
 def test_a_small_job_takes_no_more_than_it_can_need() -> None:
     lengths = [BLOCK_TOKENS + 1, 1, 3 * BLOCK_TOKENS]
-    assert choose_blocks(FORMS, BatchRoom(256, lengths=lengths), 1) == 2 + 1 + 3 + 256 // 4 + 1
+    assert choose_blocks(FORMS, BatchRoom(256, lengths=lengths), 2**40) == 2 + 1 + 3 + 256 // 4 + 1
     # Of many prompts, those that run at a time, and as much again for beginnings that are kept.
-    assert choose_blocks(FORMS, BatchRoom(2, lengths=[BLOCK_TOKENS] * 1000), 1) == 2 * 2 + 1
+    assert choose_blocks(FORMS, BatchRoom(2, lengths=[BLOCK_TOKENS] * 1000), 2**40) == 2 * 2 + 1
 
 
 def test_the_given_or_the_free_memory_bounds_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [BLOCK_TOKENS] * 10**6
-    assert choose_blocks(FORMS, BatchRoom(10**6, kv_bytes=7 * BLOCK + 1, lengths=lengths), 4) == 7
+    assert choose_blocks(FORMS, BatchRoom(10**6, kv_bytes=7 * BLOCK + 1, lengths=lengths), BLOCK) == 7
     monkeypatch.setattr(kv_memory, "available_bytes", lambda: 80.0 * BLOCK)
-    assert choose_blocks(FORMS, BatchRoom(10**6, lengths=lengths), 4) == 10
+    host = SimpleNamespace(device=torch.device("cpu"), ranks_of_node=4)
+    assert choose_blocks(FORMS, BatchRoom(10**6, lengths=lengths), free_share(host)) == 10
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90 * BLOCK, 200 * BLOCK))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30 * BLOCK)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20 * BLOCK)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu = SimpleNamespace(device=torch.device("cuda:1"), ranks_of_node=3)  # two of them on one GPU
+    assert choose_blocks(FORMS, BatchRoom(10**6, lengths=lengths), free_share(gpu)) == 35
     with pytest.raises(ValueError, match=f"--kv-memory: {BLOCK - 1} bytes, and the keys and values"):
-        choose_blocks(FORMS, BatchRoom(kv_bytes=BLOCK - 1), 1)
+        choose_blocks(FORMS, BatchRoom(kv_bytes=BLOCK - 1), 2**40)
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    ("wanted", "exact", "keeps_codes"),
+    ("wanted", "exact", "takes_codes"),
     [("auto", False, True), ("exact", False, False), ("auto", True, False), ("quantised", True, False)],
 )
-def test_on_a_gpu_fp8_experts_stay_codes_where_their_inputs_are(
-    wanted: Any, exact: bool, keeps_codes: bool
+def test_on_a_gpu_fp8_experts_stay_codes_whether_their_inputs_are_or_not(
+    wanted: Any, exact: bool, takes_codes: bool
 ) -> None:
     config, fmt = layer(BY_128), NAMED_FORMATS["fp8"]
     inputs = choose_input_scheme(config, GPU, BF16, wanted, exact)
@@ -98,9 +98,9 @@ def test_on_a_gpu_fp8_experts_stay_codes_where_their_inputs_are(
         expert_spec(config, GPU, 4, 128, BF16, exact, inputs.scheme), "auto", fmt
     )
     assert choice.name == "triton"
-    assert spec.weight_format == (fmt if keeps_codes else None)
-    assert spec.activation_scheme == (BY_128.scheme if keeps_codes else None)
-    assert (inputs.row_format == RowFormat(256, ActivationScheme())) == (keeps_codes or wanted == "quantised")
+    assert spec.weight_format == fmt
+    assert spec.activation_scheme == (BY_128.scheme if takes_codes else None)
+    assert (inputs.row_format == RowFormat(256, ActivationScheme())) == (takes_codes or wanted == "quantised")
 
 
 def test_a_kernel_on_cpus_is_built_for_plain_inputs_except_the_reference() -> None:

@@ -9,7 +9,7 @@ from xpar.kernels import reference
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec, Slots
 from xpar.kernels.gpu import experts
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tile_tables import Machine, Table, Tile, Vector
+from xpar.kernels.gpu.tile_tables import NO_LIMIT, Height, Machine, Table, Tile, Tiles, Vector
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # Small tiles: every size below needs several tiles, several steps of the sum and several rounds of programs.
@@ -133,8 +133,18 @@ def test_equals_reference(case, g):
     layer.check(layer.kernel())
 
 
+_WIDE, _NARROW = Tile(32, 64, 32, 2, 4, 1, group=2), Tile(32, 32, 64, 2, 4, 1)
+ONE_LIST = {
+    "swapped": Tiles(_NARROW, _WIDE, swapped=True),
+    "in order": Tiles(_WIDE, _NARROW, swapped=False),
+    "tall": Tiles(_NARROW, _WIDE, swapped=False, tall=True),
+    "gathered": Tiles(_WIDE, _NARROW, swapped=False, gathered=True),
+}
 VARIANTS = {
-    "tall": {"tall": True, "limits": (0, 0)},
+    **{name: {"heights": (Height(NO_LIMIT, tiles),)} for name, tiles in ONE_LIST.items()},
+    "below the averages of all heights": {"heights": (Height(1.0, ONE_LIST["swapped"]), Height(90.0, None))},
+    "ranked in blocks": {"ranked_slots": 0},
+    "tall in lists": {"tall": True, "limits": (0, 0)},
     "few and some in several tiles": {"limits": (50, 84)},
 }
 
@@ -147,6 +157,21 @@ def test_tables_compute_the_same(name, g):
     layer.x.topk_ids[:, 0] = ids[torch.randperm(371, generator=g)]
     layer.table = replace(layer.table, **VARIANTS[name])
     layer.check(layer.kernel())
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (2, 3, 4, 6, 7, 9, 10)], ids=str)
+@pytest.mark.parametrize("name", ONE_LIST)
+def test_one_height_equals_the_reference(name, case, g):
+    layer = Layer(replace(case, vector_tokens=0), torch.bfloat16, FORMS[1], True, g)
+    layer.table = replace(layer.table, **VARIANTS[name])
+    layer.check(layer.kernel())
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_activations_of_gathered_rows(form, g):
+    layer = Layer(Case(70, 1, experts=2, hidden=40, width=24), torch.float32, form, True, g)
+    layer.table = replace(layer.table, **VARIANTS["gathered"])
+    layer.check(layer.kernel(), slots=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -219,6 +244,7 @@ def test_batches_reach_every_kernel(g, monkeypatch):
         "gate_up_vector",
         "gate_up_small",
         "gate_up_tiled",
+        "gate_up_gathered",
         "down_vector",
         "down_small",
         "down_tiled",
@@ -234,11 +260,14 @@ def test_batches_reach_every_kernel(g, monkeypatch):
                 return launch
 
         monkeypatch.setattr(experts, name, Recording())
-    for case in (CASES[1], Case(72, 2, experts=5, skew=3.0, hidden=16, width=16)):
+    lists, gathered = {}, VARIANTS["gathered"]
+    many = Case(72, 2, experts=5, skew=3.0, hidden=16, width=16)
+    for case, variant in ((CASES[1], lists), (many, lists), (many, gathered)):
         layer = Layer(case, torch.float16, FORMS[0], False, g)
+        layer.table = replace(layer.table, **variant)
         layer.check(layer.kernel(), slots=False)
     both = {f"{stage}_{size}" for stage in ("gate_up", "down") for size in ("small", "tiled")}
-    assert seen == {("gate_up_vector", None), ("down_vector", None)} | {
+    assert seen == {("gate_up_vector", None), ("down_vector", None), ("gate_up_gathered", 2)} | {
         (name, bucket) for name in both for bucket in ([2] if "tiled" in name else [0, 1])
     }
 

@@ -10,7 +10,7 @@ from xpar.engine.config import RouterConfig
 from xpar.engine.routing import TopKRule
 from xpar.kernels.gpu import route, rows
 from xpar.kernels.gpu.expert_sort import plan_tiles
-from xpar.kernels.gpu.tile_tables import NO_LIMIT, Limits, Tile
+from xpar.kernels.gpu.tile_tables import NO_LIMIT, RANKED_SLOTS, Limits, Tile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 1e-6}
@@ -38,16 +38,23 @@ SMALL = [
     (40, 2, 4, 1.0, 64),
 ]
 LARGE = [(550, 2, 130, 0.1, 1024), (120, 20, 7, 0.2, 64)]  # the second: more blocks than are summed at a time
+RANKED = [*SMALL, (257, 8, 128, 0.1, 1024), (70, 4, 256, 0.0, 1024)]  # the first of these: two blocks of ids
 
 
 @pytest.mark.parametrize(
-    ("sizes", "limits"), [*itertools.product(SMALL, LIMITS), *zip(LARGE, LIMITS, strict=False)], ids=str
+    ("sizes", "limits", "ranked"),
+    [
+        *((*case, 0) for case in itertools.product(SMALL, LIMITS)),
+        *((*case, 0) for case in zip(LARGE, LIMITS, strict=False)),
+        *((*case, RANKED_SLOTS) for case in itertools.product(RANKED, LIMITS)),
+    ],
+    ids=str,
 )
-def test_plan_is_a_stable_sort_cut_into_tiles(sizes, limits, g):
+def test_plan_is_a_stable_sort_cut_into_tiles(sizes, limits, ranked, g):
     tokens, k, experts, drop, block = sizes
     ids = (torch.rand(tokens, k, generator=g) ** 3 * experts).to(torch.int32)  # skewed to the first
     ids[torch.rand(tokens, k, generator=g) < drop] = -1
-    plan = plan_tiles(ids, experts, TILES, limits, block_slots=block)
+    plan = plan_tiles(ids, experts, TILES, limits, block_slots=block, ranked_slots=ranked)
     slots, offsets = slots_and_offsets(ids, experts)
     assert torch.equal(plan.offsets.long(), offsets)
     assert torch.equal(plan.slots[: len(slots)].long(), slots)
@@ -55,8 +62,22 @@ def test_plan_is_a_stable_sort_cut_into_tiles(sizes, limits, g):
         number = int(plan.tile_count[bucket])
         found = zip(plan.tile_expert[bucket].tolist(), plan.tile_row[bucket].tolist(), strict=True)
         assert list(found)[:number] == expected
-        assert number <= plan.capacity
+        assert 0 <= number <= plan.capacity
         assert not expected or bucket in limits.launched
+
+
+@pytest.mark.parametrize("ranked", [0, RANKED_SLOTS])
+def test_tall_tiles_take_the_rest_of_an_expert(ranked, g):
+    """Tiles of 64 rows: 84 rows are one tall tile, 97 two tiles, 160 a tile and a tall one, 30 one tile."""
+    experts = torch.arange(4, dtype=torch.int32).repeat_interleave(torch.tensor([84, 97, 160, 30]))
+    ids = experts[torch.randperm(371, generator=g)].view(-1, 1)
+    plan = plan_tiles(ids, 5, TILES, Limits(0, 0), True, ranked_slots=ranked)
+    assert plan.tile_count.tolist() == [0, 0, 4, 2]
+    found = [
+        [*zip(plan.tile_expert[n, :count].tolist(), plan.tile_row[n, :count].tolist(), strict=True)]
+        for n, count in ((2, 4), (3, 2))
+    ]
+    assert found == [[(1, 84), (1, 148), (2, 181), (3, 341)], [(0, 0), (2, 245)]]
 
 
 def slots_and_offsets(topk_ids, experts):
