@@ -24,6 +24,7 @@ _BLOCK = 128  # inputs that share a scale of the activations
 
 _SHARED = {"hopper": 227 << 10, "blackwell": 227 << 10, "ampere": 163 << 10, "small": 99 << 10}
 """Bytes of shared memory that the programs of a multiprocessor may use together."""
+_REGISTERS = 65536  # of a multiprocessor, on every GPU that there are kernels for
 _EXTRA_BYTES = 32 << 20  # that may be read twice before a sort pays: its launches take as long (H200)
 
 
@@ -36,12 +37,16 @@ class Height:
         gate_up: tile of the first product; ``columns`` is 128, or 64 for two halves in turn if not swapped.
         down: tile of the second product, with the same ``rows``.
         swapped: True if the weights are the tall operand of the matrix unit.
+        decoded: True if weights become bfloat16 in registers and rows stay it: ``swapped``, for the weights
+            alone, and the layer in bfloat16. ``columns`` of gate_up is then 64 or 128, of gate rows and of up
+            rows each.
     """
 
     average: float
     gate_up: Tile
     down: Tile
     swapped: bool
+    decoded: bool = False
 
     def __post_init__(self) -> None:
         if self.gate_up.rows != self.down.rows:
@@ -49,7 +54,7 @@ class Height:
                 f"gate_up has tiles of {self.gate_up.rows} rows and down of {self.down.rows}; both read one "
                 "tile list, so give them the same number"
             )
-        if self.gate_up.columns not in ((128,) if self.swapped else (64, 128)):
+        if self.gate_up.columns not in ((128,) if self.swapped and not self.decoded else (64, 128)):
             raise ValueError(
                 f"gate_up has {self.gate_up.columns} columns: must be 128, the columns of a scale"
             )
@@ -78,6 +83,12 @@ class CodeTable:
         average = slots / experts
         return next((h for h in self.heights if average <= h.average), self.heights[-1])
 
+    def without_decoded(self) -> "CodeTable":
+        """Return the table without heights whose weights become bfloat16; the others take their batches."""
+        kept = [h for h in self.heights if not h.decoded]
+        exact = min(sum(not h.decoded for h in self.heights[: self.exact]), len(kept) - 1)
+        return replace(self, heights=(*kept[:-1], replace(kept[-1], average=float("inf"))), exact=exact)
+
 
 def saves_launches(slots: int, experts: int, chosen: int, expert_bytes: int) -> bool:
     """Return whether reading an expert once for each of its slots costs less than sorting them.
@@ -94,8 +105,9 @@ def saves_launches(slots: int, experts: int, chosen: int, expert_bytes: int) -> 
     return (slots - different) * expert_bytes <= _EXTRA_BYTES
 
 
-_VECTOR = Vector(columns=4, depth=2048, stages=2, warps=8)
-_VECTOR_DOWN = Vector(columns=4, depth=1024, stages=3, warps=4)
+# A vector program is one warp: each of its lanes has 16 bytes of four rows at a time, of gate and up rows.
+# They take 128 registers, so that 16 programs a multiprocessor have 64 KB in flight.
+_VECTOR = Vector(columns=4, depth=512, stages=1, warps=1)
 _LARGE = CodeTable(
     heights=(
         Height(
@@ -124,7 +136,7 @@ _LARGE = CodeTable(
         ),
     ),
     gate_up_vector=_VECTOR,
-    down_vector=_VECTOR_DOWN,
+    down_vector=_VECTOR,
 )
 # Codes become float16 in registers, which the tallest tile has not: 64 rows are its limit.
 _DECODED = replace(
@@ -153,7 +165,7 @@ _DECODED = replace(
 _NIBBLES = CodeTable(
     heights=(
         Height(
-            8.0,
+            11.0,  # rows: five experts in a hundred have more than 16, and taller tiles take twice as long
             Tile(16, 128, 128, stages=4, warps=4, per_sm=2),
             Tile(16, 128, 128, stages=4, warps=4, per_sm=3),
             swapped=True,
@@ -171,8 +183,8 @@ _NIBBLES = CodeTable(
             swapped=True,
         ),
     ),
-    gate_up_vector=Vector(columns=4, depth=2048, stages=2, warps=8),
-    down_vector=Vector(columns=8, depth=1024, stages=2, warps=4),
+    gate_up_vector=Vector(columns=4, depth=1024, stages=1, warps=1),
+    down_vector=Vector(columns=4, depth=1024, stages=1, warps=1),
     exact=2,
 )
 
@@ -201,6 +213,11 @@ def why_not_format(fmt: WeightFormat) -> str | None:
 def has_dot8(machine: Machine) -> bool:
     """Return whether the matrix unit multiplies e4m3."""
     return machine.capability >= (8, 9)
+
+
+def most_registers(tile: Tile) -> int:
+    """Return the registers a thread may have, so that ``per_sm`` programs fit on a multiprocessor."""
+    return min(255, _REGISTERS // (tile.per_sm * tile.warps * 32) // 8 * 8)
 
 
 def default_code_table(machine: Machine, terms: int) -> CodeTable:

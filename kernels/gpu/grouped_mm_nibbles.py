@@ -21,32 +21,40 @@ from xpar.kernels.gpu.nibbles import decode_plane, group_scale, load_words
 
 
 @triton.jit
+def places_of_terms(HALF: tl.constexpr, term):
+    """Return the places of HALF inputs of a row's first term, then of its second one, ``term`` further."""
+    place = tl.arange(0, 2 * HALF)
+    return place % HALF + place // HALF * term
+
+
+@triton.jit
 def load_pairs(source, live, term, PARTS: tl.constexpr):
-    """Return the terms of a tile of rows: one pair of them or two; one pair comes twice."""
+    """Return the terms of a tile of rows, one pair of them or two; one pair comes twice."""
     a = tl.load(source, mask=live[None, :], other=0.0)
-    b = tl.load(source + term, mask=live[None, :], other=0.0)
-    if PARTS == 2:
-        c = tl.load(source + 2 * term, mask=live[None, :], other=0.0)
-        d = tl.load(source + 3 * term, mask=live[None, :], other=0.0)
-    else:
-        c = a
-        d = b
-    return a, b, c, d
+    return a, tl.load(source + 2 * term, mask=live[None, :], other=0.0) if PARTS == 2 else a
+
+
+@triton.jit
+def twice(w):
+    """Return a tile [BN, HALF] of weights beside itself, for both terms of the rows in one product."""
+    BN: tl.constexpr = w.shape[0]
+    WIDTH: tl.constexpr = 2 * w.shape[1]
+    return tl.reshape(tl.permute(tl.join(w, w), (0, 2, 1)), (BN, WIDTH))
 
 
 @triton.jit
 def add_plane(
-    total, w, a, b, c, d, sums, words, zeros,
+    total, w, a, c, sums, words, zeros,
     FIRST: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, DOT8: tl.constexpr,
 ):  # fmt: skip
     """Return ``total`` [BN, BM] plus the products of a plane of weights, times its groups' scales.
 
-    ``total``: float32 sums. ``w``: [BN, HALF] codes. ``a`` to ``d``: [HALF, BM], the rows' terms. ``sums``:
-    [BM], those of the terms; they count with ZERO. ``words``, ``zeros``: those of the block's scales and zero
-    points. FIRST: the plane's first group in the block.
+    ``total``: float32 sums. ``w``: [BN, 2 HALF] codes, of :func:`twice`. ``a``, ``c``: [2 HALF, BM], the
+    rows' terms. ``sums``: [BM], those of the terms; they count with ZERO. ``words``, ``zeros``: those of the
+    block's scales and zero points. FIRST: the plane's first group in the block.
     """
     zero = tl.zeros(total.shape, tl.float32)
-    part = multiply(w, b, multiply(w, a, zero, DOT8), DOT8)
+    part = multiply(w, a, zero, DOT8)
     if ZERO is not None:
         unit: tl.constexpr = 0.001953125 if DOT8 else 0.001953125 / 65536.0  # 2^-9 as in the products
         if zeros is None:
@@ -56,7 +64,7 @@ def add_plane(
             part -= z[:, None] * sums[None, :]
     total += part * group_scale(words, FIRST, SCALE)[:, None]
     if PARTS == 2:
-        part = multiply(w, d, multiply(w, c, zero, DOT8), DOT8)
+        part = multiply(w, c, zero, DOT8)
         total += part * group_scale(words, FIRST + 1, SCALE)[:, None]
     return total
 
@@ -66,26 +74,21 @@ def sum_blocks(
     source, row, live, num_rows, term, row_scales, row_sums, packed, words, zeros, inside,
     ROWS: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, WORDS: tl.constexpr,
     G: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, ZERO: tl.constexpr, DOT8: tl.constexpr,
-    ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+    ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Return the products [BN, BM] of BN rows of a matrix of nibbles and BM rows of codes, over all inputs.
 
-    ``source``: [HALF, BM] pointers to the rows' first codes; the next term is ``term`` further. ``row``,
-    ``live``: [BM], places of the rows' scales and sums among ``num_rows``, and which rows exist. ``packed``
-    [BN, HALF], ``words`` [BN], ``zeros`` [BN] or None: pointers to the first step and block of the matrix's
-    rows, of which it has ROWS. ``inside``: those of the BN rows that exist, all if EVEN.
+    ``source``: [2 HALF, BM] pointers to the rows' first codes of two terms; the next pair is 2 ``term``
+    further. ``row``, ``live``: [BM], places of the rows' scales and sums among ``num_rows``, and which rows
+    exist. ``packed`` [BN, HALF], ``words`` [BN], ``zeros`` [BN] or None: pointers to the first step and block
+    of the matrix's rows, of which it has ROWS. ``inside``: those of the BN rows that exist, all if EVEN.
     """
     PER_BLOCK: tl.constexpr = 64 // HALF  # steps of a block
     acc = tl.zeros((BN, BM), tl.float32)
-    # The scales of the next block are on their way while this block is multiplied.
-    next_words = load_words(words, 0, ROWS, inside, 0, WORDS)
-    next_row = tl.load(row_scales + row, mask=live, other=0.0)
-    for kb in range(K // 128):
-        own_words = next_words
-        row_scale = next_row
-        after = tl.minimum(kb + 1, K // 128 - 1)
-        next_words = load_words(words, 0, ROWS, inside, after, WORDS)
-        next_row = tl.load(row_scales + after * num_rows + row, mask=live, other=0.0)
+    # Scales travel as codes do, to shared memory: from there each thread reads those of its sums.
+    for kb in tl.range(K // 128, num_stages=STAGES):
+        own_words = load_words(words, 0, ROWS, inside, kb, WORDS)
+        row_scale = tl.load(row_scales + kb * num_rows + row, mask=live, other=0.0)
         own_zeros = tl.load(zeros + kb * ROWS, mask=inside, other=0) if zeros is not None else None
         block = tl.zeros((BN, BM), tl.float32)
         for s in tl.static_range(PER_BLOCK):
@@ -96,14 +99,14 @@ def sum_blocks(
                 bytes = tl.load(packed + step * (ROWS * HALF), mask=inside[:, None], other=0)
             for h in tl.static_range(2):
                 half = 2 * step + h
-                a, b, c, d = load_pairs(source + half * HALF, live, term, PARTS)
+                a, c = load_pairs(source + half * HALF, live, term, PARTS)
                 if ZERO is not None:
                     sums = tl.load(row_sums + half * num_rows + row, mask=live, other=0.0)
                 else:
                     sums = row_scale
-                w = decode_plane(bytes, h == 1, CODE, DOT8, ASM)
+                w = twice(decode_plane(bytes, h == 1, CODE, DOT8, ASM))
                 block = add_plane(
-                    block, w, a, b, c, d, sums, own_words, own_zeros,
+                    block, w, a, c, sums, own_words, own_zeros,
                     (2 * s + h) * HALF // G, PARTS, SCALE, ZERO, DOT8,
                 )  # fmt: skip
         acc += block * row_scale[None, :]
@@ -177,6 +180,7 @@ def gate_up_nibbles(
     BN: tl.constexpr,  # weight rows of a tile or program
     GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
     PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
+    STAGES: tl.constexpr,  # copies in flight
 ):
     """Compute ``hidden[r] = act(weight[expert] @ x[row of r] + bias)`` for sorted rows r, as codes."""
     WIDE: tl.constexpr = 2 * I if GATED else I
@@ -193,14 +197,14 @@ def gate_up_nibbles(
         row = tl.load(slots + rm, mask=live, other=0) // TOP_K
         column = pn * BN
         rn = column + tl.arange(0, BN)
-        source = x + row.to(tl.int64)[None, :] * K + rh[:, None]
         term = num_tokens.to(tl.int64) * K
+        source = x + row.to(tl.int64)[None, :] * K + places_of_terms(HALF, term)[:, None]
         packed = weight + expert.to(tl.int64) * (STEPS * WIDE * HALF) + rn[:, None] * HALF + rh[None, :]
         words = weight_scales + expert * (K // 128 * WORDS * WIDE) + rn
         points = zeros + expert * (K // 128 * WIDE) + rn if zeros is not None else None
         gate = sum_blocks(
             source, row, live, num_tokens, term, x_scales, x_sums, packed, words, points, every,
-            WIDE, K, CODE, SCALE, WORDS, G, HALF, PARTS, ZERO, DOT8, ASM, BM, BN, True,
+            WIDE, K, CODE, SCALE, WORDS, G, HALF, PARTS, ZERO, DOT8, ASM, BM, BN, True, STAGES,
         ) * tl.load(factors + 2 * expert)  # fmt: skip
         if bias is not None:
             gate += tl.load(bias + expert * WIDE + rn).to(tl.float32)[:, None]
@@ -208,7 +212,7 @@ def gate_up_nibbles(
             points = points + I if zeros is not None else None
             up = sum_blocks(
                 source, row, live, num_tokens, term, x_scales, x_sums, packed + I * HALF, words + I, points,
-                every, WIDE, K, CODE, SCALE, WORDS, G, HALF, PARTS, ZERO, DOT8, ASM, BM, BN, True,
+                every, WIDE, K, CODE, SCALE, WORDS, G, HALF, PARTS, ZERO, DOT8, ASM, BM, BN, True, STAGES,
             ) * tl.load(factors + 2 * expert + 1)  # fmt: skip
             if bias is not None:
                 up += tl.load(bias + expert * WIDE + I + rn).to(tl.float32)[:, None]
@@ -254,6 +258,7 @@ def down_nibbles(
     BN: tl.constexpr,  # weight rows of a tile or program
     GROUP: tl.constexpr,  # tiles of token rows that go together through the blocks of columns
     PROGRAMS: tl.constexpr,  # programs of the launch, which share the tiles
+    STAGES: tl.constexpr,  # copies in flight
 ):
     """Compute ``out[slot of r] = weight[expert] @ hidden[r] + bias``; each slot is written once."""
     STEPS: tl.constexpr = I // (2 * HALF)
@@ -267,14 +272,14 @@ def down_nibbles(
         live = rm < tl.load(offsets + expert + 1)
         rn = pn * BN + tl.arange(0, BN)
         inside = rn < H
-        source = hidden + rm.to(tl.int64)[None, :] * I + rh[:, None]
         term = num_rows.to(tl.int64) * I
+        source = hidden + rm.to(tl.int64)[None, :] * I + places_of_terms(HALF, term)[:, None]
         packed = weight + expert.to(tl.int64) * (STEPS * H * HALF) + rn[:, None] * HALF + rh[None, :]
         words = weight_scales + expert * (I // 128 * WORDS * H) + rn
         points = zeros + expert * (I // 128 * H) + rn if zeros is not None else None
         acc = sum_blocks(
             source, rm, live, num_rows, term, hidden_scales, hidden_sums, packed, words, points, inside,
-            H, I, CODE, SCALE, WORDS, G, HALF, PARTS, ZERO, DOT8, ASM, BM, BN, H % BN == 0,
+            H, I, CODE, SCALE, WORDS, G, HALF, PARTS, ZERO, DOT8, ASM, BM, BN, H % BN == 0, STAGES,
         ) * tl.load(factors + expert)  # fmt: skip
         if bias is not None:
             acc += tl.load(bias + expert * H + rn, mask=inside, other=0.0).to(tl.float32)[:, None]

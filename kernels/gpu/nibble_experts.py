@@ -13,10 +13,12 @@ from xpar.kernels.gpu.code_tables import (
     Height,
     default_nibble_table,
     has_dot8,
+    most_registers,
     saves_launches,
     why_not_format,
 )
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
+from xpar.kernels.gpu.grouped_mm_decoded import down_decoded, gate_up_decoded
 from xpar.kernels.gpu.grouped_mm_nibbles import down_nibbles, gate_up_nibbles
 from xpar.kernels.gpu.grouped_mm_nibbles_vector import down_nibbles_vector, gate_up_nibbles_vector
 from xpar.kernels.gpu.limits import round_up
@@ -66,6 +68,8 @@ class NibbleExperts(CodeExperts):
         self.table = table or default_nibble_table(self.machine)
         self._has_asm = has_asm
         self._format = _Nibbles.of(spec)
+        if spec.dtype != torch.bfloat16 or not self._format.has_exact_scales:
+            self.table = self.table.without_decoded()
         e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
         self._width, self._depth = round_up(i, _BLOCK), round_up(h, _BLOCK)
         self._halves = 2 if spec.activation.gated else 1
@@ -108,6 +112,8 @@ class NibbleExperts(CodeExperts):
         tokens, top_k = x.topk_ids.shape
         if self.spec.row_invariant or not 0 < tokens <= self.table.vector_tokens:
             return False
+        if x.hidden_states.data_ptr() % 8 or self.spec.hidden_size % 4 or self.spec.dtype.itemsize != 2:
+            return False  # the products read four numbers at once
         experts = self.spec.num_experts
         return tokens == 1 or saves_launches(tokens * top_k, experts, top_k, self.nbytes() // experts)
 
@@ -117,15 +123,20 @@ class NibbleExperts(CodeExperts):
         ids, router_weights = x.topk_ids.contiguous(), x.topk_weights.float().contiguous()
         hidden = self._new(tokens * top_k, self._width)
         total = self._new(tokens, h) if out is None else out
+        constants = {
+            **self._format.constants,
+            "BF16": self.spec.dtype == torch.bfloat16,
+            "ASM": self._has_asm,
+        }
         gate_up_nibbles_vector[(triton.cdiv(self._width, first.columns), tokens * top_k)](
-            x.hidden_states, *self._gate_up.tensors, self._factors, self._gate_up_bias, hidden, x.rows, ids,
-            I=self._width, H=h, K=self._depth, TOP_K=top_k, **self._activation(),
-            **self._constants(), **self._vector_launch(first),
+            x.hidden_states.view(torch.int64), *self._gate_up.vector_tensors, self._factors,
+            self._gate_up_bias, hidden, x.rows, ids, I=self._width, H=h, K=self._depth, TOP_K=top_k,
+            **self._activation(), **constants, **self._vector_launch(first),
         )  # fmt: skip
         down_nibbles_vector[(triton.cdiv(h, second.columns), tokens)](
-            hidden, *self._down_parts.tensors, self._down_factors, self._down_bias, total, ids,
-            router_weights, I=self._width, H=h, TOP_K=top_k,
-            **self._constants(), **self._vector_launch(second),
+            hidden.view(torch.int64), *self._down_parts.vector_tensors, self._down_factors, self._down_bias,
+            total, ids, router_weights, I=self._width, H=h, TOP_K=top_k,
+            **constants, **self._vector_launch(second),
         )  # fmt: skip
         return total
 
@@ -140,6 +151,9 @@ class NibbleExperts(CodeExperts):
         height = exact if self.spec.row_invariant else self.table.height(slots, self.spec.num_experts)
         tiles = (height.gate_up,) * 3
         plan = plan_tiles(x.topk_ids.contiguous(), self.spec.num_experts, tiles, Limits(NO_LIMIT, NO_LIMIT))
+        if height.decoded:
+            self._multiply_decoded(height, x, plan, out)
+            return out
         rows = self.split(x.hidden_states, x.rows, self._depth)
         self.multiply_down(height, self.multiply_gate_up(height, rows, plan, top_k), plan, out)
         return out
@@ -184,6 +198,22 @@ class NibbleExperts(CodeExperts):
             **self._constants(), **self._launch(height.down),
         )  # fmt: skip
 
+    def _multiply_decoded(self, height: Height, x: ExpertInput, plan: TilePlan, out: Tensor) -> None:
+        """Write the outputs of all active slots to ``out`` [M k, H], by weights that become bfloat16."""
+        h, hidden = self.spec.hidden_size, self._new(out.shape[0], self._width)
+        lists = (plan.slots, plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, plan.capacity)
+        constants = {**self._format.constants, "ASM": self._has_asm, "I": self._width, "H": h}
+        first, second = height.gate_up, height.down
+        gate_up_decoded[self._persistent_grid(first)](
+            x.hidden_states, *self._gate_up.pairs, self._factors, self._gate_up_bias, hidden, x.rows,
+            *lists, K=self._depth, TOP_K=x.topk_ids.shape[1], **self._activation(),
+            **constants, **self._launch(first),
+        )  # fmt: skip
+        down_decoded[self._persistent_grid(second)](
+            hidden, *self._down_parts.pairs, self._down_factors, self._down_bias, out, *lists,
+            **constants, **self._launch(second),
+        )  # fmt: skip
+
     def _shape(self) -> dict[str, int]:
         return {"E": self.spec.num_experts, "I": self._width, "PARTS": self._format.parts}
 
@@ -196,7 +226,8 @@ class NibbleExperts(CodeExperts):
     def _launch(self, tile: Tile) -> dict[str, Any]:
         return {
             "BM": tile.rows, "BN": tile.columns, "GROUP": tile.group,
-            "PROGRAMS": self.machine.sms * tile.per_sm, "num_warps": tile.warps, "num_stages": tile.stages,
+            "PROGRAMS": self.machine.sms * tile.per_sm, "STAGES": tile.stages, "num_warps": tile.warps,
+            "num_stages": tile.stages, "maxnreg": most_registers(tile),
         }  # fmt: skip
 
     def _vector_launch(self, vector: Vector) -> dict[str, Any]:
@@ -219,6 +250,16 @@ class _Matrices:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.codes, self.words, self.zeros
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same with two bytes in a word."""
+        return self.codes.view(torch.int16), self.words, self.zeros
+
+    @property
+    def vector_tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same with eight nibbles in a word."""
+        return self.codes.view(torch.int32), self.words, self.zeros
 
     @property
     def nbytes(self) -> int:
@@ -244,6 +285,11 @@ class _Nibbles:
         zero = 8 if fmt.code is CodeType.INT4 else None
         half = max(32, min(64, group))
         return _Nibbles(fmt.code.value, _SCALE_NAMES[fmt.scale], group, half, zero, fmt.zero_point)
+
+    @property
+    def has_exact_scales(self) -> bool:
+        """Whether scales lose nothing where weights become bfloat16."""
+        return self.group == 128 or self.scale not in ("f16", "f32")
 
     @property
     def parts(self) -> int:

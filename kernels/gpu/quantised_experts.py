@@ -14,11 +14,13 @@ from xpar.kernels.gpu.code_tables import (
     Height,
     default_code_table,
     has_dot8,
+    most_registers,
     saves_launches,
     why_not_format,
 )
 from xpar.kernels.gpu.coded_rows import decode_rows, split_words
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
+from xpar.kernels.gpu.grouped_mm_codes_decoded import down_codes_decoded, gate_up_codes_decoded
 from xpar.kernels.gpu.grouped_mm_codes_small import down_codes_small, gate_up_codes_small
 from xpar.kernels.gpu.grouped_mm_codes_tiled import down_codes_tiled, gate_up_codes_tiled
 from xpar.kernels.gpu.grouped_mm_codes_vector import down_codes_vector, gate_up_codes_vector
@@ -43,19 +45,27 @@ class QuantisedExperts(CodeExperts):
         spec: the requirements of the layer, with a weight format.
         table: launch parameters; the checked-in ones of the machine if None.
         machine: the GPU to choose launches for; that of ``spec.device`` if None.
+        has_asm: True for inline PTX, False for the same in Triton, which its interpreter can run.
     """
 
     name = "triton"
 
     def __init__(
-        self, spec: ExpertSpec, table: CodeTable | None = None, machine: Machine | None = None
+        self,
+        spec: ExpertSpec,
+        table: CodeTable | None = None,
+        machine: Machine | None = None,
+        has_asm: bool = True,
     ) -> None:
         if spec.weight_format is None or why_not_format(spec.weight_format):
             raise ValueError(f"{spec.weight_format}: not a format of this kernel")
         self.spec = spec
         self.machine = machine or Machine.of(spec.device)
+        self._has_asm = has_asm
         self.scheme = None if spec.row_invariant else spec.activation_scheme
         self.table = table or default_code_table(self.machine, self.terms)
+        if self.scheme is not None or spec.dtype != torch.bfloat16:
+            self.table = self.table.without_decoded()
         e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
         self._width, self._depth = round_up(i, _BLOCK), round_up(h, _BLOCK)
         halves = 2 if spec.activation.gated else 1
@@ -111,11 +121,7 @@ class QuantisedExperts(CodeExperts):
         return tokens == 1 or saves_launches(tokens * top_k, self.spec.num_experts, top_k, expert_bytes)
 
     def _compute_tiny(self, x: ExpertInput, out: Tensor | None) -> Tensor:
-        if x.row_format is not None:
-            decoded = decode_rows(
-                x.hidden_states, x.rows, x.row_format, self.spec.dtype, has_dot8=has_dot8(self.machine)
-            )
-            x = replace(x, hidden_states=decoded, rows=None, row_format=None)
+        x = self._decode_rows(x)
         tokens, top_k = x.topk_ids.shape
         h = self.spec.hidden_size
         first = _fit_depth(self.table.gate_up_vector, self._depth)
@@ -124,12 +130,12 @@ class QuantisedExperts(CodeExperts):
         hidden = self._new(tokens * top_k, self._width)
         total = self._new(tokens, h) if out is None else out
         gate_up_codes_vector[(triton.cdiv(self._width, first.columns), tokens * top_k)](
-            x.hidden_states, self._codes(self._gate_up), self._gate_up_scales, self._gate_up_bias, hidden,
+            x.hidden_states, self._gate_up, self._gate_up_scales, self._gate_up_bias, hidden,
             x.rows, ids, I=self._width, H=h, K=self._depth, TOP_K=top_k, **self._activation(),
             **self._gate_up_blocks.constants, **self._vector_launch(first),
         )  # fmt: skip
         down_codes_vector[(triton.cdiv(h, second.columns), tokens)](
-            hidden, self._codes(self._down), self._down_scales, self._down_bias, total, ids, router_weights,
+            hidden, self._down, self._down_scales, self._down_bias, total, ids, router_weights,
             I=self._width, H=h, TOP_K=top_k, **self._down_blocks.constants, **self._vector_launch(second),
         )  # fmt: skip
         return total
@@ -143,6 +149,9 @@ class QuantisedExperts(CodeExperts):
         height = self.height(tokens * top_k)
         one_list = Limits(NO_LIMIT, NO_LIMIT)
         plan = plan_tiles(x.topk_ids.contiguous(), self.spec.num_experts, (height.gate_up,) * 3, one_list)
+        if height.decoded:
+            self._multiply_decoded(height, self._decode_rows(x), plan, out)
+            return out
         if x.row_format is None:
             codes, scales = self._quantise(x.hidden_states, x.rows, self._depth)
         else:
@@ -152,6 +161,37 @@ class QuantisedExperts(CodeExperts):
         hidden, hidden_scales = self._gate_up_product(height, codes, scales, plan, top_k)
         self._down_product(height, hidden, hidden_scales, plan, out)
         return out
+
+    def _decode_rows(self, x: ExpertInput) -> ExpertInput:
+        """Return ``x`` with rows of numbers, not of codes."""
+        if x.row_format is None:
+            return x
+        decoded = decode_rows(
+            x.hidden_states, x.rows, x.row_format, self.spec.dtype, has_dot8=has_dot8(self.machine)
+        )
+        return replace(x, hidden_states=decoded, rows=None, row_format=None)
+
+    def _multiply_decoded(self, height: Height, x: ExpertInput, plan: TilePlan, out: Tensor) -> None:
+        """Write the outputs of all active slots to ``out`` [M k, H], by weights that become bfloat16."""
+        h, hidden = self.spec.hidden_size, self._new(out.shape[0], self._width)
+        lists = (plan.slots, plan.offsets, plan.tile_expert, plan.tile_row, plan.tile_count, plan.capacity)
+        first, second = height.gate_up, height.down
+        gate_up_codes_decoded[self._persistent_grid(first)](
+            x.hidden_states, self._gate_up.view(torch.int16), self._gate_up_scales, self._gate_up_bias,
+            hidden, x.rows, *lists, I=self._width, H=h, K=self._depth, TOP_K=x.topk_ids.shape[1],
+            **self._activation(), **self._gate_up_blocks.constants, **self._decoded_launch(first),
+        )  # fmt: skip
+        down_codes_decoded[self._persistent_grid(second)](
+            hidden, self._down.view(torch.int16), self._down_scales, self._down_bias, out, *lists,
+            I=self._width, H=h, **self._down_blocks.constants, **self._decoded_launch(second),
+        )  # fmt: skip
+
+    def _decoded_launch(self, tile: Tile) -> dict[str, Any]:
+        return {
+            "ASM": self._has_asm, "BM": tile.rows, "BN": tile.columns, "GROUP": tile.group,
+            "PROGRAMS": self.machine.sms * tile.per_sm, "STAGES": tile.stages, "num_warps": tile.warps,
+            "num_stages": tile.stages, "maxnreg": most_registers(tile),
+        }  # fmt: skip
 
     def height(self, slots: int) -> Height:
         """Return the tiles for a batch of ``slots`` slots."""
@@ -228,7 +268,7 @@ class QuantisedExperts(CodeExperts):
 
     def _vector_launch(self, vector: Vector) -> dict[str, Any]:
         return {
-            "DOT8": has_dot8(self.machine), "BN": vector.columns, "BG": vector.depth // _BLOCK,
+            "ASM": self._has_asm, "BN": vector.columns, "BG": vector.depth // _BLOCK,
             "STAGES": vector.stages, "num_warps": vector.warps,
         }  # fmt: skip
 

@@ -2,11 +2,13 @@
 
 Needs one GPU, not part of the test run.
 
-    python tests/gpu/check_codes.py [CASE ...]
+    python tests/gpu/check_codes.py [--paths] [CASE ...]
 
 The cases are those of the interpreter's tests and three of gpt-oss's size. Of each are compared: rows as two
 terms, their sums, the first product, the second one, the whole layer; with inline PTX and without, with
-copies in flight and without. Prints one line for each and ends with 1 if any is wrong.
+copies in flight and without. With ``--paths`` only whole layers are, on each way of their kernel: vectors,
+and weights that become bfloat16, in tiles of 16, 32, 64 and 128 rows. Prints one line for each and ends with
+1 if any is wrong.
 """
 
 import sys
@@ -21,7 +23,7 @@ sys.path[:0] = [
 ]
 
 import torch
-from coded_layers import Case, Layer, small_table
+from coded_layers import Case, Layer, decoded_table, small_table
 from test_nibble_experts import CASES as NIBBLES
 from test_nibble_experts import NibbleLayer
 from test_quantised_experts import CASES as CODES
@@ -48,6 +50,12 @@ class Variant:
     has_asm: bool = True
     stages: int | None = None
     small: bool = False
+    vector: bool = False
+    decoded: int = 0
+
+    @property
+    def is_path(self) -> bool:
+        return self.vector or bool(self.decoded)
 
 
 VARIANTS = (
@@ -55,6 +63,10 @@ VARIANTS = (
     Variant("without PTX", has_asm=False),
     Variant("one copy", stages=1),
     Variant("small tiles", small=True),
+)
+PATHS = (
+    Variant("vector", vector=True),
+    *(Variant(f"bfloat16 in tiles of {rows}", decoded=rows) for rows in (16, 32, 64, 128)),
 )
 
 
@@ -67,6 +79,10 @@ def move(weight: QuantisedWeight) -> QuantisedWeight:
 def table_of(default: CodeTable, variant: Variant) -> CodeTable:
     if variant.small:
         return small_table(16, True)
+    if variant.decoded:
+        return decoded_table(variant.decoded)
+    if variant.vector:
+        return replace(default, vector_tokens=100)
     if variant.stages is None:
         return default
 
@@ -135,8 +151,8 @@ def check_terms(layer: Layer, kernel: QuantisedExperts, x: ExpertInput) -> dict[
     return {"split": error(value_of((codes, scales, scales))[:, : layer.spec.hidden_size], read)}
 
 
-def check(name: str, case: Case, is_nibble: bool, tokens: int) -> bool:
-    """Print the errors of every variant of a case; return whether all are small."""
+def check(name: str, case: Case, is_nibble: bool, tokens: int, paths: bool) -> bool:
+    """Print the errors of every variant of a case, or every path; return whether all are small."""
     machine, good = Machine.of(DEVICE), True
     layer = (NibbleLayer if is_nibble else Layer)(case, torch.Generator().manual_seed(tokens), tokens=tokens)
     spec = replace(layer.spec, device=DEVICE)
@@ -145,7 +161,12 @@ def check(name: str, case: Case, is_nibble: bool, tokens: int) -> bool:
     )
     weights = [tuple(map(move, pair)) for pair in layer.weights]
     expected = layer.dequantised() if case.scheme is None else layer.emulated(case.scheme)
-    for variant in VARIANTS if is_nibble else VARIANTS[::2]:
+    if paths:
+        variants = PATHS if case.scheme is None else PATHS[:1]
+        expected = layer.dequantised()
+    else:
+        variants = VARIANTS if is_nibble else VARIANTS[::2]
+    for variant in variants:
         try:
             if is_nibble:
                 kernel = NibbleExperts(
@@ -158,8 +179,11 @@ def check(name: str, case: Case, is_nibble: bool, tokens: int) -> bool:
                 )
             for e, pair in enumerate(weights):
                 kernel.load_quantised(e, *pair, *(b[e].to(DEVICE) for b in layer.biases))
-            found = check_pieces(layer, kernel, x) if is_nibble else check_terms(layer, kernel, x)
-            kernel.table = replace(kernel.table, vector_tokens=0)
+            found = {}
+            if not variant.is_path:
+                found = check_pieces(layer, kernel, x) if is_nibble else check_terms(layer, kernel, x)
+            if not variant.vector:
+                kernel.table = replace(kernel.table, vector_tokens=0)
             found["layer"] = error(kernel.compute(x), expected)
         except Exception as problem:  # noqa: BLE001 - the next variant may run
             say(f"{name}, {tokens} tokens, {variant.name}: {type(problem).__name__}: {problem}")
@@ -179,13 +203,14 @@ def say(line: str) -> None:
 
 def main(names: list[str]) -> int:
     """Check all cases, or those of ``names``."""
+    paths, names = "--paths" in names, [name for name in names if name != "--paths"]
     oss = replace(NIBBLES["mxfp4"], hidden=2880, width=2880)
     int4, e4m3 = NIBBLES["int4 by 128"].fmt, CODES["channel alone"].fmt
     nibbles = {**NIBBLES, "gpt-oss mxfp4": oss, "gpt-oss int4": replace(oss, fmt=int4)}
     codes = {**CODES, "gpt-oss e4m3": replace(oss, fmt=e4m3)}
     cases = {**{n: (c, True) for n, c in nibbles.items()}, **{n: (c, False) for n, c in codes.items()}}
     results = [
-        check(name, *cases[name], tokens)
+        check(name, *cases[name], tokens, paths)
         for name in names or cases
         if not name.startswith("decoded")
         for tokens in (11, 90)

@@ -1,15 +1,17 @@
 """The Triton experts of codes compiled for GPUs that this machine need not have: little spills, all fits."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from triton_compiler import compiling
 
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
+from xpar.kernels.gpu.code_tables import Height
 from xpar.kernels.gpu.nibble_experts import NibbleExperts
 from xpar.kernels.gpu.quantised_experts import QuantisedExperts
-from xpar.kernels.gpu.tile_tables import Machine
+from xpar.kernels.gpu.tile_tables import Machine, Tile
 from xpar.kernels.quantised_weight import ActivationScheme, CodeType, WeightFormat
 
 SHARED = {80: (163, 164), 90: (227, 228), 100: (227, 228)}  # as in test_gpu_compiled.py
@@ -17,6 +19,7 @@ REGISTERS = 65536
 BLOCK = WeightFormat(CodeType.E4M3, (128, 128), torch.float32)
 CHANNEL = WeightFormat(CodeType.E4M3, (1, 0), torch.float32)
 INT4 = WeightFormat(CodeType.INT4, (1, 32), torch.bfloat16)
+INT4_128 = WeightFormat(CodeType.INT4, (1, 128), torch.bfloat16)
 MXFP4 = WeightFormat(CodeType.E2M1, (1, 32), torch.float8_e8m0fnu)
 NVFP4 = WeightFormat(CodeType.E2M1, (1, 16), torch.float8_e4m3fn, global_scale=True)
 BY_GROUP, BY_TOKEN = ActivationScheme(), ActivationScheme(0)
@@ -37,6 +40,9 @@ CASES = {
     "mxfp4 64": (90, MXFP4, None, 256),
     "nvfp4": (90, NVFP4, None, 16),
     "mxfp4 vector": (90, MXFP4, None, 1),
+    "int4 vector": (90, INT4, None, 1),
+    "ampere vector": (80, MXFP4, None, 1),
+    "blackwell vector": (100, BLOCK, None, 1),
     "ampere": (80, BLOCK, BY_GROUP, 16),
     "ampere mxfp4": (80, MXFP4, None, 16),
     "blackwell": (100, BLOCK, BY_GROUP, 16),
@@ -44,7 +50,20 @@ CASES = {
 }
 # Bytes a thread that a kernel may spill: with Triton 3.6 only that for NVFP4 does, whose sums are separate by
 # 16 inputs, with 3.9 all gate-up products of nibbles.
-SPILLS = {"nvfp4": 200, "mxfp4": 64, "mxfp4 32": 64, "mxfp4 64": 96, "int4": 64, "ampere mxfp4": 64}
+SPILLS = {"nvfp4": 200, "mxfp4": 64, "mxfp4 32": 64, "mxfp4 64": 160, "int4": 160, "ampere mxfp4": 64}
+
+
+# arch, format, tiles of gate_up and down: rows, columns, depth, copies in flight, warps, programs
+DECODED = {
+    "mxfp4 16": (90, MXFP4, Tile(16, 128, 128, 4, 4, 2), Tile(16, 128, 128, 4, 4, 3)),
+    "mxfp4 64": (90, MXFP4, Tile(64, 64, 128, 3, 4, 2), Tile(64, 64, 128, 3, 4, 2)),
+    "nvfp4 16": (90, NVFP4, Tile(16, 64, 128, 4, 4, 2), Tile(16, 128, 128, 4, 4, 2)),
+    "int4 16": (90, INT4, Tile(16, 128, 128, 4, 4, 2), Tile(16, 128, 128, 4, 4, 3)),
+    "int4 by 128": (90, INT4_128, Tile(32, 64, 128, 4, 4, 2), Tile(32, 128, 128, 4, 4, 2)),
+    "e4m3 64": (90, BLOCK, Tile(64, 64, 128, 3, 4, 2), Tile(64, 64, 128, 3, 4, 2)),
+    "ampere": (80, MXFP4, Tile(16, 64, 128, 3, 4, 2), Tile(16, 64, 128, 3, 4, 2)),
+    "blackwell": (100, MXFP4, Tile(16, 64, 128, 4, 4, 2), Tile(16, 128, 128, 4, 4, 2)),
+}
 
 
 def miscompiled_codes(ptx):
@@ -58,20 +77,52 @@ def miscompiled_codes(ptx):
     return {register for register in pairs if len(re.findall(rf"{register}\b", ptx)) > 2}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_compiles_to_what_the_tiles_were_chosen_for(name):
-    arch, fmt, scheme, tokens = CASES[name]
+def kernel_of(arch, fmt, scheme):
+    """Return a kernel whose launches are only compiled, nothing is computed."""
     spec = ExpertSpec(
         16, 2048, 768, torch.bfloat16, Activation("silu"), weight_format=fmt, activation_scheme=scheme
     )
     machine = Machine(sms=132, capability=divmod(arch, 10))
     kernel = (NibbleExperts if fmt.code.is_nibble else QuantisedExperts)(spec, machine=machine)
-    kernel._missing.clear()  # only launches are compiled, nothing is computed
+    kernel._missing.clear()
+    return kernel
+
+
+def launches(kernel, arch, tokens):
+    """Return all launches of a batch, and the products among them."""
     ids = torch.zeros(tokens, 4, dtype=torch.int32)
     x = ExpertInput(torch.zeros(tokens, 2048, dtype=torch.bfloat16), ids, torch.ones(tokens, 4))
     with compiling(arch) as found:
         kernel.compute(x)
-    products = [k for k in found if k.name.startswith(("gate_up", "down"))]
+    return found, [k for k in found if k.name.startswith(("gate_up", "down"))]
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_weights_that_become_bfloat16_compile_without_spills(name):
+    """On Hopper no product of a block waits for the one before it."""
+    arch, fmt, gate_up, down = DECODED[name]
+    kernel = kernel_of(arch, fmt, None)
+    height = Height(float("inf"), gate_up, down, True, decoded=True)
+    kernel.table = replace(kernel.table, heights=(height,), exact=0)
+    found, products = launches(kernel, arch, 16)
+    assert [k.name for k in found if "split" in k.name or "quantise" in k.name] == []
+    for k, tile in zip(products, (gate_up, down), strict=True):
+        assert "decoded" in k.name and k.spilt == 0, f"{k.name}: {k.spilt} bytes a thread"
+        assert tile.per_sm * (k.shared + 1024) <= SHARED[arch][1] << 10, (k.name, tile)
+        assert tile.per_sm * k.registers * k.warps * 32 <= REGISTERS, (k.name, tile)
+        assert "fma.rn.bf16x2" in k.ptx and "cp.async" in k.ptx
+        if arch == 90:
+            assert "k16.f32.bf16.bf16" in k.ptx
+            waits = re.findall(r"warp_group_dot_wait .*pendings = (\d+)", k.ttgir)
+            # One for a block of each matrix where its scale is outside, otherwise one after all of them.
+            assert 0 < waits.count("0") <= 2, f"{k.name} waits for each product: {waits}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_to_what_the_tiles_were_chosen_for(name):
+    arch, fmt, scheme, tokens = CASES[name]
+    kernel = kernel_of(arch, fmt, scheme)
+    found, products = launches(kernel, arch, tokens)
     assert len(products) == 2
     for k in found:
         assert k.spilt <= SPILLS.get(name, 0), f"{k.name}: {k.spilt} bytes a thread"

@@ -26,6 +26,13 @@ def small_table(rows, swapped, columns=128):
     return CodeTable((height,), Vector(64, 256, 2, 4), Vector(128, 128, 2, 4), vector_tokens=0, exact=0)
 
 
+def decoded_table(rows):
+    """Return a table whose batches all take weights that become bfloat16, where the format has that."""
+    tile = Tile(rows, 64, 128, stages=2, warps=4, per_sm=1, group=2)
+    plain = small_table(16, True)
+    return replace(plain, heights=(Height(99.0, tile, tile, True, decoded=True), *plain.heights), exact=1)
+
+
 @dataclass(frozen=True)
 class Case:
     fmt: WeightFormat
@@ -69,7 +76,7 @@ class Layer:
         self.x = ExpertInput(hidden, ids, weights, rows)
 
     def kernel(self, table):
-        kernel = QuantisedExperts(self.spec, table, self.machine)
+        kernel = QuantisedExperts(self.spec, table, self.machine, has_asm=False)
         for e, (gate_up, down) in enumerate(self.weights):
             kernel.load_quantised(e, gate_up, down, *(b[e] for b in self.biases))
         return kernel

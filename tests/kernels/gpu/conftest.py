@@ -25,7 +25,9 @@ def poisoned(monkeypatch):
     def fill(tensor):
         if tensor.dtype == torch.uint8:
             return tensor.fill_(0x7F)  # NaN of e4m3
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -(10**6))
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(max(-(10**6), torch.iinfo(tensor.dtype).min))
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: fill(new_empty(self, *a, **k)))

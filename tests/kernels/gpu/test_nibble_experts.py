@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from coded_layers import AMPERE, GPT_OSS, HOPPER, Case, Layer, error, small_table
+from coded_layers import AMPERE, GPT_OSS, HOPPER, Case, Layer, decoded_table, error, small_table
 
 from xpar.kernels.contracts import Activation, ExpertInput
 from xpar.kernels.gpu.nibble_experts import NibbleExperts
@@ -24,7 +24,11 @@ CASES = {
     "decoded": Case(WeightFormat(E2M1, (1, 32), torch.float8_e8m0fnu), None, AMPERE),
     "decoded int4": Case(WeightFormat(INT4, (1, 32), torch.float16, zero_point=True), None, AMPERE),
 }
-TABLES = {"sorted": small_table(16, True), "vector": replace(small_table(16, True), vector_tokens=99)}
+TABLES = {
+    "sorted": small_table(16, True),
+    "decoded": decoded_table(16),
+    "vector": replace(small_table(16, True), vector_tokens=99),
+}
 
 
 def draw_nibbles(fmt, rows, cols, g):
@@ -66,3 +70,24 @@ def test_rows_do_not_depend_on_the_batch(g):
         pick = torch.randperm(20, generator=g)[:size]
         part = ExpertInput(x.hidden_states, x.topk_ids[pick], x.topk_weights[pick], x.rows[pick])
         assert torch.equal(kernel.compute(part), whole[pick])
+
+
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**20])
+def test_integers_follow_the_size_of_the_activations(factor, g):
+    """The vector products make integers of activations: their scale goes with the largest of a run."""
+    layer = NibbleLayer(CASES["mxfp4"], g, tokens=3)
+    layer.x = replace(layer.x, hidden_states=layer.x.hidden_states * factor)
+    assert error(layer.kernel(TABLES["vector"]).compute(layer.x), layer.dequantised()) < 6e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("table", ["vector", "decoded"])
+def test_a_value_that_is_no_number_shows(table, value, g):
+    layer = NibbleLayer(CASES["int4 by 32"], g, tokens=6)
+    x = layer.x
+    hidden, ids = x.hidden_states.clone(), x.topk_ids.clone()
+    ids[0] = torch.tensor([0, 1], dtype=torch.int32)
+    x = replace(x, topk_ids=ids, rows=torch.arange(3, 9), topk_weights=torch.full(ids.shape, 0.5))
+    hidden[3, 5] = value
+    got = layer.kernel(TABLES[table]).compute(replace(x, hidden_states=hidden))
+    assert not got[0].isfinite().any() and got[1:].isfinite().all()

@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from coded_layers import AMPERE, GPT_OSS, HOPPER, Case, Layer, draw_weight, error, small_table
+from coded_layers import (
+    AMPERE,
+    GPT_OSS,
+    HOPPER,
+    Case,
+    Layer,
+    decoded_table,
+    draw_weight,
+    error,
+    small_table,
+)
 
 from xpar.kernels.contracts import Activation, ExpertInput
 from xpar.kernels.gpu.quantised_experts import QuantisedExperts
@@ -21,6 +31,7 @@ TABLES = {
     "16 rows": small_table(16, True),
     "32 rows": small_table(32, False),
     "halves": small_table(32, False, 64),
+    "bfloat16": decoded_table(16),
     "vector": replace(small_table(16, True), vector_tokens=99),
 }
 
@@ -32,6 +43,7 @@ CASES = {
     "block, by token": Case(BLOCK, BY_TOKEN, hidden=300),
     "channel": Case(CHANNEL, BY_TOKEN, hidden=144, width=150, bias=True),
     "channel alone": Case(CHANNEL, None),
+    "ragged alone": Case(BLOCK, None, hidden=200, width=72, activation=GPT_OSS, bias=True),
     "tensor": Case(TENSOR, BY_GROUP),
     "rows of blocks": Case(ROWS_OF_BLOCKS, BY_GROUP, width=160),
     "decoded": Case(BLOCK, BY_GROUP, AMPERE, width=192),
@@ -42,6 +54,7 @@ PAIRS = [
     *(("16 rows", name) for name in CASES),
     *(("32 rows", name) for name in ("ragged", "channel", "decoded")),
     *(("halves", name) for name in ("block", "no gate", "decoded alone")),
+    *(("bfloat16", name) for name in ("no gate", "channel alone", "ragged alone")),
     *(("vector", name) for name in ("ragged", "no gate", "channel", "decoded")),
 ]
 
