@@ -159,11 +159,11 @@ def add_kernels(p: argparse.ArgumentParser) -> None:
     options.add_dtype(p, "bfloat16", choices=("bfloat16", "float16"))
     p.add_argument(
         "--compare",
-        default="expected,torch,transformers,installed",
+        default="former,torch,transformers,installed",
         metavar="NAME,NAME",
-        help="what to measure beside the kernels, or an empty word for nothing: expected (xpar's own choices "
-        "that should be faster), torch, transformers, any of vllm, sglang, triton_kernels and deep_gemm, or "
-        "all of those that are installed (default expected,torch,transformers,installed)",
+        help="what to measure beside the kernels, or an empty word for nothing: former (xpar's own launches "
+        "of before), torch, transformers, any of vllm, sglang, triton_kernels and deep_gemm, or "
+        "all of those that are installed (default former,torch,transformers,installed)",
     )
     p.add_argument(
         "--formats",

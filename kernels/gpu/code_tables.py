@@ -24,8 +24,8 @@ _BLOCK = 128  # inputs that share a scale of the activations
 
 _SHARED = {"hopper": 227 << 10, "blackwell": 227 << 10, "ampere": 163 << 10, "small": 99 << 10}
 """Bytes of shared memory that the programs of a multiprocessor may use together."""
+_LARGE_FAMILIES = ("hopper", "blackwell")
 _REGISTERS = 65536  # of a multiprocessor, on every GPU that there are kernels for
-_EXTRA_BYTES = 32 << 20  # that may be read twice before a sort pays: its launches take as long (H200)
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class CodeTable:
         gate_up_vector: the first product of batches of few tokens.
         down_vector: the second product of batches of few tokens.
         vector_tokens: number of tokens up to which a batch may take the vector products.
+        vector_bytes: bytes of weights up to which reading an expert once for each of its slots costs less
+            than the launches of a sort.
         exact: index of the height that every batch takes if bits must not depend on it.
     """
 
@@ -76,7 +78,8 @@ class CodeTable:
     gate_up_vector: Vector
     down_vector: Vector
     vector_tokens: int = 4
-    exact: int = 2
+    vector_bytes: int = 8 << 20
+    exact: int = 0
 
     def height(self, slots: int, experts: int) -> Height:
         """Return the height for a batch of ``slots`` slots on ``experts`` experts."""
@@ -84,59 +87,68 @@ class CodeTable:
         return next((h for h in self.heights if average <= h.average), self.heights[-1])
 
     def without_decoded(self) -> "CodeTable":
-        """Return the table without heights whose weights become bfloat16; the others take their batches."""
+        """Return the table without heights whose weights become bfloat16; the others take their batches.
+
+        Raises ValueError if no height is left.
+        """
         kept = [h for h in self.heights if not h.decoded]
+        if not kept:
+            raise ValueError(
+                "all heights of the table decode weights to bfloat16, which this layer's dtype or scales do "
+                "not allow; add one that multiplies codes"
+            )
         exact = min(sum(not h.decoded for h in self.heights[: self.exact]), len(kept) - 1)
         return replace(self, heights=(*kept[:-1], replace(kept[-1], average=float("inf"))), exact=exact)
 
 
-def saves_launches(slots: int, experts: int, chosen: int, expert_bytes: int) -> bool:
-    """Return whether reading an expert once for each of its slots costs less than sorting them.
-
-    Args:
-        slots: M k.
-        experts: E, all of which are chosen equally often.
-        chosen: k.
-        expert_bytes: bytes of an expert's weights.
-    """
-    different = (
-        experts * (1.0 - (1.0 - chosen / experts) ** (slots / chosen)) if chosen < experts else experts
-    )
-    return (slots - different) * expert_bytes <= _EXTRA_BYTES
-
-
-# A vector program is one warp: each of its lanes has 16 bytes of four rows at a time, of gate and up rows.
-# They take 128 registers, so that 16 programs a multiprocessor have 64 KB in flight.
+# A vector program of the first product is one warp: each of its lanes has 16 bytes of four rows at a time, of
+# gate and up rows. They take 128 registers, so that 16 programs a multiprocessor have 64 KB in flight. The
+# second product is faster with programs of four warps (H200: 9.5 us in place of 11.2).
 _VECTOR = Vector(columns=4, depth=512, stages=1, warps=1)
+_VECTOR_DOWN = Vector(columns=4, depth=2048, stages=1, warps=4)
+_FEW = Height(
+    11.0,
+    Tile(16, 128, 128, stages=3, warps=4, per_sm=2),
+    Tile(16, 128, 128, stages=3, warps=4, per_sm=3),
+    swapped=True,
+)
+_SOME = Height(
+    24.0,
+    Tile(32, 128, 128, stages=3, warps=4, per_sm=2),
+    Tile(32, 128, 128, stages=3, warps=4, per_sm=3),
+    swapped=True,
+)
+# From 24 rows on arithmetic counts, and two programs of 64 rows a multiprocessor are 1.25 times as fast as
+# one of 128, at 64 as well as at 256 rows an expert (H200).
 _LARGE = CodeTable(
     heights=(
-        Height(
-            8.0,
-            Tile(16, 128, 128, stages=3, warps=4, per_sm=2),
-            Tile(16, 128, 128, stages=4, warps=4, per_sm=3),
-            swapped=True,
-        ),
-        Height(
-            20.0,
-            Tile(32, 128, 128, stages=3, warps=4, per_sm=2),
-            Tile(32, 128, 128, stages=4, warps=4, per_sm=2),
-            swapped=True,
-        ),
-        Height(
-            48.0,
-            Tile(64, 128, 128, stages=4, warps=8, per_sm=1),
-            Tile(64, 128, 128, stages=4, warps=4, per_sm=2),
-            swapped=True,
-        ),
+        _FEW,
+        _SOME,
         Height(
             float("inf"),
-            Tile(128, 64, 128, stages=4, warps=8, per_sm=1, group=8),
-            Tile(128, 128, 128, stages=5, warps=8, per_sm=1, group=8),
+            Tile(64, 64, 128, stages=4, warps=4, per_sm=2, group=4),
+            Tile(64, 128, 128, stages=3, warps=4, per_sm=3, group=4),
             swapped=False,
         ),
     ),
     gate_up_vector=_VECTOR,
-    down_vector=_VECTOR,
+    down_vector=_VECTOR_DOWN,
+    exact=1,
+)
+# Rows of two codes an element need twice the shared memory and registers for the rows.
+_LARGE_TWO_TERMS = replace(
+    _LARGE,
+    heights=(
+        replace(_FEW, gate_up=Tile(16, 128, 128, stages=3, warps=8, per_sm=2)),
+        replace(_SOME, gate_up=Tile(32, 128, 128, stages=3, warps=8, per_sm=2)),
+        Height(
+            float("inf"),
+            Tile(64, 64, 128, stages=3, warps=4, per_sm=2, group=4),
+            Tile(64, 128, 128, stages=3, warps=4, per_sm=2, group=4),
+            swapped=False,
+        ),
+    ),
+    gate_up_vector=Vector(columns=8, depth=512, stages=1, warps=1),
 )
 # Codes become float16 in registers, which the tallest tile has not: 64 rows are its limit.
 _DECODED = replace(
@@ -160,38 +172,88 @@ _DECODED = replace(
 
 
 # Nibbles: a step is 32 or 64 bytes a row, so copies are many and small: several programs a multiprocessor
-# with four copies each have 100 KB in flight. Gate and up rows follow each other. At 64 rows the sums of
-# both, of a block and of a group fill the registers: 40 bytes a thread spill, once a tile.
+# with three or four copies each have 100 KB in flight. Gate and up rows follow each other. Multiplied as
+# codes, the sums of a block and of a group fill the registers from 32 rows on; tiles of 64 rows took 1.5
+# times as long as twice as many of 32 (H200), so decoded weights take the larger batches.
 _NIBBLES = CodeTable(
     heights=(
         Height(
             11.0,  # rows: five experts in a hundred have more than 16, and taller tiles take twice as long
-            Tile(16, 128, 128, stages=4, warps=4, per_sm=2),
-            Tile(16, 128, 128, stages=4, warps=4, per_sm=3),
+            Tile(16, 128, 128, stages=3, warps=4, per_sm=3),
+            Tile(16, 128, 128, stages=3, warps=4, per_sm=4),
             swapped=True,
         ),
+        _SOME,
         Height(
-            20.0,
-            Tile(32, 128, 128, stages=4, warps=8, per_sm=1),
-            Tile(32, 128, 128, stages=4, warps=8, per_sm=1),
+            80.0,
+            Tile(64, 64, 128, stages=3, warps=4, per_sm=2, group=4),
+            Tile(64, 128, 128, stages=3, warps=8, per_sm=2, group=4),
             swapped=True,
+            decoded=True,
         ),
         Height(
             float("inf"),
-            Tile(64, 128, 128, stages=3, warps=8, per_sm=1),
-            Tile(64, 128, 128, stages=3, warps=8, per_sm=1),
+            Tile(128, 128, 128, stages=3, warps=8, per_sm=1, group=4),
+            Tile(128, 64, 128, stages=3, warps=4, per_sm=2, group=4),
             swapped=True,
+            decoded=True,
         ),
     ),
     gate_up_vector=Vector(columns=4, depth=1024, stages=1, warps=1),
     down_vector=Vector(columns=4, depth=1024, stages=1, warps=1),
-    exact=2,
+    exact=1,
+)
+# With one scale for 128 inputs, a weight becomes bfloat16 without its scale, which the sum of a step takes:
+# decoding is so cheap that it is the faster way for every batch (H200).
+_NIBBLES_128 = CodeTable(
+    heights=(
+        Height(
+            11.0,
+            Tile(16, 64, 128, stages=3, warps=4, per_sm=4),
+            Tile(16, 128, 128, stages=4, warps=4, per_sm=3),
+            swapped=True,
+            decoded=True,
+        ),
+        Height(
+            24.0,
+            Tile(32, 64, 128, stages=3, warps=4, per_sm=3),
+            Tile(32, 128, 128, stages=3, warps=4, per_sm=3),
+            swapped=True,
+            decoded=True,
+        ),
+        Height(
+            45.0,
+            Tile(32, 128, 128, stages=3, warps=8, per_sm=2),
+            Tile(32, 128, 128, stages=4, warps=4, per_sm=2),
+            swapped=True,
+            decoded=True,
+        ),
+        Height(
+            float("inf"),
+            Tile(64, 64, 128, stages=3, warps=4, per_sm=2, group=4),
+            Tile(64, 128, 128, stages=3, warps=8, per_sm=2, group=4),
+            swapped=True,
+            decoded=True,
+        ),
+    ),
+    gate_up_vector=Vector(columns=8, depth=1024, stages=1, warps=1),
+    down_vector=Vector(columns=4, depth=1024, stages=1, warps=1),
+    exact=1,
 )
 
 
-def default_nibble_table(machine: Machine) -> CodeTable:
-    """Return the checked-in parameters for nibbles on ``machine``."""
-    return _NIBBLES
+def default_nibble_table(machine: Machine, fmt: WeightFormat, *, can_decode: bool) -> CodeTable:
+    """Return the checked-in parameters for nibbles on ``machine``.
+
+    Args:
+        machine: The GPU.
+        fmt: The format of the weights.
+        can_decode: Whether weights may become bfloat16, which the layer's dtype and scales decide.
+    """
+    columns = fmt.block[1]
+    if not can_decode or machine.family not in _LARGE_FAMILIES:
+        return _NIBBLES.without_decoded()
+    return _NIBBLES if columns and columns % _BLOCK else _NIBBLES_128
 
 
 def why_not_format(fmt: WeightFormat) -> str | None:
@@ -222,7 +284,10 @@ def most_registers(tile: Tile) -> int:
 
 def default_code_table(machine: Machine, terms: int) -> CodeTable:
     """Return the checked-in parameters for rows of ``terms`` codes an element on ``machine``."""
-    table = _LARGE if machine.family in ("hopper", "blackwell") else _DECODED
+    large = _LARGE if terms == 1 else _LARGE_TWO_TERMS
+    if machine.family == "hopper":  # as measured there: programs beyond those that fit wait for their turn
+        return large
+    table = large if machine.family in _LARGE_FAMILIES else _DECODED
     shared = _SHARED[machine.family]
     return replace(table, heights=tuple(_fit(height, terms, shared) for height in table.heights))
 

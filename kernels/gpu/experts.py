@@ -10,7 +10,7 @@ from xpar.kernels.contracts import ExpertInput, ExpertSpec, check_expert_weights
 from xpar.kernels.gpu.default_tables import default_table
 from xpar.kernels.gpu.dependent_launch import launch_options
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
-from xpar.kernels.gpu.few_tokens import fit_depth, repeated_bytes
+from xpar.kernels.gpu.few_tokens import repeated_bytes
 from xpar.kernels.gpu.grouped_mm_gathered import gate_up_gathered
 from xpar.kernels.gpu.grouped_mm_small import down_small, gate_up_small
 from xpar.kernels.gpu.grouped_mm_tiled import down_tiled, gate_up_tiled, permute_kernel
@@ -26,7 +26,6 @@ from xpar.kernels.gpu.tile_tables import (
     Table,
     Tile,
     Tiles,
-    Vector,
 )
 
 # Elements. Tensor descriptors need rows of a multiple of 16 bytes: widths are rounded up to this, with zeros.
@@ -59,7 +58,7 @@ class TritonExperts(SlotExperts):
     def __init__(self, spec: ExpertSpec, table: Table | None = None, machine: Machine | None = None) -> None:
         self.spec = spec
         self.machine = machine or Machine.of(spec.device)
-        self.table = table or default_table(self.machine, spec.dtype)
+        self.table = table or default_table(self.machine, spec.dtype, spec.intermediate_size)
         e, h = spec.num_experts, spec.hidden_size
         self._width = round_up(spec.intermediate_size, _ALIGNED)
         rows = spec.activation.gate_up_rows(self._width)
@@ -106,31 +105,23 @@ class TritonExperts(SlotExperts):
         routed = max(experts, self.spec.routed_experts or experts)
         return repeated_bytes(tokens, top_k, experts, routed, expert_bytes) <= self.table.vector_bytes
 
-    def _vectors(self) -> tuple[Vector, Vector]:
-        """Return the launches of both products for very few tokens."""
-        first, second = self.table.gate_up_vector, self.table.down_vector
-        if self.table.fit_depth:
-            return fit_depth(first, self.spec.hidden_size), fit_depth(second, self._width)
-        return first, second
-
     def _compute_tiny(self, x: ExpertInput, out: Tensor | None) -> Tensor:
         """Return the weighted sums [M, H] by two launches, for very few tokens."""
         tokens, top_k = x.topk_ids.shape
-        h, (first, second) = self.spec.hidden_size, self._vectors()
+        h, first, second = self.spec.hidden_size, self.table.gate_up_vector, self.table.down_vector
+        early = launch_options(self.table.dependent and tokens > 1)
         ids, router_weights = x.topk_ids.contiguous(), x.topk_weights.float().contiguous()
         hidden = self._new(tokens * top_k, self._width)
         total = self._new(tokens, h) if out is None else out
         gate_up_vector[(triton.cdiv(self._width, first.columns), tokens * top_k)](
             x.hidden_states, self._gate_up, self._gate_up_bias, hidden, x.rows, ids,
             I=self._width, H=h, K=self._gate_up.shape[2], TOP_K=top_k, **self._activation(),
-            BN=first.columns, BK=first.depth, STAGES=first.stages, num_warps=first.warps,
-            **self._dependent,
+            BN=first.columns, BK=first.depth, STAGES=first.stages, num_warps=first.warps, **early,
         )  # fmt: skip
         down_vector[(triton.cdiv(h, second.columns), tokens)](
             hidden, self._down, self._down_bias, total, ids, router_weights,
             I=self._width, H=h, TOP_K=top_k,
-            BN=second.columns, BK=second.depth, STAGES=second.stages, num_warps=second.warps,
-            **self._dependent,
+            BN=second.columns, BK=second.depth, STAGES=second.stages, num_warps=second.warps, **early,
         )  # fmt: skip
         return total
 

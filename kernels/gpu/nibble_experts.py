@@ -14,7 +14,6 @@ from xpar.kernels.gpu.code_tables import (
     default_nibble_table,
     has_dot8,
     most_registers,
-    saves_launches,
     why_not_format,
 )
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
@@ -65,10 +64,11 @@ class NibbleExperts(CodeExperts):
             raise ValueError(f"{spec.weight_format}: not a format of this kernel")
         self.spec = spec
         self.machine = machine or Machine.of(spec.device)
-        self.table = table or default_nibble_table(self.machine)
         self._has_asm = has_asm
         self._format = _Nibbles.of(spec)
-        if spec.dtype != torch.bfloat16 or not self._format.has_exact_scales:
+        can_decode = spec.dtype == torch.bfloat16 and self._format.has_exact_scales
+        self.table = table or default_nibble_table(self.machine, spec.weight_format, can_decode=can_decode)
+        if not can_decode:
             self.table = self.table.without_decoded()
         e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
         self._width, self._depth = round_up(i, _BLOCK), round_up(h, _BLOCK)
@@ -114,8 +114,7 @@ class NibbleExperts(CodeExperts):
             return False
         if x.hidden_states.data_ptr() % 8 or self.spec.hidden_size % 4 or self.spec.dtype.itemsize != 2:
             return False  # the products read four numbers at once
-        experts = self.spec.num_experts
-        return tokens == 1 or saves_launches(tokens * top_k, experts, top_k, self.nbytes() // experts)
+        return self.reads_little_again(tokens, top_k, self.nbytes() // self.spec.num_experts)
 
     def _compute_tiny(self, x: ExpertInput, out: Tensor | None) -> Tensor:
         tokens, top_k = x.topk_ids.shape

@@ -15,7 +15,6 @@ from xpar.kernels.gpu.code_tables import (
     default_code_table,
     has_dot8,
     most_registers,
-    saves_launches,
     why_not_format,
 )
 from xpar.kernels.gpu.coded_rows import decode_rows, split_words
@@ -118,7 +117,7 @@ class QuantisedExperts(CodeExperts):
         if self.spec.row_invariant or not 0 < tokens <= self.table.vector_tokens:
             return False
         expert_bytes = self._gate_up[0].nbytes + self._down[0].nbytes
-        return tokens == 1 or saves_launches(tokens * top_k, self.spec.num_experts, top_k, expert_bytes)
+        return self.reads_little_again(tokens, top_k, expert_bytes)
 
     def _compute_tiny(self, x: ExpertInput, out: Tensor | None) -> Tensor:
         x = self._decode_rows(x)

@@ -17,12 +17,10 @@ import torch
 
 FEW, SOME, MANY = range(3)
 NO_LIMIT = 2**31 - 1  # rows, more than any expert gets
-RANKED_SLOTS = 8192
-"""Slots up to which one launch that compares each with all others should be faster than three (H200)."""
-
-
-VECTOR_BYTES = 80 << 20
-"""Bytes: sort, sum and two launches take 10 us, and half of what is read again comes from the L2 (H200)."""
+RANKED_SLOTS = 4096
+"""Slots up to which one launch that compares each with all others is faster than three (H200)."""
+VECTOR_BYTES = 50_000_000
+"""Bytes of weights that take as long to read again as sort, sum and two launches (H200)."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +170,10 @@ class Table:
         ranked_slots: slots up to which a batch is sorted in one launch by comparing each with all others.
         vector_bytes: bytes of weights up to which reading an expert once for each of its slots costs less
             than the launches of a sort; None: 2 M k up to E decides.
-        dependent: True if each launch may begin before the one before it has ended; needs a Hopper GPU.
+        dependent: True if each launch may begin before the one before it has ended, except with one token;
+            needs a Hopper GPU.
         prefetch: bytes of each weight row of a program's first tile that dependent launches fetch while they
             wait, a multiple of 16, for swapped tiles where most experts have rows; 0 for none.
-        fit_depth: True if steps of the vector products are made to fit the width of a layer.
     """
 
     gate_up: tuple[Tile, Tile, Tile]
@@ -188,7 +186,6 @@ class Table:
     heights: tuple[Height, ...] = ()
     ranked_slots: int = 0
     vector_bytes: int | None = None
-    fit_depth: bool = False
     dependent: bool = False
     prefetch: int = 0
 
@@ -247,7 +244,6 @@ class Table:
             heights=tuple(map(_height_from_dict, values.get("heights", ()))),
             ranked_slots=int(values.get("ranked_slots", 0)),
             vector_bytes=values.get("vector_bytes"),
-            fit_depth=bool(values.get("fit_depth", False)),
             dependent=bool(values.get("dependent", False)),
             prefetch=int(values.get("prefetch", 0)),
         )

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import ExpertInput
-from xpar.kernels.gpu.code_tables import CodeTable, Height, default_code_table, default_nibble_table
+from xpar.kernels.gpu.code_tables import CodeTable, Height
 from xpar.kernels.gpu.expert_sort import plan_tiles
 from xpar.kernels.gpu.nibble_experts import NibbleExperts, Terms
 from xpar.kernels.gpu.quantised_experts import QuantisedExperts
@@ -169,14 +169,10 @@ def check(name: str, case: Case, is_nibble: bool, tokens: int, paths: bool) -> b
     for variant in variants:
         try:
             if is_nibble:
-                kernel = NibbleExperts(
-                    spec, table_of(default_nibble_table(machine), variant), machine, variant.has_asm
-                )
+                kernel = NibbleExperts(spec, None, machine, variant.has_asm)
             else:
-                terms = 1 if case.scheme else 2
-                kernel = QuantisedExperts(
-                    spec, table_of(default_code_table(machine, terms), variant), machine
-                )
+                kernel = QuantisedExperts(spec, None, machine)
+            kernel.table = table_of(kernel.table, variant)
             for e, pair in enumerate(weights):
                 kernel.load_quantised(e, *pair, *(b[e].to(DEVICE) for b in layer.biases))
             found = {}

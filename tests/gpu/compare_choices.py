@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / ".typing"), str(Path(__file__).parent)]
 
 import torch
-from tile_forms import FORMS
+from tile_forms import FORMS, VECTORS
 
 from xpar.engine.bench.ceilings import GpuCeilings, measure_gpu_ceilings
 from xpar.engine.bench.gpu_turns import Turns
@@ -34,7 +34,7 @@ from xpar.engine.bench.kernels.cases import LAYERS, Weights, load_experts, rando
 from xpar.engine.bench.kernels.tile_search import with_table
 from xpar.engine.bench.timing import graphs_in_turn, record_graph
 from xpar.kernels.contracts import ExpertInput
-from xpar.kernels.gpu.default_tables import expected_table
+from xpar.kernels.gpu.default_tables import former_table
 from xpar.kernels.gpu.expert_sort import plan_tiles
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tile_tables import NO_LIMIT, Height, Limits, Table
@@ -56,17 +56,19 @@ class Layer:
 
     def variants(self, tokens: int) -> dict[str, Table]:
         """Return the tables to time at a number of tokens, by name: new and former first."""
-        former, x = self.kernel.table, self.inputs[tokens][0]
-        table = expected_table(former)
-        found = {"new": table, "former": former}
+        table, x = self.kernel.table, self.inputs[tokens][0]
+        found = {"new": table, "former": former_table(table)}
         found["dependent"] = replace(table, dependent=True)
         slots = x.topk_ids.numel()
         if tokens <= table.vector_tokens:
             found |= {
                 "vector": replace(table, vector_bytes=1 << 62),
-                "vector, steps as they are": replace(table, vector_bytes=1 << 62, fit_depth=False),
                 "tiles": replace(table, vector_tokens=0),
             }
+            always = replace(table, vector_bytes=1 << 62)
+            for name, vector in VECTORS.items() if tokens == 1 else ():
+                found[f"gate_up {name}"] = replace(always, gate_up_vector=vector)
+                found[f"down {name}"] = replace(always, down_vector=vector)
             return found
         found["other sort"] = replace(table, ranked_slots=0 if slots <= table.ranked_slots else slots)
         found["lists"] = replace(table, heights=())
@@ -202,7 +204,7 @@ def form_of(layer: Layer, table: Table, tokens: int) -> str:
     kernel, x = with_table(layer.kernel, table), layer.inputs[tokens][0]
     early = f"dependent {table.prefetch} " if table.dependent else ""
     if kernel.is_tiny(x):
-        return f"{early}vector {table.fit_depth}"
+        return f"{early}vector {table.gate_up_vector} {table.down_vector}"
     found = kernel.layout(tokens, x.topk_ids.numel())
     return early + ("lists" if found.height is None else str(found.lists[0][1]))
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.gpu import availability
-from xpar.kernels.gpu.default_tables import HOPPER_HEIGHTS, TABLES, default_table, expected_table
-from xpar.kernels.gpu.few_tokens import fit_depth, repeated_bytes
-from xpar.kernels.gpu.tile_tables import Height, Machine, Vector, choose_limits, read_table
+from xpar.kernels.gpu.default_tables import HOPPER_HEIGHTS, TABLES, default_table, former_table
+from xpar.kernels.gpu.few_tokens import repeated_bytes
+from xpar.kernels.gpu.tile_tables import Height, Machine, choose_limits, read_table
 from xpar.kernels.registry import KERNELS, choose_kernel
 
 SPEC = ExpertSpec(8, 128, 192, torch.bfloat16, Activation("silu"), "cuda")
@@ -41,13 +41,24 @@ def test_every_row_has_one_launched_bucket(tokens, k, experts, limits):
 
 @given(st.integers(1, 5000), st.integers(1, 8), st.integers(1, 300), st.integers(1, 16))
 def test_one_height_is_a_list_for_every_row(tokens, k, experts, share):
-    """Up to the last average all rows are on one list, whose height follows from the expected rows alone."""
-    table = expected_table(TABLES["hopper", 2])
+    """All rows are on one list, whose height follows from the expected rows alone."""
+    table = TABLES["hopper", 2]
     found = table.layout(tokens, tokens * k, experts, tokens * k / share)
     ((bucket, tiles),) = found.lists
     assert found.limits.launched == (bucket,) and found.plan_tiles[bucket] is tiles.gate_up
     average = tokens * k / share / experts
     assert tiles is next(h.tiles for h in HOPPER_HEIGHTS if average <= h.average)
+
+
+def test_narrow_experts_gather_their_rows_and_wide_ones_copy_many():
+    narrow, wide = (default_table(Machine(132, (9, 0)), torch.bfloat16, width) for width in (1024, 1056))
+    for rows, gathered in ((60.0, (True, True)), (128.0, (True, False)), (512.0, (True, False))):
+        layouts = [table.layout(4096, 32768, 64, 64 * rows) for table in (narrow, wide)]
+        assert tuple(found.lists[0][1].gathered for found in layouts) == gathered
+    assert narrow.dependent and not wide.dependent
+    assert former_table(narrow) == former_table(wide) and not former_table(wide).heights
+    ampere = default_table(Machine(108, (8, 0)), torch.bfloat16, 64)
+    assert former_table(ampere) == ampere
 
 
 def test_batches_above_all_heights_or_without_tiles_take_the_lists():
@@ -63,9 +74,9 @@ def test_batches_above_all_heights_or_without_tiles_take_the_lists():
 
 LAYERS = {  # experts, k, bytes of an expert, tokens up to which slots read weights anew
     "qwen3-30b": (128, 8, 3 * 2048 * 768 * 2, 4),
-    "olmoe": (64, 8, 3 * 2048 * 1024 * 2, 4),
+    "olmoe": (64, 8, 3 * 2048 * 1024 * 2, 3),
     "gpt-oss": (128, 4, 3 * 2880 * 2880 * 2, 4),
-    "qwen3-235b": (128, 8, 3 * 4096 * 1536 * 2, 3),
+    "qwen3-235b": (128, 8, 3 * 4096 * 1536 * 2, 2),
     "deepseek-v3-64": (64, 8, 3 * 7168 * 2048 * 2, 1),
     "mixtral": (8, 2, 3 * 4096 * 14336 * 2, 1),
 }
@@ -74,14 +85,14 @@ LAYERS = {  # experts, k, bytes of an expert, tokens up to which slots read weig
 @pytest.mark.parametrize("name", LAYERS)
 def test_few_tokens_know_the_bytes_of_an_expert(name):
     experts, k, size, most = LAYERS[name]
-    limit = expected_table(TABLES["hopper", 2]).vector_bytes
+    limit = TABLES["hopper", 2].vector_bytes
     found = [m for m in range(1, 5) if repeated_bytes(m, k, experts, experts, size) <= limit]
     assert found == list(range(1, most + 1))
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 64))
 def test_repeated_bytes_are_those_of_random_slots(tokens, k, experts):
-    """Slots beyond the first of each expert, by the chances of every count; foreign experts have none."""
+    """Slots beyond the first of each expert, by the chances of every count."""
     k = min(k, experts)
     assert repeated_bytes(1, k, experts, experts, 100) == pytest.approx(0.0, abs=1e-6)
     chance = k / experts
@@ -90,17 +101,14 @@ def test_repeated_bytes_are_those_of_random_slots(tokens, k, experts):
         for n in range(2, tokens + 1)
     )
     assert repeated_bytes(tokens, k, experts, experts, 100) == pytest.approx(100 * exact, abs=1e-6)
-    assert repeated_bytes(tokens, k, experts, 4 * experts, 100) <= 100 * exact + 1e-6
 
 
-def test_steps_fit_the_width():
-    deep = Vector(columns=2, depth=2048, stages=3, warps=8)
-    assert fit_depth(deep, 2880) == replace(deep, columns=4, depth=1024)
-    assert fit_depth(replace(deep, depth=1024), 1536) == replace(deep, columns=4, depth=512)
-    for width in (2048, 4096, 7168, 1900):
-        assert fit_depth(deep, width) == deep
-    assert fit_depth(replace(deep, depth=1024), 768) == replace(deep, depth=1024)  # 512 is as idle
-    assert fit_depth(replace(deep, depth=64), 72) == replace(deep, depth=64)
+@given(st.integers(2, 8), st.integers(1, 8))
+def test_slots_of_other_ranks_cost_a_tenth_of_an_expert(tokens, k):
+    here, everywhere = repeated_bytes(tokens, k, 16, 16, 1000), repeated_bytes(tokens, k, 16, 64, 1000)
+    assert repeated_bytes(1, k, 16, 16, 1000) == pytest.approx(0.0, abs=1e-6)
+    foreign = 0.1 * tokens * k * 0.75 * 1000
+    assert foreign <= everywhere + 1e-6 <= foreign + here + 1e-6
 
 
 def test_wrong_heights_are_refused():
@@ -122,7 +130,8 @@ def test_wrong_limits_are_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
 def test_every_machine_has_a_table(capability, dtype):
-    assert default_table(Machine(100, capability), dtype)
+    for width in (64, 1024, 4096):
+        assert default_table(Machine(100, capability), dtype, width)
 
 
 def test_a_measured_table_is_read_from_its_file(tmp_path):

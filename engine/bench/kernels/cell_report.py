@@ -7,7 +7,7 @@ from rich.table import Table as RichTable
 from xpar.engine.bench.gpu_turns import Turns
 
 INSTALLED = "installed"
-_OWN = ("xpar", "expected")
+_OWN = ("xpar", "former")
 
 
 def expand_names(compare: str, installed: tuple[str, ...]) -> list[str]:

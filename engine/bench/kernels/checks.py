@@ -13,7 +13,7 @@ from xpar.engine.routing import TopKRule
 from xpar.kernels import rows
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertKernel, ExpertSpec
 from xpar.kernels.gpu.availability import build
-from xpar.kernels.gpu.default_tables import default_table, expected_table
+from xpar.kernels.gpu.default_tables import default_table, former_table
 from xpar.kernels.gpu.expert_sort import plan_tiles
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tile_tables import NO_LIMIT, Height, Limits, Machine, Table
@@ -142,7 +142,7 @@ def check_activation(dtype: torch.dtype, activation: Activation, g: torch.Genera
 
 def check_sorts(g: torch.Generator) -> str:
     """Check that the sort by ranks and the sort in blocks give torch's order, some slots being foreign."""
-    tiles = default_table(Machine.of(g.device), torch.bfloat16).gate_up
+    tiles = default_table(Machine.of(g.device), torch.bfloat16, 64).gate_up
     for slots in (1, 8, 100, 512, 2056, 4096, 9000):
         for experts in (5, 256):
             ids = torch.randint(-1, experts, (slots, 1), generator=g, device=g.device, dtype=torch.int32)
@@ -157,19 +157,18 @@ def check_sorts(g: torch.Generator) -> str:
     return "same order"
 
 
-def forms_of(table: Table) -> dict[str, Table]:
+def forms_of(machine: Machine) -> dict[str, Table]:
     """Return a table for each way to compute a batch.
 
-    They are ``table`` itself, as ``lists``, and the tiles of each height that is expected to be faster, with
-    rows in expert order and gathered.
+    They are the lists of before, and the tiles of each height of narrow and wide experts, with rows in expert
+    order and gathered.
     """
-    expected = expected_table(table)
-    tiles = dict.fromkeys(height.tiles for height in expected.heights if height.tiles is not None)
+    narrow, table = (default_table(machine, torch.bfloat16, width) for width in (1, NO_LIMIT))
+    heights = (*table.heights, *narrow.heights)
+    tiles = dict.fromkeys(height.tiles for height in heights if height.tiles is not None)
     more = [replace(t, tall=False, gathered=True) for t in tiles if not t.swapped]
-    forms = {
-        str(t): replace(expected, heights=(Height(NO_LIMIT, t),)) for t in dict.fromkeys([*tiles, *more])
-    }
-    return {"lists": table, **forms}
+    forms = {str(t): replace(table, heights=(Height(NO_LIMIT, t),)) for t in dict.fromkeys([*tiles, *more])}
+    return {"lists": former_table(table), **forms}
 
 
 def check_forms(g: torch.Generator) -> str:
@@ -178,7 +177,7 @@ def check_forms(g: torch.Generator) -> str:
     spec = ExpertSpec(6, 200, 136, torch.bfloat16, ACTIVATIONS[1], str(g.device), bias=True)
     weights, kernel = random_weights(spec, g), TritonExperts(spec)
     load_experts(kernel, weights)
-    for name, table in forms_of(kernel.table).items():
+    for name, table in forms_of(kernel.machine).items():
         kernel.table = table
         for m in (9, 300, 1200):
             x = random_input(spec, m, 2, 8, g, skewed=True)
@@ -193,9 +192,9 @@ def check_dependent(g: torch.Generator) -> str:
     spec = ExpertSpec(16, 512, 256, torch.bfloat16, Activation("silu"), str(g.device))
     weights, kernel = random_weights(spec, g), TritonExperts(spec)
     load_experts(kernel, weights)
-    gathered = {name: form for name, form in forms_of(kernel.table).items() if "gathered=True" in name}
-    for name, form in {"heights": expected_table(kernel.table), **gathered}.items():
-        for m in (1, 9, 300, 1200):
+    gathered = {name: form for name, form in forms_of(kernel.machine).items() if "gathered=True" in name}
+    for name, form in {"heights": replace(kernel.table, dependent=False), **gathered}.items():
+        for m in (2, 9, 300, 1200):
             inputs = [random_input(spec, m, 4, 16, g) for _ in range(3)]
             kernel.table = form
             expected = [kernel.compute(x) for x in inputs]

@@ -11,19 +11,19 @@ from torch.nn import functional
 from xpar.engine.bench.kernels.cases import Weights
 from xpar.kernels.activations import activate
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
-from xpar.kernels.gpu.default_tables import expected_table
+from xpar.kernels.gpu.default_tables import former_table
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.quantised_weight import QuantisedWeight
 
 ComputeExperts = Callable[[ExpertInput], Tensor]
 """Computes the outputs [T, H] of a step."""
-EXPECTED = "expected"
+FORMER = "former"
 
 
-def expected_experts(kernel: TritonExperts) -> TritonExperts:
-    """Return a kernel with the same weights and the choices that should be faster, to time both in turn."""
+def former_experts(kernel: TritonExperts) -> TritonExperts:
+    """Return a kernel with the same weights and the tables of before, to time both in turn."""
     other = copy.copy(kernel)
-    other.table = expected_table(kernel.table)
+    other.table = former_table(kernel.table)
     return other
 
 

@@ -18,7 +18,7 @@ from xpar.engine.bench.kernels.cases import (
 )
 from xpar.engine.bench.kernels.cell_report import cell_row, expand_names, format_cell, times_table
 from xpar.engine.bench.kernels.checks import layer_checks, require_near, small_checks
-from xpar.engine.bench.kernels.contenders import CONTENDERS, EXPECTED, ComputeExperts, expected_experts
+from xpar.engine.bench.kernels.contenders import CONTENDERS, FORMER, ComputeExperts, former_experts
 from xpar.engine.bench.kernels.installed_products import find_installed
 from xpar.engine.bench.kernels.kernel_bench import KernelBench
 from xpar.engine.bench.kernels.measure_formats import measure_formats
@@ -90,7 +90,7 @@ def _load_kernel(
     """Build the layer's kernel with random weights and the tile table of ``--table``."""
     spec, machine = layer.spec(DTYPES[args.dtype]), Machine.of("cuda")
     table = read_table(args.table, machine, spec.dtype) if args.table else None
-    kernel = TritonExperts(spec, table or default_table(machine, spec.dtype))
+    kernel = TritonExperts(spec, table or default_table(machine, spec.dtype, spec.intermediate_size))
     weights = random_weights(spec, g)
     load_experts(kernel, weights)
     return kernel, weights
@@ -154,8 +154,8 @@ def _build_contenders(
     builders = CONTENDERS | installed
     contenders: dict[str, ComputeExperts] = {"xpar": kernel.compute}
     for name in expand_names(bench.args.compare, tuple(installed)):
-        if name == EXPECTED:
-            contenders[name] = expected_experts(kernel).compute
+        if name == FORMER:
+            contenders[name] = former_experts(kernel).compute
             continue
         try:
             contenders[name] = builders[name](kernel.spec, weights, has_dropped)

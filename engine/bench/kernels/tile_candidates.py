@@ -13,7 +13,7 @@ from typing import Any
 
 from xpar.kernels.contracts import ExpertInput
 from xpar.kernels.gpu.experts import TritonExperts
-from xpar.kernels.gpu.tile_tables import FEW, MANY, SOME, Table, Tile, Tiles, Vector
+from xpar.kernels.gpu.tile_tables import FEW, MANY, SOME, VECTOR_BYTES, Table, Tile, Tiles, Vector
 
 STAGES = ("gate_up", "down")
 Value = Tile | Vector | Tiles | tuple[int, int] | bool | int | None
@@ -22,7 +22,7 @@ _LIMITS = (
     (16, 128), (0, 64), (16, 256), (32, 128), (0, 128), (32, 64), (0, 256), (16, 32), (0, 0),
     (16, 16), (64, 128),
 )  # fmt: skip
-_VECTOR_BYTES = (0, 80 << 20, 1 << 40)  # never, by the bytes of an expert, always
+_VECTOR_BYTES = (0, VECTOR_BYTES, 1 << 40)  # never, by the bytes of an expert, always
 _FIELD_PARTS = ("limits", "tall", "vector_bytes", "dependent")
 _SHARED = 225 << 10  # bytes of shared memory of a multiprocessor that its programs may use together
 _FIELDS: dict[str, tuple[Any, ...]] = {

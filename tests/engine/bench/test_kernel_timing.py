@@ -14,7 +14,7 @@ from xpar.engine.bench.gpu_turns import Card, Turns, parse_card, take_bursts
 from xpar.engine.bench.kernels import measure
 from xpar.engine.bench.kernels.cases import LayerCase, Weights, random_input, random_weights
 from xpar.engine.bench.kernels.cell_report import cell_row, expand_names, format_cell, times_table
-from xpar.engine.bench.kernels.contenders import expected_experts, torch_grouped
+from xpar.engine.bench.kernels.contenders import former_experts, torch_grouped
 from xpar.engine.bench.kernels.installed_products import PACKAGES, find_installed
 from xpar.kernels import reference
 from xpar.kernels.contracts import Activation, ExpertInput
@@ -62,14 +62,14 @@ def test_lines_of_the_card_are_parsed() -> None:
 
 
 def test_a_cell_names_the_fastest_peer_but_never_xpar_itself() -> None:
-    seconds = {"xpar": (2.0, 2.2), "expected": (1.0, 1.0), "torch": (4.0, 4.4), "vllm": (1.9, 2.09)}
+    seconds = {"xpar": (2.0, 2.2), "former": (1.0, 1.0), "torch": (4.0, 4.4), "vllm": (1.9, 2.09)}
     row = cell_row(Turns(seconds, Card(1500.0, 700.0)), 2)
     assert row["xpar graph"] == pytest.approx(1.05) and row["torch ratio"] == pytest.approx(2.0)
     assert row["fastest"] == "vllm" and row["fastest ratio"] == pytest.approx(0.95)
     assert "vllm ratio 0.950" in format_cell(row) and "1500 MHz, 700 W" in format_cell(row)
     shown = times_table([{"model": "olmoe", "tokens": 4, **row}])
     assert list(shown.columns[6].cells) == ["vllm 0.95"]
-    assert "fastest" not in cell_row(Turns({"xpar": (1.0,), "expected": (2.0,)}), 1)
+    assert "fastest" not in cell_row(Turns({"xpar": (1.0,), "former": (2.0,)}), 1)
 
 
 def test_names_of_contenders() -> None:
@@ -185,21 +185,19 @@ def test_contenders_that_compute_another_layer_are_not_timed(
 
     monkeypatch.setattr(measure, "CONTENDERS", {"torch": torch_grouped, "wrong": wrong})
     monkeypatch.setattr(measure, "find_installed", lambda: {"missing": missing})
-    monkeypatch.setattr(
-        measure, "expected_experts", lambda kernel: SimpleNamespace(compute=lambda x: expected)
-    )
-    bench: Any = Bench("expected,wrong,installed")
+    monkeypatch.setattr(measure, "former_experts", lambda kernel: SimpleNamespace(compute=lambda x: expected))
+    bench: Any = Bench("former,wrong,installed")
     found = measure._build_contenders(bench, "cell", layer, kernel, weights)  # type: ignore[arg-type]
-    assert list(found) == ["xpar", "expected", "wrong"]
+    assert list(found) == ["xpar", "former", "wrong"]
     assert bench.said == ["cell: without missing: no such package"]
     same = measure._find_same(bench, "cell", kernel, found, x)  # type: ignore[arg-type]
-    assert list(same) == ["xpar", "expected"]
+    assert list(same) == ["xpar", "former"]
     assert len(bench.failures) == 1 and "wrong computes the same" in bench.failures[0]
 
 
-def test_expected_choices_leave_the_kernel_as_it_is() -> None:
+def test_former_choices_leave_the_kernel_as_it_is() -> None:
     kernel = TritonExperts(LAYER.spec(torch.bfloat16, "cpu"), machine=Machine(132, (9, 0)))
-    expected = expected_experts(kernel)
-    assert expected.table.heights and not kernel.table.heights and kernel.table.ranked_slots == 0
-    assert expected._gate_up is kernel._gate_up
-    assert kernel.layout(1024, 8192).height is None and expected.layout(1024, 8192).height is not None
+    former = former_experts(kernel)
+    assert kernel.table.heights and not former.table.heights and former.table.ranked_slots == 0
+    assert former._gate_up is kernel._gate_up
+    assert former.layout(1024, 8192).height is None and kernel.layout(1024, 8192).height is not None

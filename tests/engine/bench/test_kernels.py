@@ -15,7 +15,7 @@ from xpar.engine.bench.kernels.checks import forms_of
 from xpar.engine.bench.kernels.tile_candidates import candidates, get_value, parts, replace_value
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.gpu.availability import use_table
-from xpar.kernels.gpu.default_tables import expected_table
+from xpar.kernels.gpu.default_tables import TABLES, default_table, former_table
 from xpar.kernels.gpu.experts import TritonExperts
 from xpar.kernels.gpu.tile_tables import Machine, Table, Tiles, Vector, read_table, write_table
 
@@ -25,7 +25,7 @@ HOPPER = Machine(sms=132, capability=(9, 0))
 def layer_kernel(experts: int = 16, lists: bool = False) -> TritonExperts:
     spec = ExpertSpec(experts, 64, 64, torch.bfloat16, Activation("silu"))
     kernel = TritonExperts(spec, machine=HOPPER)
-    kernel.table = kernel.table if lists else expected_table(kernel.table)
+    kernel.table = former_table(kernel.table) if lists else TABLES["hopper", 2]
     return kernel
 
 
@@ -202,9 +202,9 @@ def test_without_a_gpu_commands_say_so(
 
 
 def test_checks_compute_a_batch_in_every_form() -> None:
-    table = layer_kernel(lists=True).table
-    forms = forms_of(table)
-    assert forms.pop("lists") == table
+    forms = forms_of(HOPPER)
+    assert forms.pop("lists") == former_table(TABLES["hopper", 2])
     tiles = [form.heights[0].tiles for form in forms.values()]
-    assert {height.tiles for height in expected_table(table).heights} < set(tiles)
+    for width in (64, 4096):
+        assert {height.tiles for height in default_table(HOPPER, torch.bfloat16, width).heights} < set(tiles)
     assert any(t is not None and t.gathered for t in tiles)
