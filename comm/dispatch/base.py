@@ -198,10 +198,13 @@ class Dispatcher(Protocol):
         ``outputs``: [M, H] per arrived row, or in exact mode one row per arrived slot.
         """
 
-    def add_at_home(self, plan: DispatchPlan, bias: Tensor | None, shared: Tensor | None) -> None:
-        """Have the sum of :meth:`combine`, not waited for yet, take in ``bias`` [H] and ``shared`` [T, H].
+    def add_at_home(
+        self, plan: DispatchPlan, bias: Tensor | None, shared: Tensor | None, residual: Tensor | None
+    ) -> None:
+        """Have the sum of :meth:`combine`, not waited for yet, take in what else is added.
 
-        The bits are those of additions afterwards, bias first. Not in exact mode.
+        That is ``bias`` [H], then ``shared`` [T, H], then ``residual`` [T, H], each of which may be None. The
+        bits are those of additions afterwards in this order. Not in exact mode.
         """
         problem = f"the dispatcher {self.name} adds nothing at home"
         raise NotImplementedError(problem)

@@ -45,6 +45,7 @@ class OneSidedPlan:
         exchange: The places of the step in the window, once it is dispatched.
         bias: ``[H]`` float32 that the sum at home takes in, or None.
         shared: ``[T, H]`` that it takes in after that, or None.
+        residual: ``[T, H]`` that it takes in last, or None.
     """
 
     step: "Step"
@@ -54,6 +55,7 @@ class OneSidedPlan:
     exchange: "Exchange | None" = None
     bias: Tensor | None = None
     shared: Tensor | None = None
+    residual: Tensor | None = None
 
 
 class OneSidedDispatcher(Dispatcher):
@@ -150,11 +152,14 @@ class OneSidedDispatcher(Dispatcher):
             exchange.weighted_home(slots.rows, plan.dispatcher_state.label)
         return Pending(lambda: self._sum(exchange, plan))
 
-    def add_at_home(self, plan: DispatchPlan, bias: Tensor | None, shared: Tensor | None) -> None:
+    def add_at_home(
+        self, plan: DispatchPlan, bias: Tensor | None, shared: Tensor | None, residual: Tensor | None
+    ) -> None:
         if plan.exact:
             raise ValueError("exact mode sums slots, not ranks: nothing is added at home")
         plan.dispatcher_state.bias = None if bias is None else bias.float().contiguous()
         plan.dispatcher_state.shared = None if shared is None else shared.contiguous()
+        plan.dispatcher_state.residual = None if residual is None else residual.contiguous()
 
     def _sum(self, exchange: "Exchange", plan: DispatchPlan) -> Distributed:
         from xpar.kernels.gpu.rows import weighted_sum
@@ -164,8 +169,9 @@ class OneSidedDispatcher(Dispatcher):
             total = weighted_sum(exchange.slots_at_home(), detail.weights, detail.ids, in_place=True)
         else:
             total = exchange.sum_ranks(
-                detail.ids, self._owner, self.placement.etp, shared=detail.shared, bias=detail.bias
-            )
+                detail.ids, self._owner, self.placement.etp,
+                shared=detail.shared, residual=detail.residual, bias=detail.bias,
+            )  # fmt: skip
         return Distributed(total, Full())
 
 

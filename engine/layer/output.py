@@ -23,6 +23,7 @@ class LayerOutput(NamedTuple):
         routing: Where the tokens went that this rank dispatched.
         pending_traffic: How many rows those tokens moved, or its promise where a GPU still counts.
         observers: Who measures the final sum.
+        residual: What is still to be added last, ``[T, H]``, or None.
     """
 
     routed: Distributed
@@ -31,6 +32,7 @@ class LayerOutput(NamedTuple):
     routing: Routing
     pending_traffic: Traffic | Pending[Traffic]
     observers: Observers
+    residual: Tensor | None = None
 
     @property
     def traffic(self) -> Traffic:
@@ -41,7 +43,8 @@ class LayerOutput(NamedTuple):
     def sum(self) -> Tensor:
         """Add everything up, over the ranks too: ``[T, H]``, final."""
         with self.observers.stage("finish"):
-            return sum_outputs(self.routed, self.shared, transform=self.transform).tensor
+            total = sum_outputs(self.routed, self.shared, transform=self.transform).tensor
+            return total if self.residual is None else total + self.residual
 
     def deferred(self) -> Distributed:
         """Add up what this rank holds, ``[T, H]``, without the last collective, which the state names."""
@@ -80,14 +83,18 @@ def add_at_home(
     returning: Pending[Distributed],
     shared: Pending[Distributed | None],
     output_bias: Tensor | None,
-) -> tuple[Distributed, Distributed | None]:
-    """Have ``dispatcher``, which has the capability ``adds_at_home``, add the bias and the shared output.
+    residual: Tensor | None,
+) -> tuple[Distributed, Distributed | None, Tensor | None]:
+    """Have ``dispatcher``, which has the capability ``adds_at_home``, add bias, shared output and residual.
 
-    Returns the routed output with them, and the shared output only where it is not final, so that it could
-    not be added. The bits are those of :func:`add_identity_and_bias` and the stage finish.
+    Returns the routed output with them, and of shared output and residual what is still to be added: both
+    where the shared output is not final yet. The bits are those of :func:`add_identity_and_bias` and the
+    stage finish.
     """
     beside = shared.wait()
     added = beside.tensor if beside is not None and isinstance(beside.state, Full) else None
-    if output_bias is not None or added is not None:
-        dispatcher.add_at_home(plan, output_bias, added)
-    return returning.wait(), beside if added is None else None
+    waits = beside is not None and added is None
+    last = None if waits else residual
+    if output_bias is not None or added is not None or last is not None:
+        dispatcher.add_at_home(plan, output_bias, added, last)
+    return returning.wait(), beside if waits else None, residual if waits else None

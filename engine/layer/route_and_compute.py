@@ -51,16 +51,23 @@ class FusedRunner(MoERunner):
         router: RoutingRule | None = None,
         observers: Observers | None = None,
         padding: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Step:
         """Compute the step in one call; where it does not fit one call, start it as a step of several."""
         local = self.tokens.local_slice(hidden_states.shape[0])
         if padding is not None or not self._fits(local.stop - local.start, router):
             return super().start(
-                hidden_states, router_logits, input_ids, router=router, observers=observers, padding=padding
+                hidden_states,
+                router_logits,
+                input_ids,
+                router=router,
+                observers=observers,
+                padding=padding,
+                residual=residual,
             )
         self._step += 1
         observers = self._unobserved if observers is None else observers
-        return ComputedStep(self._compute(hidden_states, local, router_logits, observers))
+        return ComputedStep(self._compute(hidden_states, local, router_logits, observers, residual))
 
     def complete(self, step: Step, together: bool = False) -> LayerOutput:
         """Return the output of a step that is computed already, or complete one of several calls."""
@@ -72,12 +79,17 @@ class FusedRunner(MoERunner):
         return router is None and tokens > 0 and few
 
     def _compute(
-        self, hidden_states: Tensor, local: slice, router_logits: Tensor | None, observers: Observers
+        self,
+        hidden_states: Tensor,
+        local: slice,
+        router_logits: Tensor | None,
+        observers: Observers,
+        residual: Tensor | None,
     ) -> LayerOutput:
         x, router = hidden_states[local], cast(Router, self.router)
         with observers.stage("route"):
             try:
-                self._check(hidden_states)
+                self._check(hidden_states, residual)
                 logits, shared_logits = self._logits(x, router_logits, local, router)
                 logits = router.checked_logits(x, logits)
             except Exception as error:
@@ -94,7 +106,7 @@ class FusedRunner(MoERunner):
             with observers.stage("shared"):
                 shared = self.shared(hidden_states, shared_logits)
         routed = self.tokens.as_sharded(Distributed(output, Full()), hidden_states.shape[0])
-        return LayerOutput(routed, shared, None, routing, traffic, observers)
+        return LayerOutput(routed, shared, None, routing, traffic, observers, residual)
 
 
 def choose_runner(config: LayerConfig, experts: ExpertShard, options: LayerOptions) -> type[MoERunner]:

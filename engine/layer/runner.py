@@ -61,6 +61,7 @@ class StepInFlight(NamedTuple):
     rows: Pending[ExpertInput]
     shared: RunningSharedExperts
     observers: Observers
+    residual: Tensor | None
 
 
 class ComputedStep(NamedTuple):
@@ -149,6 +150,7 @@ class MoERunner(nn.Module):
         router: RoutingRule | None = None,
         observers: Observers | None = None,
         padding: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Step:
         """Route, plan, and send rows on their way; collective. The step must be given to :meth:`complete`.
 
@@ -157,7 +159,9 @@ class MoERunner(nn.Module):
         observers = self._unobserved if observers is None else observers
         self._step += 1
         with observers.stage("route"):
-            routed = self._route(hidden_states, router_logits, input_ids, router or self.router, padding)
+            routed = self._route(
+                hidden_states, router_logits, input_ids, router or self.router, padding, residual
+            )
         shared = self._begin_shared(hidden_states, routed, observers)
         with observers.stage("plan"):
             plan = self._plan(routed.weighted)
@@ -166,7 +170,14 @@ class MoERunner(nn.Module):
             rows = self.experts.dispatch(routed.rows, plan)
         shared.run_if(SharedOrder.DURING_DISPATCH)
         return StepInFlight(
-            hidden_states.shape[0], routed.hidden_states, routed.routing, plan, rows, shared, observers
+            hidden_states.shape[0],
+            routed.hidden_states,
+            routed.routing,
+            plan,
+            rows,
+            shared,
+            observers,
+            residual,
         )
 
     def complete(self, step: Step, together: bool = False) -> LayerOutput:
@@ -188,14 +199,14 @@ class MoERunner(nn.Module):
         with observers.stage("combine"):
             # Where the dispatcher adds at home, one sum takes in what is added here after the others.
             if together and self._adds_at_home and step.routing.identity_weights is None:
-                routed, shared = add_at_home(
-                    self.dispatcher, step.plan, returning, step.shared.output, self.output_bias
+                routed, shared, residual = add_at_home(
+                    self.dispatcher, step.plan, returning, step.shared.output, self.output_bias, step.residual
                 )
             else:
                 routed = add_identity_and_bias(
                     returning.wait(), step.hidden_states, step.routing, self.output_bias
                 )
-                shared = step.shared.output.wait()
+                shared, residual = step.shared.output.wait(), step.residual
         observers.record_step(step.routing, step.plan.pending_traffic)
         return LayerOutput(
             self.tokens.as_sharded(routed, step.num_tokens),
@@ -204,6 +215,7 @@ class MoERunner(nn.Module):
             step.routing,
             step.plan.pending_traffic,
             observers,
+            residual,
         )
 
     def run(
@@ -215,11 +227,18 @@ class MoERunner(nn.Module):
         router: RoutingRule | None = None,
         observers: Observers | None = None,
         padding: Tensor | None = None,
+        residual: Tensor | None = None,
         together: bool = False,
     ) -> LayerOutput:
         """Run :meth:`start` and :meth:`complete`: the forward but for its last sum, with routing."""
         step = self.start(
-            hidden_states, router_logits, input_ids, router=router, observers=observers, padding=padding
+            hidden_states,
+            router_logits,
+            input_ids,
+            router=router,
+            observers=observers,
+            padding=padding,
+            residual=residual,
         )
         return self.complete(step, together)
 
@@ -235,6 +254,7 @@ class MoERunner(nn.Module):
         router: RoutingRule | None = None,
         observers: Observers | None = None,
         padding: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Compute the layer; collective. Under torch.compile it is one opaque operator of the graph.
 
@@ -247,6 +267,8 @@ class MoERunner(nn.Module):
             observers: Who measures this call.
             padding: ``[T]`` bool, true for rows that hold no token and go to no expert. A recorded graph
                 reads it anew in each replay.
+            residual: ``[T, H]`` that is added last, or None. Where the dispatcher sums at the tokens' home,
+                that sum takes it in and saves a launch.
 
         Returns:
             ``[T, H]`` in the layer's dtype.
@@ -257,7 +279,7 @@ class MoERunner(nn.Module):
         """
         if torch.compiler.is_compiling():
             output: Tensor = moe_forward(self.handle, hidden_states, router_logits, input_ids)
-            return output
+            return output if residual is None else output + residual
         return self.run(
             hidden_states,
             router_logits,
@@ -265,6 +287,7 @@ class MoERunner(nn.Module):
             router=router,
             observers=observers,
             padding=padding,
+            residual=residual,
             together=True,
         ).sum()
 
@@ -321,12 +344,13 @@ class MoERunner(nn.Module):
         input_ids: Tensor | None,
         router: RoutingRule | None,
         padding: Tensor | None,
+        residual: Tensor | None,
     ) -> RoutedTokens:
         """Route this rank's slice of the tokens; a failure is a value, which plan raises on all ranks."""
         local = self.tokens.local_slice(hidden_states.shape[0])
         x = hidden_states[local]
         try:
-            self._check(hidden_states)
+            self._check(hidden_states, residual)
             if router is None:
                 raise ValueError(
                     "the layer has no router of its own: give the call one, router=GivenRouting(...)"
@@ -375,7 +399,7 @@ class MoERunner(nn.Module):
 
         return self.overlap.begin(compute, hidden_states, routed.shared_logits)
 
-    def _check(self, hidden_states: Tensor) -> None:
+    def _check(self, hidden_states: Tensor, residual: Tensor | None = None) -> None:
         if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.hidden_size:
             raise ValueError(
                 f"hidden_states of shape {tuple(hidden_states.shape)}: expected [tokens, "
@@ -385,6 +409,11 @@ class MoERunner(nn.Module):
             raise ValueError(
                 f"hidden_states are {hidden_states.dtype}, the layer computes in {self.dtype}; cast them "
                 "first"
+            )
+        if residual is not None and (residual.shape, residual.dtype) != (hidden_states.shape, self.dtype):
+            raise ValueError(
+                f"residual of shape {tuple(residual.shape)} in {residual.dtype}: expected the shape "
+                f"{tuple(hidden_states.shape)} of hidden_states and the layer's {self.dtype}"
             )
 
 

@@ -65,8 +65,12 @@ def test_the_sum_is_that_of_the_parts(
     got = ours(x)
     assert len(added) == (not exact)
     assert exact or ((added[0][0] is not None) == has_bias and added[0][1] is not None)
+    residual = torch.randn(x.shape, generator=torch.Generator().manual_seed(fresh_seed))
+    with_residual = ours(x, residual=residual)
+    assert exact or added.pop()[2] is not None
     fine = torch.allclose(got, theirs(x), rtol=1e-5, atol=1e-6)
     routed, shared = ours.forward_separately(x)
+    fine = fine and torch.equal(with_residual, got + residual)
     fine = fine and len(added) == (not exact) and shared is not None and torch.equal(routed + shared, got)
     assert all(grid.moe.all_gather_object(fine))
 

@@ -105,6 +105,14 @@ def test_bad_input_is_the_same_error(depth: Depth) -> None:
         runner(tokens(2, 0), torch.zeros(2, 8))
     with pytest.raises(RemoteRankError, match=r"the layer computes in torch\.bfloat16"):
         runner(tokens(2, 0).float())
+    with pytest.raises(RemoteRankError, match=r"residual of shape \(3, \d+\).*expected the shape \(2, "):
+        runner(tokens(2, 0), residual=tokens(3, 0))
+
+
+@pytest.mark.parametrize("depth", ["auto", "steps"])
+def test_a_residual_is_added_last(depth: Depth, fresh_seed: int) -> None:
+    runner, x, residual = layer_at(depth, PLAIN, seed=fresh_seed), tokens(3, fresh_seed), tokens(3, 1)
+    assert torch.equal(runner(x, residual=residual), runner(x) + residual)
 
 
 def test_another_router_routes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,26 @@ def test_nan_logits_on_one_rank_are_one_error_everywhere(
     assert len(set(world.comm.all_gather_object(str(caught.value)))) == 1
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+def test_a_residual_is_added_last(
+    world: World, checkpoints: dict[str, Path], grid_of: GridOf, fresh_seed: int, exact: bool
+) -> None:
+    """Once, on every grid, and a residual that does not fit is one error on all ranks."""
+    path = next(iter(checkpoints.values()))
+    for axes in (axes for axes in grids(world.size) if not (exact and "etp" in axes)):
+        grid = grid_of(**axes)
+        runner = load_layer(path, 1, grid, options=LayerOptions(exact=exact))
+        count = 3 + grid.dp.rank
+        x, residual = (
+            hidden(count, runner.config.hidden_size, fresh_seed + grid.dp.rank + n, torch.float32)
+            for n in (0, 100)
+        )
+        assert torch.equal(runner(x, residual=residual), runner(x) + residual)
+    runner, last = load_layer(path, 1, grid_of()), world.rank == world.size - 1
+    with pytest.raises(RemoteRankError, match=f"rank {world.size - 1}: ValueError: residual of shape"):
+        runner(x, residual=residual[:, :-1] if last else residual)
+
+
 def test_what_cannot_be_is_one_error_everywhere(
     world: World, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
