@@ -68,7 +68,7 @@ def fuse_norms(model: nn.Module, dtype: torch.dtype) -> int:
     for module in list(model.modules()):
         form = find_norm_form(module, dtype)
         if form is not None:
-            module.forward = FusedNorm(module, form, dtype)  # type: ignore[method-assign]
+            module.forward = FusedNorm(module, form, dtype)
             count += 1
     return count
 

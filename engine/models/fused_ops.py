@@ -31,7 +31,7 @@ class FusedModules:
 
 
 def why_not_fused(grid: ProcessGrid, dtype: torch.dtype, exact: bool) -> str | None:
-    """Return why operations of a model on ``grid`` stay apart, or None. The same on every rank; collective."""
+    """Return why operations of a model stay apart, or None; the same on all ranks of ``grid``. Collective."""
     if grid.device.type != "cuda":
         return "on host processors they cost no launches"
     found: list[bool] = grid.world.comm.all_gather_object(find_spec("triton") is not None)
@@ -54,13 +54,16 @@ def fuse_operations(
         rotate: Rotates queries and keys.
     """
     blocks = (model.get_submodule(name.rpartition(".")[0]) for name in experts)
-    return FusedModules(
-        fuse_norms(model, dtype), fuse_rotary(model, rotate), fuse_routers(blocks, dtype)
-    )
+    return FusedModules(fuse_norms(model, dtype), fuse_rotary(model, rotate), fuse_routers(blocks, dtype))
 
 
-def fuse_loaded(model: Any, experts: Iterable[str], grid: ProcessGrid, dtype: torch.dtype, exact: bool) -> None:
-    """Fuse the small operations of a model that ``grid`` has loaded, where that helps; say so. Collective."""
+def fuse_loaded(
+    model: Any, experts: Iterable[str], grid: ProcessGrid, dtype: torch.dtype, exact: bool
+) -> None:
+    """Fuse the small operations of a model that ``grid`` has loaded, where that helps; log it. Collective.
+
+    The arguments are those of :func:`why_not_fused` and :func:`fuse_operations`.
+    """
     if grid.device.type != "cuda":
         return
     if why := why_not_fused(grid, dtype, exact):

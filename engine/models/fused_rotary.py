@@ -63,7 +63,7 @@ class FusedRotary:
         """Rotate q and k; the arguments are those of ``own``."""
         given = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
         heads = given.get("unsqueeze_dim", 1)
-        tensors = [given.get(name) for name in PARAMETERS[:4]]
+        tensors: list[Any] = [given.get(name) for name in PARAMETERS[:4]]
         shares = None
         if len(args) <= len(PARAMETERS) and given.keys() <= set(PARAMETERS):
             shares = self._shares(tensors, heads)
@@ -86,7 +86,10 @@ class FusedRotary:
         dense = q.stride(3) == k.stride(3) == 1 and k.shape[3] == width
         if not dense or k.shape[0] != batch or k.shape[3 - heads] != columns:
             return None
-        if {k.dtype, cos.dtype, sin.dtype} != {q.dtype} or cos.shape[:2] not in ((batch, columns), (1, columns)):
+        if {k.dtype, cos.dtype, sin.dtype} != {q.dtype} or cos.shape[:2] not in (
+            (batch, columns),
+            (1, columns),
+        ):
             return None
         factors = cos.shape[2]
         for shares in (False, True):
@@ -108,7 +111,7 @@ def fuse_rotary(model: nn.Module, rotate: Rotate) -> int:
         if forward not in made:
             made[forward] = _with_rotary(forward, rotate)
         if made[forward] is not None:
-            module.forward = MethodType(made[forward], module)  # type: ignore[method-assign]
+            module.forward = MethodType(made[forward], module)
             count += 1
     return count
 

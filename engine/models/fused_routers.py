@@ -58,7 +58,7 @@ def fuse_routers(blocks: Iterator[nn.Module], dtype: torch.dtype) -> int:
             asked[kind] = find_router(module, dtype)
         if (found := asked[kind]) is not None:
             router = Router(found, weight.detach(), bias, check_finite=False)
-            module.forward = FusedRouter(module, router, dtype)  # type: ignore[method-assign]
+            module.forward = FusedRouter(module, router, dtype)
             count += 1
     return count
 
@@ -142,11 +142,11 @@ def _candidates(module: Any, top_k: int, has_bias: bool) -> Iterator[RouterConfi
             for group_score in ("max", "top2_sum") if n > 1 else ("max",):
                 yield RouterConfig(
                     top_k,
-                    scoring,  # type: ignore[arg-type]
+                    scoring,
                     renormalize,
                     n,
                     kept,
-                    group_score,  # type: ignore[arg-type]
+                    group_score,
                     correction_bias=has_bias,
                     routed_scaling_factor=scale,
                 )
@@ -164,7 +164,7 @@ def _agrees(own: tuple[Tensor, Tensor, Tensor], router: Router) -> bool:
 
 
 def _logits_dtype(trial: nn.Module, x: Tensor, top_k: int) -> Any:
-    """Return whether logits of tokens ``x`` [T, H] are products in their dtype or in float32; None: neither."""
+    """Return whether logits of tokens ``x`` [T, H] are products in their dtype or in float32, or None."""
     for name, parameter in trial._parameters.items():
         trial._parameters[name] = None if parameter is None else nn.Parameter(parameter.to(x.dtype), False)
     own = _outputs(trial, x, top_k)
