@@ -57,7 +57,8 @@ def fuse_routers(blocks: Iterator[nn.Module], dtype: torch.dtype) -> int:
         if kind not in asked:
             asked[kind] = find_router(module, dtype)
         if (found := asked[kind]) is not None:
-            router = Router(found, weight.detach(), bias, check_finite=False)
+            correction, gate_bias = (None, bias) if found.gate_bias else (bias, None)
+            router = Router(found, weight.detach(), correction, gate_bias=gate_bias, check_finite=False)
             module.forward = FusedRouter(module, router, dtype)
             count += 1
     return count
@@ -70,20 +71,24 @@ def find_router(module: nn.Module, dtype: torch.dtype) -> RouterConfig | None:
     if weight is None or not isinstance(top_k, int) or "forward" in vars(module):
         return None
     draw = torch.Generator().manual_seed(0)
-    trial, x, gate, correction = _trial(module, weight, bias, draw)
+    trial, x, gate, vector = _trial(module, weight, bias, draw)
     own = _outputs(trial, x, top_k)
-    if own is None or not _is_close(own[0], functional.linear(x, gate)):
+    if own is None:
         return None
-    candidates = _candidates(module, top_k, bias is not None)
+    is_gate_bias = vector is not None and _is_close(own[0], functional.linear(x, gate, vector))
+    if not is_gate_bias and not _is_close(own[0], functional.linear(x, gate)):
+        return None
+    correction = None if is_gate_bias else vector
+    candidates = _candidates(module, top_k, correction is not None)
     found = next((c for c in candidates if _agrees(own, Router(c, None, correction))), None)
-    logits_dtype = None if found is None else _logits_dtype(trial, x.to(dtype), top_k)
+    logits_dtype = _logits_dtype(trial, x.to(dtype), top_k, gate, vector if is_gate_bias else None)
     if found is None or logits_dtype is None:
         return None
-    return replace(found, logits_dtype=logits_dtype)
+    return replace(found, logits_dtype=logits_dtype, gate_bias=is_gate_bias)
 
 
 def _tensors(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gate [E, H] and the correction bias [E] of a router, the latter if it has one.
+    """Return the gate [E, H] of a router and its bias [E], of the gate or of the choice, if it has one.
 
     Both are None for a module with other tensors.
     """
@@ -103,7 +108,7 @@ def _trial(
 ) -> tuple[nn.Module, Tensor, Tensor, Tensor | None]:
     """Copy ``module`` to the host with random tensors, in float32.
 
-    Also returns tokens [T, H], the copy's gate and its correction bias.
+    Also returns tokens [T, H], the copy's gate and its bias.
     """
     trial = copy.copy(module)
     trial._parameters, trial._buffers = dict(module._parameters), dict(module._buffers)
@@ -163,17 +168,18 @@ def _agrees(own: tuple[Tensor, Tensor, Tensor], router: Router) -> bool:
     return torch.equal(a, b) and _is_close(weights.gather(1, first), routing.topk_weights.gather(1, second))
 
 
-def _logits_dtype(trial: nn.Module, x: Tensor, top_k: int) -> Any:
+def _logits_dtype(trial: nn.Module, x: Tensor, top_k: int, gate: Tensor, bias: Tensor | None) -> Any:
     """Return whether logits of tokens ``x`` [T, H] are products in their dtype or in float32, or None."""
     for name, parameter in trial._parameters.items():
         trial._parameters[name] = None if parameter is None else nn.Parameter(parameter.to(x.dtype), False)
     own = _outputs(trial, x, top_k)
-    gate = next(iter(trial._parameters.values()))
-    if own is None or gate is None:
+    if own is None:
         return None
-    if _is_close(own[0].float(), functional.linear(x.float(), gate.float())):
+    gate, bias = gate.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    wide = functional.linear(x.float(), gate.float(), None if bias is None else bias.float())
+    if _is_close(own[0].float(), wide):
         return "float32"
-    return "model" if torch.equal(own[0].float(), functional.linear(x, gate).float()) else None
+    return "model" if torch.equal(own[0].float(), functional.linear(x, gate, bias).float()) else None
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:

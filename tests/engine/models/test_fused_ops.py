@@ -35,7 +35,6 @@ OTHER_ROUTERS = (
     "ernie4_5_moe",  # a bias in a module of its own
     "ernie4_5_vl_moe",
     "gemma4",  # a norm inside, and a factor an expert
-    "gpt_oss",  # a bias of the logits
     "hunyuan_v1_moe",  # its product is a module of its own
     "hy_v3",  # its bias is an argument
     "inkling",
@@ -117,7 +116,7 @@ def test_norms_in_bfloat16_are_as_exact_as_a_models_own(family: str, fresh_seed:
 
 def test_routers_in_bfloat16_choose_as_a_models_own(fresh_seed: int) -> None:
     draw = torch.Generator().manual_seed(fresh_seed)
-    for family in ("olmoe", "deepseek_v3", "granitemoe", "glm4_moe"):
+    for family in ("olmoe", "deepseek_v3", "granitemoe", "glm4_moe", "gpt_oss"):
         model = next(models(family)).bfloat16()
         own = {m: m.forward for m in model.modules()}
         fused(model, torch.bfloat16)
