@@ -10,12 +10,18 @@ import torch
 from shrunk_families import NOT_RUN, classes, families, small_model
 from torch import Tensor, nn
 
-from xpar.engine.models import fused_norms, fused_rotary
+from xpar.comm import ProcessGrid, World
+from xpar.engine.models import fused_rotary
 from xpar.engine.models.expert_layer import experts_modules
-from xpar.engine.models.fused_norms import FusedNorm, find_norm_form
-from xpar.engine.models.fused_ops import FusedModules, fuse_loaded, fuse_operations
+from xpar.engine.models.fused_norms import FusedNorm
+from xpar.engine.models.fused_ops import FusedModules, fuse_loaded, fuse_operations, why_not_fused
 from xpar.engine.models.fused_rotary import FusedRotary, find_rotary_forms, with_globals
 from xpar.engine.models.fused_routers import FusedRouter, find_router
+from xpar.engine.models.isolation import rows_isolated
+from xpar.engine.models.model_layer import padded
+from xpar.engine.models.parallelize import expert_layers, parallelize
+from xpar.engine.routing.given import GivenRouting
+from xpar.kernels.contracts import Routing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WITHOUT_RMS_NORMS = ("cohere2_moe", "phimoe")
@@ -135,77 +141,6 @@ def test_routers_in_bfloat16_choose_as_a_models_own(fresh_seed: int) -> None:
             assert (near[clear] <= 2**-7 * weights.gather(1, first)[clear]).all()
 
 
-class Norm(nn.Module):
-    """A norm that ``change`` alters; without it an RMS norm."""
-
-    def __init__(self, change: Any = lambda x, normed, weight: normed * weight) -> None:
-        super().__init__()
-        self.weight, self.eps, self.change = nn.Parameter(torch.ones(32)), 1e-6, change
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        out: Tensor = self.change(wide, normed, self.weight).to(x.dtype)
-        return out
-
-
-STRANGE = {
-    "subtracts the mean": lambda x, normed, weight: (normed - normed.mean(-1, keepdim=True)) * weight,
-    "two plus weight": lambda x, normed, weight: normed * (2 + weight),
-    "a bounded weight": lambda x, normed, weight: normed * weight.clamp(max=0.5),
-    "another eps": lambda x, normed, weight: (
-        x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
-    ),
-    "a sum of squares": lambda x, normed, weight: torch.nn.functional.normalize(x, dim=-1) * weight,
-    "bounded": lambda x, normed, weight: (normed * weight).clamp(-2, 2),
-    "two values": lambda x, normed, weight: SimpleNamespace(to=lambda dtype: (normed, weight)),
-}
-
-
-@pytest.mark.parametrize("change", STRANGE.values(), ids=STRANGE)
-def test_a_strange_norm_is_left_alone(change: Any) -> None:
-    assert find_norm_form(Norm(), torch.float32) == fused_norms.NormForm("weight", 1e-6, "weight")
-    model = nn.Sequential(Norm(change))
-    assert find_norm_form(model[0], torch.float32) is None
-    assert fuse_operations(model, (), torch.float32) == FusedModules(0, 0, 0)
-    assert "forward" not in vars(model[0])
-
-
-@pytest.mark.parametrize("form", ["weight", "one plus weight", "no weight"])
-@pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_a_form_is_found_whatever_the_weights_are(form: str, weight: float) -> None:
-    changes: dict[str, Any] = {
-        "weight": lambda x, normed, weight: normed * weight,
-        "one plus weight": lambda x, normed, weight: normed * (1 + weight),
-        "no weight": lambda x, normed, weight: normed,
-    }
-    module = Norm(changes[form])
-    nn.init.constant_(module.weight, weight)
-    found = find_norm_form(module, torch.float32)
-    assert found is not None and found.form == form
-
-
-def test_norms_of_another_dtype_are_left_alone() -> None:
-    assert find_norm_form(Norm(), torch.bfloat16) is None
-    wide = Norm(lambda x, normed, weight: SimpleNamespace(to=lambda dtype: normed * weight.float()))
-    assert find_norm_form(wide.bfloat16(), torch.bfloat16) is None  # it gives float32
-
-
-def test_calls_of_another_kind_go_to_the_module(fresh_seed: int) -> None:
-    class Gated(Norm):
-        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-            out = super().forward(x)
-            return out if gate is None else out * gate
-
-    model = nn.Sequential(Gated())
-    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(fresh_seed))
-    expected = model[0](x, x), model[0](x.double()), model[0](x)
-    assert fuse_operations(model, (), torch.float32).norms == 1
-    got = model[0](x, gate=x), model[0](x.double()), model[0](x)
-    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
-    torch.testing.assert_close(got[2], expected[2])
-
-
 def neighbours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
 
@@ -275,6 +210,19 @@ def test_decorators_of_a_forward_stay() -> None:
     assert changed(3) == 62 and changed(3, more=0) == 60 and changed.__name__ == "plain"
 
 
+class RmsNorm(nn.Module):
+    """The norm of most models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(32)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
 class Strange(nn.Module):
     """A router whose weights are squared; with ``power`` 1 one that xpar has."""
 
@@ -308,11 +256,60 @@ def test_a_model_is_left_alone(
 ) -> None:
     world = SimpleNamespace(comm=SimpleNamespace(all_gather_object=lambda x: [x, x]))
     grid: Any = SimpleNamespace(device=torch.device(device), world=world)
-    model = nn.Sequential(Norm().to(dtype))
+    model = nn.Sequential(RmsNorm().to(dtype))
     with caplog.at_level(logging.INFO, "xpar.models"):
         fuse_loaded(model, (), grid, dtype, exact)
     assert "forward" not in vars(model[0])
+    assert fuse_operations(model, (), dtype).norms == 1  # it is one that could be fused
     assert said in caplog.text and bool(caplog.text) == bool(said)
+
+
+def test_what_was_fused_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    comm = SimpleNamespace(all_gather_object=lambda x: [x, x])
+    grid: Any = SimpleNamespace(device=torch.device("cuda"), world=SimpleNamespace(comm=comm))
+    model = next(models("olmoe")).bfloat16()
+    with caplog.at_level(logging.INFO, "xpar.models"):
+        fuse_loaded(model, experts_modules(model).values(), grid, torch.bfloat16, exact=False)
+    assert "21 norms, 5 rotary embeddings, 5 routers" in caplog.text
+
+
+def test_one_rank_without_triton_keeps_all_ranks_from_fusing() -> None:
+    comm = SimpleNamespace(all_gather_object=lambda x: [x, False])
+    grid: Any = SimpleNamespace(device=torch.device("cuda"), world=SimpleNamespace(comm=comm))
+    assert why_not_fused(grid, torch.bfloat16, False) == "triton is not installed on every rank"
+
+
+def checked(topk_ids: Tensor, topk_weights: Tensor, padding: Tensor | None, experts: int) -> Routing:
+    """What the kernel of that name gives, by torch."""
+    wrong = (topk_ids < -1) | (topk_ids >= experts)
+    ids = topk_ids.masked_fill(wrong, 0)
+    if padding is not None:
+        ids = ids.masked_fill(padding[:, None], -1)
+    return Routing(ids.int(), topk_weights.float().masked_fill(wrong, float("nan")))
+
+
+def test_a_layer_that_checks_ids_in_one_launch_gives_the_same(
+    fresh_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = next(models("olmoe"))
+    parallelize(model, ProcessGrid.create(World.attach(allow_singleton=True)))
+    layer = expert_layers(model)[0]
+    draw = torch.Generator().manual_seed(fresh_seed)
+    config = layer.runner.config
+    x = torch.randn(6, config.hidden_size, generator=draw)
+    ids = torch.rand(6, config.num_experts, generator=draw).topk(config.router.top_k).indices
+    weights = torch.rand(ids.shape, generator=draw)
+    padding = torch.tensor([False, True, False, False, True, False])
+    with rows_isolated([layer]), padded([layer], padding):
+        expected = layer(x, ids, weights)
+        monkeypatch.setattr(GivenRouting, "one_launch", lambda ids: checked)
+        assert torch.equal(layer(x, ids, weights), expected)
+        ids[2, 0] = config.num_experts
+        spoiled = layer(x, ids, weights)
+    assert spoiled[2].isnan().all()
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(spoiled[others], expected[others])
+    assert layer.slots == 3 * 4 * config.router.top_k
 
 
 def helper(x: int) -> int:
