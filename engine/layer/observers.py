@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -34,7 +35,12 @@ class SlotCounter:
 
     def add(self, topk_ids: Tensor) -> None:
         """Count the slots of one step: ``topk_ids`` [M, k] are local ids, -1 for slots of other ranks."""
-        self.counted += (topk_ids >= 0).sum()
+        if topk_ids.is_cuda and find_spec("triton") is not None:
+            from xpar.kernels.gpu.small_steps import count_slots
+
+            count_slots(topk_ids, self.counted)  # three launches less a layer
+        else:
+            self.counted += (topk_ids >= 0).sum()
 
 
 @dataclass(frozen=True)

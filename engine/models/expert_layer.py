@@ -50,8 +50,13 @@ class ExpertLayer(ModelLayer):
         rows = bad_rows(hidden_states, topk_weights) if looks else None
         config, check_finite = self.runner.config, not self.isolates_rows
         x, ids, weights = (cleared(rows, part) for part in (hidden_states, topk_ids, topk_weights))
-        given = GivenRouting(ids, weights, config.num_experts, config.router.top_k, check_finite)
-        output: Tensor = self.runner(x, router=given, observers=self.observers, padding=self.padding)
+        check = GivenRouting.one_launch(ids) if self.isolates_rows else None
+        # Padding goes where ids are looked at, in the same launch.
+        masked, padding = (None, self.padding) if check is None else (self.padding, None)
+        given = GivenRouting(
+            ids, weights, config.num_experts, config.router.top_k, check_finite, check, masked
+        )
+        output: Tensor = self.runner(x, router=given, observers=self.observers, padding=padding)
         return spoiled(rows, output)
 
     def join(self, rows: int = 0) -> None:

@@ -33,6 +33,7 @@ from xpar.engine.models.expert_layer import (
 )
 from xpar.engine.models.expert_sources import describe_stored, experts_reader, stored_experts
 from xpar.engine.models.experts_module import describe_experts
+from xpar.engine.models.fused_ops import fuse_loaded
 from xpar.engine.models.loaded_model import LoadedModel, find_collective_modules
 from xpar.engine.models.malloc import give_back_freed_memory
 from xpar.engine.models.packed_linear import pack_model
@@ -93,6 +94,9 @@ def load_model(
         dense = _load_dense_weights(plan, grid, options, on_bytes)
         layers = _attach_layers(plan, grid, options, on_bytes)
         plan.model.to(grid.device)
+        if options.fuse:
+            names = [part.names[0] for part in plan.parts.values() if part.experts]
+            fuse_loaded(plan.model, names, grid, plan.dtype, options.exact)
         kernels = (layer.runner.kernel for layer in layers.values())
         expert_bytes = sum(kernel.nbytes() for kernel in kernels if kernel is not None)
         _log_loaded(plan, dense, expert_bytes, options, grid.world.comm)

@@ -63,12 +63,15 @@ class SpreadOptions(ExpertOptions):
             (:class:`~xpar.comm.column_parallel.ColumnParallel`). Every rank must then run as many products as
             the others, which scoring does not.
         scale_residual: Whether a model in memory keeps its residual over the routed scaling factor.
+        fuse: Whether a model that is loaded on GPUs computes its small operations in fewer launches
+            (:mod:`xpar.engine.models.fused_ops`).
     """
 
     whole_block: bool = False
     dense: str = "auto"
     slice_dense: bool = False
     scale_residual: bool = False
+    fuse: bool = True
 
     def of_layer(self) -> LayerOptions:
         """Return the options of one layer."""

@@ -5,6 +5,7 @@ N blocks of P tokens; Hk key heads, D numbers of a key and D' of a value; T toke
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ class SpanPool:
         self, forms: Sequence[LayerForm], blocks: int, device: torch.device, attention: SpanAttention
     ) -> None:
         self.forms, self.blocks, self.device, self.attention = tuple(forms), blocks, device, attention
+        self._has_kernel = find_spec("triton") is not None
         self.keys, self.values = (
             [
                 torch.zeros(
@@ -56,6 +58,11 @@ class SpanPool:
 
     def write(self, layer: int, keys: Tensor, values: Tensor, step: SpanStep) -> None:
         """Write the step's keys [1, Hk, T, D] and values [1, Hk, T, D'] to their places."""
+        if keys.is_cuda and self._has_kernel:
+            from xpar.kernels.gpu.small_steps import write_spans
+
+            write_spans(keys[0], values[0], self.keys[layer], self.values[layer], step.places)
+            return
         for pool, new in ((self.keys[layer], keys), (self.values[layer], values)):
             rows = new[0].transpose(0, 1)
             if rows.shape[-1] < pool.shape[-1]:

@@ -1,12 +1,16 @@
 """Routing that the caller has chosen already, in the place of a router, as transformers' experts get it."""
 
 import math
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from xpar.kernels.contracts import Routing
 
+Check = Callable[[Tensor, Tensor, Tensor | None, int], Routing]
+"""(topk_ids, topk_weights, padding, experts) -> the routing, in which a row with a wrong id is NaN."""
 NOT_FINITE = "router weights are not finite; check the hidden states and the gate weight for NaN or overflow"
 
 
@@ -19,14 +23,23 @@ class GivenRouting:
         num_experts: Experts of the layer.
         top_k: Experts of a token.
         check_finite: Refuse weights that are NaN or infinite.
+        check: Makes the routing in one launch instead, where what is wrong is to be found in its row alone.
+        padding: ``[T]`` bool, true for rows that go to no expert, or None; only with ``check``.
     """
 
     def __init__(
-        self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int, top_k: int, check_finite: bool = True
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        num_experts: int,
+        top_k: int,
+        check_finite: bool = True,
+        check: Check | None = None,
+        padding: Tensor | None = None,
     ) -> None:
         self.topk_ids, self.topk_weights = topk_ids, topk_weights
         self.num_experts, self.top_k = num_experts, top_k
-        self.check_finite = check_finite
+        self.check_finite, self.check, self.padding = check_finite, check, padding
 
     def route(
         self,
@@ -37,15 +50,26 @@ class GivenRouting:
         """Return the given routing of ``hidden_states`` [T, H]; ValueError if it does not fit.
 
         On a GPU ids and weights are checked without waiting for them: wrong numbers end the process when it
-        next waits for the GPU.
+        next waits for the GPU. With ``check`` a wrong id makes its row NaN.
         """
         if hidden_states is not None:
             self._check_shapes(hidden_states.shape[0])
+        if self.check is not None:
+            return self.check(self.topk_ids, self.topk_weights, self.padding, self.num_experts)
         if self.topk_ids.is_cuda:
             self._assert_on_gpu()
         else:
             self._check_numbers()
         return Routing(self.topk_ids.to(torch.int32), self.topk_weights.float())
+
+    @staticmethod
+    def one_launch(topk_ids: Tensor) -> Check | None:
+        """Return what checks a routing like ``topk_ids`` in one launch, or None where nothing does."""
+        if not topk_ids.is_cuda or find_spec("triton") is None:
+            return None
+        from xpar.kernels.gpu.small_steps import check_routing
+
+        return check_routing
 
     def _check_shapes(self, tokens: int) -> None:
         expected, ids, weights = (tokens, self.top_k), self.topk_ids.shape, self.topk_weights.shape

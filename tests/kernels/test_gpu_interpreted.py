@@ -12,7 +12,7 @@ from launch import clean_environment
 FOLDER = Path(__file__).parent / "gpu"
 # Two processes, which two workers run at once; for each, the import of torch and Triton takes seconds.
 PARTS = {
-    "rows and plain experts": ("coded_rows", "experts", "quantise_rows", "sort_rows_route"),
+    "rows and plain experts": ("coded_rows", "experts", "quantise_rows", "small_steps", "sort_rows_route"),
     "experts of codes": ("nibble_experts", "quantised_experts"),
 }
 

@@ -25,6 +25,8 @@ def poisoned(monkeypatch):
     def fill(tensor):
         if tensor.dtype == torch.uint8:
             return tensor.fill_(0x7F)  # NaN of e4m3
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
         if tensor.is_floating_point():
             return tensor.fill_(float("nan"))
         return tensor.fill_(max(-(10**6), torch.iinfo(tensor.dtype).min))
