@@ -18,8 +18,11 @@ import torch
 
 from xpar.engine.bench.kernels import checks
 from xpar.engine.bench.kernels.cases import load_experts, random_input, random_weights
+from xpar.engine.models.fused_rotary import rotate_by_definition
 from xpar.kernels.contracts import Activation, ExpertSpec
 from xpar.kernels.gpu.availability import build
+from xpar.kernels.gpu.rotary import rotate
+from xpar.kernels.gpu.small_steps import check_routing, count_slots, write_spans
 
 
 def main() -> None:
@@ -31,14 +34,42 @@ def main() -> None:
     spec = ExpertSpec(6, 200, 136, torch.bfloat16, Activation("silu"), "cuda", bias=True)
     weights, kernel = random_weights(spec, g), build(spec)
     load_experts(kernel, weights)
-    for name, table in checks.forms_of(kernel.table).items():
+    for name, table in checks.forms_of(kernel.machine).items():
         kernel.table = table
         for tokens in (1, 33, 300, 1200):
             x = random_input(spec, tokens, 2, 8, g, skewed=True)
             expected = checks.expected_rows(spec, weights, x, torch.arange(tokens, device="cuda"))
             error = checks.require_near(kernel.compute(x), expected, spec.dtype, "output")
             say(f"{tokens} tokens, {name}", error)
+    check_small_steps(g)
     torch.cuda.synchronize()
+
+
+def check_small_steps(g: torch.Generator) -> None:
+    """Launch the small operations of a decoding step, odd sizes included, and compare them with torch's."""
+    for tokens, heads, width in ((1, 1, 24), (37, 5, 96), (300, 16, 128)):
+        x = [torch.randn(1, heads + n, tokens, width, generator=g, device="cuda").bfloat16() for n in (0, 2)]
+        factors = torch.randn(2, 1, tokens, width, generator=g, device="cuda").bfloat16()
+        got = rotate(*x, *factors, False)
+        require_equal(got, rotate_by_definition(*x, *factors, False), f"rotation of {tokens} tokens")
+        ids = torch.randint(-1, 9, (tokens, 3), generator=g, device="cuda")
+        weights = torch.rand(tokens, 3, generator=g, device="cuda").bfloat16()
+        routing = check_routing(ids, weights, None, 9)
+        require_equal((routing.topk_ids, routing.topk_weights), (ids.int(), weights.float()), "routing")
+        counted = torch.zeros((), dtype=torch.int64, device="cuda")
+        count_slots(routing.topk_ids, counted)
+        require_equal((counted,), ((ids >= 0).sum(),), "count of slots")
+        pools = torch.zeros(2, tokens + 5, heads, width, device="cuda", dtype=torch.bfloat16)
+        places = torch.randperm(tokens + 5, generator=g, device="cuda")[:tokens]
+        write_spans(x[0][0], x[0][0].neg(), *pools, places)
+        rows = x[0][0].transpose(0, 1)
+        require_equal((pools[0][places], pools[1][places]), (rows, -rows), "written spans")
+    say("small steps", "same bits")
+
+
+def require_equal(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], what: str) -> None:
+    if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
+        raise AssertionError(f"{what}: other bits")
 
 
 def say(what: str, error: str) -> None:
