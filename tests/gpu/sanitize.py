@@ -48,10 +48,12 @@ def main() -> None:
 def check_small_steps(g: torch.Generator) -> None:
     """Launch the small operations of a decoding step, odd sizes included, and compare them with torch's."""
     for tokens, heads, width in ((1, 1, 24), (37, 5, 96), (300, 16, 128)):
-        x = [torch.randn(1, heads + n, tokens, width, generator=g, device="cuda").bfloat16() for n in (0, 2)]
-        factors = torch.randn(2, 1, tokens, width, generator=g, device="cuda").bfloat16()
-        got = rotate(*x, *factors, False)
-        require_equal(got, rotate_by_definition(*x, *factors, False), f"rotation of {tokens} tokens")
+        q, k = (
+            torch.randn(1, heads + n, tokens, width, generator=g, device="cuda").bfloat16() for n in (2, 0)
+        )
+        cos, sin = torch.randn(2, 1, tokens, width, generator=g, device="cuda").bfloat16()
+        got = rotate(q, k, cos, sin, False)
+        require_equal(got, rotate_by_definition(q, k, cos, sin, False), f"rotation of {tokens} tokens")
         ids = torch.randint(-1, 9, (tokens, 3), generator=g, device="cuda")
         weights = torch.rand(tokens, 3, generator=g, device="cuda").bfloat16()
         routing = check_routing(ids, weights, None, 9)
@@ -59,11 +61,11 @@ def check_small_steps(g: torch.Generator) -> None:
         counted = torch.zeros((), dtype=torch.int64, device="cuda")
         count_slots(routing.topk_ids, counted)
         require_equal((counted,), ((ids >= 0).sum(),), "count of slots")
-        pools = torch.zeros(2, tokens + 5, heads, width, device="cuda", dtype=torch.bfloat16)
+        keys, values = torch.zeros(2, tokens + 5, heads, width, device="cuda", dtype=torch.bfloat16)
         places = torch.randperm(tokens + 5, generator=g, device="cuda")[:tokens]
-        write_spans(x[0][0], x[0][0].neg(), *pools, places)
-        rows = x[0][0].transpose(0, 1)
-        require_equal((pools[0][places], pools[1][places]), (rows, -rows), "written spans")
+        write_spans(k[0], k[0].neg(), keys, values, places)
+        rows = k[0].transpose(0, 1)
+        require_equal((keys[places], values[places]), (rows, -rows), "written spans")
     say("small steps", "same bits")
 
 
