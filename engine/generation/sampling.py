@@ -64,7 +64,7 @@ class Sampling:
             tokens = _likeliest(logits).tolist()
             if -1 in tokens:
                 raise ValueError(NOT_FINITE)
-            return [int(token) for token in tokens]
+            return list(tokens)
         logits = logits.float().cpu()
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(NOT_FINITE)
@@ -125,10 +125,13 @@ def _likeliest(logits: Tensor) -> Tensor:
 
     On a GPU only these numbers cross to the host; ``argmax`` there takes any of equals.
     """
-    if not logits.is_cuda:
-        tokens = logits.argmax(dim=-1)
-    else:
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        largest = logits.amax(dim=-1, keepdim=True)
-        tokens = torch.where(logits == largest, ids, logits.shape[1]).amin(dim=-1)
-    return tokens.where(torch.isfinite(logits).all(dim=-1), -1)
+    least, largest = logits.aminmax(dim=-1, keepdim=True)  # both are NaN where one logit is
+    tokens = _first_of(logits, largest) if logits.is_cuda else logits.argmax(dim=-1)
+    return tokens.where((least.isfinite() & largest.isfinite())[:, 0], -1)
+
+
+def _first_of(logits: Tensor, largest: Tensor) -> Tensor:
+    """Find the lowest id of each row whose logit is ``largest`` [B, 1]: [B] int64, or V without one."""
+    ids = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
+    none = ids.new_full((), logits.shape[1])
+    return torch.where(logits == largest, ids, none).amin(dim=-1).long()
