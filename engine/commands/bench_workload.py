@@ -60,6 +60,8 @@ def main(args: argparse.Namespace, world: World) -> int:
     results: dict[str, dict[str, Any]] = {XPAR: asdict(ours) | {"peak_bytes": gather_peak_bytes(grid)}}
     results[XPAR] |= _rates(results[XPAR], asdict(ours), prompts, new_tokens)
     console.print(f"xpar: {ours.seconds:.1f} s; now the others answer")
+    if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()  # torch would keep the pool's memory from the other processes
     notes: list[str] = []
     # Kept after each side: a run that is cut off has what it had by then.
     keep = partial(agreed, comm, partial(_keep, args, grid, loaded, results, shares, notes))
