@@ -106,7 +106,12 @@ def _read(name: str, tokenizer: Tokenizer, new_tokens: int, seed: int) -> list[l
             raise ValueError(f"--workload {MIXED}: the configuration has no vocab_size; give a file")
         prompts = draw_mixed(tokenizer.vocabulary, seed)
     else:
-        found, bad = read_prompts(Path(name), prompt_form)
+        try:
+            found, bad = read_prompts(Path(name), prompt_form)
+        except OSError as error:
+            raise ValueError(
+                f"--workload {name}: {error.strerror}; give a file that rank 0 can read, or {MIXED}"
+            ) from None
         if bad:
             raise ValueError(f"--workload {name}: line {bad[0].line}: {bad[0].error}")
         prompts = [tokenizer.encode(prompt.text) for prompt in found]

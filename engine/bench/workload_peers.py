@@ -124,7 +124,7 @@ def contend_on_gpu(
 ) -> tuple[dict[str, Any], list[str]]:
     """Answer by continuous batching, and in padded batches unless those would take much longer.
 
-    Kernels are compiled and graphs captured for the sizes that are met, which takes longer than a few prompts.
+    Kernels are compiled and graphs captured for the sizes that are met, which takes longer than prompts.
     So continuous batching answers as many prompts of the same lengths before, whose tokens are others: it
     keeps the beginnings that it knows. A whole batch of middle lengths says how long padded batches take.
 

@@ -127,11 +127,14 @@ def test_continuous_batching_goes_on_with_what_it_prepared(
     assert len(made) == 2
 
 
-LEFT_OUT = "padded batches: left out: 16 prompts took 2.8 s, so that all would take about 90 s, and 10.0 s the other way"
+LEFT_OUT = (
+    "padded batches: left out: 16 prompts took 2.8 s, so that all would take about 90 s, and 10.0 s the "
+)
+LEFT_OUT += "other way"
 
 
 class StandInWays:
-    """Ways to answer whose seconds are given, on a clock of their own; a first call takes ten times as long."""
+    """Ways to answer whose seconds are given, on a clock of their own; a first call takes ten times that."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, batch_s: float, continuous_s: float | None) -> None:
         self.now, self.calls = 0.0, []
@@ -215,6 +218,14 @@ def test_answers_are_compared_as_wholes_and_by_their_first_tokens() -> None:
 
 WRONG = {
     "long": (["--workload", "mixed", "--new-tokens", "5000"], "new ones, and the model has positions for"),
+    "no file": (
+        ["--workload", "nowhere.txt"],
+        "--workload nowhere.txt: No such file or directory; give a file that rank 0 can read, or mixed",
+    ),
+    "sharing": (
+        ["--no-prefix-sharing"],
+        "--no-prefix-sharing: is for files of prompts; give --workload, too",
+    ),
     "empty": (["--workload", "EMPTY"], "holds no prompt; give a file"),
     "bad line": (["--workload", "BAD"], "line 2: "),
     "peer": (["--workload", "mixed", "--peer-python", "nowhere"], "--peer-python nowhere: no such program"),
@@ -239,6 +250,16 @@ def refused(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_a_wrong_request_names_the_option(refused: dict[str, CompletedProcess[str]], what: str) -> None:
     job, message = refused[what], WRONG[what][1]
     assert job.returncode == 1 and re.search(re.escape(message), job.stderr + job.stdout), job.stderr
+    assert "Errno" not in job.stderr + job.stdout
+
+
+@pytest.mark.parametrize("words", [["--no-prefix-sharing"], ["--rows", "3"], ["--prefill-tokens", "3"]])
+def test_options_of_a_workload_need_one(model: Path, words: list[str]) -> None:
+    args = parser().parse_args(["bench", "generate", str(model), *words])
+    with pytest.raises(
+        ValueError, match=f"^{' '.join(words)}: is for files of prompts; give --workload, too"
+    ):
+        check_request(args)
 
 
 def test_a_peer_needs_a_workload(model: Path) -> None:
