@@ -123,15 +123,23 @@ def _temper(warper: Any, ids: None, logits: Tensor) -> Tensor:
 def _likeliest(logits: Tensor) -> Tensor:
     """Find the lowest id of each row's largest logit, [B, V] -> [B] int64; -1 for a row that is not finite.
 
-    On a GPU only these numbers cross to the host; ``argmax`` there takes any of equals.
+    On a GPU only these numbers cross to the host.
     """
-    least, largest = logits.aminmax(dim=-1, keepdim=True)  # both are NaN where one logit is
-    tokens = _first_of(logits, largest) if logits.is_cuda else logits.argmax(dim=-1)
-    return tokens.where((least.isfinite() & largest.isfinite())[:, 0], -1)
+    # One that is NaN makes both NaN. On a host processor these two are far faster than a test of all logits.
+    least, largest = logits.amin(dim=-1, keepdim=True), logits.amax(dim=-1, keepdim=True)
+    find = _first_on_gpu if logits.is_cuda else _first_on_host
+    return find(logits == largest).where((least.isfinite() & largest.isfinite())[:, 0], -1)
 
 
-def _first_of(logits: Tensor, largest: Tensor) -> Tensor:
-    """Find the lowest id of each row whose logit is ``largest`` [B, 1]: [B] int64, or V without one."""
-    ids = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
-    none = ids.new_full((), logits.shape[1])
-    return torch.where(logits == largest, ids, none).amin(dim=-1).long()
+def _first_on_host(found: Tensor) -> Tensor:
+    """Find the first column of each row of ``found`` [B, V] bool that is true: [B] int64, 0 without one."""
+    return torch.from_numpy(found.numpy().argmax(axis=-1))  # several times as fast as torch's of the logits
+
+
+def _first_on_gpu(found: Tensor) -> Tensor:
+    """Find the first column of each row as :func:`_first_on_host`, but V without one.
+
+    On a GPU ``argmax`` takes any of equals.
+    """
+    ids = torch.arange(found.shape[1], device=found.device, dtype=torch.int32)
+    return torch.where(found, ids, ids.new_full((), found.shape[1])).amin(dim=-1).long()
