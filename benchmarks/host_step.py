@@ -10,9 +10,12 @@ import argparse
 import cProfile
 import pstats
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -41,7 +44,7 @@ from xpar.kernels.gpu.span_attention import SpanAttention
 VOCABULARY = 64
 """Columns of the stand-in's logits: on a GPU the choice among all is not the host's."""
 LONGEST = 542
-MADE: list[FlatBatch] = []
+"""Tokens of a prompt."""
 
 
 class StandInRows:
@@ -59,9 +62,14 @@ class StandInRows:
 
 
 def make_batch(
-    loaded: LoadedModel, sampling: Sampling, conditions: StopConditions, *, room: BatchRoom
+    made: list[FlatBatch],
+    loaded: LoadedModel,
+    sampling: Sampling,
+    conditions: StopConditions,
+    *,
+    room: BatchRoom,
 ) -> FlatBatch:
-    """Make a batch as on a GPU, but with a stand-in for the forward."""
+    """Make a batch as on a GPU, but with a stand-in for the forward; add it to ``made``."""
     forms = flat_forms(loaded)
     assert not isinstance(forms, str), forms
     blocks = choose_blocks(forms, room, 2**62)
@@ -70,7 +78,7 @@ def make_batch(
     size = FlatLimits(room.most_rows, room.prefill_tokens, room.shares_prefixes)
     batch = FlatBatch(loaded, sampling, conditions, pool, size, FlatRecorder(loaded, pool, rows.record))
     batch._forward = rows.forward  # type: ignore[assignment]
-    MADE.append(batch)
+    made.append(batch)
     return batch
 
 
@@ -100,10 +108,10 @@ def measure(
         out = Path(folder) / "answers.jsonl"
         open_answer_file(out, [])
         request = request_of(path, args.new_tokens, rows, args.prefill_tokens, torch.float32, False)
-        request = generation.replace(request, out=out)
-        clock = Clock()
+        request = replace(request, out=out)
+        clock, made = Clock(), list[FlatBatch]()
         begin = time.perf_counter()
-        with patch.object(generation, "choose_batch", make_batch):
+        with patch.object(generation, "choose_batch", partial(make_batch, made)):
             generation.generate(
                 world.comm, request, _work_of(prompts), tokenizer, loaded, clock.poll, clock.note
             )
@@ -114,7 +122,7 @@ def measure(
     most = max(drawn for _, _, drawn in found)
     full = [(step, agree) for step, agree, drawn in found if drawn == most]
     middle = full[len(full) // 2 :]  # those before may read
-    recorder = MADE[-1].recorder
+    recorder = made[-1].recorder
     assert recorder is not None
     return {
         "rows": most,
@@ -150,9 +158,9 @@ def main(words: Sequence[str] | None = None) -> None:
             profile.enable()
         found = measure(world, loaded, tokenizer, args.checkpoint, rows, args)
         profile.disable()
-        print(rows, ", ".join(f"{name} {number:.4g}" for name, number in found.items()), flush=True)
+        sys.stdout.write(f"{rows}: {', '.join(f'{name} {number:.4g}' for name, number in found.items())}\n")
         if args.profile:
-            pstats.Stats(profile).sort_stats("tottime").print_stats(30)
+            pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(30)
 
 
 if __name__ == "__main__":
