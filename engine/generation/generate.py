@@ -20,6 +20,7 @@ from xpar.engine.generation.kv_memory import (
     choose_rows,
     expected_bytes,
     free_share,
+    most_read,
     step_bytes,
 )
 from xpar.engine.generation.line_processors import make_line_processors
@@ -92,7 +93,7 @@ def settle_room(
     )
     if on_host:
         longest = sorted((len(item.ids) for item in work.queue), reverse=True)[:rows]
-        read = min(read_tokens, sum(longest)) + min(rows, len(longest))
+        read = most_read(longest, read_tokens) + min(rows, len(longest))
         whole = expected_bytes(nbytes + step_bytes(loaded, read))
         line += f"; at most about {whole / 1e6:.0f} MB of memory on rank 0"
     return replace(request, batch=rows, prefill_tokens=read_tokens, kv_bytes=nbytes), line

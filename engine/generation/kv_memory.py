@@ -148,3 +148,15 @@ def choose_rows(most: int, blocks: int, lengths: Sequence[int]) -> int:
     """
     sizes = [-(-length // BLOCK_TOKENS) for length in lengths]
     return most if not sizes else max(1, min(most, blocks * len(sizes) // sum(sizes)))
+
+
+def most_read(lengths: Sequence[int], tokens: int) -> int:
+    """Estimate the most tokens of prompts of ``lengths``, longest first, in a step with up to ``tokens``.
+
+    Prompts are dealt as wholes within that number; only a longer one is read in pieces.
+    """
+    read = min(tokens, max(lengths, default=0))
+    whole = 0
+    for length in lengths:
+        whole += length if whole + length <= tokens else 0
+    return max(read, whole)

@@ -20,6 +20,7 @@ from xpar.engine.generation.kv_memory import (
     choose_rows,
     free_share,
     gpu_step_bytes,
+    most_read,
 )
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, KvPool, LayerForm
 
@@ -107,6 +108,13 @@ def test_a_step_takes_what_its_experts_and_dense_layers_write() -> None:
     slots = ranks * top_k * 4 / 12
     a_token = slots * (2 * hidden + 3 * width) + 2 * ranks * hidden + 4 * widest
     assert gpu_step_bytes(holder, 100) == 100 * 2 * a_token
+
+
+def test_a_step_reads_whole_prompts_or_a_piece_of_a_longer_one() -> None:
+    assert most_read([1500] * 24, 16384) == 15000
+    assert most_read([1500] * 24, 512) == 512
+    assert most_read([900, 700, 90, 20, 7], 1000) == 997
+    assert most_read([30, 20], 4096) == 50 and most_read([], 4096) == 0
 
 
 def test_as_many_sequences_run_as_a_pool_holds() -> None:
