@@ -106,7 +106,12 @@ def _read(name: str, tokenizer: Tokenizer, new_tokens: int, seed: int) -> list[l
             raise ValueError(f"--workload {MIXED}: the configuration has no vocab_size; give a file")
         prompts = draw_mixed(tokenizer.vocabulary, seed)
     else:
-        found, bad = read_prompts(Path(name), prompt_form)
+        try:
+            found, bad = read_prompts(Path(name), prompt_form)
+        except OSError as error:
+            raise ValueError(
+                f"--workload {name}: {error.strerror}; give a file that rank 0 can read, or {MIXED}"
+            ) from None
         if bad:
             raise ValueError(f"--workload {name}: line {bad[0].line}: {bad[0].error}")
         prompts = [tokenizer.encode(prompt.text) for prompt in found]
@@ -186,7 +191,7 @@ def answer(
         comm.barrier()
         clock.begin = time.perf_counter()
         work = _work_of(prompts)
-        here, _ = agreed(comm, lambda: settle_room(here, work, loaded))
+        here, _ = agreed(comm, lambda: settle_room(comm, here, work, loaded))
         generate(comm, here, work, tokenizer, loaded, clock.poll, clock.note_progress)
         seconds = time.perf_counter() - clock.begin
         answers = comm.all_gather_object(agreed(comm, lambda: [] if comm.rank else _read_answers(out)))[0]
@@ -246,13 +251,14 @@ def request_of(
     checkpoint: Path,
     new_tokens: int,
     batch: int | None,
-    prefill_tokens: int,
+    prefill_tokens: int | None,
     dtype: torch.dtype,
     exact: bool,
 ) -> Request:
     """Make the request of a greedy answer of ``new_tokens`` tokens to each prompt.
 
-    ``batch``: sequences of a rank at a time; None to choose as ``xpar generate`` does.
+    ``batch``: sequences of a rank at a time. ``prefill_tokens``: of prompts that it reads in one step. None
+    for either to choose as ``xpar generate`` does.
     """
     nowhere = Path()
     return Request(

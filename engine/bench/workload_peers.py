@@ -5,7 +5,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ FAR = 2.0
 TRIAL_PROMPTS, TRIAL_TOKENS = 4, 4
 PAGE = 256
 """Tokens of a block of transformers' cache, its default."""
+Way = Callable[[list[list[int]], int], tuple[list[list[int]], float | None]]
+"""Prompts and the tokens of each answer -> answers, and the seconds until the first was complete."""
 VLLM_SCRIPT = Path(__file__).with_name("vllm_peer.py")
 
 
@@ -65,21 +67,41 @@ def serve(pipe: Connection, path: Path, dtype: torch.dtype, threads: int, device
 def _answer_by_contenders(
     model: Any, prompts: list[list[int]], new_tokens: int, batch_tokens: int
 ) -> tuple[dict[str, Any], list[str]]:
-    ways: dict[str, Callable[[list[list[int]], int], tuple[list[list[int]], float | None]]] = {
-        CONTINUOUS: lambda some, count: answer_continuously(model, some, count, batch_tokens),
-        PADDED: lambda some, count: answer_padded(model, some, count),
-    }
+    if model.device.type == "cpu":
+        ways = {
+            CONTINUOUS: lambda some, count: answer_continuously(model, some, count, batch_tokens),
+            PADDED: lambda some, count: answer_padded(model, some, count),
+        }
+        return contend(ways, prompts, new_tokens)
+    vocab = model.config.get_text_config().vocab_size
+
+    def answer_warm(some: list[list[int]], count: int) -> tuple[list[list[int]], float | None]:
+        return answer_continuously(model, some, count, batch_tokens, keeps=True)
+
+    def close() -> None:
+        model.destroy_cached_continuous_batching_manager()  # does nothing where none is kept
+
+    return contend_on_gpu(
+        answer_warm, close, lambda some, count: answer_padded(model, some, count), prompts, new_tokens, vocab
+    )
+
+
+def contend(
+    ways: Mapping[str, Way], prompts: list[list[int]], new_tokens: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Answer by each of ``ways`` that does not take much longer than the other one for a few prompts.
+
+    Returns results by way, and notes on the rest.
+    """
     trial, notes = prompts[:: max(1, len(prompts) // TRIAL_PROMPTS)][:TRIAL_PROMPTS], []
     seconds: dict[str, float] = {}
     for name, way in ways.items():
         try:
             for _ in range(2):  # the first call prepares
-                begin = time.perf_counter()
-                way(trial, min(new_tokens, TRIAL_TOKENS))
-                seconds[name] = time.perf_counter() - begin
+                seconds[name] = _timed(way, trial, min(new_tokens, TRIAL_TOKENS))["seconds"]
         except Exception as error:  # noqa: BLE001 - whatever a peer lacks here, the other way is measured
             seconds.pop(name, None)
-            notes.append(f"transformers, {name}: does not run here ({type(error).__name__}: {error})")
+            notes.append(_why_not(name, error))
     results = {}
     for name, trial_s in seconds.items():
         if trial_s > FAR * min(seconds.values()):
@@ -88,22 +110,91 @@ def _answer_by_contenders(
             )
             notes.append(f"transformers, {name}: left out: {few}")
             continue
-        begin = time.perf_counter()
-        answers, first_s = ways[name](prompts, new_tokens)
-        results[name] = {
-            "seconds": time.perf_counter() - begin,
-            "first_s": first_s,
-            "answers": answers,
-            "peak_bytes": [peak_bytes()],
-        }
+        results[name] = _timed(ways[name], prompts, new_tokens)
     return results, notes
+
+
+def contend_on_gpu(
+    continuous: Way,
+    close: Callable[[], None],
+    padded: Way,
+    prompts: list[list[int]],
+    new_tokens: int,
+    vocab: int,
+) -> tuple[dict[str, Any], list[str]]:
+    """Answer by continuous batching, and in padded batches unless those would take much longer.
+
+    Kernels are compiled and graphs captured for the sizes that are met, which takes longer than prompts.
+    So continuous batching answers as many prompts of the same lengths before, whose tokens are others: it
+    keeps the beginnings that it knows. A whole batch of middle lengths says how long padded batches take.
+
+    Args:
+        continuous: Answers, and keeps what it has prepared.
+        close: Gives that back.
+        padded: Answers in padded batches.
+        prompts: The token ids of all prompts.
+        new_tokens: Tokens of each answer.
+        vocab: The number of token ids.
+
+    Returns:
+        Results by way, and notes on the rest.
+    """
+    results: dict[str, Any] = {}
+    notes = []
+    try:
+        continuous([[(token + 1) % vocab for token in ids] for ids in prompts], new_tokens)
+        results[CONTINUOUS] = _timed(continuous, prompts, new_tokens)
+    except Exception as error:  # noqa: BLE001 - whatever a peer lacks here, the other way is measured
+        notes.append(_why_not(CONTINUOUS, error))
+    try:
+        close()
+        trial = _middle_batch(prompts)
+        for _ in range(2):  # the first call prepares
+            trial_s = _timed(padded, trial, new_tokens)["seconds"]
+        expected_s = trial_s * -(-len(prompts) // PADDED_ROWS)
+        if CONTINUOUS in results and expected_s > FAR * results[CONTINUOUS]["seconds"]:
+            other_s = results[CONTINUOUS]["seconds"]
+            notes.append(
+                f"transformers, {PADDED}: left out: {len(trial)} prompts took {trial_s:.1f} s, so that all "
+                f"would take about {expected_s:.0f} s, and {other_s:.1f} s the other way"
+            )
+        else:
+            results[PADDED] = _timed(padded, prompts, new_tokens)
+    except Exception as error:  # noqa: BLE001 - as above
+        notes.append(_why_not(PADDED, error))
+    return results, notes
+
+
+def _middle_batch(prompts: list[list[int]]) -> list[list[int]]:
+    """Return the prompts of the middle one of the padded batches."""
+    ordered = sorted(prompts, key=len)
+    begin = max(0, (len(ordered) - PADDED_ROWS) // 2)
+    return ordered[begin : begin + PADDED_ROWS]
+
+
+def _timed(way: Way, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    begin = time.perf_counter()
+    answers, first_s = way(prompts, new_tokens)
+    return {
+        "seconds": time.perf_counter() - begin,
+        "first_s": first_s,
+        "answers": answers,
+        "peak_bytes": [peak_bytes()],
+    }
+
+
+def _why_not(name: str, error: Exception) -> str:
+    return f"transformers, {name}: does not run here ({type(error).__name__}: {error})"
 
 
 @torch.no_grad()  # it computes in a thread, which is in no inference mode
 def answer_continuously(
-    model: Any, prompts: list[list[int]], new_tokens: int, batch_tokens: int
+    model: Any, prompts: list[list[int]], new_tokens: int, batch_tokens: int, keeps: bool = False
 ) -> tuple[list[list[int]], float | None]:
-    """Answer with ``generate_batch``, with room for all prompts at once; returns answers and first_s."""
+    """Answer with ``generate_batch``, with room for all prompts at once; returns answers and first_s.
+
+    ``keeps``: leave the cache and the recorded graphs for another call with as much work.
+    """
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0)
@@ -116,6 +207,7 @@ def answer_continuously(
         generation_config=config,
         continuous_batching_config=batching,
         record_timestamps=True,
+        persistent_manager=keeps,
         warmup=model.device.type != "cpu",
     )
     outputs = list(found.values())

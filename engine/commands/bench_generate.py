@@ -98,6 +98,11 @@ def check_request(args: argparse.Namespace) -> torch.dtype:
         raise ValueError(
             f"--peer-python {args.peer_python}: vLLM answers files; give --workload mixed or a file"
         )
+    sharing = "--no-prefix-sharing" if args.no_prefix_sharing else None
+    numbers = (("--rows", args.rows), ("--prefill-tokens", args.prefill_tokens))
+    given = [sharing, *(f"{name} {value}" for name, value in numbers if value is not None)]
+    if option := next(filter(None, given), None):
+        raise ValueError(f"{option}: is for files of prompts; give --workload, too, or leave it out")
     at_least(prompt_tokens=(args.prompt_tokens, 1), rounds=(args.rounds, 1), threads=(args.threads, 1))
     if min(args.batch) < 1 or args.new_tokens < 3:
         raise ValueError(

@@ -114,7 +114,7 @@ def add_generate(p: argparse.ArgumentParser) -> None:
     rows = "with --workload, number of sequences at a time on a rank"
     add_number(p, "--rows", rows, None, "as xpar generate chooses; 1 with --exact")
     reading = "with --workload, maximum number of tokens that a rank reads in one step"
-    add_number(p, "--prefill-tokens", reading, options.PREFILL_TOKENS)
+    add_number(p, "--prefill-tokens", reading, None, options.CHOSEN_TOKENS)
     options.add_prefix_sharing(p, "with --workload, ")
     p.add_argument(
         "--peer-python",

@@ -23,6 +23,7 @@ from xpar.engine.commands import model_session
 from xpar.engine.commands.options import at_least, batch_size
 from xpar.engine.console.manifest import grid_manifest, write_result
 from xpar.engine.console.terminal import make_console
+from xpar.engine.generation.kv_memory import choose_read_tokens
 from xpar.engine.generation.tokenizer import Tokenizer
 from xpar.engine.models.empty_model import check_generates
 from xpar.engine.models.loaded_model import LoadedModel
@@ -46,6 +47,7 @@ def main(args: argparse.Namespace, world: World) -> int:
     console = make_console(world)
     grid = model_session.make_grid(args, world, console)
     loaded = model_session.load(args, grid, dtype, console, args.whole_dense)
+    args.prefill_tokens = args.prefill_tokens or choose_read_tokens(comm, loaded)
     request = request_of(args.checkpoint, new_tokens, rows, args.prefill_tokens, dtype, args.exact)
     request = replace(request, shares_prefixes=not args.no_prefix_sharing)
     # On a GPU all of it once before: kernels are compiled for each size that they meet.
@@ -58,6 +60,8 @@ def main(args: argparse.Namespace, world: World) -> int:
     results: dict[str, dict[str, Any]] = {XPAR: asdict(ours) | {"peak_bytes": gather_peak_bytes(grid)}}
     results[XPAR] |= _rates(results[XPAR], asdict(ours), prompts, new_tokens)
     console.print(f"xpar: {ours.seconds:.1f} s; now the others answer")
+    if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()  # torch would keep the pool's memory from the other processes
     notes: list[str] = []
     # Kept after each side: a run that is cut off has what it had by then.
     keep = partial(agreed, comm, partial(_keep, args, grid, loaded, results, shares, notes))

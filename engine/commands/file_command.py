@@ -49,7 +49,7 @@ class FileCommand(Generic[Q]):
     doing: str
     done: str
     summarize: Callable[[Communicator, Q], str] | None = None
-    settle: Callable[[Q, Workload, LoadedModel], tuple[Q, str]] | None = None
+    settle: Callable[[Communicator, Q, Workload, LoadedModel], tuple[Q, str]] | None = None
 
 
 def run_request(args: argparse.Namespace, command: FileCommand[Q]) -> int:
@@ -79,7 +79,7 @@ def run_request(args: argparse.Namespace, command: FileCommand[Q]) -> int:
     if work.queue:
         loaded = model_session.load(args, grid, request.dtype, console, getattr(args, "whole_dense", True))
         if command.settle is not None:
-            settle = partial(command.settle, request, work, loaded)
+            settle = partial(command.settle, comm, request, work, loaded)
             request, line = agreed(comm, settle)
             console.print(line, soft_wrap=True, markup=False, highlight=False)
         with model_session.meter(world, command.doing, work) as on_progress:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from xpar.engine.commands import options
-from xpar.engine.commands.options import BATCH, PREFILL_TOKENS
+from xpar.engine.commands.options import BATCH, CHOSEN_TOKENS, PREFILL_TOKENS
 
 MAX_NEW_TOKENS = 128
 """As ``MAX_NEW_TOKENS`` of :mod:`xpar.engine.generation.generation_defaults`; a test compares the two."""
@@ -57,8 +57,8 @@ def add_generate(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put each prompt into the model's chat template, as the user's message",
     )
-    longer, batch = "a longer prompt is read in pieces", "as many as memory holds, 256 at most"
-    add_model(p, "sequences", longer, "the answers", batch)
+    longer, batch = "a longer prompt is read in pieces", "as many as memory holds, 256 at most, 512 on GPUs"
+    add_model(p, "sequences", longer, "the answers", batch, CHOSEN_TOKENS)
     p.add_argument(
         "--kv-memory",
         metavar="BYTES",
@@ -145,18 +145,25 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
 
 
 def add_model(
-    p: argparse.ArgumentParser, rows: str, longer: str, result: str, batch: str = str(BATCH)
+    p: argparse.ArgumentParser,
+    rows: str,
+    longer: str,
+    result: str,
+    batch: str = str(BATCH),
+    chosen_tokens: str = "",
 ) -> None:
     """Add the options that say where and how the model computes.
 
     ``rows``: what a rank reads. ``longer``: how it reads a row of more tokens. ``result``: of the command.
-    ``batch``: the default number of rows.
+    ``batch``: the default number of rows. ``chosen_tokens``: says which number of tokens is chosen without
+    ``--prefill-tokens``; empty for a fixed one.
     """
     options.add_number(
         p, "--batch", f"number of {rows} at a time on a rank", None, f"{batch}; 1 with --exact"
     )
     meaning = f"maximum number of tokens that a rank reads in one step; {longer}"
-    options.add_number(p, "--prefill-tokens", meaning, PREFILL_TOKENS)
+    default = None if chosen_tokens else PREFILL_TOKENS
+    options.add_number(p, "--prefill-tokens", meaning, default, chosen_tokens)
     options.add_exact(p, result)
     options.add_grid(p, "ep", "etp", default="see docs/generate.md, How it runs")
     options.add_device(p)

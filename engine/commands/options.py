@@ -28,6 +28,8 @@ ACTIVATIONS = ("auto", "quantised", "exact")
 """As ``ACTIVATIONS`` of :mod:`xpar.engine.layer.options`."""
 BATCH = 16
 PREFILL_TOKENS = 4096
+CHOSEN_TOKENS = f"{PREFILL_TOKENS}; 16384 in flat batches on GPUs, if memory allows"
+"""The default of ``--prefill-tokens`` where it is chosen once the model is loaded."""
 AXES = {
     "tp": ("tensor", "ranks / dp, or 1"),
     "dp": ("data", "ranks / tp"),

@@ -75,8 +75,13 @@ class Detokenizer:
         """Return whether one of ``ids`` is a special token."""
         return any(token in self.special_ids for token in ids)
 
-    def stop_test(self, prompt: Sequence[int], stops: Stops) -> Callable[[Sequence[int]], bool]:
-        """Make a test of whether the last token of an answer to ``prompt`` completes one of ``stops``."""
+    def stop_test(self, prompt: Sequence[int], stops: Stops) -> Callable[[Sequence[int]], bool] | None:
+        """Make a test of whether the last token of an answer to ``prompt`` completes one of ``stops``.
+
+        None where there are no stops.
+        """
+        if not stops.texts and not stops.ids:
+            return None
         context = self.context(prompt)
         tail = BYTES_OF_CHARACTER * (max(map(len, stops.texts), default=0) + 1) + CONTEXT
 

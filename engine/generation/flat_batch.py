@@ -70,7 +70,7 @@ class FlatBatch(DrawsTokens):
     ) -> None:
         super().__init__(sampling, stop_conditions)
         self._loaded, self._size, self._pool, self.recorder = loaded, size, pool, recorder
-        self._forward = FlatForward(loaded, pool)
+        self._forward = FlatForward(loaded, pool) if recorder is None else recorder.forward
         self.planner: Planner
         if isinstance(pool, SpanPool):
             runs = BlockRuns(pool.blocks, BLOCK_TOKENS, size.shares_prefixes)
@@ -80,6 +80,7 @@ class FlatBatch(DrawsTokens):
             self.planner = FlatPlanner(blocks, size.most_rows, size.tokens)
         self._planned: FlatPlan | None = None
         self._is_idle = False
+        self._may_begin = 0
 
     @property
     def occupied(self) -> int:
@@ -95,13 +96,19 @@ class FlatBatch(DrawsTokens):
         """Return how many sequences this rank would begin now if it may have ``most_rows``.
 
         None, while what has begun is enough to read in a step. Where steps without prompts are replayed,
-        which is several times as fast, some rows stay free until it is worth a step that reads.
+        which is several times as fast, some rows stay free until it is worth steps that read. As many as are
+        free then begin in the steps from there on; rows that become free meanwhile wait again.
         """
         free = most_rows - self.occupied
         if self.planner.unread >= self._size.tokens:
             return 0
-        waits = self.recorder is not None and self.occupied and free * LEAST_FREE < most_rows
-        return 0 if waits else free
+        if self.recorder is None:
+            return free
+        if not self.occupied or free * LEAST_FREE >= most_rows:
+            self._may_begin = free
+        elif self._plan().continues:
+            self._may_begin = 0
+        return min(free, self._may_begin)
 
     def tokens_of(self, lengths: Sequence[int], continued: int) -> int:
         """Return ``continued``: prompts of ``lengths`` that begin now wait for the next step."""
@@ -131,6 +138,7 @@ class FlatBatch(DrawsTokens):
     def begin(self, new: list[RunningSequence]) -> list[RunningSequence]:
         """Let ``new`` wait for the next step, and make the step that is planned."""
         self.planner.add(new)
+        self._may_begin = max(0, self._may_begin - len(new))
         return self.advance()
 
     @torch.inference_mode()
@@ -142,9 +150,12 @@ class FlatBatch(DrawsTokens):
             self.join()
             return ended
         logits = self._compute(plan)
+        complete = []
         for s, count in zip(plan.sequences, plan.counts, strict=True):
             s.read += count
-        return ended + self._draw_next([s for s in plan.sequences if s.read == len(s.tokens)], logits)
+            if s.read == len(s.tokens):
+                complete.append(s)
+        return ended + self._draw_next(complete, logits)
 
     @torch.inference_mode()
     def join(self) -> None:
@@ -201,15 +212,18 @@ class FlatBatch(DrawsTokens):
         return len(running.ids) + (running.max_new_tokens or self._stop_conditions.max_new_tokens)
 
     def _draw_next(self, complete: list[FlatSequence], logits: Tensor) -> list[RunningSequence]:
-        drawn = [s.running for s in complete]
-        for s, token in zip(complete, self._draw(drawn, logits) if drawn else [], strict=True):
+        if not complete:
+            return []
+        ended = []
+        for s, token in zip(complete, self._draw([s.running for s in complete], logits), strict=True):
+            running = s.running
             if token is None:
-                s.running.failure = s.running.failure or not_finite(
-                    "logits", len(s.tokens), self._loaded.dtype
-                )
+                running.failure = running.failure or not_finite("logits", len(s.tokens), self._loaded.dtype)
             else:
-                self._take(s.running, token)
+                self._take(running, token)
                 s.tokens.append(token)
-            if s.running.ended:
-                self.planner.end(s)
-        return [r for r in drawn if r.ended]
+            if running.finish is not None or running.failure is not None:
+                ended.append(s)
+        if ended:
+            self.planner.end(ended)
+        return [s.running for s in ended]

@@ -6,8 +6,9 @@ where they are long.
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,8 @@ class FlatSequence:
     ``tokens``: of prompt and answer. ``read``: how many of them have keys and values, in ``blocks``.
     ``named``: how many blocks the pool knows by their tokens; None once one is known under another number.
     ``row``: that of the sequence in the table of blocks. ``prefix``: the number by which a pool of runs knows
-    the tokens of its named blocks.
+    the tokens of its named blocks. ``settled``: up to so many tokens it needs nothing of the planner for its
+    next one.
     """
 
     running: RunningSequence
@@ -33,6 +35,7 @@ class FlatSequence:
     named: int | None = 0
     row: int = -1
     prefix: int = ROOT
+    settled: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,20 @@ class FlatPlan:
     counts: tuple[int, ...]
     copies: tuple[tuple[int, int], ...] = ()
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """The number of tokens of the step."""
         return sum(self.counts)
 
-    @property
+    @cached_property
     def continues(self) -> bool:
-        """Whether each sequence has one token in the step, after which its next one is drawn."""
-        ends = (s.read + 1 == len(s.tokens) for s in self.sequences)
-        return all(count == 1 for count in self.counts) and all(ends)
+        """Whether each sequence has one token in the step, after which its next one is drawn.
+
+        It is found out when it is asked for the first time, which has to be before the step.
+        """
+        if self.counts.count(1) < len(self.counts):
+            return False
+        return all(s.read + 1 == len(s.tokens) for s in self.sequences)
 
 
 class Planner(ABC):
@@ -81,9 +88,12 @@ class Planner(ABC):
 
     @property
     def unread(self) -> int:
-        """The number of tokens that are still to be read of sequences that have begun or wait."""
-        active = sum(len(s.tokens) - s.read for s in self._active)
-        return active + sum(len(s.tokens) for s in self._waiting)
+        """The number of tokens that are still to be read of prompts that have begun or wait.
+
+        The one token of a sequence that runs is not among them, as it is not in the budget of a step.
+        """
+        lefts = [len(s.tokens) - s.read for s in self._active]
+        return sum(left for left in lefts if left > 1) + sum(len(s.tokens) for s in self._waiting)
 
     def add(self, new: Iterable[RunningSequence]) -> None:
         """Let the sequences ``new`` wait for their turn."""
@@ -96,13 +106,17 @@ class Planner(ABC):
         budget, turn = self._budget, 0
         while turn < len(self._active):  # the youngest may leave the list on the way
             s = self._active[turn]
+            turn += 1
             left = len(s.tokens) - s.read
+            if left == 1 and len(s.tokens) <= s.settled:
+                planned.append(s)
+                counts.append(1)
+                continue
             count = left if left == 1 else min(left, budget)
             if count and self._grow(s, s.read + count):
                 planned.append(s)
                 counts.append(count)
                 budget -= count if left > 1 else 0
-            turn += 1
         while self._waiting and len(self._active) < self._most_rows and budget > 0:
             begun = self._begin(self._waiting[0])
             if begun is None:
@@ -117,10 +131,12 @@ class Planner(ABC):
         copies, self._copies = self._copies, []
         return FlatPlan(tuple(planned), tuple(counts), tuple(copies))
 
-    def end(self, s: FlatSequence) -> None:
-        """Give back what ``s`` has; its known blocks stay known."""
-        self._active.remove(s)
-        self._drop(s)
+    def end(self, ended: Collection[FlatSequence]) -> None:
+        """Give back what each of ``ended`` has; their known blocks stay known."""
+        left = set(ended)
+        self._active = [s for s in self._active if s not in left]
+        for s in ended:
+            self._drop(s)
 
     @abstractmethod
     def _begin(self, s: FlatSequence) -> bool | None:
@@ -140,6 +156,11 @@ class Planner(ABC):
     @abstractmethod
     def _drop(self, s: FlatSequence) -> None:
         """Take back what ``s`` has."""
+
+    def _settle(self, s: FlatSequence, tokens: int, size: int) -> None:
+        """Note that ``s`` has blocks of ``size`` tokens, and names for its prompt, once it has ``tokens``."""
+        if tokens >= len(s.running.ids):
+            s.settled = len(s.blocks) * size
 
     def _append(self, s: FlatSequence, block: int) -> None:
         if len(s.blocks) == self.table.shape[1]:
@@ -201,6 +222,7 @@ class FlatPlanner(Planner):
                     return False
             self._append(s, self.pool.take())
         self._name(s, tokens)
+        self._settle(s, tokens, self.pool.tokens)
         return True
 
     def _name(self, s: FlatSequence, end: int) -> None:
@@ -214,4 +236,4 @@ class FlatPlanner(Planner):
     def _drop(self, s: FlatSequence) -> None:
         self.pool.release(s.blocks)
         self._rows.append(s.row)
-        s.blocks, s.read, s.row = [], 0, -1
+        s.blocks, s.read, s.row, s.settled = [], 0, -1, 0

@@ -12,10 +12,15 @@ from xpar.engine.generation.flat_batch import FlatBatch
 from xpar.engine.generation.kv_memory import (
     BATCH,
     FLAT_BATCH,
+    GPU_BATCH,
+    READ_TOKENS,
     BatchRoom,
     choose_blocks,
+    choose_read_tokens,
+    choose_rows,
     expected_bytes,
     free_share,
+    most_read,
     step_bytes,
 )
 from xpar.engine.generation.line_processors import make_line_processors
@@ -54,43 +59,51 @@ def generate(
         work,
         batch,
         rows,
-        BatchLimits(request.batch or BATCH, request.prefill_tokens),
+        BatchLimits(request.batch or BATCH, request.prefill_tokens or READ_TOKENS),
         stop_requested,
         on_progress,
         deal,
     )
 
 
-def settle_room(request: Request, work: Workload, loaded: LoadedModel) -> tuple[Request, str]:
+def settle_room(
+    comm: Communicator, request: Request, work: Workload, loaded: LoadedModel
+) -> tuple[Request, str]:
     """Choose what ``request`` leaves open of batch and memory; return it, and a line that says so.
 
     Collective. Raises ValueError for a memory that cannot be.
     """
     forms = flat_forms(loaded)
+    read_tokens = request.prefill_tokens or choose_read_tokens(comm, loaded)
     if isinstance(forms, str):
         batch = request.batch or BATCH
-        return replace(request, batch=batch), f"batches of {batch} padded sequences a rank: {forms}"
-    request = replace(request, batch=request.batch or FLAT_BATCH)
-    tokens = choose_blocks(forms, room_of(request, work), free_share(loaded)) * BLOCK_TOKENS
+        line = f"batches of {batch} padded sequences a rank: {forms}"
+        return replace(request, batch=batch, prefill_tokens=read_tokens), line
+    on_host = loaded.device.type == "cpu"
+    rows = request.batch or (FLAT_BATCH if on_host else GPU_BATCH)
+    room = room_of(replace(request, batch=rows, prefill_tokens=read_tokens), work)
+    blocks = choose_blocks(forms, room, free_share(loaded))
+    if request.batch is None and not on_host:
+        rows = choose_rows(rows, blocks, room.lengths or ())
+    tokens = blocks * BLOCK_TOKENS
     nbytes = tokens * sum(form.nbytes for form in forms)
     line = (
         f"keys and values of up to {tokens} tokens a rank, {nbytes / 1e6:.1f} MB, in blocks of "
-        f"{BLOCK_TOKENS}; up to {request.batch} sequences at a time"
+        f"{BLOCK_TOKENS}; up to {rows} sequences at a time, and {read_tokens} tokens of prompts in a step"
     )
-    if loaded.device.type == "cpu":
-        rows = request.batch or FLAT_BATCH
+    if on_host:
         longest = sorted((len(item.ids) for item in work.queue), reverse=True)[:rows]
-        read = min(request.prefill_tokens, sum(longest)) + min(rows, len(longest))
+        read = most_read(longest, read_tokens) + min(rows, len(longest))
         whole = expected_bytes(nbytes + step_bytes(loaded, read))
         line += f"; at most about {whole / 1e6:.0f} MB of memory on rank 0"
-    return replace(request, kv_bytes=nbytes), line
+    return replace(request, batch=rows, prefill_tokens=read_tokens, kv_bytes=nbytes), line
 
 
 def room_of(request: Request, work: Workload) -> BatchRoom:
     """Return the room of a rank's batch."""
     return BatchRoom(
         request.batch or BATCH,
-        request.prefill_tokens,
+        request.prefill_tokens or READ_TOKENS,
         request.kv_bytes,
         [len(item.ids) + _most_new_tokens(request, item) for item in work.queue],
         request.shares_prefixes,

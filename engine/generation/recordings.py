@@ -11,7 +11,7 @@ from xpar.engine.models.parallelize import Layer
 log = logging.getLogger("xpar.models")
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 BUCKET_STEP = 32
-"""Rows between two buckets beyond the last of ``BUCKETS``."""
+"""Rows between two buckets beyond the last of ``BUCKETS``, up to 256; from there on four to a doubling."""
 PATIENCE = 8
 """Steps for which a recording has to be wanted, which takes as long as about five of them."""
 T = TypeVar("T")
@@ -20,7 +20,10 @@ T = TypeVar("T")
 def bucket_of(sequences: int) -> int:
     """Return the rows of a recording for up to ``sequences`` sequences a rank."""
     fitting = next((bucket for bucket in BUCKETS if sequences <= bucket), None)
-    return fitting or -(-sequences // BUCKET_STEP) * BUCKET_STEP
+    if fitting:
+        return fitting
+    step = max(BUCKET_STEP, 1 << (sequences - 1).bit_length() - 3)
+    return -(-sequences // step) * step
 
 
 def is_recordable(loaded: LoadedModel) -> bool:

@@ -59,8 +59,8 @@ class Request:
 
     ``stops``: texts that end an answer and are not part of it. ``stop_tokens``: ids or names of tokens that
     do. ``keep_special``: whether texts show special tokens. ``batch``: sequences that a rank runs at a time;
-    None to choose. ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward; a longer
-    prompt is read in pieces, or alone. ``kv_bytes``: of a rank's keys and values; None to choose.
+    None to choose. ``prefill_tokens``: bound of the prompts' tokens that it reads in one forward, or None to
+    choose; a longer prompt is read in pieces, or alone. ``kv_bytes``: of its keys and values; None to choose.
     ``shares_prefixes``: whether prompts that begin alike share them. ``dtype``, ``exact``: of the
     computation, for which answers of an earlier run are only taken if they were the same. ``exact_with``:
     names and values of what else the bits of exact mode depend on, and ``quantize``.
@@ -78,7 +78,7 @@ class Request:
     stops: tuple[str, ...] = ()
     chat: bool = False
     batch: int | None = 16
-    prefill_tokens: int = 4096
+    prefill_tokens: int | None = 4096
     dtype: torch.dtype = torch.float32
     exact: bool = False
     exact_with: tuple[tuple[str, str], ...] = ()

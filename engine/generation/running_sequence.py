@@ -15,6 +15,8 @@ from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.token_logprobs import TokenLogprobs
 
 Finish = Literal["end", "stop", "length"]
+StopTest = Callable[[Sequence[int]], bool]
+"""An answer's tokens -> whether the last of them completes it."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ class RunningSequence:
     failure: str | None = None
     alone: bool = False
     processors: Processors | None = None
-    stopped: Callable[[Sequence[int]], bool] = lambda answer: False
+    stopped: StopTest | None = None
     sampling: Sampling | None = None
     max_new_tokens: int | None = None
     ends: frozenset[int] | None = None
@@ -61,17 +63,18 @@ class StopConditions:
 
     max_new_tokens: int
     ends: frozenset[int] = frozenset()
-    stopped: Callable[[Sequence[int]], bool] = lambda answer: False
+    stopped: StopTest | None = None
 
     def take(self, running: RunningSequence, token: int) -> None:
         """Add ``token`` to the answer, or complete it."""
         if token in (self.ends if running.ends is None else running.ends):
             running.finish = "end"
             return
-        running.answer.append(token)
-        if self.stopped(running.answer) or running.stopped(running.answer):
+        answer, mine, own = running.answer, self.stopped, running.stopped
+        answer.append(token)
+        if (mine is not None and mine(answer)) or (own is not None and own(answer)):
             running.finish = "stop"
-        elif len(running.answer) >= (running.max_new_tokens or self.max_new_tokens):
+        elif len(answer) >= (running.max_new_tokens or self.max_new_tokens):
             running.finish = "length"
 
 
@@ -85,7 +88,7 @@ class DrawsTokens:
     def _draw(self, drawn: list[RunningSequence], logits: Tensor) -> list[int | None]:
         """Draw the next token of each row of ``logits`` [B, V]; None for a row that is not finite."""
         try:
-            return [*choose_tokens(self._sampling, logits, drawn)]
+            return choose_tokens(self._sampling, logits, drawn)
         except ValueError:
             rows = torch.isfinite(logits).all(dim=-1).nonzero()[:, 0].tolist()
             if len(rows) == len(drawn):

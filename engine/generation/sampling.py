@@ -64,7 +64,7 @@ class Sampling:
             tokens = _likeliest(logits).tolist()
             if -1 in tokens:
                 raise ValueError(NOT_FINITE)
-            return [int(token) for token in tokens]
+            return list(tokens)
         logits = logits.float().cpu()
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(NOT_FINITE)
@@ -123,12 +123,23 @@ def _temper(warper: Any, ids: None, logits: Tensor) -> Tensor:
 def _likeliest(logits: Tensor) -> Tensor:
     """Find the lowest id of each row's largest logit, [B, V] -> [B] int64; -1 for a row that is not finite.
 
-    On a GPU only these numbers cross to the host; ``argmax`` there takes any of equals.
+    On a GPU only these numbers cross to the host.
     """
-    if not logits.is_cuda:
-        tokens = logits.argmax(dim=-1)
-    else:
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        largest = logits.amax(dim=-1, keepdim=True)
-        tokens = torch.where(logits == largest, ids, logits.shape[1]).amin(dim=-1)
-    return tokens.where(torch.isfinite(logits).all(dim=-1), -1)
+    # One that is NaN makes both NaN. On a host processor these two are far faster than a test of all logits.
+    least, largest = logits.amin(dim=-1, keepdim=True), logits.amax(dim=-1, keepdim=True)
+    find = _first_on_gpu if logits.is_cuda else _first_on_host
+    return find(logits == largest).where((least.isfinite() & largest.isfinite())[:, 0], -1)
+
+
+def _first_on_host(found: Tensor) -> Tensor:
+    """Find the first column of each row of ``found`` [B, V] bool that is true: [B] int64, 0 without one."""
+    return torch.from_numpy(found.numpy().argmax(axis=-1))  # several times as fast as torch's of the logits
+
+
+def _first_on_gpu(found: Tensor) -> Tensor:
+    """Find the first column of each row as :func:`_first_on_host`, but V without one.
+
+    On a GPU ``argmax`` takes any of equals.
+    """
+    ids = torch.arange(found.shape[1], device=found.device, dtype=torch.int32)
+    return torch.where(found, ids, ids.new_full((), found.shape[1])).amin(dim=-1).long()

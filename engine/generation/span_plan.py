@@ -68,10 +68,11 @@ class SpanPlanner(Planner):
 
     def _grow(self, s: FlatSequence, tokens: int) -> bool:
         if len(s.blocks) < self.runs.blocks_of(tokens):  # it has the whole pool
-            self.end(s)
+            self.end((s,))
             self._refuse(s, self.runs.size * self.runs.tokens)
             return False
         self._name(s, tokens)
+        self._settle(s, tokens, self.runs.tokens)
         return True
 
     def _name(self, s: FlatSequence, end: int) -> None:
@@ -90,4 +91,4 @@ class SpanPlanner(Planner):
             self.runs.forget(s.blocks[0], len(s.blocks))
         self.runs.release(s.blocks[0], len(s.blocks))
         self._rows.append(s.row)
-        s.blocks, s.read, s.row = [], 0, -1
+        s.blocks, s.read, s.row, s.settled = [], 0, -1, 0

@@ -72,8 +72,10 @@ class LoadedModel:
         return self.layers[0].runner.grid.node.size if self.layers else 1
 
     def slots(self) -> int:
-        """Return how many (token, expert) pairs this rank's experts have computed."""
-        return sum(layer.slots for layer in self.layers)
+        """Return how many (token, expert) pairs this rank's experts have computed; waits once for a GPU."""
+        if not self.layers:
+            return 0
+        return int(torch.stack([layer.slot_counter.counted for layer in self.layers]).sum())
 
     def expect(self, tokens: Sequence[int] | None) -> None:
         """Announce the tokens of each rank in the next forward, or None where they are not agreed."""

@@ -15,7 +15,15 @@ from run_commands import run_commands
 from tiny_models import write_model
 
 from xpar.engine.bench.workload import COMMON_TOKENS, MIXED_TOKENS, SHARES, StepClock, compare, draw_mixed
-from xpar.engine.bench.workload_peers import answer_by_vllm, answer_continuously, answer_padded
+from xpar.engine.bench.workload_peers import (
+    CONTINUOUS,
+    PADDED,
+    PADDED_ROWS,
+    answer_by_vllm,
+    answer_continuously,
+    answer_padded,
+    contend_on_gpu,
+)
 from xpar.engine.cli import parser
 from xpar.engine.commands.bench_generate import check_request
 from xpar.engine.generation.lockstep import Progress
@@ -92,6 +100,94 @@ def test_both_ways_of_transformers_answer_greedily(model: Path) -> None:
         assert found == expected and first_s is not None and first_s > 0
 
 
+def test_continuous_batching_goes_on_with_what_it_prepared(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is made once, and gone afterwards; what it knows of other prompts changes no answer."""
+    from transformers import AutoModelForCausalLM
+    from transformers.generation.continuous_batching import continuous_api
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    made: list[object] = []
+    begin = continuous_api.ContinuousBatchingManager.__init__
+
+    def count(self: object, *args: object, **kwargs: object) -> None:
+        made.append(self)
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(continuous_api.ContinuousBatchingManager, "__init__", count)
+    prompts = [torch.randint(256, (length,)).tolist() for length in (3, 300, 40)]
+    others = [[(token + 1) % 256 for token in ids] for ids in prompts]
+    answer_continuously(loaded, others, 5, 64, keeps=True)
+    found, _ = answer_continuously(loaded, prompts, 5, 64, keeps=True)
+    assert len(made) == 1
+    loaded.destroy_cached_continuous_batching_manager()
+    assert found == answer_padded(loaded, prompts, 5)[0]
+    answer_continuously(loaded, prompts, 5, 64)
+    assert len(made) == 2
+
+
+LEFT_OUT = (
+    "padded batches: left out: 16 prompts took 2.8 s, so that all would take about 90 s, and 10.0 s the "
+)
+LEFT_OUT += "other way"
+
+
+class StandInWays:
+    """Ways to answer whose seconds are given, on a clock of their own; a first call takes ten times that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, batch_s: float, continuous_s: float | None) -> None:
+        self.now, self.calls = 0.0, []
+        self._batch_s, self._continuous_s = batch_s, continuous_s
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+    def _answer(self, name: str, prompts: list[list[int]], seconds: float) -> tuple[list[list[int]], float]:
+        self.now += seconds * (1 if name in [other for other, _ in self.calls] else 10)
+        self.calls.append((name, prompts))
+        return [ids[:1] for ids in prompts], 0.5
+
+    def padded(self, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
+        return self._answer("padded", prompts, self._batch_s * -(-len(prompts) // PADDED_ROWS))
+
+    def continuous(self, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
+        if self._continuous_s is None:
+            raise RuntimeError("no flash attention")
+        return self._answer("continuous", prompts, self._continuous_s)
+
+    def close(self) -> None:
+        self.calls.append(("close", []))
+
+
+@pytest.mark.parametrize(
+    ("batch_s", "continuous_s", "sides", "note"),
+    [
+        (2.8, 10.0, {CONTINUOUS}, LEFT_OUT),
+        (0.5, 10.0, {CONTINUOUS, PADDED}, ""),
+        (0.1, 10.0, {CONTINUOUS, PADDED}, ""),
+        (2.8, None, {PADDED}, "continuous batching: does not run here (RuntimeError: no flash attention)"),
+    ],
+    ids=["slow batches", "alike", "fast batches", "no continuous batching"],
+)  # fmt: skip
+def test_on_a_gpu_continuous_batching_is_measured_warm_and_padded_batches_if_it_is_worth_it(
+    batch_s: float, continuous_s: float | None, sides: set[str], note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = StandInWays(monkeypatch, batch_s, continuous_s)
+    prompts = [[7 + n] * (1 + n * 37 % 501) for n in range(501)]
+    results, notes = contend_on_gpu(ways.continuous, ways.close, ways.padded, prompts, 3, 600)
+    assert set(results) == sides and [n.removeprefix("transformers, ") for n in notes] == [note] * bool(note)
+    if CONTINUOUS in sides:
+        assert results[CONTINUOUS]["seconds"] == pytest.approx(continuous_s)
+        (_, before), (_, measured) = ways.calls[:2]
+        assert measured == prompts and list(map(len, before)) == list(map(len, prompts))
+        assert not any(a[0] == b[0] for a, b in zip(before, measured, strict=True))
+    if PADDED in sides:
+        assert results[PADDED]["seconds"] == pytest.approx(batch_s * 32)
+    padded = [given for name, given in ways.calls if name == "padded"]
+    assert sorted(map(len, padded[0])) == list(range(243, 259))  # of 501 lengths
+    assert len(padded) == 2 + (PADDED in sides)
+    assert [name for name, _ in ways.calls][-len(padded) - 1] == "close"
+
+
 def test_a_peer_that_fails_is_a_reason(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="nowhere: No such file or directory; name a Python that has vLLM"):
         answer_by_vllm(Path("nowhere"), model, [[1]], 2, torch.float32, 1)
@@ -122,6 +218,14 @@ def test_answers_are_compared_as_wholes_and_by_their_first_tokens() -> None:
 
 WRONG = {
     "long": (["--workload", "mixed", "--new-tokens", "5000"], "new ones, and the model has positions for"),
+    "no file": (
+        ["--workload", "nowhere.txt"],
+        "--workload nowhere.txt: No such file or directory; give a file that rank 0 can read, or mixed",
+    ),
+    "sharing": (
+        ["--no-prefix-sharing"],
+        "--no-prefix-sharing: is for files of prompts; give --workload, too",
+    ),
     "empty": (["--workload", "EMPTY"], "holds no prompt; give a file"),
     "bad line": (["--workload", "BAD"], "line 2: "),
     "peer": (["--workload", "mixed", "--peer-python", "nowhere"], "--peer-python nowhere: no such program"),
@@ -146,6 +250,16 @@ def refused(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_a_wrong_request_names_the_option(refused: dict[str, CompletedProcess[str]], what: str) -> None:
     job, message = refused[what], WRONG[what][1]
     assert job.returncode == 1 and re.search(re.escape(message), job.stderr + job.stdout), job.stderr
+    assert "Errno" not in job.stderr + job.stdout
+
+
+@pytest.mark.parametrize("words", [["--no-prefix-sharing"], ["--rows", "3"], ["--prefill-tokens", "3"]])
+def test_options_of_a_workload_need_one(model: Path, words: list[str]) -> None:
+    args = parser().parse_args(["bench", "generate", str(model), *words])
+    with pytest.raises(
+        ValueError, match=f"^{' '.join(words)}: is for files of prompts; give --workload, too"
+    ):
+        check_request(args)
 
 
 def test_a_peer_needs_a_workload(model: Path) -> None:

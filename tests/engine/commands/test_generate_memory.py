@@ -25,11 +25,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(2, 512), (64, 4096)])
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 512), (64, 4096), (64, 16384)])
 def test_the_first_lines_say_the_peak(folder: Path, batch: int, tokens: int) -> None:
     words = ["generate", str(folder / "model"), "--prompts", str(folder / "prompts.txt")]
     sizes = ["--batch", str(batch), "--prefill-tokens", str(tokens), "--max-new-tokens", "3"]
-    out = ["--out", str(folder / f"{batch}.jsonl")]
+    out = ["--out", str(folder / f"{batch}-{tokens}.jsonl")]
     job = mpirun(1, [sys.executable, "-m", "xpar.engine", *words, *sizes, *out], timeout=300)
     assert job.returncode == 0, job.stderr
     said, peak = (

@@ -19,6 +19,7 @@ from xpar.engine.bench.scaling.points import MODES
 from xpar.engine.cli import parser
 from xpar.engine.commands import bench_parsers, model_parsers, options
 from xpar.engine.generation.generation_defaults import MAX_NEW_TOKENS
+from xpar.engine.generation.kv_memory import FLAT_BATCH, GPU_BATCH, GPU_READ_TOKENS, READ_TOKENS
 from xpar.engine.layer.build import FLOATS
 from xpar.engine.layer.options import ACTIVATIONS, DEPTHS
 
@@ -101,6 +102,9 @@ def test_names_that_the_parsers_repeat_are_those_of_the_engine() -> None:
     assert bench_parsers.MODES == MODES
     assert model_parsers.MAX_NEW_TOKENS == MAX_NEW_TOKENS
     assert list(bench_parsers.KERNEL_LAYERS) == list(LAYERS)
+    assert options.PREFILL_TOKENS == READ_TOKENS and f" {GPU_READ_TOKENS} " in options.CHOSEN_TOKENS
+    rows = f"as many as memory holds, {FLAT_BATCH} at most, {GPU_BATCH} on GPUs"
+    assert rows in " ".join(dict(commands(parser()))["xpar generate"].format_help().split())
     assert list(bench_parsers.KERNEL_FORMATS) == list(FORMATS)
 
 

@@ -104,7 +104,7 @@ def test_answers_and_logits_are_those_of_growing_caches(
     model.set_experts_implementation("eager")  # grouped products have no float64
     texts, logits = answers(model, fresh_seed, None)
     found, seen = answers(model, fresh_seed, DecodeGraph(loaded(model), replays))
-    assert replays.replayed > 8 and replays.recorded > 3
+    assert replays.replayed > 8 and replays.recorded > 1  # renewed, however short the answers
     assert found == texts and len(seen) == len(logits)
     for a, b in zip(seen, logits, strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-6
@@ -265,10 +265,10 @@ def test_a_rank_that_runs_out_of_sequences_goes_on_with_its_recording(
 
 
 def test_buckets() -> None:
-    assert [bucket_of(n) for n in (0, 1, 2, 3, 9, 17, 33, 49, 64, 65, 97, 500)] == [
-        1, 1, 2, 4, 16, 24, 48, 64, 64, 96, 128, 512,
+    assert [bucket_of(n) for n in (0, 1, 2, 3, 9, 17, 33, 49, 64, 65, 97, 225, 257, 500, 513)] == [
+        1, 1, 2, 4, 16, 24, 48, 64, 64, 96, 128, 256, 320, 512, 640,
     ]  # fmt: skip
-    for n in range(1, 300):
+    for n in range(1, 1100):
         assert n <= bucket_of(n) <= max(2 * n, 1) and bucket_of(bucket_of(n)) == bucket_of(n)
 
 

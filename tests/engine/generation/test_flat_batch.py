@@ -15,12 +15,12 @@ from loaded_models import loaded
 from shrunk_families import small_model
 from tiny_models import CLEAR
 
+from xpar.engine.generation import flat_recorder
 from xpar.engine.generation.choose_batch import choose_batch
 from xpar.engine.generation.decode_batch import DecodeBatch
 from xpar.engine.generation.decode_graph import FixedStep
 from xpar.engine.generation.flat_batch import FlatBatch, FlatLimits
 from xpar.engine.generation.flat_recorder import FlatRecorder, Record
-from xpar.engine.generation.recordings import PATIENCE
 from xpar.engine.generation.running_sequence import RunningSequence, StopConditions
 from xpar.engine.generation.sampling import Sampling
 from xpar.engine.generation.span_plan import WORTH, SpanPlanner
@@ -183,29 +183,76 @@ def test_a_common_beginning_is_copied(fresh_seed: int, pool_of: str) -> None:
         assert_greedy(model, r)
 
 
-def test_a_recording_serves_other_sequences_up_to_its_rows(fresh_seed: int) -> None:
-    """One is made where none serves, and a smaller one when it has been wanted for some steps."""
+def test_a_recording_serves_other_sequences_up_to_its_rows(
+    fresh_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is made where none serves; a smaller one when too many rows were replayed in vain."""
+    monkeypatch.setattr(flat_recorder, "HALVINGS", 8)
     draw = random.Random(fresh_seed)
     model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
-    batch = make_flat(model, 60, FlatLimits(8, 4096), new=PATIENCE + 4, pool_of="recorded")
+    batch = make_flat(model, 60, FlatLimits(8, 4096), pool_of="recorded")
     recorder = batch.recorder
     assert recorder is not None
+    news = [3, 3, 3, 14, 5]
     sequences = [
         RunningSequence(n, [draw.randrange(3, 190) for _ in range(3)], torch.Generator(), max_new_tokens=new)
-        for n, new in enumerate([3, 3, 3, PATIENCE + 4, 5])
+        for n, new in enumerate(news)
     ]
     batch.begin(sequences[:4])
     made = [sorted(recorder.recordings)]
-    for _ in range(PATIENCE + 3):
-        if batch.planner.occupied == 1 and sequences[4].finish is None and not sequences[4].answer:
+    while batch.occupied:
+        if len(made) == 4:  # one runs, and one more is read in a launched step
             batch.planner.add(sequences[4:])
         batch.advance()
         made.append(sorted(recorder.recordings))
-    while batch.occupied:
-        batch.advance()
-    assert made[:2] == [[], [4]] and all(rows in ([4], [1, 4], [2, 4], [1, 2, 4]) for rows in made[1:])
-    for r, new in zip(sequences, [3, 3, 3, PATIENCE + 4, 5], strict=True):
+    # Of four rows a step needs one, which counts twice, then four steps two, and the next one again.
+    assert made == [[], *[[4]] * 8, *[[1, 4]] * 5]
+    for r, new in zip(sequences, news, strict=True):
         assert_greedy(model, r, new)
+
+
+def take_step(batch: FlatBatch, rows: int, waiting: list[RunningSequence], most: int) -> int:
+    """Begin up to ``most`` of those ``waiting``, as the loop of all ranks does; return what was wanted."""
+    assert batch.next_tokens >= 0
+    wanted = batch.wanted(rows)
+    new = [waiting.pop(0) for _ in range(min(wanted, most, len(waiting)))]
+    batch.begin(new) if new else batch.advance()
+    return wanted
+
+
+@pytest.mark.parametrize("pool_of", POOLS)
+def test_a_batch_is_filled_over_several_steps_and_then_waits_for_rows(fresh_seed: int, pool_of: str) -> None:
+    """Where steps are recorded; else each free row is taken at once."""
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    rows = 16
+    batch = make_flat(model, 100, FlatLimits(rows, 13, shares_prefixes=False), pool_of=pool_of)
+    waiting = [
+        RunningSequence(n, [draw.randrange(3, 190) for _ in range(4)], torch.Generator(), max_new_tokens=new)
+        for n, new in enumerate([9, 10, 11, *[30] * 40])
+    ]
+    found = []
+    while len(waiting) > 43 - rows - 3 and len(found) < 30:
+        free = rows - batch.occupied
+        found.append((free, take_step(batch, rows, waiting, most=3)))
+    filling = [(16, 16), (13, 13), (10, 10), (7, 7), (4, 4), (1, 1)]
+    full = [(0, 0)] * 4  # the first answers are complete, a step apart from each other
+    if pool_of == "recorded":
+        later = [(1, 0), (2, 2), (1, 0)]
+        assert found[:13] == [*filling, *full, *later] and found[13:] == [(1, 0)] * 17
+    else:
+        assert found == [*filling, *full, *[(1, 1)] * 3]
+
+
+def test_running_sequences_leave_the_budget_to_prompts(fresh_seed: int) -> None:
+    draw = random.Random(fresh_seed)
+    model = small_model("olmoe", "OlmoeForCausalLM", seed=3)
+    batch = make_flat(model, 60, FlatLimits(8, 4), new=30)
+    waiting = [
+        RunningSequence(n, [draw.randrange(3, 190) for _ in range(3)], torch.Generator()) for n in range(8)
+    ]
+    wanted = [take_step(batch, 8, waiting, most=1) for _ in range(8)]
+    assert wanted == [8, 7, 6, 5, 4, 3, 2, 1] and batch.next_tokens == 7 + 3
 
 
 def test_a_model_that_cannot_be_recorded_launches(fresh_seed: int) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from xpar.engine.generation import sampling
 from xpar.engine.generation.sampling import Sampling
 
 
@@ -40,3 +41,25 @@ def test_a_temperature_near_zero_is_the_likeliest_token() -> None:
     warm = Sampling(temperature=0.5, top_k=2)
     assert torch.equal(warm._warped(mixed)[1], warm._warped(mixed[1:])[0])
     assert warm.choose(mixed, [warm.generator("x"), warm.generator("y")])[0] == 1
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_logit_that_is_not_finite_is_found_wherever_it_is(fresh_seed: int, value: str) -> None:
+    draw = torch.Generator().manual_seed(fresh_seed)
+    logits = torch.randn(5, 300, generator=draw).bfloat16()
+    expected = logits.argmax(dim=-1).tolist()
+    assert Sampling().choose(logits, ()) == expected
+    row, column = (int(torch.randint(n, (), generator=draw)) for n in logits.shape)
+    logits[row, column] = float(value)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        Sampling().choose(logits, ())
+
+
+def test_the_lowest_id_of_equals_is_found(fresh_seed: int) -> None:
+    """On a GPU, too, where ``argmax`` takes any of them; many logits of two bytes are equal."""
+    draw = torch.Generator().manual_seed(fresh_seed)
+    logits = torch.randint(5, (64, 33), generator=draw).bfloat16()
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert sampling._first_on_gpu(logits == logits.amax(dim=-1, keepdim=True)).tolist() == expected
+    with torch.inference_mode():
+        assert Sampling().choose(logits.clone(), ()) == expected
