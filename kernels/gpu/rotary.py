@@ -136,5 +136,6 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, shares_factors: bool)
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         HQ=q_heads, HK=k_heads, HALF=half, TAIL=tail, SECOND=0 if shares_factors else half,
         BH=_HEADS, BW=triton.next_power_of_2(half), BT=triton.next_power_of_2(max(tail, 1)), num_warps=4,
+        enable_fp_fusion=False,  # which would not round the products
     )  # fmt: skip
     return q_out, k_out
