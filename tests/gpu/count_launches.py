@@ -5,10 +5,11 @@ Needs a GPU, not part of the test run.
     python tests/gpu/count_launches.py CHECKPOINT --batch 1 16 --json launches.json
     python tests/gpu/count_launches.py CHECKPOINT --device cpu
 
-Both sides get the same tokens, the same weights and the same random keys and values. Their logits are compared
-with float32's, to which each should be as near: among random keys routers are often undecided. Counts and
-microseconds are those of a layer; what is outside of layers is spread over them. On a host processor torch's
-operators are counted instead. xpar need not be installed: the rooms are taken from this checkout.
+Both sides get the same tokens, the same weights and the same random keys and values. Their logits are
+compared with float32's, to which each should be as near: among random keys routers are often undecided.
+Counts and microseconds are those of a layer; what is outside of layers is spread over them. On a host
+processor torch's operators are counted instead. xpar need not be installed: the rooms are taken from this
+checkout.
 """
 
 import argparse
