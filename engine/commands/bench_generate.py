@@ -30,12 +30,13 @@ from xpar.engine.models.empty_model import check_generates
 NEW_TOKENS = 33
 """Tokens that each sequence is continued by, if none are named."""
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
-"""Largest relative difference of logits of up to four layers. Roundings add up over the layers and turn near ties of the router; a
-model with wrong experts is off by 0.5 and more. In bfloat16 transformers' attention rounds its weights, and
-flat batches' does not: they differed by 0.050 to 0.056 (OLMoE's form, 4 layers, 16 rows, three seeds)."""
+"""Largest relative difference of logits of up to four layers. Roundings add up over the layers and turn near
+ties of the router; a model with wrong experts is off by 0.5 and more. In bfloat16 transformers' attention
+rounds its weights, and flat batches' does not: they differed by 0.050 to 0.056 (OLMoE's form, 4 layers, 16
+rows, three seeds)."""
 LAYERS = 4
 """Layers from which on the tolerance grows with the root of their number, as roundings do: 16 layers of that
-form differed by 0.045 to 0.080 on a GPU, where transformers and float32 differ 1.8 times as much as with 4."""
+form differed by 0.045 to 0.080 on a GPU, and transformers from float32 1.8 times as much as 4 layers."""
 QUANTISED_TOLERANCE = 0.45
 """The same for weights that are quantised at load, beside bfloat16. int4 loses a tenth of random weights,
 which four layers of OLMoE's form make 0.33 of the logits."""
