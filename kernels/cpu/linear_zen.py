@@ -9,6 +9,7 @@ Behaviour of zentorch 2.13.0.2 that was observed, and that this module relies on
 - An empty input makes it complain on stderr.
 """
 
+from functools import cache
 from typing import cast
 
 import torch
@@ -26,6 +27,7 @@ class ZenLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape, self._bias = weight.shape, bias
         operators = zen_library.load_operators()
+        _register_shape()
         with zen_library.settings():
             self._packed: Tensor = operators.zentorch_weight_prepack_for_linear(weight.contiguous())
         self._op = operators.zentorch_linear_unary
@@ -37,3 +39,13 @@ class ZenLinear:
 
     def nbytes(self) -> int:
         return self._packed.untyped_storage().nbytes() + (0 if self._bias is None else self._bias.nbytes)
+
+
+@cache
+def _register_shape() -> None:
+    """Let torch.compile trace the product; zentorch's package registers the same, but is not imported."""
+    torch.library.register_fake(
+        "zentorch::zentorch_linear_unary",
+        lambda x, weight, bias=None, **_: x.new_empty(*x.shape[:-1], weight.shape[0]),
+        allow_override=True,
+    )

@@ -11,6 +11,7 @@ from xpar.kernels import reference
 from xpar.kernels.contracts import Activation, ExpertInput, ExpertSpec
 from xpar.kernels.cpu import experts_zen
 from xpar.kernels.cpu.experts_zen import Arena
+from xpar.kernels.cpu.linear_zen import ZenLinear
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 SPEC = ExpertSpec(6, 128, 192, torch.bfloat16, Activation("silu"))
@@ -28,13 +29,22 @@ def run(program: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_choosing_does_not_import_zentorch():
+def test_choosing_does_not_load_zentorch():
     assert run("zentorch_choice.py").strip() == "False"
 
 
 @needs_zen
 def test_building_changes_nothing_else():
     assert run("zentorch_side_effects.py") == ""
+
+
+@needs_zen
+def test_a_dense_product_is_compiled_without_the_package(g):
+    linear = ZenLinear(torch.randn(24, 40, generator=g).bfloat16())
+    compiled = torch.compile(lambda x: linear(x) * 2, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((3, 40), (2, 5, 40)):
+        x = torch.randn(*shape, generator=g).bfloat16()
+        assert torch.equal(compiled(x), linear(x) * 2)
 
 
 @needs_zen
