@@ -50,13 +50,16 @@ class ExactRuns:
     """Exact answers to a file with bad lines on 1, 2 and 3 ranks, and to a good file on two.
 
     ``outputs``: number of ranks -> what the command printed. ``file``: the good prompts, ``expected``: their
-    answers when nothing happens.
+    answers when nothing happens. ``later``: ``resumed``, a file of these answers, resumed by three ranks as
+    it is, and with another seed; and a command with a mistake.
     """
 
     folder: Path
     outputs: dict[int, str]
     file: Path
     expected: bytes
+    resumed: Path
+    later: list["subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +78,28 @@ def exact_runs(model: Path, tmp_path_factory: pytest.TempPathFactory, fresh_seed
     mixed, good = folder / "prompts.jsonl", folder / "prompts.txt"
     mixed.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
     good.write_text("\n".join(prompts(7, LINES)) + "\n")
-    outputs = {}
+    outputs, expected, resumed = {}, b"", folder / "resumed.jsonl"
     for n in (1, 2, 3):
         words = ["generate", str(model), "--prompts", str(mixed), "--out", str(folder / f"{n}.jsonl")]
         commands = [[*words, "--exact", "--max-new-tokens", "8"]]
         if n == 2:
             commands.append(words_of(model, good, folder / "good.jsonl", "--exact", "--batch", "1"))
+        if n == 3:
+            expected = (folder / "good.jsonl").read_bytes()
+            resumed.write_bytes(b"".join(sorted(expected.splitlines(keepends=True))))
+            commands += later_commands(model, good, resumed)
         (folder / f"output{n}").mkdir()
-        for job in (jobs := run_commands(n, commands, folder / f"output{n}")):
+        jobs = run_commands(n, commands, folder / f"output{n}")
+        for job in jobs[:2] if n == 2 else jobs[:1]:
             assert job.returncode == 0, job.stderr
         outputs[n] = jobs[0].stdout
-    return ExactRuns(folder, outputs, good, (folder / "good.jsonl").read_bytes())
+    return ExactRuns(folder, outputs, good, expected, resumed, jobs[1:])
+
+
+def later_commands(model: Path, file: Path, out: Path) -> list[list[str]]:
+    alike = ["--exact", "--batch", "1", "--resume"]
+    commands = [words_of(model, file, out, *alike, *more) for more in ((), ("--seed", "5"))]
+    return [*commands, words_of(model, file, out.with_name("other.jsonl"), "--kernel", "abacus")]
 
 
 def test_exact_text_is_the_same_on_any_number_of_ranks(exact_runs: ExactRuns) -> None:
@@ -179,28 +193,15 @@ def test_nothing_is_lost(
         assert f"{LINES} of {LINES} prompts answered, {len(before)} of them before" in job.stdout
 
 
-@pytest.fixture(scope="module")
-def later_runs(
-    model: Path, exact_runs: ExactRuns, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list["subprocess.CompletedProcess[str]"]]:
-    """The file of answers, resumed: as it is, with another seed; and a command with a mistake."""
-    folder = tmp_path_factory.mktemp("later")
-    out, alike = folder / "out.jsonl", ["--exact", "--batch", "1", "--resume"]
-    out.write_bytes(b"".join(sorted(exact_runs.expected.splitlines(keepends=True))))
-    commands = [words_of(model, exact_runs.file, out, *alike, *more) for more in ((), ("--seed", "5"))]
-    commands.append(words_of(model, exact_runs.file, folder / "other.jsonl", "--kernel", "abacus"))
-    return out, run_commands(2, commands, folder)
-
-
-def test_resume_with_nothing_left_or_other_options(exact_runs: ExactRuns, later_runs: Any) -> None:
-    out, (again, changed, _) = later_runs
+def test_resume_with_nothing_left_or_other_options(exact_runs: ExactRuns) -> None:
+    again, changed, _ = exact_runs.later
     assert again.returncode == 0 and "tokens/s" not in again.stdout
     assert changed.returncode == 1 and changed.stderr.count("line 1 was answered with another model") == 1
-    assert out.read_bytes() == exact_runs.expected
+    assert exact_runs.resumed.read_bytes() == exact_runs.expected
 
 
-def test_a_mistake_found_late_is_one_line(later_runs: Any) -> None:
-    job = later_runs[1][2]
+def test_a_mistake_found_late_is_one_line(exact_runs: ExactRuns) -> None:
+    job = exact_runs.later[2]
     assert job.returncode == 1
     assert job.stderr.count("kernel='abacus'") == 1 and "Traceback" not in job.stderr, job.stderr
 
