@@ -3,6 +3,7 @@
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ def write_tokenizer(path: Path) -> None:
 def plain_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model as transformers loads it, all experts in this process."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+@lru_cache(maxsize=64)
+def reference_model(path: Path) -> Any:
+    """The model of :func:`plain_model` in float32, loaded once a process for tests that leave it as it is."""
+    return plain_model(path)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from all_dispatchers import all_dispatchers
 from moe_families import ONE_PER_FAMILY, Case
 from safetensors.torch import load_file, save_file
-from tiny_models import BYTES, cases, plain_model, write_model
+from tiny_models import BYTES, cases, plain_model, reference_model, write_model
 from transformers import AutoModelForCausalLM
 
 from xpar.comm import AgreedError, ProcessGrid, RemoteRankError, World
@@ -90,14 +90,14 @@ def test_logits_are_those_of_transformers(
     logits = logits_of(loaded, ids)
     if logits is not None:
         with torch.inference_mode():
-            assert error(logits, plain_model(root / name)(ids).logits) < 1e-5
+            assert error(logits, reference_model(root / name)(ids).logits) < 1e-5
 
 
 @pytest.mark.parametrize("dispatcher", all_dispatchers(deadline=120))
 def test_every_dispatcher_and_copies_of_experts(
     world: World, root: Path, fresh_seed: int, dispatcher: str
 ) -> None:
-    plain = plain_model(root / "qwen2_moe")
+    plain = reference_model(root / "qwen2_moe")
     for axes in ({}, {"ep": 1}, {"etp": world.size}):
         grid = ProcessGrid.create(world, **axes)
         loaded = load_model(root / "qwen2_moe", grid, options=SpreadOptions(dispatcher))
@@ -198,7 +198,7 @@ def test_the_name_alone_spreads_a_model(grid: ProcessGrid, root: Path, fresh_see
     )
     ids = tokens_of(0, fresh_seed + grid.world.rank)
     with torch.inference_mode():
-        expected = plain_model(root / name)(ids).logits
+        expected = reference_model(root / name)(ids).logits
         assert error(model(ids).logits, expected) < 1e-5  # which spreads it
         expert_layer = [p.numel() for key, p in model.named_parameters() if ".experts." in key]
         assert expert_layer == []
@@ -240,7 +240,7 @@ def test_every_dense_product(grid: ProcessGrid, root: Path, fresh_seed: int, nam
     logits = logits_of(loaded, ids)
     if logits is not None:
         with torch.inference_mode():
-            assert error(logits, plain_model(root / name)(ids).logits) < 1e-5
+            assert error(logits, reference_model(root / name)(ids).logits) < 1e-5
 
 
 @pytest.mark.parametrize("whole_block", [False, True], ids=["", "whole block"])
@@ -262,7 +262,7 @@ def test_dense_products_shared_out_over_each_node(
         logits = logits_of(loaded, ids)
         if logits is not None:
             with torch.inference_mode():
-                assert error(logits, plain_model(root / name)(ids).logits) < 1e-5
+                assert error(logits, reference_model(root / name)(ids).logits) < 1e-5
     assert loaded.slots() == sum(layer.slots for layer in loaded.layers)
 
 

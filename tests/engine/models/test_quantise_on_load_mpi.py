@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import BYTES, plain_model, write_tokenizer
+from tiny_models import BYTES, reference_model, write_tokenizer
 
 from xpar.comm import AgreedError, ProcessGrid, World
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
@@ -100,7 +100,7 @@ def test_logits_are_those_of_the_dequantised_weights(
     generator = torch.Generator().manual_seed(fresh_seed + grid.world.rank)
     ids = torch.randint(BYTES, (1, 17), generator=generator)
     with torch.inference_mode():
-        expected = plain_model(root / f"{family} {quantisation}")(ids, use_cache=False).logits
+        expected = reference_model(root / f"{family} {quantisation}")(ids, use_cache=False).logits
         found = loaded.model(ids, use_cache=False).logits
     assert relative_error(found, expected) < 1e-5
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from quantised_files import write_floats
 from safetensors.torch import load_file, save_file
-from tiny_models import BYTES, plain_model, write_tokenizer
+from tiny_models import BYTES, reference_model, write_tokenizer
 from torch import nn
 
 from xpar.comm import AgreedError, ProcessGrid, World
@@ -100,7 +100,7 @@ def test_products_from_codes_are_those_of_the_dequantised_weights(
     assert stored_codes(root / name) <= set(found)
     assert "native-quantised and" in loaded.dense
     assert loaded.slices_dense == (sliced and grid.world.size > 1)
-    floats = plain_model(root / f"{name}-floats")
+    floats = reference_model(root / f"{name}-floats")
     g = torch.Generator().manual_seed(fresh_seed + grid.world.rank)
     groups: dict[int, list[str]] = {}
     for n, module in found.items():
@@ -128,7 +128,7 @@ def test_logits_have_the_error_of_bfloat16_rows_alone(
     g = torch.Generator().manual_seed(fresh_seed + grid.world.rank)
     ids = torch.randint(BYTES, (1, 17), generator=g)
     with torch.inference_mode():
-        expected = plain_model(root / f"{name}-floats")(ids, use_cache=False).logits
+        expected = reference_model(root / f"{name}-floats")(ids, use_cache=False).logits
         errors = [relative_error(m.model(ids, use_cache=False).logits, expected) for m in (packed, converted)]
     assert errors[0] < 2e-2 and errors[0] < 1.2 * errors[1], errors
 
@@ -160,7 +160,7 @@ def test_what_is_converted_is_logged_with_its_cost(
 
 
 def attention(path: Path) -> list[nn.Linear]:
-    model = plain_model(path)
+    model = reference_model(path)
     return [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "self_attn" in n]
 
 

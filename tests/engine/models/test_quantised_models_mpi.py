@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from quantised_files import write_floats
-from tiny_models import BYTES, plain_model, write_tokenizer
+from tiny_models import BYTES, reference_model, write_tokenizer
 
 from xpar.comm import ProcessGrid, World
 from xpar.engine.formats.quantised_checkpoint import open_checkpoint
@@ -84,7 +84,7 @@ def test_logits_are_those_of_transformers_with_the_weights_in_floats(
     loaded = load_model(root / name, grid, torch.float32, options)
     ids = torch.tensor([text_of(fresh_seed + grid.world.rank)])
     with torch.inference_mode():
-        expected = plain_model(root / f"{name}-floats")(ids, use_cache=False).logits
+        expected = reference_model(root / f"{name}-floats")(ids, use_cache=False).logits
         found = loaded.model(ids, use_cache=False).logits
     assert float((found - expected).norm() / expected.norm()) < TOLERANCE
 

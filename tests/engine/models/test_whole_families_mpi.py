@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tiny_models import CLEAR, Plain, greedy, plain_model
+from tiny_models import CLEAR, Plain, greedy, plain_model, reference_model
 from whole_families import (
     FAMILIES,
     NESTED,
@@ -71,14 +71,14 @@ def text_of(seed: int, length: int = LENGTH) -> list[int]:
 def expected_logprobs(path: Path, ids: tuple[int, ...]) -> torch.Tensor:
     """Those of plain transformers: every form and every piece of a text is compared with the same."""
     with torch.inference_mode():
-        logits = plain_model(path)(torch.tensor([ids]), use_cache=False).logits[0, :-1]
+        logits = reference_model(path)(torch.tensor([ids]), use_cache=False).logits[0, :-1]
     return logits.float().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 @cache
 def expected_answers(path: Path, ids: tuple[int, ...], lengths: tuple[int, ...], most: int) -> list[Plain]:
     """Greedy answers of plain transformers to beginnings of ``ids``."""
-    model = plain_model(path)
+    model = reference_model(path)
     return [greedy(model, ids[:length], most, ()) for length in lengths]
 
 
@@ -145,7 +145,7 @@ def test_a_model_without_attention_is_one_line(root: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_head_is_the_models_own(grid: ProcessGrid, root: Path, fresh_seed: int, name: str) -> None:
     """In a model of plain transformers: hidden states and their logits, in two halves, are one forward's."""
-    model, ids = plain_model(root / name), torch.tensor([text_of(fresh_seed)])
+    model, ids = reference_model(root / name), torch.tensor([text_of(fresh_seed)])
     head = Head(model)
     with torch.inference_mode():
         logits = head.logits(head.hidden_states(input_ids=ids, use_cache=False)[0])
@@ -275,6 +275,6 @@ def test_a_model_in_memory_of_a_nested_family_is_spread(
 
     ids = torch.tensor([text_of(fresh_seed + grid.world.rank)])
     with torch.inference_mode():
-        expected = plain_model(root / name)(ids, use_cache=False).logits
+        expected = reference_model(root / name)(ids, use_cache=False).logits
         found = parallelize(plain_model(root / name), grid)(ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
