@@ -47,9 +47,10 @@ def load_operators() -> Any:
     found = find_spec("zentorch")
     if found is None or found.origin is None:
         raise ImportError("zentorch is not installed (pip install 'xpar[zen]')")
+    operators: Any = torch.ops  # a part of torch without types
     with settings():
-        torch.ops.load_library(Path(found.origin).with_name("libzentorch.so"))
-    return torch.ops.zentorch
+        operators.load_library(Path(found.origin).with_name("libzentorch.so"))
+    return operators.zentorch
 
 
 @contextmanager
