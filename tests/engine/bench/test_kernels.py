@@ -177,6 +177,7 @@ def test_written_table_is_read_and_others_stay(tmp_path) -> None:
 
 
 WRONG = {
+    "bench kernels --compare torch,expected": "--compare expected: choose any of former, torch,",
     "bench kernels": "the GPU kernels cannot run here: torch sees no GPU here",
     "tune olmoe": "the GPU kernels cannot run here: torch sees no GPU here",
     "tune olmo": "shape 'olmo' is not known",
