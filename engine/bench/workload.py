@@ -201,7 +201,7 @@ def answer(
         comm.barrier()
         clock.begin = time.perf_counter()
         work = _work_of(prompts)
-        here, _ = agreed(comm, lambda: settle_room(comm, here, work, loaded))
+        here, _ = settle_room(comm, here, work, loaded)
         generate(comm, here, work, tokenizer, loaded, clock.poll, clock.note_progress)
         seconds = time.perf_counter() - clock.begin
         answers = comm.all_gather_object(agreed(comm, lambda: [] if comm.rank else _read_answers(out)))[0]
