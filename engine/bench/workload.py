@@ -83,6 +83,18 @@ def draw_mixed(vocab: int, seed: int) -> list[list[int]]:
     ]
 
 
+def _encode(name: str, prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    """Encode a line of the file ``name``; ValueError, which names the line, for one that cannot be used."""
+    try:
+        if prompt.messages is not None:
+            raise ValueError('has messages, for which not all sides have a template; give it a "prompt"')
+        ids = tokenizer.encode(prompt.text)
+        check_ids(ids, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"--workload {name}: line {prompt.line}: {error}") from None
+    return ids
+
+
 def _lengths(own: Sequence[float], most: Sequence[int], scale: float) -> list[int]:
     return [min(limit, max(SHORTEST, round(scale * length))) for length, limit in zip(own, most, strict=True)]
 
@@ -114,11 +126,9 @@ def _read(name: str, tokenizer: Tokenizer, new_tokens: int, seed: int) -> list[l
             ) from None
         if bad:
             raise ValueError(f"--workload {name}: line {bad[0].line}: {bad[0].error}")
-        prompts = [tokenizer.encode(prompt.text) for prompt in found]
+        prompts = [_encode(name, prompt, tokenizer) for prompt in found]
     if not prompts:
         raise ValueError(f"--workload {name}: holds no prompt; give a file with one prompt per line")
-    for ids in prompts:
-        check_ids(ids, tokenizer)
     longest = max(map(len, prompts))
     if tokenizer.positions is not None and longest + new_tokens > tokenizer.positions:
         raise ValueError(
@@ -191,7 +201,7 @@ def answer(
         comm.barrier()
         clock.begin = time.perf_counter()
         work = _work_of(prompts)
-        here, _ = agreed(comm, lambda: settle_room(comm, here, work, loaded))
+        here, _ = settle_room(comm, here, work, loaded)
         generate(comm, here, work, tokenizer, loaded, clock.poll, clock.note_progress)
         seconds = time.perf_counter() - clock.begin
         answers = comm.all_gather_object(agreed(comm, lambda: [] if comm.rank else _read_answers(out)))[0]

@@ -14,6 +14,17 @@ FORMATS = ("fp8", "int8", "int4", "mxfp4", "nvfp4")
 MODES = ("strong", "weak")
 """As :data:`xpar.engine.bench.scaling.points.MODES`, which cannot be imported here; a test compares the
 two."""
+KERNEL_CONTENDERS = (
+    "former",
+    "torch",
+    "transformers",
+    "vllm",
+    "sglang",
+    "triton_kernels",
+    "deep_gemm",
+    "installed",
+)
+"""The words of ``xpar bench kernels --compare``; a test compares them with those that are built."""
 KERNEL_LAYERS = (
     "olmoe", "qwen3-30b", "mixtral", "gpt-oss", "qwen3-235b", "deepseek-v3-slice", "deepseek-v3-64"
 )  # fmt: skip

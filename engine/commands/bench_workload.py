@@ -110,6 +110,8 @@ def _check(args: argparse.Namespace, new_tokens: int) -> tuple[torch.dtype, int 
     )
     if args.peer_python is not None and shutil.which(args.peer_python) is None:
         raise ValueError(f"--peer-python {args.peer_python}: no such program; name a Python that has vLLM")
+    if args.compare != "transformers":
+        raise ValueError(f"--compare {args.compare}: is for sequences of equal length; leave --workload out")
     check_generates(args.checkpoint)
     tokenizer = Tokenizer(args.checkpoint)
     tokenizer.ends = frozenset()  # every side gives as many tokens

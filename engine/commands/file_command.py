@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Generic, TypeVar
 
 from xpar.comm.communicator import Communicator
@@ -79,8 +78,7 @@ def run_request(args: argparse.Namespace, command: FileCommand[Q]) -> int:
     if work.queue:
         loaded = model_session.load(args, grid, request.dtype, console, getattr(args, "whole_dense", True))
         if command.settle is not None:
-            settle = partial(command.settle, comm, request, work, loaded)
-            request, line = agreed(comm, settle)
+            request, line = command.settle(comm, request, work, loaded)
             console.print(line, soft_wrap=True, markup=False, highlight=False)
         with model_session.meter(world, command.doing, work) as on_progress:
             outcome = command.process(comm, request, work, tokenizer, loaded, stop_requested, on_progress)

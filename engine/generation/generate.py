@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from xpar.comm.communicator import Communicator
+from xpar.comm.failure import agreed
 from xpar.engine.generation.answer_form import Choice
 from xpar.engine.generation.answer_options import AnswerOptions
 from xpar.engine.generation.choose_batch import choose_batch
@@ -71,10 +72,14 @@ def settle_room(
 ) -> tuple[Request, str]:
     """Choose what ``request`` leaves open of batch and memory; return it, and a line that says so.
 
-    Collective. Raises ValueError for a memory that cannot be.
+    Collective. Raises AgreedError for a memory that cannot be.
     """
-    forms = flat_forms(loaded)
     read_tokens = request.prefill_tokens or choose_read_tokens(comm, loaded)
+    return agreed(comm, lambda: _settle(request, work, loaded, read_tokens))
+
+
+def _settle(request: Request, work: Workload, loaded: LoadedModel, read_tokens: int) -> tuple[Request, str]:
+    forms = flat_forms(loaded)
     if isinstance(forms, str):
         batch = request.batch or BATCH
         line = f"batches of {batch} padded sequences a rank: {forms}"

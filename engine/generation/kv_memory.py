@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from xpar.comm.communicator import Communicator
+from xpar.comm.failure import agreed
 from xpar.engine.layer.expert_shard import ExpertShard
 from xpar.engine.models.flat_forward import flat_forms
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, LayerForm
@@ -61,15 +62,20 @@ def gpu_step_bytes(loaded: LoadedModel, tokens: int) -> int:
 def choose_read_tokens(comm: Communicator, loaded: LoadedModel) -> int:
     """Choose the tokens of prompts that a rank reads in one step; the same on every rank.
 
-    Collective. In flat batches on GPUs there are more of them, halved until a step has memory.
+    Collective. In flat batches on GPUs there are more of them, halved until a step has memory. Raises
+    AgreedError if a rank's free memory cannot be found out.
     """
+    of_ranks: list[int] = comm.all_gather_object(agreed(comm, lambda: _fitting_tokens(loaded)))
+    return min(of_ranks)
+
+
+def _fitting_tokens(loaded: LoadedModel) -> int:
     tokens = READ_TOKENS
     if loaded.device.type != "cpu" and not isinstance(flat_forms(loaded), str):
         tokens, room = GPU_READ_TOKENS, STEP_SHARE / GPU_SHARE * free_share(loaded)
         while tokens > READ_TOKENS and gpu_step_bytes(loaded, tokens) > room:
             tokens //= 2
-    of_ranks: list[int] = comm.all_gather_object(tokens)
-    return min(of_ranks)
+    return tokens
 
 
 def _expert_bytes(loaded: LoadedModel, tokens: int) -> int:

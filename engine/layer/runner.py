@@ -278,8 +278,8 @@ class MoERunner(nn.Module):
             ValueError: They do not fit, and one rank holds all experts.
         """
         if torch.compiler.is_compiling():
-            output: Tensor = moe_forward(self.handle, hidden_states, router_logits, input_ids)
-            return output if residual is None else output + residual
+            output: Tensor = moe_forward(self.handle, hidden_states, router_logits, input_ids, residual)
+            return output
         return self.run(
             hidden_states,
             router_logits,
@@ -409,6 +409,11 @@ class MoERunner(nn.Module):
             raise ValueError(
                 f"hidden_states are {hidden_states.dtype}, the layer computes in {self.dtype}; cast them "
                 "first"
+            )
+        if residual is not None and residual.device != hidden_states.device:
+            raise ValueError(
+                f"residual is on {residual.device}, hidden_states are on {hidden_states.device}; move it "
+                "there"
             )
         if residual is not None and (residual.shape, residual.dtype) != (hidden_states.shape, self.dtype):
             raise ValueError(

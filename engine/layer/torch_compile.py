@@ -19,7 +19,12 @@ class CompilableLayer(Protocol):
     """The methods of a layer that the operators call; see :class:`~xpar.engine.layer.runner.MoERunner`."""
 
     def forward(
-        self, hidden_states: Tensor, router_logits: Tensor | None = None, input_ids: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
     ) -> Tensor: ...
 
     def forward_separately(
@@ -43,10 +48,14 @@ register_opaque_type(RunnerHandle, typ="reference")
 
 @torch.library.custom_op("xpar::moe_forward", mutates_args=())
 def moe_forward(
-    handle: RunnerHandle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+    handle: RunnerHandle,
+    hidden_states: Tensor,
+    router_logits: Tensor | None,
+    input_ids: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     """Call the layer's ``forward``: ``[T, H]``."""
-    return handle.layer.forward(hidden_states, router_logits, input_ids)
+    return handle.layer.forward(hidden_states, router_logits, input_ids, residual=residual)
 
 
 @torch.library.custom_op("xpar::moe_forward_separately", mutates_args=())
@@ -61,7 +70,11 @@ def moe_forward_separately(
 
 @moe_forward.register_fake
 def _(
-    handle: RunnerHandle, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+    handle: RunnerHandle,
+    hidden_states: Tensor,
+    router_logits: Tensor | None,
+    input_ids: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape)
 

@@ -48,7 +48,10 @@ class NormForm:
 
 
 class FusedNorm:
-    """The forward of ``module`` as ``form`` says; calls of another kind go to the module's own."""
+    """The forward of ``module`` as ``form`` says; calls of another kind go to the module's own.
+
+    So do all calls in training, where modules may drop numbers.
+    """
 
     def __init__(self, module: nn.Module, form: NormForm, dtype: torch.dtype) -> None:
         self._module, self._form, self._dtype = module, form, dtype
@@ -56,7 +59,12 @@ class FusedNorm:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the module's own forward computes."""
-        if len(args) != 1 or kwargs or args[0].dtype != self._dtype:
+        if (
+            len(args) != 1
+            or kwargs
+            or getattr(args[0], "dtype", None) != self._dtype
+            or self._module.training
+        ):
             return self._own(*args, **kwargs)
         name = self._form.weight
         return self._form.compute(args[0], None if name is None else getattr(self._module, name))
@@ -83,13 +91,19 @@ def find_norm_form(module: nn.Module, dtype: torch.dtype) -> NormForm | None:
     name, weight = next(iter(parameters.items()), (None, None))
     if weight is not None and (weight.ndim != 1 or weight.is_meta or weight.dtype != dtype):
         return None
+    if weight is not None and len(weight) < 2:  # a factor of all numbers, however many there are
+        return None
     forms: tuple[Form, ...] = ("weight", "one plus weight", "no weight") if name else ("no weight",)
     candidates = [NormForm(form, eps, name) for eps in sorted(numbers) for form in forms]
     draw = torch.Generator().manual_seed(0)
     trial = _copy_with_random_weight(module, name, draw)
     width = WIDTH if weight is None else weight.shape[0]
-    rows = [scale * torch.randn(1, 2, 3, width, generator=draw) for scale in SCALES]
-    return next((c for c in candidates if _agrees(trial, c, rows, dtype)), None)
+    # Numbers as small as its eps show whether a module adds it, or bounds the mean by it.
+    rows = {
+        c: [s * torch.randn(1, 2, 3, width, generator=draw) for s in (*SCALES, c.eps**0.5)]
+        for c in candidates
+    }
+    return next((c for c in candidates if _agrees(trial, c, rows[c], dtype)), None)
 
 
 def _copy_with_random_weight(module: nn.Module, name: str | None, draw: torch.Generator) -> nn.Module:

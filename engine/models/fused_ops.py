@@ -47,6 +47,8 @@ def fuse_operations(
 ) -> FusedModules:
     """Fuse the small operations of ``model``, which is loaded, in place.
 
+    Fused routers keep the gates that they have now: weights must not change afterwards, nor move.
+
     Args:
         model: transformers' model.
         experts: The names of its modules of experts that xpar computes, routed by the model.

@@ -26,14 +26,23 @@ GROUPS, KEPT, SCALE = ("n_group", "num_group"), ("topk_group",), ("routed_scalin
 
 
 class FusedRouter:
-    """The forward of ``module`` by ``router``; calls of another kind go to the module's own."""
+    """The forward of ``module`` by ``router``; calls of another kind go to the module's own.
+
+    So do all calls in training, where routers may add noise.
+    """
 
     def __init__(self, module: nn.Module, router: Router, dtype: torch.dtype) -> None:
-        self._own, self._router, self._dtype = module.forward, router, dtype
+        self._module, self._router, self._dtype = module, router, dtype
+        self._own = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute logits [T, E], weights [T, k] in float32 and ids [T, k] in int32 of hidden states."""
-        if len(args) != 1 or kwargs or args[0].dtype != self._dtype:
+        if (
+            len(args) != 1
+            or kwargs
+            or getattr(args[0], "dtype", None) != self._dtype
+            or self._module.training
+        ):
             return self._own(*args, **kwargs)
         rows = args[0].reshape(-1, args[0].shape[-1])
         logits = self._router.logits(rows)
@@ -50,10 +59,9 @@ def fuse_routers(blocks: Iterator[nn.Module], dtype: torch.dtype) -> int:
     asked: dict[Any, RouterConfig | None] = {}
     for module in [module for block in blocks for module in block.modules()]:
         weight, bias = _tensors(module)
-        if weight is None:
+        if weight is None or "forward" in vars(module):
             continue
-        numbers = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str)))
-        kind = (type(module), weight.shape, bias is None, numbers)
+        kind = (type(module), weight.shape, bias is None, _settings(module))
         if kind not in asked:
             asked[kind] = find_router(module, dtype)
         if (found := asked[kind]) is not None:
@@ -62,6 +70,18 @@ def fuse_routers(blocks: Iterator[nn.Module], dtype: torch.dtype) -> int:
             module.forward = FusedRouter(module, router, dtype)
             count += 1
     return count
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Return the names and values of what two routers of a class may differ in, beside their tensors.
+
+    Objects, such as a configuration or a function, are told apart by what they are, not by what they contain.
+    """
+    common = vars(nn.Module()).keys()
+    plain = (int, float, str)
+    return tuple(
+        (k, v if isinstance(v, plain) else id(v)) for k, v in vars(module).items() if k not in common
+    )
 
 
 def find_router(module: nn.Module, dtype: torch.dtype) -> RouterConfig | None:

@@ -77,7 +77,7 @@ def rotary_kernel(
     TAIL: tl.constexpr,  # D - R, numbers that are copied
     SECOND: tl.constexpr,  # R / 2 if both halves have factors of their own, 0 if they share them
     BH: tl.constexpr,  # heads of a program
-    BW: tl.constexpr,  # a power of 2 of at least HALF
+    BW: tl.constexpr,  # a power of 2 of at least HALF and 1
     BT: tl.constexpr,  # a power of 2 of at least TAIL
 ):
     """Rotate a few heads of one token; grid: tokens, blocks of query heads, then of key heads."""
@@ -126,7 +126,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, shares_factors: bool)
     half = cos.shape[-1] if shares_factors else cos.shape[-1] // 2
     cos, sin = (x if x.is_contiguous() else x.contiguous() for x in (cos, sin))
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    if not q.numel():
+    if not q.numel() + k.numel():
         return q_out, k_out
     tail = width - 2 * half
     blocks = triton.cdiv(q_heads, _HEADS) + triton.cdiv(k_heads, _HEADS)
@@ -135,7 +135,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, shares_factors: bool)
         *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         HQ=q_heads, HK=k_heads, HALF=half, TAIL=tail, SECOND=0 if shares_factors else half,
-        BH=_HEADS, BW=triton.next_power_of_2(half), BT=triton.next_power_of_2(max(tail, 1)), num_warps=4,
-        enable_fp_fusion=False,  # which would not round the products
+        BH=_HEADS, BW=triton.next_power_of_2(max(half, 1)), BT=triton.next_power_of_2(max(tail, 1)),
+        num_warps=4, enable_fp_fusion=False,  # which would not round the products
     )  # fmt: skip
     return q_out, k_out

@@ -232,7 +232,10 @@ class Table:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Table":
-        """Read what :meth:`to_dict` wrote; raise TypeError or KeyError for unknown or missing names."""
+        """Read what :meth:`to_dict` wrote; raise TypeError or KeyError for unknown or missing names of tiles.
+
+        Names of the table itself that are unknown are passed over: earlier tables had others.
+        """
         return Table(
             gate_up=_tiles_from_dicts(values["gate_up"]),
             down=_tiles_from_dicts(values["down"]),

@@ -19,7 +19,7 @@ from xpar.engine.bench.kernels.cases import (
 from xpar.engine.bench.kernels.cell_report import cell_row, expand_names, format_cell, times_table
 from xpar.engine.bench.kernels.checks import layer_checks, require_near, small_checks
 from xpar.engine.bench.kernels.contenders import CONTENDERS, FORMER, ComputeExperts, former_experts
-from xpar.engine.bench.kernels.installed_products import find_installed
+from xpar.engine.bench.kernels.installed_products import PACKAGES, find_installed
 from xpar.engine.bench.kernels.kernel_bench import KernelBench
 from xpar.engine.bench.kernels.measure_formats import measure_formats
 from xpar.engine.bench.kernels.tile_search import Cell, search
@@ -151,7 +151,7 @@ def _build_contenders(
 ) -> dict[str, ComputeExperts]:
     """Return xpar and every contender of ``--compare`` that can compute the layer."""
     installed, has_dropped = find_installed(), layer.of > layer.experts
-    builders = CONTENDERS | installed
+    builders = CONTENDERS | {name: build for name, (_, build) in PACKAGES.items()} | installed
     contenders: dict[str, ComputeExperts] = {"xpar": kernel.compute}
     for name in expand_names(bench.args.compare, tuple(installed)):
         if name == FORMER:

@@ -73,7 +73,7 @@ def test_a_cell_names_the_fastest_peer_but_never_xpar_itself() -> None:
 
 
 def test_names_of_contenders() -> None:
-    assert expand_names("expected,torch,installed", ("vllm", "torch")) == ["expected", "torch", "vllm"]
+    assert expand_names("former,torch,installed", ("vllm", "torch")) == ["former", "torch", "vllm"]
     assert expand_names("", ("vllm",)) == []
 
 
@@ -186,10 +186,11 @@ def test_contenders_that_compute_another_layer_are_not_timed(
     monkeypatch.setattr(measure, "CONTENDERS", {"torch": torch_grouped, "wrong": wrong})
     monkeypatch.setattr(measure, "find_installed", lambda: {"missing": missing})
     monkeypatch.setattr(measure, "former_experts", lambda kernel: SimpleNamespace(compute=lambda x: expected))
-    bench: Any = Bench("former,wrong,installed")
+    monkeypatch.setattr(measure, "PACKAGES", {"absent": ((), missing)})
+    bench: Any = Bench("former,wrong,absent,installed")
     found = measure._build_contenders(bench, "cell", layer, kernel, weights)  # type: ignore[arg-type]
     assert list(found) == ["xpar", "former", "wrong"]
-    assert bench.said == ["cell: without missing: no such package"]
+    assert bench.said == [f"cell: without {name}: no such package" for name in ("absent", "missing")]
     same = measure._find_same(bench, "cell", kernel, found, x)  # type: ignore[arg-type]
     assert list(same) == ["xpar", "former"]
     assert len(bench.failures) == 1 and "wrong computes the same" in bench.failures[0]

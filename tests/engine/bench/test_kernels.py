@@ -165,6 +165,8 @@ def test_written_table_is_read_and_others_stay(tmp_path) -> None:
     assert read_table(path, HOPPER, torch.bfloat16) == replace(table, vector_tokens=3)
     assert read_table(path, replace(HOPPER, sms=114), torch.bfloat16) == other
     assert len(json.loads(path.read_text())) == 2
+    earlier = [{**row, "table": {**row["table"], "fit_depth": True}} for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(earlier))  # names that tables had before are passed over
     kernel = layer_kernel()
     use_table(kernel, path)
     assert kernel.table.vector_tokens == 3
@@ -177,6 +179,7 @@ def test_written_table_is_read_and_others_stay(tmp_path) -> None:
 
 
 WRONG = {
+    "bench kernels --compare torch,expected": "--compare expected: choose any of former, torch,",
     "bench kernels": "the GPU kernels cannot run here: torch sees no GPU here",
     "tune olmoe": "the GPU kernels cannot run here: torch sees no GPU here",
     "tune olmo": "shape 'olmo' is not known",

@@ -228,6 +228,12 @@ WRONG = {
     ),
     "empty": (["--workload", "EMPTY"], "holds no prompt; give a file"),
     "bad line": (["--workload", "BAD"], "line 2: "),
+    "messages": (["--workload", "CHAT.jsonl"], "CHAT.jsonl: line 1: has messages, for which"),
+    "no tokens": (["--workload", "NO.jsonl"], "NO.jsonl: line 2: the tokenizer makes no tokens of it"),
+    "compare": (
+        ["--workload", "mixed", "--quantize", "int8", "--compare", "bf16"],
+        "--compare bf16: is for sequences of equal length; leave --workload out",
+    ),
     "peer": (["--workload", "mixed", "--peer-python", "nowhere"], "--peer-python nowhere: no such program"),
     "rows": (["--workload", "mixed", "--rows", "0"], "--rows 0: must be at least 1"),
 }
@@ -237,10 +243,16 @@ WRONG = {
 def refused(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, CompletedProcess[str]]:
     """Every wrong request, by its name, run in one start."""
     folder = tmp_path_factory.mktemp("wrong")
-    (folder / "EMPTY").write_text("")
-    (folder / "BAD").write_bytes(b"good\n\xff\xfe\n")
+    files = {
+        "EMPTY": b"",
+        "BAD": b"good\n\xff\xfe\n",
+        "CHAT.jsonl": b'{"messages": [{"role": "user", "content": "a"}]}\n',
+        "NO.jsonl": b'{"prompt": "a"}\n{"prompt": ""}\n',
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     commands = [
-        ["bench", "generate", str(model), *(str(folder / w) if w in ("EMPTY", "BAD") else w for w in words)]
+        ["bench", "generate", str(model), *(str(folder / w) if w in files else w for w in words)]
         for words, _ in WRONG.values()
     ]
     return dict(zip(WRONG, run_commands(1, commands, folder), strict=True))

@@ -14,7 +14,10 @@ from launch import clean_environment
 import xpar.engine
 from xpar.comm.watchdog.deadlines import Deadlines
 from xpar.engine.bench.kernels.cases import LAYERS
+from xpar.engine.bench.kernels.cell_report import INSTALLED
+from xpar.engine.bench.kernels.contenders import CONTENDERS, FORMER
 from xpar.engine.bench.kernels.formats import FORMATS
+from xpar.engine.bench.kernels.installed_products import PACKAGES
 from xpar.engine.bench.scaling.points import MODES
 from xpar.engine.cli import parser
 from xpar.engine.commands import bench_parsers, model_parsers, options
@@ -102,6 +105,8 @@ def test_names_that_the_parsers_repeat_are_those_of_the_engine() -> None:
     assert bench_parsers.MODES == MODES
     assert model_parsers.MAX_NEW_TOKENS == MAX_NEW_TOKENS
     assert list(bench_parsers.KERNEL_LAYERS) == list(LAYERS)
+    contenders = (FORMER, *CONTENDERS, *PACKAGES, INSTALLED)
+    assert contenders == bench_parsers.KERNEL_CONTENDERS
     assert options.PREFILL_TOKENS == READ_TOKENS and f" {GPU_READ_TOKENS} " in options.CHOSEN_TOKENS
     rows = f"as many as memory holds, {FLAT_BATCH} at most, {GPU_BATCH} on GPUs"
     assert rows in " ".join(dict(commands(parser()))["xpar generate"].format_help().split())

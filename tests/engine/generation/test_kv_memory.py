@@ -63,8 +63,8 @@ class OtherRanks:
     def __init__(self, *others: int) -> None:
         self._others = others
 
-    def all_gather_object(self, own: int) -> list[int]:
-        return [own, *self._others]
+    def all_gather_object(self, own: int | None) -> list[int | None]:
+        return [own, *(self._others if own is not None else [None for _ in self._others])]
 
 
 def test_a_step_on_a_gpu_reads_what_memory_allows_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,12 +107,19 @@ def test_bad_input_is_the_same_error(depth: Depth) -> None:
         runner(tokens(2, 0).float())
     with pytest.raises(RemoteRankError, match=r"residual of shape \(3, \d+\).*expected the shape \(2, "):
         runner(tokens(2, 0), residual=tokens(3, 0))
+    with pytest.raises(RemoteRankError, match="residual is on meta, hidden_states are on cpu"):
+        runner(tokens(2, 0), residual=tokens(2, 0).to("meta"))
 
 
 @pytest.mark.parametrize("depth", ["auto", "steps"])
 def test_a_residual_is_added_last(depth: Depth, fresh_seed: int) -> None:
     runner, x, residual = layer_at(depth, PLAIN, seed=fresh_seed), tokens(3, fresh_seed), tokens(3, 1)
     assert torch.equal(runner(x, residual=residual), runner(x) + residual)
+    kept = x.clone()
+    assert torch.equal(runner(x, residual=x), runner(kept) + kept) and torch.equal(x, kept)
+    apart = residual.repeat_interleave(2, dim=1)[:, ::2]
+    assert torch.equal(runner(x, residual=apart), runner(x) + residual)
+    assert runner(x[:0], residual=x[:0]).shape == (0, x.shape[1])
 
 
 def test_another_router_routes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:

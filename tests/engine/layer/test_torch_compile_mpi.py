@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from xpar.comm import ProcessGrid, World
+from xpar.comm import ProcessGrid, RemoteRankError, World
 from xpar.engine.config import LayerConfig, RouterConfig, SharedConfig
 from xpar.engine.layer.build import build_layer
 from xpar.engine.layer.options import LayerOptions
@@ -92,6 +92,24 @@ def test_the_blocks_of_a_model_share_one_graph(grid: ProcessGrid, fresh_seed: in
 
 
 @torch.no_grad()
+def test_a_residual_is_added_in_a_compiled_model_too(grid: ProcessGrid, fresh_seed: int) -> None:
+    """One that does not fit is the same error on all ranks as without a compiler."""
+    torch.compiler.reset()
+    layer = Block(grid, WITH_SHARED, fresh_seed).experts
+
+    def both(x: Tensor, residual: Tensor) -> Tensor:
+        return layer(x, residual=residual)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
+    x, y = inputs(grid, fresh_seed)[:2]
+    for rows in (x, y):
+        assert torch.equal(compiled(rows, rows), layer(rows) + rows)
+    last = grid.world.rank == grid.world.size - 1
+    with pytest.raises(RemoteRankError, match="ValueError: residual of shape"):
+        compiled(x, x[:, :1] if last else x)
+
+
+@torch.no_grad()
 def test_a_call_whose_result_nobody_reads_still_takes_part(grid: ProcessGrid, fresh_seed: int) -> None:
     torch.compiler.reset()
     block = Block(grid, CONFIG, fresh_seed)
@@ -109,9 +127,10 @@ def test_a_call_whose_result_nobody_reads_still_takes_part(grid: ProcessGrid, fr
 def test_shapes_are_those_of_the_operators(grid: ProcessGrid, fresh_seed: int) -> None:
     layer = Block(grid, WITH_SHARED, fresh_seed).experts
     for x in (*inputs(grid, fresh_seed), torch.randn(HIDDEN, 4).t()):
-        for op in (torch.ops.xpar.moe_forward, torch.ops.xpar.moe_forward_separately):
+        both, apart = torch.ops.xpar.moe_forward, torch.ops.xpar.moe_forward_separately
+        for op, residual in ((both, (None,)), (both, (x,)), (apart, ())):
             torch.library.opcheck(
                 op.default,
-                (layer.handle, x, None, None),
+                (layer.handle, x, None, None, *residual),
                 test_utils=("test_schema", "test_faketensor"),
             )

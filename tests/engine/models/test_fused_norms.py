@@ -34,6 +34,9 @@ STRANGE = {
     ),
     "a sum of squares": lambda x, normed, weight: torch.nn.functional.normalize(x, dim=-1) * weight,
     "bounded": lambda x, normed, weight: (normed * weight).clamp(-2, 2),
+    "bounded by its eps": lambda x, normed, weight: (
+        x * torch.rsqrt(x.square().mean(-1, keepdim=True).clamp(min=1e-12)) * weight
+    ),
     "two values": lambda x, normed, weight: SimpleNamespace(to=lambda dtype: (normed, weight)),
 }
 
@@ -42,6 +45,8 @@ STRANGE = {
 def test_a_strange_norm_is_left_alone(change: Any) -> None:
     assert find_norm_form(AlteredNorm(), torch.float32) == NormForm("weight", 1e-6, "weight")
     model = nn.Sequential(AlteredNorm(change))
+    if change is STRANGE["bounded by its eps"]:
+        model[0].eps = 1e-12
     assert find_norm_form(model[0], torch.float32) is None
     assert fuse_operations(model, (), torch.float32) == FusedModules(0, 0, 0)
     assert "forward" not in vars(model[0])
@@ -80,3 +85,21 @@ def test_calls_of_another_kind_go_to_the_module(fresh_seed: int) -> None:
     got = model[0](x, gate=x), model[0](x.double()), model[0](x)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     torch.testing.assert_close(got[2], expected[2])
+
+
+def test_training_and_values_that_are_no_tensors_go_to_the_module() -> None:
+    class Dropping(AlteredNorm):
+        def forward(self, x: Tensor | None) -> Tensor:
+            out = super().forward(torch.ones(4, 32) if x is None else x)
+            return nn.functional.dropout(out, 0.5, self.training)
+
+    model = nn.Sequential(Dropping()).eval()
+    assert fuse_operations(model, (), torch.float32).norms == 1
+    assert torch.equal(model[0](None), model[0](torch.ones(4, 32)))
+    assert (model.train()[0](torch.ones(40, 32)) == 0).any()
+
+
+def test_one_factor_of_rows_of_any_width_is_left_alone() -> None:
+    norm = AlteredNorm()
+    norm.weight = nn.Parameter(torch.ones(1))
+    assert find_norm_form(norm, torch.float32) is None

@@ -1,6 +1,8 @@
 """Fused small operations compute what the modules of every family compute, and leave other modules alone."""
 
+import copy
 import logging
+import pickle
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from xpar.engine.models.expert_layer import experts_modules
 from xpar.engine.models.fused_norms import FusedNorm
 from xpar.engine.models.fused_ops import FusedModules, fuse_loaded, fuse_operations, why_not_fused
 from xpar.engine.models.fused_rotary import FusedRotary, find_rotary_forms, with_globals
-from xpar.engine.models.fused_routers import FusedRouter, find_router
+from xpar.engine.models.fused_routers import FusedRouter, find_router, fuse_routers
 from xpar.engine.models.isolation import rows_isolated
 from xpar.engine.models.model_layer import padded
 from xpar.engine.models.parallelize import expert_layers, parallelize
@@ -154,7 +156,15 @@ def rotate_keys_back(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_d
     return fused_rotary.rotate_by_definition(q, q, cos, sin, False)[0], k
 
 
-@pytest.mark.parametrize("own", [neighbours, rotate_keys_back, None, lambda x, cos, sin: x, torch.add])
+def in_float32(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+    q, k, cos, sin = (x.float() for x in (q, k, cos, sin))
+    assert unsqueeze_dim == 1
+    return fused_rotary.rotate_by_definition(q, k, cos, sin, False)
+
+
+@pytest.mark.parametrize(
+    "own", [neighbours, rotate_keys_back, in_float32, None, lambda x, cos, sin: x, torch.add]
+)
 def test_a_strange_rotation_is_left_alone(own: Any) -> None:
     assert find_rotary_forms(own) == frozenset()
 
@@ -240,6 +250,55 @@ def test_a_strange_router_is_left_alone() -> None:
     found = find_router(Strange(1), torch.float32)
     assert found is not None and (found.scoring, found.renormalize, found.top_k) == ("sigmoid", False, 3)
     assert find_router(Strange(2), torch.float32) is None
+
+
+class Scored(Strange):
+    """A router with a function of its scores."""
+
+    def __init__(self, score: Any) -> None:
+        super().__init__(1)
+        self.score = score
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = torch.nn.functional.linear(x.reshape(-1, 32), self.weight)
+        return logits, *self.score(logits).topk(3)
+
+
+def test_each_router_is_asked_that_may_differ_from_others_of_its_class(fresh_seed: int) -> None:
+    draw = torch.Generator().manual_seed(fresh_seed)
+    softmax, squared = Scored(lambda x: x.softmax(-1)), Scored(lambda x: x.sigmoid() ** 2)
+    replaced = Scored(torch.sigmoid)
+    replaced.forward = lambda x: "its own"
+    blocks = [nn.ModuleList([router]) for router in (Scored(torch.sigmoid), softmax, squared, replaced)]
+    for block in blocks:
+        nn.init.normal_(block[0].weight, generator=draw)
+    x = torch.randn(5, 32, generator=draw)
+    expected = [block[0](x)[1] for block in blocks]
+    assert fuse_routers(iter([*blocks, *blocks]), torch.float32) == 2
+    for block, weights in zip(blocks[:3], expected, strict=False):
+        torch.testing.assert_close(block[0](x)[1], weights)
+    assert replaced(x) == "its own"
+
+
+def test_a_router_that_trains_goes_its_own_way() -> None:
+    router = Scored(lambda x: torch.sigmoid(x + router.training)).eval()
+    assert fuse_routers(iter([nn.ModuleList([router])]), torch.float32) == 1
+    x = torch.zeros(2, 32)
+    assert router(x)[1].max() == 0.5 < router.train()(x)[1].min()
+
+
+def test_a_fused_model_is_copied_and_pickled(fresh_seed: int) -> None:
+    model = next(models("olmoe"))
+    ids = torch.randint(3, 190, (1, 5), generator=torch.Generator().manual_seed(fresh_seed))
+    fuse_operations(model, (), torch.float32)
+    expected = logits_of(model, ids)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.allclose(logits_of(other, ids), expected, atol=1e-6)
+        norm = other.model.norm
+        norm.weight.data.zero_()
+        assert not logits_of(other, ids).any()
+        assert isinstance(norm.forward, FusedNorm)
+    assert torch.equal(logits_of(model, ids), expected)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,14 @@ def test_rows_have_factors_of_their_own(g):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("q_heads", "k_heads", "rotated"), [(2, 1, 0), (0, 2, 8), (2, 0, 8), (0, 0, 8)])
+def test_nothing_to_rotate(q_heads, k_heads, rotated, g):
+    q, k = draw(g, 2, q_heads, 3, 8), draw(g, 2, k_heads, 3, 8)
+    cos, sin = draw(g, 2, 3, rotated), draw(g, 2, 3, rotated)
+    for a, b in zip(rotate(q, k, cos, sin, False), rotate_by_definition(q, k, cos, sin, False), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 200])
 def test_a_routing_is_converted_and_padding_goes_nowhere(tokens, dtype, g):
