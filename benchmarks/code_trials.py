@@ -107,7 +107,7 @@ class Trial:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What both products must have in common."""
+        """Return what both products must have in common."""
         rows = 0 if isinstance(self.gate_up, Vector) else self.gate_up.rows
         return rows, self.swapped, self.decoded
 

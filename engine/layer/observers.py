@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -13,6 +12,7 @@ from xpar.comm.dispatch.base import Traffic
 from xpar.engine.layer.expert_load import LoadCounter
 from xpar.engine.layer.stage_timer import NO_STAGE_TIMER, StageTimer, default_stage_timer
 from xpar.kernels.contracts import Routing
+from xpar.kernels.gpu.availability import has_triton
 
 
 class SlotObserver(Protocol):
@@ -35,7 +35,7 @@ class SlotCounter:
 
     def add(self, topk_ids: Tensor) -> None:
         """Count the slots of one step: ``topk_ids`` [M, k] are local ids, -1 for slots of other ranks."""
-        if topk_ids.is_cuda and find_spec("triton") is not None:
+        if topk_ids.is_cuda and has_triton():
             from xpar.kernels.gpu.small_steps import count_slots
 
             count_slots(topk_ids, self.counted)  # three launches less a layer

@@ -7,7 +7,6 @@ asked what it computes, and one that agrees with no fused form stays as it is.
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from xpar.comm.grid import ProcessGrid
 from xpar.engine.models.fused_norms import fuse_norms
 from xpar.engine.models.fused_rotary import Rotate, fuse_rotary, rotate_by_definition
 from xpar.engine.models.fused_routers import fuse_routers
+from xpar.kernels.gpu.availability import has_triton
 
 log = logging.getLogger("xpar.models")
 
@@ -34,7 +34,7 @@ def why_not_fused(grid: ProcessGrid, dtype: torch.dtype, exact: bool) -> str | N
     """Return why operations of a model stay apart, or None; the same on all ranks of ``grid``. Collective."""
     if grid.device.type != "cuda":
         return "on host processors they cost no launches"
-    found: list[bool] = grid.world.comm.all_gather_object(find_spec("triton") is not None)
+    found: list[bool] = grid.world.comm.all_gather_object(has_triton())
     if exact:
         return "exact mode computes as transformers does"
     if dtype not in (torch.bfloat16, torch.float16):

@@ -5,7 +5,6 @@ N blocks of P tokens; Hk key heads, D numbers of a key and D' of a value; T toke
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xpar.engine.models.kv_pool import BLOCK_TOKENS, FlatTokens, LayerForm
+from xpar.kernels.gpu.availability import has_triton
 from xpar.kernels.gpu.span_attention import SpanAttention, SpanRows
 
 
@@ -40,7 +40,7 @@ class SpanPool:
         self, forms: Sequence[LayerForm], blocks: int, device: torch.device, attention: SpanAttention
     ) -> None:
         self.forms, self.blocks, self.device, self.attention = tuple(forms), blocks, device, attention
-        self._has_kernel = find_spec("triton") is not None
+        self._has_kernel = has_triton()
         self.keys, self.values = (
             [
                 torch.zeros(

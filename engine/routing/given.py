@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from xpar.kernels.contracts import Routing
+from xpar.kernels.gpu.availability import has_triton
 
 Check = Callable[[Tensor, Tensor, Tensor | None, int], Routing]
 """(topk_ids, topk_weights, padding, experts) -> the routing, in which a row with a wrong id is NaN."""
@@ -65,7 +65,7 @@ class GivenRouting:
     @staticmethod
     def one_launch(topk_ids: Tensor) -> Check | None:
         """Return what checks a routing like ``topk_ids`` in one launch, or None where nothing does."""
-        if not topk_ids.is_cuda or find_spec("triton") is None:
+        if not topk_ids.is_cuda or not has_triton():
             return None
         from xpar.kernels.gpu.small_steps import check_routing
 

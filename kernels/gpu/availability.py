@@ -11,9 +11,14 @@ from xpar.kernels.contracts import ExpertKernel, ExpertSpec
 _OLDEST = (8, 0)
 
 
+def has_triton() -> bool:
+    """Return whether Triton is installed; it is not imported."""
+    return find_spec("triton") is not None
+
+
 def why_unavailable(spec: ExpertSpec) -> str | None:
     """Return the reason why these kernels cannot serve ``spec`` on this machine, or None."""
-    if find_spec("triton") is None:
+    if not has_triton():
         return "triton is not installed (pip install triton)"
     if not torch.cuda.is_available():
         return "torch sees no GPU here"

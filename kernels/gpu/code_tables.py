@@ -167,7 +167,6 @@ _DECODED = replace(
             swapped=False,
         ),
     ),
-    exact=1,
 )
 
 

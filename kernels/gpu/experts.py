@@ -10,7 +10,7 @@ from xpar.kernels.contracts import ExpertInput, ExpertSpec, check_expert_weights
 from xpar.kernels.gpu.default_tables import default_table
 from xpar.kernels.gpu.dependent_launch import launch_options
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
-from xpar.kernels.gpu.few_tokens import repeated_bytes
+from xpar.kernels.gpu.few_tokens import reads_little_again
 from xpar.kernels.gpu.grouped_mm_gathered import gate_up_gathered
 from xpar.kernels.gpu.grouped_mm_small import down_small, gate_up_small
 from xpar.kernels.gpu.grouped_mm_tiled import down_tiled, gate_up_tiled, permute_kernel
@@ -96,14 +96,12 @@ class TritonExperts(SlotExperts):
     def is_tiny(self, x: ExpertInput) -> bool:
         """Return whether reading experts once for each slot costs less than sorting the slots."""
         tokens, top_k = x.topk_ids.shape
-        experts = self.spec.num_experts
         if self.spec.row_invariant or not 0 < tokens <= self.table.vector_tokens:
             return False
-        if tokens == 1 or self.table.vector_bytes is None:
-            return tokens == 1 or 2 * tokens * top_k <= experts
+        if self.table.vector_bytes is None:
+            return tokens == 1 or 2 * tokens * top_k <= self.spec.num_experts
         expert_bytes = self._gate_up[0].nbytes + self._down[0].nbytes
-        routed = max(experts, self.spec.routed_experts or experts)
-        return repeated_bytes(tokens, top_k, experts, routed, expert_bytes) <= self.table.vector_bytes
+        return reads_little_again(self.spec, tokens, top_k, expert_bytes, self.table.vector_bytes)
 
     def _compute_tiny(self, x: ExpertInput, out: Tensor | None) -> Tensor:
         """Return the weighted sums [M, H] by two launches, for very few tokens."""

@@ -1,5 +1,7 @@
 """The choice on the host for batches of few tokens, without Triton."""
 
+from xpar.kernels.contracts import ExpertSpec
+
 _FOREIGN = 0.1  # of the time that an expert's weights take: that of programs that end at once (H200)
 
 
@@ -20,3 +22,18 @@ def repeated_bytes(tokens: int, top_k: int, experts: int, routed: int, expert_by
     slots, different = tokens * share, 1.0 - (1.0 - share) ** tokens  # of one expert
     foreign = tokens * top_k * (1.0 - experts / routed)
     return (experts * (slots - different) + _FOREIGN * foreign) * expert_bytes
+
+
+def reads_little_again(spec: ExpertSpec, tokens: int, top_k: int, expert_bytes: int, most: int) -> bool:
+    """Return whether reading experts once for each slot costs less than the launches of a sort.
+
+    Args:
+        spec: The layer.
+        tokens: M.
+        top_k: k.
+        expert_bytes: Bytes of an expert's weights.
+        most: Bytes that may be read again.
+    """
+    experts = spec.num_experts
+    routed = max(experts, spec.routed_experts or experts)
+    return tokens == 1 or repeated_bytes(tokens, top_k, experts, routed, expert_bytes) <= most

@@ -17,6 +17,7 @@ from xpar.kernels.gpu.code_tables import (
     why_not_format,
 )
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
+from xpar.kernels.gpu.few_tokens import reads_little_again
 from xpar.kernels.gpu.grouped_mm_decoded import down_decoded, gate_up_decoded
 from xpar.kernels.gpu.grouped_mm_nibbles import down_nibbles, gate_up_nibbles
 from xpar.kernels.gpu.grouped_mm_nibbles_vector import down_nibbles_vector, gate_up_nibbles_vector
@@ -114,7 +115,8 @@ class NibbleExperts(CodeExperts):
             return False
         if x.hidden_states.data_ptr() % 8 or self.spec.hidden_size % 4 or self.spec.dtype.itemsize != 2:
             return False  # the products read four numbers at once
-        return self.reads_little_again(tokens, top_k, self.nbytes() // self.spec.num_experts)
+        expert_bytes = self.nbytes() // self.spec.num_experts
+        return reads_little_again(self.spec, tokens, top_k, expert_bytes, self.table.vector_bytes)
 
     def _compute_tiny(self, x: ExpertInput, out: Tensor | None) -> Tensor:
         tokens, top_k = x.topk_ids.shape

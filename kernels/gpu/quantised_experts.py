@@ -19,6 +19,7 @@ from xpar.kernels.gpu.code_tables import (
 )
 from xpar.kernels.gpu.coded_rows import decode_rows, split_words
 from xpar.kernels.gpu.expert_sort import TilePlan, plan_tiles
+from xpar.kernels.gpu.few_tokens import reads_little_again
 from xpar.kernels.gpu.grouped_mm_codes_decoded import down_codes_decoded, gate_up_codes_decoded
 from xpar.kernels.gpu.grouped_mm_codes_small import down_codes_small, gate_up_codes_small
 from xpar.kernels.gpu.grouped_mm_codes_tiled import down_codes_tiled, gate_up_codes_tiled
@@ -117,7 +118,7 @@ class QuantisedExperts(CodeExperts):
         if self.spec.row_invariant or not 0 < tokens <= self.table.vector_tokens:
             return False
         expert_bytes = self._gate_up[0].nbytes + self._down[0].nbytes
-        return self.reads_little_again(tokens, top_k, expert_bytes)
+        return reads_little_again(self.spec, tokens, top_k, expert_bytes, self.table.vector_bytes)
 
     def _compute_tiny(self, x: ExpertInput, out: Tensor | None) -> Tensor:
         x = self._decode_rows(x)

@@ -9,8 +9,6 @@ import triton
 from torch import Tensor
 
 from xpar.kernels.contracts import ExpertInput, ExpertSpec, Slots, check_expert_weights, require_loaded
-from xpar.kernels.gpu.code_tables import CodeTable
-from xpar.kernels.gpu.few_tokens import repeated_bytes
 from xpar.kernels.gpu.rows import weighted_sum
 
 
@@ -87,17 +85,9 @@ class CodeExperts(SlotExperts):
     The rows of both halves of its first product are rounded up to ``_width``.
     """
 
-    table: CodeTable
     _width: int
     _gate_up_bias: Tensor | None
     _down_bias: Tensor | None
-
-    def reads_little_again(self, tokens: int, top_k: int, expert_bytes: int) -> bool:
-        """Return whether reading experts once for each slot costs less than the launches of a sort."""
-        experts = self.spec.num_experts
-        routed = max(experts, self.spec.routed_experts or experts)
-        repeated = repeated_bytes(tokens, top_k, experts, routed, expert_bytes)
-        return tokens == 1 or repeated <= self.table.vector_bytes
 
     def load_expert(
         self,
