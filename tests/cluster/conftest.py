@@ -34,6 +34,14 @@ def cluster(slurm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> 
         yield running
 
 
+@pytest.fixture(autouse=True)
+def jobs_end_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Jobs that a failed test left are cancelled: one failure is one, and the next test has its nodes."""
+    yield
+    for name in {"cluster", "bound"} & set(request.fixturenames):
+        request.getfixturevalue(name).cancel_all()
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("made") / "olmoe"

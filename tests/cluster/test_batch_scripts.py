@@ -63,12 +63,12 @@ def test_a_rank_that_is_killed_ends_the_job_within_seconds(
     ranks = processes_with(f"SLURM_JOB_ID={job.name}")
     (victim,) = set(ranks) & set(processes_with("SLURM_PROCID=1")) & set(processes_with("SLURM_STEP_ID=1"))
     os.kill(victim, signal.SIGKILL)
-    took = until(lambda: job.field("JobState") != "RUNNING", 30, job.text)
+    took = until(lambda: job.field("JobState") != "RUNNING", 30, job.account)
     assert job.wait(5) == "FAILED" and took < 10
     assert "Killed" in job.text()
     # Nobody on its node saw it die; srun tells the other to end.
     assert "told to end by SIGTERM; where every rank is:" in job.text() and "does not answer" in job.text()
-    until(lambda: not processes_with(f"SLURM_JOB_ID={job.name}"), 10, job.record)
+    until(lambda: not processes_with(f"SLURM_JOB_ID={job.name}"), 10, job.account)
 
 
 def test_array_is_stopped_requeued_and_finished(cluster: Cluster, checkpoint: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_array_is_stopped_requeued_and_finished(cluster: Cluster, checkpoint: Pa
     cluster.run("scancel", "--signal=TERM", "--batch", elements[1].name)
     cluster.run("scancel", "--signal=TERM", elements[2].name)
     for element in elements:
-        assert element.wait() == "COMPLETED", element.text()
+        assert element.wait() == "COMPLETED", element.account()
     assert [element.field("Restarts") for element in elements] == ["0", "1", "1"]
     assert "told to stop; 1 of 3 prompts are answered" in elements[1].text()
     assert all("start 2: shards/slow-" in element.text() for element in elements[1:])
@@ -119,7 +119,7 @@ def test_array_of_the_real_command(cluster: Cluster, checkpoint: Path, tmp_path:
     words = (str(checkpoint), "shards", "answers", "--max-new-tokens", "3")
     options = ("--array=0", "--nodes=2", "--ntasks-per-node=1")
     job = cluster.submit("generate.sbatch", *words, cwd=tmp_path, options=options)
-    assert job.wait() == "COMPLETED", job.text()
+    assert job.wait() == "COMPLETED", job.account()
     records = [json.loads(line) for line in (tmp_path / "answers" / "a.jsonl").read_text().splitlines()]
     assert [(r["line"], r["tokens"]) for r in records] == [(1, 3), (3, 3)]
     assert "2 ranks on 2 nodes" in job.text() and "2 of 2 prompts answered; 1 line refused" in job.text()
@@ -130,7 +130,7 @@ def test_scaling_measures_every_point_and_names_those_that_fail(cluster: Cluster
     path = stand_in(tmp_path, ECHOING)
     settings = {"PATH": path, "RANKS_PER_NODE": "1", "TOKENS": "64", "FAILING": ""}
     job = cluster.submit("scaling.sbatch", "good", "olmoe", cwd=tmp_path, **settings)
-    assert job.wait(60) == "COMPLETED", job.text()
+    assert job.wait(60) == "COMPLETED", job.account()
     comm = {f"comm-{n}.json" for n in (2, 4)}
     assert {p.name for p in (tmp_path / "good").iterdir()} == comm | {"scaling.jsonl"}
     for n in (2, 4):
@@ -170,7 +170,7 @@ def test_every_rank_sees_all_gpus_and_has_cores_of_its_own(
     )
     job.wait(60)
     heard = {line for line in job.text().splitlines() if line.endswith("doctor")}
-    assert heard == {f"rank {r} of {ranks}: GPUs 0,1; cores {r}; doctor" for r in range(ranks)}, job.text()
+    assert heard == {f"rank {r} of {ranks}: GPUs 0,1; cores {r}; doctor" for r in range(ranks)}, job.account()
 
 
 def array_of_one(script: str) -> tuple[str, ...]:
@@ -183,5 +183,5 @@ def test_in_a_container_the_image_is_entered_by_every_rank(cluster: Cluster, tmp
     (tmp_path / "bin" / "apptainer").write_text('#!/bin/bash\necho "apptainer $*"\n')
     (tmp_path / "bin" / "apptainer").chmod(0o755)
     job = cluster.submit("run.sbatch", "made", "-v", cwd=tmp_path, PATH=path, IMAGE="xpar.sif")
-    assert job.wait(30) == "COMPLETED", job.text()
+    assert job.wait(30) == "COMPLETED", job.account()
     assert job.text().count(f"apptainer exec --bind {tmp_path} xpar.sif xpar run made -v") == 4

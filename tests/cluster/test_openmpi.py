@@ -29,7 +29,7 @@ def test_layers_run_on_two_nodes(
 ) -> None:
     words = (str(checkpoint), "--tokens", "16", "--verify")
     job = cluster.submit("run.sbatch", *words, cwd=tmp_path, options=("--ntasks-per-node=1",), **pmix)
-    assert job.wait() == "COMPLETED", job.text()
+    assert job.wait() == "COMPLETED", job.account()
     assert "--mpi=pmix" in job.text() and " on Open MPI v" in job.text()
     assert "no problems found" in job.text() and "2 ranks on 2 nodes" in job.text()
     assert job.text().count("relative error") == 2
@@ -47,10 +47,10 @@ def test_a_rank_that_is_killed_is_reported_and_ends_the_job(
     ranks = processes_with(f"SLURM_JOB_ID={job.name}")
     (victim,) = set(ranks) & set(processes_with("SLURM_PROCID=1")) & set(processes_with("SLURM_STEP_ID=1"))
     os.kill(victim, signal.SIGKILL)
-    took = until(lambda: job.field("JobState") != "RUNNING", 30, job.text)
+    took = until(lambda: job.field("JobState") != "RUNNING", 30, job.account)
     assert job.wait(5) == "FAILED" and took < 10
     text = job.text()  # headed by what came first: the end of rank 1, or what Slurm did about it
     assert "rank 1 on n1: its process is gone" in text, text
     assert "without a word" in text or "told to end by SIGTERM" in text, text
     assert job.text().count("where every rank is:") == 1
-    until(lambda: not processes_with(f"SLURM_JOB_ID={job.name}"), 10, job.record)
+    until(lambda: not processes_with(f"SLURM_JOB_ID={job.name}"), 10, job.account)

@@ -32,7 +32,7 @@ def test_the_script_for_pbs_runs_on_two_nodes(cluster: Cluster, checkpoint: Path
     output = tmp_path / "job.out"
     name = cluster.run("sbatch", "--parsable", f"--output={output}", "run.pbs", cwd=tmp_path, **settings)
     job = Job(cluster, name.strip(), output)
-    assert job.wait() == "COMPLETED", job.text()
+    assert job.wait() == "COMPLETED", job.account()
     want = ("xpar-run", "2", "00:10:00")
     assert (job.field("JobName"), job.field("NumNodes"), job.field("TimeLimit")) == want
     assert "2 ranks on 2 nodes" in job.text()

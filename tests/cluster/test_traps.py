@@ -35,10 +35,12 @@ def test_a_step_inherits_the_ranks_of_its_allocation(cluster: Cluster, tmp_path:
     options = ("--nodes=2", "--ntasks-per-node=2", f"--output={output}")
     name = cluster.run("sbatch", "--parsable", *options, f"--wrap={step} true")
     bad = Job(cluster, name.strip(), output)
-    assert bad.wait(30) == "FAILED" and "More processors requested than permitted" in bad.text(), bad.text()
+    assert bad.wait(30) == "FAILED" and "More processors requested than permitted" in bad.text(), (
+        bad.account()
+    )
     name = cluster.run("sbatch", "--parsable", *options, f"--wrap={step} --ntasks=2 true")
     good = Job(cluster, name.strip(), output)
-    assert good.wait(30) == "COMPLETED", good.text()
+    assert good.wait(30) == "COMPLETED", good.account()
 
 
 def test_a_rank_computes_with_all_its_cores(bound: Cluster, tmp_path: Path) -> None:
@@ -53,9 +55,9 @@ def test_a_rank_computes_with_all_its_cores(bound: Cluster, tmp_path: Path) -> N
         OMP_PROC_BIND="close",
         OMP_PLACES="cores",
     )
-    assert job.wait(60) == "COMPLETED", job.text()
+    assert job.wait(60) == "COMPLETED", job.account()
     (row,) = (line.split("│") for line in job.text().splitlines() if line.startswith("│ 0 "))
-    assert int(row[5]) == cores and "OMP_NUM_THREADS is" not in job.text(), job.text()
+    assert int(row[5]) == cores and "OMP_NUM_THREADS is" not in job.text(), job.account()
 
 
 def test_a_requeued_element_of_several_ranks_is_not_stopped_by_its_own_files(
@@ -72,6 +74,6 @@ def test_a_requeued_element_of_several_ranks_is_not_stopped_by_its_own_files(
     element = Job(cluster, f"{array.name}_0", array.output)
     element.wait_for("layer 0: experts")
     cluster.run("scancel", "--signal=TERM", element.name)
-    assert element.wait(90) == "COMPLETED", element.text()
+    assert element.wait(90) == "COMPLETED", element.account()
     assert element.field("Restarts") == "1" and element.text().count("told to end by SIGTERM") == 1
     assert (tmp_path / "answers" / "slow.jsonl").read_text() == "one\ntwo\n"

@@ -67,14 +67,27 @@ class Job:
     def text(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait(self, seconds: float = 120) -> str:
-        """Its final state, COMPLETED or another of :data:`OVER`."""
-        until(lambda: self.field("JobState") in OVER, seconds, lambda: f"{self.record()}\n{self.text()}")
+    def account(self) -> str:
+        """What it printed, and what the cluster knows of it: the text of a failed test.
+
+        Ranks that still run say first where they are.
+        """
+        if self.field("JobState") == "RUNNING":
+            self.cluster.run("scancel", "--signal=USR1", self.name)
+            time.sleep(5)
+        return f"{self.text()}\n{self.record()}\n{self.cluster.account()}"
+
+    def wait(self, seconds: float = 90) -> str:
+        """Its final state, COMPLETED or another of :data:`OVER`.
+
+        A test is ended without a word after 120 s, so that the deadline here is shorter.
+        """
+        until(lambda: self.field("JobState") in OVER, seconds, self.account)
         return self.field("JobState")
 
     def wait_for(self, words: str, seconds: float = 60) -> None:
         """Until it has printed ``words``."""
-        until(lambda: words in self.text(), seconds, lambda: f"{words!r} in\n{self.record()}\n{self.text()}")
+        until(lambda: words in self.text(), seconds, lambda: f"{words!r} in\n{self.account()}")
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,18 @@ class Cluster:
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def account(self) -> str:
+        """Jobs, nodes with the reason why one is not used, and the last lines of every daemon's log."""
+        logs = Path(self.env["SLURM_CONF"]).parent / "log"
+        tails = (f"{path.name}: {line}" for path in sorted(logs.iterdir()) for line in last_lines(path))
+        return "\n".join([self.run("squeue"), self.run("sinfo", "--Node", "--format=%N %T %E"), *tails])
+
+    def cancel_all(self) -> None:
+        """End every job, so that what one test left behind does not keep the next one waiting."""
+        if self.run("squeue", "--noheader"):
+            self.run("scancel", "--user", str(os.getuid()))
+            until(lambda: not self.run("squeue", "--noheader"), 30, self.account)
+
     def submit(
         self, script: str, *words: str, cwd: Path, options: tuple[str, ...] = (), **settings: str
     ) -> Job:
@@ -107,6 +132,11 @@ class Cluster:
         command = ["sbatch", "--parsable", f"--output={output}", *options, str(SCRIPTS / script), *words]
         name = self.run(*command, cwd=cwd, **settings).strip()
         return Job(self, name, output)
+
+
+def last_lines(path: Path, count: int = 12) -> list[str]:
+    """The last ``count`` lines of a log."""
+    return path.read_text(errors="replace").splitlines()[-count:]
 
 
 @contextmanager
