@@ -88,6 +88,11 @@ def _encode(name: str, prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     try:
         if prompt.messages is not None:
             raise ValueError('has messages, for which not all sides have a template; give it a "prompt"')
+        if prompt.fields:
+            raise ValueError(
+                f"has {', '.join(sorted(prompt.fields))}, and all sides draw --new-tokens tokens greedily "
+                "for each line; leave a line's own fields out"
+            )
         ids = tokenizer.encode(prompt.text)
         check_ids(ids, tokenizer)
     except ValueError as error:

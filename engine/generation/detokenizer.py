@@ -40,6 +40,7 @@ class Detokenizer:
     special_ids: frozenset[int]
     in_context: bool = True
     _anchor: list[list[int]] = field(default_factory=list, compare=False)
+    _added: dict[int, str] = field(default_factory=dict, compare=False)
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Decode ``ids`` as the beginning of a text; ``special``: with the special tokens' names."""
@@ -84,18 +85,38 @@ class Detokenizer:
             return None
         context = self.context(prompt)
         tail = BYTES_OF_CHARACTER * (max(map(len, stops.texts), default=0) + 1) + CONTEXT
+        last_characters = {text[-1] for text in stops.texts} | ({BROKEN} & set("".join(stops.texts)))
 
         def is_complete(answer: Sequence[int]) -> bool:
             if answer[-1] in stops.ids:
                 return True
-            # The end alone is decoded first: the whole answer at every token would cost its length squared.
-            if not stops.texts or not any(
+            # Most tokens have none of the characters that a stop ends with. Of the others the end alone is
+            # decoded first: the whole answer at every token would cost its length squared.
+            if not self._may_bring(answer[-1], last_characters) or not any(
                 first_stop(text, stops.texts) is not None for text in self._tails(context, answer, tail)
             ):
                 return False
             return any(first_stop(text, stops.texts) is not None for text in self._texts(context, answer))
 
         return is_complete
+
+    def _may_bring(self, token: int, characters: set[str]) -> bool:
+        """Return whether ``token`` may add one of ``characters`` to a text; True where it is not known."""
+        if not characters:
+            return False
+        # A special token may be shown or not. A clean-up of blanks changes text before the token, and so does
+        # a byte that makes those before it no character.
+        if token in self.special_ids or self._cleans_up() or BROKEN in characters:
+            return True
+        if token not in self._added:
+            before = self._word()
+            text, whole = self.decode(before, special=True), self.decode([*before, token], special=True)
+            self._added[token] = whole[len(text) :] if whole.startswith(text) else BROKEN
+        added = self._added[token]
+        return BROKEN in added or not characters.isdisjoint(added)
+
+    def _cleans_up(self) -> bool:
+        return bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", True))
 
     def _texts(self, context: Sequence[int], answer: Sequence[int]) -> Iterator[str]:
         """Decode the answer with its special tokens' names, and without."""

@@ -228,6 +228,7 @@ WRONG = {
     ),
     "empty": (["--workload", "EMPTY"], "holds no prompt; give a file"),
     "bad line": (["--workload", "BAD"], "line 2: "),
+    "fields": (["--workload", "FIELDS.jsonl"], "FIELDS.jsonl: line 1: has max_tokens, n, and all sides draw"),
     "messages": (["--workload", "CHAT.jsonl"], "CHAT.jsonl: line 1: has messages, for which"),
     "no tokens": (["--workload", "NO.jsonl"], "NO.jsonl: line 2: the tokenizer makes no tokens of it"),
     "compare": (
@@ -246,6 +247,7 @@ def refused(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     files = {
         "EMPTY": b"",
         "BAD": b"good\n\xff\xfe\n",
+        "FIELDS.jsonl": b'{"prompt": "a", "max_tokens": 3, "n": 2}\n',
         "CHAT.jsonl": b'{"messages": [{"role": "user", "content": "a"}]}\n',
         "NO.jsonl": b'{"prompt": "a"}\n{"prompt": ""}\n',
     }
