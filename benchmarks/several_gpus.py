@@ -86,6 +86,9 @@ def measurements(gpus: int, work: Path, out: Path, shapes: Sequence[str]) -> Ite
     if gpus > 1:
         bench = (str(GPU / "check_one_sided.py"), "bench", "--json", f"{out}/exchange-{gpus}.json")
         yield Step(f"exchange-{gpus}", gpus, 90, bench, alone=True)
+        wide = ("--hidden", "7168", "--experts", "256", "--tokens", "128", "1024", "4096", "--quantised-rows")
+        rows = ("xpar", "bench", "comm", "--device", "cuda", *wide, "--json", f"{out}/fp8-rows-{gpus}.json")
+        yield Step(f"fp8-rows-{gpus}", gpus, 60, rows, alone=True)
     for shape in shapes:
         words = ("xpar", "bench", "scaling", shape, "--scale", SCALES.get(shape, "1"), "--device", "cuda")
         sizes_of_work = ("--tokens", "1024", "--tokens-per-rank", "256", "--seconds", "0.5")

@@ -4,6 +4,7 @@ On GPUs: the one-sided exchange beside NCCL's, both in CUDA graphs, and beside t
 """
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -40,9 +41,9 @@ def main(args: argparse.Namespace) -> int:
             "an expert group of one rank sends nothing: start more ranks (mpirun -n 2), or give --ep"
         )
         return 1
-    if device == "cuda":
-        return _measure_graphs(args, grid, console, traffic)
     codes = (RowFormat(traffic.hidden_size, ActivationScheme()),) if args.quantised_rows else ()
+    if device == "cuda":
+        return _measure_graphs(args, grid, console, traffic, (None, *codes))
     results = measure_sizes(traffic, grid, args.megabytes, args.dispatchers, (None, *codes))
     job = f"{count(world.size, 'rank')} on {count(world.num_nodes, 'node')}"
     console.print(f"{job} | {grid.shape} | {world.library.splitlines()[0]}", soft_wrap=True)
@@ -61,9 +62,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _measure_graphs(
-    args: argparse.Namespace, grid: ProcessGrid, console: Console, traffic: TokenTraffic
+    args: argparse.Namespace,
+    grid: ProcessGrid,
+    console: Console,
+    traffic: TokenTraffic,
+    forms: Sequence[RowFormat | None],
 ) -> int:
-    """Measure on GPUs; return 1 if the two ways differ in a bit."""
+    """Measure on GPUs; return 1 if the two ways differ in a bit, or rows in codes come home wrong."""
     if grid.transport is not None and grid.transport.choice.name != "nccl":
         console.print(
             f"rows travel through the host ({grid.transport.choice.name}), which a CUDA graph cannot record: "
@@ -74,7 +79,7 @@ def _measure_graphs(
         Sizes(tokens, traffic.hidden_size, traffic.num_experts, traffic.top_k, traffic.seed)
         for tokens in args.tokens
     ]
-    results = measure_all(grid, sizes)
+    results = measure_all(grid, sizes, forms)
     console.print(job_line(grid), soft_wrap=True)
     if grid.peer_window is not None and grid.peer_window.access.refusal is not None:
         console.print(f"one-sided: not here, {grid.peer_window.access.refusal}", soft_wrap=True)
@@ -83,10 +88,13 @@ def _measure_graphs(
         manifest = grid_manifest(grid, torch.bfloat16, "one-sided, allgather", "scaled rows", args.seed)
         write = partial(write_result, args.json, manifest, {"results": results})
         agreed(grid.world.comm, lambda: None if grid.world.rank else write())
-    wrong = [r["tokens_per_rank"] for r in results if not r["same_bits"]]
-    for tokens in wrong:
-        console.print(f"{tokens} tokens a rank: one-sided and allgather give other bits")
-    return int(bool(wrong))
+    differ = [r for r in results if not r["same_bits"]]
+    for r in differ:
+        console.print(f"{_tokens(r)} tokens a rank: one-sided and allgather give other bits")
+    wrong = [r for r in results if not r["rel_error"] <= CODES_TOLERANCE]
+    for r in wrong:
+        console.print(f"{_tokens(r)} tokens a rank: relative error {r['rel_error']:.1e}")
+    return int(bool(differ or wrong))
 
 
 def graph_table(results: list[dict[str, Any]]) -> Table:
@@ -96,6 +104,8 @@ def graph_table(results: list[dict[str, Any]]) -> Table:
     """
     link = results[0]["link_gbs"]
     title = "us in a CUDA graph, one-sided / allgather by NCCL; link: the rows of dispatch alone"
+    if any(r["row_format"] for r in results):
+        title += "; fp8: dispatch of quantised rows, round trip with quantising and decoding"
     if link is not None:
         title += f" at {link:.0f} GB/s, measured by copies in both directions"
     table = Table(title=title, title_justify="left")
@@ -108,8 +118,13 @@ def graph_table(results: list[dict[str, Any]]) -> Table:
         pairs = [f"{_us(a)} / {_us(b)}" for a, b in zip(ours, theirs, strict=True)]
         ratio = "-" if ours[-1] is None or theirs[-1] is None else f"{theirs[-1] / ours[-1]:.2f}"
         same = "yes" if r["same_bits"] else "NO"
-        table.add_row(str(r["tokens_per_rank"]), *pairs, ratio, _us(r["link_us"]), same)
+        table.add_row(_tokens(r), *pairs, ratio, _us(r["link_us"]), same)
     return table
+
+
+def _tokens(result: dict[str, Any]) -> str:
+    """Name a row of the table: the tokens of a rank, and the form of rows on their way to experts."""
+    return f"{result['tokens_per_rank']}{', fp8' if result['row_format'] else ''}"
 
 
 def _us(microseconds: float | None) -> str:

@@ -90,8 +90,8 @@ def add_comm(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--quantised-rows",
         action="store_true",
-        help="on host processors, measure every dispatcher also with rows that travel as fp8 codes with a "
-        "scale for 128 values, the time of quantising and decoding included",
+        help="measure every dispatcher also with rows that travel as fp8 codes with a scale for 128 values, "
+        "the time of quantising and decoding included (on GPUs in the round trip)",
     )
     options.add_grid(p, "tp", "dp", "ep", "etp")
     options.add_device(p)

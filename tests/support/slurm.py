@@ -85,7 +85,7 @@ class Job:
         until(lambda: self.field("JobState") in OVER, seconds, self.account)
         return self.field("JobState")
 
-    def wait_for(self, words: str, seconds: float = 60) -> None:
+    def wait_for(self, words: str, seconds: float = 90) -> None:
         """Until it has printed ``words``."""
         until(lambda: words in self.text(), seconds, lambda: f"{words!r} in\n{self.account()}")
 

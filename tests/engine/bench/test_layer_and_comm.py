@@ -210,16 +210,24 @@ def test_the_table_of_gpus_has_both_ways_and_the_link() -> None:
     there = {
         f"{name} {what} us": 10.0 * n + m for n, name in enumerate(NAMES, 1) for m, what in enumerate(whats)
     }
-    both = {"tokens_per_rank": 16, "link_gbs": 365.4, "link_us": 1.26, "same_bits": True, **there}
+    both = {
+        "tokens_per_rank": 16,
+        "row_format": None,
+        "link_gbs": 365.4,
+        "link_us": 1.26,
+        "same_bits": True,
+        **there,
+    }
     without = {k: v for k, v in both.items() if not k.startswith(NAMES[0])}
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(graph_table([both, without | {"link_us": None, "same_bits": False}]))
+    codes = without | {"link_us": None, "same_bits": False, "row_format": "e4m3"}
+    console.print(graph_table([both, codes]))
     text = console.export_text()
     assert "at 365 GB/s" in " ".join(text.split())  # a title is broken to the table's width
-    first, second = (line for line in text.splitlines() if " 16 " in line)
+    first, second = (line for line in text.splitlines() if " 16" in line)
     assert [cell.strip() for cell in first.split("│")[1:-1]] == [
         "16", "10.0 / 20.0", "11.0 / 21.0", "12.0 / 22.0", "1.83", "1.3", "yes",
     ]  # fmt: skip
     assert [cell.strip() for cell in second.split("│")[1:-1]] == [
-        "16", "- / 20.0", "- / 21.0", "- / 22.0", "-", "-", "NO",
+        "16, fp8", "- / 20.0", "- / 21.0", "- / 22.0", "-", "-", "NO",
     ]  # fmt: skip
