@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xpar.kernels.gpu.dependent_launch import launch_options
 from xpar.kernels.gpu.slot_ranks import count_block, rank_kernel, write_tiles
-from xpar.kernels.gpu.tile_tables import Limits, Tile
+from xpar.kernels.gpu.tile_tables import RANKED_SLOTS, Limits, Tile
 
 BLOCK_SLOTS = 1024  # slots that one program sorts at most; a power of 2
 _SIZES = (64, 256)  # slots; smaller blocks that the sort in one program is compiled for
@@ -182,7 +182,7 @@ def plan_tiles(
     limits: Limits,
     tall: bool = False,
     block_slots: int = BLOCK_SLOTS,
-    ranked_slots: int = 0,
+    ranked_slots: int = RANKED_SLOTS,
     dependent: bool = False,
 ) -> TilePlan:
     """Sort the slots by expert and cut them into tiles, without waiting for the device.
