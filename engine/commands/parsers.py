@@ -16,6 +16,7 @@ from xpar.engine.commands import options
 from xpar.engine.commands.bench_parsers import MEASUREMENTS
 from xpar.engine.commands.model_parsers import add_evaluate, add_generate, add_score
 from xpar.engine.commands.options import add_number
+from xpar.engine.models.malloc import without_collection
 from xpar.engine.synthetic.shapes import SHAPES
 
 Subparsers = argparse._SubParsersAction
@@ -92,7 +93,13 @@ def add_command(
     p = subparsers.add_parser(name, help=purpose, description=purpose)
     add_options(p)
     path = f"{__package__}.{module or name.replace('-', '_')}"
-    p.set_defaults(main=lambda args: import_module(path).main(args))
+
+    def main(args: argparse.Namespace) -> int:
+        with without_collection():
+            command = import_module(path)
+        return int(command.main(args))
+
+    p.set_defaults(main=main)
 
 
 def add_run(p: argparse.ArgumentParser) -> None:

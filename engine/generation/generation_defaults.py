@@ -10,6 +10,7 @@ from xpar.engine.generation.logits_processors import MAKERS, make_processors
 from xpar.engine.generation.sampling import DRAW_SETTINGS, Sampling
 from xpar.engine.layer.checkpoint_config import LARGEST
 from xpar.engine.models.hf_config import shorten, transformers_errors
+from xpar.engine.models.malloc import without_collection
 
 FILE = "generation_config.json"
 MAX_NEW_TOKENS = 128
@@ -74,6 +75,7 @@ class Generation:
     notes: tuple[str, ...]
 
 
+@without_collection()
 def read_defaults(path: Path) -> ModelDefaults:
     """Read the defaults of a checkpoint's generation config or, without one, config; else CheckpointError."""
     from transformers import GenerationConfig

@@ -14,6 +14,7 @@ from typing import Any
 
 from xpar.engine.checkpoint.reader import CheckpointError, read_json
 from xpar.engine.layer.checkpoint_config import POSITIVE, SIZE, check_numbers
+from xpar.engine.models.malloc import without_collection
 
 __all__ = ["check_numbers", "read_hf_config", "transformers_errors"]
 
@@ -26,6 +27,7 @@ WRONG_TYPE = re.compile(
 """How transformers reports a value of the wrong type."""
 
 
+@without_collection()
 def read_hf_config(path: Path) -> Any:
     """Read the config of the checkpoint at ``path``, for inference.
 

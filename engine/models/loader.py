@@ -35,7 +35,7 @@ from xpar.engine.models.expert_sources import describe_stored, experts_reader, s
 from xpar.engine.models.experts_module import describe_experts
 from xpar.engine.models.fused_ops import fuse_loaded
 from xpar.engine.models.loaded_model import LoadedModel, find_collective_modules
-from xpar.engine.models.malloc import give_back_freed_memory
+from xpar.engine.models.malloc import give_back_freed_memory, without_collection
 from xpar.engine.models.packed_linear import pack_model
 from xpar.engine.models.parallelize import (
     Layer,
@@ -152,6 +152,7 @@ class _DenseWeights:
     products: Sequence[QuantisedProduct]
 
 
+@without_collection()
 def _make_plan(
     stored: Checkpoint, grid: ProcessGrid, dtype: torch.dtype | None, options: SpreadOptions
 ) -> _LoadPlan:

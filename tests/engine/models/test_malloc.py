@@ -1,7 +1,12 @@
 """Memory that a step has freed serves the next one without a page fault."""
 
+import gc
 import subprocess
 import sys
+
+import pytest
+
+from xpar.engine.models.malloc import without_collection
 
 FAULTS = """
 import resource
@@ -47,3 +52,16 @@ def test_what_lies_between_blocks_in_use_is_given_back() -> None:
         [sys.executable, "-c", GIVEN_BACK], check=True, capture_output=True, text=True, timeout=120
     )
     assert int(job.stdout) > 8 * (8 << 20)
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_cycles_are_left_alone_inside_and_collection_is_as_before(is_enabled: bool) -> None:
+    before = gc.isenabled()
+    try:
+        gc.enable() if is_enabled else gc.disable()
+        with pytest.raises(ValueError), without_collection():
+            assert not gc.isenabled()
+            raise ValueError
+        assert gc.isenabled() == is_enabled
+    finally:
+        gc.enable() if before else gc.disable()
