@@ -85,7 +85,7 @@ class Detokenizer:
             return None
         context = self.context(prompt)
         tail = BYTES_OF_CHARACTER * (max(map(len, stops.texts), default=0) + 1) + CONTEXT
-        last_characters = {text[-1] for text in stops.texts} | ({BROKEN} & set("".join(stops.texts)))
+        last_characters = {text[-1:] for text in stops.texts} | ({BROKEN} & set("".join(stops.texts)))
 
         def is_complete(answer: Sequence[int]) -> bool:
             if answer[-1] in stops.ids:
@@ -101,9 +101,12 @@ class Detokenizer:
         return is_complete
 
     def _may_bring(self, token: int, characters: set[str]) -> bool:
-        """Return whether ``token`` may add one of ``characters`` to a text; True where it is not known."""
-        if not characters:
-            return False
+        """Return whether ``token`` may add one of ``characters`` to a text; True where it is not known.
+
+        An empty text is among those of any answer.
+        """
+        if not characters or "" in characters:
+            return bool(characters)
         # A special token may be shown or not. A clean-up of blanks changes text before the token, and so does
         # a byte that makes those before it no character.
         if token in self.special_ids or self._cleans_up() or BROKEN in characters:

@@ -113,6 +113,13 @@ def test_a_stop_may_be_a_special_token_or_span_some(detokenizer: Detokenizer) ->
     assert detokenizer.cut(prompt, answer, spanning) == plain
 
 
+def test_an_empty_stop_ends_an_answer_at_its_first_token(detokenizer: Detokenizer) -> None:
+    """A harness asks so whose stop is a token without a text."""
+    answer = detokenizer.tokenizer("it is", add_special_tokens=False)["input_ids"]
+    is_complete = detokenizer.stop_test(answer, Stops(("", "\x00never")))
+    assert is_complete(answer[:1]) and detokenizer.cut(answer, answer[:1], Stops(("",))) == ""
+
+
 def test_an_answer_alone_is_decoded_as_transformers_does(detokenizer: Detokenizer, fresh_seed: int) -> None:
     """As the evaluation harness decodes answers."""
     alone = Detokenizer(detokenizer.tokenizer, detokenizer.special_ids, in_context=False)
